@@ -1,0 +1,126 @@
+"""What people see: results on standard output, progress and errors on standard error."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from residuum.errors import UsageError
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+    from residuum.training.loop import Progress as TrainingProgress
+
+
+def say(text: str) -> None:
+    """A sentence for a person, on standard error."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def fail(text: str) -> None:
+    """The one sentence of an error."""
+    say(f"residuum: {text}")
+
+
+def warn(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
+    """Shows a warning that is meant for people; the others are a developer's business."""
+    if issubclass(category, UserWarning):
+        say(f"residuum: warning: {message}")
+
+
+def print_json(value: Any) -> None:
+    """One JSON document on standard output."""
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> None:
+    """A table on standard output; `right` lists the columns that hold numbers. Never narrower than its content in a pipe."""
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for i, name in enumerate(columns):
+        table.add_column(name, justify="right" if i in right else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    console = Console(soft_wrap=False, markup=False, highlight=False, emoji=False)
+    if not console.is_terminal:
+        console.width = 200
+    console.print(table)
+
+
+def percent(fraction: float) -> str:
+    """An error as people read it: 0.0827 is "8.27 %"."""
+    return f"{100 * fraction:.2f} %"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as "42 s", "3 min 20 s" or "2 h 05 min"."""
+    if seconds < 99.5:
+        return f"{seconds:.0f} s"
+    if seconds < 5940:
+        return f"{int(seconds // 60)} min {int(seconds % 60):02d} s"
+    return f"{int(seconds // 3600)} h {int(seconds % 3600 // 60):02d} min"
+
+
+def pairs(settings: Sequence[str]) -> dict[str, str]:
+    """`--set` arguments as a dictionary; raises UsageError where one is not key=value."""
+    values = {}
+    for text in settings:
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise UsageError(f"--set takes key=value, not {text!r}; for example --set batch=64")
+        values[key.strip()] = value.strip()
+    return values
+
+
+class Bar:
+    """Progress of a long piece of work: a bar on a terminal, else a plain line now and then; with time left."""
+
+    def __init__(self, what: str) -> None:
+        self._what, self._began, self._last = what, time.monotonic(), 0.0
+        self._rich: Progress | None = None
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> Bar:
+        if sys.stderr.isatty():
+            from rich.progress import BarColumn, Progress, TextColumn
+
+            columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f} %"))
+            self._rich = Progress(*columns, TextColumn("{task.fields[words]}"), console=Console(stderr=True))
+            self._rich.start()
+            self._task = self._rich.add_task(self._what, words="")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._rich is not None:
+            self._rich.stop()
+
+    def show(self, done: int, total: int, words: str = "") -> None:
+        """Shows that `done` of `total` are done; `words` stand beside."""
+        now = time.monotonic()
+        if not words:
+            words = f"{duration((now - self._began) / max(done, 1) * (total - done))} left"
+        if self._rich is not None and self._task is not None:
+            self._rich.update(self._task, completed=done, total=total, words=words)
+            return
+        if now - self._last < max(2.0, (now - self._began) / 20) and done < total:  # fewer lines as the work goes on
+            return
+        self._last = now
+        say(f"{self._what} {done:,}/{total:,}  {words}")
+
+
+def training_words(p: TrainingProgress) -> str:
+    """What stands beside the bar of a training run."""
+    held_out = "" if p.held_out_error is None else f"  held-out error {percent(p.held_out_error)}"
+    return (
+        f"loss {p.loss:.4f}  training error {percent(p.error)}{held_out}  lr {p.lr:g}  "
+        f"{p.images_per_second:,.0f} images/s  {duration(p.seconds_left)} left"
+    )

@@ -1,0 +1,61 @@
+"""The command `residuum`: its subcommands, and what becomes of errors."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+
+from cyclopts import App, CycloptsError
+
+import residuum
+from residuum.cli import console
+from residuum.errors import ResiduumError
+
+app = App(
+    name="residuum",
+    help="Residual networks: train them, judge them, put them to use.\n\nStart with: `residuum train`",
+    version=residuum.__version__,
+    print_error=False,
+    exit_on_error=False,
+    help_format="markdown",
+    result_action="return_value",
+)
+app.command("residuum.cli.train:train", name="train")
+app.command("residuum.cli.evaluate:evaluate", name="evaluate")
+app.command("residuum.cli.predict:predict", name="predict")
+app.command("residuum.cli.inspect:inspect", name="inspect")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs one command and exits: 0, 1 (it failed), 2 (it was asked for wrongly) or 128 + signal (it was stopped)."""
+    sys.exit(run(sys.argv[1:] if arguments is None else arguments))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Runs one command; its exit code. Errors become one sentence on standard error."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("default", UserWarning)
+            warnings.showwarning = console.warn
+            app(list(arguments) or ["--help"])
+        sys.stdout.flush()
+    except CycloptsError as error:
+        console.fail(" ".join(str(error).split()) + " (residuum --help lists what there is)")
+        return 2
+    except ResiduumError as error:
+        console.fail(str(error))
+        return error.exit_code
+    except KeyboardInterrupt:
+        console.fail("interrupted.")
+        return 130
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except BaseException as error:
+        if (code := getattr(error, "exit_code", None)) is None:
+            raise
+        console.fail(str(error))
+        return int(code)
+    return 0

@@ -1,0 +1,101 @@
+"""A data set in memory: uint8 pictures, labels, class names, and a fingerprint; and the names that people give."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from residuum.errors import DataError, UsageError, unknown
+from residuum.runtime import seed_for
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """Pictures with labels.
+
+    Attributes:
+        images: uint8 (N, H, W, C).
+        labels: int64 (N,), positions in the data set's `classes`.
+    """
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, indices: Tensor) -> Split:
+        """The pictures at `indices`, in that order."""
+        return Split(self.images[indices], self.labels[indices])
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """Training and test pictures of the same classes."""
+
+    name: str
+    classes: tuple[str, ...]
+    train: Split
+    test: Split
+    fingerprint: str = field(
+        init=False
+    )  # SHA-256 of classes, labels and pixels of both splits, the first 16 hex digits
+
+    def __post_init__(self) -> None:
+        digest = hashlib.sha256("\n".join(self.classes).encode())
+        for split in (self.train, self.test):
+            digest.update(split.labels.numpy().tobytes())
+            digest.update(split.images.numpy().data)
+        object.__setattr__(self, "fingerprint", digest.hexdigest()[:16])
+
+
+NAMES = ("digits", "cifar10")
+
+
+def load(name: str, data_dir: Path) -> Dataset:
+    """The data set of a name; archives are looked for under `data_dir`.
+
+    Raises UsageError for an unknown name, DataError where the files are not there or damaged.
+    """
+    from residuum.data import cifar, digits
+
+    if name == "digits":
+        return digits.load()
+    if name == "cifar10":
+        return cifar.load(data_dir)
+    if Path(name).exists():
+        raise UsageError(f"{name} is a path; this version trains on {' and '.join(NAMES)}.")
+    raise unknown("data set", name, NAMES)
+
+
+def stratified(labels: Tensor, count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Splits positions into (rest, chosen): `count` chosen, each class in proportion, the same on every machine.
+
+    Args:
+        labels: int64 (N,).
+        count: how many to choose, from 1 to N - 1.
+        seed: another seed chooses others.
+
+    Returns:
+        Two ascending int64 tensors of positions.
+
+    Raises:
+        DataError: where nothing would be left.
+    """
+    n = len(labels)
+    if not 0 < count < n:
+        raise DataError(f"cannot hold out {count:,} of {n:,} pictures; hold out at least 1 and fewer than all.")
+    sizes = torch.bincount(labels)
+    quotas = sizes * count // n
+    remainders = sizes * count % n  # the largest remainders get one more, until `count` is reached
+    quotas[torch.argsort(remainders, descending=True, stable=True)[: count - int(quotas.sum())]] += 1
+    keys = torch.tensor([seed_for(seed, "stratified", i) for i in range(n)])
+    shuffled = torch.argsort(keys)
+    chosen = [shuffled[labels[shuffled] == c][: int(q)] for c, q in enumerate(quotas)]
+    mask = torch.zeros(n, dtype=torch.bool)
+    mask[torch.cat(chosen)] = True
+    return torch.nonzero(~mask).flatten(), torch.nonzero(mask).flatten()

@@ -1,0 +1,85 @@
+"""Decoding: any picture a person may have -> 8-bit grey or RGB, upright."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from residuum.errors import DataError
+
+SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
+
+
+def decode(source: Path | bytes, name: str | None = None) -> Image.Image:
+    """The picture in a file or in bytes, as mode L or RGB, turned upright as its EXIF orientation says.
+
+    Transparency is laid on white, 16-bit values are scaled to 8 bits, an animation gives its first frame.
+
+    Raises:
+        DataError: the file is missing, empty, cut short, no picture, or too large to be one honestly; the message names it.
+    """
+    name = name or (str(source) if isinstance(source, Path) else "the picture")
+    if isinstance(source, Path) and source.is_dir():
+        raise DataError(f"{name} is a folder, not a picture.")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a suspicious but readable file is `data check`'s business
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(source if isinstance(source, Path) else io.BytesIO(source)) as picture:
+                picture.load()
+                return _eight_bits(ImageOps.exif_transpose(picture))
+    except FileNotFoundError:
+        raise DataError(f"{name} is not there.") from None
+    except PermissionError:
+        raise DataError(f"{name} cannot be read: no permission.") from None
+    except UnidentifiedImageError:
+        raise DataError(f"{name} is not a picture that can be read ({', '.join(sorted(SUFFIXES))}).") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise DataError(f"{name} claims more than {Image.MAX_IMAGE_PIXELS:,} pixels; make it smaller.") from None
+    except (
+        OSError,
+        ValueError,
+        SyntaxError,
+        EOFError,
+        ArithmeticError,
+        LookupError,
+    ) as error:  # what Pillow's decoders raise
+        raise DataError(f"{name} is damaged: {error}") from error
+
+
+def _eight_bits(picture: Image.Image) -> Image.Image:
+    """Any Pillow mode as L or RGB."""
+    if picture.mode in ("L", "RGB"):
+        return picture
+    if picture.mode.startswith("I"):  # 16 bits a value; Pillow's own conversion would clip it at 255
+        values = np.asarray(picture).astype(np.int64)
+        return Image.fromarray((values.clip(0, 65535) >> 8).astype(np.uint8))
+    if picture.mode in ("LA", "La"):
+        picture = picture.convert("RGBA")
+    if picture.mode in ("RGBA", "RGBa", "PA") or "transparency" in picture.info:
+        picture = picture.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+    return picture.convert("L" if picture.mode == "1" else "RGB")
+
+
+def picture_files(paths: Iterable[Path]) -> Iterator[Path]:
+    """The files among `paths` as they are, and every picture below the folders among them, sorted within each folder.
+
+    Raises DataError for a folder without a picture.
+    """
+    for path in paths:
+        if not path.is_dir():
+            yield path
+            continue
+        found = False
+        for file in sorted(path.rglob("*")):
+            if file.suffix.lower() in SUFFIXES and file.is_file():
+                found = True
+                yield file
+        if not found:
+            raise DataError(f"{path} holds no picture ({', '.join(sorted(SUFFIXES))}).")

@@ -1,0 +1,1 @@
+"""Judging networks: metrics, and the protocols of evaluation."""

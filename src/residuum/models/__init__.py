@@ -1,0 +1,1 @@
+"""Networks: their specification, their assembly, their costs, and the model file."""

@@ -1,0 +1,215 @@
+"""The specification of a network, and the table of names: every name is only a value of it.
+
+| name                      | what it is                                                           | source                |
+|---------------------------|----------------------------------------------------------------------|-----------------------|
+| `resnet20` … `resnet1202` | CIFAR nets of depth 6n+2, basic blocks, option A                     | 2015 §4.2             |
+| `resnet164`, `resnet1001` | CIFAR nets of depth 9n+2, bottlenecks, option B                      | 2016, appendix        |
+| `resnet18` … `resnet200`  | ImageNet nets, option B, stride in the first 1x1                     | 2015 Table 1; 2016 §5 |
+| `resnet50v1.5` …          | the same with the stride in the 3x3, as torchvision, timm, fb.resnet | not in the papers     |
+| `plain…`                  | the same without shortcuts                                           | 2015 §3.3             |
+| `preresnet…`              | full pre-activation                                                  | 2016 §4.1             |
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+from residuum.errors import ModelFileError, UsageError, unknown
+from residuum.nn import shortcuts
+from residuum.nn.blocks import ORDERS
+
+
+@dataclass(frozen=True, kw_only=True)
+class Specification:
+    """Everything that decides a network's layers; nothing else does.
+
+    Defaults for what the papers leave open are recorded in docs/differences.md.
+    """
+
+    block: str  # "basic" (3x3 convolutions) or "bottleneck" (1x1, 3x3, 1x1)
+    depths: tuple[int, ...]  # blocks in each stage
+    widths: tuple[int, ...]  # channels of the 3x3 convolutions in each stage
+    stem: str  # "cifar" (3x3, stride 1) or "imagenet" (7x7, stride 2, then a 3x3 max-pool of stride 2)
+    shortcut: str = "A"  # nn.shortcuts.NAMES
+    order: str = "original"  # nn.blocks.ORDERS
+    stride_site: str = "first"  # where a bottleneck has its stride: "first" (1x1) or "3x3"
+    layers: int = 2  # convolutions in F of a basic block
+    zeros: str = "append"  # where option A puts its zero channels: "append" or "centre"
+    boundary: str = "shared"  # pre-activated units that change shape without a projection: "shared" or "raw" shortcut
+    shortcut_scale: float = 0.5  # `constant`: factor of x
+    residual_scale: float = 0.5  # `constant`: factor of F
+    gate_bias: float = -6.0  # gates: initial bias b_g
+    shortcut_dropout: float = 0.5  # `dropout`: rate
+    channels: int = 3  # of the input pictures
+    classes: int = 1000
+
+    def __post_init__(self) -> None:
+        choices: dict[str, tuple[str, ...]] = {
+            "block": ("basic", "bottleneck"),
+            "stem": ("cifar", "imagenet"),
+            "shortcut": shortcuts.NAMES,
+            "order": tuple(ORDERS),
+            "stride_site": ("first", "3x3"),
+            "zeros": ("append", "centre"),
+            "boundary": ("shared", "raw"),
+        }
+        for key, known in choices.items():
+            if getattr(self, key) not in known:
+                raise unknown(key, str(getattr(self, key)), known)
+        for key in ("depths", "widths"):
+            value = getattr(self, key)
+            if not isinstance(value, list | tuple) or not value or not all(map(_is_count, value)):
+                raise UsageError(f"{key} must be whole numbers from 1 up, one for each stage, not {value!r}.")
+            object.__setattr__(self, key, tuple(value))
+        if len(self.depths) != len(self.widths):
+            raise UsageError(
+                f"depths {self.depths} and widths {self.widths} must be as many; give one of each a stage."
+            )
+        pads = self.shortcut not in ("none", "B", *shortcuts.PROJECT_EVERYWHERE)
+        if pads and list(self.widths) != sorted(self.widths):
+            raise UsageError(
+                f"widths {self.widths} shrink, but shortcut {self.shortcut!r} only adds channels; take 'B'."
+            )
+        for key in ("layers", "channels", "classes"):
+            if not _is_count(value := getattr(self, key)):
+                raise UsageError(f"{key} must be a whole number from 1 up, not {value!r}.")
+        for key in ("shortcut_scale", "residual_scale", "gate_bias", "shortcut_dropout"):
+            value = getattr(self, key)
+            if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+                raise UsageError(f"{key} must be a finite number, not {value!r}.")
+        if not 0 <= self.shortcut_dropout < 1:
+            raise UsageError(f"shortcut_dropout must lie in [0, 1), not {self.shortcut_dropout}.")
+
+    @property
+    def out_widths(self) -> tuple[int, ...]:
+        """Channels that each stage hands on."""
+        return tuple(4 * w if self.block == "bottleneck" else w for w in self.widths)
+
+    @property
+    def depth(self) -> int:
+        """Layers as the papers count them: convolutions and the fully connected layer, projections left out."""
+        return 2 + sum(self.depths) * (3 if self.block == "bottleneck" else self.layers)
+
+    def to_json(self) -> dict[str, Any]:
+        """A plain dictionary, as it stands in the model file."""
+        return asdict(self) | {"depths": list(self.depths), "widths": list(self.widths)}
+
+    @staticmethod
+    def from_json(values: Mapping[str, Any]) -> Specification:
+        """The specification that `to_json` wrote; raises ModelFileError where it names what this version does not know."""
+        known = {f.name for f in fields(Specification)}
+        if strange := sorted(set(values) - known):
+            raise ModelFileError(
+                f"the specification has unknown keys {strange}; it was written by a newer version of residuum."
+            )
+        try:
+            return Specification(**values)
+        except (TypeError, UsageError) as error:
+            raise ModelFileError(f"the specification cannot be used: {error}") from error
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+IMAGENET = {  # depth: (block, blocks in each stage), 2015 Table 1; 200: 2016 §5
+    18: ("basic", (2, 2, 2, 2)),
+    34: ("basic", (3, 4, 6, 3)),
+    50: ("bottleneck", (3, 4, 6, 3)),
+    101: ("bottleneck", (3, 4, 23, 3)),
+    152: ("bottleneck", (3, 8, 36, 3)),
+    200: ("bottleneck", (3, 24, 36, 3)),
+}
+CIFAR_BOTTLENECK = (164, 1001)  # 9n+2, 2016 appendix; every other 6n+2 is a basic net
+CIFAR_PAPER = (20, 32, 44, 56, 110, 1202)  # 2015 Table 6
+
+_PREFIXES = {"resnet": {}, "plain": {"shortcut": "none"}, "preresnet": {"order": "preact"}}
+_NAME = re.compile(r"(preresnet|resnet|plain)([1-9][0-9]*)(v1\.5)?")
+
+
+def known_names() -> list[str]:
+    """The names of the papers' networks (other depths of 6n+2 are names too)."""
+    depths = sorted({*CIFAR_PAPER, *CIFAR_BOTTLENECK, *IMAGENET})
+    names = [f"{prefix}{depth}" for prefix in _PREFIXES for depth in depths]
+    return names + [f"resnet{depth}v1.5" for depth, (block, _) in IMAGENET.items() if block == "bottleneck"]
+
+
+def specification(name: str, **changes: Any) -> Specification:
+    """The specification that a name stands for, with any of its values changed.
+
+    >>> specification("resnet34", shortcut="C", classes=10).depth
+    34
+
+    Raises UsageError for an unknown name (naming the nearest), an unknown key or a value out of range.
+    """
+    match = _NAME.fullmatch(name)
+    if not match:
+        raise unknown("network", name, known_names())
+    prefix, depth, v15 = match[1], int(match[2]), match[3]
+    known = [f.name for f in fields(Specification)]
+    for key in changes:
+        if key not in known:
+            raise unknown("key of a network's specification", key, known)
+    base = _imagenet(depth) if depth in IMAGENET else _cifar(name, depth)
+    if v15:
+        if base.block != "bottleneck":
+            raise UsageError(
+                f"{name!r}: v1.5 moves a bottleneck's stride, and depth {depth} has none; use {prefix}{depth}."
+            )
+        base = replace(base, stride_site="3x3")
+    return replace(base, **(_PREFIXES[prefix] | changes))
+
+
+def _imagenet(depth: int) -> Specification:
+    block, depths = IMAGENET[depth]
+    return Specification(block=block, depths=depths, widths=(64, 128, 256, 512), stem="imagenet", shortcut="B")
+
+
+def _cifar(name: str, depth: int) -> Specification:
+    widths = (16, 32, 64)
+    if depth in CIFAR_BOTTLENECK:
+        n = (depth - 2) // 9
+        return Specification(block="bottleneck", depths=(n,) * 3, widths=widths, stem="cifar", shortcut="B", classes=10)
+    n, rest = divmod(depth - 2, 6)
+    if rest or n < 1:
+        others = {*IMAGENET, *CIFAR_BOTTLENECK}  # their names stand for another kind of net
+        basic = [d for d in range(max(8, 6 * n - 10), 6 * n + 21, 6) if d not in others]
+        low, high = sorted(sorted(basic, key=lambda d: abs(d - depth))[:2])
+        raise UsageError(
+            f"unknown network {name!r}: CIFAR nets have 6n+2 layers, so the nearest depths are {low} and {high}; "
+            f"ImageNet nets have {', '.join(map(str, IMAGENET))}."
+        )
+    return Specification(block="basic", depths=(n,) * 3, widths=widths, stem="cifar", classes=10)
+
+
+def parse_changes(pairs: Mapping[str, str]) -> dict[str, Any]:
+    """Changes to a specification that are given as text, as `--set key=value` takes them.
+
+    Raises UsageError for an unknown key (naming the nearest) or a value of the wrong kind.
+    """
+    kinds = {f.name: str(f.type) for f in fields(Specification)}
+    for key in pairs:
+        if key not in kinds:
+            raise unknown("key of a network's specification", key, kinds)
+    return {key: parse_value(key, text, kinds[key]) for key, text in pairs.items()}
+
+
+def parse_value(key: str, text: str, kind: str) -> Any:
+    """A value given as text, of the kind that a dataclass's field is annotated with; raises UsageError where it is none."""
+    try:
+        if kind == "bool":
+            return {"true": True, "false": False}[text.lower()]
+        if kind == "int":
+            return int(text)
+        if kind == "float":
+            return float(text)
+        if kind.startswith("tuple"):
+            return tuple(int(part) for part in text.strip("[]() ").split(",") if part.strip())
+        return text
+    except (KeyError, ValueError):
+        kinds = {"bool": "true or false", "int": "a whole number", "float": "a number"}
+        raise UsageError(f"{key} takes {kinds.get(kind, 'whole numbers with commas between')}, not {text!r}.") from None

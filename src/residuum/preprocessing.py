@@ -1,0 +1,101 @@
+"""What happens to a picture between decoding and the network; the same in training, evaluation, prediction and export.
+
+    uint8 (B, H, W, C)  --resize, centre crop-->  uint8 (B, h, w, C)  --normalise-->  float32 (B, C, h, w), channels last
+
+It is a value that travels in the model file, so that a model is never shown pictures prepared in another way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from residuum.errors import ModelFileError
+
+
+@dataclass(frozen=True, eq=False)
+class Preprocessing:
+    """How pictures become input.
+
+    Attributes:
+        channels: 1 (grey) or 3 (RGB).
+        size: (h, w) of the network's input, in pixels.
+        resize: the shorter side is resized to this many pixels, then the centre `size` is kept.
+        mean: subtracted, in units of [0, 1]: per channel (C,), or per pixel (h, w, C) as in 2015 §4.2.
+        std: divided by, per channel (C,); all ones where the papers divide by nothing.
+    """
+
+    channels: int
+    size: tuple[int, int]
+    resize: int
+    mean: Tensor
+    std: Tensor
+
+    def __call__(self, picture: Image.Image) -> Tensor:
+        """One decoded picture, L or RGB, of any size -> uint8 (h, w, C): shorter side resized (antialiased), centre kept."""
+        picture = picture.convert("L" if self.channels == 1 else "RGB")
+        scale = self.resize / min(picture.size)
+        width, height = (max(self.resize, round(side * scale)) for side in picture.size)
+        if picture.size != (width, height):
+            picture = picture.resize((width, height), Image.Resampling.BILINEAR)
+        h, w = self.size
+        left, top = (width - w) // 2, (height - h) // 2
+        if (width, height) != (w, h):
+            picture = picture.crop((left, top, left + w, top + h))
+        pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
+        return pixels.view(h, w, self.channels)
+
+    def normalise(self, pixels: Tensor) -> Tensor:
+        """uint8 (B, h, w, C) -> float32 (B, C, h, w) in channels-last memory: (x / 255 - mean) / std."""
+        mean, std = self.mean.to(pixels.device), self.std.to(pixels.device)
+        x = pixels.to(torch.float32)  # (B, h, w, C)
+        return x.mul_(1 / (255 * std)).sub_(mean / std).permute(0, 3, 1, 2)
+
+    def to_json(self) -> dict[str, Any]:
+        """A plain dictionary; a per-pixel mean is too long for it and stands as None (the model file keeps it as a tensor)."""
+        return {
+            "channels": self.channels,
+            "size": list(self.size),
+            "resize": self.resize,
+            "mean": self.mean.tolist() if self.mean.ndim == 1 else None,
+            "std": self.std.tolist(),
+        }
+
+    @staticmethod
+    def from_json(values: Mapping[str, Any], mean: Tensor | None = None) -> Preprocessing:
+        """The value that `to_json` wrote; `mean` is the per-pixel mean where there is one."""
+        try:
+            average = torch.tensor(values["mean"]) if mean is None else mean
+            height, width = values["size"]
+            return Preprocessing(
+                values["channels"], (height, width), values["resize"], average, torch.tensor(values["std"])
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise ModelFileError(
+                f"the preprocessing in the model file is incomplete ({error}); train or import it again."
+            ) from error
+
+
+def centre_statistics(images: Tensor, per_pixel: bool, divide: bool) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of training pictures, uint8 (N, h, w, C), in units of [0, 1].
+
+    The mean is (h, w, C) or (C,); the deviation (C,), all ones unless `divide`. Sums are exact (integers), so the result does
+    not depend on the order of the pictures.
+    """
+    n, height, width, channels = images.shape
+    total = torch.zeros(height, width, channels, dtype=torch.int64)
+    squares = torch.zeros(channels, dtype=torch.int64)
+    for part in torch.split(images, 4096):
+        wide = part.to(torch.int32)
+        total += wide.sum(0)
+        squares += wide.square().sum((0, 1, 2))
+    pixels = n * height * width
+    mean = total.sum((0, 1)).double() / pixels / 255
+    std = (squares.double() / pixels / 255**2 - mean.square()).clamp_min(1e-12).sqrt()
+    average = total.double() / n / 255 if per_pixel else mean
+    return average.float(), (std if divide else torch.ones(channels)).float()

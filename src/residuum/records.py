@@ -1,0 +1,223 @@
+"""The run folder: what is written where, and how it survives a crash in the middle of writing.
+
+runs/<name>/
+  recipe.toml          complete and resolved: every value that decided the result
+  environment.json     versions and hardware
+  metrics.jsonl        one JSON object a line: training and held-out figures by step
+  checkpoints/         the last two, by step
+  model.safetensors    the result (models.bundle)
+  result.json          the figures `residuum train` ends with
+  report.html          the same for a person
+  tensorboard/         events, where TensorBoard is installed
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import tomllib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from residuum.errors import RunError
+
+
+def writing_error(path: Path, error: OSError) -> RunError:
+    """The sentence for a file that could not be written."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return RunError(f"no space left to write {path}; free some, then continue with the same command or --resume.")
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return RunError(f"no permission to write {path}; choose another place with --out.")
+    return RunError(f"cannot write {path}: {error.strerror or error}; choose another place with --out.")
+
+
+def write_atomically(path: Path, content: bytes | str) -> None:
+    """Writes a file so that a crash at any moment leaves the old one or the new one, never a part (write, fsync, rename).
+
+    Raises RunError where there is no space or no permission; the old file stays and no half-written one is left behind.
+    """
+    data = content.encode() if isinstance(content, str) else content
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise writing_error(path, error) from error
+
+
+def _sync_folder(folder: Path) -> None:
+    """A rename lasts only when the folder itself has reached the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class Run:
+    """One run folder, held by one process at a time."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @staticmethod
+    def create(path: Path | None, name: str) -> Run:
+        """Makes a new folder: `path`, or runs/<name>, runs/<name>-2, … whichever is the first that is free.
+
+        Raises RunError where the folder is there and not empty, or cannot be made.
+        """
+        try:
+            if path is not None:
+                path.mkdir(parents=True, exist_ok=True)
+                if any(path.iterdir()):
+                    raise RunError(
+                        f"{path} is not empty; choose another --out, or continue that run with: residuum train --resume {path}"
+                    )
+                return Run(path)
+            Path("runs").mkdir(exist_ok=True)
+            number = 1
+            while True:
+                candidate = Path("runs") / (name if number == 1 else f"{name}-{number}")
+                with contextlib.suppress(FileExistsError):
+                    candidate.mkdir()  # exclusive: two runs started together get two folders
+                    return Run(candidate)
+                number += 1
+        except FileExistsError as error:
+            raise RunError(f"{path} is a file; --out names a folder for the run.") from error
+        except OSError as error:
+            raise writing_error(path or Path("runs"), error) from error
+
+    @staticmethod
+    def open(path: Path) -> Run:
+        """An existing run folder. Raises RunError where `path` is none."""
+        if path.is_file():
+            raise RunError(f"{path} is a file; --resume takes the run's folder.")
+        if not (path / "recipe.toml").is_file():
+            raise RunError(
+                f"{path} is not a run folder (it has no recipe.toml); --resume takes a folder that `residuum train` made."
+            )
+        return Run(path)
+
+    @property
+    def model(self) -> Path:
+        return self.path / "model.safetensors"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.html"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Holds the folder for this process. Raises RunError where another process trains in it now."""
+        try:
+            file = open(self.path / ".lock", "w")  # noqa: SIM115 - closed below, which also releases the lock
+        except OSError as error:
+            raise writing_error(self.path, error) from error
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.close()
+            raise RunError(
+                f"another process is training in {self.path}; wait for it, or choose another --out."
+            ) from error
+        try:
+            yield
+        finally:
+            file.close()
+
+    def write_json(self, name: str, value: Mapping[str, Any]) -> None:
+        """Writes a JSON file of the folder, atomically."""
+        write_atomically(self.path / name, json.dumps(value, indent=2) + "\n")
+
+    def read_json(self, name: str) -> dict[str, Any] | None:
+        """A JSON file of the folder, or None where it is not there."""
+        try:
+            value = json.loads((self.path / name).read_text())
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise RunError(f"{self.path / name} cannot be read ({error}); remove it or start a new run.") from error
+        return value if isinstance(value, dict) else None
+
+    def read_recipe(self) -> dict[str, Any]:
+        """The values in recipe.toml."""
+        file = self.path / "recipe.toml"
+        try:
+            return tomllib.loads(file.read_text())
+        except (OSError, ValueError) as error:
+            raise RunError(f"{file} cannot be read ({error}); start a new run.") from error
+
+
+class Metrics:
+    """metrics.jsonl: one object a line, appended and flushed; TensorBoard's events beside it where it is installed."""
+
+    def __init__(self, run: Run, step: int) -> None:
+        """Opens the file to go on after `step`: lines of later steps, left by a process that was killed, are made again."""
+        self._path = run.path / "metrics.jsonl"
+        kept = [line for line in read_metrics(run) if line["step"] <= step]
+        write_atomically(self._path, "".join(json.dumps(line) + "\n" for line in kept))
+        try:
+            self._file = open(self._path, "a")  # noqa: SIM115 - closed by close()
+        except OSError as error:
+            raise writing_error(self._path, error) from error
+        self._board = _tensorboard(run.path / "tensorboard", step)
+
+    def write(self, kind: str, step: int, **figures: float) -> None:
+        """Appends the figures of one step."""
+        try:
+            self._file.write(json.dumps({"kind": kind, "step": step, **figures}) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise writing_error(self._path, error) from error
+        if self._board is not None:
+            for key, value in figures.items():
+                self._board.add_scalar(f"{kind}/{key}", value, step)
+
+    def sync(self) -> None:
+        """Brings all lines to the disk, before a checkpoint that counts on them."""
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise writing_error(self._path, error) from error
+
+    def close(self) -> None:
+        """Closes the files."""
+        with contextlib.suppress(OSError):
+            self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def read_metrics(run: Run) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl; a last line cut short by a crash is left out."""
+    lines = []
+    with contextlib.suppress(FileNotFoundError):
+        for text in (run.path / "metrics.jsonl").read_text().splitlines():
+            with contextlib.suppress(ValueError):
+                lines.append(json.loads(text))
+    return lines
+
+
+def _tensorboard(folder: Path, step: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    try:
+        return SummaryWriter(str(folder), purge_step=step + 1)
+    except OSError as error:
+        raise writing_error(folder, error) from error

@@ -1,0 +1,134 @@
+"""What the machine decides: device, precision, memory format, threads; and randomness as a function."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import platform
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from residuum.errors import UsageError, unknown
+
+PRECISIONS = ("auto", "bf16", "fp32")
+
+
+def seed_for(seed: int, *parts: int | str) -> int:
+    """A seed in [0, 2^63) for one use of randomness: the same (seed, parts) give the same number on every machine.
+
+    >>> seed_for(0, "order", 3) == seed_for(0, "order", 3) != seed_for(0, "order", 4)
+    True
+    """
+    text = "/".join(map(str, (seed, *parts)))
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+
+
+def generator(seed: int, *parts: int | str) -> torch.Generator:
+    """A CPU generator that starts from `seed_for(seed, *parts)`."""
+    return torch.Generator().manual_seed(seed_for(seed, *parts))
+
+
+@dataclass(frozen=True)
+class Engine:
+    """Device, precision and memory format of one run, picked once and written into its record."""
+
+    device: torch.device
+    precision: str  # "bf16" (autocast) or "fp32"
+    why: str
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        """channels_last: convolutions are faster in it on CPUs and GPUs alike."""
+        return torch.channels_last
+
+    def place(self, net: nn.Module) -> nn.Module:
+        """The network on the device, in the memory format."""
+        return net.to(self.device).to(memory_format=self.memory_format)
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """The context in which forward passes run."""
+        if self.precision == "fp32":
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16)
+
+    def __str__(self) -> str:
+        return f"{self.device}, {self.precision}, channels_last ({self.why})"
+
+
+def pick_engine(precision: str = "auto", device: str = "auto") -> Engine:
+    """The engine for this machine: bf16 where the hardware computes it, unless told otherwise.
+
+    Raises UsageError for an unknown precision or a device that is not there.
+    """
+    if precision not in PRECISIONS:
+        raise unknown("precision", precision, PRECISIONS)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        place = torch.device(device)
+        torch.empty(1, device=place)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"device {device!r} is not here; use --device cpu, or auto to take what there is.") from error
+    if precision != "auto":
+        return Engine(place, precision, "as asked")
+    if _computes_bf16(place):
+        return Engine(place, "bf16", "this hardware computes bf16")
+    return Engine(place, "fp32", "this hardware does not compute bf16")
+
+
+def _computes_bf16(device: torch.device) -> bool:
+    """Whether bf16 products are an instruction there, not an emulation."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    if device.type != "cpu":
+        return False
+    try:  # Linux lists what the kernel lets programs use; elsewhere fp32 is the safe answer
+        flags = Path("/proc/cpuinfo").read_text().split()
+    except OSError:
+        return False
+    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(flags)
+
+
+@contextlib.contextmanager
+def evaluating(net: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients inside, the former mode after."""
+    before = net.training
+    net.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        net.train(before)
+
+
+def to_device(x: Tensor, engine: Engine) -> Tensor:
+    """A batch on the engine's device, without waiting for it."""
+    return x.to(engine.device, non_blocking=True)
+
+
+def environment() -> dict[str, object]:
+    """Versions and hardware, as written into every run folder."""
+    from importlib.metadata import version
+
+    from residuum import __version__
+
+    cpu = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return {
+        "residuum": __version__,
+        "torch": torch.__version__,
+        "torchvision": version("torchvision"),
+        "numpy": version("numpy"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu": cpu,
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }

@@ -1,0 +1,1 @@
+"""Tasks: how to build a network, read a batch, compute the loss and judge. The training loop knows none of them."""

@@ -1,0 +1,1 @@
+"""Training: recipes, the learning rate, the step, checkpoints, and the one loop."""

@@ -1,0 +1,86 @@
+"""The recipes: complete values, each with its paper, command, cost and expected result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from residuum.errors import unknown
+from residuum.training.recipe import Recipe
+
+
+def quick() -> Recipe:
+    """A small residual network on scikit-learn's embedded digits, for the first run.
+
+    Paper: 2015 §4.2 in small (resnet14 of the 6n+2 family; pictures enlarged from 8x8 to 16x16); the schedule is ours.
+    Command: residuum train
+    Cost: about 15 s on two CPU cores.
+    Expected: 0.6 % top-1 error on the 360 test digits (mean of 5 seeds; docs/log.md).
+    """
+    return Recipe(
+        name="quick",
+        data="digits",
+        net="resnet14",
+        size=16,
+        normalise="per-channel mean and std",
+        held_out=144,
+        pad=1,
+        pad_with="black",
+        flip=False,
+        batch=64,
+        steps=600,
+        lr=0.1,
+        milestones=(350, 500),
+        warmup="none",
+        weight_decay=5e-4,
+        record_every=10,
+        judge_every=50,
+    )
+
+
+def paper_cifar() -> Recipe:
+    """The 2015 paper's CIFAR-10 training: 64k iterations of batch 128, learning rate 0.1, a tenth of it at 32k and 48k.
+
+    Paper: 2015 §4.2. For resnet110 add `--set warmup=train-error` (0.01 until the training error is below 80 %).
+    Command: residuum train cifar10 --net resnet20 --recipe paper-cifar
+    Cost: 164 passes over 50,000 pictures; resnet20 takes 2 to 3 h on two CPU cores.
+    Expected: top-1 test error 8.75 (resnet20), 7.51 (32), 7.17 (44), 6.97 (56), 6.61 ± 0.16 (110) % (2015 Table 6).
+    """
+    return Recipe(
+        name="paper-cifar",
+        data="cifar10",
+        net="resnet20",
+        size=32,
+        batch=128,
+        steps=64_000,
+        lr=0.1,
+        milestones=(32_000, 48_000),
+    )
+
+
+RECIPES: dict[str, Callable[[], Recipe]] = {"quick": quick, "paper-cifar": paper_cifar}
+DEFAULTS = {"digits": "quick", "cifar10": "paper-cifar"}  # the recipe that a data set gets when none is named
+
+
+def recipe(name: str) -> Recipe:
+    """The recipe of a name; raises UsageError where it is not known."""
+    if name not in RECIPES:
+        raise unknown("recipe", name, RECIPES)
+    return RECIPES[name]()
+
+
+def changes(given: Recipe) -> list[str]:
+    """How a resolved recipe differs from the one it is named after, brought to the same number of steps."""
+    if given.name not in RECIPES:
+        return []
+    named = recipe(given.name)
+    same_length = named if named.steps == given.steps else named.shrunk(given.steps)
+    return given.differences(replace(same_length, precision=given.precision))
+
+
+def budget(given: Recipe) -> str | None:
+    """A label for a run that is shorter or longer than the recipe it is named after; None where it is as long."""
+    full = recipe(given.name).steps if given.name in RECIPES else given.steps
+    if given.steps == full:
+        return None
+    return f"{given.steps:,} of the {full:,} steps of {given.name} ({given.steps / full:.1%})"

@@ -1,0 +1,143 @@
+"""The report of a training run: one HTML file that needs nothing but itself (its layout is pages/report.html.j2)."""
+
+from __future__ import annotations
+
+import shlex
+from ast import literal_eval
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from residuum.evaluation import figures
+from residuum.evaluation.metrics import Judgement, wilson
+from residuum.training.curves import curves
+
+MISTAKES = 24  # pictures shown at most
+PAIRS = 12  # rows of confused classes shown at most
+UNIT = "\u00a0%"
+CLASSES = 24  # rows of classes shown at once; the others fold away
+
+
+def render(
+    *,
+    title: str,
+    recipe: Mapping[str, Any],
+    differences: Sequence[str],
+    budget: str | None,
+    metrics: Sequence[Mapping[str, Any]],
+    judgement: Judgement,
+    images: Tensor,
+    environment: Mapping[str, Any],
+    result: Mapping[str, Any],
+) -> str:
+    """The report as HTML.
+
+    Args:
+        title: network and data, "resnet14 on digits".
+        recipe: every value of it, resolved.
+        differences: what it changes in the recipe it is named after, each "key = value (not value)".
+        budget: the label of a run that is not as long as its recipe; None where it is.
+        metrics: the lines of metrics.jsonl; may be empty.
+        judgement: of the test split, by the last iterate.
+        images: the test pictures, uint8 (N, h, w, C), in the judgement's order.
+        environment: versions and hardware.
+        result: what the run ended with; errors are fractions, `held_out_error` None where nothing was held out.
+    """
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    pages = Environment(
+        loader=PackageLoader("residuum", "pages"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    pages.filters |= {"percent": percent, "count": count, "duration": duration, "plain": plain}
+    confusion, n = judgement.confusion, int(result["n"])
+    rows = figures.class_rows(judgement.classes, confusion)
+    page = pages.get_template("report.html.j2").render(
+        title=title,
+        recipe=recipe,
+        recipe_rows=recipe_rows(recipe, differences),
+        changed=len(differences),
+        budget=budget,
+        judgement=judgement,
+        environment=environment,
+        result=result,
+        interval=between(*wilson(float(result["top1_error"]), n), n),
+        wrong=round(float(result["top1_error"]) * n),
+        curves=curves(metrics, recipe, result),
+        matrix=figures.confusion_svg(judgement.classes, confusion) if len(rows) <= figures.LARGEST_MATRIX else None,
+        pairs=figures.confused_pairs(judgement.classes, confusion, PAIRS),
+        classes=rows,
+        worst_classes=sorted(rows, key=lambda row: -(row.error or 0))[:CLASSES],
+        mistakes=figures.mistakes(judgement, images, MISTAKES),
+        commands=commands(recipe, result),
+    )
+    return page.encode(
+        errors="replace"
+    ).decode()  # a file name that is no UTF-8 must not keep the page from being written
+
+
+def percent(fraction: float | None, n: int = 0) -> str:
+    """A fraction in per cent, with two decimals where `n` pictures can tell them: "0.6 %" of 360, "8.75 %" of 10,000."""
+    if fraction is None:
+        return "–"
+    return f"{100 * fraction:.{2 if n >= 1000 else 1}f}{UNIT}"
+
+
+def between(low: float, high: float, n: int) -> str:
+    """An interval of fractions in per cent: "0.2 to 2.0 %"."""
+    return f"{percent(low, n).removesuffix(UNIT)} to {percent(high, n)}".replace(" ", "\u00a0")
+
+
+def count(number: float) -> str:
+    """A count with separators: "174,970"."""
+    return f"{number:,.0f}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them: "14.2 s", "3 min 12 s", "2 h 13 min"."""
+    if seconds < 60:
+        return f"{seconds:.1f}\u00a0s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes}\u00a0min {rest}\u00a0s"
+    return f"{minutes // 60:,}\u00a0h {minutes % 60}\u00a0min"
+
+
+def plain(value: Any) -> str:
+    """A value of the recipe or the environment, written as `--set` takes it."""
+    match value:
+        case None:
+            return "none"
+        case bool():
+            return str(value).lower()
+        case Mapping():
+            return ", ".join(f"{key}={plain(item)}" for key, item in value.items()) or "none"
+        case list() | tuple():
+            return ", ".join(map(plain, value)) or "none"
+    return str(value)
+
+
+def recipe_rows(recipe: Mapping[str, Any], differences: Sequence[str]) -> list[tuple[str, str, str | None]]:
+    """The recipe as rows of key, value, and the named recipe's value where it is another ("100" of "lr = 1 (not 100)")."""
+    others = {}
+    for text in differences:
+        key, _, values = text.partition(" = ")
+        other = values.rpartition(" (not ")[2].removesuffix(")")
+        try:
+            others[key] = plain(literal_eval(other))
+        except (ValueError, SyntaxError):
+            others[key] = other
+    return [(key, plain(value), others.get(key)) for key, value in recipe.items()]
+
+
+def commands(recipe: Mapping[str, Any], result: Mapping[str, Any]) -> list[str]:
+    """What to type next, to use the model."""
+    model = shlex.quote(str(result["model"]))
+    return [
+        f"residuum predict {model} PICTURE...",
+        f"residuum evaluate {model} --data {shlex.quote(str(recipe.get('data', 'DATA')))}",
+    ]

@@ -1,0 +1,34 @@
+"""What all tests share: one thread a worker, and the real pictures."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+# Before anything imports torch, and for the processes that tests start: as many workers run as there are cores, and a
+# thread more each would only take turns.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def cifar10_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that holds cifar-10-batches-bin, all 60,000 pictures. Not to be written to: all workers share it."""
+    script = REPOSITORY.parent / "shared" / "data" / "make_cifar10.py"
+    if not script.is_file():
+        pytest.skip("CIFAR-10 is not there: ../shared/data, beside the repository, is missing")
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent  # each worker has a folder of its own in there
+    folder = root / "cifar10"
+    with open(root / "cifar10.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one worker writes the files, the others wait
+        if not (folder / "cifar-10-batches-bin" / "batches.meta.txt").is_file():  # the script writes it last
+            subprocess.run([sys.executable, script, folder], check=True)
+    return folder

@@ -1,0 +1,186 @@
+"""Digits, CIFAR-10, the hold-out, order and augmentation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from residuum.data import cifar, dataset, digits
+from residuum.data.augment import Augmentation
+from residuum.data.loader import Loader, order
+from residuum.errors import DataError, UsageError
+from residuum.preprocessing import Preprocessing, centre_statistics
+from residuum.runtime import pick_engine, seed_for
+
+
+def test_digits_split_is_fixed_and_stratified() -> None:
+    data = digits.load()
+    assert (len(data.train), len(data.test)) == (1437, 360)
+    assert data.classes == tuple("0123456789")
+    assert data.train.images.shape == (1437, 8, 8, 1) and data.train.images.dtype == torch.uint8
+    everything = torch.bincount(torch.cat([data.train.labels, data.test.labels]))
+    shares = torch.bincount(data.test.labels) / everything
+    assert (shares - 360 / 1797).abs().max() < 1 / everything.min()
+    assert data.fingerprint == digits.load().fingerprint == "0e12daac1825a1dc"
+
+
+@given(
+    sizes=st.lists(st.integers(1, 40), min_size=1, max_size=6),
+    share=st.floats(0.01, 0.99),
+    seed=st.integers(0, 3),
+)
+@settings(max_examples=50, deadline=None)
+def test_hold_out_is_a_partition_in_proportion(sizes: list[int], share: float, seed: int) -> None:
+    labels = torch.cat([torch.full((n,), i) for i, n in enumerate(sizes)])
+    n = len(labels)
+    count = max(1, min(n - 1, round(share * n)))
+    if n < 2:
+        return
+    rest, chosen = dataset.stratified(labels, count, seed)
+    assert len(chosen) == count
+    assert torch.equal(torch.cat([rest, chosen]).sort().values, torch.arange(n))
+    taken = torch.bincount(labels[chosen], minlength=len(sizes))
+    assert all(abs(int(t) - size * count / n) <= 1 for t, size in zip(taken, sizes, strict=True))
+
+
+def test_hold_out_of_everything_is_refused() -> None:
+    with pytest.raises(DataError, match="cannot hold out 10 of 10 pictures; hold out at least 1 and fewer than all"):
+        dataset.stratified(torch.zeros(10, dtype=torch.long), 10)
+
+
+@given(n=st.integers(1, 50), batch=st.integers(1, 60), seed=st.integers(0, 5))
+@settings(max_examples=60, deadline=None)
+def test_order_shows_every_picture_once_an_epoch(n: int, batch: int, seed: int) -> None:
+    steps = -(-3 * n // batch)
+    stream = torch.cat([order(seed, n, batch, step) for step in range(steps)])
+    for epoch in range(3):
+        assert torch.equal(stream[epoch * n : (epoch + 1) * n].sort().values, torch.arange(n))
+    assert torch.equal(order(seed, n, batch, 2), order(seed, n, batch, 2))
+
+
+def test_seeds_are_the_same_on_every_machine() -> None:
+    assert seed_for(0, "order", 3) == 228_291_028_133_782_092
+    assert len({seed_for(s, name, i) for s in range(3) for name in ("a", "b") for i in range(100)}) == 600
+
+
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("pad_with", ["mean", "black"])
+def test_augmentation_equals_cropping_one_picture_at_a_time(pad_with: str, flip: bool) -> None:
+    pixels = torch.randint(256, (64, 9, 7, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    mean, std = centre_statistics(pixels, per_pixel=True, divide=True)
+    preprocessing = Preprocessing(3, (9, 7), 9, mean, std)
+    out = Augmentation(2, pad_with, flip)(pixels, preprocessing, seed=5, step=3)
+    assert out.shape == (64, 3, 9, 7) and out.is_contiguous(memory_format=torch.channels_last)
+    seen = set()
+    for i in range(64):
+        matches = [
+            (dy, dx, mirrored)
+            for dy in range(5)
+            for dx in range(5)
+            for mirrored in ((False, True) if flip else (False,))
+            if torch.allclose(out[i], _one(pixels[i], preprocessing, pad_with, dy, dx, mirrored), atol=1e-5)
+        ]
+        assert matches, f"picture {i} is no crop of itself"
+        seen.add(matches[0])
+    assert len(seen) > 20  # the draws differ between pictures
+    assert not torch.equal(out, Augmentation(2, pad_with, flip)(pixels, preprocessing, seed=5, step=4))
+    assert torch.equal(out, Augmentation(2, pad_with, flip)(pixels, preprocessing, seed=5, step=3))
+
+
+def _one(image: torch.Tensor, p: Preprocessing, pad_with: str, dy: int, dx: int, mirrored: bool) -> torch.Tensor:
+    """The same in numpy, for one picture."""
+    h, w = p.size
+    x = image.numpy().astype(np.float64)
+    mean, std = p.mean.numpy().astype(np.float64), p.std.numpy().astype(np.float64)
+    if pad_with == "mean":
+        x = (x / 255 - mean) / std
+    x = np.pad(x, ((2, 2), (2, 2), (0, 0)))[dy : dy + h, dx : dx + w]
+    if mirrored:
+        x = x[:, ::-1]
+    if pad_with == "black":
+        x = (x / 255 - mean) / std
+    return torch.from_numpy(x.copy()).permute(2, 0, 1).float()
+
+
+def test_statistics_equal_a_float64_computation() -> None:
+    images = torch.randint(256, (5000, 4, 3, 3), dtype=torch.uint8)
+    x = images.double() / 255
+    mean, std = centre_statistics(images, per_pixel=False, divide=True)
+    torch.testing.assert_close(mean.double(), x.mean((0, 1, 2)), rtol=0, atol=1e-7)
+    torch.testing.assert_close(std.double(), x.std((0, 1, 2), unbiased=False), rtol=0, atol=1e-7)
+    mean, std = centre_statistics(images, per_pixel=True, divide=False)
+    torch.testing.assert_close(mean.double(), x.mean(0), rtol=0, atol=1e-7)
+    assert torch.equal(std, torch.ones(3))
+
+
+def test_a_batch_is_a_function_of_the_step() -> None:
+    data = digits.load()
+    mean, std = centre_statistics(data.train.images, False, True)
+    preprocessing = Preprocessing(1, (8, 8), 8, mean, std)
+    loader = Loader(data.train, preprocessing, Augmentation(0), 32, 7, pick_engine("fp32", "cpu"))
+    batch = loader.batch(40)
+    where = order(7, 1437, 32, 40)
+    assert torch.equal(batch.labels, data.train.labels[where])
+    assert torch.equal(batch.pictures, preprocessing.normalise(data.train.images[where]))
+
+
+def _write_cifar(folder: Path, n: int = 20) -> np.ndarray:
+    """Small files of the binary version's form; the records."""
+    records = np.random.default_rng(0).integers(0, 256, (6 * n, 3073), dtype=np.uint8)
+    records[:, 0] %= 10
+    folder.mkdir()
+    for i, name in enumerate((*cifar.TRAIN, *cifar.TEST)):
+        (folder / name).write_bytes(records[i * n : (i + 1) * n].tobytes())
+    (folder / "batches.meta.txt").write_text("airplane\nautomobile\nbird\ncat\ndeer\ndog\nfrog\nhorse\nship\ntruck\n\n")
+    return records
+
+
+def test_cifar_reads_every_pixel(tmp_path: Path) -> None:
+    records = _write_cifar(tmp_path / cifar.FOLDER)
+    for place in (tmp_path, tmp_path / cifar.FOLDER):
+        data = cifar.load(place)
+        assert data.train.images.shape == (100, 32, 32, 3) and data.train.images.dtype == torch.uint8
+        assert data.classes[3] == "cat" and len(data.test) == 20
+        record = records[57]
+        assert int(data.train.labels[57]) == record[0]
+        for channel in range(3):
+            plane = record[1 + 1024 * channel : 1 + 1024 * (channel + 1)].reshape(32, 32)
+            assert np.array_equal(data.train.images[57, :, :, channel].numpy(), plane)
+
+
+def test_real_cifar(cifar10_dir: Path) -> None:
+    data = dataset.load("cifar10", cifar10_dir)
+    assert (len(data.train), len(data.test)) == (50_000, 10_000)
+    assert torch.bincount(data.train.labels).tolist() == [5000] * 10
+    assert torch.bincount(data.test.labels).tolist() == [1000] * 10
+    mean = data.train.images.double().mean((0, 1, 2)) / 255
+    torch.testing.assert_close(mean, torch.tensor([0.4914, 0.4822, 0.4465]).double(), rtol=0, atol=5e-5)  # as published
+
+
+def test_damaged_cifar_is_named(tmp_path: Path) -> None:
+    with pytest.raises(
+        DataError, match=r"CIFAR-10 is not under .*: put the binary version's folder cifar-10-batches-bin"
+    ):
+        dataset.load("cifar10", tmp_path)
+    _write_cifar(tmp_path / cifar.FOLDER)
+    file = tmp_path / cifar.FOLDER / "data_batch_3.bin"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1])
+    with pytest.raises(DataError, match=r"data_batch_3.bin has 61,459 bytes, not a whole number of 3,073-byte records"):
+        dataset.load("cifar10", tmp_path)
+    file.unlink()
+    with pytest.raises(DataError, match=r"data_batch_3.bin cannot be read"):
+        dataset.load("cifar10", tmp_path)
+    file.write_bytes(bytes([11]) + whole[1:])
+    with pytest.raises(DataError, match=r"has the label 11, but batches.meta.txt names 10 classes"):
+        dataset.load("cifar10", tmp_path)
+
+
+def test_unknown_data_set(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="unknown data set 'digts'; did you mean 'digits'"):
+        dataset.load("digts", tmp_path)

@@ -1,0 +1,49 @@
+"""`import residuum` and `residuum --help` are light: what is heavy is imported where it is used."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from importlib.metadata import entry_points
+
+import pytest
+
+HEAVY = ("matplotlib", "sklearn", "torch", "torchvision")
+
+MAIN = """
+import runpy
+import sys
+sys.argv[1:] = {arguments}
+try:
+    runpy.run_module("residuum", run_name="__main__")
+except SystemExit as end:
+    assert not end.code, end.code
+"""
+
+
+def loaded_by(code: str) -> tuple[list[str], str]:
+    """The heavy packages that a fresh process has loaded after running `code`, and what it wrote to standard output."""
+    code += f"\nimport sys; print(*[name for name in {HEAVY} if name in sys.modules], file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stderr.splitlines()[-1].split(), done.stdout
+
+
+def test_importing_the_package_is_light() -> None:
+    assert loaded_by("import residuum") == ([], "")
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"]], ids=" ".join)
+def test_help_is_light(arguments: list[str]) -> None:
+    heavy, output = loaded_by(MAIN.format(arguments=arguments))
+    assert heavy == []
+    assert "train" in output
+
+
+def test_what_is_heavy_would_be_seen() -> None:
+    assert loaded_by("import sklearn")[0] == ["sklearn"]
+
+
+def test_the_command_is_the_package_run_as_a_module() -> None:
+    (command,) = entry_points(group="console_scripts", name="residuum")
+    assert command.value == "residuum.cli.main:main"

@@ -1,0 +1,149 @@
+"""The README's commands run, and those that install or test are the ones that .ci/run and scripts/check use."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+README = REPOSITORY / "README.md"
+UV = r"(?:(?:\.tools/bin/)?uv run (?:--\S+ )*)?"  # how a command may begin
+FIRST = "python3 -m pip install -q --target .tools 'uv>=0.13,<1' && .tools/bin/uv run --no-dev residuum train"
+SECOND = ".tools/bin/uv run pytest"
+
+
+def blocks(language: str) -> list[str]:
+    """The README's code blocks of a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", README.read_text(), re.DOTALL | re.MULTILINE)
+
+
+def commands() -> list[str]:
+    """All commands of the README's sh blocks, continued lines and `&&` taken apart."""
+    lines = "".join(blocks("sh")).replace("\\\n", "").splitlines()
+    parts = (part.strip() for line in lines if not line.startswith("#") for part in line.split(" && "))
+    return [part for part in parts if part]
+
+
+def runnable(command: str) -> str | None:
+    """A `residuum` command line as this Python runs it, training cut to 20 steps; None for any other."""
+    ours, n = re.subn(rf"^{UV}residuum(?!\S)", f"{shlex.quote(sys.executable)} -m residuum", command)
+    if not n:
+        return None
+    if " train" not in ours or re.search("--(resume|show-recipe|help)", ours):
+        return ours
+    return re.sub(r"(?<= )train(?!\S)", "train --steps 20", re.sub(r" --steps[ =]\S+", "", ours), count=1)
+
+
+def bring_pictures(text: str, folder: Path) -> None:
+    """Pictures to read are the repository's or else the reader's own, here stand-ins. What an option names is written."""
+    for option, name in re.findall(r"(--\S+ )?([\w./-]+\.(?:png|jpe?g))\b", text):
+        if option or (folder / name).exists():
+            continue
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        if (REPOSITORY / name).is_file():
+            shutil.copy(REPOSITORY / name, folder / name)
+        else:
+            Image.linear_gradient("L").resize((32, 32)).convert("RGB").save(folder / name)
+
+
+def bring_cifar10(command: str, folder: Path, cifar10: Path) -> None:
+    """Puts CIFAR-10 where the command will look for it."""
+    place = re.search(r"--data-dir[ =](\S+)", command)
+    link = folder / (place[1] if place else "data")
+    if not link.exists():
+        link.symlink_to(cifar10, target_is_directory=True)
+
+
+def run(command: str | list[str], folder: Path) -> None:
+    done = subprocess.run(
+        command, shell=isinstance(command, str), cwd=folder, text=True, capture_output=True, stdin=subprocess.DEVNULL
+    )
+    assert done.returncode == 0, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
+
+
+@pytest.mark.timeout(900)  # it starts a process for every command
+def test_the_readme_runs(tmp_path: Path, subtests: pytest.Subtests, request: pytest.FixtureRequest) -> None:
+    """Every `residuum` command in order, then the Python, in one folder: what one writes the next may read."""
+    for command in commands():
+        if (ours := runnable(command)) is None:
+            continue
+        with subtests.test(command):
+            if "cifar10" in command:
+                bring_cifar10(command, tmp_path, request.getfixturevalue("cifar10_dir"))
+            bring_pictures(command, tmp_path)
+            run(ours, tmp_path)
+    with subtests.test("the Python"):
+        program = "\n".join(blocks("python"))
+        bring_pictures(program, tmp_path)
+        run([sys.executable, "-c", program], tmp_path)
+
+
+def test_every_command_is_known() -> None:
+    """None is passed over in silence: it is run, or it installs or tests, or it is a script of the repository."""
+    assert FIRST in "".join(blocks("sh"))
+    assert SECOND in commands()
+    for command in commands():
+        if runnable(command) or re.match(rf"{UV}(pytest|(\S+ -m )?pip install|uv add|git clone|cd)\b", command):
+            continue
+        assert os.access(REPOSITORY / command.split()[0], os.X_OK), f"how is this to be tested? {command}"
+
+
+@pytest.fixture
+def clone(tmp_path: Path) -> Path:
+    """A bare checkout in which python3 and uv only write down how they were called; `uv run mypy` fails if told to."""
+    for script in (".ci/run", "scripts/check"):
+        (tmp_path / script).parent.mkdir(parents=True)
+        shutil.copy(REPOSITORY / script, tmp_path / script)
+    uv = 'echo "$0 $*" >> calls; [ "$2" != "$BROKEN" ]'
+    python3 = (
+        f"echo python3 $* >> calls; mkdir -p .tools/bin; printf '%s' '{uv}' > .tools/bin/uv; chmod +x .tools/bin/uv"
+    )
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python3").write_text(f"#!/bin/sh\n{python3}\n")
+    (tmp_path / "bin" / "python3").chmod(0o755)
+    return tmp_path
+
+
+def call(clone: Path, *script: str, **environment: str) -> tuple[int, list[str]]:
+    """Runs a script from another folder, without input; its exit code, and what it called."""
+    environment = {"PATH": f"{clone / 'bin'}:/usr/bin:/bin", "CI": "true", **environment}
+    (clone / "calls").unlink(missing_ok=True)
+    arguments = ["bash", str(clone / script[0]), *script[1:]]
+    done = subprocess.run(
+        arguments, env=environment, cwd="/", stdin=subprocess.DEVNULL, capture_output=True, check=False
+    )
+    return done.returncode, (clone / "calls").read_text().splitlines() if (clone / "calls").exists() else []
+
+
+def test_ci_installs_and_tests_as_the_readme_says(clone: Path) -> None:
+    install = " ".join(shlex.split(FIRST.split(" && ")[0]))
+    code, calls = call(clone, ".ci/run")
+    assert code == 0
+    assert (calls[0], calls[-1]) == (install, SECOND)
+    checks = [".tools/bin/uv run ruff format --check", ".tools/bin/uv run ruff check", ".tools/bin/uv run mypy", SECOND]
+    assert calls[1:] == checks
+    assert call(clone, ".ci/run") == (0, checks)  # uv is there now
+
+
+@pytest.mark.parametrize("tool", ["ruff", "mypy", "pytest"])
+def test_what_fails_is_not_swallowed(tool: str, clone: Path) -> None:
+    code, calls = call(clone, ".ci/run", BROKEN=tool)
+    assert code != 0
+    assert f"run {tool}" in calls[-1]
+
+
+def test_check_mends_only_when_asked(clone: Path) -> None:
+    assert call(clone, "scripts/check") == (1, [])  # there is no uv
+    call(clone, ".ci/run")
+    code, calls = call(clone, "scripts/check", "--fix")
+    assert code == 0
+    assert calls[:2] == [".tools/bin/uv run ruff check --fix --exit-zero", ".tools/bin/uv run ruff format"]
+    assert call(clone, "scripts/check", "--fast") == (2, [])

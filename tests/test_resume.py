@@ -1,0 +1,211 @@
+"""Nothing is lost: runs really killed, at several moments, go on to the same bits; full disks and signals are survived."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from residuum.errors import RunError
+from residuum.training import loop
+
+SETTINGS = (
+    "--steps", "30", "--net", "resnet8", "--set", "size=8", "--set", "batch=32", "--set", "record_every=3",
+    "--set", "judge_every=10", "--set", "checkpoint_minutes=0", "--set", "shortcut=dropout", "--device", "cpu",
+)  # fmt: skip
+
+
+def command(*arguments: str, driver: str = "") -> list[str]:
+    """The command line in a process of its own; `driver` is code that runs in it first."""
+    code = f"{driver}\nfrom residuum.cli.main import main\nmain({list(arguments)!r})"
+    return [sys.executable, "-c", code]
+
+
+def train(out: Path, driver: str = "") -> subprocess.Popen[str]:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    arguments = command("train", "digits", *SETTINGS, "--out", str(out), driver=driver)
+    return subprocess.Popen(arguments, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
+
+
+def resume(out: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        command("train", "--resume", str(out), *more), text=True, capture_output=True, env=environment
+    )
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("undisturbed") / "run"
+    with train(out) as process:
+        _, stderr = process.communicate()
+    assert process.returncode == 0, stderr
+    return out
+
+
+def figures(run: Path) -> list[dict[str, float]]:
+    """metrics.jsonl without what the clock decides."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("seconds", "images_per_second")} for line in lines]
+
+
+def assert_same(run: Path, undisturbed: Path) -> None:
+    assert (run / "model.safetensors").read_bytes() == (undisturbed / "model.safetensors").read_bytes()
+    assert figures(run) == figures(undisturbed)
+
+
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None, process.stderr and process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def lines_written(run: Path) -> int:
+    file = run / "metrics.jsonl"
+    return len(file.read_text().splitlines()) if file.exists() else 0
+
+
+@pytest.mark.parametrize("lines", [1, 7])
+def test_killed_at_any_moment_ends_in_the_same_bits(lines: int, tmp_path: Path, undisturbed: Path) -> None:
+    out = tmp_path / "run"
+    with train(out) as process:
+        wait_until(lambda: lines_written(out) >= lines, process)
+        process.kill()
+    assert process.returncode == -signal.SIGKILL
+    assert not (out / "model.safetensors").exists()
+    done = resume(out)
+    assert done.returncode == 0, done.stderr
+    assert "going on from step" in done.stderr
+    assert_same(out, undisturbed)
+
+
+KILL_INSIDE_CHECKPOINT = """
+import os, signal
+real_fsync, count = os.fsync, 0
+def fsync(descriptor):  # the half-written file is on the disk, its name is not yet
+    global count
+    target = os.readlink(f"/proc/self/fd/{descriptor}")
+    if "step-00000012" in target:
+        os.ftruncate(descriptor, os.fstat(descriptor).st_size // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+    real_fsync(descriptor)
+os.fsync = fsync
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="finds the file being written through /proc")
+def test_killed_inside_a_checkpoints_writing(tmp_path: Path, undisturbed: Path) -> None:
+    out = tmp_path / "run"
+    with train(out, KILL_INSIDE_CHECKPOINT) as process:
+        process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    left = sorted(p.name for p in (out / "checkpoints").iterdir())
+    assert left[-2:] == ["step-00000010.safetensors", "step-00000011.safetensors"]
+    assert any(name.endswith(".tmp") for name in left), "the process was not killed inside the writing"
+    done = resume(out)
+    assert done.returncode == 0, done.stderr
+    assert "going on from step 11" in done.stderr
+    assert_same(out, undisturbed)
+    assert not [p for p in (out / "checkpoints").iterdir() if p.name.endswith(".tmp")]
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_signals_save_first(signum: signal.Signals, tmp_path: Path, undisturbed: Path) -> None:
+    out = tmp_path / "run"
+    with train(out) as process:
+        wait_until(lambda: lines_written(out) >= 3, process)
+        process.send_signal(signum)
+        _, stderr = process.communicate()
+    assert process.returncode == 128 + signum
+    assert "which is saved; go on with: residuum train --resume" in stderr and "Traceback" not in stderr
+    step = int(stderr.rsplit("stopped at step ", 1)[1].split(",")[0])
+    assert (out / "checkpoints" / f"step-{step:08d}.safetensors").is_file()
+    assert resume(out).returncode == 0
+    assert_same(out, undisturbed)
+
+
+def test_a_finished_run_is_left_alone(tmp_path: Path, undisturbed: Path) -> None:
+    before = {p: p.stat().st_mtime_ns for p in undisturbed.rglob("*") if p.is_file() and p.name != ".lock"}
+    done = resume(undisturbed, "--json")
+    assert done.returncode == 0 and "is finished; nothing to do" in done.stderr
+    assert json.loads(done.stdout) == json.loads((undisturbed / "result.json").read_text())
+    assert before == {p: p.stat().st_mtime_ns for p in undisturbed.rglob("*") if p.is_file() and p.name != ".lock"}
+
+
+def unfinished(tmp_path: Path, undisturbed: Path) -> Path:
+    """A copy of the run as it stood before its end."""
+    run = tmp_path / "run"
+    shutil.copytree(undisturbed, run)
+    for name in ("model.safetensors", "result.json", "report.html"):
+        (run / name).unlink()
+    return run
+
+
+def test_a_checkpoint_cut_in_half_falls_back_to_the_one_before(tmp_path: Path, undisturbed: Path) -> None:
+    run = unfinished(tmp_path, undisturbed)
+    last = run / "checkpoints" / "step-00000030.safetensors"
+    last.write_bytes(last.read_bytes()[: last.stat().st_size // 2])
+    done = resume(run)
+    assert done.returncode == 0, done.stderr
+    assert "step-00000030.safetensors is not a whole safetensors file" in done.stderr
+    assert "Going on from the checkpoint before it." in done.stderr and "going on from step 29" in done.stderr
+    assert_same(run, undisturbed)
+
+
+def test_only_damaged_checkpoints_are_an_error_and_nothing_is_lost(tmp_path: Path, undisturbed: Path) -> None:
+    run = unfinished(tmp_path, undisturbed)
+    for file in (run / "checkpoints").iterdir():
+        file.write_bytes(b"")
+    with pytest.raises(RunError, match=r"every checkpoint in .* is damaged; start a new run"):
+        loop.resume(run)
+    assert figures(run) == figures(undisturbed)
+
+
+def test_a_run_is_not_resumed_with_another_recipe_or_data(tmp_path: Path, undisturbed: Path) -> None:
+    run = unfinished(tmp_path, undisturbed)
+    done = resume(run, "--set", "lr=0.5")
+    assert done.returncode == 1
+    assert "was started with another recipe: you ask for lr = 0.5 (not 0.1)" in done.stderr
+    recipe = run / "recipe.toml"
+    recipe.write_text(recipe.read_text().replace("lr = 0.1", "lr = 0.3", 1))
+    with pytest.raises(RunError, match="was made with another recipe or other data"):
+        loop.resume(run)
+    assert figures(run) == figures(undisturbed)
+
+
+def test_a_full_disk_keeps_what_was_written(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    namespace = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
+    if (
+        shutil.which("unshare") is None
+        or subprocess.run([*namespace, 'mount -t tmpfs none "$1"', "sh", str(disk)]).returncode
+    ):
+        pytest.skip("this machine lets nobody mount a small disk (unshare, tmpfs)")
+    after = "; code=$?; ls -a disk/run disk/run/checkpoints 2>&1; exit $code"
+    script = f'mount -t tmpfs -o size=900k none disk && "$@"{after}'
+    arguments = command("train", "digits", *SETTINGS, "--set", "shortcut=B", "--out", "disk/run")
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*namespace, script, "sh", *arguments], text=True, capture_output=True, cwd=tmp_path, env=environment
+    )
+    assert done.returncode == 1, done.stderr
+    assert "residuum: no space left to write" in done.stderr and "Traceback" not in done.stderr
+    assert "recipe.toml" in done.stdout and "step-00000001.safetensors" in done.stdout and ".tmp" not in done.stdout
+
+
+def test_no_permission_for_the_run_folder() -> None:
+    done = subprocess.run(command("train", "--out", "/proc/nowhere/run"), text=True, capture_output=True)
+    assert done.returncode == 1
+    assert "cannot write /proc/nowhere/run" in done.stderr or "no permission to write" in done.stderr
+    assert "Traceback" not in done.stderr

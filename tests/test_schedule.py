@@ -1,0 +1,104 @@
+"""The learning rate at the steps where implementations go wrong, and the recipes' arithmetic."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from residuum.errors import UsageError
+from residuum.training.recipe import Recipe
+from residuum.training.recipes import RECIPES, budget, changes, paper_cifar, quick, recipe
+from residuum.training.schedule import learning_rate
+
+
+@pytest.mark.parametrize(
+    ("step", "lr"),
+    [(0, 0.1), (399, 0.1), (400, 0.1), (31_999, 0.1), (32_000, 0.01), (47_999, 0.01), (48_000, 0.001), (63_999, 0.001)],
+)
+def test_paper_cifar_learning_rate(step: int, lr: float) -> None:
+    assert learning_rate(paper_cifar(), step, None) == pytest.approx(lr, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("step", "lr"), [(0, 0.01), (399, 0.01), (400, 0.1), (31_999, 0.1), (32_000, 0.01), (48_000, 0.001)]
+)
+def test_warmup_by_steps_ends_after_400(step: int, lr: float) -> None:
+    assert learning_rate(replace(paper_cifar(), warmup="steps"), step, None) == pytest.approx(lr, rel=1e-12)
+
+
+def test_warmup_by_training_error_ends_where_it_was_measured() -> None:
+    warm = replace(paper_cifar(), warmup="train-error")
+    assert learning_rate(warm, 10_000, None) == 0.01  # the error has not fallen below 80 % yet
+    assert learning_rate(warm, 349, 350) == 0.01
+    assert learning_rate(warm, 350, 350) == 0.1
+    assert learning_rate(warm, 32_000, 350) == pytest.approx(0.01, rel=1e-12)
+
+
+@given(steps=st.integers(1, 200_000))
+def test_shrinking_keeps_the_schedule_in_proportion(steps: int) -> None:
+    full, short = paper_cifar(), paper_cifar().shrunk(steps)
+    assert short.steps == steps
+    for ours, theirs in zip(short.milestones, full.milestones, strict=False):
+        assert abs(ours / steps - theirs / full.steps) <= 1 / steps
+    assert short.record_every >= 1 and short.judge_every >= 1
+    assert (budget(short) is None) == (steps == full.steps)
+
+
+def test_a_short_run_is_labelled() -> None:
+    assert budget(paper_cifar().shrunk(2000)) == "2,000 of the 64,000 steps of paper-cifar (3.1%)"
+    assert budget(paper_cifar()) is None
+    assert budget(quick()) is None
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_are_complete_and_documented(name: str) -> None:
+    value = recipe(name)
+    assert value.name == name
+    assert Recipe.from_values(value.to_json()) == value
+    for word in ("Paper:", "Command:", "Cost:", "Expected:"):
+        assert word in (RECIPES[name].__doc__ or ""), f"{name} does not say its {word}"
+
+
+def test_toml_round_trip() -> None:
+    import tomllib
+
+    value = quick().with_values({"shortcut": "C", "milestones": "10,20", "lr": "0.05", "flip": "true", "layers": "3"})
+    again = Recipe.from_values(tomllib.loads(value.to_toml()))
+    assert again == value
+    assert again.key == value.key
+    assert value.specification == {"shortcut": "C", "layers": 3}
+    assert value.key != quick().key
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "message"),
+    [
+        ("bach", "3", "unknown key 'bach'; did you mean 'batch'?"),
+        ("batch", "many", "batch takes a whole number, not 'many'."),
+        ("lr", "x", "lr takes a number, not 'x'."),
+        ("flip", "perhaps", "flip takes true or false, not 'perhaps'."),
+        ("milestones", "a,b", "milestones takes whole numbers with commas between, not 'a,b'."),
+        ("batch", "0", "batch must be 1 or more, not 0."),
+        ("lr", "nan", "lr must be a number above 0, not nan."),
+        ("warmup", "step", "unknown warmup 'step'; did you mean 'steps'?"),
+        ("milestones", "20,10", "milestones must rise, not [20, 10]."),
+    ],
+)
+def test_wrong_values_are_named(key: str, text: str, message: str) -> None:
+    with pytest.raises(UsageError) as error:
+        quick().with_values({key: text})
+    assert str(error.value) == message
+
+
+def test_unknown_recipe() -> None:
+    with pytest.raises(UsageError, match="unknown recipe 'paper-cifr'; did you mean 'paper-cifar'"):
+        recipe("paper-cifr")
+
+
+def test_changes_are_told_beside_the_named_recipe_of_the_same_length() -> None:
+    assert changes(paper_cifar()) == []
+    assert changes(paper_cifar().shrunk(2000)) == []
+    assert changes(paper_cifar().shrunk(2000).with_values({"lr": "0.2"})) == ["lr = 0.2 (not 0.1)"]

@@ -1,0 +1,184 @@
+"""The step against torch's own optimizer and a hand computation; warm-up by training error; what a run writes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import residuum
+from residuum.errors import DivergedError, RunError, UsageError
+from residuum.models.resnet import build
+from residuum.records import Run, read_metrics
+from residuum.runtime import pick_engine
+from residuum.tasks import classify
+from residuum.training.optim import SGD
+from residuum.training.recipe import Recipe
+from residuum.training.recipes import quick
+from residuum.training.step import train_step
+
+TINY = {"net": "resnet8", "size": 8, "batch": 32, "record_every": 5, "judge_every": 10, "checkpoint_minutes": 0}
+
+
+def tiny(**values: object) -> Recipe:
+    return replace(quick().shrunk(20), **(TINY | {"precision": "fp32"} | values))  # type: ignore[arg-type]
+
+
+def test_sgd_equals_torch_to_the_bit() -> None:
+    for decay_all in (True, False):
+        ours, theirs = build("resnet8", seed=0), build("resnet8", seed=0)
+        recipe = replace(quick(), momentum=0.9, weight_decay=0.01, decay_all=decay_all)
+        sgd = SGD(ours, recipe)
+        weights = [p for p in theirs.parameters() if p.ndim > 1 or decay_all]
+        others = [p for p in theirs.parameters() if p.ndim == 1 and not decay_all]
+        groups = [{"params": weights, "weight_decay": 0.01}] + (
+            [{"params": others, "weight_decay": 0.0}] if others else []
+        )
+        reference = torch.optim.SGD(groups, lr=0.1, momentum=0.9)
+        for step, lr in enumerate((0.1, 0.1, 0.01, 0.01)):
+            x = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(step))
+            for net in (ours, theirs):
+                F.cross_entropy(net(x), torch.tensor([0, 1, 2, 3])).backward()
+            sgd.step(lr)
+            for group in reference.param_groups:
+                group["lr"] = lr
+            reference.step()
+            reference.zero_grad()
+        for (name, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+            assert torch.equal(a, b), name
+
+
+def test_weight_decay_reaches_only_what_it_should() -> None:
+    net = build("resnet8", seed=0)
+    before = {k: v.clone() for k, v in net.named_parameters()}
+    for p in net.parameters():
+        p.grad = torch.zeros_like(p)
+    SGD(net, replace(quick(), decay_all=False, weight_decay=0.5)).step(0.1)
+    for name, p in net.named_parameters():
+        factor = 0.95 if p.ndim > 1 else 1.0
+        torch.testing.assert_close(p.detach(), before[name] * factor)
+
+
+def test_one_step_equals_a_hand_computation(tmp_path: Path) -> None:
+    recipe = tiny()
+    engine = pick_engine("fp32", "cpu")
+    task = prepared(recipe, engine)
+    batch = task.batch(0)
+    hand = build("resnet8", channels=1, classes=10)
+    hand.load_state_dict(task.net.state_dict())
+    loss = F.cross_entropy(hand(batch.pictures), batch.labels)
+    loss.backward()
+    measured, wrong = train_step(task, SGD(task.net, recipe), batch, lr=0.1)
+    torch.testing.assert_close(measured, loss.detach())
+    assert 0 <= float(wrong) <= 1
+    for ours, theirs in zip(task.net.parameters(), hand.parameters(), strict=True):
+        assert theirs.grad is not None
+        expected = theirs.detach() - 0.1 * (theirs.grad + recipe.weight_decay * theirs.detach())
+        torch.testing.assert_close(ours.detach(), expected, rtol=1e-5, atol=1e-6)
+
+
+def prepared(recipe: Recipe, engine: object) -> classify.Classify:
+    from residuum.training.loop import prepare_task
+
+    return prepare_task(recipe, Path("data"), "cpu", lambda text: None)[0]
+
+
+def test_a_run_writes_its_folder(tmp_path: Path) -> None:
+    result = residuum.train(tiny(), out=tmp_path / "run", device="cpu")
+    names = {p.name for p in (tmp_path / "run").iterdir()}
+    assert names >= {
+        "recipe.toml",
+        "environment.json",
+        "metrics.jsonl",
+        "checkpoints",
+        "model.safetensors",
+        "report.html",
+        "result.json",
+    }
+    assert [p.name for p in sorted((tmp_path / "run" / "checkpoints").iterdir())] == [
+        "step-00000019.safetensors",
+        "step-00000020.safetensors",
+    ]
+    lines = read_metrics(Run(tmp_path / "run"))
+    assert [(line["kind"], line["step"]) for line in lines] == [
+        ("train", 5), ("train", 10), ("held_out", 10), ("train", 15), ("train", 20), ("held_out", 20)]  # fmt: skip
+    assert json.loads((tmp_path / "run" / "result.json").read_text()) == json.loads(json.dumps(result.to_json()))
+    assert result.n == 360 and result.split == "test" and result.steps == 20
+    assert result.budget == "20 of the 600 steps of quick (3.3%)"
+    environment = json.loads((tmp_path / "run" / "environment.json").read_text())
+    assert environment["torch"] == torch.__version__
+    model = residuum.load(result.model)
+    assert model.metrics["test"]["top1_error"] == result.top1_error
+    assert model.recipe["net"] == "resnet8" and model.classes == tuple("0123456789")
+    judged = residuum.evaluate(model, "digits", precision="fp32", device="cpu")
+    assert judged.top1_error == result.top1_error and judged.n == 360
+
+
+def test_json_keys_of_train_are_a_contract(tmp_path: Path) -> None:
+    result = residuum.train(tiny(steps=1, milestones=()), out=tmp_path / "run", device="cpu")
+    assert set(result.to_json()) == {
+        "run", "model", "report", "split", "n", "top1_error", "top1_interval", "top5_error", "held_out_error", "steps",
+        "seconds", "images_per_second", "parameters", "budget"}  # fmt: skip
+
+
+def test_training_on_everything_holds_nothing_out(tmp_path: Path) -> None:
+    said: list[str] = []
+    result = residuum.train(
+        tiny(held_out=0, steps=2, milestones=()), out=tmp_path / "run", device="cpu", say=said.append
+    )
+    assert result.held_out_error is None
+    assert "1,437 pictures to train on, 0 held out" in said[0]
+
+
+def test_warmup_by_training_error_is_measured_and_ends(tmp_path: Path) -> None:
+    recipe = tiny(warmup="train-error", warmup_lr=0.02, warmup_error=0.85, steps=60, milestones=(), record_every=5)
+    residuum.train(recipe, out=tmp_path / "run", device="cpu")
+    train = [line for line in read_metrics(Run(tmp_path / "run")) if line["kind"] == "train"]
+    ends = next(i for i, line in enumerate(train) if line["error"] < 0.85)
+    assert [line["lr"] for line in train] == [0.02] * (ends + 1) + [0.1] * (len(train) - ends - 1)
+    assert ends < len(train) - 1, "the warm-up never ended"
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
+    with pytest.raises(
+        DivergedError, match=r"the loss is not finite at step \d+ \(learning rate 1e\+30\); try a tenth"
+    ) as error:
+        residuum.train(tiny(lr=1e30, milestones=()), out=tmp_path / "run", device="cpu")
+    assert "--set lr=1e+29" in str(error.value)
+    for checkpoint in (tmp_path / "run" / "checkpoints").glob("step-*"):
+        assert int(checkpoint.stem[5:]) < 20
+
+
+def test_two_runs_never_share_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert [Run.create(None, "digits").path.name for _ in range(3)] == ["digits", "digits-2", "digits-3"]
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("precious")
+    with pytest.raises(RunError, match=r"is not empty; choose another --out"):
+        Run.create(tmp_path / "mine", "digits")
+    with pytest.raises(RunError, match=r"is a file; --out names a folder"):
+        Run.create(tmp_path / "mine" / "thesis.txt", "digits")
+    run = Run(tmp_path / "runs" / "digits")
+    with run.held(), pytest.raises(RunError, match="another process is training in"), run.held():
+        pass
+
+
+def test_bad_values_leave_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for values in ({"net": "resnt20"}, {"normalise": "mean"}, {"init": "he"}, {"shortcut": "D"}, {"precision": "fp8"}):
+        with pytest.raises(UsageError):
+            residuum.train("quick", device="cpu", **values)
+    with pytest.raises(UsageError, match="device 'cuda:7' is not here"):
+        residuum.train("quick", device="cuda:7")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_bf16_is_chosen_by_the_hardware() -> None:
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    expected = "bf16" if "avx512_bf16" in flags or "amx_bf16" in flags else "fp32"
+    assert pick_engine("auto", "cpu").precision in (expected, "bf16")
+    assert pick_engine("fp32", "cpu").precision == "fp32"
