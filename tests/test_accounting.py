@@ -170,6 +170,12 @@ def test_a_picture_has_pixels(size: tuple[int, int]) -> None:
     assert str(error.value) == f"a picture of {size[0]}x{size[1]} pixels has no pixel; give a size from 1 up."
 
 
+def test_a_picture_of_one_pixel_has_a_cost() -> None:
+    """Every map is one pixel then, so each weight of a convolution or of fc is used once."""
+    counted = cost(specification("resnet18"), (1, 1))
+    assert counted.multiply_adds == sum(x.parameters for x in counted.layers if x.kind == "Conv2d") + 512 * 1000
+
+
 def test_json() -> None:
     """The keys that `inspect --json` prints are a contract; the document is plain."""
     document = cost(specification("resnet20")).to_json()

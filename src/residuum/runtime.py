@@ -39,6 +39,7 @@ class Engine:
 
     device: torch.device
     precision: str  # "bf16" (autocast) or "fp32"
+    threads: int  # of the CPU
     why: str
 
     @property
@@ -57,11 +58,14 @@ class Engine:
         return torch.autocast(self.device.type, torch.bfloat16)
 
     def __str__(self) -> str:
-        return f"{self.device}, {self.precision}, channels_last ({self.why})"
+        threads = f", {self.threads} thread{'s' * (self.threads > 1)}" if self.device.type == "cpu" else ""
+        return f"{self.device}{threads}, {self.precision}, channels_last ({self.why})"
 
 
-def pick_engine(precision: str = "auto", device: str = "auto") -> Engine:
+def pick_engine(precision: str = "auto", device: str = "auto", threads: int = 0) -> Engine:
     """The engine for this machine: bf16 where the hardware computes it, unless told otherwise.
+
+    `threads` is set for the whole process; 0 leaves torch's own number, one for each core.
 
     Raises UsageError for an unknown precision or a device that is not there.
     """
@@ -74,11 +78,14 @@ def pick_engine(precision: str = "auto", device: str = "auto") -> Engine:
         torch.empty(1, device=place)
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"device {device!r} is not here; use --device cpu, or auto to take what there is.") from error
+    if threads:
+        torch.set_num_threads(threads)
+    threads = torch.get_num_threads()
     if precision != "auto":
-        return Engine(place, precision, "as asked")
+        return Engine(place, precision, threads, "as asked")
     if _computes_bf16(place):
-        return Engine(place, "bf16", "this hardware computes bf16")
-    return Engine(place, "fp32", "this hardware does not compute bf16")
+        return Engine(place, "bf16", threads, "this hardware computes bf16")
+    return Engine(place, "fp32", threads, "this hardware does not compute bf16")
 
 
 def _computes_bf16(device: torch.device) -> bool:

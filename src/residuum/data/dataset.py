@@ -1,15 +1,14 @@
-"""A data set in memory: uint8 pictures, labels, class names, and a fingerprint; and the names that people give."""
+"""A data set in memory: uint8 pictures, labels, class names, and a fingerprint."""
 
 from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from residuum.errors import DataError, UsageError, unknown
+from residuum.errors import DataError
 from residuum.runtime import seed_for
 
 
@@ -51,25 +50,6 @@ class Dataset:
             digest.update(split.labels.numpy().tobytes())
             digest.update(split.images.numpy().data)
         object.__setattr__(self, "fingerprint", digest.hexdigest()[:16])
-
-
-NAMES = ("digits", "cifar10")
-
-
-def load(name: str, data_dir: Path) -> Dataset:
-    """The data set of a name; archives are looked for under `data_dir`.
-
-    Raises UsageError for an unknown name, DataError where the files are not there or damaged.
-    """
-    from residuum.data import cifar, digits
-
-    if name == "digits":
-        return digits.load()
-    if name == "cifar10":
-        return cifar.load(data_dir)
-    if Path(name).exists():
-        raise UsageError(f"{name} is a path; this version trains on {' and '.join(NAMES)}.")
-    raise unknown("data set", name, NAMES)
 
 
 def stratified(labels: Tensor, count: int, seed: int = 0) -> tuple[Tensor, Tensor]:

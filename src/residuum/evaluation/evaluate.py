@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from residuum.data import dataset
+from residuum.data import sources
 from residuum.data.dataset import Split
 from residuum.errors import DataError, UsageError
 from residuum.evaluation.metrics import Judgement
@@ -90,7 +90,7 @@ def evaluate(
     if split not in SPLITS:
         raise UsageError(f"unknown split {split!r}; known: {', '.join(SPLITS)}.")
     bundle = model if isinstance(model, Bundle) else load_bundle(Path(model))
-    source = dataset.load(data, Path(data_dir))
+    source = sources.load(data, Path(data_dir))
     chosen: Split = getattr(source, split)
     chosen = Split(chosen.images, _by_name(chosen.labels, source.classes, bundle.classes))
     engine = pick_engine(precision, device)

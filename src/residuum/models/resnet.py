@@ -66,7 +66,7 @@ class ResNet(nn.Module):
         """The maps that leave the stem ("C1") and each stage ("C2", …); the last one as the classifier sees it, unpooled."""
         if self.maxpool is not None and min(x.shape[-2:]) <= 64:
             _warn_small(x, 2 ** (len(self.spec.depths) + 1))
-        x = F.relu(self.bn1(self.conv1(x)))  # (B, width, H', W')
+        x = F.relu(self.bn1(self.conv1(x)), inplace=True)  # (B, width, H', W')
         maps = {"C1": x}
         if self.maxpool is not None:
             x = self.maxpool(x)

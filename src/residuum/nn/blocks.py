@@ -137,7 +137,11 @@ class Block(nn.Module):
         return self._run(self.order.after_add, self.depth, y)
 
     def _run(self, program: str, i: int, x: Tensor) -> Tensor:
-        """Applies a program of "b" (the i-th BN) and "r" to x."""
+        """Applies a program of "b" (the i-th BN) and "r" to x.
+
+        A ReLU writes over its input, which spares memory, but not where that is the block's own input.
+        """
+        fresh = self.order.before != "r"  # BN and the addition make tensors of their own
         for op in program:
-            x = self._modules[f"bn{i}"](x) if op == "b" else F.relu(x)  # type: ignore[misc]
+            x = self._modules[f"bn{i}"](x) if op == "b" else F.relu(x, inplace=fresh)  # type: ignore[misc]
         return x

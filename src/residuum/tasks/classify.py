@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from residuum.data import dataset
+from residuum.data import sources
 from residuum.data.augment import Augmentation
 from residuum.data.dataset import Split, stratified
 from residuum.data.loader import Batch, Loader
@@ -102,7 +102,7 @@ def prepare(
     """
     if normalise not in NORMALISATIONS:
         raise UsageError(f"unknown normalise {normalise!r}; known: {', '.join(map(repr, NORMALISATIONS))}.")
-    source = dataset.load(data, data_dir)
+    source = sources.load(data, data_dir)
     channels = source.train.images.shape[-1]
     spec = specification(net, **{"channels": channels, "classes": len(source.classes)} | dict(specification_changes))
     shape = Preprocessing(channels, (size, size), size, torch.zeros(channels), torch.ones(channels))

@@ -178,7 +178,7 @@ def resume(
 
 def prepare_task(recipe: Recipe, data_dir: Path, device: str, say: Callable[[str], None]) -> tuple[Classify, Recipe]:
     """The task of a recipe, and the recipe with nothing left open."""
-    engine = pick_engine(recipe.precision, device)
+    engine = pick_engine(recipe.precision, device, recipe.threads)
     task = classify.prepare(
         data=recipe.data,
         data_dir=data_dir,
@@ -193,7 +193,7 @@ def prepare_task(recipe: Recipe, data_dir: Path, device: str, say: Callable[[str
         seed=recipe.seed,
         engine=engine,
     )
-    recipe = replace(recipe, precision=engine.precision)
+    recipe = replace(recipe, precision=engine.precision, threads=engine.threads)
     say(f"{recipe.net} on {recipe.data}: {len(task.loader.split):,} pictures to train on, {len(task.held_out):,} held out, "
         f"{len(task.test):,} to test on; {parameters(task.net):,} parameters")  # fmt: skip
     say(f"engine: {engine}")

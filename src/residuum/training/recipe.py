@@ -46,6 +46,9 @@ class Recipe:
     weight_decay: float = 1e-4
     decay_all: bool = True  # weight decay on BN and biases too, or on the weights of convolutions and fc alone
     precision: str = "auto"  # "bf16", "fp32", or "auto": bf16 where the hardware computes it
+    threads: int = (
+        0  # CPU threads; 0 takes one for each core. The result's last bits depend on it, so a run keeps its number
+    )
     record_every: int = 50  # steps between lines of metrics.jsonl
     judge_every: int = 1000  # steps between judgements of the held-out pictures
     checkpoint_minutes: float = 1.0  # time between checkpoints; 0 writes one after every step
@@ -56,7 +59,16 @@ class Recipe:
         for key in ("batch", "steps", "size", "record_every", "judge_every"):
             if getattr(self, key) < 1:
                 raise UsageError(f"{key} must be 1 or more, not {getattr(self, key)}.")
-        for key in ("held_out", "pad", "warmup_steps", "momentum", "weight_decay", "checkpoint_minutes", "seed"):
+        for key in (
+            "held_out",
+            "pad",
+            "warmup_steps",
+            "momentum",
+            "weight_decay",
+            "threads",
+            "checkpoint_minutes",
+            "seed",
+        ):
             if not getattr(self, key) >= 0:
                 raise UsageError(f"{key} must be 0 or more, not {getattr(self, key)}.")
         for key in ("lr", "warmup_lr"):

@@ -33,6 +33,7 @@ def quick() -> Recipe:
         milestones=(350, 500),
         warmup="none",
         weight_decay=5e-4,
+        threads=1,  # layers this small gain little from a second one, and lose everything where another program runs
         record_every=10,
         judge_every=50,
     )
@@ -75,7 +76,7 @@ def changes(given: Recipe) -> list[str]:
         return []
     named = recipe(given.name)
     same_length = named if named.steps == given.steps else named.shrunk(given.steps)
-    return given.differences(replace(same_length, precision=given.precision))
+    return given.differences(replace(same_length, precision=given.precision, threads=named.threads or given.threads))
 
 
 def budget(given: Recipe) -> str | None:
