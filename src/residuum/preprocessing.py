@@ -39,12 +39,12 @@ class Preprocessing:
     def __call__(self, picture: Image.Image) -> Tensor:
         """One decoded picture, L or RGB, of any size -> uint8 (h, w, C): shorter side resized (antialiased), centre kept."""
         picture = picture.convert("L" if self.channels == 1 else "RGB")
-        scale = self.resize / min(picture.size)
-        width, height = (max(self.resize, round(side * scale)) for side in picture.size)
+        shorter = min(picture.size)
+        width, height = (self.resize * side // shorter for side in picture.size)  # rounded down, as torchvision does
         if picture.size != (width, height):
             picture = picture.resize((width, height), Image.Resampling.BILINEAR)
         h, w = self.size
-        left, top = (width - w) // 2, (height - h) // 2
+        left, top = round((width - w) / 2), round((height - h) / 2)
         if (width, height) != (w, h):
             picture = picture.crop((left, top, left + w, top + h))
         pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)

@@ -49,7 +49,7 @@ class Judgement:
     def top_error(self, k: int) -> float:
         """The share of pictures whose class is not among the k highest scores."""
         best = self.scores.topk(min(k, len(self.classes)), dim=1).indices  # (N, k)
-        return 1 - int((best == self.labels[:, None]).any(1).sum()) / self.n
+        return int((best != self.labels[:, None]).all(1).sum()) / self.n
 
     @property
     def confusion(self) -> Tensor:
@@ -69,7 +69,7 @@ class Judgement:
         """The figures as a plain dictionary; keys as in docs/json.md."""
         confusion = self.confusion
         per_class = [
-            {"class": name, "n": int(row.sum()), "top1_error": 1 - int(row[i]) / int(row.sum()) if row.sum() else None}
+            {"class": name, "n": int(row.sum()), "top1_error": int(row.sum() - row[i]) / int(row.sum()) if row.sum() else None}
             for i, (name, row) in enumerate(zip(self.classes, confusion, strict=True))
         ]
         return {
