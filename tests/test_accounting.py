@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from residuum.errors import UsageError
 from residuum.models import accounting
 from residuum.models.accounting import cost, natural_size, parameters
-from residuum.models.resnet import ResNet, build
+from residuum.models.resnet import ResNet, SmallPictureWarning, build
 from residuum.models.spec import specification
 
 EVERY_KIND: list[tuple[str, dict[str, Any]]] = [
@@ -172,7 +172,8 @@ def test_a_picture_has_pixels(size: tuple[int, int]) -> None:
 
 def test_a_picture_of_one_pixel_has_a_cost() -> None:
     """Every map is one pixel then, so each weight of a convolution or of fc is used once."""
-    counted = cost(specification("resnet18"), (1, 1))
+    with pytest.warns(SmallPictureWarning, match="take a CIFAR net"):
+        counted = cost(specification("resnet18"), (1, 1))
     assert counted.multiply_adds == sum(x.parameters for x in counted.layers if x.kind == "Conv2d") + 512 * 1000
 
 

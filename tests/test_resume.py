@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from residuum.errors import RunError
+from residuum.records import Run
 from residuum.training import loop
 
 SETTINGS = (
@@ -29,9 +30,9 @@ def command(*arguments: str, driver: str = "") -> list[str]:
     return [sys.executable, "-c", code]
 
 
-def train(out: Path, driver: str = "") -> subprocess.Popen[str]:
+def train(out: Path, driver: str = "", settings: tuple[str, ...] = SETTINGS) -> subprocess.Popen[str]:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    arguments = command("train", "digits", *SETTINGS, "--out", str(out), driver=driver)
+    arguments = command("train", "digits", *settings, "--out", str(out), driver=driver)
     return subprocess.Popen(arguments, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
 
 
@@ -119,19 +120,37 @@ def test_killed_inside_a_checkpoints_writing(tmp_path: Path, undisturbed: Path) 
     assert not [p for p in (out / "checkpoints").iterdir() if p.name.endswith(".tmp")]
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_signals_save_first(signum: signal.Signals, tmp_path: Path, undisturbed: Path) -> None:
+def test_signals_save_first(tmp_path: Path) -> None:
+    """Nothing else would save for an hour, so the step that is gone on from was saved because of the signal."""
     out = tmp_path / "run"
-    with train(out) as process:
-        wait_until(lambda: lines_written(out) >= 3, process)
-        process.send_signal(signum)
+    settings = tuple("checkpoint_minutes=60" if s == "checkpoint_minutes=0" else s for s in SETTINGS)
+    settings = tuple("3000" if s == "30" else s for s in settings)
+    with train(out, settings=settings) as process:
+        wait_until(lambda: lines_written(out) >= 1, process)
+        process.send_signal(signal.SIGINT)
         _, stderr = process.communicate()
-    assert process.returncode == 128 + signum
-    assert "which is saved; go on with: residuum train --resume" in stderr and "Traceback" not in stderr
-    step = int(stderr.rsplit("stopped at step ", 1)[1].split(",")[0])
-    assert (out / "checkpoints" / f"step-{step:08d}.safetensors").is_file()
-    assert resume(out).returncode == 0
-    assert_same(out, undisturbed)
+    assert process.returncode == 130
+    first = stopped_at(out, stderr)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    again = command("train", "--resume", str(out))
+    with subprocess.Popen(again, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) as process:
+        wait_until(lambda: any(line["step"] > first + 300 for line in figures(out)), process)
+        process.terminate()
+        _, stderr = process.communicate()
+    assert process.returncode == 143
+    assert f"going on from step {first:,}" in stderr
+    assert stopped_at(out, stderr) > first
+    steps = [line["step"] for line in figures(out) if line["kind"] == "train"]
+    assert steps == sorted(set(steps)), "a step was recorded twice"
+
+
+def stopped_at(run: Path, stderr: str) -> int:
+    """The step that the message names, after a look at its checkpoint."""
+    assert "which is saved; go on with: residuum train --resume" in stderr
+    assert "Traceback" not in stderr
+    step = int(stderr.rsplit("stopped at step ", 1)[1].split(", which")[0].replace(",", ""))
+    assert (run / "checkpoints" / f"step-{step:08d}.safetensors").is_file()
+    return step
 
 
 def test_a_finished_run_is_left_alone(tmp_path: Path, undisturbed: Path) -> None:
@@ -160,6 +179,55 @@ def test_a_checkpoint_cut_in_half_falls_back_to_the_one_before(tmp_path: Path, u
     assert "step-00000030.safetensors is not a whole safetensors file" in done.stderr
     assert "Going on from the checkpoint before it." in done.stderr and "going on from step 29" in done.stderr
     assert_same(run, undisturbed)
+
+
+def test_a_flipped_bit_in_a_checkpoint_is_noticed(tmp_path: Path, undisturbed: Path) -> None:
+    run = unfinished(tmp_path, undisturbed)
+    last = run / "checkpoints" / "step-00000030.safetensors"
+    content = bytearray(last.read_bytes())
+    content[-100] ^= 1
+    last.write_bytes(content)
+    done = resume(run)
+    assert done.returncode == 0, done.stderr
+    assert "is damaged: its contents do not fit its own digest" in done.stderr
+    assert "going on from step 29" in done.stderr
+    assert_same(run, undisturbed)
+
+
+def test_a_finished_run_without_all_its_parts_is_finished_again(tmp_path: Path, undisturbed: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(undisturbed, run)
+    (run / "report.html").unlink()
+    (run / "model.safetensors").write_bytes(b"")
+    (run / "metrics.jsonl").write_bytes((run / "metrics.jsonl").read_bytes() + b'{"step": 1}\n5\n\xff\n')
+    loop.resume(run)
+    assert (run / "report.html").stat().st_size > 10_000
+    assert_same(run, undisturbed)
+
+
+def test_stray_files_do_not_cost_a_checkpoint(tmp_path: Path, undisturbed: Path) -> None:
+    run = unfinished(tmp_path, undisturbed)
+    for name in ("step-best.safetensors", "step-final.safetensors"):
+        (run / "checkpoints" / name).write_bytes(b"mine")
+    (run / "checkpoints" / "step-00000030.safetensors").unlink()
+    loop.resume(run)
+    assert {p.name for p in (run / "checkpoints").iterdir()} == {
+        "step-00000029.safetensors", "step-00000030.safetensors", "step-best.safetensors",
+        "step-final.safetensors"}  # fmt: skip
+
+
+def test_a_run_killed_at_its_very_start_leaves_its_folder_usable(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".lock").touch()
+    (tmp_path / "run" / ".recipe.toml.123.tmp").write_text("na")
+    Run.create(tmp_path / "run", "digits")
+
+
+def test_a_resume_with_the_runs_own_values_is_no_other_recipe(tmp_path: Path, undisturbed: Path) -> None:
+    run = unfinished(tmp_path, undisturbed)
+    values = [argument for argument in SETTINGS if argument not in ("--device", "cpu")]
+    done = resume(run, "digits", *values, "--set", "precision=auto")
+    assert done.returncode == 0, done.stderr
 
 
 def test_only_damaged_checkpoints_are_an_error_and_nothing_is_lost(tmp_path: Path, undisturbed: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from residuum.errors import UsageError
+from residuum.errors import RunError, UsageError
 from residuum.training.recipe import Recipe
 from residuum.training.recipes import RECIPES, budget, changes, paper_cifar, quick, recipe
 from residuum.training.schedule import learning_rate
@@ -43,6 +43,7 @@ def test_shrinking_keeps_the_schedule_in_proportion(steps: int) -> None:
     assert short.steps == steps
     for ours, theirs in zip(short.milestones, full.milestones, strict=False):
         assert abs(ours / steps - theirs / full.steps) <= 1 / steps
+    assert short.warmup_steps == max(1, round(400 * steps / full.steps))
     assert short.record_every >= 1 and short.judge_every >= 1
     assert (budget(short) is None) == (steps == full.steps)
 
@@ -81,7 +82,11 @@ def test_toml_round_trip() -> None:
         ("lr", "x", "lr takes a number, not 'x'."),
         ("flip", "perhaps", "flip takes true or false, not 'perhaps'."),
         ("milestones", "a,b", "milestones takes whole numbers with commas between, not 'a,b'."),
-        ("batch", "0", "batch must be 1 or more, not 0."),
+        ("batch", "0", "batch must be from 1 to 1,048,576, not 0."),
+        ("batch", "1", "batch must be 2 or more: batch normalisation needs more than one picture."),
+        ("weight_decay", "inf", "weight_decay must be 0 or more, not inf."),
+        ("momentum", "5", "momentum 5.0 must be below 1, warmup_error 0.8 in (0, 1]."),
+        ("milestones", "-5,3", "milestones must be steps from 1 up, not [-5, 3]."),
         ("lr", "nan", "lr must be a number above 0, not nan."),
         ("warmup", "step", "unknown warmup 'step'; did you mean 'steps'?"),
         ("milestones", "20,10", "milestones must rise, not [20, 10]."),
@@ -93,12 +98,22 @@ def test_wrong_values_are_named(key: str, text: str, message: str) -> None:
     assert str(error.value) == message
 
 
+@pytest.mark.parametrize(
+    ("key", "value"), [("data", 3), ("batch", 64.5), ("specification", 3), ("flip", 1), ("seed", "0")]
+)
+def test_a_damaged_recipe_is_told(key: str, value: object) -> None:
+    with pytest.raises(RunError, match=f"recipe.toml cannot be used: {key} must be"):
+        Recipe.from_values(quick().to_json() | {key: value})
+
+
 def test_unknown_recipe() -> None:
     with pytest.raises(UsageError, match="unknown recipe 'paper-cifr'; did you mean 'paper-cifar'"):
         recipe("paper-cifr")
 
 
 def test_changes_are_told_beside_the_named_recipe_of_the_same_length() -> None:
-    assert changes(paper_cifar()) == []
-    assert changes(paper_cifar().shrunk(2000)) == []
-    assert changes(paper_cifar().shrunk(2000).with_values({"lr": "0.2"})) == ["lr = 0.2 (not 0.1)"]
+    resolved = replace(paper_cifar(), precision="bf16")
+    assert changes(resolved, "bf16") == []
+    assert changes(resolved.shrunk(2000), "bf16") == []
+    assert changes(resolved.shrunk(2000).with_values({"lr": "0.2"}), "bf16") == ["lr = 0.2 (not 0.1)"]
+    assert changes(replace(resolved, precision="fp32"), "bf16") == ["precision = 'fp32' (not 'bf16')"]

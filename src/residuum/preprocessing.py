@@ -72,13 +72,27 @@ class Preprocessing:
         try:
             average = torch.tensor(values["mean"]) if mean is None else mean
             height, width = values["size"]
-            return Preprocessing(
+            made = Preprocessing(
                 values["channels"], (height, width), values["resize"], average, torch.tensor(values["std"])
             )
-        except (KeyError, TypeError, ValueError) as error:
+            if fault := made._fault():
+                raise ValueError(fault)
+            return made
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise ModelFileError(
-                f"the preprocessing in the model file is incomplete ({error}); train or import it again."
+                f"the preprocessing in the model file cannot be used ({error}); train or import it again."
             ) from error
+
+    def _fault(self) -> str | None:
+        """What makes the values useless, or None."""
+        sides = (*self.size, self.resize)
+        if any(not isinstance(v, int) or not 0 < v <= 16_384 for v in sides) or self.channels not in (1, 3):
+            return f"size {self.size}, resize {self.resize}, channels {self.channels}"
+        if self.mean.shape not in ((self.channels,), (*self.size, self.channels)) or self.std.shape != (self.channels,):
+            return f"mean of shape {tuple(self.mean.shape)}, std of shape {tuple(self.std.shape)}"
+        if not bool(self.mean.isfinite().all() & self.std.isfinite().all() & (self.std > 0).all()):
+            return "mean and std must be finite, std above 0"
+        return None
 
 
 def centre_statistics(images: Tensor, per_pixel: bool, divide: bool) -> tuple[Tensor, Tensor]:

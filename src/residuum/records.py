@@ -29,10 +29,10 @@ from residuum.errors import RunError
 def writing_error(path: Path, error: OSError) -> RunError:
     """The sentence for a file that could not be written."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return RunError(f"no space left to write {path}; free some, then continue with the same command or --resume.")
+        return RunError(f"no space left to write {path}; free some, then go on with: residuum train --resume RUN")
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return RunError(f"no permission to write {path}; choose another place with --out.")
-    return RunError(f"cannot write {path}: {error.strerror or error}; choose another place with --out.")
+        return RunError(f"no permission to write {path}; allow it, or choose another place with --out.")
+    return RunError(f"cannot write {path}: {error.strerror or error}; mend that, or choose another place with --out.")
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:
@@ -64,6 +64,10 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def _is_leftover(path: Path) -> bool:
+    return path.name.startswith(".") and path.name.endswith(".tmp")
+
+
 class Run:
     """One run folder, held by one process at a time."""
 
@@ -79,11 +83,9 @@ class Run:
         try:
             if path is not None:
                 path.mkdir(parents=True, exist_ok=True)
-                if any(path.iterdir()):
-                    raise RunError(
-                        f"{path} is not empty; choose another --out, or continue that run with: residuum train --resume {path}"
-                    )
-                return Run(path)
+                run = Run(path)
+                run.refuse_unless_empty()
+                return run
             Path("runs").mkdir(exist_ok=True)
             number = 1
             while True:
@@ -93,7 +95,7 @@ class Run:
                     return Run(candidate)
                 number += 1
         except FileExistsError as error:
-            raise RunError(f"{path} is a file; --out names a folder for the run.") from error
+            raise RunError(f"{path or 'runs'} is a file; --out names a folder for the run.") from error
         except OSError as error:
             raise writing_error(path or Path("runs"), error) from error
 
@@ -107,6 +109,22 @@ class Run:
                 f"{path} is not a run folder (it has no recipe.toml); --resume takes a folder that `residuum train` made."
             )
         return Run(path)
+
+    def refuse_unless_empty(self) -> None:
+        """Raises RunError where anything but the traces of a process killed at its very start lies in the folder."""
+        if any(p.name != ".lock" and not _is_leftover(p) for p in self.path.iterdir()):
+            raise RunError(
+                f"{self.path} is not empty; choose another --out, "
+                f"or continue that run with: residuum train --resume {self.path}"
+            )
+
+    def remove_leftovers(self) -> None:
+        """Removes temporary files of a process that was killed while it wrote; to be called while the folder is held."""
+        for folder in (self.path, self.checkpoints):
+            for file in folder.iterdir() if folder.is_dir() else ():
+                if _is_leftover(file):
+                    with contextlib.suppress(OSError):
+                        file.unlink()
 
     @property
     def model(self) -> Path:
@@ -129,11 +147,13 @@ class Run:
             raise writing_error(self.path, error) from error
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             file.close()
             raise RunError(
                 f"another process is training in {self.path}; wait for it, or choose another --out."
             ) from error
+        except OSError:  # a file system without locks, such as some network ones: go on without
+            pass
         try:
             yield
         finally:
@@ -162,12 +182,20 @@ class Run:
             raise RunError(f"{file} cannot be read ({error}); start a new run.") from error
 
 
+KINDS = {  # of lines in metrics.jsonl, and what each holds
+    "train": {"step", "loss", "error", "lr", "images_per_second", "seconds"},
+    "held_out": {"step", "top1_error", "loss"},
+}
+
+
 class Metrics:
     """metrics.jsonl: one object a line, appended and flushed; TensorBoard's events beside it where it is installed."""
 
     def __init__(self, run: Run, step: int) -> None:
         """Opens the file to go on after `step`: lines of later steps, left by a process that was killed, are made again."""
         self._path = run.path / "metrics.jsonl"
+        if self._path.is_dir():
+            raise RunError(f"{self._path} is a folder where the run's figures should go; move it away.")
         kept = [line for line in read_metrics(run) if line["step"] <= step]
         write_atomically(self._path, "".join(json.dumps(line) + "\n" for line in kept))
         try:
@@ -203,12 +231,14 @@ class Metrics:
 
 
 def read_metrics(run: Run) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; a last line cut short by a crash is left out."""
+    """The lines of metrics.jsonl; what is no such line, as one cut short by a crash, is left out."""
     lines = []
     with contextlib.suppress(FileNotFoundError):
-        for text in (run.path / "metrics.jsonl").read_text().splitlines():
+        for text in (run.path / "metrics.jsonl").read_text(errors="replace").splitlines():
             with contextlib.suppress(ValueError):
-                lines.append(json.loads(text))
+                line = json.loads(text)
+                if isinstance(line, dict) and KINDS.get(str(line.get("kind")), {""}) <= line.keys():
+                    lines.append(line)
     return lines
 
 

@@ -75,17 +75,37 @@ def pick_engine(precision: str = "auto", device: str = "auto", threads: int = 0)
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         place = torch.device(device)
-        torch.empty(1, device=place)
-    except (RuntimeError, AssertionError) as error:
+        float(torch.ones(1, device=place))
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UsageError(f"device {device!r} is not here; use --device cpu, or auto to take what there is.") from error
     if threads:
         torch.set_num_threads(threads)
     threads = torch.get_num_threads()
+    automatic = automatic_precision(place)
+    if place.type == "cuda":  # the same bits again, and fp32 that is fp32
+        torch.backends.cudnn.deterministic = True
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     if precision != "auto":
         return Engine(place, precision, threads, "as asked")
-    if _computes_bf16(place):
-        return Engine(place, "bf16", threads, "this hardware computes bf16")
-    return Engine(place, "fp32", threads, "this hardware does not compute bf16")
+    return Engine(
+        place, automatic, threads, f"this hardware {'computes' if automatic == 'bf16' else 'does not compute'} bf16"
+    )
+
+
+def automatic_precision(device: torch.device) -> str:
+    """What "auto" comes to on a device."""
+    return "bf16" if _computes_bf16(device) else "fp32"
+
+
+@contextlib.contextmanager
+def own_process_state() -> Iterator[None]:
+    """Gives torch's number of threads and its random generator back as they were: a run sets both for itself."""
+    threads, state = torch.get_num_threads(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.set_rng_state(state)
 
 
 def _computes_bf16(device: torch.device) -> bool:

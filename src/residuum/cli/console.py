@@ -38,11 +38,11 @@ def warn(message: Warning | str, category: type[Warning], *_: object, **__: obje
 
 def print_json(value: Any) -> None:
     """One JSON document on standard output."""
-    print(json.dumps(value, indent=2, ensure_ascii=False))
+    print(json.dumps(value, indent=2, allow_nan=False))
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> None:
-    """A table on standard output; `right` lists the columns that hold numbers. Never narrower than its content in a pipe."""
+    """A table on standard output; `right` lists the columns that hold numbers. In a pipe, no line is folded."""
     table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
     for i, name in enumerate(columns):
         table.add_column(name, justify="right" if i in right else "left", overflow="fold")
@@ -50,7 +50,7 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
         table.add_row(*row)
     console = Console(soft_wrap=False, markup=False, highlight=False, emoji=False)
     if not console.is_terminal:
-        console.width = 200
+        console.width = 100_000
     console.print(table)
 
 
@@ -75,6 +75,8 @@ def pairs(settings: Sequence[str]) -> dict[str, str]:
         key, equals, value = text.partition("=")
         if not equals or not key:
             raise UsageError(f"--set takes key=value, not {text!r}; for example --set batch=64")
+        if key.strip() in values:
+            raise UsageError(f"--set {key.strip()} is given twice; give it once.")
         values[key.strip()] = value.strip()
     return values
 

@@ -40,7 +40,8 @@ def run(arguments: Sequence[str]) -> int:
             warnings.simplefilter("default", UserWarning)
             warnings.showwarning = console.warn
             app(list(arguments) or ["--help"])
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except CycloptsError as error:
         console.fail(" ".join(str(error).split()) + " (residuum --help lists what there is)")
         return 2
@@ -53,6 +54,9 @@ def run(arguments: Sequence[str]) -> int:
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except (OSError, MemoryError) as error:  # what no command has a better sentence for
+        console.fail(f"{error.__class__.__name__}: {error}")
+        return 1
     except BaseException as error:
         if (code := getattr(error, "exit_code", None)) is None:
             raise

@@ -22,7 +22,7 @@ def train(
     seed: int | None = None,
     out: Path | None = None,
     data_dir: Path | None = None,
-    device: str = "auto",
+    device: str | None = None,
     resume: Path | None = None,
     show_recipe: str | None = None,
     json: Annotated[bool, Parameter(negative="")] = False,
@@ -52,7 +52,7 @@ def train(
     data_dir
         Where archives lie; "data" by default.
     device
-        cpu, cuda, cuda:1, … ; auto takes a GPU where there is one.
+        cpu, cuda, cuda:1, … ; a GPU where there is one unless told otherwise, and what it began on for a resumed run.
     resume
         Go on with the run in this folder, from its last checkpoint to the same bits as if it had never stopped.
     show_recipe
@@ -85,7 +85,7 @@ def train(
             )
         else:
             complete = adapted(loop.resolve(recipe, data=data))
-            result = loop.start(complete, out, data_dir or Path("data"), device, progress, console.say)
+            result = loop.start(complete, out, data_dir or Path("data"), device or "auto", progress, console.say)
     if json:
         return console.print_json(result.to_json())
     low, high = result.top1_interval

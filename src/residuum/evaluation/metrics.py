@@ -69,7 +69,11 @@ class Judgement:
         """The figures as a plain dictionary; keys as in docs/json.md."""
         confusion = self.confusion
         per_class = [
-            {"class": name, "n": int(row.sum()), "top1_error": int(row.sum() - row[i]) / int(row.sum()) if row.sum() else None}
+            {
+                "class": name,
+                "n": int(row.sum()),
+                "top1_error": int(row.sum() - row[i]) / int(row.sum()) if row.sum() else None,
+            }
             for i, (name, row) in enumerate(zip(self.classes, confusion, strict=True))
         ]
         return {

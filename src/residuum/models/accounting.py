@@ -6,7 +6,6 @@ on the meta device, so nothing is computed; a test holds the counts against torc
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -77,7 +76,9 @@ def cost(spec: Specification, size: tuple[int, int] | None = None) -> Cost:
     height, width = size or (natural_size(spec),) * 2
     if min(height, width) < 1:
         raise UsageError(f"a picture of {height}x{width} pixels has no pixel; give a size from 1 up.")
-    with torch.device("meta"), warnings.catch_warnings(action="ignore"):
+    if max(height, width) > 100_000:
+        raise UsageError(f"a picture of {height}x{width} pixels is too large; give a size up to 100,000.")
+    with torch.device("meta"):
         net = ResNet(spec).eval()
         layers = _run(net, torch.empty(1, spec.channels, height, width))
     depths = PAPER_MULTIPLY_ADDS if spec.stem == "imagenet" else PAPER_PARAMETERS

@@ -7,7 +7,9 @@ extra tensor "preprocessing.mean" (h, w, C). Nothing in it depends on the clock:
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -71,10 +73,26 @@ class Bundle:
             "data": self.data,
             "versions": self.versions,
         }
-        tensors = {k: v.detach().cpu().contiguous() for k, v in self.net.state_dict().items()}
+        tensors = dict(self.net.state_dict())
         if self.preprocessing.mean.ndim == 3:
-            tensors[MEAN] = self.preprocessing.mean.contiguous()
-        write_atomically(path, save_tensors(tensors, metadata={"residuum": json.dumps(about)}))
+            tensors[MEAN] = self.preprocessing.mean
+        write_safetensors(path, tensors, about)
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
+    """Writes tensors with JSON and a digest of themselves as their metadata, atomically."""
+    whole = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+    text = json.dumps(dict(about) | {"digest": _digest(whole)}, allow_nan=False)
+    write_atomically(path, save_tensors(whole, metadata={"residuum": text}))
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    """A hash over names and bytes of all tensors, so that a flipped bit does not go unnoticed."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def read_safetensors(path: Path, what: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -82,6 +100,8 @@ def read_safetensors(path: Path, what: str) -> tuple[dict[str, Tensor], dict[str
 
     Raises ModelFileError where the file is missing, a folder, empty, cut short, foreign or without our metadata.
     """
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise ModelFileError(f"{path} is no regular file; give the {what} itself.")
     if path.is_dir():
         inside = path / "model.safetensors"
         hint = f"; did you mean {inside}?" if inside.is_file() else f"; give the {what} itself."
@@ -102,7 +122,13 @@ def read_safetensors(path: Path, what: str) -> tuple[dict[str, Tensor], dict[str
     text = header.get("__metadata__", {}).get("residuum")
     if text is None:
         raise ModelFileError(f"{path} holds tensors but no residuum {what}: it was made by other software.")
-    return tensors, json.loads(text)
+    try:
+        about = json.loads(text)
+    except ValueError:
+        about = None
+    if not isinstance(about, dict) or about.pop("digest", None) != _digest(tensors):
+        raise ModelFileError(f"{path} is damaged: its contents do not fit its own digest; copy or train it again.")
+    return tensors, about
 
 
 def load_bundle(path: Path) -> Bundle:
@@ -118,8 +144,9 @@ def load_bundle(path: Path) -> Bundle:
         preprocessing = Preprocessing.from_json(about["preprocessing"], tensors.pop(MEAN, None))
         with torch.device("meta"):
             net = ResNet(spec)
-        net.load_state_dict(tensors, assign=True)
-        return Bundle(
+        wanted = {name: tensor.dtype for name, tensor in net.state_dict().items()}
+        net.load_state_dict({k: v.to(wanted.get(k, v.dtype)) for k, v in tensors.items()}, assign=True)
+        bundle = Bundle(
             net=net.eval().requires_grad_(True),
             classes=tuple(about["classes"]),
             preprocessing=preprocessing,
@@ -133,3 +160,23 @@ def load_bundle(path: Path) -> Bundle:
         raise ModelFileError(f"{path}: {error}") from error
     except (KeyError, RuntimeError, TypeError) as error:
         raise ModelFileError(f"{path} does not fit its own specification: {error}") from error
+    if fault := _fault(bundle):
+        raise ModelFileError(f"{path} cannot be used: {fault}; train or import it again.")
+    return bundle
+
+
+def _fault(bundle: Bundle) -> str | None:
+    """What makes a bundle useless though it could be read; None where nothing does."""
+    names, spec = bundle.classes, bundle.spec
+    if not all(isinstance(name, str) for name in names) or len(set(names)) != len(names):
+        return "its class names are not different words"
+    if len(names) != spec.classes:
+        return f"it names {len(names)} classes for {spec.classes} outputs"
+    if bundle.preprocessing.channels != spec.channels:
+        return f"it prepares pictures of {bundle.preprocessing.channels} channels for a network of {spec.channels}"
+    temperature = bundle.temperature
+    if not isinstance(temperature, int | float) or not 0 < temperature < math.inf:
+        return f"its temperature is {temperature!r}"
+    if not all(bool(v.isfinite().all()) for v in bundle.net.state_dict().values()):
+        return "some of its weights are not finite"
+    return None

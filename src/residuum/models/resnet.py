@@ -158,6 +158,8 @@ def initialise(net: ResNet, init: str = "fan_in", seed: int | None = None) -> No
     """
     if init not in ("fan_in", "fan_out"):
         raise UsageError(f"init must be 'fan_in' or 'fan_out', not {init!r}.")
+    if seed is not None and (not isinstance(seed, int) or not 0 <= seed < 2**63):
+        raise UsageError(f"seed must be a whole number from 0 to 2^63 - 1, not {seed!r}.")
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     for module in net.modules():
         if isinstance(module, nn.Conv2d):

@@ -81,6 +81,10 @@ class Specification:
             value = getattr(self, key)
             if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
                 raise UsageError(f"{key} must be a finite number, not {value!r}.")
+        if sum(self.depths) * self.layers > 100_000:
+            raise UsageError(
+                f"{sum(self.depths):,} blocks of {self.layers} layers are too many; the most is 100,000 layers."
+            )
         if not 0 <= self.shortcut_dropout < 1:
             raise UsageError(f"shortcut_dropout must lie in [0, 1), not {self.shortcut_dropout}.")
 
@@ -113,7 +117,8 @@ class Specification:
 
 
 def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    """A whole number from 1 up, and no larger than any network could hold."""
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= 10_000_000
 
 
 IMAGENET = {  # depth: (block, blocks in each stage), 2015 Table 1; 200: 2016 §5

@@ -7,18 +7,16 @@ momentum, the step, the warm-up's measured end, and the figures gathered since t
 from __future__ import annotations
 
 import contextlib
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from residuum.errors import ModelFileError, RunError
-from residuum.models.bundle import read_safetensors
-from residuum.records import Run, write_atomically, writing_error
+from residuum.models.bundle import read_safetensors, write_safetensors
+from residuum.records import Run, writing_error
 from residuum.training.optim import SGD
 
 
@@ -54,26 +52,26 @@ def save_checkpoint(run: Run, net: nn.Module, optimizer: SGD, state: State, iden
         "seconds": state.seconds,
         "step_seconds": state.step_seconds,
     }
-    content = save(
-        {k: v.detach().cpu().contiguous() for k, v in tensors.items()}, metadata={"residuum": json.dumps(about)}
-    )
     try:
         run.checkpoints.mkdir(exist_ok=True)
     except OSError as error:
         raise writing_error(run.checkpoints, error) from error
     path = run.checkpoints / f"step-{state.step:08d}.safetensors"
-    write_atomically(path, content)
-    for old in checkpoints(run)[:-2]:
-        old.unlink(missing_ok=True)
-    for leftover in run.checkpoints.glob(".*.tmp"):  # of a process killed while it wrote
-        with contextlib.suppress(OSError):
-            leftover.unlink()
+    write_safetensors(path, tensors, about)
+    for old in [other for other in checkpoints(run) if _step(other) < state.step][:-1]:
+        with contextlib.suppress(OSError):  # one too many does no harm
+            old.unlink()
     return path
 
 
 def checkpoints(run: Run) -> list[Path]:
     """The run's checkpoints, oldest first."""
-    return sorted(run.checkpoints.glob("step-*.safetensors"))
+    found = [p for p in run.checkpoints.glob("step-*.safetensors") if p.stem.removeprefix("step-").isdigit()]
+    return sorted(found, key=_step)
+
+
+def _step(path: Path) -> int:
+    return int(path.stem.removeprefix("step-"))
 
 
 def restore(run: Run, net: nn.Module, optimizer: SGD, identity: str) -> tuple[State, list[str]]:

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 
 from residuum.data.augment import Augmentation
-from residuum.errors import DivergedError, RunError, UsageError
+from residuum.errors import DivergedError, ResiduumError, RunError, UsageError
 from residuum.models.accounting import parameters
+from residuum.models.bundle import load_bundle
 from residuum.records import Metrics, Run, read_metrics, write_atomically
-from residuum.runtime import environment, pick_engine, seed_for
+from residuum.runtime import automatic_precision, environment, own_process_state, pick_engine, seed_for
 from residuum.tasks import classify
 from residuum.tasks.classify import Classify
 from residuum.training import recipes, report
@@ -134,28 +135,32 @@ def start(
     say: Callable[[str], None] = _silent,
 ) -> Result:
     """Trains a complete recipe into a new run folder; nothing is made before data and network are known to be good."""
-    task, recipe = prepare_task(recipe, data_dir, device, say)
-    run = Run.create(out, recipe.data)
-    with run.held():
-        write_atomically(run.path / "recipe.toml", recipe.to_toml())
-        run.write_json(
-            "environment.json", environment() | {"device": str(task.engine.device), "data_dir": str(data_dir.resolve())}
-        )
-        return _run(task, recipe, run, progress, say)
+    with own_process_state():
+        task, recipe = prepare_task(recipe, data_dir, device, say)
+        run = Run.create(out, recipe.data)
+        with run.held():
+            run.refuse_unless_empty()  # another process may have been quicker
+            write_atomically(run.path / "recipe.toml", recipe.to_toml())
+            here = environment() | {"device": task.engine.device.type, "data_dir": str(data_dir.resolve())}
+            run.write_json("environment.json", here)
+            return _run(task, recipe, run, progress, say)
 
 
 def resume(
     path: Path,
     *,
     data_dir: Path | None = None,
-    device: str = "auto",
+    device: str | None = None,
     progress: Callable[[Progress], None] = _silent,
     say: Callable[[str], None] = _silent,
     expect: Callable[[Recipe], Recipe] = lambda recipe: recipe,
 ) -> Result:
     """Goes on with a run where its last checkpoint stands, to the same bits as if it had not been interrupted.
 
+    The same bits need the same kind of device, processor and torch; where one differs from the run's record, `say` is told.
+
     Args:
+        device: None takes the kind of device that the run began on.
         expect: what the caller's own values make of the run's recipe; a difference is an error.
 
     Raises:
@@ -163,17 +168,42 @@ def resume(
     """
     run = Run.open(path)
     recipe = Recipe.from_values(run.read_recipe())
-    if changed := expect(recipe).differences(recipe):
+    asked = expect(recipe)
+    if asked.precision == "auto":
+        asked = replace(asked, precision=recipe.precision)
+    if changed := replace(asked, threads=asked.threads or recipe.threads).differences(recipe):
         raise RunError(
             f"{path} was started with another recipe: you ask for {'; '.join(changed)}. Resume without it, or start anew."
         )
-    with run.held():
-        if (done := run.read_json("result.json")) is not None and run.model.is_file():
+    with run.held(), own_process_state():
+        run.remove_leftovers()
+        if (done := _finished(run)) is not None:
             say(f"{path} is finished; nothing to do.")
-            return Result(**done | {"top1_interval": tuple(done["top1_interval"])})
-        recorded = (run.read_json("environment.json") or {}).get("data_dir", "data")
-        task, _ = prepare_task(recipe, data_dir or Path(recorded), device, say)
+            return done
+        recorded = run.read_json("environment.json") or {}
+        if data_dir is None:
+            data_dir = Path(str(recorded.get("data_dir", "data")))
+        task, _ = prepare_task(recipe, data_dir, device or str(recorded.get("device", "auto")), say)
+        here = environment() | {"device": task.engine.device.type}
+        if other := [
+            f"{k} {recorded[k]} (now {here[k]})"
+            for k in ("device", "cpu", "gpu", "torch")
+            if recorded.get(k) != here[k]
+        ]:
+            say(f"the run began on another machine or version, so its last bits may differ: {', '.join(other)}")
         return _run(task, recipe, run, progress, say)
+
+
+def _finished(run: Run) -> Result | None:
+    """The result of a run that has all its parts; None where one is missing or cannot be read, and is to be made again."""
+    try:
+        done = run.read_json("result.json") or {}
+        load_bundle(run.model)
+        paths = {"run": str(run.path), "model": str(run.model), "report": str(run.report)}
+        result = Result(**done | paths | {"top1_interval": tuple(done["top1_interval"])})
+    except (ResiduumError, KeyError, TypeError):
+        return None
+    return result if run.report.is_file() else None
 
 
 def prepare_task(recipe: Recipe, data_dir: Path, device: str, say: Callable[[str], None]) -> tuple[Classify, Recipe]:
@@ -197,7 +227,7 @@ def prepare_task(recipe: Recipe, data_dir: Path, device: str, say: Callable[[str
     say(f"{recipe.net} on {recipe.data}: {len(task.loader.split):,} pictures to train on, {len(task.held_out):,} held out, "
         f"{len(task.test):,} to test on; {parameters(task.net):,} parameters")  # fmt: skip
     say(f"engine: {engine}")
-    if changed := recipes.changes(recipe):
+    if changed := recipes.changes(recipe, automatic_precision(engine.device)):
         say(f"recipe {recipe.name}, with {'; '.join(changed)}")
     if label := recipes.budget(recipe):
         say(f"budget: {label}")
@@ -247,27 +277,29 @@ def _train(
         state.step += 1
         state.losses.append(loss)
         state.errors.append(wrong)
-        recording = state.step % recipe.record_every == 0 or state.step == recipe.steps
-        saving = time.monotonic() - saved >= 60 * recipe.checkpoint_minutes or state.step == recipe.steps
-        if recording or saving or request.signum or task.engine.device.type == "cpu":
+        stop = request.signum  # read once: a signal that comes later in the step waits for the next
+        last = state.step == recipe.steps
+        recording = last or state.step % recipe.record_every == 0
+        saving = last or stop is not None or time.monotonic() - saved >= 60 * recipe.checkpoint_minutes
+        if recording or saving or task.engine.device.type == "cpu":
             _check_finite(state, lr)  # on a GPU this waits for the device, so only where something does anyway
         state.step_seconds += time.perf_counter() - started
         state.seconds = time.perf_counter() - began
         if recording:
             figures = _record(recipe, state, metrics, lr)
-        if len(task.held_out) and (state.step % recipe.judge_every == 0 or state.step == recipe.steps):
+        if len(task.held_out) and (last or state.step % recipe.judge_every == 0):
             judgement = task.judge(task.held_out)
             held_out = judgement.top1_error
             metrics.write("held_out", state.step, top1_error=held_out, loss=judgement.loss)
         if recording:
             progress(_progress(recipe, state, figures, lr, held_out))
-        if saving or request.signum:
+        if saving:
             metrics.sync()
             save_checkpoint(run, task.net, optimizer, state, identity)
             saved = time.monotonic()
-        if request.signum and state.step < recipe.steps:
+        if stop is not None and not last:
             message = f"stopped at step {state.step:,}, which is saved; go on with: residuum train --resume {run.path}"
-            raise Stopped(request.signum, message)
+            raise Stopped(stop, message)
 
 
 def _check_finite(state: State, lr: float) -> None:
@@ -337,7 +369,7 @@ def _finish(task: Classify, recipe: Recipe, run: Run, state: State, say: Callabl
     page = report.render(
         title=f"{recipe.net} on {recipe.data}",
         recipe=recipe.to_json(),
-        differences=recipes.changes(recipe),
+        differences=recipes.changes(recipe, automatic_precision(task.engine.device)),
         budget=result.budget,
         metrics=read_metrics(run),
         judgement=judgement,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
@@ -13,6 +14,14 @@ import tomli_w
 from residuum.errors import RunError, UsageError, unknown
 from residuum.models.spec import Specification, parse_changes, parse_value
 
+_KINDS: dict[str, tuple[Any, str]] = {  # what the fields' annotations ask for
+    "str": (str, "a word"),
+    "int": (int, "a whole number"),
+    "float": ((int, float), "a number"),
+    "bool": (bool, "true or false"),
+    "tuple": ((list, tuple), "a list of whole numbers"),
+    "Mapping": (Mapping, "a table"),
+}
 WARMUPS = ("none", "steps", "train-error")
 _SPECIFICATION = tuple(f.name for f in fields(Specification) if f.name not in ("channels", "classes"))
 
@@ -55,10 +64,28 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for f in fields(self):
+            value, (kind, words) = getattr(self, f.name), _KINDS[str(f.type).split("[")[0]]
+            if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+                raise UsageError(f"{f.name} must be {words}, not {value!r}.")
         object.__setattr__(self, "milestones", tuple(self.milestones))
-        for key in ("batch", "steps", "size", "record_every", "judge_every"):
-            if getattr(self, key) < 1:
-                raise UsageError(f"{key} must be 1 or more, not {getattr(self, key)}.")
+        if not all(isinstance(m, int) and m > 0 for m in self.milestones):
+            raise UsageError(f"milestones must be steps from 1 up, not {list(self.milestones)}.")
+        for key, most in (
+            ("batch", 2**20),
+            ("steps", 10**9),
+            ("size", 4096),
+            ("record_every", 10**9),
+            ("judge_every", 10**9),
+        ):
+            if not 1 <= getattr(self, key) <= most:
+                raise UsageError(f"{key} must be from 1 to {most:,}, not {getattr(self, key)}.")
+        if self.batch == 1:
+            raise UsageError("batch must be 2 or more: batch normalisation needs more than one picture.")
+        if self.pad > self.size or self.threads > 1024:
+            raise UsageError(
+                f"pad {self.pad} (at most the size, {self.size}) or threads {self.threads} (1,024) is too large."
+            )
         for key in (
             "held_out",
             "pad",
@@ -69,10 +96,12 @@ class Recipe:
             "checkpoint_minutes",
             "seed",
         ):
-            if not getattr(self, key) >= 0:
+            if not 0 <= getattr(self, key) < math.inf:
                 raise UsageError(f"{key} must be 0 or more, not {getattr(self, key)}.")
+        if self.momentum >= 1 or not 0 < self.warmup_error <= 1:
+            raise UsageError(f"momentum {self.momentum} must be below 1, warmup_error {self.warmup_error} in (0, 1].")
         for key in ("lr", "warmup_lr"):
-            if not 0 < getattr(self, key) < float("inf"):
+            if not 0 < getattr(self, key) < math.inf:
                 raise UsageError(f"{key} must be a number above 0, not {getattr(self, key)}.")
         if self.warmup not in WARMUPS:
             raise unknown("warmup", self.warmup, WARMUPS)
@@ -94,12 +123,14 @@ class Recipe:
 
     def shrunk(self, steps: int) -> Recipe:
         """The recipe with its whole schedule brought to `steps` in proportion: milestones and a warm-up of fixed length."""
+        if steps == self.steps:
+            return self
         share = steps / self.steps
         return replace(
             self,
             steps=steps,
             milestones=tuple(dict.fromkeys(max(1, round(m * share)) for m in self.milestones)),
-            warmup_steps=round(self.warmup_steps * min(1.0, share)),
+            warmup_steps=max(1, round(self.warmup_steps * share)) if self.warmup_steps else 0,
             judge_every=max(1, round(self.judge_every * share)),
             record_every=min(self.record_every, max(1, steps // 20)),
         )
@@ -111,7 +142,8 @@ class Recipe:
 
     def to_json(self) -> dict[str, Any]:
         """A plain dictionary."""
-        return asdict(self) | {"milestones": list(self.milestones), "specification": dict(self.specification)}
+        changes = {k: list(v) if isinstance(v, tuple) else v for k, v in self.specification.items()}
+        return asdict(self) | {"milestones": list(self.milestones), "specification": changes}
 
     def to_toml(self) -> str:
         """The text of recipe.toml."""
@@ -125,8 +157,8 @@ class Recipe:
             raise RunError(f"recipe.toml has unknown keys {strange}; it was written by another version of residuum.")
         try:
             return Recipe(**values)
-        except TypeError as error:
-            raise RunError(f"recipe.toml is not complete: {error}") from error
+        except (TypeError, UsageError) as error:
+            raise RunError(f"recipe.toml cannot be used: {error}") from error
 
     @property
     def key(self) -> str:

@@ -14,8 +14,8 @@ def quick() -> Recipe:
 
     Paper: 2015 §4.2 in small (resnet14 of the 6n+2 family; pictures enlarged from 8x8 to 16x16); the schedule is ours.
     Command: residuum train
-    Cost: about 15 s on two CPU cores.
-    Expected: 0.6 % top-1 error on the 360 test digits (mean of 5 seeds; docs/log.md).
+    Cost: about 15 s on one CPU core.
+    Expected: 0.44 % top-1 error on the 360 test digits (mean of 5 seeds; docs/log.md).
     """
     return Recipe(
         name="quick",
@@ -70,13 +70,17 @@ def recipe(name: str) -> Recipe:
     return RECIPES[name]()
 
 
-def changes(given: Recipe) -> list[str]:
-    """How a resolved recipe differs from the one it is named after, brought to the same number of steps."""
+def changes(given: Recipe, precision: str) -> list[str]:
+    """How a resolved recipe differs from the one it is named after, brought to the same number of steps.
+
+    `precision` is what "auto" comes to on this machine.
+    """
     if given.name not in RECIPES:
         return []
     named = recipe(given.name)
     same_length = named if named.steps == given.steps else named.shrunk(given.steps)
-    return given.differences(replace(same_length, precision=given.precision, threads=named.threads or given.threads))
+    precision = precision if named.precision == "auto" else named.precision
+    return given.differences(replace(same_length, precision=precision, threads=named.threads or given.threads))
 
 
 def budget(given: Recipe) -> str | None:
