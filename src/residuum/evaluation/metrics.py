@@ -29,6 +29,12 @@ class Judgement:
     labels: Tensor
     loss: float
 
+    @staticmethod
+    def of(classes: tuple[str, ...], scores: Tensor, labels: Tensor) -> Judgement:
+        """The judgement of softmax scores (N, classes); a score that rounds to 0 counts as the smallest there is."""
+        own = scores[torch.arange(len(labels)), labels].clamp_min(torch.finfo(torch.float32).tiny)
+        return Judgement(classes, scores, labels, float(-own.double().log().mean()))
+
     @property
     def n(self) -> int:
         return len(self.labels)
