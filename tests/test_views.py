@@ -27,9 +27,7 @@ ZERO, ONE = torch.zeros(3), torch.ones(3)
 def photograph(height: int, width: int, channels: int = 3, seed: int = 0) -> Tensor:
     """uint8 (H, W, C): smooth enough for resizing to matter, and nowhere symmetric."""
     noise = torch.randint(0, 256, (9, 11, channels), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
-    return torch.from_numpy(__import__("numpy").array(picture_of(noise).resize((width, height)))).view(
-        height, width, channels
-    )
+    return pixels_of(picture_of(noise).resize((width, height)))
 
 
 def shaken(spec: Any, seed: int = 0) -> ResNet:

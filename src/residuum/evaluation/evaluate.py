@@ -152,8 +152,8 @@ def evaluate(
             asked, pictures, engine, protocol=chosen, world=world, progress=lambda done: progress(done, len(pictures))
         )
     together = (
-        said[0] if len(said) == 1 else sum(w * each.double() for w, each in zip(shares, said, strict=True)).float()
-    )  # type: ignore[union-attr]
+        torch.stack([w * each for w, each in zip(shares, said, strict=True)]).sum(0) if len(said) > 1 else said[0]
+    )
     members = [Judgement.of(classes, each, labels) for each in said] if len(said) > 1 else []
     return Evaluation(
         judgement=Judgement.of(classes, together, labels),

@@ -156,6 +156,7 @@ def _logits(member: Member, pixels: Tensor, mirrored: bool, protocol: Protocol, 
     x = member.preprocessing.normalise(to_device(pixels, engine))  # (B, C, h, w)
     if mirrored:
         x = x.flip(3)  # after the mean, which a per-pixel mean is mirrored with, as in training
+    logits: Tensor
     with engine.autocast():
         if not protocol.dense:
             logits = member.net(x)[:, :, None]
@@ -163,7 +164,8 @@ def _logits(member: Member, pixels: Tensor, mirrored: bool, protocol: Protocol, 
             logits = member.net.class_maps(x).float().mean((2, 3))[:, :, None]
         else:
             logits = member.net.class_maps(x, _trained_map(member)).flatten(2)
-    return logits.double().cpu()[:, member.columns] / member.temperature
+    logits = logits.double().cpu()[:, member.columns]
+    return logits / member.temperature
 
 
 def _trained_map(member: Member) -> tuple[int, int]:
