@@ -81,7 +81,7 @@ class Preprocessing:
             "resize": self.resize,
             "mean": self.mean.tolist() if self.mean.ndim == 1 else None,
             "std": self.std.tolist(),
-            "interpolation": self.interpolation,
+            **({} if self.interpolation == "bilinear" else {"interpolation": self.interpolation}),
         }
 
     @staticmethod

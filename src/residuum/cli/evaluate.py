@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
 from residuum.cli import console
-from residuum.errors import UsageError
+from residuum.errors import RunError, UsageError
 
 if TYPE_CHECKING:
     from residuum.evaluation.evaluate import Evaluation
@@ -23,6 +23,8 @@ def evaluate(
     data_dir: Path = Path("data"),
     precision: str = "auto",
     device: str = "auto",
+    out: Path | None = None,
+    predictions: Path | None = None,
     json: Annotated[bool, Parameter(negative="")] = False,
 ) -> None:
     """Judge a model, or several as an ensemble: errors with a 95 % interval, per class, calibration, confusion.
@@ -50,12 +52,20 @@ def evaluate(
         fp32, bf16, or auto: bf16 where the hardware computes it.
     device
         cpu, cuda, cuda:1, … ; auto takes a GPU where there is one.
+    out
+        Folder for evaluation.json and evaluation.html; by default the first model's.
+    predictions
+        Write what was said of each picture to this file, .csv or .parquet.
     json
         Print the figures as one JSON document.
     """
+    from residuum.evaluation import page
+    from residuum.evaluation import predictions as table
     from residuum.evaluation.evaluate import evaluate as judge
     from residuum.runtime import first_process
 
+    if predictions is not None:
+        table.check(predictions)
     with console.Bar("pictures") as bar:
         evaluation = judge(
             models,
@@ -70,6 +80,16 @@ def evaluate(
         )
     if not first_process():
         return
+    folder = models[0].parent if out is None else out
+    try:
+        page.write(evaluation, folder)
+        console.say(f"page: {folder / 'evaluation.html'}")
+    except RunError as error:
+        if out is not None:
+            raise
+        console.say(f"residuum: warning: no page: {error}")
+    if predictions is not None:
+        table.write(predictions, evaluation.judgement, evaluation.pictures.names)
     if json:
         console.print_json(evaluation.to_json())
     else:
@@ -95,7 +115,12 @@ def _print(evaluation: Evaluation) -> None:
     print(f"top-1 error {console.percent(judgement.top1_error)}  (95 % interval {100 * low:.2f} to {100 * high:.2f} %)")
     if len(judgement.classes) > 5:
         print(f"top-5 error {console.percent(judgement.top5_error)}")
-    print(f"expected calibration error {console.percent(judgement.calibration_error)}\n")
+    print(f"expected calibration error {console.percent(judgement.calibration_error)}")
+    if (known := figures["published"]) is not None:
+        print(f"published: top-1 error {console.percent(known['top1_error'])} ({known['source']})")
+    print()
+    if evaluation.members:
+        _print_members(figures)
     rows = [
         (
             c["class"],
@@ -106,6 +131,36 @@ def _print(evaluation: Evaluation) -> None:
         for i, (c, row) in enumerate(zip(figures["per_class"], figures["confusion"], strict=True))
     ]
     console.print_table("", ("class", "n", "top-1 error", "taken for"), rows, right=(1, 2))
+
+
+def _print_members(figures: dict[str, Any]) -> None:
+    """Each member beside the ensemble, and what two of them differ by."""
+    errors = ("top1_error", "top5_error", "calibration_error")
+    rows = [
+        (
+            m["model"],
+            f"{m['weight']:.3f}",
+            *(console.percent(m[key]) for key in errors),
+        )
+        for m in [*figures["members"], figures | {"model": "the ensemble", "weight": 1.0}]
+    ]
+    console.print_table(
+        "", ("model", "weight", "top-1 error", "top-5 error", "calibration error"), rows, right=(1, 2, 3, 4)
+    )
+    print()
+    differences = [
+        (
+            c["a"],
+            c["b"],
+            console.percent(c["difference"]),
+            f"{100 * c['interval'][0]:.2f} to {100 * c['interval'][1]:.2f} %",
+            f"{c['p_value']:.2g}",
+        )
+        for c in figures["comparisons"]
+    ]
+    columns = ("a", "b", "error of a - b", "95 % (paired bootstrap)", "p (McNemar)")
+    console.print_table("", columns, differences, right=(2, 3, 4))
+    print()
 
 
 def _confused(classes: tuple[str, ...], row: list[int], own: int) -> str:

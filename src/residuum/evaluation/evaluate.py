@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,9 @@ from torch import Tensor
 from residuum.data import sources
 from residuum.data.dataset import Split
 from residuum.errors import DataError, UsageError
+from residuum.evaluation.comparison import Comparison, compare
 from residuum.evaluation.metrics import Judgement
+from residuum.evaluation.published import published
 from residuum.evaluation.scores import Member, Pictures, scores
 from residuum.evaluation.views import parse
 from residuum.models.bundle import Bundle, load_bundle
@@ -67,7 +71,22 @@ class Evaluation:
             "protocol": self.protocol,
             "choices": list(self.choices),
         }
-        return about | self.judgement.to_json()
+        figures = about | self.judgement.to_json() | {"temperature": [bundle.temperature for bundle in self.bundles]}
+        known = published(self.bundles[0], self.data, self.split, self.protocol) if len(self.models) == 1 else None
+        figures["published"] = known.to_json() if known else None
+        if self.members:
+            figures["members"] = [
+                {"model": name, "weight": weight} | _brief(each)
+                for name, weight, each in zip(self.models, self.weights, self.members, strict=True)
+            ]
+            figures["comparisons"] = [each.to_json() for each in self.comparisons]
+        return figures
+
+    @cached_property
+    def comparisons(self) -> list[Comparison]:
+        """Every two members, and every member with the ensemble."""
+        everyone = [*zip(self.models, self.members, strict=True), ("ensemble", self.judgement)] if self.members else []
+        return [compare(a, b, name_a, name_b) for (name_a, a), (name_b, b) in combinations(everyone, 2)]
 
 
 def judge(
@@ -167,6 +186,11 @@ def evaluate(
         bundles=tuple(bundles),
         pictures=pictures,
     )
+
+
+def _brief(judgement: Judgement) -> dict[str, Any]:
+    figures = judgement.to_json()
+    return {key: figures[key] for key in ("top1_error", "top1_interval", "top5_error", "loss", "calibration_error")}
 
 
 def _names(models: Sequence[Model]) -> list[str]:
