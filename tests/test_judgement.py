@@ -241,6 +241,15 @@ def test_the_command_writes_figures_a_page_and_a_table(
     assert "the ensemble" in said and "p (McNemar)" in said and "1crop+flip" in said
 
 
+def test_one_model_has_a_page_beside_it(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["evaluate", str(file), "--data", "digits", "--device", "cpu"]) == 0
+    out, err = capsys.readouterr()
+    page = (file.parent / "evaluation.html").read_text()
+    assert "1crop" in out and "evaluation.html" in err and "McNemar" not in page and "How it was measured" in page
+    assert run(["evaluate", str(file), "--data", "digits", "--device", "cpu", "--out", str(file)]) == 1
+    assert "cannot write" in capsys.readouterr().err
+
+
 def test_parquet_holds_the_same_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from pyarrow import parquet
 

@@ -14,7 +14,7 @@ from residuum.evaluation.evaluate import Evaluation
 from residuum.evaluation.metrics import Judgement, wilson
 from residuum.evaluation.scores import Pictures
 from residuum.preprocessing import Preprocessing, picture_of
-from residuum.records import write_atomically
+from residuum.records import write_atomically, writing_error
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -67,7 +67,10 @@ class _Shown:
 
 def write(evaluation: Evaluation, folder: Path) -> None:
     """Writes evaluation.json and evaluation.html; raises RunError where there is no space or no permission."""
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise writing_error(folder, error) from error
     write_atomically(folder / "evaluation.json", json.dumps(evaluation.to_json(), indent=2, ensure_ascii=False) + "\n")
     write_atomically(folder / "evaluation.html", render(evaluation))
 
