@@ -3,11 +3,12 @@
 
     python benchmarks/evaluate.py MODEL --data-dir DATA [--rounds 5]
 
-The plain loop: the model's own network, eager, fp32, NCHW, `torch.no_grad`, batches of 256 that are normalised tensors in memory
-already (what a DataLoader costs is left out). Residuum: `judge`, from the uint8 pictures, with its own engine (bf16 where the
-hardware computes it, channels_last, BN folded; folding is in its time). Both go through all pictures in turns, in one process;
-printed are the median rates, the median of the round-by-round ratios with their extremes, and on how many pictures they agree.
-Then `residuum evaluate` runs in a process of its own, whose peak of memory is printed.
+The plain loop: the model's own network, eager, fp32, NCHW, `torch.no_grad`, batches of 256 that are normalised
+tensors in memory already (what a DataLoader costs is left out). Residuum: `judge`, from the uint8 pictures, with its
+own engine (bf16 where the hardware computes it, channels_last, BN folded; folding is in its time). Both go through
+all pictures in turns, in one process; printed are the median rates, the median of the round-by-round ratios with
+their extremes, and on how many pictures they agree. Then `residuum evaluate` runs in a process of its own, whose peak
+of memory is printed.
 """
 
 from __future__ import annotations

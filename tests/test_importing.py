@@ -382,6 +382,24 @@ def test_publishers_names(monkeypatch: pytest.MonkeyPatch) -> None:
     same(model, made, 70)
 
 
+def test_a_repository_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """timm's layout, weights and config.json; and a model file of ours."""
+    import huggingface_hub
+
+    other = shaken(timm.create_model("resnet26", num_classes=5))
+    save_file(plainly(other.state_dict()), tmp_path / "model.safetensors")
+    about = {"mean": [0.5] * 3, "std": [0.25] * 3, "crop_pct": 0.95, "input_size": [3, 224, 224], "interpolation": "bicubic",
+             "label_names": list("abcde")}  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": "resnet26", "pretrained_cfg": about}))
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repository, name: str(tmp_path / name))
+    model = residuum.load("hf:somebody/resnet26", device="cpu")
+    same(model, other, 70)
+    assert (model.classes, model.preprocessing.resize) == (tuple("abcde"), 235)
+    assert model.preprocessing.interpolation == "bicubic" and model.preprocessing.std.tolist() == [0.25] * 3
+    model.save(tmp_path / "model.safetensors")
+    assert residuum.load("hf:somebody/ours", device="cpu").classes == model.classes
+
+
 @pytest.mark.parametrize(("name", "sentence"), [
     ("torchvision:resnet18.IMAGENET1K_V1", "could not be downloaded (no route to host); where there is no network"),
     ("timm:resnet18.a1_in1k", "could not be downloaded (no route to host)"),

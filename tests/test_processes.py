@@ -19,6 +19,7 @@ from residuum.models.bundle import Bundle
 from residuum.models.resnet import build
 from residuum.preprocessing import Preprocessing
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
@@ -64,7 +65,6 @@ def figures(size: int, model: Path, data_dir: Path, folder: Path) -> list[dict[s
     return [json.loads(out.read_text()) for out in outs]
 
 
-@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 def test_one_two_and_three_processes_find_the_same(model: Path, cifar10_dir: Path, tmp_path: Path) -> None:
     """All 10,000 test pictures of CIFAR-10, none twice, though 10,000 is no multiple of 3."""
     ((alone,), *others) = (figures(size, model, cifar10_dir, tmp_path) for size in (1, 2, 3))
@@ -74,6 +74,18 @@ def test_one_two_and_three_processes_find_the_same(model: Path, cifar10_dir: Pat
     for group in others:
         assert sum(found.pop("batches") for found in group) == batches  # the work is shared, not repeated
         assert all(found == alone for found in group)
+
+
+@pytest.mark.slow
+def test_an_exported_cifar_net_evaluates_to_the_same_errors(model: Path, cifar10_dir: Path, tmp_path: Path) -> None:
+    """Through torchvision's names and back, with nothing given."""
+    from residuum.cli.main import run
+
+    again = tmp_path / "again.safetensors"
+    assert run(["export", str(model), "--to", "torchvision", "--out", str(tmp_path / "w.pth")]) == 0
+    assert run(["import", str(tmp_path / "w.pth"), "--out", str(again)]) == 0
+    (one,), (other,) = (figures(1, each, cifar10_dir, tmp_path) for each in (model, again))
+    assert one.pop("model") != other.pop("model") and one == other and one["n"] == 10_000
 
 
 @pytest.mark.slow
