@@ -161,6 +161,20 @@ def test_caffes_nets(tmp_path: Path) -> None:
     same(bundle, net, 71)
 
 
+def test_caffes_values_under_torchvisions_names(tmp_path: Path) -> None:
+    """Converted files keep BGR and the max-pool, which names do not tell: --source caffe and --input bgr do."""
+    net = shaken(build("resnet50", depths=(1, 1, 1, 1), classes=5, maxpool="ceil", conv1_bias=True, seed=0))
+    state = plainly(net.state_dict())
+    state["conv1.weight"] = state["conv1.weight"].flip(1)
+    torch.save(state, tmp_path / "w.pth")
+    given: dict[str, Any] = {"classes": FIVE, "mean": [0.4], "std": [1 / 255]}
+    bundle, _ = import_weights(tmp_path / "w.pth", Given(source="caffe", input="bgr", **given))
+    assert bundle.spec == net.spec
+    same(bundle, net, 70)
+    changes = {"stride_site": "first", "maxpool": "ceil"}
+    same(import_weights(tmp_path / "w.pth", Given(changes=changes, input="bgr", **given))[0], net, 70)
+
+
 def test_caffes_max_pool_is_not_torchvisions() -> None:
     """No padding, over the far edge: the same size of map, other windows."""
     caffe, other = build("resnet18", maxpool="ceil", seed=0).maxpool, build("resnet18", seed=0).maxpool

@@ -143,6 +143,33 @@ def test_members_share_one_decode() -> None:
     assert sorted(read) == list(range(360))
 
 
+def test_large_pictures_are_held_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory is bounded, and the scores are those of pictures held all together."""
+    from residuum.evaluation import scores as judging
+
+    test, engine = digits.load().test, pick_engine("fp32", "cpu")
+    asked: list[int] = []
+
+    class Large:
+        labels, names = test.labels, test.names
+
+        def __len__(self) -> int:
+            return len(test)
+
+        def pictures(self, indices: Any) -> list[Tensor]:
+            asked.append(len(indices))
+            return test.pictures(indices)
+
+    member = judging.Member.of(model(0).net, GREY, engine)
+    (together,) = judging.scores([member], Large(), engine)
+    assert max(asked) > 100
+    asked.clear()
+    monkeypatch.setattr(judging, "READ_BYTES", 64 * 3)  # a digit has 64 bytes
+    (apart,) = judging.scores([member], Large(), engine)
+    assert max(asked) == 8 and asked.count(3) > 90  # the first of each batch tell how large pictures are
+    torch.testing.assert_close(apart, together, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize(("members", "weights", "error", "sentence"), [
     (["0123456789", "012345678x"], None, DataError, "the members of an ensemble name different classes: only in model 2 x"),
     (["0123456789"] * 2, [1.0], UsageError, "weights are 2 numbers above 0, one for each model, not 1.0"),

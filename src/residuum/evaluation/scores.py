@@ -101,9 +101,9 @@ def scores(
         done += len(indices)
         if turn % world.size != world.rank:
             continue
-        pictures = list(_read(split, indices.tolist()))
-        for rows, member in zip(kept, members, strict=True):
-            rows[indices] = answer(member, pictures, protocol, engine).float()
+        for where, pictures in _read(split, indices.tolist()):
+            for rows, member in zip(kept, members, strict=True):
+                rows[where] = answer(member, pictures, protocol, engine).float()
         counted[indices] += 1
         progress(done)
     for rows in kept:
@@ -124,14 +124,18 @@ def _pixels(engine: Engine) -> int:
     return PIXELS.get(engine.device.type, PIXELS["cuda"])
 
 
-def _read(split: Pictures, indices: list[int]) -> Iterator[Tensor]:
-    """The pictures at `indices`; read in parts that are small where pictures are large."""
+def _read(split: Pictures, indices: list[int]) -> Iterator[tuple[list[int], list[Tensor]]]:
+    """The pictures at `indices`, with their positions, all together where they take less than READ_BYTES, else in parts."""
     start, size = 0, 8
+    held: list[Tensor] = []
     while start < len(indices):
         part = split.pictures(indices[start : start + size])
-        yield from part
+        held += part
         start += len(part)
         size = max(1, min(BATCH, READ_BYTES // max(picture.nbytes for picture in part)))
+        if start == len(indices) or sum(picture.nbytes for picture in held) >= READ_BYTES:
+            yield indices[start - len(held) : start], held
+            held = []
 
 
 def answer(member: Member, pictures: list[Tensor], protocol: Protocol, engine: Engine) -> Tensor:

@@ -52,9 +52,9 @@ def of_data_set(name: str) -> tuple[str, ...]:
     if name == "digits":
         return tuple("0123456789")
     if name == "imagenet":
-        from torchvision.models._meta import _IMAGENET_CATEGORIES
+        from torchvision.models import ResNet18_Weights
 
-        return unique(_IMAGENET_CATEGORIES)
+        return unique(ResNet18_Weights.DEFAULT.meta["categories"])
     return tuple({"cifar10": CIFAR10, "cifar100": CIFAR100}[name].split())
 
 
