@@ -29,7 +29,7 @@ def evaluate(
 ) -> None:
     """Judge a model, or several as an ensemble: errors with a 95 % interval, per class, calibration, confusion.
 
-    Example: `residuum evaluate runs/digits/model.safetensors --data digits --protocol 10crop`
+    Example: `residuum evaluate runs/digits/model.safetensors --data digits --protocol 1crop`
 
     Under torchrun the processes share the pictures: `torchrun --nproc-per-node 2 -m residuum evaluate …`
 
