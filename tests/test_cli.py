@@ -125,8 +125,8 @@ def test_evaluate_json(capsys: pytest.CaptureFixture[str], model: Path) -> None:
     code, out, _ = said(capsys, "evaluate", str(model), "--data", "digits", "--json", "--precision", "fp32")
     figures = json.loads(out)
     assert code == 0 and set(figures) == {
-        "model", "data", "split", "protocol", "top1_error", "top1_interval", "top5_error", "n", "loss", "calibration_error",
-        "per_class", "confusion"}  # fmt: skip
+        "model", "data", "split", "protocol", "choices", "top1_error", "top1_interval", "top5_error", "n", "loss",
+        "calibration_error", "reliability", "temperature", "published", "per_class", "confusion"}  # fmt: skip
     assert figures["n"] == 360 and figures["split"] == "test" and figures["protocol"] == "1crop"
     assert figures["top1_interval"][0] < figures["top1_error"] < figures["top1_interval"][1]
     right = sum(row[i] for i, row in enumerate(figures["confusion"]))

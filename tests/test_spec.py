@@ -90,6 +90,8 @@ def test_what_stands_where_the_papers_are_silent() -> None:
         "residual_scale": 0.5,
         "gate_bias": -6.0,
         "shortcut_dropout": 0.5,
+        "maxpool": "padded",
+        "conv1_bias": False,
         "channels": 3,
         "classes": 1000,
     }

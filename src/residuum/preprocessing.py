@@ -15,7 +15,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from residuum.errors import ModelFileError
+from residuum.errors import ModelFileError, UsageError, unknown
+
+INTERPOLATIONS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,6 +28,7 @@ class Preprocessing:
         channels: 1 (grey) or 3 (RGB).
         size: (h, w) of the network's input, in pixels.
         resize: the shorter side is resized to this many pixels, then the centre `size` is kept.
+        interpolation: of that resize, INTERPOLATIONS; antialiased.
         mean: subtracted, in units of [0, 1]: per channel (C,), or per pixel (h, w, C) as in 2015 §4.2.
         std: divided by, per channel (C,); all ones where the papers divide by nothing.
     """
@@ -35,24 +38,38 @@ class Preprocessing:
     resize: int
     mean: Tensor
     std: Tensor
+    interpolation: str = "bilinear"
+
+    def __post_init__(self) -> None:
+        if self.interpolation not in INTERPOLATIONS:
+            raise unknown("interpolation", self.interpolation, INTERPOLATIONS)
 
     def __call__(self, picture: Image.Image) -> Tensor:
         """One decoded picture, L or RGB, of any size -> uint8 (h, w, C): shorter side resized (antialiased), centre kept."""
-        picture = picture.convert("L" if self.channels == 1 else "RGB")
-        shorter = min(picture.size)
-        width, height = (self.resize * side // shorter for side in picture.size)  # rounded down, as torchvision does
-        if picture.size != (width, height):
-            picture = picture.resize((width, height), Image.Resampling.BILINEAR)
-        h, w = self.size
-        left, top = round((width - w) / 2), round((height - h) / 2)
-        if (width, height) != (w, h):
+        picture = self.resized(picture, self.resize)
+        (height, width), (h, w) = (picture.height, picture.width), self.size
+        if (height, width) != (h, w):
+            top, left = centred(height, h), centred(width, w)
             picture = picture.crop((left, top, left + w, top + h))
-        pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
-        return pixels.view(h, w, self.channels)
+        return pixels_of(picture)
+
+    def resized(self, picture: Image.Image, side: int) -> Image.Image:
+        """The whole picture as L or RGB, its shorter side resized to `side` pixels; as torchvision's Resize."""
+        picture = picture.convert("L" if self.channels == 1 else "RGB")
+        short = min(picture.size)
+        width, height = (int(side * length / short) for length in picture.size)
+        if picture.size == (width, height):
+            return picture
+        return picture.resize((width, height), INTERPOLATIONS[self.interpolation])
 
     def normalise(self, pixels: Tensor) -> Tensor:
-        """uint8 (B, h, w, C) -> float32 (B, C, h, w) in channels-last memory: (x / 255 - mean) / std."""
+        """uint8 (B, h, w, C) -> float32 (B, C, h, w) in channels-last memory: (x / 255 - mean) / std.
+
+        Pictures of another size than a per-pixel mean's have its average over pixels subtracted, channel by channel.
+        """
         mean, std = self.mean.to(pixels.device), self.std.to(pixels.device)
+        if mean.ndim == 3 and mean.shape[:2] != pixels.shape[1:3]:
+            mean = mean.mean((0, 1))
         x = pixels.to(torch.float32)  # (B, h, w, C)
         return x.mul_(1 / (255 * std)).sub_(mean / std).permute(0, 3, 1, 2)
 
@@ -64,6 +81,7 @@ class Preprocessing:
             "resize": self.resize,
             "mean": self.mean.tolist() if self.mean.ndim == 1 else None,
             "std": self.std.tolist(),
+            **({} if self.interpolation == "bilinear" else {"interpolation": self.interpolation}),
         }
 
     @staticmethod
@@ -72,13 +90,12 @@ class Preprocessing:
         try:
             average = torch.tensor(values["mean"]) if mean is None else mean
             height, width = values["size"]
-            made = Preprocessing(
-                values["channels"], (height, width), values["resize"], average, torch.tensor(values["std"])
-            )
+            std, interpolation = torch.tensor(values["std"]), values.get("interpolation", "bilinear")
+            made = Preprocessing(values["channels"], (height, width), values["resize"], average, std, interpolation)
             if fault := made._fault():
                 raise ValueError(fault)
             return made
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        except (UsageError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise ModelFileError(
                 f"the preprocessing in the model file cannot be used ({error}); train or import it again."
             ) from error
@@ -93,6 +110,22 @@ class Preprocessing:
         if not bool(self.mean.isfinite().all() & self.std.isfinite().all() & (self.std > 0).all()):
             return "mean and std must be finite, std above 0"
         return None
+
+
+def centred(length: int, part: int) -> int:
+    """Where the middle `part` of `length` pixels starts; rounded as torchvision's CenterCrop does."""
+    return round((length - part) / 2)
+
+
+def pixels_of(picture: Image.Image) -> Tensor:
+    """A PIL picture, L or RGB, as uint8 (H, W, C)."""
+    pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
+    return pixels.view(picture.height, picture.width, -1)
+
+
+def picture_of(pixels: Tensor) -> Image.Image:
+    """uint8 (H, W, C) of one or three channels as a PIL picture, L or RGB."""
+    return Image.fromarray(pixels.squeeze(-1).numpy() if pixels.shape[-1] == 1 else pixels.numpy())
 
 
 def centre_statistics(images: Tensor, per_pixel: bool, divide: bool) -> tuple[Tensor, Tensor]:

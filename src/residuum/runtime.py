@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 import platform
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -131,6 +132,40 @@ def evaluating(net: nn.Module) -> Iterator[None]:
             yield
     finally:
         net.train(before)
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes that share a piece of work: which one this is, and how many there are."""
+
+    rank: int = 0
+    size: int = 1
+
+    def sum_(self, x: Tensor) -> None:
+        """Replaces a CPU tensor by its sum over all processes, in each of them."""
+        if self.size > 1:
+            torch.distributed.all_reduce(x)
+
+
+@contextlib.contextmanager
+def processes() -> Iterator[World]:
+    """The processes that torchrun started, joined by gloo inside; without torchrun, this one alone."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        yield World()
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    torch.distributed.init_process_group("gloo")
+    try:
+        yield World(torch.distributed.get_rank(), size)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def first_process() -> bool:
+    """Whether this process is the one that speaks and writes."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def to_device(x: Tensor, engine: Engine) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -106,7 +107,9 @@ class Bar:
             self._rich.stop()
 
     def show(self, done: int, total: int, words: str = "") -> None:
-        """Shows that `done` of `total` are done; `words` stand beside."""
+        """Shows that `done` of `total` are done; `words` stand beside. Of several processes only the first one speaks."""
+        if os.environ.get("RANK", "0") != "0":
+            return
         now = time.monotonic()
         if not words:
             words = f"{duration((now - self._began) / max(done, 1) * (total - done))} left"

@@ -26,6 +26,8 @@ app.command("residuum.cli.train:train", name="train")
 app.command("residuum.cli.evaluate:evaluate", name="evaluate")
 app.command("residuum.cli.predict:predict", name="predict")
 app.command("residuum.cli.inspect:inspect", name="inspect")
+app.command("residuum.cli.weights:import_", name="import")
+app.command("residuum.cli.weights:export", name="export")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -29,13 +29,13 @@ def load(data_dir: Path) -> Dataset:
             "test_batch.bin) there, or say where it is with --data-dir."
         )
     classes = tuple(meta.read_text().split())
-    return Dataset("cifar10", classes, _read(folder, TRAIN, classes), _read(folder, TEST, classes))
+    return Dataset("cifar10", classes, _read(folder, "train", TRAIN, classes), _read(folder, "test", TEST, classes))
 
 
-def _read(folder: Path, files: tuple[str, ...], classes: tuple[str, ...]) -> Split:
+def _read(folder: Path, name: str, files: tuple[str, ...], classes: tuple[str, ...]) -> Split:
     parts = []
-    for name in files:
-        file = folder / name
+    for each in files:
+        file = folder / each
         try:
             raw = np.fromfile(file, np.uint8)
         except OSError as error:
@@ -55,4 +55,4 @@ def _read(folder: Path, files: tuple[str, ...], classes: tuple[str, ...]) -> Spl
         )
     planes = records[:, 1:].reshape(-1, 3, 32, 32)
     images = torch.from_numpy(np.ascontiguousarray(planes.transpose(0, 2, 3, 1)))  # (N, 32, 32, 3)
-    return Split(images, labels)
+    return Split(images, labels, name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -14,22 +15,37 @@ from residuum.runtime import seed_for
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """Pictures with labels.
+    """Pictures of one size, held in memory.
 
     Attributes:
         images: uint8 (N, H, W, C).
         labels: int64 (N,), positions in the data set's `classes`.
+        name: what the pictures are called by: "test" gives "test/0", "test/1", …
+        where: their numbers, int64 (N,); None counts from 0.
     """
 
     images: Tensor
     labels: Tensor
+    name: str = "pictures"
+    where: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def names(self) -> Sequence[str]:
+        """What a person finds each picture by."""
+        numbers = range(len(self)) if self.where is None else self.where.tolist()
+        return [f"{self.name}/{i}" for i in numbers]
+
     def take(self, indices: Tensor) -> Split:
         """The pictures at `indices`, in that order."""
-        return Split(self.images[indices], self.labels[indices])
+        where = indices if self.where is None else self.where[indices]
+        return Split(self.images[indices], self.labels[indices], self.name, where)
+
+    def pictures(self, indices: Sequence[int]) -> list[Tensor]:
+        """The pictures at `indices`, each uint8 (H, W, C)."""
+        return [self.images[i] for i in indices]
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,120 +1,247 @@
-"""One network on one split: every picture once, in order, in whole batches."""
+"""One model or several on one split: every picture once, by one protocol."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn import functional as F
+from torch import Tensor
 
 from residuum.data import sources
 from residuum.data.dataset import Split
 from residuum.errors import DataError, UsageError
+from residuum.evaluation.comparison import Comparison, compare
 from residuum.evaluation.metrics import Judgement
+from residuum.evaluation.published import published
+from residuum.evaluation.scores import Member, Pictures, scores
+from residuum.evaluation.views import parse
 from residuum.models.bundle import Bundle, load_bundle
 from residuum.models.resnet import ResNet
-from residuum.preprocessing import Preprocessing
-from residuum.runtime import Engine, evaluating, pick_engine, to_device
+from residuum.preprocessing import Preprocessing, picture_of
+from residuum.runtime import Engine, pick_engine, processes
 
 SPLITS = ("test", "train")
+Model = Bundle | str | Path
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """What one model, or several as an ensemble, are worth on a split.
+
+    Attributes:
+        judgement: of the model, or of the ensemble.
+        members: where there are several models: each with its name, weight (they add up to 1) and own judgement.
+        choices: the protocol's open choices, for each model.
+    """
+
+    judgement: Judgement
+    models: tuple[str, ...]
+    weights: tuple[float, ...]
+    members: tuple[Judgement, ...]
+    data: str
+    split: str
+    protocol: str
+    choices: tuple[dict[str, Any], ...]
+    bundles: tuple[Bundle, ...]
+    pictures: Pictures
+
+    @property
+    def n(self) -> int:
+        return self.judgement.n
+
+    @property
+    def top1_error(self) -> float:
+        return self.judgement.top1_error
+
+    @property
+    def top5_error(self) -> float:
+        return self.judgement.top5_error
+
+    def to_json(self) -> dict[str, Any]:
+        """The figures as a plain dictionary; keys as in docs/json.md."""
+        about = {
+            "model": self.models[0] if len(self.models) == 1 else list(self.models),
+            "data": self.data,
+            "split": self.split,
+            "protocol": self.protocol,
+            "choices": list(self.choices),
+        }
+        figures = about | self.judgement.to_json() | {"temperature": [bundle.temperature for bundle in self.bundles]}
+        known = published(self.bundles[0], self.data, self.split, self.protocol) if len(self.models) == 1 else None
+        figures["published"] = known.to_json() if known else None
+        if self.members:
+            figures["members"] = [
+                {"model": name, "weight": weight} | _brief(each)
+                for name, weight, each in zip(self.models, self.weights, self.members, strict=True)
+            ]
+            figures["comparisons"] = [each.to_json() for each in self.comparisons]
+        return figures
+
+    @cached_property
+    def comparisons(self) -> list[Comparison]:
+        """Every two members, and every member with the ensemble."""
+        everyone = [*zip(self.models, self.members, strict=True), ("ensemble", self.judgement)] if self.members else []
+        return [compare(a, b, name_a, name_b) for (name_a, a), (name_b, b) in combinations(everyone, 2)]
 
 
 def judge(
     net: ResNet,
-    split: Split,
+    split: Pictures,
     preprocessing: Preprocessing,
     classes: tuple[str, ...],
     engine: Engine,
     *,
     temperature: float = 1.0,
-    batch: int = 256,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Judgement:
-    """Shows every picture of a split to the network once.
+    """Shows every picture of a split to the network once, one crop each.
 
     Args:
-        split: pictures already at `preprocessing.size`, uint8 (N, h, w, C).
         progress: called with the number of pictures done so far.
     """
-    scores, loss = [], 0.0
-    with evaluating(net):
-        for pixels, labels in zip(torch.split(split.images, batch), torch.split(split.labels, batch), strict=True):
-            x = preprocessing.normalise(to_device(pixels, engine))  # (B, C, h, w)
-            with engine.autocast():
-                logits = net(x)
-            logits = logits.float().cpu() / temperature  # (B, classes)
-            loss += float(F.cross_entropy(logits, labels, reduction="sum"))
-            scores.append(logits.softmax(1))
-            progress(sum(map(len, scores)))
-    return Judgement(classes, torch.cat(scores), split.labels, loss / len(split))
+    member = Member.of(net, preprocessing, engine, temperature=temperature)
+    (said,) = scores([member], split, engine, progress=progress)
+    return Judgement.of(classes, said, split.labels)
 
 
 def prepared(split: Split, preprocessing: Preprocessing) -> Split:
     """The split with its pictures resized and cropped as the network wants them; uint8 (N, h, w, C)."""
-    from PIL import Image
-
     if tuple(split.images.shape[1:]) == (*preprocessing.size, preprocessing.channels):
         return split
-    pictures = (
-        Image.fromarray(image.squeeze(-1).numpy() if image.shape[-1] == 1 else image.numpy()) for image in split.images
-    )
-    return Split(torch.stack([preprocessing(picture) for picture in pictures]), split.labels)
+    pictures = [preprocessing(picture_of(image)) for image in split.images]
+    return replace(split, images=torch.stack(pictures))
 
 
 def evaluate(
-    model: Bundle | str | Path,
+    model: Model | Sequence[Model],
     data: str,
     *,
+    protocol: str = "1crop",
+    weights: Sequence[float] | None = None,
     split: str = "test",
     data_dir: str | Path = "data",
     precision: str = "auto",
     device: str = "auto",
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Judgement:
-    """Judges a model on a data set; `.to_json()` of the result gives its figures.
+) -> Evaluation:
+    """Judges a model, or several as an ensemble, on a data set; `.to_json()` of the result gives its figures.
+
+    Under torchrun the processes share the pictures, and each returns the same.
 
     Args:
-        model: what `residuum.load` returned, or the path of a model file.
+        model: what `residuum.load` returned, or the path of a model file; or several of them, whose scores are averaged.
         data: a data set's name ("digits", "cifar10").
+        protocol: how pictures are shown, see residuum.evaluation.views ("10crop", "multiscale:224,256,384,480,640").
+        weights: of the members, in proportion; None for equal ones.
         split: "test" or "train".
         data_dir: where archives lie.
         progress: called with pictures done and pictures in all.
 
     Raises:
-        DataError: the model and the data name different classes, or the archive is missing or damaged.
-        ModelFileError: the model file is missing or damaged.
-        UsageError: an unknown data set or split.
+        DataError: the models and the data name different classes, the split is empty or without labels, or the archive is
+            missing or damaged.
+        ModelFileError: a model file is missing or damaged.
+        UsageError: an unknown data set, split or protocol; weights that are not one a model; a crop larger than the picture.
     """
     if split not in SPLITS:
         raise UsageError(f"unknown split {split!r}; known: {', '.join(SPLITS)}.")
-    bundle = model if isinstance(model, Bundle) else load_bundle(Path(model))
+    chosen = parse(protocol)
+    given: list[Model] = [model] if isinstance(model, Model) else list(model)
+    shares = _shares(weights, len(given))
+    bundles = [each if isinstance(each, Bundle) else load_bundle(Path(each)) for each in given]
+    choices = tuple(chosen.to_json(bundle.preprocessing) for bundle in bundles)
+    classes = bundles[0].classes
+    names = _names(given)
+    columns = [_columns(bundle.classes, classes, name, names[0]) for bundle, name in zip(bundles, names, strict=True)]
     source = sources.load(data, Path(data_dir))
-    chosen: Split = getattr(source, split)
-    chosen = Split(chosen.images, _by_name(chosen.labels, source.classes, bundle.classes))
-    engine = pick_engine(precision, device)
-    net: Any = engine.place(bundle.net)
-    return judge(
-        net,
-        prepared(chosen, bundle.preprocessing),
-        bundle.preprocessing,
-        bundle.classes,
-        engine,
-        temperature=bundle.temperature,
-        progress=lambda done: progress(done, len(chosen)),
+    pictures: Pictures = getattr(source, split)
+    labels = _by_name(pictures, source.classes, classes)
+    with processes() as world:
+        engine = pick_engine(precision, device)
+        asked = [
+            Member.of(bundle.net, bundle.preprocessing, engine, columns=where, temperature=bundle.temperature)
+            for bundle, where in zip(bundles, columns, strict=True)
+        ]
+        said = scores(
+            asked, pictures, engine, protocol=chosen, world=world, progress=lambda done: progress(done, len(pictures))
+        )
+    together = (
+        torch.stack([w * each for w, each in zip(shares, said, strict=True)]).sum(0) if len(said) > 1 else said[0]
+    )
+    members = [Judgement.of(classes, each, labels) for each in said] if len(said) > 1 else []
+    return Evaluation(
+        judgement=Judgement.of(classes, together, labels),
+        models=tuple(names),
+        weights=shares,
+        members=tuple(members),
+        data=data,
+        split=split,
+        protocol=str(chosen),
+        choices=choices,
+        bundles=tuple(bundles),
+        pictures=pictures,
     )
 
 
-def _by_name(labels: torch.Tensor, data: tuple[str, ...], model: tuple[str, ...]) -> torch.Tensor:
-    """Labels as positions in the model's classes, matched by name; raises DataError where the names differ."""
-    if set(data) != set(model):
-        only_data, only_model = sorted(set(data) - set(model)), sorted(set(model) - set(data))
+def _brief(judgement: Judgement) -> dict[str, Any]:
+    figures = judgement.to_json()
+    return {key: figures[key] for key in ("top1_error", "top1_interval", "top5_error", "loss", "calibration_error")}
+
+
+def _names(models: Sequence[Model]) -> list[str]:
+    return [f"model {i}" if isinstance(each, Bundle) else str(each) for i, each in enumerate(models, 1)]
+
+
+def _shares(weights: Sequence[float] | None, n: int) -> tuple[float, ...]:
+    """Weights that add up to 1."""
+    if n == 0:
+        raise UsageError("evaluate needs at least one model.")
+    if weights is None:
+        return (1 / n,) * n
+    if len(weights) != n or not all(0 < w < float("inf") for w in weights):
+        raise UsageError(f"weights are {n} numbers above 0, one for each model, not {', '.join(map(str, weights))}.")
+    return tuple(w / sum(weights) for w in weights)
+
+
+def _columns(own: tuple[str, ...], classes: tuple[str, ...], name: str, first: str) -> Tensor:
+    """Where each of `classes` stands among a model's own; raises DataError where the names differ."""
+    if differing := _differing(own, classes, name, first):
         raise DataError(
-            f"the data and the model name different classes: only in the data {_some(only_data)}, only in the model "
-            f"{_some(only_model)}; evaluate on data with the model's classes."
+            f"the members of an ensemble name different classes: {differing}; take models of the same classes."
+        )
+    return torch.tensor([own.index(each) for each in classes])
+
+
+def _by_name(split: Pictures, data: tuple[str, ...], model: tuple[str, ...]) -> Tensor:
+    """Labels as positions in the model's classes, matched by name.
+
+    Raises DataError where the names differ, a picture has no label, or there is no picture.
+    """
+    labels = split.labels
+    if not len(split):
+        raise DataError("there is no picture to judge; give a split that holds some.")
+    if len(labels) != len(split) or int(labels.min()) < 0:
+        raise DataError(
+            "the pictures have no labels, so there is nothing to judge by; `residuum predict` takes such pictures."
+        )
+    if differing := _differing(data, model, "the data", "the model"):
+        raise DataError(
+            f"the data and the model name different classes: {differing}; evaluate on data with the model's classes."
         )
     return torch.tensor([model.index(name) for name in data])[labels]
+
+
+def _differing(one: tuple[str, ...], other: tuple[str, ...], one_name: str, other_name: str) -> str:
+    """What stands in one list of classes only; empty where both hold the same names."""
+    only = sorted(set(one) - set(other)), sorted(set(other) - set(one))
+    if not any(only):
+        return ""
+    return f"only in {one_name} {_some(only[0])}, only in {other_name} {_some(only[1])}"
 
 
 def _some(names: list[str]) -> str:

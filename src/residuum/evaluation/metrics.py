@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from residuum.evaluation.calibration import reliability
+
 
 @dataclass(frozen=True, eq=False)
 class Judgement:
@@ -28,6 +30,21 @@ class Judgement:
     scores: Tensor
     labels: Tensor
     loss: float
+
+    @staticmethod
+    def of(classes: tuple[str, ...], scores: Tensor, labels: Tensor) -> Judgement:
+        """The judgement of softmax scores (N, classes); a score that rounds to 0 counts as the smallest there is."""
+        own = scores[torch.arange(len(labels)), labels].clamp_min(torch.finfo(torch.float32).tiny)
+        return Judgement(classes, scores, labels, float(-own.double().log().mean()))
+
+    def at(self, temperature: float) -> Judgement:
+        """The same judgement with logits divided by `temperature`; of a network that was asked at temperature 1."""
+        return Judgement.of(self.classes, (self.log_scores / temperature).softmax(1).float(), self.labels)
+
+    @property
+    def log_scores(self) -> Tensor:
+        """Logits up to a constant for each picture; float64 (N, classes)."""
+        return self.scores.double().clamp_min(torch.finfo(torch.float32).tiny).log()
 
     @property
     def n(self) -> int:
@@ -83,6 +100,7 @@ class Judgement:
             "n": self.n,
             "loss": self.loss,
             "calibration_error": self.calibration_error,
+            "reliability": [each._asdict() for each in reliability(self.scores, self.labels)],
             "per_class": per_class,
             "confusion": confusion.tolist(),
         }

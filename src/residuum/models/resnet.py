@@ -37,10 +37,12 @@ class ResNet(nn.Module):
         order = ORDERS[spec.order]
         width = spec.widths[0]
         if spec.stem == "imagenet":
-            self.conv1 = nn.Conv2d(spec.channels, width, 7, stride=2, padding=3, bias=False)
-            self.maxpool: nn.Module | None = nn.MaxPool2d(3, stride=2, padding=1)
+            self.conv1 = nn.Conv2d(spec.channels, width, 7, stride=2, padding=3, bias=spec.conv1_bias)
+            # 3x3 windows of stride 2: torchvision's start one pixel outside, Caffe's inside and run over the far edge
+            padding = {"padding": 1} if spec.maxpool == "padded" else {"ceil_mode": True}
+            self.maxpool: nn.Module | None = nn.MaxPool2d(3, stride=2, **padding)
         else:
-            self.conv1 = nn.Conv2d(spec.channels, width, 3, padding=1, bias=False)
+            self.conv1 = nn.Conv2d(spec.channels, width, 3, padding=1, bias=spec.conv1_bias)
             self.maxpool = None
         self.bn1 = nn.BatchNorm2d(width)
         c_in = width
@@ -77,8 +79,23 @@ class ResNet(nn.Module):
             maps[f"C{len(self.spec.depths) + 1}"] = x
         return maps
 
+    def last_map(self, x: Tensor) -> Tensor:
+        """The map that the classifier pools; (B, C, h, w)."""
+        return self.features(x)[f"C{len(self.spec.depths) + 1}"]
+
+    def class_maps(self, x: Tensor, window: tuple[int, int] = (1, 1)) -> Tensor:
+        """Logits at every position, the fully connected layer as a 1x1 convolution; (B, classes, h', w').
+
+        Before it stands an average over `window` positions of the last map, with stride 1: (1, 1) leaves the map as it is; the
+        map of the training size gives what the network would say of every crop of that size (2015 §4.1, fully convolutional).
+        """
+        last = self.last_map(x)
+        if window != (1, 1):
+            last = F.avg_pool2d(last, window, stride=1)
+        return F.conv2d(last, self.fc.weight[:, :, None, None], self.fc.bias)
+
     def forward(self, x: Tensor) -> Tensor:
-        last = self.features(x)[f"C{len(self.spec.depths) + 1}"]
+        last = self.last_map(x)
         return cast(Tensor, self.fc(last.mean((2, 3))))  # (B, C, h, w) -> (B, C) -> (B, classes)
 
 
@@ -164,6 +181,8 @@ def initialise(net: ResNet, init: str = "fan_in", seed: int | None = None) -> No
     for module in net.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode=init, nonlinearity="relu", generator=generator)  # type: ignore[arg-type]
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
         elif isinstance(module, nn.BatchNorm2d):
             module.reset_running_stats()
             nn.init.ones_(module.weight)

@@ -44,6 +44,8 @@ class Specification:
     residual_scale: float = 0.5  # `constant`: factor of F
     gate_bias: float = -6.0  # gates: initial bias b_g
     shortcut_dropout: float = 0.5  # `dropout`: rate
+    maxpool: str = "padded"  # of the ImageNet stem: "padded" (1 pixel, as torchvision) or "ceil" (none, as Caffe)
+    conv1_bias: bool = False  # the released Caffe ResNet-50 has one
     channels: int = 3  # of the input pictures
     classes: int = 1000
 
@@ -56,6 +58,7 @@ class Specification:
             "stride_site": ("first", "3x3"),
             "zeros": ("append", "centre"),
             "boundary": ("shared", "raw"),
+            "maxpool": ("padded", "ceil"),
         }
         for key, known in choices.items():
             if getattr(self, key) not in known:
@@ -85,6 +88,8 @@ class Specification:
             raise UsageError(
                 f"{sum(self.depths):,} blocks of {self.layers} layers are too many; the most is 100,000 layers."
             )
+        if not isinstance(self.conv1_bias, bool):
+            raise UsageError(f"conv1_bias must be true or false, not {self.conv1_bias!r}.")
         if not 0 <= self.shortcut_dropout < 1:
             raise UsageError(f"shortcut_dropout must lie in [0, 1), not {self.shortcut_dropout}.")
 

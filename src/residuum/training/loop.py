@@ -12,6 +12,7 @@ import torch
 
 from residuum.data.augment import Augmentation
 from residuum.errors import DivergedError, ResiduumError, RunError, UsageError
+from residuum.evaluation.calibration import fit_temperature
 from residuum.models.accounting import parameters
 from residuum.models.bundle import load_bundle
 from residuum.records import Metrics, Run, read_metrics, write_atomically
@@ -345,10 +346,12 @@ def _progress(
 def _finish(task: Classify, recipe: Recipe, run: Run, state: State, say: Callable[[str], None]) -> Result:
     """Touches the test split, once, with the last iterate; writes model, result and report."""
     began = time.perf_counter()
-    judgement = task.judge(task.test)
-    held_out = task.judge(task.held_out).to_json() if len(task.held_out) else None
+    kept = task.judge(task.held_out) if len(task.held_out) else None
+    temperature = fit_temperature(kept.log_scores, kept.labels) if kept else 1.0
+    held_out = kept.at(temperature).to_json() if kept else None
+    judgement = task.judge(task.test).at(temperature)
     measured = {"test": judgement.to_json()} | ({"held_out": held_out} if held_out else {})
-    task.bundle(recipe.to_json(), measured).save(run.model)
+    replace(task.bundle(recipe.to_json(), measured), temperature=temperature).save(run.model)
     state.seconds += time.perf_counter() - began
     result = Result(
         run=str(run.path),

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from residuum.evaluation import figures
 from residuum.evaluation.metrics import Judgement, wilson
+from residuum.evaluation.page import between, pages
 from residuum.training.curves import curves
 
 MISTAKES = 24  # pictures shown at most
 PAIRS = 12  # rows of confused classes shown at most
-UNIT = "\u00a0%"
 CLASSES = 24  # rows of classes shown at once; the others fold away
 
 
@@ -44,19 +44,11 @@ def render(
         environment: versions and hardware.
         result: what the run ended with; errors are fractions, `held_out_error` None where nothing was held out.
     """
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    pages = Environment(
-        loader=PackageLoader("residuum", "pages"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    pages.filters |= {"percent": percent, "count": count, "duration": duration, "plain": plain}
+    templates = pages()
+    templates.filters |= {"duration": duration, "plain": plain}
     confusion, n = judgement.confusion, int(result["n"])
     rows = figures.class_rows(judgement.classes, confusion)
-    page = pages.get_template("report.html.j2").render(
+    page = templates.get_template("report.html.j2").render(
         title=title,
         recipe=recipe,
         recipe_rows=recipe_rows(recipe, differences),
@@ -78,23 +70,6 @@ def render(
     return page.encode(
         errors="replace"
     ).decode()  # a file name that is no UTF-8 must not keep the page from being written
-
-
-def percent(fraction: float | None, n: int = 0) -> str:
-    """A fraction in per cent, with two decimals where `n` pictures can tell them: "0.6 %" of 360, "8.75 %" of 10,000."""
-    if fraction is None:
-        return "–"
-    return f"{100 * fraction:.{2 if n >= 1000 else 1}f}{UNIT}"
-
-
-def between(low: float, high: float, n: int) -> str:
-    """An interval of fractions in per cent: "0.2 to 2.0 %"."""
-    return f"{percent(low, n).removesuffix(UNIT)} to {percent(high, n)}".replace(" ", "\u00a0")
-
-
-def count(number: float) -> str:
-    """A count with separators: "174,970"."""
-    return f"{number:,.0f}"
 
 
 def duration(seconds: float) -> str:

@@ -16,6 +16,7 @@ from residuum.data.decode import decode
 from residuum.errors import DataError, UsageError
 from residuum.models.bundle import Bundle, load_bundle
 from residuum.runtime import Engine, evaluating, pick_engine, to_device
+from residuum.use.download import download, scheme_of
 
 Picture = str | Path | bytes | Image.Image
 BATCH = 64
@@ -97,15 +98,18 @@ def _name(picture: Picture) -> str:
 
 
 def load(path: str | Path, *, precision: str = "fp32", device: str = "auto") -> Model:
-    """Loads a model file for use.
+    """Loads a model for use.
 
     Args:
+        path: a model file, or a publisher's name: "torchvision:resnet50.IMAGENET1K_V2", "timm:resnet50.a1_in1k",
+            "hf:OWNER/REPOSITORY"; those are downloaded.
         precision: "fp32", "bf16" or "auto".
 
     Raises:
-        ModelFileError: the file is missing, damaged, foreign, or a folder.
+        ModelFileError: the file is missing, damaged, foreign, or a folder; or there is no network to download by.
+        UsageError: the publisher has no such model.
     """
-    bundle = load_bundle(Path(path))
+    bundle = download(str(path)) if scheme_of(str(path)) else load_bundle(Path(path))
     model = Model(**{name: getattr(bundle, name) for name in Bundle.__dataclass_fields__})
     model.engine = pick_engine(precision, device)
     model.engine.place(model.net)

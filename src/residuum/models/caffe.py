@@ -1,0 +1,100 @@
+"""Names of Caffe's layers in the released ImageNet models (KaimingHe/deep-residual-networks) -> torchvision's names.
+
+    conv1, bn_conv1, scale_conv1                         conv1, bn1
+    res2a_branch1, bn2a_branch1, scale2a_branch1         layer1.0.downsample.0, .1
+    res2a_branch2a … 2c, bn2a_branch2a, scale2a_…        layer1.0.conv1 … conv3, bn1 … bn3
+    res3b1 … res3b7 (in the 101- and 152-layer nets)     layer2.1 … layer2.7
+    fc1000                                               fc
+
+Each layer has blobs, "/", "." or "_" after its name and a number or a word: weights and bias; BN's mean, variance and, where it
+is there, the factor by which both are divided; scale's gamma and beta.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from residuum.errors import ModelFileError
+
+_BLOB = re.compile(
+    r"(?P<layer>.+?)[/._](?P<blob>\d|weights?|bias(?:es)?|mean|var(?:iance)?|(?:scale_)?factor|scale|offset|gamma|beta)(?::0)?"
+)
+_FIRST, _SECOND = ("0", "weight", "weights", "scale", "gamma"), ("1", "bias", "biases", "offset", "beta")
+_PLACE = re.compile(r"(?P<stage>\d)(?P<unit>[a-z]\d*)_branch(?P<branch>1|2[a-z])")
+
+
+def from_caffe(arrays: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
+    """The state dict of arrays named by Caffe's layers and blobs, conv1's input channels turned from BGR to RGB.
+
+    Raises ModelFileError for a name that is not one of these nets' layers.
+    """
+    layers: dict[str, dict[str, Tensor]] = {}
+    for name, value in arrays.items():
+        if not (match := _BLOB.fullmatch(name)):
+            raise ModelFileError(
+                f"{where}: {name} is no layer and blob of the released Caffe nets, such as res2a_branch2a/0."
+            )
+        layers.setdefault(match["layer"], {})[match["blob"]] = value.float() if not value.is_floating_point() else value
+    units = _units(layers)
+    state: dict[str, Tensor] = {}
+    for layer, blobs in layers.items():
+        kind, target = _target(layer, units, where)
+        state |= {f"{target}.{key}": value for key, value in _entries(kind, blobs, f"{where}: {layer}").items()}
+    if "conv1.weight" in state:
+        state["conv1.weight"] = state["conv1.weight"].flip(1)  # Caffe's pictures are BGR
+    return state
+
+
+def _units(layers: Mapping[str, object]) -> dict[str, list[str]]:
+    """The units of each stage in order: a, b, c, …, or a, b1, b2, …, b22."""
+    found: dict[str, set[str]] = {}
+    for layer in layers:
+        if match := _PLACE.search(layer):
+            found.setdefault(match["stage"], set()).add(match["unit"])
+    return {stage: sorted(units, key=lambda unit: (unit[0], int(unit[1:] or 0))) for stage, units in found.items()}
+
+
+def _target(layer: str, units: Mapping[str, list[str]], where: str) -> tuple[str, str]:
+    """(conv, bn, scale or fc; torchvision's name) of a Caffe layer."""
+    if layer == "conv1":
+        return "conv", "conv1"
+    if layer in ("bn_conv1", "scale_conv1"):
+        return layer.split("_")[0], "bn1"
+    if layer.startswith("fc"):
+        return "fc", "fc"
+    kind = next((kind for kind in ("res", "bn", "scale") if layer.startswith(kind)), None)
+    match = _PLACE.fullmatch(layer.removeprefix(kind)) if kind else None
+    if kind is None or match is None:
+        raise ModelFileError(f"{where}: {layer} is no layer of the released Caffe nets, such as res2a_branch2a.")
+    unit = f"layer{int(match['stage']) - 1}.{units[match['stage']].index(match['unit'])}"
+    if match["branch"] == "1":
+        return ("conv", f"{unit}.downsample.0") if kind == "res" else (kind, f"{unit}.downsample.1")
+    number = ord(match["branch"][1]) - ord("a") + 1
+    return ("conv", f"{unit}.conv{number}") if kind == "res" else (kind, f"{unit}.bn{number}")
+
+
+def _entries(kind: str, blobs: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
+    """A layer's blobs under PyTorch's names."""
+
+    def blob(*names: str) -> Tensor | None:
+        return next((blobs[name] for name in names if name in blobs), None)
+
+    if kind == "bn":
+        mean, variance = blob("0", "mean"), blob("1", "var", "variance")
+        factor = blob("2", "factor", "scale_factor")
+        if mean is None or variance is None:
+            raise ModelFileError(f"{where} has no mean and variance; give all blobs of the layer.")
+        divisor = 1.0 if factor is None or not float(factor.reshape(-1)[0]) else float(factor.reshape(-1)[0])
+        entries: dict[str, Tensor | None] = {"running_mean": mean / divisor, "running_var": variance / divisor}
+        entries |= {"weight": blob("scale", "gamma"), "bias": blob("offset", "beta")}
+    else:
+        entries = {"weight": blob(*_FIRST), "bias": blob(*_SECOND)}
+    vectors = kind in ("bn", "scale")
+    return {
+        key: value.reshape(-1) if vectors or key == "bias" else value
+        for key, value in entries.items()
+        if value is not None
+    }

@@ -1,0 +1,68 @@
+"""Names of classes, in the order of a network's logits: of a data set, from a file, or as a list."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from residuum.errors import UsageError
+
+CIFAR10 = "airplane automobile bird cat deer dog frog horse ship truck"
+CIFAR100 = """
+    apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can
+    castle caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur dolphin
+    elephant flatfish forest fox girl hamster house kangaroo keyboard lamp lawn_mower leopard lion lizard
+    lobster man maple_tree motorcycle mountain mouse mushroom oak_tree orange orchid otter palm_tree pear
+    pickup_truck pine_tree plain plate poppy porcupine possum rabbit raccoon ray road rocket rose sea seal shark
+    shrew skunk skyscraper snail snake spider squirrel streetcar sunflower sweet_pepper table tank telephone
+    television tiger tractor train trout tulip turtle wardrobe whale willow_tree wolf woman worm
+"""
+NAMES = ("digits", "cifar10", "cifar100", "imagenet")
+
+
+def class_names(text: str, n: int) -> tuple[str, ...]:
+    """The `n` names that a text stands for: a data set's name, a file with one name a line, or names with commas between.
+
+    Raises UsageError where they are not `n` different names.
+    """
+    if text in NAMES:
+        names = of_data_set(text)
+    elif Path(text).is_file():
+        try:
+            names = tuple(line.strip() for line in Path(text).read_text().splitlines() if line.strip())
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(
+                f"--classes {text}: the file cannot be read ({error}); it takes one name a line."
+            ) from error
+    elif "," in text or n == 1:
+        names = tuple(part.strip() for part in text.split(","))
+    else:
+        raise UsageError(
+            f"--classes {text!r} is neither a data set ({', '.join(NAMES)}), nor a file with one name a line, nor a "
+            "list with commas."
+        )
+    if len(names) != n:
+        raise UsageError(f"--classes {text} gives {len(names):,} names, but the network has {n:,} classes.")
+    if len(set(names)) < n or not all(names):
+        raise UsageError(f"--classes {text}: every class needs a name of its own.")
+    return names
+
+
+def of_data_set(name: str) -> tuple[str, ...]:
+    """The classes of a data set that weights are commonly published for, in its own order."""
+    if name == "digits":
+        return tuple("0123456789")
+    if name == "imagenet":
+        from torchvision.models import ResNet18_Weights
+
+        return unique(ResNet18_Weights.DEFAULT.meta["categories"])
+    return tuple({"cifar10": CIFAR10, "cifar100": CIFAR100}[name].split())
+
+
+def unique(names: list[str]) -> tuple[str, ...]:
+    """Names made different where two classes share one (ImageNet has two "crane"s): the second gets " (2)"."""
+    seen: dict[str, int] = {}
+    result = []
+    for name in names:
+        seen[name] = seen.get(name, 0) + 1
+        result.append(name if seen[name] == 1 else f"{name} ({seen[name]})")
+    return tuple(result)

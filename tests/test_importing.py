@@ -1,0 +1,443 @@
+"""Weights of other programs: every layout on disk, equal answers, nothing guessed in silence, nothing executed."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torchvision
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import residuum
+from residuum.cli.main import run
+from residuum.errors import ModelFileError, ResiduumError, UsageError
+from residuum.models.bundle import Bundle, load_bundle
+from residuum.models.resnet import ResNet, build
+from residuum.preprocessing import Preprocessing
+from residuum.use.classes import class_names, of_data_set
+from residuum.use.export import export
+from residuum.use.importing import Given, import_weights
+
+FIVE = "a,b,c,d,e"
+PREPARED: dict[str, Any] = {"mean": (0.49, 0.48, 0.45), "std": (0.25, 0.24, 0.26)}
+
+
+def shaken(net: nn.Module) -> Any:
+    """The network with every value random in float32, statistics and affine ones too; in eval mode."""
+    draw = torch.Generator().manual_seed(0)
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for value in (module.weight.data, module.bias.data, module.running_mean, module.running_var):
+                cast(Tensor, value).copy_(torch.rand(cast(Tensor, value).shape, generator=draw) + 0.5)
+    return net.eval()
+
+
+def plainly(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in state.items()}
+
+
+def without_counts(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value for name, value in plainly(state).items() if not name.endswith("num_batches_tracked")}
+
+
+def prefixed(prefix: str) -> Callable[[Mapping[str, Tensor]], dict[str, Tensor]]:
+    return lambda state: {prefix + name: value for name, value in plainly(state).items()}
+
+
+def called(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.replace("fc.", "linear.").replace("downsample", "shortcut"): v for name, v in plainly(state).items()}
+
+
+LAYOUTS: dict[str, tuple[str, Callable[[Mapping[str, Tensor]], Any]]] = {
+    "a state_dict": ("w.pth", plainly),
+    "counts missing": ("w.pt", without_counts),
+    "under state_dict, in module.": (
+        "w.th",
+        lambda s: {"state_dict": prefixed("module.")(s), "best_prec1": 91.7, "epoch": 3},
+    ),
+    "under model": ("w.pth", lambda s: {"model": plainly(s), "optimizer": {"state": {}, "lr": [0.1]}}),
+    "under net": ("w.pt", lambda s: {"net": prefixed("_orig_mod.module.")(s), "acc": 93.0}),
+    "under model_ema": ("w.pth", lambda s: {"model_ema": plainly(s)}),
+    "nested twice": ("w.pth", lambda s: {"model": {"state_dict": plainly(s)}}),
+    "backbone.": ("w.bin", prefixed("backbone.")),
+    "linear and shortcut": ("w.pth", called),
+    "safetensors": ("w.safetensors", plainly),
+    "npz": ("w.npz", plainly),
+}
+
+
+def write(path: Path, content: Any) -> Path:
+    if path.suffix == ".safetensors":
+        save_file(content, path)
+    elif path.suffix == ".npz":
+        np.savez(path, **{name: value.numpy() for name, value in content.items()})
+    else:
+        torch.save(content, path)
+    return path
+
+
+def same(bundle: Bundle, other: nn.Module, size: int, channels: int = 3) -> None:
+    x = torch.randn(2, channels, size, size + 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    with torch.no_grad():
+        expected, found = other.double()(x), bundle.net.double()(x)
+    assert expected.std(0).min() > 0
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_torchvisions_networks_in_every_layout(layout: str, tmp_path: Path) -> None:
+    """Written to a file, imported, saved as a model file, loaded: equal logits in float64."""
+    name, arranged = LAYOUTS[layout]
+    other = shaken(torchvision.models.resnet18(num_classes=5))
+    bundle, _ = import_weights(write(tmp_path / name, arranged(other.state_dict())), Given(classes=FIVE, **PREPARED))
+    bundle.save(tmp_path / "model.safetensors")
+    same(load_bundle(tmp_path / "model.safetensors"), other, 75)
+
+
+@pytest.mark.parametrize("layout", ["a state_dict", "safetensors"])
+@pytest.mark.parametrize(
+    ("source", "name"), [("torchvision", "resnet50"), ("timm", "resnet50"), ("timm", "resnet26"), ("timm", "resnet34")]
+)
+def test_other_networks(source: str, name: str, layout: str, tmp_path: Path) -> None:
+    make = torchvision.models.get_model if source == "torchvision" else timm.create_model
+    other = shaken(make(name, num_classes=5))
+    file, arranged = LAYOUTS[layout]
+    path = write(tmp_path / file, arranged(other.state_dict()))
+    bundle, _ = import_weights(path, Given(classes=FIVE, source=source))
+    same(bundle, other, 70)
+    assert bundle.preprocessing.mean.tolist() == pytest.approx([0.485, 0.456, 0.406])  # known of the source
+
+
+def caffe_blobs(state: Mapping[str, Tensor], factor: float) -> dict[str, np.ndarray]:
+    """A v1 network's state as the released Caffe models have it, in layers and numbered blobs; pictures are BGR."""
+    blobs: dict[str, np.ndarray] = {}
+
+    def layer(kind: str, place: str) -> str:
+        if place == "1":
+            return {"res": "conv1", "bn": "bn_conv1", "scale": "scale_conv1"}[kind]
+        return f"{kind}{place}"
+
+    for name, value in state.items():
+        if name.endswith("num_batches_tracked"):
+            continue
+        *path, what = name.split(".")
+        if path == ["fc"]:
+            blobs[f"fc1000/{int(what == 'bias')}"] = value.numpy()
+            continue
+        if len(path) == 1:
+            place, conv = "1", path[0] == "conv1"
+        else:
+            unit = int(path[1])
+            letter = "abc"[unit] if path[0] != "layer3" else "a" if unit == 0 else f"b{unit}"
+            conv = path[2].startswith("conv") or path[-1] == "0"
+            branch = "1" if path[2] == "downsample" else "2" + "abc"[int(path[2][-1]) - 1]
+            place = f"{int(path[0][-1]) + 1}{letter}_branch{branch}"
+        if conv:
+            turned = value.flip(1) if name == "conv1.weight" else value
+            blobs[f"{layer('res', place)}/{int(what == 'bias')}"] = turned.numpy()
+        elif what in ("weight", "bias"):
+            blobs[f"{layer('scale', place)}/{int(what == 'bias')}"] = value.numpy()
+        else:
+            blobs[f"{layer('bn', place)}/{int(what == 'running_var')}"] = (value * factor).numpy()
+            blobs[f"{layer('bn', place)}/2"] = np.array([factor], np.float32)
+    return blobs
+
+
+def test_caffes_nets(tmp_path: Path) -> None:
+    """The released nets' names, BGR, the factor of BN's statistics, a bias in conv1, and the max-pool without padding."""
+    net = shaken(build("resnet50", depths=(2, 2, 11, 1), classes=5, maxpool="ceil", conv1_bias=True, seed=0))
+    torch.nn.init.normal_(net.conv1.bias)
+    np.savez(tmp_path / "w.npz", **cast(Any, caffe_blobs(net.state_dict(), 1024.0)))
+    bundle, notes = import_weights(tmp_path / "w.npz", Given(classes=FIVE, mean=[0.4], std=[1 / 255]))
+    assert bundle.spec == net.spec and bundle.spec.stride_site == "first" and "BGR to RGB" in " ".join(notes)
+    same(bundle, net, 71)
+
+
+def test_caffes_values_under_torchvisions_names(tmp_path: Path) -> None:
+    """Converted files keep BGR and the max-pool, which names do not tell: --source caffe and --input bgr do."""
+    net = shaken(build("resnet50", depths=(1, 1, 1, 1), classes=5, maxpool="ceil", conv1_bias=True, seed=0))
+    state = plainly(net.state_dict())
+    state["conv1.weight"] = state["conv1.weight"].flip(1)
+    torch.save(state, tmp_path / "w.pth")
+    given: dict[str, Any] = {"classes": FIVE, "mean": [0.4], "std": [1 / 255]}
+    bundle, _ = import_weights(tmp_path / "w.pth", Given(source="caffe", input="bgr", **given))
+    assert bundle.spec == net.spec
+    same(bundle, net, 70)
+    changes = {"stride_site": "first", "maxpool": "ceil"}
+    same(import_weights(tmp_path / "w.pth", Given(changes=changes, input="bgr", **given))[0], net, 70)
+
+
+def test_caffes_max_pool_is_not_torchvisions() -> None:
+    """No padding, over the far edge: the same size of map, other windows."""
+    caffe, other = build("resnet18", maxpool="ceil", seed=0).maxpool, build("resnet18", seed=0).maxpool
+    assert caffe is not None and other is not None
+    x = torch.arange(112.0).expand(1, 1, 112, 112)
+    assert caffe(x).shape == other(x).shape == (1, 1, 56, 56)
+    assert caffe(x)[0, 0, 0, :2].tolist() == [2, 4] and other(x)[0, 0, 0, :2].tolist() == [1, 3]
+
+
+def test_option_a_and_where_its_zeros_stand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """akamaster's files: `linear`, in `module.`, zeros centred; said aloud. The specification decides what is computed."""
+    net = shaken(build("resnet20", zeros="centre", seed=0))
+    write(tmp_path / "r20.th", {"state_dict": called(prefixed("module.")(net.state_dict())), "best_prec1": 91.7})
+    out = tmp_path / "m.safetensors"
+    arguments = [
+        "import",
+        str(tmp_path / "r20.th"),
+        "--classes",
+        "cifar10",
+        "--mean",
+        "0.49,0.48,0.45",
+        "--std",
+        "0.25,0.24,0.26",
+    ]
+    assert run([*arguments, "--out", str(out), "--json"]) == 0
+    said, err = capsys.readouterr()
+    about = json.loads(said)
+    assert about["specification"]["zeros"] == "centre" and about["specification"]["depths"] == [3, 3, 3]
+    assert about["classes"][0] == "airplane" and about["preprocessing"]["size"] == [32, 32]
+    assert "ASSUMED" in err and "--set zeros=" in err and "shortcut=none" in err
+    same(load_bundle(out), net, 32)
+    assert run([*arguments, "--out", str(out), "--set", "zeros=append"]) == 0
+    assert load_bundle(out).spec.zeros == "append" and "zeros              append" in capsys.readouterr().out
+
+
+def test_a_network_with_projections_on_cifar(tmp_path: Path) -> None:
+    """kuangliu's layout: option B called shortcut, `linear`, four stages from width 64."""
+    net = shaken(build("resnet18", stem="cifar", classes=10, widths=(8, 16, 32, 64), seed=0))
+    write(tmp_path / "w.pth", {"net": called(net.state_dict()), "acc": 95.0, "epoch": 1})
+    bundle, notes = import_weights(tmp_path / "w.pth", Given(classes="cifar10", **PREPARED))
+    assert bundle.spec == net.spec and not any("zeros" in note for note in notes)
+
+
+@pytest.mark.parametrize(("name", "given", "sentence"), [
+    ("resnet50", {"classes": FIVE, **PREPARED}, "where the bottlenecks have their stride: give --source torchvision"),
+    ("resnet18", {"classes": FIVE}, "does not say how its pictures were prepared: give --mean and --std"),
+    ("resnet18", {"classes": FIVE, "mean": [0.5]}, "give --std, in units of [0, 1]"),
+    ("resnet18", PREPARED, "does not name its 5 classes: give --classes"),
+    ("resnet18", {"classes": "cifar10", **PREPARED}, "gives 10 names, but the network has 5 classes"),
+    ("resnet18", {"classes": "cifar11", **PREPARED}, "is neither a data set"),
+    ("resnet18", {"classes": "a,b,c,d,a", **PREPARED}, "every class needs a name of its own"),
+    ("resnet18", {"classes": FIVE, "mean": [1, 2], "std": [1]}, "--mean takes 3 numbers, one a channel, or one for all, not 2"),
+    ("resnet18", {"classes": FIVE, "mean": [0], "std": [0]}, "above 0"),
+    ("resnet18", {"classes": FIVE, "source": "torchvison"}, "did you mean 'torchvision'?"),
+    ("resnet18", {"classes": FIVE, **PREPARED, "size": 224, "resize": 200}, "--resize 200 must be at least --size 224"),
+    ("resnet18", {"classes": FIVE, **PREPARED, "input": "grb"}, "unknown order of channels 'grb'"),
+])  # fmt: skip
+def test_what_must_be_given(name: str, given: dict[str, Any], sentence: str, tmp_path: Path) -> None:
+    with torch.device("meta"):
+        meta = torchvision.models.get_model(name, num_classes=5).state_dict()
+    torch.save({k: torch.zeros(v.shape) for k, v in meta.items()}, tmp_path / "w.pth")
+    with pytest.raises(UsageError) as error:
+        import_weights(tmp_path / "w.pth", Given(**given))
+    assert sentence in str(error.value)
+
+
+def test_tensors_that_do_not_fit_are_named(tmp_path: Path) -> None:
+    good = plainly(build("resnet8", seed=0).state_dict())
+    wrong = {
+        "missing layer2.0.bn1.running_var": {k: v for k, v in good.items() if k != "layer2.0.bn1.running_var"},
+        "not expected layer1.0.bn1.wait (nearest expected: layer1.0.bn1.weight)": {
+            ("layer1.0.bn1.wait" if k == "layer1.0.bn1.weight" else k): v for k, v in good.items()
+        },
+        "misshapen layer1.0.conv2.weight is 16x16x5x5, not 16x16x3x3": good
+        | {"layer1.0.conv2.weight": torch.zeros(16, 16, 5, 5)},
+        "stages or blocks are missing": {k: v for k, v in good.items() if not k.startswith("layer2")},
+        "conv1.weight, layer1.0.conv1.weight … and fc.weight are expected": {"stem.weight": torch.zeros(3)},
+    }
+    for sentence, state in wrong.items():
+        torch.save(state, tmp_path / "w.pth")
+        with pytest.raises(ModelFileError) as error:
+            import_weights(tmp_path / "w.pth", Given(classes="cifar10", **PREPARED))
+        assert sentence in str(error.value)
+    torch.save(timm.create_model("resnet26d").state_dict(), tmp_path / "w.pth")
+    with pytest.raises(ModelFileError, match="of a known layout"):
+        import_weights(tmp_path / "w.pth", Given(classes="imagenet", source="timm"))
+
+
+class Malicious:
+    """A pickle of this runs a command when it is loaded carelessly."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> Any:
+        return (Path.touch, (self.trace,))
+
+
+def test_a_malicious_file_is_refused_and_not_executed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trace = tmp_path / "executed"
+    torch.save({"state_dict": {"conv1.weight": torch.zeros(1)}, "args": Malicious(trace)}, tmp_path / "zip.pth")
+    (tmp_path / "plain.pt").write_bytes(pickle.dumps(Malicious(trace)))
+    torch.save({"a": Malicious(trace)}, tmp_path / "old.th", _use_new_zipfile_serialization=False)
+    np.savez(tmp_path / "array.npz", a=np.array([Malicious(trace)], dtype=object))
+    for name in ("zip.pth", "plain.pt", "old.th", "array.npz"):
+        code = run(
+            [
+                "import",
+                str(tmp_path / name),
+                "--classes",
+                "cifar10",
+                "--mean",
+                "0",
+                "--std",
+                "1",
+                "--out",
+                str(tmp_path / "m"),
+            ]
+        )
+        err = capsys.readouterr().err
+        assert code == 1 and "could execute code, so it is refused" in err and err.count("\n") == 1, err
+        assert not trace.exists() and not (tmp_path / "m").exists()
+    with open(tmp_path / "plain.pt", "rb") as file:  # it would have
+        pickle.load(file)
+    assert trace.exists()
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors", ".npz"])
+def test_empty_cut_and_missing_files(suffix: str, tmp_path: Path) -> None:
+    whole = write(tmp_path / f"w{suffix}", plainly(build("resnet8", seed=0).state_dict())).read_bytes()
+    file = tmp_path / f"bad{suffix}"
+    for content, sentence in (
+        (b"", "is empty"),
+        (whole[: len(whole) // 2], "download or copy it again"),
+        (b"hello", str(file)),
+    ):
+        file.write_bytes(content)
+        with pytest.raises(ModelFileError) as error:
+            import_weights(file, Given(classes="cifar10", **PREPARED))
+        assert sentence in str(error.value)
+    file.unlink()
+    with pytest.raises(ModelFileError, match="is not there"):
+        import_weights(file, Given())
+    with pytest.raises(ModelFileError, match="is a folder"):
+        import_weights(tmp_path, Given())
+
+
+def test_several_sets_of_weights_are_chosen_from(tmp_path: Path) -> None:
+    one, other = (plainly(build("resnet8", seed=seed).state_dict()) for seed in (0, 1))
+    torch.save({"model": one, "model_ema": other}, tmp_path / "w.pth")
+    with pytest.raises(UsageError, match="several sets of weights: model, model_ema; choose one with --key model"):
+        import_weights(tmp_path / "w.pth", Given(classes="cifar10", **PREPARED))
+    bundle, _ = import_weights(tmp_path / "w.pth", Given(classes="cifar10", key="model_ema", **PREPARED))
+    assert torch.equal(bundle.net.conv1.weight, other["conv1.weight"])
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_what_is_exported_comes_back_whole(suffix: str, tmp_path: Path) -> None:
+    """Specification, classes, a per-pixel mean and the temperature too, with nothing given."""
+    net: ResNet = shaken(build("resnet8", zeros="centre", seed=0))
+    before = Bundle(
+        net,
+        of_data_set("cifar10"),
+        Preprocessing(3, (32, 32), 32, torch.rand(32, 32, 3), torch.ones(3)),
+        temperature=1.3,
+    )
+    export(before, "torchvision", tmp_path / f"w{suffix}")
+    after, _ = import_weights(tmp_path / f"w{suffix}", Given())
+    after.save(tmp_path / "m.safetensors")
+    after = load_bundle(tmp_path / "m.safetensors")
+    assert (after.spec, after.classes, after.temperature) == (before.spec, before.classes, 1.3)
+    assert torch.equal(after.preprocessing.mean, before.preprocessing.mean)
+    assert all(torch.equal(value, net.state_dict()[name]) for name, value in after.net.state_dict().items())
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_torchvision_and_timm_load_what_is_exported(suffix: str, tmp_path: Path) -> None:
+    net: ResNet = shaken(build("resnet50v1.5", classes=5, seed=0))
+    bundle = Bundle(net, tuple("abcde"), Preprocessing(3, (224, 224), 256, torch.zeros(3), torch.ones(3)))
+    path = tmp_path / f"w{suffix}"
+    assert export(bundle, "torchvision", path) == []
+    from safetensors.torch import load_file
+
+    state = load_file(path) if suffix == ".safetensors" else torch.load(path, weights_only=True)
+    for other in (torchvision.models.resnet50(num_classes=5), timm.create_model("resnet50", num_classes=5)):
+        other.load_state_dict(state, strict=True)
+        same(bundle, other.eval(), 65)
+
+
+def test_what_others_would_compute_differently_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    v1 = Bundle(build("resnet50", depths=(1, 1, 1, 1), classes=5, maxpool="ceil", seed=0), tuple("abcde"),
+                Preprocessing(3, (224, 224), 256, torch.zeros(3), torch.ones(3)))  # fmt: skip
+    v1.save(tmp_path / "m.safetensors")
+    assert run(["export", str(tmp_path / "m.safetensors"), "--to", "torchvision"]) == 0
+    out, err = capsys.readouterr()
+    assert Path(out.strip()).is_file() and "the stride is in the first 1x1" in err and "Caffe's alignment" in err
+    for arguments, sentence in (
+        (["--to", "torchvison"], "did you mean 'torchvision'?"),
+        (["--to", "torchvision", "--out", "x.zip"], ".pth"),
+    ):
+        assert run(["export", str(tmp_path / "m.safetensors"), *arguments]) == 2
+        assert sentence in capsys.readouterr().err
+
+
+def test_publishers_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With what they download put in their place: weights, preprocessing, classes and published figures come along."""
+    other = shaken(torchvision.models.resnet18())
+    monkeypatch.setattr(torchvision.models._api.WeightsEnum, "get_state_dict", lambda self, **_: other.state_dict())
+    model = residuum.load("torchvision:resnet18.IMAGENET1K_V1", device="cpu")
+    assert (
+        model.preprocessing.resize == 256 and model.preprocessing.size == (224, 224) and len(set(model.classes)) == 1000
+    )
+    assert model.metrics["published"]["top1_error"] == pytest.approx(0.30242)
+    same(model, other, 70)
+    made = shaken(timm.create_model("resnet18.a1_in1k"))
+    monkeypatch.setattr(timm, "create_model", lambda name, pretrained: made)
+    model = residuum.load("timm:resnet18.a1_in1k", device="cpu")
+    assert model.preprocessing.interpolation == "bicubic" and model.recipe["source"] == "timm:resnet18.a1_in1k"
+    same(model, made, 70)
+
+
+def test_a_repository_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """timm's layout, weights and config.json; and a model file of ours."""
+    import huggingface_hub
+
+    other = shaken(timm.create_model("resnet26", num_classes=5))
+    save_file(plainly(other.state_dict()), tmp_path / "model.safetensors")
+    about = {"mean": [0.5] * 3, "std": [0.25] * 3, "crop_pct": 0.95, "input_size": [3, 224, 224], "interpolation": "bicubic",
+             "label_names": list("abcde")}  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": "resnet26", "pretrained_cfg": about}))
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repository, name: str(tmp_path / name))
+    model = residuum.load("hf:somebody/resnet26", device="cpu")
+    same(model, other, 70)
+    assert (model.classes, model.preprocessing.resize) == (tuple("abcde"), 235)
+    assert model.preprocessing.interpolation == "bicubic" and model.preprocessing.std.tolist() == [0.25] * 3
+    model.save(tmp_path / "model.safetensors")
+    assert residuum.load("hf:somebody/ours", device="cpu").classes == model.classes
+
+
+@pytest.mark.parametrize(("name", "sentence"), [
+    ("torchvision:resnet18.IMAGENET1K_V1", "could not be downloaded (no route to host); where there is no network"),
+    ("timm:resnet18.a1_in1k", "could not be downloaded (no route to host)"),
+    ("hf:timm/resnet18.a1_in1k", "could not be downloaded (no route to host)"),
+    ("torchvision:resnet18.IMAGENET1K_V9", "unknown weights of torchvision's resnet18 'IMAGENET1K_V9'; did you mean"),
+    ("torchvision:resnut", "torchvision has no network 'resnut'"),
+    ("torchvision:vgg16", "no residual network of the papers"),
+])  # fmt: skip
+def test_without_a_network_it_says_what_to_do(name: str, sentence: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(*_: Any, **__: Any) -> Any:
+        raise OSError("no route to host")
+
+    import huggingface_hub
+
+    monkeypatch.setattr("torch.hub.load_state_dict_from_url", offline)
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", offline)
+    monkeypatch.setattr(timm, "create_model", offline)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
+    with pytest.raises(ResiduumError) as error:
+        residuum.load(name)
+    assert sentence in str(error.value)
+
+
+def test_class_names(tmp_path: Path) -> None:
+    (tmp_path / "names").write_text("a\nb\n\nc\n")
+    assert class_names(str(tmp_path / "names"), 3) == class_names("a, b,c", 3) == ("a", "b", "c")
+    assert len(class_names("cifar100", 100)) == 100 and len(class_names("imagenet", 1000)) == 1000

@@ -1,0 +1,317 @@
+"""Calibration, ensembles, comparisons, published figures, per-picture results and the page of an evaluation."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from math import comb
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torch import Tensor
+
+import residuum
+from residuum.cli.main import run
+from residuum.data import digits
+from residuum.data.dataset import Split
+from residuum.errors import DataError, UsageError
+from residuum.evaluation.calibration import fit_temperature, reliability
+from residuum.evaluation.comparison import compare
+from residuum.evaluation.evaluate import evaluate, judge
+from residuum.evaluation.metrics import Judgement
+from residuum.evaluation.predictions import write
+from residuum.evaluation.published import published
+from residuum.models.bundle import Bundle, load_bundle
+from residuum.models.resnet import ResNet, build
+from residuum.models.spec import specification
+from residuum.preprocessing import Preprocessing
+from residuum.runtime import pick_engine
+
+NAMES = tuple("0123456789")
+GREY = Preprocessing(1, (8, 8), 8, torch.tensor([0.3]), torch.tensor([0.3]))
+
+
+def model(
+    seed: int, classes: tuple[str, ...] = NAMES, preprocessing: Preprocessing = GREY, temperature: float = 1.0
+) -> Bundle:
+    net: Any = build("resnet8", classes=len(classes), channels=1, seed=seed)
+    net.fc.weight.data.mul_(4)
+    return Bundle(net.eval(), classes, preprocessing, temperature=temperature)
+
+
+def drawn(n: int, classes: int, temperature: float, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Logits of a network that is right as often as softmax(logits / temperature) says."""
+    draw = torch.Generator().manual_seed(seed)
+    z = 3 * torch.randn(n, classes, generator=draw, dtype=torch.float64)
+    return z, torch.multinomial((z / temperature).softmax(1), 1, generator=draw).flatten()
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.5])
+def test_the_temperature_is_found(temperature: float) -> None:
+    z, labels = drawn(20_000, 5, temperature)
+    assert fit_temperature(z, labels) == pytest.approx(temperature, rel=0.05)
+
+
+def test_the_temperature_has_the_least_cross_entropy() -> None:
+    z, labels = drawn(5_000, 4, 1.7)
+    found = fit_temperature(z, labels)
+    loss = lambda t: float(torch.nn.functional.cross_entropy(z / t, labels))  # noqa: E731
+    assert loss(found) < min(loss(found * 1.03), loss(found / 1.03))
+
+
+def test_pictures_that_are_all_right_make_no_certainty() -> None:
+    """A least cross entropy there is none: any colder is better. The pseudo-count keeps scores below (N + 1) / (N + 2)."""
+    z = 5 * torch.eye(3, dtype=torch.float64).repeat(20, 1)
+    labels = torch.arange(3).repeat(20)
+    scores = (z / fit_temperature(z, labels)).softmax(1)
+    assert float(scores.max()) == pytest.approx(61 / 62, abs=1e-6)
+
+
+@given(st.integers(1, 200), st.integers(2, 6), st.integers(0, 100))
+@settings(max_examples=30, deadline=None)
+def test_reliability_is_the_calibration_errors_own(n: int, classes: int, seed: int) -> None:
+    z, labels = drawn(n, classes, 2.0, seed)
+    judged = Judgement.of(tuple(map(str, range(classes))), z.softmax(1).float(), labels)
+    bins = [b for b in reliability(judged.scores, labels) if b.n]
+    assert sum(b.n for b in bins) == n
+    error = sum(b.n * abs((b.accuracy or 0) - (b.confidence or 0)) for b in bins) / n
+    assert judged.calibration_error == pytest.approx(error, abs=1e-6)
+    assert all(b.low < (b.confidence or 0) + 1e-6 and (b.confidence or 0) <= b.high + 1e-6 for b in bins)
+
+
+def judged(wrong: list[int], n: int = 40) -> Judgement:
+    labels = torch.zeros(n, dtype=torch.long)
+    scores = torch.tensor([[0.2, 0.8] if i in wrong else [0.8, 0.2] for i in range(n)])
+    return Judgement.of(("a", "b"), scores, labels)
+
+
+def test_mcnemar_is_a_binomial_test_on_the_pictures_that_differ() -> None:
+    found = compare(judged([0, 1, 2, 3, 4, 5, 6, 7, 20]), judged([8, 20]), "a", "b")
+    assert (found.only_a_wrong, found.only_b_wrong, found.difference) == (8, 1, 7 / 40)
+    assert found.p_value == pytest.approx(2 * (comb(9, 0) + comb(9, 1)) / 2**9)  # by hand: 9 tosses, 1 or fewer
+    assert found.interval[0] < 7 / 40 < found.interval[1] and found.interval[0] > 0
+    assert found.interval[1] - found.interval[0] == pytest.approx(
+        2 * 1.96 * (((9 / 40) - (7 / 40) ** 2) / 40) ** 0.5, rel=0.15
+    )
+    same = compare(judged([3]), judged([3]), "a", "b")
+    assert (same.p_value, same.difference, same.interval) == (1.0, 0.0, (0.0, 0.0))
+
+
+def test_an_ensemble_is_the_weighted_mean_of_scores_matched_by_name() -> None:
+    turned = tuple(reversed(NAMES))
+    other = Preprocessing(1, (12, 12), 14, torch.tensor([0.5]), torch.tensor([0.2]))
+    members = [model(0, temperature=2.0), model(1, turned, other)]
+    both = evaluate(members, "digits", weights=[3, 1], device="cpu", precision="fp32")
+    alone = [evaluate(each, "digits", device="cpu", precision="fp32").judgement for each in members]
+    assert alone[1].classes == turned and both.judgement.classes == NAMES
+    expected = 0.75 * alone[0].scores + 0.25 * alone[1].scores.flip(1)
+    torch.testing.assert_close(both.judgement.scores, expected, rtol=1e-5, atol=1e-6)
+    assert [m.top1_error for m in both.members] == [j.top1_error for j in alone]
+    document = both.to_json()
+    assert [(m["model"], m["weight"]) for m in document["members"]] == [("model 1", 0.75), ("model 2", 0.25)]
+    assert [(c["a"], c["b"]) for c in document["comparisons"]] == [
+        ("model 1", "model 2"), ("model 1", "ensemble"), ("model 2", "ensemble")]  # fmt: skip
+    assert document["temperature"] == [2.0, 1.0]
+
+
+def test_members_share_one_decode() -> None:
+    """Each picture is read once, whatever the number of models, and a batch at a time."""
+    test = digits.load().test
+    read: list[int] = []
+
+    class Counted:
+        labels, names = test.labels, test.names
+
+        def __len__(self) -> int:
+            return len(test)
+
+        def pictures(self, indices: Any) -> list[Tensor]:
+            read.extend(indices)
+            assert len(indices) <= 256
+            return test.pictures(indices)
+
+    from residuum.evaluation.scores import Member, scores
+
+    engine = pick_engine("fp32", "cpu")
+    scores([Member.of(each.net, each.preprocessing, engine) for each in (model(0), model(1))], Counted(), engine)
+    assert sorted(read) == list(range(360))
+
+
+def test_large_pictures_are_held_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory is bounded, and the scores are those of pictures held all together."""
+    from residuum.evaluation import scores as judging
+
+    test, engine = digits.load().test, pick_engine("fp32", "cpu")
+    asked: list[int] = []
+
+    class Large:
+        labels, names = test.labels, test.names
+
+        def __len__(self) -> int:
+            return len(test)
+
+        def pictures(self, indices: Any) -> list[Tensor]:
+            asked.append(len(indices))
+            return test.pictures(indices)
+
+    member = judging.Member.of(model(0).net, GREY, engine)
+    (together,) = judging.scores([member], Large(), engine)
+    assert max(asked) > 100
+    asked.clear()
+    monkeypatch.setattr(judging, "READ_BYTES", 64 * 3)  # a digit has 64 bytes
+    (apart,) = judging.scores([member], Large(), engine)
+    assert max(asked) == 8 and asked.count(3) > 90  # the first of each batch tell how large pictures are
+    torch.testing.assert_close(apart, together, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("members", "weights", "error", "sentence"), [
+    (["0123456789", "012345678x"], None, DataError, "the members of an ensemble name different classes: only in model 2 x"),
+    (["0123456789"] * 2, [1.0], UsageError, "weights are 2 numbers above 0, one for each model, not 1.0"),
+    (["0123456789"] * 2, [1.0, -1.0], UsageError, "weights are 2 numbers above 0"),
+    ([], None, UsageError, "evaluate needs at least one model"),
+])  # fmt: skip
+def test_what_is_no_ensemble(members: list[str], weights: Any, error: type[Exception], sentence: str) -> None:
+    with pytest.raises(error, match=sentence):
+        evaluate([model(i, tuple(names)) for i, names in enumerate(members)], "digits", weights=weights, device="cpu")
+
+
+@pytest.mark.parametrize(("labels", "sentence"), [([-1, 0], "have no labels"), ([], "there is no picture to judge")])
+def test_a_split_without_labels_or_pictures(labels: list[int], sentence: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from residuum.data import sources
+
+    data = digits.load()
+    n = len(labels)
+    object.__setattr__(data, "test", Split(data.test.images[:n], torch.tensor(labels, dtype=torch.long)))
+    monkeypatch.setattr(sources, "load", lambda *_: data)
+    with pytest.raises(DataError, match=sentence):
+        evaluate(model(0), "digits", device="cpu")
+
+
+def test_training_keeps_a_temperature_and_shows_calibrated_scores(tmp_path: Path) -> None:
+    result = residuum.train(
+        data="digits", net="resnet8", steps=60, size=8, out=tmp_path / "run", device="cpu", precision="fp32"
+    )
+    kept = residuum.load(result.model, device="cpu")
+    assert kept.temperature != 1.0
+    data = digits.load()
+    found = judge(kept.net, data.test, kept.preprocessing, kept.classes, pick_engine("fp32", "cpu"))
+    assert kept.metrics["test"]["loss"] == pytest.approx(found.at(kept.temperature).loss, rel=1e-4)
+    assert kept.metrics["test"]["loss"] != pytest.approx(found.loss, rel=1e-4)
+    again = evaluate(kept, "digits", device="cpu", precision="fp32")
+    assert again.judgement.loss == pytest.approx(kept.metrics["test"]["loss"], rel=1e-4)
+    first = kept.predict(Image.fromarray(data.test.images[0, :, :, 0].numpy()), top=1)
+    assert first.top[0][1] == pytest.approx(float(again.judgement.scores[0].max()), abs=1e-5)
+
+
+@pytest.mark.parametrize(("name", "changes", "data", "protocol", "error"), [
+    ("resnet20", {}, "cifar10", "1crop", 0.0875),
+    ("resnet20", {"zeros": "centre"}, "cifar10", "1crop", 0.0875),  # the paper does not say where they stand
+    ("preresnet164", {}, "cifar10", "1crop", 0.0546),
+    ("resnet20", {"shortcut": "B"}, "cifar10", "1crop", None),
+    ("resnet20", {}, "cifar10", "flip", None),
+    ("resnet20", {}, "digits", "1crop", None),
+    ("resnet50", {}, "imagenet", "10crop", 0.2285),
+    ("resnet50", {}, "imagenet", "multiscale:224,256,384,480,640", 0.2074),
+    ("resnet34", {"shortcut": "C"}, "imagenet", "10crop", 0.2419),
+    ("resnet50v1.5", {}, "imagenet", "10crop", None),
+])  # fmt: skip
+def test_published_figures(name: str, changes: dict[str, Any], data: str, protocol: str, error: float | None) -> None:
+    with torch.device("meta"):
+        net = ResNet(specification(name, **changes))
+    found = published(Bundle(net, (), GREY), data, "test", protocol)
+    assert (found.top1_error if found else None) == error
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    model(0).save(tmp_path / "model.safetensors")
+    return tmp_path / "model.safetensors"
+
+
+def test_the_command_writes_figures_a_page_and_a_table(
+    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model(1).save(tmp_path / "other.safetensors")
+    out, rows = tmp_path / "out", tmp_path / "rows.csv"
+    arguments = [
+        "evaluate",
+        str(file),
+        str(tmp_path / "other.safetensors"),
+        "--data",
+        "digits",
+        "--device",
+        "cpu",
+        "--protocol",
+        "flip",
+    ]
+    assert run([*arguments, "--out", str(out), "--predictions", str(rows), "--weights", "2,1", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert json.loads((out / "evaluation.json").read_text()) == document and document["protocol"] == "1crop+flip"
+    page = (out / "evaluation.html").read_text()
+    assert page.count('<img src="data:image/png;base64,') == 24 and "Reliability diagram" in page and "McNemar" in page
+    assert "<script" not in page and "http://" not in page.replace("http://www.w3.org", "")
+    with open(rows) as lines:
+        table = list(csv.DictReader(lines))
+    assert len(table) == 360 and sum(row["right"] == "False" for row in table) == round(document["top1_error"] * 360)
+    assert (
+        all((row["rank"] == "1") == (row["right"] == "True") for row in table)
+        and len({row["picture"] for row in table}) == 360
+    )
+    assert run([*arguments, "--out", str(out)]) == 0
+    said = capsys.readouterr().out
+    assert "the ensemble" in said and "p (McNemar)" in said and "1crop+flip" in said
+
+
+def test_one_model_has_a_page_beside_it(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["evaluate", str(file), "--data", "digits", "--device", "cpu"]) == 0
+    out, err = capsys.readouterr()
+    page = (file.parent / "evaluation.html").read_text()
+    assert "1crop" in out and "evaluation.html" in err and "McNemar" not in page and "How it was measured" in page
+    assert run(["evaluate", str(file), "--data", "digits", "--device", "cpu", "--out", str(file)]) == 1
+    assert "cannot write" in capsys.readouterr().err
+
+
+def test_parquet_holds_the_same_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pyarrow import parquet
+
+    found = judged([1, 5])
+    for suffix in (".csv", ".parquet"):
+        write(tmp_path / f"rows{suffix}", found, [f"p{i}" for i in range(40)])
+    rows = parquet.read_table(tmp_path / "rows.parquet").to_pylist()
+    with open(tmp_path / "rows.csv") as lines:
+        assert [row["picture"] for row in csv.DictReader(lines)] == [row["picture"] for row in rows]
+    assert [i for i, row in enumerate(rows) if not row["right"]] == [1, 5] and rows[1]["rank"] == 2
+    with pytest.raises(UsageError, match=r"ends in .csv or .parquet"):
+        write(tmp_path / "rows.xlsx", found, [])
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(UsageError, match=r"pip install 'residuum\[parquet\]'"):
+        write(tmp_path / "rows.parquet", found, [])
+
+
+@pytest.mark.parametrize(("arguments", "sentence"), [
+    (["--protocol", "10crop:4"], "the model sees 8 pixels on a side, more than a picture with its shorter side at 4 has"),
+    (["--protocol", "11crop"], "unknown protocol '11crop'; did you mean"),
+    (["--weights", "a,b"], "--weights takes numbers with commas between"),
+    (["--predictions", "rows.xlsx"], "ends in .csv or .parquet"),
+])  # fmt: skip
+def test_wrong_requests(arguments: list[str], sentence: str, file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["evaluate", str(file), "--data", "digits", *arguments]) == 2
+    assert sentence in capsys.readouterr().err and [p.name for p in file.parent.iterdir()] == ["model.safetensors"]
+
+
+def test_an_exported_model_comes_back_with_the_same_errors(
+    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["export", str(file), "--to", "torchvision", "--out", str(tmp_path / "w.pth")]) == 0
+    assert run(["import", str(tmp_path / "w.pth"), "--out", str(tmp_path / "again.safetensors")]) == 0
+    assert load_bundle(tmp_path / "again.safetensors").spec == load_bundle(file).spec
+    found = [
+        evaluate(path, "digits", device="cpu", precision="fp32") for path in (file, tmp_path / "again.safetensors")
+    ]
+    assert torch.equal(found[0].judgement.scores, found[1].judgement.scores)

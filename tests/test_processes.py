@@ -1,0 +1,100 @@
+"""Evaluation under several processes: every picture counts once, and the figures are the same to the bit."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from residuum.evaluation.evaluate import evaluate
+from residuum.models.bundle import Bundle
+from residuum.models.resnet import build
+from residuum.preprocessing import Preprocessing
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model") / "model.safetensors"
+    net: Any = build("resnet8", classes=10, seed=0)
+    net.fc.weight.data.mul_(5)
+    Bundle(net, CLASSES, Preprocessing(3, (32, 32), 32, torch.full((3,), 0.5), torch.full((3,), 0.25))).save(path)
+    return path
+
+
+def free_port() -> int:
+    with socket.socket() as place:
+        place.bind(("127.0.0.1", 0))
+        return int(place.getsockname()[1])
+
+
+def take_part(rank: int, size: int, port: int, model: Path, data_dir: Path, out: Path) -> None:
+    """What torchrun gives a process, and what the process then says."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    asked: list[int] = []
+    found = evaluate(
+        model, "cifar10", data_dir=data_dir, device="cpu", precision="fp32", progress=lambda n, _: asked.append(n)
+    )
+    out.write_text(json.dumps(found.to_json() | {"batches": len(asked)}))
+
+
+def figures(size: int, model: Path, data_dir: Path, folder: Path) -> list[dict[str, Any]]:
+    """What each of `size` processes found."""
+    context, port = multiprocessing.get_context("fork"), free_port()
+    outs = [folder / f"{rank}-of-{size}.json" for rank in range(size)]
+    workers = [
+        context.Process(target=take_part, args=(rank, size, port, model, data_dir, out))
+        for rank, out in enumerate(outs)
+    ]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(120)
+        assert worker.exitcode == 0
+    return [json.loads(out.read_text()) for out in outs]
+
+
+def test_one_two_and_three_processes_find_the_same(model: Path, cifar10_dir: Path, tmp_path: Path) -> None:
+    """All 10,000 test pictures of CIFAR-10, none twice, though 10,000 is no multiple of 3."""
+    ((alone,), *others) = (figures(size, model, cifar10_dir, tmp_path) for size in (1, 2, 3))
+    assert alone["n"] == 10_000 and sum(map(sum, alone["confusion"])) == 10_000
+    assert [sum(row) for row in alone["confusion"]] == [1000] * 10
+    batches = alone.pop("batches")
+    for group in others:
+        assert sum(found.pop("batches") for found in group) == batches  # the work is shared, not repeated
+        assert all(found == alone for found in group)
+
+
+@pytest.mark.slow
+def test_an_exported_cifar_net_evaluates_to_the_same_errors(model: Path, cifar10_dir: Path, tmp_path: Path) -> None:
+    """Through torchvision's names and back, with nothing given."""
+    from residuum.cli.main import run
+
+    again = tmp_path / "again.safetensors"
+    assert run(["export", str(model), "--to", "torchvision", "--out", str(tmp_path / "w.pth")]) == 0
+    assert run(["import", str(tmp_path / "w.pth"), "--out", str(again)]) == 0
+    (one,), (other,) = (figures(1, each, cifar10_dir, tmp_path) for each in (model, again))
+    assert one.pop("model") != other.pop("model") and one == other and one["n"] == 10_000
+
+
+@pytest.mark.slow
+def test_torchrun(model: Path, cifar10_dir: Path) -> None:
+    """The same through the command line: one document, by the first process."""
+    command = ["evaluate", str(model), "--data", "cifar10", "--data-dir", str(cifar10_dir), "--device", "cpu", "--json"]
+    found = []
+    for launcher in (["-m"], ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3", "-m"]):
+        done = subprocess.run([sys.executable, *launcher, "residuum", *command], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        found.append(json.loads(done.stdout))
+    assert found[0] == found[1] and found[0]["n"] == 10_000
