@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from torchvision import transforms
 
-from residuum.data import dataset
+from residuum.data import sources
 from residuum.data.dataset import Split
 from residuum.runtime import environment
 from residuum.training.loop import adapt, prepare_task
@@ -135,7 +135,7 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=7, help="blocks of each, alternating")
     parser.add_argument("--steps", type=int, default=20, help="steps in a block")
     options = parser.parse_args()
-    split = dataset.load("cifar10", options.data_dir).train
+    split = sources.load("cifar10", options.data_dir).train
     rows = []
     for net in options.nets.split(","):
         plain, ours = plain_loop(int(net.removeprefix("resnet")), split), residuum_loop(net, options.data_dir)

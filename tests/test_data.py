@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from residuum.data import cifar, dataset, digits
+from residuum.data import cifar, dataset, digits, sources
 from residuum.data.augment import Augmentation
 from residuum.data.loader import Loader, order
 from residuum.errors import DataError, UsageError
@@ -154,7 +154,7 @@ def test_cifar_reads_every_pixel(tmp_path: Path) -> None:
 
 
 def test_real_cifar(cifar10_dir: Path) -> None:
-    data = dataset.load("cifar10", cifar10_dir)
+    data = sources.load("cifar10", cifar10_dir)
     assert (len(data.train), len(data.test)) == (50_000, 10_000)
     assert torch.bincount(data.train.labels).tolist() == [5000] * 10
     assert torch.bincount(data.test.labels).tolist() == [1000] * 10
@@ -166,21 +166,21 @@ def test_damaged_cifar_is_named(tmp_path: Path) -> None:
     with pytest.raises(
         DataError, match=r"CIFAR-10 is not under .*: put the binary version's folder cifar-10-batches-bin"
     ):
-        dataset.load("cifar10", tmp_path)
+        sources.load("cifar10", tmp_path)
     _write_cifar(tmp_path / cifar.FOLDER)
     file = tmp_path / cifar.FOLDER / "data_batch_3.bin"
     whole = file.read_bytes()
     file.write_bytes(whole[:-1])
     with pytest.raises(DataError, match=r"data_batch_3.bin has 61,459 bytes, not a whole number of 3,073-byte records"):
-        dataset.load("cifar10", tmp_path)
+        sources.load("cifar10", tmp_path)
     file.unlink()
     with pytest.raises(DataError, match=r"data_batch_3.bin cannot be read"):
-        dataset.load("cifar10", tmp_path)
+        sources.load("cifar10", tmp_path)
     file.write_bytes(bytes([11]) + whole[1:])
     with pytest.raises(DataError, match=r"has the label 11, but batches.meta.txt names 10 classes"):
-        dataset.load("cifar10", tmp_path)
+        sources.load("cifar10", tmp_path)
 
 
 def test_unknown_data_set(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="unknown data set 'digts'; did you mean 'digits'"):
-        dataset.load("digts", tmp_path)
+        sources.load("digts", tmp_path)

@@ -17,6 +17,7 @@ def evaluate(
     data: str,
     split: str = "test",
     data_dir: Path = Path("data"),
+    on_bad_image: str = "stop",
     precision: str = "auto",
     device: str = "auto",
     json: Annotated[bool, Parameter(negative="")] = False,
@@ -30,11 +31,13 @@ def evaluate(
     model
         A model file.
     data
-        Data set: digits or cifar10.
+        Data set: digits, cifar10, or a folder of class folders.
     split
-        test or train.
+        test, train, or any split that the data have (val, held-out, all). A folder's val is its test where it has no other.
     data_dir
         Where archives lie.
+    on_bad_image
+        stop at a picture that cannot be read, or skip it: then it is named and not counted.
     precision
         fp32, bf16, or auto: bf16 where the hardware computes it.
     device
@@ -46,11 +49,26 @@ def evaluate(
 
     with console.Bar("pictures") as bar:
         judgement = judge(
-            model, data, split=split, data_dir=data_dir, precision=precision, device=device, progress=bar.show
+            model,
+            data,
+            split=split,
+            data_dir=data_dir,
+            on_bad_image=on_bad_image,
+            precision=precision,
+            device=device,
+            progress=bar.show,
+        )
+    split = judgement.split
+    skipped = {"skipped": dict(judgement.skipped)} if judgement.skipped else {}
+    if judgement.skipped:
+        console.say(
+            f"{len(judgement.skipped):,} pictures could not be read and are not counted: {', '.join(judgement.skipped)}"
         )
     figures = judgement.to_json()
     if json:
-        return console.print_json({"model": str(model), "data": data, "split": split, "protocol": "1crop"} | figures)
+        return console.print_json(
+            {"model": str(model), "data": data, "split": split, "protocol": "1crop"} | figures | skipped
+        )
     low, high = figures["top1_interval"]
     print(f"{model} on the {split} split of {data}, {judgement.n:,} pictures, one view each")
     print(f"top-1 error {console.percent(judgement.top1_error)}  (95 % interval {100 * low:.2f} to {100 * high:.2f} %)")

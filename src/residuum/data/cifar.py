@@ -29,10 +29,10 @@ def load(data_dir: Path) -> Dataset:
             "test_batch.bin) there, or say where it is with --data-dir."
         )
     classes = tuple(meta.read_text().split())
-    return Dataset("cifar10", classes, _read(folder, TRAIN, classes), _read(folder, TEST, classes))
+    return Dataset("cifar10", classes, _read(folder, TRAIN, classes, "train"), _read(folder, TEST, classes, "test"))
 
 
-def _read(folder: Path, files: tuple[str, ...], classes: tuple[str, ...]) -> Split:
+def _read(folder: Path, files: tuple[str, ...], classes: tuple[str, ...], split: str) -> Split:
     parts = []
     for name in files:
         file = folder / name
@@ -55,4 +55,4 @@ def _read(folder: Path, files: tuple[str, ...], classes: tuple[str, ...]) -> Spl
         )
     planes = records[:, 1:].reshape(-1, 3, 32, 32)
     images = torch.from_numpy(np.ascontiguousarray(planes.transpose(0, 2, 3, 1)))  # (N, 32, 32, 3)
-    return Split(images, labels)
+    return Split(images, labels, split)

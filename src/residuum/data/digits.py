@@ -17,6 +17,6 @@ def load() -> Dataset:
     images = torch.from_numpy(bunch.images).mul(255 / 16).round().to(torch.uint8)[..., None]  # (1797, 8, 8, 1)
     labels = torch.from_numpy(bunch.target).long()
     train, test = stratified(labels, TEST)
-    everything = Split(images, labels)
+    everything = Split(images, labels, "digits")
     classes = tuple(str(name) for name in bunch.target_names)
     return Dataset("digits", classes, everything.take(train), everything.take(test))
