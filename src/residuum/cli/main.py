@@ -27,6 +27,10 @@ app.command("residuum.cli.evaluate:evaluate", name="evaluate")
 app.command("residuum.cli.predict:predict", name="predict")
 app.command("residuum.cli.inspect:inspect", name="inspect")
 
+data = App(name="data", help="Check data before you train on them.")
+data.command("residuum.cli.data:check", name="check")
+app.command(data)
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs one command and exits: 0, 1 (it failed), 2 (it was asked for wrongly) or 128 + signal (it was stopped)."""
