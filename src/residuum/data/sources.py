@@ -35,8 +35,8 @@ def load(name: str, data_dir: Path, reading: Reading | None = None) -> Dataset:
     reading = reading or Reading()
     if name == "digits":
         return digits.load()
-    if name == "cifar10":
-        return cifar.load(data_dir)
+    if name in cifar.VERSIONS:
+        return cifar.load(data_dir, name)
     path = Path(name)
     if path.is_dir():
         return folder.load(path, reading)
