@@ -40,7 +40,7 @@ def runnable(command: str) -> str | None:
         return None
     if " train" not in ours or re.search("--(resume|show-recipe|help)", ours):
         return ours
-    steps = "2 --set batch=4" if " photos" in ours else "20"
+    steps = "2 --set batch=4" if re.search(" (photos|shards)", ours) else "20"
     return re.sub(r"(?<= )train(?!\S)", f"train --steps {steps}", re.sub(r" --steps[ =]\S+", "", ours), count=1)
 
 

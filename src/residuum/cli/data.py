@@ -1,4 +1,4 @@
-"""`residuum data check`."""
+"""`residuum data check` and `residuum data pack`."""
 
 from __future__ import annotations
 
@@ -70,6 +70,42 @@ def check(
     if findings.problems:
         n = len(findings.problems)
         raise DataError(f"{n:,} thing{'s' * (n > 1)} to mend in {data}.")
+
+
+def pack(
+    data: str,
+    out: Path,
+    /,
+    *,
+    per_shard: int = 1000,
+    seed: int = 0,
+    resize: int = 0,
+) -> None:
+    """Write a folder of class folders into tar shards in WebDataset's form, each with an index.
+
+    Example: `residuum data pack photos shards --resize 256`
+
+    Train on them with `residuum train shards`, or from a server with `residuum train 'http://…/train-{000000..000009}.tar'`.
+
+    Parameters
+    ----------
+    data
+        A folder of class folders.
+    out
+        A new folder for the shards.
+    per_shard
+        Pictures in a shard.
+    seed
+        Of the order in which pictures lie in the shards; what training sees does not depend on it.
+    resize
+        Bring a longer shorter side to this many pixels, written as JPEG; 0 keeps every file's bytes.
+    """
+    from residuum.data import pack as packing
+
+    with console.Bar("pictures") as bar:
+        source = _load(data, Path("data"))
+        written = packing.pack(source, out, per_shard=per_shard, seed=seed, resize=resize, progress=bar.show)
+    print(f"{len(written):,} shards in {out}")
 
 
 def _load(data: str, data_dir: Path) -> Dataset:

@@ -27,8 +27,9 @@ app.command("residuum.cli.evaluate:evaluate", name="evaluate")
 app.command("residuum.cli.predict:predict", name="predict")
 app.command("residuum.cli.inspect:inspect", name="inspect")
 
-data = App(name="data", help="Check data before you train on them.")
+data = App(name="data", help="Check data before you train on them; pack them into shards.")
 data.command("residuum.cli.data:check", name="check")
+data.command("residuum.cli.data:pack", name="pack")
 app.command(data)
 
 

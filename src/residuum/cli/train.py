@@ -42,7 +42,8 @@ def train(
     Parameters
     ----------
     data
-        Data set: digits, cifar10, cifar100, or a folder of class folders (with train/ and val/ where you have them).
+        digits, cifar10, cifar100; a folder of class folders (with train/ and val/ where you have them); or tar shards, as a
+        pattern such as train-{000000..000009}.tar, or an address of one.
     net
         Network, such as resnet20, plain56, preresnet110 or resnet18 (`residuum inspect NET` shows one).
     recipe

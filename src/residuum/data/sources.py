@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
-from residuum.data import cifar, digits, folder
+from residuum.data import cifar, digits, folder, shards
 from residuum.data.dataset import Dataset
 from residuum.data.stored import Reading
 from residuum.errors import DataError, unknown
@@ -19,14 +20,23 @@ def is_name(data: str) -> bool:
 
 def short_name(data: str) -> str:
     """A folder's name for runs on data: "digits", or the last part of a path."""
-    return data if is_name(data) else Path(data).resolve().name or "photos"
+    if is_name(data):
+        return data
+    if shards.is_pattern(data) and not Path(data).is_dir():
+        return re.sub(r"\W+", "-", data.rsplit("/", 2)[-2] if data.count("/") > 1 else "shards").strip("-") or "shards"
+    return Path(data).resolve().name or "photos"
+
+
+def located(data: str, start: Path) -> str:
+    """DATA as seen from here, where a path in it starts from the folder `start`."""
+    return data if is_name(data) or "://" in data else str(start / data)
 
 
 def load(name: str, data_dir: Path, reading: Reading | None = None) -> Dataset:
-    """The data set of a name, or of a folder of class folders.
+    """The data set of a name, of a folder of class folders, or of tar shards.
 
     Args:
-        name: "digits", "cifar10", "cifar100" or a path.
+        name: "digits", "cifar10", "cifar100", a path, or a pattern of tar shards.
         data_dir: where archives lie.
         reading: how pictures on disk are read.
 
@@ -37,6 +47,8 @@ def load(name: str, data_dir: Path, reading: Reading | None = None) -> Dataset:
         return digits.load()
     if name in cifar.VERSIONS:
         return cifar.load(data_dir, name)
+    if shards.is_pattern(name):
+        return shards.load(name, data_dir, reading)
     path = Path(name)
     if path.is_dir():
         return folder.load(path, reading)

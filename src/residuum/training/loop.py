@@ -206,7 +206,7 @@ def prepare_task(
     engine = pick_engine(recipe.precision, device)
     quarantine = str(started_in / recipe.quarantine) if recipe.quarantine else ""
     task = classify.prepare(
-        data=recipe.data if sources.is_name(recipe.data) else str(started_in / recipe.data),
+        data=sources.located(recipe.data, started_in),
         data_dir=data_dir,
         reading=Reading(recipe.on_bad_image, quarantine, spare_processes(engine) if workers is None else workers),
         net=recipe.net,
