@@ -72,6 +72,9 @@ class Augmentation:
     ) -> Tensor:
         """Padded, cropped, mirrored and normalised; float32 (B, C, h, w)."""
         if not self.pad:
+            if preprocessing.mean.ndim == 1:  # the same numbers, and bytes are quicker to mirror than floats
+                mirrored = flips.to(pixels.device)[:, None, None, None]
+                return preprocessing.normalise(torch.where(mirrored, pixels.flip(2), pixels))
             x = preprocessing.normalise(pixels)
             where = flips.nonzero().flatten().to(x.device)
             x[where] = x[where].flip(3)

@@ -61,7 +61,7 @@ class Crop:
     def __call__(self, pixels: Tensor, size: int, draws: list[float]) -> Tensor:
         """uint8 (H, W, C) -> uint8 (size, size, C)."""
         top, left, h, w = self.box(pixels.shape[0], pixels.shape[1], size, draws)
-        part = pixels[top : top + h, left : left + w].permute(2, 0, 1)[None].contiguous()  # (1, C, h, w)
+        part = pixels[top : top + h, left : left + w].contiguous().permute(2, 0, 1)[None]  # (1, C, h, w)
         if (h, w) != (size, size):
             part = F.interpolate(part, (size, size), mode="bilinear", antialias=True, align_corners=False)
         return part[0].permute(1, 2, 0)
