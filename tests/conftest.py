@@ -14,6 +14,14 @@ import pytest
 # thread more each would only take turns.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is fetched by a test but from a server of its own, and nobody waits before the next attempt."""
+    monkeypatch.setattr("residuum.data.cifar.SITE", "http://127.0.0.1:9/")
+    monkeypatch.setattr("residuum.data.remote.PAUSES", (0.0, 0.0))
+
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 

@@ -134,7 +134,7 @@ def _write_cifar(folder: Path, n: int = 20) -> np.ndarray:
     records = np.random.default_rng(0).integers(0, 256, (6 * n, 3073), dtype=np.uint8)
     records[:, 0] %= 10
     folder.mkdir()
-    for i, name in enumerate((*cifar.TRAIN, *cifar.TEST)):
+    for i, name in enumerate((*cifar.VERSIONS["cifar10"][0].train, "test_batch.bin")):
         (folder / name).write_bytes(records[i * n : (i + 1) * n].tobytes())
     (folder / "batches.meta.txt").write_text("airplane\nautomobile\nbird\ncat\ndeer\ndog\nfrog\nhorse\nship\ntruck\n\n")
     return records

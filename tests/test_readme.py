@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pictures
 import pytest
 from PIL import Image
 
@@ -39,7 +40,8 @@ def runnable(command: str) -> str | None:
         return None
     if " train" not in ours or re.search("--(resume|show-recipe|help)", ours):
         return ours
-    return re.sub(r"(?<= )train(?!\S)", "train --steps 20", re.sub(r" --steps[ =]\S+", "", ours), count=1)
+    steps = "2 --set batch=4" if re.search(" (photos|shards)", ours) else "20"
+    return re.sub(r"(?<= )train(?!\S)", f"train --steps {steps}", re.sub(r" --steps[ =]\S+", "", ours), count=1)
 
 
 def bring_pictures(text: str, folder: Path) -> None:
@@ -52,6 +54,12 @@ def bring_pictures(text: str, folder: Path) -> None:
             shutil.copy(REPOSITORY / name, folder / name)
         else:
             Image.linear_gradient("L").resize((32, 32)).convert("RGB").save(folder / name)
+
+
+def bring_photos(folder: Path) -> None:
+    """A folder of class folders, as the reader has it."""
+    if not (folder / "photos").exists():
+        pictures.folder(folder / "photos", {"": 10}, ("daisy", "tulips"))
 
 
 def bring_cifar10(command: str, folder: Path, cifar10: Path) -> None:
@@ -78,6 +86,8 @@ def test_the_readme_runs(tmp_path: Path, subtests: pytest.Subtests, request: pyt
         with subtests.test(command):
             if "cifar10" in command:
                 bring_cifar10(command, tmp_path, request.getfixturevalue("cifar10_dir"))
+            if "photos" in command:
+                bring_photos(tmp_path)
             bring_pictures(command, tmp_path)
             run(ours, tmp_path)
     with subtests.test("the Python"):

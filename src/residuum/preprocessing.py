@@ -7,7 +7,7 @@ It is a value that travels in the model file, so that a model is never shown pic
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from residuum.errors import ModelFileError, UsageError, unknown
+from residuum.errors import DataError, ModelFileError, UsageError, unknown
 
 INTERPOLATIONS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
@@ -128,19 +128,22 @@ def picture_of(pixels: Tensor) -> Image.Image:
     return Image.fromarray(pixels.squeeze(-1).numpy() if pixels.shape[-1] == 1 else pixels.numpy())
 
 
-def centre_statistics(images: Tensor, per_pixel: bool, divide: bool) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of training pictures, uint8 (N, h, w, C), in units of [0, 1].
+def centre_statistics(images: Tensor | Iterable[Tensor], per_pixel: bool, divide: bool) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of training pictures, uint8 (N, h, w, C) or batches of them, in units of [0, 1].
 
     The mean is (h, w, C) or (C,); the deviation (C,), all ones unless `divide`. Sums are exact (integers), so the result does
-    not depend on the order of the pictures.
+    not depend on the order of the pictures. Raises DataError where there is no picture.
     """
-    n, height, width, channels = images.shape
-    total = torch.zeros(height, width, channels, dtype=torch.int64)
-    squares = torch.zeros(channels, dtype=torch.int64)
-    for part in torch.split(images, 4096):
-        wide = part.to(torch.int32)
-        total += wide.sum(0)
-        squares += wide.square().sum((0, 1, 2))
+    n, total, squares = 0, torch.tensor(0), torch.tensor(0)
+    for batch in [images] if isinstance(images, Tensor) else images:
+        for part in torch.split(batch, 4096):
+            wide = part.to(torch.int32)
+            n += len(part)
+            total = total + wide.sum(0)  # (h, w, C), int64
+            squares = squares + wide.square().sum((0, 1, 2))
+    if not n:
+        raise DataError("there is no readable picture to train on; mend them: residuum data check.")
+    height, width, channels = total.shape
     pixels = n * height * width
     mean = total.sum((0, 1)).double() / pixels / 255
     std = (squares.double() / pixels / 255**2 - mean.square()).clamp_min(1e-12).sqrt()

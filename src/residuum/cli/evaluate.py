@@ -21,6 +21,7 @@ def evaluate(
     weights: str | None = None,
     split: str = "test",
     data_dir: Path = Path("data"),
+    on_bad_image: str = "stop",
     precision: str = "auto",
     device: str = "auto",
     out: Path | None = None,
@@ -38,16 +39,18 @@ def evaluate(
     models
         Model files. The scores of several are averaged, their classes matched by name.
     data
-        Data set: digits or cifar10.
+        Data set: digits, cifar10, cifar100, a folder of class folders, or a pattern of tar shards.
     protocol
         How pictures are shown: 1crop, flip, 10crop, dense:320, multiscale:224,256,384,480,640. Options follow with +, such as
         10crop+logits (logits averaged, not scores), multiscale:224,256+noflip or dense:320+window (scores at every position).
     weights
         Of the ensemble's members, in their order, with commas between; equal ones by default.
     split
-        test or train.
+        test, train, or any split that the data have (val, held-out, all). A folder's val is its test where it has no other.
     data_dir
         Where archives lie.
+    on_bad_image
+        stop at a picture that cannot be read, or skip it: then it is named and not counted.
     precision
         fp32, bf16, or auto: bf16 where the hardware computes it.
     device
@@ -74,12 +77,15 @@ def evaluate(
             weights=_numbers(weights),
             split=split,
             data_dir=data_dir,
+            on_bad_image=on_bad_image,
             precision=precision,
             device=device,
             progress=bar.show,
         )
     if not first_process():
         return
+    if skipped := evaluation.judgement.skipped:
+        console.say(f"{len(skipped):,} pictures could not be read and are not counted: {', '.join(skipped)}")
     folder = models[0].parent if out is None else out
     try:
         page.write(evaluation, folder)

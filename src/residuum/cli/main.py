@@ -29,6 +29,11 @@ app.command("residuum.cli.inspect:inspect", name="inspect")
 app.command("residuum.cli.weights:import_", name="import")
 app.command("residuum.cli.weights:export", name="export")
 
+data = App(name="data", help="Check data before you train on them; pack them into shards.")
+data.command("residuum.cli.data:check", name="check")
+data.command("residuum.cli.data:pack", name="pack")
+app.command(data)
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs one command and exits: 0, 1 (it failed), 2 (it was asked for wrongly) or 128 + signal (it was stopped)."""

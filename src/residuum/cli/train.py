@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
 from residuum.cli import console
 from residuum.errors import UsageError
+
+if TYPE_CHECKING:
+    from residuum.training.loop import Result
 
 
 def train(
@@ -23,6 +26,9 @@ def train(
     out: Path | None = None,
     data_dir: Path | None = None,
     device: str | None = None,
+    workers: int | None = None,
+    on_bad_image: str | None = None,
+    quarantine: Path | None = None,
     resume: Path | None = None,
     show_recipe: str | None = None,
     json: Annotated[bool, Parameter(negative="")] = False,
@@ -36,11 +42,12 @@ def train(
     Parameters
     ----------
     data
-        Data set: digits or cifar10.
+        digits, cifar10, cifar100; a folder of class folders (with train/ and val/ where you have them); or tar shards, as a
+        pattern such as train-{000000..000009}.tar, or an address of one.
     net
         Network, such as resnet20, plain56, preresnet110 or resnet18 (`residuum inspect NET` shows one).
     recipe
-        Recipe: quick (digits) or paper-cifar.
+        Recipe: quick (digits), paper-cifar or photos (folders).
     steps
         Length of the run; the recipe's whole schedule is brought to it in proportion, and the run labelled so.
     set_
@@ -53,6 +60,12 @@ def train(
         Where archives lie; "data" by default.
     device
         cpu, cuda, cuda:1, … ; a GPU where there is one unless told otherwise, and what it began on for a resumed run.
+    workers
+        Processes that decode pictures; by default none beside a CPU that trains. The result does not depend on it.
+    on_bad_image
+        stop at a picture that cannot be read, or skip it: left out, counted, and listed in the run folder.
+    quarantine
+        A list of pictures to leave out, as `residuum data check --quarantine` writes it.
     resume
         Go on with the run in this folder, from its last checkpoint to the same bits as if it had never stopped.
     show_recipe
@@ -66,6 +79,10 @@ def train(
     if show_recipe is not None:
         return _show(show_recipe)
     values = console.pairs(set_)
+    files = {"on_bad_image": on_bad_image, "quarantine": quarantine and str(quarantine)}
+    values |= {key: value for key, value in files.items() if value}
+    if workers is not None and workers < 0:
+        raise UsageError(f"--workers must be 0 or more, not {workers}.")
 
     def adapted(base: Recipe) -> Recipe:
         return loop.adapt(base, data=data, net=net, steps=steps, seed=seed, values=values)
@@ -81,17 +98,29 @@ def train(
                     "--resume goes on with a run's own recipe in its own folder; leave out --out and --recipe."
                 )
             result = loop.resume(
-                resume, data_dir=data_dir, device=device, progress=progress, say=console.say, expect=adapted
+                resume,
+                data_dir=data_dir,
+                device=device,
+                workers=workers,
+                progress=progress,
+                say=console.say,
+                expect=adapted,
             )
         else:
             complete = adapted(loop.resolve(recipe, data=data))
-            result = loop.start(complete, out, data_dir or Path("data"), device or "auto", progress, console.say)
+            place, kind = data_dir or Path("data"), device or "auto"
+            result = loop.start(complete, out, place, kind, progress, console.say, workers)
     if json:
         return console.print_json(result.to_json())
+    return _print(result)
+
+
+def _print(result: Result) -> None:
+    """The figures for a person."""
     low, high = result.top1_interval
     rows = [
         (
-            "test error, top-1",
+            f"{result.split} error, top-1",
             f"{console.percent(result.top1_error)}  (95 % interval {100 * low:.2f} to {100 * high:.2f} %, n = {result.n:,})",
         ),
         (
@@ -105,7 +134,6 @@ def train(
         rows.insert(1, ("budget", result.budget))
     for name, words in rows:
         print(f"{name:<18} {words}")
-    return None
 
 
 def _show(name: str) -> None:

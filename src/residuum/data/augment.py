@@ -1,4 +1,4 @@
-"""Augmentation of whole batches at once, as a function of (seed, step): pad, random crop, horizontal flip (2015 §4.2)."""
+"""Augmentation of whole batches, a function of (seed, step, position): pad, random crop, flip (2015 §4.2), colour."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from residuum.errors import unknown
+from residuum.errors import UsageError, unknown
 from residuum.preprocessing import Preprocessing
 from residuum.runtime import generator
 
 PADDINGS = ("mean", "black")
+# Principal components of RGB values in ImageNet (AlexNet's; fb.resnet.torch): rows are R, G, B in [0, 1].
+VECTORS = ((-0.5675, 0.7192, 0.4009), (-0.5808, -0.0045, -0.8140), (-0.5836, -0.6948, 0.4203))
+VALUES = (0.2175, 0.0188, 0.0045)
 
 
 @dataclass(frozen=True)
@@ -23,22 +26,59 @@ class Augmentation:
         pad: pixels added on each side before a crop of the former size is taken; 0 leaves pictures where they are.
         pad_with: "mean" (zeros after the mean is subtracted) or "black" (zeros before); the paper does not say.
         flip: mirror half of the pictures.
+        colour: add to every pixel of a picture a mixture of the principal components of RGB, with weights N(0, 0.1) times
+            their eigenvalues (AlexNet's colour augmentation; 2015 §3.4).
     """
 
     pad: int = 0
     pad_with: str = "mean"
     flip: bool = False
+    colour: bool = False
 
     def __post_init__(self) -> None:
         if self.pad_with not in PADDINGS:
             raise unknown("pad_with", self.pad_with, PADDINGS)
 
-    def __call__(self, pixels: Tensor, preprocessing: Preprocessing, seed: int, step: int) -> Tensor:
-        """uint8 (B, h, w, C) -> float32 (B, C, h, w), channels last, augmented and normalised."""
-        b, h, w, _ = pixels.shape
+    def __call__(
+        self,
+        pixels: Tensor,
+        preprocessing: Preprocessing,
+        seed: int,
+        step: int,
+        positions: tuple[Tensor, int] | None = None,
+    ) -> Tensor:
+        """uint8 (B, h, w, C) -> float32 (B, C, h, w), channels last, augmented and normalised.
+
+        Args:
+            positions: (int64 (B,), size) where these are only some of the step's `size` pictures; each is treated as it would
+                be among all of them.
+        """
+        _, h, w, channels = pixels.shape
+        here, b = positions or (slice(None), len(pixels))
         draw = generator(seed, "augment", step)
-        shifts = torch.randint(2 * self.pad + 1, (2, b), generator=draw)
-        flips = torch.rand(b, generator=draw) < 0.5 if self.flip else torch.zeros(b, dtype=torch.bool)
+        shifts = torch.randint(2 * self.pad + 1, (2, b), generator=draw)[:, here]
+        flips = (torch.rand(b, generator=draw) < 0.5 if self.flip else torch.zeros(b, dtype=torch.bool))[here]
+        x = self._cropped(pixels, preprocessing, shifts, flips, h, w)
+        if self.colour:
+            if channels != 3:
+                raise UsageError("colour=true needs pictures of three channels; set colour=false.")
+            weights = 0.1 * torch.randn(b, 3, generator=draw)[here] * torch.tensor(VALUES)
+            offset = (weights @ torch.tensor(VECTORS).T / preprocessing.std)[:, :, None, None]  # (B, 3, 1, 1)
+            x = x + offset.to(x.device)
+        return x
+
+    def _cropped(
+        self, pixels: Tensor, preprocessing: Preprocessing, shifts: Tensor, flips: Tensor, h: int, w: int
+    ) -> Tensor:
+        """Padded, cropped, mirrored and normalised; float32 (B, C, h, w)."""
+        if not self.pad:
+            if preprocessing.mean.ndim == 1:  # the same numbers, and bytes are quicker to mirror than floats
+                mirrored = flips.to(pixels.device)[:, None, None, None]
+                return preprocessing.normalise(torch.where(mirrored, pixels.flip(2), pixels))
+            x = preprocessing.normalise(pixels)
+            where = flips.nonzero().flatten().to(x.device)
+            x[where] = x[where].flip(3)
+            return x
         where = _positions(shifts, flips, h, w, self.pad).to(pixels.device)
         if self.pad_with == "black":
             return preprocessing.normalise(_gather(self._padded(pixels), where))
@@ -46,7 +86,7 @@ class Augmentation:
         return _gather(self._padded(x), where).permute(0, 3, 1, 2)
 
     def _padded(self, x: Tensor) -> Tensor:
-        return F.pad(x, (0, 0, self.pad, self.pad, self.pad, self.pad)) if self.pad else x
+        return F.pad(x, (0, 0, self.pad, self.pad, self.pad, self.pad))
 
 
 def _positions(shifts: Tensor, flips: Tensor, h: int, w: int, pad: int) -> Tensor:

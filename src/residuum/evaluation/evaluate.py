@@ -13,19 +13,20 @@ import torch
 from torch import Tensor
 
 from residuum.data import sources
-from residuum.data.dataset import Split
+from residuum.data.dataset import Dataset, Pictures, Split
+from residuum.data.reading import Views
+from residuum.data.stored import Reading, Stored
 from residuum.errors import DataError, UsageError
 from residuum.evaluation.comparison import Comparison, compare
 from residuum.evaluation.metrics import Judgement
 from residuum.evaluation.published import published
-from residuum.evaluation.scores import Member, Pictures, scores
+from residuum.evaluation.scores import Member, scores
 from residuum.evaluation.views import parse
 from residuum.models.bundle import Bundle, load_bundle
 from residuum.models.resnet import ResNet
-from residuum.preprocessing import Preprocessing, picture_of
+from residuum.preprocessing import Preprocessing
 from residuum.runtime import Engine, pick_engine, processes
 
-SPLITS = ("test", "train")
 Model = Bundle | str | Path
 
 
@@ -73,6 +74,8 @@ class Evaluation:
         }
         figures = about | self.judgement.to_json() | {"temperature": [bundle.temperature for bundle in self.bundles]}
         known = published(self.bundles[0], self.data, self.split, self.protocol) if len(self.models) == 1 else None
+        if self.judgement.skipped:
+            figures["skipped"] = dict(self.judgement.skipped)
         figures["published"] = known.to_json() if known else None
         if self.members:
             figures["members"] = [
@@ -102,19 +105,38 @@ def judge(
     """Shows every picture of a split to the network once, one crop each.
 
     Args:
+        split: pictures of any size; those on disk are decoded batch by batch.
         progress: called with the number of pictures done so far.
     """
     member = Member.of(net, preprocessing, engine, temperature=temperature)
     (said,) = scores([member], split, engine, progress=progress)
-    return Judgement.of(classes, said, split.labels)
+    ((labels, said),), skipped = readable(split, split.labels, [said])
+    return replace(Judgement.of(classes, said, labels), skipped=skipped)
 
 
-def prepared(split: Split, preprocessing: Preprocessing) -> Split:
-    """The split with its pictures resized and cropped as the network wants them; uint8 (N, h, w, C)."""
-    if tuple(split.images.shape[1:]) == (*preprocessing.size, preprocessing.channels):
+def readable(
+    split: Pictures, labels: Tensor, said: Sequence[Tensor]
+) -> tuple[list[tuple[Tensor, Tensor]], dict[str, str]]:
+    """Labels and scores of the pictures that could be read, for each model; and the others by name, with the reason.
+
+    Raises DataError where none could.
+    """
+    kept = ~said[0].isnan().any(1)
+    if bool(kept.all()):
+        return [(labels, each) for each in said], {}
+    if not bool(kept.any()):
+        raise DataError("there is no readable picture to judge by; mend them: residuum data check.")
+    why = split.skipped if isinstance(split, Stored) else {}
+    names = [split.names[i] for i in torch.nonzero(~kept).flatten().tolist()]
+    return [(labels[kept], each[kept]) for each in said], {n: why.get(n, "could not be read") for n in names}
+
+
+def prepared(split: Pictures, preprocessing: Preprocessing) -> Pictures:
+    """A split in memory with its pictures resized and cropped as the network wants them; one on disk as it is."""
+    if not isinstance(split, Split) or tuple(split.images.shape[1:]) == (*preprocessing.size, preprocessing.channels):
         return split
-    pictures = [preprocessing(picture_of(image)) for image in split.images]
-    return replace(split, images=torch.stack(pictures))
+    pixels = [pixels for pixels, _ in Views(split, preprocessing).batches(256)]
+    return replace(split, images=torch.cat(pixels)) if pixels else split
 
 
 def evaluate(
@@ -125,6 +147,7 @@ def evaluate(
     weights: Sequence[float] | None = None,
     split: str = "test",
     data_dir: str | Path = "data",
+    on_bad_image: str = "stop",
     precision: str = "auto",
     device: str = "auto",
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -135,11 +158,12 @@ def evaluate(
 
     Args:
         model: what `residuum.load` returned, or the path of a model file; or several of them, whose scores are averaged.
-        data: a data set's name ("digits", "cifar10").
+        data: a data set's name ("digits", "cifar10"), a folder of class folders, or a pattern of tar shards.
         protocol: how pictures are shown, see residuum.evaluation.views ("10crop", "multiscale:224,256,384,480,640").
         weights: of the members, in proportion; None for equal ones.
-        split: "test" or "train".
+        split: "train" or "test", which is the split the data are judged by, whatever they call it (`Evaluation.split` says).
         data_dir: where archives lie.
+        on_bad_image: "stop" at a picture that cannot be read, or "skip" it (`Judgement.skipped` lists it).
         progress: called with pictures done and pictures in all.
 
     Raises:
@@ -148,8 +172,6 @@ def evaluate(
         ModelFileError: a model file is missing or damaged.
         UsageError: an unknown data set, split or protocol; weights that are not one a model; a crop larger than the picture.
     """
-    if split not in SPLITS:
-        raise UsageError(f"unknown split {split!r}; known: {', '.join(SPLITS)}.")
     chosen = parse(protocol)
     given: list[Model] = [model] if isinstance(model, Model) else list(model)
     shares = _shares(weights, len(given))
@@ -158,8 +180,8 @@ def evaluate(
     classes = bundles[0].classes
     names = _names(given)
     columns = [_columns(bundle.classes, classes, name, names[0]) for bundle, name in zip(bundles, names, strict=True)]
-    source = sources.load(data, Path(data_dir))
-    pictures: Pictures = getattr(source, split)
+    source = sources.load(data, Path(data_dir), Reading(on_bad_image))
+    split, pictures = pick_split(source, split, bundles[0])
     labels = _by_name(pictures, source.classes, classes)
     with processes() as world:
         engine = pick_engine(precision, device)
@@ -170,15 +192,17 @@ def evaluate(
         said = scores(
             asked, pictures, engine, protocol=chosen, world=world, progress=lambda done: progress(done, len(pictures))
         )
-    together = (
-        torch.stack([w * each for w, each in zip(shares, said, strict=True)]).sum(0) if len(said) > 1 else said[0]
-    )
-    members = [Judgement.of(classes, each, labels) for each in said] if len(said) > 1 else []
+    heard, skipped = readable(pictures, labels, said)
+    if skipped:
+        pictures = pictures.take(torch.tensor([i for i, name in enumerate(pictures.names) if name not in skipped]))
+    members = [Judgement.of(classes, each, truth) for truth, each in heard]
+    together = torch.stack([w * each for w, (_, each) in zip(shares, heard, strict=True)]).sum(0)
+    judgement = Judgement.of(classes, together, heard[0][0]) if len(members) > 1 else members[0]
     return Evaluation(
-        judgement=Judgement.of(classes, together, labels),
+        judgement=replace(judgement, split=split, skipped=skipped),
         models=tuple(names),
         weights=shares,
-        members=tuple(members),
+        members=tuple(members) if len(members) > 1 else (),
         data=data,
         split=split,
         protocol=str(chosen),
@@ -186,6 +210,21 @@ def evaluate(
         bundles=tuple(bundles),
         pictures=pictures,
     )
+
+
+def pick_split(source: Dataset, split: str, bundle: Bundle) -> tuple[str, Pictures]:
+    """The split of a name, and what it is called where it comes from; "test" is the one that the data are judged by.
+
+    Of a folder without val/ and test/ that is the part held out, or every picture where the model learnt on other data.
+    """
+    splits = source.splits
+    if split == "test" and split not in splits:
+        foreign = "all" in splits and bundle.data.get("fingerprint") != source.fingerprint
+        split = "all" if foreign else source.judged
+    if split not in splits:
+        known = dict.fromkeys(["test", *splits])
+        raise UsageError(f"unknown split {split!r}; known: {', '.join(known)}.")
+    return split, splits[split]
 
 
 def _brief(judgement: Judgement) -> dict[str, Any]:

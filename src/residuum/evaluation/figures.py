@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from residuum.data.reading import Views
 from residuum.evaluation.metrics import Judgement
 
 if TYPE_CHECKING:
@@ -108,7 +109,7 @@ def confused_pairs(classes: Sequence[str], confusion: Tensor, limit: int) -> lis
     return [Pair(classes[i], classes[j], count, int(n[i])) for i, j, count in rows if count]
 
 
-def mistakes(judgement: Judgement, images: Tensor, limit: int) -> list[Mistake]:
+def mistakes(judgement: Judgement, images: Tensor | Views, limit: int) -> list[Mistake]:
     """The pictures that are wrong, the most confident first; at most `limit`.
 
     Args:

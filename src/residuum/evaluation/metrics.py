@@ -7,7 +7,8 @@ training on the digits.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,12 +25,16 @@ class Judgement:
         scores: softmax, float32 (N, classes).
         labels: int64 (N,).
         loss: mean cross entropy, in nats.
+        split: what the split is called where it comes from.
+        skipped: name -> why, of pictures that could not be read and are not among the N.
     """
 
     classes: tuple[str, ...]
     scores: Tensor
     labels: Tensor
     loss: float
+    split: str = "test"
+    skipped: Mapping[str, str] = field(default_factory=dict)
 
     @staticmethod
     def of(classes: tuple[str, ...], scores: Tensor, labels: Tensor) -> Judgement:

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from residuum.data.dataset import Pictures
 from residuum.evaluation import figures
 from residuum.evaluation.calibration import reliability
 from residuum.evaluation.evaluate import Evaluation
 from residuum.evaluation.metrics import Judgement, wilson
-from residuum.evaluation.scores import Pictures
 from residuum.preprocessing import Preprocessing, picture_of
 from residuum.records import write_atomically, writing_error
 

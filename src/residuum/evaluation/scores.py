@@ -12,11 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol as Interface
 
 import torch
 from torch import Tensor
 
+from residuum.data.dataset import Pictures
+from residuum.data.stored import Stored
+from residuum.errors import DataError
 from residuum.evaluation.views import ONE_CROP, Protocol, views
 from residuum.models.fold import folded
 from residuum.models.resnet import ResNet
@@ -26,20 +28,6 @@ from residuum.runtime import Engine, World, evaluating, to_device
 PIXELS = {"cpu": 2**20, "cuda": 2**24}  # shown to a network at once
 BATCH = 256  # pictures, at most
 READ_BYTES = 2**26  # of decoded pictures that are held before they are resized
-
-
-class Pictures(Interface):
-    """What a split needs to be judged: in memory or on disk."""
-
-    @property
-    def labels(self) -> Tensor: ...
-
-    @property
-    def names(self) -> Sequence[str]: ...
-
-    def __len__(self) -> int: ...
-
-    def pictures(self, indices: Sequence[int]) -> list[Tensor]: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,10 +73,13 @@ def scores(
 ) -> list[Tensor]:
     """Softmax scores of every member for every picture, each float32 (N, classes), in every process.
 
+    A picture that cannot be read, where the split says to skip such, has NaN for scores.
+
     Args:
         progress: called with the number of pictures done so far, by all processes together as far as this one can tell.
 
     Raises:
+        DataError: a picture cannot be read and is not to be skipped.
         UsageError: the protocol's crop is larger than the picture.
     """
     world = world or World()
@@ -101,6 +92,8 @@ def scores(
         done += len(indices)
         if turn % world.size != world.rank:
             continue
+        for rows in kept:
+            rows[indices] = float("nan")  # until they are read
         for where, pictures in _read(split, indices.tolist()):
             for rows, member in zip(kept, members, strict=True):
                 rows[where] = answer(member, pictures, protocol, engine).float()
@@ -125,17 +118,36 @@ def _pixels(engine: Engine) -> int:
 
 
 def _read(split: Pictures, indices: list[int]) -> Iterator[tuple[list[int], list[Tensor]]]:
-    """The pictures at `indices`, with their positions, all together where they take less than READ_BYTES, else in parts."""
+    """The readable pictures at `indices`, with their positions, all together or in parts of READ_BYTES."""
     start, size = 0, 8
+    where: list[int] = []
     held: list[Tensor] = []
     while start < len(indices):
-        part = split.pictures(indices[start : start + size])
-        held += part
-        start += len(part)
-        size = max(1, min(BATCH, READ_BYTES // max(picture.nbytes for picture in part)))
-        if start == len(indices) or sum(picture.nbytes for picture in held) >= READ_BYTES:
-            yield indices[start - len(held) : start], held
-            held = []
+        part = indices[start : start + size]
+        good, pictures = _decoded(split, part)
+        where, held, start = where + good, held + pictures, start + len(part)
+        size = max(1, min(BATCH, READ_BYTES // max((picture.nbytes for picture in pictures), default=1)))
+        if held and (start == len(indices) or sum(picture.nbytes for picture in held) >= READ_BYTES):
+            yield where, held
+            where, held = [], []
+
+
+def _decoded(split: Pictures, indices: list[int]) -> tuple[list[int], list[Tensor]]:
+    """The pictures at `indices` that can be read; raises DataError for another, unless the split says to skip and note it."""
+    if not isinstance(split, Stored):
+        return indices, split.pictures(indices)
+    good, pictures = [], []
+    for i in indices:
+        try:
+            pictures += split.pictures([i])
+            good.append(i)
+        except DataError as error:
+            if split.reading.on_bad == "stop":
+                raise DataError(
+                    f"{str(error).rstrip('.')}; mend or remove it, or go on without it: --on-bad-image skip."
+                ) from error
+            split.skipped[split.names[i]] = str(error)
+    return good, pictures
 
 
 def answer(member: Member, pictures: list[Tensor], protocol: Protocol, engine: Engine) -> Tensor:

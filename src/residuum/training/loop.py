@@ -10,7 +10,12 @@ from typing import Any
 
 import torch
 
+from residuum.data import sources
 from residuum.data.augment import Augmentation
+from residuum.data.crops import Crop
+from residuum.data.decode import decoder
+from residuum.data.reading import spare_processes
+from residuum.data.stored import Reading
 from residuum.errors import DivergedError, ResiduumError, RunError, UsageError
 from residuum.evaluation.calibration import fit_temperature
 from residuum.models.accounting import parameters
@@ -80,6 +85,7 @@ def train(
     out: str | Path | None = None,
     data_dir: str | Path = "data",
     device: str = "auto",
+    workers: int | None = None,
     progress: Callable[[Progress], None] = _silent,
     say: Callable[[str], None] = _silent,
     **values: Any,
@@ -87,11 +93,13 @@ def train(
     """Trains a network from the start, into a new run folder.
 
     Args:
-        recipe: a Recipe, the name of one, or None for the data's own ("quick" for digits, "paper-cifar" for cifar10).
+        recipe: a Recipe, the name of one, or None for the data's own ("quick" for digits, "paper-cifar" for CIFAR, "photos"
+            for a folder).
         data, net, seed: change the recipe's values.
         steps: brings the whole schedule to this length, in proportion.
         out: the run folder; None takes runs/<data>, or the next that is free.
         data_dir: where archives lie.
+        workers: processes that decode pictures on disk; None takes what the machine has. The result is the same.
         progress: called at every record of metrics.jsonl.
         say: called with sentences for a person.
         **values: any other value of the recipe or of the network's specification, such as batch=64 or shortcut="C".
@@ -102,7 +110,7 @@ def train(
     """
     chosen = recipe if isinstance(recipe, Recipe) else resolve(recipe, data=data)
     chosen = adapt(chosen, data=data, net=net, steps=steps, seed=seed, values={k: _text(v) for k, v in values.items()})
-    return start(chosen, Path(out) if out else None, Path(data_dir), device, progress, say)
+    return start(chosen, Path(out) if out else None, Path(data_dir), device, progress, say, workers)
 
 
 def _text(value: Any) -> str:
@@ -111,7 +119,7 @@ def _text(value: Any) -> str:
 
 def resolve(name: str | None, *, data: str | None) -> Recipe:
     """The recipe of a name, or the data's own where none is given."""
-    return recipes.recipe(name or recipes.DEFAULTS.get(data or "digits", "quick"))
+    return recipes.recipe(name or recipes.DEFAULTS.get(data or "digits", "photos"))
 
 
 def adapt(
@@ -134,16 +142,20 @@ def start(
     device: str = "auto",
     progress: Callable[[Progress], None] = _silent,
     say: Callable[[str], None] = _silent,
+    workers: int | None = None,
 ) -> Result:
     """Trains a complete recipe into a new run folder; nothing is made before data and network are known to be good."""
     with own_process_state():
-        task, recipe = prepare_task(recipe, data_dir, device, say)
-        run = Run.create(out, recipe.data)
+        task, recipe = prepare_task(recipe, data_dir, device, say, workers)
+        run = Run.create(out, sources.short_name(recipe.data))
         with run.held():
             run.refuse_unless_empty()  # another process may have been quicker
             write_atomically(run.path / "recipe.toml", recipe.to_toml())
-            here = environment() | {"device": task.engine.device.type, "data_dir": str(data_dir.resolve())}
-            run.write_json("environment.json", here)
+            places = {"data_dir": str(data_dir.resolve()), "started_in": str(Path.cwd())}
+            here = environment() | {"device": task.engine.device.type, "decoder": decoder()}
+            run.write_json("environment.json", here | places)
+            if task.drawn:
+                run.write_json("drawn.json", {split: list(names) for split, names in task.drawn.items()})
             return _run(task, recipe, run, progress, say)
 
 
@@ -152,6 +164,7 @@ def resume(
     *,
     data_dir: Path | None = None,
     device: str | None = None,
+    workers: int | None = None,
     progress: Callable[[Progress], None] = _silent,
     say: Callable[[str], None] = _silent,
     expect: Callable[[Recipe], Recipe] = lambda recipe: recipe,
@@ -184,7 +197,8 @@ def resume(
         recorded = run.read_json("environment.json") or {}
         if data_dir is None:
             data_dir = Path(str(recorded.get("data_dir", "data")))
-        task, _ = prepare_task(recipe, data_dir, device or str(recorded.get("device", "auto")), say)
+        kind, place = device or str(recorded.get("device", "auto")), Path(str(recorded.get("started_in", "")))
+        task, _ = prepare_task(recipe, data_dir, kind, say, workers, place)
         here = environment() | {"device": task.engine.device.type}
         if other := [
             f"{k} {recorded[k]} (now {here[k]})"
@@ -207,27 +221,46 @@ def _finished(run: Run) -> Result | None:
     return result if run.report.is_file() else None
 
 
-def prepare_task(recipe: Recipe, data_dir: Path, device: str, say: Callable[[str], None]) -> tuple[Classify, Recipe]:
-    """The task of a recipe, and the recipe with nothing left open."""
+def prepare_task(
+    recipe: Recipe,
+    data_dir: Path,
+    device: str,
+    say: Callable[[str], None],
+    workers: int | None = None,
+    started_in: Path = Path(),
+) -> tuple[Classify, Recipe]:
+    """The task of a recipe, and the recipe with nothing left open.
+
+    Args:
+        started_in: the folder that paths in the recipe start from.
+    """
     engine = pick_engine(recipe.precision, device, recipe.threads)
+    quarantine = str(started_in / recipe.quarantine) if recipe.quarantine else ""
     task = classify.prepare(
-        data=recipe.data,
+        data=sources.located(recipe.data, started_in),
         data_dir=data_dir,
+        reading=Reading(recipe.on_bad_image, quarantine, spare_processes(engine) if workers is None else workers),
         net=recipe.net,
         specification_changes=recipe.specification,
         init=recipe.init,
         size=recipe.size,
+        resize=recipe.resize,
         normalise=recipe.normalise,
         held_out=recipe.held_out,
-        augmentation=Augmentation(recipe.pad, recipe.pad_with, recipe.flip),
+        crop=Crop(recipe.crop, recipe.scale, recipe.area),
+        augmentation=Augmentation(recipe.pad, recipe.pad_with, recipe.flip, recipe.colour),
         batch=recipe.batch,
         seed=recipe.seed,
         engine=engine,
     )
     recipe = replace(recipe, precision=engine.precision, threads=engine.threads)
+    judged = "" if task.judged == "test" else f" ({task.judged})"
     say(f"{recipe.net} on {recipe.data}: {len(task.loader.split):,} pictures to train on, {len(task.held_out):,} held out, "
-        f"{len(task.test):,} to test on; {parameters(task.net):,} parameters")  # fmt: skip
+        f"{len(task.test):,} to test on{judged}; {parameters(task.net):,} parameters")  # fmt: skip
     say(f"engine: {engine}")
+    if not sources.is_name(recipe.data):
+        passes = recipe.steps * recipe.batch / len(task.loader.split)
+        say(f"{recipe.steps:,} steps of {recipe.batch:,} show every picture {passes:,.1f} times (--steps changes that)")
     if changed := recipes.changes(recipe, automatic_precision(engine.device)):
         say(f"recipe {recipe.name}, with {'; '.join(changed)}")
     if label := recipes.budget(recipe):
@@ -252,6 +285,8 @@ def _run(
             _train(task, recipe, run, optimizer, state, metrics, identity, request, progress)
     finally:
         metrics.close()
+        task.loader.close()
+        _note_skipped(task, run, say)
     return _finish(task, recipe, run, state, say)
 
 
@@ -343,6 +378,16 @@ def _progress(
     )
 
 
+def _note_skipped(task: Classify, run: Run, say: Callable[[str], None]) -> None:
+    """Lists in the run folder the pictures that were left out because they could not be read; nothing where there are none."""
+    before = run.read_json("skipped.json") or {}
+    if new := {name: why for name, why in task.skipped.items() if name not in before}:
+        run.write_json("skipped.json", before | new)
+        say(
+            f"{len(before) + len(new):,} pictures could not be read and were left out; {run.path / 'skipped.json'} lists them"
+        )
+
+
 def _finish(task: Classify, recipe: Recipe, run: Run, state: State, say: Callable[[str], None]) -> Result:
     """Touches the test split, once, with the last iterate; writes model, result and report."""
     began = time.perf_counter()
@@ -350,17 +395,18 @@ def _finish(task: Classify, recipe: Recipe, run: Run, state: State, say: Callabl
     temperature = fit_temperature(kept.log_scores, kept.labels) if kept else 1.0
     held_out = kept.at(temperature).to_json() if kept else None
     judgement = task.judge(task.test).at(temperature)
-    measured = {"test": judgement.to_json()} | ({"held_out": held_out} if held_out else {})
+    _note_skipped(task, run, say)
+    measured = {task.judged: judgement.to_json()} | ({"held_out": held_out} if held_out else {})
     replace(task.bundle(recipe.to_json(), measured), temperature=temperature).save(run.model)
     state.seconds += time.perf_counter() - began
     result = Result(
         run=str(run.path),
         model=str(run.model),
         report=str(run.report),
-        split="test",
+        split=task.judged,
         n=judgement.n,
         top1_error=judgement.top1_error,
-        top1_interval=tuple(measured["test"]["top1_interval"]),
+        top1_interval=tuple(measured[task.judged]["top1_interval"]),
         top5_error=judgement.top5_error,
         held_out_error=held_out["top1_error"] if held_out else None,
         steps=state.step,
@@ -370,13 +416,13 @@ def _finish(task: Classify, recipe: Recipe, run: Run, state: State, say: Callabl
         budget=recipes.budget(recipe),
     )
     page = report.render(
-        title=f"{recipe.net} on {recipe.data}",
+        title=f"{recipe.net} on {sources.short_name(recipe.data)}",
         recipe=recipe.to_json(),
         differences=recipes.changes(recipe, automatic_precision(task.engine.device)),
         budget=result.budget,
         metrics=read_metrics(run),
         judgement=judgement,
-        images=task.test.images,
+        images=task.views(task.test),
         environment=run.read_json("environment.json") or {},
         result=result.to_json(),
     )

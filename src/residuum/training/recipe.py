@@ -31,13 +31,20 @@ class Recipe:
     """Complete and resolved: two runs of equal recipes on equal data and hardware end in the same bits."""
 
     name: str  # of the recipe this one started from
-    data: str  # data set: "digits", "cifar10"
+    data: str  # data set: "digits", "cifar10", "cifar100", or a folder of class folders
     net: str  # network: a name of models.spec
     specification: Mapping[str, Any] = field(default_factory=dict)  # changes to what the network's name stands for
     init: str = "fan_in"  # "fan_in" or "fan_out": n of He's N(0, sqrt(2/n))
     size: int  # side of the input, in pixels
+    resize: int = 0  # evaluation: the shorter side is brought to this before the centre is cut out; 0 for `size`
     normalise: str = "per-pixel mean"  # or "per-channel mean and std"
     held_out: int = 0  # training pictures kept for judging while training; 0 trains on all of them
+    on_bad_image: str = "stop"  # a picture that cannot be read: "stop", or "skip" (left out, counted and listed)
+    quarantine: str = ""  # a file with one picture's name a line, left out from the start
+    crop: str = "centre"  # augmentation: "centre" (none), "scale" (2015 §3.4), "resized" (random area and shape)
+    scale: tuple[int, ...] = (256, 480)  # "scale": lengths of the shorter side, uniform between
+    area: float = 0.08  # "resized": smallest share of the picture
+    colour: bool = False  # augmentation: AlexNet's, along the principal components of RGB
     pad: int = 4  # augmentation: pixels added on each side before a random crop; 0 for none
     pad_with: str = "mean"  # "mean" (zeros after the mean is subtracted) or "black" (before)
     flip: bool = True  # augmentation: mirror half of the pictures
@@ -86,8 +93,12 @@ class Recipe:
             raise UsageError(
                 f"pad {self.pad} (at most the size, {self.size}) or threads {self.threads} (1,024) is too large."
             )
+        object.__setattr__(self, "scale", tuple(self.scale))
+        if 0 < self.resize < self.size:
+            raise UsageError(f"resize must be 0 or at least size ({self.size}), not {self.resize}.")
         for key in (
             "held_out",
+            "resize",
             "pad",
             "warmup_steps",
             "momentum",
@@ -143,7 +154,11 @@ class Recipe:
     def to_json(self) -> dict[str, Any]:
         """A plain dictionary."""
         changes = {k: list(v) if isinstance(v, tuple) else v for k, v in self.specification.items()}
-        return asdict(self) | {"milestones": list(self.milestones), "specification": changes}
+        return asdict(self) | {
+            "milestones": list(self.milestones),
+            "scale": list(self.scale),
+            "specification": changes,
+        }
 
     def to_toml(self) -> str:
         """The text of recipe.toml."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from residuum.data.reading import Views
 from residuum.evaluation import figures
 from residuum.evaluation.metrics import Judgement, wilson
 from residuum.evaluation.page import between, pages
@@ -27,7 +28,7 @@ def render(
     budget: str | None,
     metrics: Sequence[Mapping[str, Any]],
     judgement: Judgement,
-    images: Tensor,
+    images: Tensor | Views,
     environment: Mapping[str, Any],
     result: Mapping[str, Any],
 ) -> str:

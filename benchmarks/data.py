@@ -1,0 +1,196 @@
+"""Images per second of our input pipeline and of torchvision's, alternating in one process on photographs of 500x375.
+
+    uv run --extra fast python benchmarks/data.py                        # pictures: ../shared/data/flowers
+    uv run --extra fast python benchmarks/data.py --pictures FOLDER --rounds 7 --json results.json
+
+Per core: everything runs in this process with one thread. Whole batches are compared, decoded, augmented, normalised, stacked:
+
+    torchvision resized    ImageFolder, RandomResizedCrop, flip, ToTensor, Normalize (PIL), DataLoader
+    torchvision scale      the same with the paper's augmentation, written plainly: resize the shorter side, crop 224
+    ours ...               the same two, with Pillow and with simplejpeg (the extra "fast")
+
+Then: CIFAR's augmentation of a whole batch beside a ResNet-20 training step, and memory while reading from folders of 10,000
+and 100,000 names. Ratios to torchvision's form are medians over rounds; figures of two runs are not comparable.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch
+from PIL import Image, ImageOps
+from torch.nn import functional as F
+
+from residuum.data import decode, sources
+from residuum.data.augment import Augmentation
+from residuum.data.crops import Crop
+from residuum.data.dataset import Split
+from residuum.data.loader import Loader
+from residuum.models.resnet import build
+from residuum.preprocessing import Preprocessing
+from residuum.runtime import pick_engine
+
+FLOWERS = Path(__file__).resolve().parents[2] / "shared" / "data" / "flowers" / "train"
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+BATCH = 32
+
+
+def photographs(source: Path, target: Path) -> Path:
+    """The pictures of a folder of class folders, cut and enlarged to 500x375 (or 375x500), JPEG of quality 90."""
+    for file in sorted(source.rglob("*.jpg")):
+        picture = ImageOps.exif_transpose(Image.open(file)).convert("RGB")
+        size = (500, 375) if picture.width >= picture.height else (375, 500)
+        place = target / file.parent.name / file.name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        ImageOps.fit(picture, size, Image.Resampling.LANCZOS).save(place, quality=90)
+    return target
+
+
+class PlainScale:
+    """The paper's augmentation as one would write it: resize the whole picture, then crop."""
+
+    def __call__(self, picture: Image.Image) -> Image.Image:
+        from torchvision.transforms import functional as G
+        from torchvision.transforms import transforms as T
+
+        side = int(torch.randint(256, 481, ()))
+        return T.RandomCrop(224)(G.resize(picture, side))
+
+
+def torchvision_batches(folder: Path, form: str) -> Iterator[torch.Tensor]:
+    from torchvision import datasets, transforms
+
+    crop = transforms.RandomResizedCrop(224) if form == "resized" else PlainScale()
+    steps = [crop, transforms.RandomHorizontalFlip(), transforms.ToTensor(), transforms.Normalize(MEAN, STD)]
+    data = datasets.ImageFolder(str(folder), transforms.Compose(steps))
+    while True:
+        for pictures, _ in torch.utils.data.DataLoader(data, BATCH, shuffle=True, drop_last=True):
+            yield pictures
+
+
+def our_batches(folder: Path, form: str) -> Iterator[torch.Tensor]:
+    data = sources.load(str(folder), Path("data"))
+    shape = Preprocessing(3, (224, 224), 256, torch.tensor(MEAN), torch.tensor(STD))
+    assert data.whole is not None
+    loader = Loader(data.whole, shape, Augmentation(flip=True), BATCH, 0, pick_engine("fp32", "cpu"), Crop(form))
+    step = 0
+    while True:
+        yield loader.batch(step).pictures
+        step += 1
+
+
+def speeds(folder: Path, rounds: int, batches: int) -> dict[str, float]:
+    """Images per second of every form; medians over rounds in which all take turns."""
+    simplejpeg = decode.simplejpeg
+    makers: dict[str, tuple[Callable[[Path, str], Iterator[torch.Tensor]], str, object]] = {}
+    for form in ("resized", "scale"):
+        makers[f"torchvision {form}"] = (torchvision_batches, form, None)
+        makers[f"ours {form}, pillow"] = (our_batches, form, None)
+        if simplejpeg is not None:
+            makers[f"ours {form}, simplejpeg"] = (our_batches, form, simplejpeg)
+    streams = {name: make(folder, form) for name, (make, form, _) in makers.items()}
+    measured: dict[str, list[float]] = {name: [] for name in streams}
+    for turn in range(rounds + 1):
+        for name, stream in streams.items():
+            decode.simplejpeg = makers[name][2]
+            began = time.perf_counter()
+            for _ in range(batches):
+                next(stream)
+            if turn:  # the first warms up
+                measured[name].append(batches * BATCH / (time.perf_counter() - began))
+    decode.simplejpeg = simplejpeg
+    return {name: round(statistics.median(values), 1) for name, values in measured.items()}
+
+
+def cifar_share(rounds: int) -> float:
+    """The time of CIFAR's augmentation of a batch of 128, as a fraction of a ResNet-20 training step."""
+    engine = pick_engine("auto", "cpu")
+    images = torch.randint(256, (50_000, 32, 32, 3), dtype=torch.uint8)
+    split = Split(images, torch.randint(10, (50_000,)))
+    shape = Preprocessing(3, (32, 32), 32, torch.full((32, 32, 3), 0.5), torch.ones(3))
+    loader = Loader(split, shape, Augmentation(4, "mean", True), 128, 0, engine)
+    net = build("resnet20")
+    engine.place(net).train()
+    shares = []
+    for step in range(rounds + 1):
+        began = time.perf_counter()
+        batch = loader.batch(step)
+        loaded = time.perf_counter() - began
+        with engine.autocast():
+            loss = F.cross_entropy(net(batch.pictures).float(), batch.labels)
+        loss.backward()
+        shares.append(loaded / (time.perf_counter() - began - loaded))
+    return round(statistics.median(shares[1:]), 4)
+
+
+def memory(folder: Path, count: int) -> dict[str, float]:
+    """MiB by which a fresh process grows: by the index of `count` names, and then by reading 40 batches."""
+    with tempfile.TemporaryDirectory() as place:
+        files = sorted(folder.rglob("*.jpg"))
+        for i in range(count):
+            link = Path(place) / f"class {i % 5}" / f"{i:06d}.jpg"
+            link.parent.mkdir(exist_ok=True)
+            link.symlink_to(files[i % len(files)])
+        command = [sys.executable, __file__, "--memory-of", place]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return dict(json.loads(done.stdout))
+
+
+def grown(folder: Path) -> dict[str, float]:
+    def peak() -> float:
+        lines = Path("/proc/self/status").read_text().splitlines()  # getrusage's figure would be the parent's
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
+
+    before = peak()
+    stream = our_batches(folder, "resized")
+    next(stream)
+    indexed = peak()
+    for _ in range(40):
+        next(stream)
+    return {"index_and_first_batch": round(indexed - before, 1), "forty_batches_more": round(peak() - indexed, 1)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pictures", type=Path, default=FLOWERS)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--batches", type=int, default=3)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--memory-of", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    if options.memory_of:
+        return print(json.dumps(grown(options.memory_of)))
+    with tempfile.TemporaryDirectory() as place:
+        folder = photographs(options.pictures, Path(place))
+        found = speeds(folder, options.rounds, options.batches)
+        print(f"{'pipeline':<28} {'images/s':>9}   ratio to torchvision's")
+        for name, speed in found.items():
+            base = found["torchvision " + name.split()[1].rstrip(",")]
+            print(f"{name:<28} {speed:>9.0f}   {speed / base:.2f}")
+        share = cifar_share(4 * options.rounds)
+        print(f"CIFAR augmentation: {share:.1%} of a ResNet-20 step of 128")
+        grew = {count: memory(folder, count) for count in (10_000, 100_000)}
+        for count, values in grew.items():
+            print(f"{count:,} names: {values['index_and_first_batch']:.0f} MiB for the index and one batch, "
+                  f"{values['forty_batches_more']:.0f} MiB more over 40 batches")  # fmt: skip
+    if options.json:
+        options.json.write_text(
+            json.dumps({"images_per_second": found, "cifar_share": share, "memory_mib": grew}, indent=2)
+        )
+    return None
+
+
+if __name__ == "__main__":
+    main()

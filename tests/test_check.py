@@ -1,0 +1,108 @@
+"""`residuum data check` against folders with known faults."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from pictures import folder, photo
+from PIL import Image
+from test_decode import bomb
+
+from residuum.cli.main import run
+from residuum.data import check, sources
+from residuum.data.stored import Reading
+
+
+def found(capsys: pytest.CaptureFixture[str], root: Path, *more: str) -> tuple[int, dict[str, object], str]:
+    capsys.readouterr()
+    code = run(["data", "check", str(root), "--json", "--no-timing", "--workers", "0", *more])
+    out, err = capsys.readouterr()
+    assert "Traceback" not in err
+    return code, json.loads(out), err
+
+
+def test_a_sound_folder(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    root = folder(tmp_path / "my pictures")
+    code, document, _ = found(capsys, root)
+    assert code == 0 and document["problems"] == []
+    assert set(document) == {"data", "pictures", "readable", "problems", "classes", "kinds", "shorter_sides", "loading"}
+    assert document["pictures"] == document["readable"] == 33 and document["kinds"] == {"JPEG RGB": 33}
+    assert document["classes"]["val"] == {"alpha": 3, "größe ß": 3, "红 花": 3}  # type: ignore[index]
+    assert run(["data", "check", str(root), "--workers", "2"]) == 0
+    out = capsys.readouterr().out
+    assert "33 pictures, 33 can be read" in out and "of a ResNet-18 step" in out and "größe ß" in out
+
+
+def test_every_fault_is_found_by_name(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    root = folder(tmp_path / "d", {"train": 6, "val": 3})
+    train, val = root / "train", root / "val"
+    picture = Image.open(train / "alpha" / "bild 0.jpg")
+    (train / "alpha" / "cut.jpg").write_bytes((train / "alpha" / "bild 1.jpg").read_bytes()[:-200])
+    (train / "alpha" / "bomb.png").write_bytes(bomb())
+    shutil.copy(train / "alpha" / "bild 2.jpg", train / "alpha" / "copy.jpg")
+    picture.resize((picture.width * 2, picture.height * 2)).save(train / "alpha" / "larger.png")
+    shutil.copy(train / "alpha" / "bild 3.jpg", train / "红 花" / "other class.jpg")
+    shutil.copy(train / "alpha" / "bild 4.jpg", val / "alpha" / "leak.jpg")
+    Image.open(train / "alpha" / "bild 5.jpg").save(val / "alpha" / "near leak.jpg", quality=40)
+    photo(901).save(train / "alpha" / "called.png", "JPEG")
+    photo(902, 400, 20).save(train / "alpha" / "narrow.jpg")
+    Image.new("RGB", (1, 1)).save(train / "alpha" / "dot.png")
+    Image.new("RGB", (50, 50), "red").save(train / "alpha" / "flat.png")
+    Image.new("RGB", (60, 50), "blue").save(train / "alpha" / "flat too.png")  # not a copy of the other
+    photo(903).save(train / "loose.jpg")
+    code, document, err = found(capsys, root, "--quarantine", str(tmp_path / "bad.txt"))
+    problems = [(p["kind"], Path(p["file"]).name, p["detail"]) for p in document["problems"]]  # type: ignore[attr-defined]
+    told = {(kind, name) for kind, name, _ in problems}
+    assert told == {
+        ("unreadable", "cut.jpg"), ("unreadable", "bomb.png"), ("duplicate", "copy.jpg"), ("near-duplicate", "larger.png"),
+        ("conflict", "other class.jpg"), ("leak", "leak.jpg"), ("leak", "near leak.jpg"), ("suspicious", "called.png"),
+        ("suspicious", "narrow.jpg"), ("suspicious", "dot.png"), ("suspicious", "flat.png"), ("suspicious", "flat too.png"),
+        ("stray", "loose.jpg"),
+    }  # fmt: skip
+    details = {name: detail for _, name, detail in problems}
+    assert str(train / "alpha" / "bild 2.jpg") in details["copy.jpg"] and details["copy.jpg"].startswith(
+        "the same picture as"
+    )
+    assert details["near leak.jpg"].startswith("nearly the same") and details["near leak.jpg"].endswith(
+        "which is in train"
+    )
+    assert "which is of class alpha, not 红 花" in details["other class.jpg"]
+    assert "claims more than" in details["bomb.png"] and "it is a JPEG file but is called .png" in details["called.png"]
+    assert code == 1 and err.rstrip().endswith(f"to mend in {root}.")
+    listed = [line for line in (tmp_path / "bad.txt").read_text().splitlines() if not line.startswith("#")]
+    assert set(listed) == {f"train/alpha/{name}" for name in (
+        "cut.jpg", "bomb.png", "copy.jpg", "larger.png", "bild 3.jpg", "bild 4.jpg", "bild 5.jpg")} | {
+        "train/红 花/other class.jpg"}  # fmt: skip
+    (train / "loose.jpg").unlink()
+    data = sources.load(str(root), Path("data"), Reading(quarantine=str(tmp_path / "bad.txt")))
+    assert not set(listed) & set(data.train.names)
+    left = {problem.kind for problem in check.check(data).problems}
+    assert left == {"suspicious"}  # nothing is left that training should not see
+
+
+def test_a_folder_that_is_no_data_set(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    root = folder(tmp_path / "d")
+    shutil.rmtree(root / "val" / "alpha")
+    code, document, _ = found(capsys, root)
+    assert code == 1 and [p["kind"] for p in document["problems"]] == ["layout"]  # type: ignore[attr-defined]
+    assert "only in train alpha" in document["problems"][0]["detail"]  # type: ignore[index]
+
+
+def test_data_in_memory_are_checked_too(capsys: pytest.CaptureFixture[str]) -> None:
+    code, document, _ = found(capsys, Path("digits"))
+    assert code == 0 and document["pictures"] == 1797 and document["kinds"] == {"pixels L": 1797}, document["problems"]
+
+
+def test_workers_change_nothing(tmp_path: Path) -> None:
+    root = folder(tmp_path / "d", {"train": 20, "val": 4})
+    shutil.copy(root / "train" / "alpha" / "bild 2.jpg", root / "val" / "alpha" / "x.jpg")
+    data = sources.load(str(root), Path("data"))
+    assert check.check(data, 0) == check.check(data, 3)
+
+
+def test_help_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["data", "check", "--help"]) == 0
+    assert "Example: residuum data check photos" in " ".join(capsys.readouterr().out.split())

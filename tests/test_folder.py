@@ -1,0 +1,370 @@
+"""Folders of class folders: what is read, what is held out, what is refused, and that workers change nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import unicodedata
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pictures import NAMES, folder, photo
+from PIL import Image
+
+import residuum
+from residuum.data import sources
+from residuum.data.augment import VALUES, VECTORS, Augmentation
+from residuum.data.crops import DRAWS, Crop
+from residuum.data.dataset import Split
+from residuum.data.loader import Loader, order
+from residuum.data.reading import Views
+from residuum.data.statistics import statistics
+from residuum.data.stored import Names, Reading, Stored
+from residuum.errors import DataError, RunError, UsageError
+from residuum.preprocessing import Preprocessing
+from residuum.runtime import pick_engine
+
+FLOWERS = Path(__file__).resolve().parents[2] / "shared" / "data" / "flowers"
+SHAPE = Preprocessing(3, (24, 24), 32, torch.zeros(3), torch.ones(3))
+ENGINE = pick_engine("fp32", "cpu")
+TINY = {"net": "resnet8", "size": 16, "resize": 20, "batch": 6, "steps": 8, "device": "cpu", "precision": "fp32"}
+
+
+def load(root: Path, **reading: object) -> sources.Dataset:
+    return sources.load(str(root), Path("data"), Reading(**reading))  # type: ignore[arg-type]
+
+
+def loader(split: object, crop: Crop, **values: object) -> Loader:
+    return Loader(split, SHAPE, Augmentation(flip=True, colour=True), 6, 3, ENGINE, crop, **values)  # type: ignore[arg-type]
+
+
+def test_splits_classes_and_names(tmp_path: Path) -> None:
+    data = load(folder(tmp_path / "my pictures", {"train": 4, "val": 2, "test": 3}))
+    assert data.classes == tuple(sorted(NAMES))
+    assert (len(data.train), len(data.test), data.val and len(data.val), data.judged) == (12, 9, 6, "test")
+    assert data.train.names[5] == os.path.join("train", "größe ß", "bild 1.jpg")
+    assert data.train.labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    assert data.train.pictures([0])[0].dtype == torch.uint8 and data.train.pictures([0])[0].shape == (41, 51, 3)
+    assert data.fingerprint == load(tmp_path / "my pictures").fingerprint
+    photo(99).save(tmp_path / "my pictures" / "test" / "alpha" / "one more.jpg")
+    assert data.fingerprint != load(tmp_path / "my pictures").fingerprint
+
+
+def test_val_is_judged_where_there_is_no_test(tmp_path: Path) -> None:
+    data = load(folder(tmp_path / "d"))
+    assert data.judged == "val" and data.val is None and set(data.splits) == {"train", "val"}
+
+
+@pytest.mark.parametrize("split", ["", "train"])
+def test_a_hold_out_is_drawn_by_name(tmp_path: Path, split: str) -> None:
+    root = folder(tmp_path / "d", {split: 20})
+    data = load(root)
+    assert data.judged == "held-out" and set(data.splits) == {"train", "held-out", "all"}
+    assert (len(data.train), len(data.test)) == (48, 12)
+    assert torch.bincount(data.test.labels).tolist() == [4, 4, 4]
+    assert not set(data.train.names) & set(data.test.names)
+    photo(99).save(root / split / "alpha" / "a new one.jpg")  # moves the others' positions, and few of the others
+    assert len(set(load(root).test.names) & set(data.test.names)) >= 11
+
+
+def test_class_names_from_a_file_beside(tmp_path: Path) -> None:
+    root = folder(tmp_path / "d", {"train": 2, "val": 1}, ("n01", "n02", "n03"))
+    (root / "LOC_synset_mapping.txt").write_text("n01 tench, Tinca\nn02 crane\nn03 crane\nn04 unused\n")
+    data = load(root)
+    assert data.classes == ("crane (n02)", "crane (n03)", "tench, Tinca")
+    for name, label in zip(data.train.names, data.train.labels.tolist(), strict=True):
+        assert {"n01": "tench, Tinca", "n02": "crane (n02)", "n03": "crane (n03)"}[name.split("/")[1]] == data.classes[
+            label
+        ]
+    (root / "LOC_synset_mapping.txt").write_text("n01 tench\nn02 crane\n")
+    with pytest.raises(DataError, match="does not name the class folders n03; add a line for each, or remove it"):
+        load(root)
+
+
+def test_the_same_name_in_two_unicode_forms_is_one_class(tmp_path: Path) -> None:
+    root = folder(tmp_path / "d", {"train": 2, "val": 1}, ("größe", "b"))
+    (root / "val" / "größe").rename(root / "val" / unicodedata.normalize("NFD", "größe"))
+    assert load(root).classes == ("b", "größe")
+
+
+REFUSED = {
+    "different classes: only in train": lambda d: shutil.rmtree(d / "val" / "alpha"),
+    "holds no picture; put some there, or remove it": lambda d: [f.unlink() for f in (d / "train" / "alpha").iterdir()],
+    "has one class only, alpha; a classifier needs two or more": lambda d: [
+        shutil.rmtree(d / s / n) for s in ("train", "val") for n in NAMES[1:]
+    ],
+    "beside them extra; put class folders inside the splits": lambda d: (d / "extra").mkdir(),
+    "holds no class folders with pictures: its 1 pictures lie in no class folder": lambda d: (
+        shutil.rmtree(d / "train"),
+        shutil.rmtree(d / "val"),
+        photo(1).save(d / "a.jpg"),
+    ),
+    "holds no class folders with pictures: it is empty of pictures": lambda d: (
+        shutil.rmtree(d / "train"),
+        shutil.rmtree(d / "val"),
+    ),
+}
+
+
+@pytest.mark.parametrize("sentence", REFUSED)
+def test_what_is_refused(tmp_path: Path, sentence: str) -> None:
+    root = folder(tmp_path / "d", {"train": 2, "val": 1})
+    REFUSED[sentence](root)
+    with pytest.raises(DataError, match=sentence):
+        load(root)
+
+
+def test_the_difference_of_classes_is_listed(tmp_path: Path) -> None:
+    root = folder(tmp_path / "d", {"train": 2, "val": 1})
+    (root / "val" / "alpha").rename(root / "val" / "beta")
+    with pytest.raises(DataError, match="only in train alpha, only in val beta; give both the same class folders"):
+        load(root)
+
+
+def test_files_beside_class_folders_are_told(tmp_path: Path) -> None:
+    root = folder(tmp_path / "d", {"train": 2, "val": 1})
+    (root / "train" / ".DS_Store").write_text("")
+    (root / "train" / "alpha" / "notes.txt").write_text("no picture")
+    (root / "train" / "alpha" / ".thumbs").mkdir()
+    shutil.copy(root / "train" / "alpha" / "bild 0.jpg", root / "train" / "alpha" / ".thumbs")
+    assert len(load(root).train) == 6
+    photo(1).save(root / "train" / "loose.png")
+    with pytest.warns(UserWarning, match=r"1 pictures beside the class folders of .* belong to no class.*loose.png"):
+        assert len(load(root).train) == 6
+
+
+def test_links_are_followed_and_rings_end(tmp_path: Path) -> None:
+    root = folder(tmp_path / "d", {"train": 2, "val": 1})
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    photo(7).save(elsewhere / "x.png")
+    (root / "train" / "alpha" / "more").symlink_to(elsewhere)
+    (elsewhere / "ring").symlink_to(root / "train" / "alpha")
+    (root / "train" / "alpha" / "nowhere.jpg").symlink_to(tmp_path / "gone.jpg")
+    data = load(root)
+    assert "train/alpha/more/x.png" in data.train.names
+    place = data.train.names.index("train/alpha/nowhere.jpg")  # counted, and told by name when it is read
+    with pytest.raises(DataError, match=r"nowhere.jpg is not there"):
+        data.train.pictures([place])
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_without_permission(tmp_path: Path) -> None:
+    root = folder(tmp_path / "d", {"train": 2, "val": 1})
+    file = root / "train" / "alpha" / "bild 0.jpg"
+    file.chmod(0)
+    with pytest.raises(DataError, match=r"bild 0.jpg cannot be read: no permission"):
+        load(root).train.pictures([0])
+
+
+@given(st.lists(st.text(st.characters(codec="utf-8")) | st.just("\udcff"), max_size=20))
+def test_names_are_kept(names: list[str]) -> None:
+    kept = Names(names)
+    assert list(kept) == names and len(kept) == len(names) and kept[:3] == names[:3]
+
+
+def batches(split: object, crop: Crop, workers: int, first: int, last: int) -> list[torch.Tensor]:
+    assert isinstance(split, Stored)
+    own = loader(replace(split, reading=Reading(workers=workers)), crop)
+    try:
+        return [own.batch(step).pictures for step in range(first, last)]
+    finally:
+        own.close()
+
+
+@pytest.mark.parametrize("kind", ["centre", "scale", "resized"])
+def test_any_number_of_workers_and_any_start_give_the_same_bits(tmp_path: Path, kind: str) -> None:
+    split = load(folder(tmp_path / "d", {"train": 5, "val": 1})).train
+    crop = Crop(kind, (26, 40))
+    whole = batches(split, crop, 0, 0, 6)
+    assert whole[0].shape == (6, 3, 24, 24) and whole[0].is_contiguous(memory_format=torch.channels_last)
+    for workers in (1, 4):
+        for a, b in zip(whole[3:], batches(split, crop, workers, 3, 6), strict=True):  # as after a resume in mid-epoch
+            assert torch.equal(a, b)
+    assert not torch.equal(whole[0], whole[5])
+
+
+def test_pictures_in_memory_are_cropped_as_those_on_disk(tmp_path: Path) -> None:
+    split = load(folder(tmp_path / "d", {"train": 5, "val": 1})).train
+    pictures = torch.stack([picture[:40, :50] for picture in split.pictures(range(15))])
+    for i, (name, picture) in enumerate(zip(split.names, pictures, strict=True)):
+        Image.fromarray(picture.numpy()).save((tmp_path / "d" / name).with_suffix(".png"))
+        (tmp_path / "d" / name).unlink()
+        assert i < 15
+    same = load(tmp_path / "d").train
+    crop = Crop("scale", (26, 40))
+    a, b = (loader(s, crop).batch(4).pictures for s in (same, Split(pictures, split.labels)))
+    assert torch.equal(a, b)
+
+
+@given(
+    height=st.integers(1, 3000),
+    width=st.integers(1, 3000),
+    kind=st.sampled_from(["scale", "resized"]),
+    draws=st.lists(st.floats(0, 1, exclude_max=True), min_size=DRAWS, max_size=DRAWS),
+)
+@settings(max_examples=200, deadline=None)
+def test_boxes_lie_inside(height: int, width: int, kind: str, draws: list[float]) -> None:
+    top, left, h, w = Crop(kind).box(height, width, 224, draws)
+    assert 0 <= top <= top + h <= height and 0 <= left <= left + w <= width and h > 0 and w > 0
+    if kind == "scale":
+        assert h == w and abs(h - 224 * min(height, width) / np.clip(min(height, width) * 224 / h, 256, 480)) <= 1
+    elif width * 3 // 4 <= height <= width * 4 // 3 and min(height, width) > 30:
+        assert 0.06 <= h * w / (height * width) <= 1
+
+
+def test_a_box_shows_what_resizing_the_whole_picture_shows() -> None:
+    """2015's form: resize the shorter side, then crop; only the box is resized here, its borders on whole pixels."""
+    picture = photo(3, 500, 375)
+    pixels = torch.from_numpy(np.asarray(picture).copy())
+    draws = [0.25, 0.5, 0.4] + [0.5] * (DRAWS - 3)
+    shown = Crop("scale")(pixels, 224, draws)
+    shorter = 256 + int(0.4 * 225)
+    top, left, side, _ = Crop("scale").box(375, 500, 224, draws)
+    whole = picture.resize((round(500 * shorter / 375), shorter), Image.Resampling.BILINEAR)
+    y, x = round(top * shorter / 375), round(left * shorter / 375)
+    expected = np.asarray(whole.crop((x, y, x + 224, y + 224))).astype(int)
+    assert np.abs(shown.numpy().astype(int) - expected).mean() < 1.5
+    assert side == round(224 * 375 / shorter)
+
+
+def test_colour_moves_along_the_principal_components() -> None:
+    pixels = torch.full((4000, 1, 1, 3), 128, dtype=torch.uint8)
+    plain = replace(SHAPE, size=(1, 1))
+    moved = Augmentation(colour=True)(pixels, plain, 0, 0) - Augmentation()(pixels, plain, 0, 0)
+    vectors = torch.tensor(VECTORS)
+    along = moved.flatten(1) @ vectors / (0.1 * torch.tensor(VALUES))
+    assert along.std(0).tolist() == pytest.approx([1, 1, 1], abs=0.05)
+    assert (vectors.T @ vectors - torch.eye(3)).abs().max() < 1e-3
+    grey = Preprocessing(1, (1, 1), 1, torch.zeros(1), torch.ones(1))
+    with pytest.raises(UsageError, match="colour=true needs pictures of three channels"):
+        Augmentation(colour=True)(torch.zeros(1, 1, 1, 1, dtype=torch.uint8), grey, 0, 0)
+
+
+def test_the_mean_is_that_of_the_pictures_as_the_network_sees_them(tmp_path: Path) -> None:
+    split = load(folder(tmp_path / "d", {"train": 5, "val": 1})).train
+    pixels = torch.cat([p for p, _ in Views(split, SHAPE).batches(4)]).double() / 255
+    measured = statistics(split, SHAPE, per_pixel=False)
+    torch.testing.assert_close(measured.mean.double(), pixels.mean((0, 1, 2)), rtol=0, atol=1e-6)
+    torch.testing.assert_close(measured.std.double(), pixels.std((0, 1, 2), unbiased=False), rtol=0, atol=1e-6)
+    assert statistics(split, SHAPE, per_pixel=True).mean.shape == (24, 24, 3)
+
+
+def cut(root: Path, name: str) -> Path:
+    file = root / name
+    file.write_bytes(file.read_bytes()[:-200])
+    return file
+
+
+def test_a_bad_picture_stops_or_is_left_out(tmp_path: Path) -> None:
+    root = folder(tmp_path / "d", {"train": 5, "val": 3})
+    cut(root, "train/alpha/bild 2.jpg")
+    split = load(root).train
+    own = loader(split, Crop("scale", (26, 40)))
+    with pytest.raises(
+        DataError, match=r"bild 2.jpg is damaged: .*; mend or remove it, or go on without it: --on-bad-image skip"
+    ):
+        [own.batch(step) for step in range(3)]
+    for workers in (0, 2):
+        skipping = load(root, on_bad="skip", workers=workers).train
+        assert isinstance(skipping, Stored)
+        own = loader(skipping, Crop("scale", (26, 40)))
+        shown = [own.batch(step) for step in range(5)]  # 15 pictures, two epochs
+        sizes = [len(batch.labels) for batch in shown]
+        own.close()
+        assert sum(sizes) == 28 and list(skipping.skipped) == ["train/alpha/bild 2.jpg"]
+    bad = next(step for step in range(5) if sizes[step] < 6)  # the others are shown as if nothing were amiss
+    where = order(3, 15, 6, bad)
+    position = [i for i, p in enumerate(where.tolist()) if split.names[p] == "train/alpha/bild 2.jpg"]
+    photo(50).save(root / "train" / "alpha" / "bild 2.jpg")
+    mended = loader(load(root).train, Crop("scale", (26, 40))).batch(bad).pictures
+    kept = [i for i in range(6) if i not in position]
+    assert torch.equal(mended[kept], shown[bad].pictures)
+
+
+def test_training_reports_what_it_skips(tmp_path: Path) -> None:
+    root = folder(tmp_path / "d", {"train": 6, "val": 4})
+    cut(root, "train/alpha/bild 2.jpg")
+    cut(root, "val/alpha/bild 1.jpg")
+    values = TINY | {"data": str(root)}
+    with pytest.raises(DataError, match=r"bild 2.jpg is damaged"):
+        residuum.train("photos", out=tmp_path / "stop", **values)  # type: ignore[arg-type]
+    assert not (tmp_path / "stop").exists()
+    said: list[str] = []
+    result = residuum.train("photos", out=tmp_path / "run", on_bad_image="skip", say=said.append, **values)  # type: ignore[arg-type]
+    assert result.n == 11 and result.split == "val"
+    assert set(json.loads((tmp_path / "run" / "skipped.json").read_text())) == {
+        "train/alpha/bild 2.jpg", "val/alpha/bild 1.jpg"}  # fmt: skip
+    assert any("2 pictures could not be read and were left out" in sentence for sentence in said)
+    judged = residuum.evaluate(result.model, str(root), on_bad_image="skip", device="cpu", precision="fp32")
+    assert (judged.n, list(judged.skipped), judged.split) == (11, ["val/alpha/bild 1.jpg"], "val")
+    assert judged.top1_error == result.top1_error
+    with pytest.raises(DataError, match=r"bild 1.jpg is damaged"):
+        residuum.evaluate(result.model, str(root), device="cpu")
+
+
+def test_quarantined_pictures_are_left_out(tmp_path: Path) -> None:
+    root = folder(tmp_path / "d", {"train": 6, "val": 4})
+    (tmp_path / "list.txt").write_text("# unreadable\ntrain/alpha/bild 2.jpg\n")
+    data = load(root, quarantine=str(tmp_path / "list.txt"))
+    assert len(data.train) == 17 and "train/alpha/bild 2.jpg" not in data.train.names
+    assert data.fingerprint != load(root).fingerprint
+    with pytest.raises(DataError, match=r"the quarantine list .* cannot be read"):
+        load(root, quarantine=str(tmp_path / "none.txt"))
+    (tmp_path / "list.txt").write_text("".join(f"val/alpha/bild {i}.jpg\n" for i in range(4)))
+    with pytest.raises(DataError, match="leaves no picture of class alpha"):
+        load(root, quarantine=str(tmp_path / "list.txt"))
+
+
+def test_a_run_on_a_folder_is_resumed_to_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder(tmp_path / "d", {"": 10})
+    values = TINY | {"data": "d", "record_every": 2, "checkpoint_minutes": 0, "held_out": 6}
+    result = residuum.train("photos", out="run", workers=2, **values)  # type: ignore[arg-type]
+    drawn = json.loads((tmp_path / "run" / "drawn.json").read_text())
+    assert len(drawn["held-out"]) == 6 and len(drawn["judged while training"]) == 6 and result.split == "held-out"
+    shutil.copytree("run", "again")
+    for gone in ("model.safetensors", "result.json", "checkpoints/step-00000008.safetensors"):
+        (tmp_path / "again" / gone).unlink()
+    monkeypatch.chdir(tmp_path / "d")  # paths in the recipe start where the run was started
+    from residuum.training import loop
+
+    loop.resume(tmp_path / "again", device="cpu")
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (
+        tmp_path / "run" / "model.safetensors"
+    ).read_bytes()
+    photo(200).save(tmp_path / "d" / "alpha" / "new.jpg")
+    (tmp_path / "again" / "result.json").unlink()
+    with pytest.raises(RunError, match="was made with another recipe or other data"):
+        loop.resume(tmp_path / "again", device="cpu")
+
+
+def test_a_folder_the_model_did_not_learn_from_is_judged_whole(tmp_path: Path) -> None:
+    own, other = folder(tmp_path / "own", {"": 10}), folder(tmp_path / "other", {"": 4})
+    result = residuum.train("photos", data=str(own), out=tmp_path / "run", **TINY)  # type: ignore[arg-type]
+    assert residuum.evaluate(result.model, str(own), device="cpu").split == "held-out"
+    judged = residuum.evaluate(result.model, str(other), device="cpu")
+    assert (judged.split, judged.n) == ("all", 12)
+    shutil.move(other, tmp_path / "third" / "val")
+    judged = residuum.evaluate(result.model, str(tmp_path / "third"), device="cpu")
+    assert (judged.split, judged.n) == ("val", 12)
+    with pytest.raises(UsageError, match="unknown split 'train'; known: test, val"):
+        residuum.evaluate(result.model, str(tmp_path / "third"), split="train", device="cpu")
+    with pytest.raises(DataError, match="has no train folder"):
+        residuum.train("photos", data=str(tmp_path / "third"), **TINY)  # type: ignore[arg-type]
+
+
+def test_flowers(tmp_path: Path) -> None:
+    if not FLOWERS.is_dir():
+        pytest.skip("the flowers are not there: ../shared/data, beside the repository, is missing")
+    data = load(FLOWERS)
+    assert data.classes == ("daisy", "dandelion", "roses", "sunflowers", "tulips")
+    assert (len(data.train), len(data.test), data.judged) == (240, 80, "val")
+    result = residuum.train("photos", data=str(FLOWERS), out=tmp_path / "run", **(TINY | {"steps": 2}))  # type: ignore[arg-type]
+    assert result.n == 80 and (tmp_path / "run" / "report.html").stat().st_size > 10_000

@@ -1,0 +1,263 @@
+"""Tar shards: packed, read back in the folder's order, from a disk or a server, and what is wrong with them said."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+from pictures import folder, photo
+from PIL import Image
+from server import Server
+
+import residuum
+from residuum.cli.main import run
+from residuum.data import pack, shards, sources
+from residuum.data.augment import Augmentation
+from residuum.data.crops import Crop
+from residuum.data.dataset import Dataset
+from residuum.data.loader import Loader
+from residuum.data.stored import Reading
+from residuum.errors import DataError, RunError, UsageError
+from residuum.preprocessing import Preprocessing
+from residuum.runtime import pick_engine
+
+
+def load(data: Path | str, data_dir: Path = Path("data"), **reading: object) -> Dataset:
+    return sources.load(str(data), data_dir, Reading(**reading))  # type: ignore[arg-type]
+
+
+def packed(tmp_path: Path, splits: dict[str, int] | None = None, **values: int) -> tuple[Path, Path]:
+    root = folder(tmp_path / "my d", splits)
+    pack.pack(load(root), tmp_path / "s", **({"per_shard": 5} | values))
+    return root, tmp_path / "s"
+
+
+def batch(data: Dataset) -> torch.Tensor:
+    shape = Preprocessing(3, (24, 24), 32, torch.zeros(3), torch.ones(3))
+    own = Loader(data.train, shape, Augmentation(flip=True), 6, 3, pick_engine("fp32", "cpu"), Crop("scale", (26, 40)))
+    try:
+        return own.batch(7).pictures
+    finally:
+        own.close()
+
+
+@pytest.mark.parametrize("splits", [None, {"": 12}, {"train": 5, "val": 2, "test": 3}])
+@pytest.mark.parametrize("with_index", [True, False])
+def test_the_same_pictures_in_the_same_order(tmp_path: Path, splits: dict[str, int] | None, with_index: bool) -> None:
+    root, out = packed(tmp_path, splits)
+    if not with_index:
+        for file in out.glob("*.index.json"):
+            file.unlink()
+    ours, theirs = load(out), load(root)
+    assert ours.fingerprint == theirs.fingerprint  # class names, labels, names, sizes, and their order
+    assert (ours.classes, ours.judged, list(ours.splits)) == (theirs.classes, theirs.judged, list(theirs.splits))
+    for split in ours.splits:
+        a, b = ours.splits[split], theirs.splits[split]
+        assert list(a.names) == list(b.names)
+        assert all(torch.equal(x, y) for x, y in zip(a.pictures(range(len(a))), b.pictures(range(len(b))), strict=True))
+    assert torch.equal(batch(ours), batch(theirs))
+    assert torch.equal(batch(load(out, workers=2)), batch(theirs))
+
+
+def test_another_seed_puts_them_elsewhere_and_changes_nothing_else(tmp_path: Path) -> None:
+    root, out = packed(tmp_path)
+    pack.pack(load(root), tmp_path / "t", per_shard=5, seed=1)
+    pack.pack(load(root), tmp_path / "u", per_shard=5)
+    assert load(out).fingerprint == load(tmp_path / "t").fingerprint
+    for file in out.glob("*"):
+        assert file.read_bytes() == (tmp_path / "u" / file.name).read_bytes()
+        assert file.read_bytes() != (tmp_path / "t" / file.name).read_bytes()
+
+
+def test_webdatasets_form(tmp_path: Path) -> None:
+    root, out = packed(tmp_path)
+    assert sorted(f.name for f in out.glob("*.tar")) == [f"train-00000{i}.tar" for i in range(5)] + [
+        f"val-00000{i}.tar" for i in range(2)]  # fmt: skip
+    with tarfile.open(out / "train-000000.tar") as tar:
+        members = tar.getmembers()
+        key = members[0].name.split(".")[0]
+        assert [m.name for m in members[:3]] == [f"{key}.jpg", f"{key}.cls", f"{key}.json"]
+        about = json.loads(tar.extractfile(members[2]).read())  # type: ignore[union-attr]
+        assert tar.extractfile(members[0]).read() == (root / about["name"]).read_bytes()  # type: ignore[union-attr]
+        assert about["class"] in load(root).classes and len(members) == 15
+
+
+def test_resizing(tmp_path: Path) -> None:
+    _, out = packed(tmp_path, resize=42)
+    sizes = [min(picture.shape[:2]) for picture in load(out).train.pictures(range(24))]
+    assert max(sizes) == 42 and min(sizes) < 42
+    with pytest.raises(RunError, match="is not empty; choose another folder for the shards"):
+        pack.pack(load(tmp_path / "my d"), out)
+    with pytest.raises(UsageError, match="per_shard must be 1 or more"):
+        pack.pack(load(tmp_path / "my d"), tmp_path / "x", per_shard=0)
+    with pytest.raises(DataError, match="digits lies in memory"):
+        pack.pack(load("digits"), tmp_path / "y")
+
+
+def test_patterns() -> None:
+    assert list(shards.expand("a/{train,val}-{08..10}.tar")) == [
+        f"a/{split}-{n}.tar" for split in ("train", "val") for n in ("08", "09", "10")]  # fmt: skip
+    assert list(shards.expand("one.tar")) == ["one.tar"]
+    with pytest.raises(DataError, match="a range in braces must rise"):
+        list(shards.expand("x-{3..1}.tar"))
+
+
+def files(out: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in out.iterdir()}
+
+
+@pytest.mark.parametrize("with_index", [True, False])
+def test_a_server_gives_them_too(tmp_path: Path, with_index: bool) -> None:
+    root, out = packed(tmp_path)
+    served = {name: content for name, content in files(out).items() if with_index or name.endswith(".tar")}
+    largest = max(map(len, served.values()))
+    with Server(served, drop_after=largest * 2 // 3, ranges=True) as server:  # the largest take two attempts
+        pattern = server.url + "{train-{000000..000004},val-000000,val-000001}.tar"
+        pattern = server.url + "train-{000000..000004}.tar"
+        data = load(pattern, tmp_path / "data")
+        assert data.judged == "held-out" and len(data.whole or ()) == 24  # train alone: a fifth of it is held out
+        assert any(wanted for _, wanted in server.asked), "nothing was dropped"
+        tars = [name for name, _ in server.asked if name.endswith(".tar")]
+        load(pattern, tmp_path / "data")
+        assert [name for name, _ in server.asked if name.endswith(".tar")] == tars  # fetched once
+        both = load(server.url + "{train,val}-{000000..000001}.tar", tmp_path / "data")
+        assert both.judged == "val" and len(both.train) == 10
+    assert load(root).classes == data.classes
+
+
+def test_a_server_that_always_drops_is_reported_with_the_url(tmp_path: Path) -> None:
+    _, out = packed(tmp_path)
+    with Server({n: c for n, c in files(out).items() if n.endswith(".tar")}, drop_after=1000, ranges=False) as server:
+        with pytest.raises(DataError, match=rf"{server.url}train-000000.tar cannot be fetched: .* dropped after 1,000"):
+            load(server.url + "train-000000.tar", tmp_path / "data")
+        assert [name for name, _ in server.asked].count("train-000000.tar") == 3
+        with pytest.raises(DataError, match=r"other-000000.tar cannot be fetched: the server says 404"):
+            load(server.url + "other-000000.tar", tmp_path / "data")
+
+
+def test_shards_packed_anew_are_fetched_anew(tmp_path: Path) -> None:
+    root, out = packed(tmp_path, {"train": 3, "val": 3}, per_shard=100)
+    served = files(out)
+    with Server(served) as server:
+        pattern = server.url + "{train,val}-000000.tar"
+        before = load(pattern, tmp_path / "data")
+        photo(77).save(root / "train" / "alpha" / "new.jpg")
+        pack.pack(load(root), tmp_path / "again", per_shard=100)
+        served.update(files(tmp_path / "again"))
+        assert len(load(pattern, tmp_path / "data").train) == len(before.train) + 1
+
+
+def test_training_on_shards_equals_training_on_the_folder(tmp_path: Path) -> None:
+    root, out = packed(tmp_path)
+    values = {"net": "resnet8", "size": 16, "resize": 20, "batch": 6, "steps": 3, "device": "cpu", "precision": "fp32"}
+    a = residuum.train("photos", data=str(root), out=tmp_path / "a", **values)  # type: ignore[arg-type]
+    b = residuum.train("photos", data=str(out), out=tmp_path / "b", **values)  # type: ignore[arg-type]
+    one, two = residuum.load(a.model), residuum.load(b.model)
+    assert all(
+        torch.equal(x, y) for x, y in zip(one.net.state_dict().values(), two.net.state_dict().values(), strict=True)
+    )
+    assert a.top1_error == b.top1_error and residuum.evaluate(a.model, str(out), device="cpu").split == "val"
+
+
+def tar(path: Path, members: dict[str, bytes]) -> Path:
+    path.parent.mkdir(exist_ok=True)
+    with tarfile.open(path, "w") as file:
+        for name, content in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            file.addfile(member, io.BytesIO(content))
+    return path
+
+
+def jpeg(seed: int) -> bytes:
+    file = io.BytesIO()
+    photo(seed).save(file, "JPEG")
+    return file.getvalue()
+
+
+def test_shards_made_elsewhere(tmp_path: Path) -> None:
+    members = {f"n/{i:03d}.{kind}": content for i in range(12)
+               for kind, content in (("jpg", jpeg(i)), ("cls", str(i % 2).encode()), ("txt", b"a caption"))}  # fmt: skip
+    path = tar(tmp_path / "s" / "shard-0.tar", members)
+    data = load(path)
+    assert data.classes == ("0", "1") and data.judged == "held-out" and len(data.train) == 10
+    (tmp_path / "s" / "classes.txt").write_text("cat\ndog\n")
+    assert load(path).classes == ("cat", "dog") and load(path).train.names[0].startswith("n/0")
+    named = {
+        f"{i}.{kind}": content
+        for i in range(12)
+        for kind, content in (("jpg", jpeg(i)), ("cls", b"dog" if i % 2 else b"cat"))
+    }
+    assert load(tar(tmp_path / "named" / "x.tar", named)).classes == ("cat", "dog")
+
+
+@pytest.mark.parametrize("with_index", [True, False])
+@pytest.mark.parametrize("cut", [700, 3000, 512 * 20])
+def test_a_tar_that_ends_early(tmp_path: Path, with_index: bool, cut: int) -> None:
+    _, out = packed(tmp_path)
+    shard = out / "train-000001.tar"
+    content = shard.read_bytes()
+    if with_index:
+        shard.write_bytes(content[:-cut])
+    else:
+        shards.index_of(shard).unlink()
+        shard.write_bytes(
+            content[: len(content.rstrip(b"\0")) // 512 * 512 + 512 - cut // 700 * 512]
+        )  # the last blocks and more
+    with pytest.raises(DataError, match=r"train-000001.tar .*ends early"):
+        load(out)
+
+
+def test_what_is_wrong_with_shards_is_said(tmp_path: Path) -> None:
+    one = {
+        f"{i}.{kind}": content for i in range(4) for kind, content in (("jpg", jpeg(i)), ("cls", str(i % 2).encode()))
+    }
+    tar(tmp_path / "s" / "a-0.tar", one)
+    tar(tmp_path / "s" / "a-1.tar", {"3.jpg": jpeg(9), "3.cls": b"1"})
+    with pytest.raises(DataError, match=r"two samples have the key 3, in .*a-0.tar and .*a-1.tar; pack them together"):
+        load(tmp_path / "s")
+    tar(tmp_path / "s" / "a-1.tar", {"9.jpg": jpeg(9), "9.cls": b"7"})
+    (tmp_path / "s" / "classes.txt").write_text("cat\ndog\n")
+    with pytest.raises(DataError, match=r"9.jpg in .*a-1.tar is of class 7, but there are 2 classes"):
+        load(tmp_path / "s")
+    tar(tmp_path / "s" / "a-1.tar", {"9.jpg": jpeg(9)})
+    with pytest.raises(DataError, match=r"9 in .*a-1.tar has no class: there is neither 9.cls nor"):
+        load(tmp_path / "s")
+    tar(tmp_path / "s" / "a-1.tar", {"9.jpg": jpeg(9), "9.png": jpeg(9), "9.cls": b"1"})
+    with pytest.raises(DataError, match=r"a-1.tar has two pictures of the key 9"):
+        load(tmp_path / "s")
+    (tmp_path / "s" / "a-1.tar").write_bytes(b"no tar at all")
+    with pytest.raises(DataError, match=r"a-1.tar ends early or is no tar"):
+        load(tmp_path / "s")
+    with pytest.raises(DataError, match=r"gone-0.tar is not there; give the shards as a pattern"):
+        load(tmp_path / "s" / "gone-{0..2}.tar")
+
+
+def test_shards_of_different_class_lists(tmp_path: Path) -> None:
+    a, b = folder(tmp_path / "a", {"": 5}, ("cat", "dog")), folder(tmp_path / "b", {"": 5}, ("cat", "cow"))
+    pack.pack(load(a), tmp_path / "s")
+    pack.pack(load(b), tmp_path / "t")
+    for file in (tmp_path / "t").iterdir():
+        file.rename(tmp_path / "s" / file.name.replace("000000", "000001"))
+    with pytest.raises(
+        DataError, match="have different class lists: only in the first dog, only in the second cow; pack them"
+    ):
+        load(tmp_path / "s")
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = folder(tmp_path / "d")
+    assert run(["data", "pack", str(root), str(tmp_path / "s"), "--per-shard", "20"]) == 0
+    assert f"3 shards in {tmp_path / 's'}" in capsys.readouterr().out
+    assert run(["data", "check", str(tmp_path / "s"), "--no-timing", "--workers", "0"]) == 0
+    Image.new("RGB", (40, 40), "red").save(root / "train" / "alpha" / "red.png")
+    (root / "train" / "alpha" / "gone.jpg").symlink_to(root / "nowhere")
+    assert run(["data", "pack", str(root), str(tmp_path / "t")]) == 1
+    assert "gone.jpg is not there" in capsys.readouterr().err
+    assert not list((tmp_path / "t").glob("*.tar"))
+    assert run(["data", "pack", "--help"]) == 0
+    assert "Example: residuum data pack photos shards" in " ".join(capsys.readouterr().out.split())
