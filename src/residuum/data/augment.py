@@ -72,9 +72,12 @@ class Augmentation:
     ) -> Tensor:
         """Padded, cropped, mirrored and normalised; float32 (B, C, h, w)."""
         if not self.pad:
-            if preprocessing.mean.ndim == 1:  # the same numbers, and bytes are quicker to mirror than floats
-                mirrored = flips.to(pixels.device)[:, None, None, None]
-                return preprocessing.normalise(torch.where(mirrored, pixels.flip(2), pixels))
+            if (
+                preprocessing.mean.ndim == 1 and pixels.device.type == "cpu"
+            ):  # the same numbers, and bytes are quicker to mirror than floats
+                chosen = zip(pixels, flips.tolist(), strict=True)
+                turned = torch.stack([picture.flip(1) if flip else picture for picture, flip in chosen])
+                return preprocessing.normalise(turned)
             x = preprocessing.normalise(pixels)
             where = flips.nonzero().flatten().to(x.device)
             x[where] = x[where].flip(3)

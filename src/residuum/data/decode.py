@@ -20,6 +20,7 @@ except ImportError:
 
 from residuum.errors import DataError
 
+ORIENTATION = 0x0112  # an EXIF tag
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
 
 
@@ -41,8 +42,7 @@ def decode_pixels(content: bytes, name: str) -> Tensor:
             if colours in ("YCbCr", "RGB", "Gray", "GRAY") and (limit is None or height * width <= limit):
                 return torch.from_numpy(simplejpeg.decode_jpeg(content, colorspace="RGB"))
     picture = decode(content, name).convert("RGB")
-    width, height = picture.size
-    return torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(height, width, 3)
+    return torch.from_numpy(np.array(picture))
 
 
 def decode(source: Path | bytes, name: str | None = None) -> Image.Image:
@@ -62,7 +62,10 @@ def decode(source: Path | bytes, name: str | None = None) -> Image.Image:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(source if isinstance(source, Path) else io.BytesIO(source)) as picture:
                 picture.load()
-                return _eight_bits(ImageOps.exif_transpose(picture))
+                turned = (
+                    picture.getexif().get(ORIENTATION, 1) != 1
+                )  # the transposition copies a picture that needs none
+                return _eight_bits(ImageOps.exif_transpose(picture) if turned else picture)
     except FileNotFoundError:
         raise DataError(f"{name} is not there.") from None
     except PermissionError:
