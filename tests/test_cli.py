@@ -222,8 +222,19 @@ def test_train_json_and_progress_in_a_pipe(capsys: pytest.CaptureFixture[str], t
 
 
 def test_a_7x7_stem_on_small_pictures_warns_loudly(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    arguments = ["train", "digits", "--net", "resnet18", "--steps", "1", "--set", "size=32", "--set", "batch=2"]
-    code, _, err = said(capsys, *arguments, "--set", "held_out=0", "--out", str(tmp_path / "run"), "--device", "cpu")
+    arguments = ["train", "digits", "--net", "resnet18", "--steps", "1", "--set", "size=32", "--set", "batch=16"]
+    code, _, err = said(
+        capsys,
+        *arguments,
+        "--set",
+        "held_out=0",
+        "--set",
+        "lr=0.001",
+        "--out",
+        str(tmp_path / "run"),
+        "--device",
+        "cpu",
+    )
     assert code == 0
     assert "warning: pictures of 32x32 pixels in a network with ImageNet's 7x7 stem" in err and "resnet20" in err
 

@@ -99,7 +99,7 @@ def test_model_file_is_a_contract(tmp_path: Path) -> None:
         about = json.loads(file.metadata()["residuum"])
     assert set(about) == {
         "format", "specification", "classes", "preprocessing", "temperature", "recipe", "metrics", "data",
-        "versions"}  # fmt: skip
+        "versions", "digest"}  # fmt: skip
     assert about["format"] == 1 and set(about["preprocessing"]) == {"channels", "size", "resize", "mean", "std"}
 
 

@@ -303,7 +303,7 @@ def test_training_reports_what_it_skips(tmp_path: Path) -> None:
         "train/alpha/bild 2.jpg", "val/alpha/bild 1.jpg"}  # fmt: skip
     assert any("2 pictures could not be read and were left out" in sentence for sentence in said)
     judged = residuum.evaluate(result.model, str(root), on_bad_image="skip", device="cpu", precision="fp32")
-    assert (judged.n, list(judged.skipped), judged.split) == (11, ["val/alpha/bild 1.jpg"], "val")
+    assert (judged.n, list(judged.judgement.skipped), judged.split) == (11, ["val/alpha/bild 1.jpg"], "val")
     assert judged.top1_error == result.top1_error
     with pytest.raises(DataError, match=r"bild 1.jpg is damaged"):
         residuum.evaluate(result.model, str(root), device="cpu")

@@ -18,7 +18,7 @@ from residuum.errors import UsageError
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
-    from residuum.training.loop import Progress as TrainingProgress
+    from residuum.training.result import Progress as TrainingProgress
 
 
 def say(text: str) -> None:

@@ -11,7 +11,7 @@ from residuum.cli import console
 from residuum.errors import UsageError
 
 if TYPE_CHECKING:
-    from residuum.training.loop import Result
+    from residuum.training.result import Progress, Result
 
 
 def train(
@@ -89,7 +89,7 @@ def train(
 
     with console.Bar("step") as bar:
 
-        def progress(p: loop.Progress) -> None:
+        def progress(p: Progress) -> None:
             bar.show(p.step, p.steps, console.training_words(p))
 
         if resume is not None:

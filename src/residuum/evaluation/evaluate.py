@@ -16,11 +16,11 @@ from residuum.data import sources
 from residuum.data.dataset import Dataset, Pictures, Split
 from residuum.data.reading import Views
 from residuum.data.stored import Reading, Stored
-from residuum.errors import DataError, UsageError
+from residuum.errors import DataError, DivergedError, UsageError
 from residuum.evaluation.comparison import Comparison, compare
 from residuum.evaluation.metrics import Judgement
 from residuum.evaluation.published import published
-from residuum.evaluation.scores import Member, scores
+from residuum.evaluation.scores import SKIPPED, Member, scores
 from residuum.evaluation.views import parse
 from residuum.models.bundle import Bundle, load_bundle
 from residuum.models.resnet import ResNet
@@ -119,9 +119,13 @@ def readable(
 ) -> tuple[list[tuple[Tensor, Tensor]], dict[str, str]]:
     """Labels and scores of the pictures that could be read, for each model; and the others by name, with the reason.
 
-    Raises DataError where none could.
+    Raises DataError where none could, DivergedError where scores are not finite.
     """
-    kept = ~said[0].isnan().any(1)
+    if not all(bool(each.isfinite().all()) for each in said):
+        raise DivergedError(
+            "the network's scores are not finite: its training went wrong; try a tenth of the learning rate."
+        )
+    kept = (said[0] != SKIPPED).all(1)
     if bool(kept.all()):
         return [(labels, each) for each in said], {}
     if not bool(kept.any()):
@@ -221,6 +225,8 @@ def pick_split(source: Dataset, split: str, bundle: Bundle) -> tuple[str, Pictur
     if split == "test" and split not in splits:
         foreign = "all" in splits and bundle.data.get("fingerprint") != source.fingerprint
         split = "all" if foreign else source.judged
+    if split not in splits and split in ("test", source.judged):
+        return source.judged, source.test  # there, but empty
     if split not in splits:
         known = dict.fromkeys(["test", *splits])
         raise UsageError(f"unknown split {split!r}; known: {', '.join(known)}.")

@@ -25,6 +25,7 @@ from residuum.models.resnet import ResNet
 from residuum.preprocessing import Preprocessing
 from residuum.runtime import Engine, World, evaluating, to_device
 
+SKIPPED = -1.0  # in place of the scores of a picture that cannot be read
 PIXELS = {"cpu": 2**20, "cuda": 2**24}  # shown to a network at once
 BATCH = 256  # pictures, at most
 READ_BYTES = 2**26  # of decoded pictures that are held before they are resized
@@ -73,7 +74,7 @@ def scores(
 ) -> list[Tensor]:
     """Softmax scores of every member for every picture, each float32 (N, classes), in every process.
 
-    A picture that cannot be read, where the split says to skip such, has NaN for scores.
+    A picture that cannot be read, where the split says to skip such, has SKIPPED for scores.
 
     Args:
         progress: called with the number of pictures done so far, by all processes together as far as this one can tell.
@@ -93,7 +94,7 @@ def scores(
         if turn % world.size != world.rank:
             continue
         for rows in kept:
-            rows[indices] = float("nan")  # until they are read
+            rows[indices] = SKIPPED  # until they are read
         for where, pictures in _read(split, indices.tolist()):
             for rows, member in zip(kept, members, strict=True):
                 rows[where] = answer(member, pictures, protocol, engine).float()
