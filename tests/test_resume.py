@@ -262,7 +262,7 @@ def test_a_full_disk_keeps_what_was_written(tmp_path: Path) -> None:
         pytest.skip("this machine lets nobody mount a small disk (unshare, tmpfs)")
     after = "; code=$?; ls -a disk/run disk/run/checkpoints 2>&1; exit $code"
     script = f'mount -t tmpfs -o size=900k none disk && "$@"{after}'
-    arguments = command("train", "digits", *SETTINGS, "--set", "shortcut=B", "--out", "disk/run")
+    arguments = command("train", "digits", *SETTINGS, "--out", "disk/run")
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [*namespace, script, "sh", *arguments], text=True, capture_output=True, cwd=tmp_path, env=environment
