@@ -7,7 +7,7 @@ It is a value that travels in the model file, so that a model is never shown pic
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,8 @@ from torch import Tensor
 from residuum.errors import DataError, ModelFileError, UsageError, unknown
 
 INTERPOLATIONS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+LARGEST = 16_384  # pixels on a side of the input
+MOST = 2**24  # pixels that a resized picture may have
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,24 +56,43 @@ class Preprocessing:
         return pixels_of(picture)
 
     def resized(self, picture: Image.Image, side: int) -> Image.Image:
-        """The whole picture as L or RGB, its shorter side resized to `side` pixels; as torchvision's Resize."""
+        """The whole picture as L or RGB, its shorter side resized to `side` pixels; as torchvision's Resize.
+
+        Of one so narrow that it would become larger than MOST only the middle is kept: all that fits into it.
+        """
         picture = picture.convert("L" if self.channels == 1 else "RGB")
         short = min(picture.size)
+        longest = max(short, MOST * short // side**2)  # 1x400000 pixels would become gigabytes
+        if max(picture.size) > longest:
+            keep_w, keep_h = (min(length, longest) for length in picture.size)
+            left, top = (picture.width - keep_w) // 2, (picture.height - keep_h) // 2
+            picture = picture.crop((left, top, left + keep_w, top + keep_h))
         width, height = (int(side * length / short) for length in picture.size)
         if picture.size == (width, height):
             return picture
         return picture.resize((width, height), INTERPOLATIONS[self.interpolation])
 
-    def normalise(self, pixels: Tensor) -> Tensor:
-        """uint8 (B, h, w, C) -> float32 (B, C, h, w) in channels-last memory: (x / 255 - mean) / std.
+    def normalise(self, pixels: Tensor | Sequence[Tensor]) -> Tensor:
+        """uint8 (B, h, w, C), or B pictures (h, w, C) -> float32 (B, C, h, w) in channels-last memory: (x / 255 - mean) / std.
 
         Pictures of another size than a per-pixel mean's have its average over pixels subtracted, channel by channel.
         """
-        mean, std = self.mean.to(pixels.device), self.std.to(pixels.device)
-        if mean.ndim == 3 and mean.shape[:2] != pixels.shape[1:3]:
+        one = pixels if isinstance(pixels, Tensor) else pixels[0]
+        b, (h, w, c) = len(pixels), one.shape[-3:]
+        mean, std = self.mean.to(one.device), self.std.to(one.device)
+        if mean.ndim == 3 and mean.shape[:2] != (h, w):
             mean = mean.mean((0, 1))
-        x = pixels.to(torch.float32)  # (B, h, w, C)
-        return x.mul_(1 / (255 * std)).sub_(mean / std).permute(0, 3, 1, 2)
+        scale, shift = 1 / (255 * std), mean / std
+        scale, shift = (
+            v.expand(h, w, c).reshape(h, w * c) for v in (scale, shift)
+        )  # whole rows are five times as fast
+        if isinstance(pixels, Tensor):
+            x = torch.mul(pixels.reshape(b, h, w * c), scale).sub_(shift)  # uint8 times float32 is float32
+        else:
+            x = torch.empty(b, h, w * c, device=one.device)
+            for picture, row in zip(pixels, x, strict=True):  # one at a time stays in the cache
+                torch.mul(picture.reshape(h, w * c), scale, out=row).sub_(shift)
+        return x.view(b, h, w, c).permute(0, 3, 1, 2)
 
     def to_json(self) -> dict[str, Any]:
         """A plain dictionary; a per-pixel mean is too long for it and stands as None (the model file keeps it as a tensor)."""
@@ -92,7 +113,7 @@ class Preprocessing:
             height, width = values["size"]
             std, interpolation = torch.tensor(values["std"]), values.get("interpolation", "bilinear")
             made = Preprocessing(values["channels"], (height, width), values["resize"], average, std, interpolation)
-            if fault := made._fault():
+            if fault := made.fault():
                 raise ValueError(fault)
             return made
         except (UsageError, KeyError, TypeError, ValueError, RuntimeError) as error:
@@ -100,11 +121,13 @@ class Preprocessing:
                 f"the preprocessing in the model file cannot be used ({error}); train or import it again."
             ) from error
 
-    def _fault(self) -> str | None:
+    def fault(self) -> str | None:
         """What makes the values useless, or None."""
         sides = (*self.size, self.resize)
-        if any(not isinstance(v, int) or not 0 < v <= 16_384 for v in sides) or self.channels not in (1, 3):
-            return f"size {self.size}, resize {self.resize}, channels {self.channels}"
+        if any(not isinstance(v, int) or not 0 < v <= LARGEST for v in sides):
+            return f"size {'x'.join(map(str, self.size))} and resize {self.resize} must lie between 1 and {LARGEST:,} pixels"
+        if self.channels not in (1, 3):
+            return f"pictures have 1 channel or 3, not {self.channels}"
         if self.mean.shape not in ((self.channels,), (*self.size, self.channels)) or self.std.shape != (self.channels,):
             return f"mean of shape {tuple(self.mean.shape)}, std of shape {tuple(self.std.shape)}"
         if not bool(self.mean.isfinite().all() & self.std.isfinite().all() & (self.std > 0).all()):

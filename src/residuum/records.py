@@ -183,8 +183,8 @@ class Run:
 
 
 KINDS = {  # of lines in metrics.jsonl, and what each holds
-    "train": {"step", "loss", "error", "lr", "images_per_second", "seconds"},
-    "held_out": {"step", "top1_error", "loss"},
+    "train": {"step", "loss", "error", "lr", "images_per_second", "seconds"},  # and gradient_norm, share_waiting
+    "held_out": {"step"},
 }
 
 

@@ -18,6 +18,7 @@ from residuum.models.spec import Specification, specification
 
 PAPER_MULTIPLY_ADDS = {18: 1.8e9, 34: 3.6e9, 50: 3.8e9, 101: 7.6e9, 152: 11.3e9}  # 2015 Table 1, at 224x224
 PAPER_PARAMETERS = {20: 0.27e6, 32: 0.46e6, 44: 0.66e6, 56: 0.85e6, 110: 1.7e6, 1202: 19.4e6}  # 2015 Table 6
+PREACT_PARAMETERS = {164: 1.7e6, 1001: 10.2e6}  # 2016 Table 4; the second is the count without BN's weights and biases
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Cost:
     convolutions: int
     paper_parameters: float | None
     paper_multiply_adds: float | None
+    source: str | None  # where the papers print it
 
     def to_json(self) -> dict[str, Any]:
         """A plain dictionary for `inspect --json`."""
@@ -54,6 +56,7 @@ class Cost:
             "multiply_adds": self.multiply_adds,
             "paper_parameters": self.paper_parameters,
             "paper_multiply_adds": self.paper_multiply_adds,
+            "source": self.source,
             "layers": [vars(layer) | {"output": list(layer.output)} for layer in self.layers],
         }
 
@@ -81,8 +84,7 @@ def cost(spec: Specification, size: tuple[int, int] | None = None) -> Cost:
     with torch.device("meta"):
         net = ResNet(spec).eval()
         layers = _run(net, torch.empty(1, spec.channels, height, width))
-    depths = PAPER_MULTIPLY_ADDS if spec.stem == "imagenet" else PAPER_PARAMETERS
-    figure = depths.get(spec.depth) if _in_paper(spec, (height, width)) else None
+    printed = _printed(spec, (height, width))
     return Cost(
         size=(height, width),
         layers=tuple(layers),
@@ -90,20 +92,28 @@ def cost(spec: Specification, size: tuple[int, int] | None = None) -> Cost:
         multiply_adds=sum(layer.multiply_adds for layer in layers),
         depth=spec.depth,
         convolutions=sum(isinstance(m, nn.Conv2d) for m in net.modules()),
-        paper_parameters=figure if spec.stem == "cifar" else None,
-        paper_multiply_adds=figure if spec.stem == "imagenet" else None,
+        paper_parameters=printed and printed[0],
+        paper_multiply_adds=printed and printed[1],
+        source=printed and printed[2],
     )
 
 
-def _in_paper(spec: Specification, size: tuple[int, int]) -> bool:
-    """Whether the 2015 paper prints a figure for this network: its own values, shortcut and picture size."""
-    depths, shortcuts = PAPER_PARAMETERS.keys(), {"none", "A"}
-    if spec.stem == "imagenet":
-        depths, shortcuts = PAPER_MULTIPLY_ADDS.keys(), {"none", "A", "B"} if spec.block == "basic" else {"B"}
-    if spec.depth not in depths or spec.shortcut not in shortcuts:
-        return False
-    own = replace(specification(f"resnet{spec.depth}"), shortcut=spec.shortcut, zeros=spec.zeros)
-    return spec == own and size == (natural_size(spec),) * 2
+def _printed(spec: Specification, size: tuple[int, int]) -> tuple[float | None, float | None, str] | None:
+    """Parameters, multiply-adds and their place, where a paper prints one of them for this very network and picture size."""
+    depth, shortcuts, name = spec.depth, {"none", "A"}, f"resnet{spec.depth}"
+    figures: tuple[float | None, float | None, str]
+    if spec.stem == "imagenet" and depth in PAPER_MULTIPLY_ADDS:
+        figures = None, PAPER_MULTIPLY_ADDS[depth], "2015 Table 1"
+        shortcuts = {"none", "A", "B"} if spec.block == "basic" else {"B"}
+    elif spec.stem == "cifar" and spec.order == "preact" and depth in PREACT_PARAMETERS:
+        figures, name = (PREACT_PARAMETERS[depth], None, "2016 Table 4"), f"preresnet{depth}"
+        shortcuts = {specification(name).shortcut}
+    elif spec.stem == "cifar" and depth in PAPER_PARAMETERS:
+        figures = PAPER_PARAMETERS[depth], None, "2015 Table 6"
+    else:
+        return None
+    own = replace(specification(name), shortcut=spec.shortcut, zeros=spec.zeros)
+    return figures if spec == own and spec.shortcut in shortcuts and size == (natural_size(spec),) * 2 else None
 
 
 def _run(net: ResNet, x: Tensor) -> list[LayerCost]:

@@ -2,7 +2,8 @@
 
 `model.safetensors` holds the `state_dict` under torchvision's names and, under the metadata key "residuum", a JSON object:
 format, specification, classes, preprocessing, recipe, metrics, temperature, data, versions. A per-pixel mean is kept as the
-extra tensor "preprocessing.mean" (h, w, C). Nothing in it depends on the clock: the same training gives the same bytes.
+extra tensor "preprocessing.mean" (h, w, C), and a few pictures as "samples.check", "samples.labels" and "samples.training"
+(models.samples). Nothing in it depends on the clock: the same training gives the same bytes.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from residuum.errors import ModelFileError
 from residuum.models.resnet import ResNet
+from residuum.models.samples import Samples
 from residuum.models.spec import Specification
 from residuum.preprocessing import Preprocessing
 from residuum.records import write_atomically
@@ -40,10 +42,12 @@ class Bundle:
         classes: names, in the order of the logits.
         preprocessing: how pictures become its input.
         temperature: logits are divided by it before the softmax; 1 where none was fitted.
+        calibration: on what the temperature was fitted: {"data": …, "split": …, "n": …, "protocol": …}; empty where none was.
         recipe: the values it was trained with.
         metrics: split -> figures measured on it, such as {"test": {"top1_error": 0.01, "n": 360}}.
         data: name and fingerprint of the training data.
         versions: of residuum and torch, when it was made.
+        samples: a few pictures that engines are held to and int8 is calibrated on; None where it was not trained here.
     """
 
     net: ResNet
@@ -54,6 +58,8 @@ class Bundle:
     metrics: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     data: Mapping[str, str] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
+    calibration: Mapping[str, Any] = field(default_factory=dict)
+    samples: Samples | None = None
 
     @property
     def spec(self) -> Specification:
@@ -72,11 +78,33 @@ class Bundle:
             "metrics": self.metrics,
             "data": self.data,
             "versions": self.versions,
-        }
+        } | ({"calibration": self.calibration} if self.calibration else {})
         tensors = dict(self.net.state_dict())
         if self.preprocessing.mean.ndim == 3:
             tensors[MEAN] = self.preprocessing.mean
+        if self.samples is not None:
+            tensors |= self.samples.tensors()
         write_safetensors(path, tensors, about)
+
+    def fault(self) -> str | None:
+        """What makes it useless though it could be made; None where nothing does."""
+        names, spec = self.classes, self.spec
+        if not all(isinstance(name, str) for name in names) or len(set(names)) != len(names):
+            return "its class names are not different words"
+        if len(names) != spec.classes:
+            return f"it names {len(names)} classes for {spec.classes} outputs"
+        if fault := self.preprocessing.fault():
+            return f"its preprocessing cannot be used ({fault})"
+        if self.preprocessing.channels != spec.channels:
+            return f"it prepares pictures of {self.preprocessing.channels} channels for a network of {spec.channels}"
+        if self.samples is not None and (fault := self.samples.fault(self.preprocessing, len(names))):
+            return f"the pictures in it cannot be used ({fault})"
+        temperature = self.temperature
+        if not isinstance(temperature, int | float) or not 0 < temperature < math.inf:
+            return f"its temperature is {temperature!r}"
+        if strange := [name for name, v in self.net.state_dict().items() if not bool(v.isfinite().all())]:
+            return f"some of its weights are not finite, such as {strange[0]}"
+        return None
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
@@ -137,11 +165,16 @@ def load_bundle(path: Path) -> Bundle:
     Raises ModelFileError where it is missing, damaged, foreign, or its tensors do not fit its own specification.
     """
     tensors, about = read_safetensors(path, "model file")
+    if "task" in about:
+        raise ModelFileError(
+            f"{path} is no classifier; use it with: residuum {about['task']} predict {path} PICTURE..."
+        )
     if about.get("format") != FORMAT:
         raise ModelFileError(f"{path} has format {about.get('format')}, this version reads {FORMAT}; update residuum.")
     try:
         spec = Specification.from_json(about["specification"])
         preprocessing = Preprocessing.from_json(about["preprocessing"], tensors.pop(MEAN, None))
+        samples = Samples.taken_from(tensors)
         with torch.device("meta"):
             net = ResNet(spec)
         wanted = {name: tensor.dtype for name, tensor in net.state_dict().items()}
@@ -155,28 +188,13 @@ def load_bundle(path: Path) -> Bundle:
             metrics=about["metrics"],
             data=about["data"],
             versions=about["versions"],
+            calibration=about.get("calibration", {}),
+            samples=samples,
         )
     except ModelFileError as error:
         raise ModelFileError(f"{path}: {error}") from error
     except (KeyError, RuntimeError, TypeError) as error:
         raise ModelFileError(f"{path} does not fit its own specification: {error}") from error
-    if fault := _fault(bundle):
+    if fault := bundle.fault():
         raise ModelFileError(f"{path} cannot be used: {fault}; train or import it again.")
     return bundle
-
-
-def _fault(bundle: Bundle) -> str | None:
-    """What makes a bundle useless though it could be read; None where nothing does."""
-    names, spec = bundle.classes, bundle.spec
-    if not all(isinstance(name, str) for name in names) or len(set(names)) != len(names):
-        return "its class names are not different words"
-    if len(names) != spec.classes:
-        return f"it names {len(names)} classes for {spec.classes} outputs"
-    if bundle.preprocessing.channels != spec.channels:
-        return f"it prepares pictures of {bundle.preprocessing.channels} channels for a network of {spec.channels}"
-    temperature = bundle.temperature
-    if not isinstance(temperature, int | float) or not 0 < temperature < math.inf:
-        return f"its temperature is {temperature!r}"
-    if not all(bool(v.isfinite().all()) for v in bundle.net.state_dict().values()):
-        return "some of its weights are not finite"
-    return None

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from string import ascii_lowercase
 
 from torch import Tensor
 
@@ -38,7 +39,7 @@ def from_caffe(arrays: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
                 f"{where}: {name} is no layer and blob of the released Caffe nets, such as res2a_branch2a/0."
             )
         layers.setdefault(match["layer"], {})[match["blob"]] = value.float() if not value.is_floating_point() else value
-    units = _units(layers)
+    units = _units(layers, where)
     state: dict[str, Tensor] = {}
     for layer, blobs in layers.items():
         kind, target = _target(layer, units, where)
@@ -48,13 +49,26 @@ def from_caffe(arrays: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
     return state
 
 
-def _units(layers: Mapping[str, object]) -> dict[str, list[str]]:
-    """The units of each stage in order: a, b, c, …, or a, b1, b2, …, b22."""
+def _units(layers: Mapping[str, object], where: str) -> dict[str, list[str]]:
+    """The units of each stage in order: a, b, c, …, or a, b1, b2, …, b22; raises ModelFileError where one is missing."""
     found: dict[str, set[str]] = {}
     for layer in layers:
         if match := _PLACE.search(layer):
             found.setdefault(match["stage"], set()).add(match["unit"])
-    return {stage: sorted(units, key=lambda unit: (unit[0], int(unit[1:] or 0))) for stage, units in found.items()}
+    for stage, units in found.items():
+        numbered = any(len(unit) > 1 for unit in units)
+        expected = ["a", *(f"b{i}" for i in range(1, len(units)))] if numbered else ascii_lowercase[: len(units)]
+        if missing := [unit for unit in expected if unit not in units]:
+            raise ModelFileError(
+                f"{where}: unit res{stage}{missing[0]} is missing, there are only "
+                f"{', '.join(f'res{stage}{unit}' for unit in sorted(units, key=_turn))}; give the whole network."
+            )
+    return {stage: sorted(units, key=_turn) for stage, units in found.items()}
+
+
+def _turn(unit: str) -> tuple[str, int]:
+    """Where a unit stands in its stage: a, b, c; a, b1, b2, …, b10."""
+    return unit[0], int(unit[1:] or 0)
 
 
 def _target(layer: str, units: Mapping[str, list[str]], where: str) -> tuple[str, str]:

@@ -27,6 +27,18 @@ SOURCES = {  # what is known of the networks that a program or publisher hands o
     "caffe": {"stride_site": "first", "maxpool": "ceil"},  # KaimingHe/deep-residual-networks
     "akamaster": {"zeros": "centre"},  # akamaster/pytorch_resnet_cifar10
 }
+PLAIN = {  # the networks of each publisher that ours compute; others may have the same tensors
+    "torchvision": ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152"),
+    "timm": ("resnet18", "resnet26", "resnet34", "resnet50", "resnet101", "resnet152", "resnet200"),
+}
+_IN_UNIT = re.compile(r"(layer\d+\.\d+)\.(?:conv|bn)(\d+)\.\w+")
+LOOKALIKES = "resnetaa50, resnetblur50 and their kin have the same tensors and compute something else"
+SAME_TENSORS = (
+    "original",
+    "bn-after-add",
+    "relu-before-add",
+    "relu-only-preact",
+)  # orders that names and shapes do not tell apart
 
 
 def infer(
@@ -35,29 +47,37 @@ def infer(
     """The specification of a state dict, and sentences on what it rests on.
 
     Args:
-        source: a name of SOURCES, or None where it is not known.
+        source: a name of SOURCES, or None where it is not known; timm's with the architecture's name, as "timm:resnet50".
         changes: values that are given, as `--set key=value` has them.
 
     Raises:
         ModelFileError: the names are not those of a residual network that can be built.
         UsageError: a value that names and shapes do not tell is neither given nor known; the message says which.
     """
-    if source is not None and source not in SOURCES:
+    source, _, architecture = (source or "").partition(":")
+    if source and source not in SOURCES:
         raise unknown("source", source, SOURCES)
     given = parse_changes(changes or {})
     if state.about:
         return replace(Specification.from_json(state.about["specification"]), **given), ["written by residuum export"]
     values = _from_shapes(state.tensors)
     notes: list[str] = []
-    source = source or ("caffe" if state.caffe else None)
-    if source is not None:
+    source = source or ("caffe" if state.caffe else "")
+    _plain_network(source, architecture, values)
+    if source:
         values |= SOURCES[source]
         notes.append(f"source {source}: {', '.join(f'{k} {v}' for k, v in SOURCES[source].items())}")
+    elif not (given.keys() & {"order"}) and values["order"] in SAME_TENSORS:
+        others = ", ".join(order for order in SAME_TENSORS if order != values["order"])
+        notes.append(
+            f"ASSUMED order={values['order']}; nets of {others} have the same tensors (--set order=… says otherwise)"
+        )
     values |= given
     if values["block"] == "bottleneck" and "stride_site" not in values:
         raise UsageError(
-            "names and shapes do not tell where the bottlenecks have their stride: give --source torchvision (or timm), or "
-            "--set stride_site=3x3 (torchvision, timm, fb.resnet.torch) or --set stride_site=first (the paper, Caffe)."
+            "names and shapes do not tell where the bottlenecks have their stride: give --source torchvision (or "
+            "timm:resnet50), or --set stride_site=3x3 (torchvision, timm, fb.resnet.torch) or --set stride_site=first (the "
+            "paper, Caffe)."
         )
     if values["shortcut"] == "A":
         if "zeros" not in values:
@@ -69,6 +89,18 @@ def infer(
                 "ASSUMED: no projections, so shortcut=A; a plain net has the same tensors (--set shortcut=none)"
             )
     return Specification(**values), notes
+
+
+def _plain_network(source: str, architecture: str, values: Mapping[str, Any]) -> None:
+    """Raises UsageError where it is not said that timm's weights are of one of its plain networks, or others are named."""
+    names = PLAIN.get(source, ())
+    if architecture and architecture.split(".")[0] not in names:
+        known = f"; take one of {', '.join(names)}" if names else ""
+        raise UsageError(f"{source}'s {architecture} is none of the networks of the papers{known}.")
+    if source == "timm" and not architecture:
+        raise UsageError(
+            f"which of timm's networks is it? {LOOKALIKES}: give its name, such as --source timm:resnet50."
+        )
 
 
 def _from_shapes(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -89,15 +121,10 @@ def _from_shapes(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     stages = range(1, len(units) + 1)
     if sorted(units) != list(stages) or any(units[i] != set(range(len(units[i]))) for i in stages):
         raise ModelFileError(f"stages or blocks are missing: there are only {_blocks(units)}; save the whole network.")
-    first = {int(m[1]) for name in tensors if (m := re.fullmatch(r"layer1\.0\.conv(\d+)\.weight", name))}
-    kernel = tensors.get("layer1.0.conv1.weight")
-    bottleneck = kernel is not None and kernel.dim() == 4 and kernel.shape[2] == 1
-    width_of = "conv2" if bottleneck else "conv1"
-    widths = tuple(
-        int(tensors[f"layer{i}.0.{width_of}.weight"].shape[0])
-        for i in stages
-        if f"layer{i}.0.{width_of}.weight" in tensors
-    )
+    bottleneck = _convolutions(tensors, "layer1.0", 1)[0].shape[2] == 1
+    layers = 3 if bottleneck else _layers(tensors)
+    kernels = [_convolutions(tensors, f"layer{i}.0", layers) for i in stages]
+    widths = tuple(int(kernel[1 if bottleneck else 0].shape[0]) for kernel in kernels)
     depths = tuple(len(units[i]) for i in stages)
     values = {
         "block": "bottleneck" if bottleneck else "basic",
@@ -110,7 +137,40 @@ def _from_shapes(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         "channels": int(stem.shape[1]),
         "classes": int(fc.shape[0]),
     }
-    return values | ({} if bottleneck else {"layers": max(first, default=2)})
+    return values | ({} if bottleneck else {"layers": layers})
+
+
+def _layers(tensors: Mapping[str, Tensor]) -> int:
+    """Convolutions in F: the highest number that half of the units have, or their BNs, so that one mishap decides nothing."""
+    numbers: dict[int, set[str]] = {}
+    for name in tensors:
+        if match := _IN_UNIT.fullmatch(name):
+            numbers.setdefault(int(match[2]), set()).add(match[1])
+    units = {unit for found in numbers.values() for unit in found}
+    return max([1, *(i for i, found in numbers.items() if 2 * len(found) >= len(units))])
+
+
+def _convolutions(tensors: Mapping[str, Tensor], unit: str, layers: int) -> list[Tensor]:
+    """The convolutions of a unit's F, each (C_out, C_in, k, k); ModelFileError where one is missing or is none."""
+    kernels = []
+    for i in range(1, layers + 1):
+        name = f"{unit}.conv{i}.weight"
+        if name not in tensors:
+            there = [other for other in tensors if other.startswith(f"{unit}.")]
+            strange = [
+                other for other in there if not re.match(r"(conv|bn)[1-9]\d*\.|downsample\.", other[len(unit) + 1 :])
+            ]
+            near = difflib.get_close_matches(name, strange, n=1)
+            raise ModelFileError(
+                f"{name} is missing: of its unit there is only {_some(there)}; "
+                + (f"{near[0]} comes nearest, give it that name." if near else "save the whole network.")
+            )
+        if tensors[name].dim() != 4:
+            raise ModelFileError(
+                f"{name} is {_shape(tensors[name])}; a convolution's weights, of 4 dimensions, are expected."
+            )
+        kernels.append(tensors[name])
+    return kernels
 
 
 def _shortcut(tensors: Mapping[str, Tensor], depths: tuple[int, ...]) -> str:
@@ -121,7 +181,7 @@ def _shortcut(tensors: Mapping[str, Tensor], depths: tuple[int, ...]) -> str:
 
 
 def _shape(tensor: Tensor) -> str:
-    return "x".join(map(str, tensor.shape))
+    return "x".join(map(str, tensor.shape)) or "a single number"
 
 
 def _blocks(units: Mapping[int, set[int]]) -> str:

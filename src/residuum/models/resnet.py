@@ -6,9 +6,12 @@ moves both ways.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import warnings
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -29,7 +32,13 @@ class ResNet(nn.Module):
     """A residual (or plain) network: stem, stages of blocks, global average pool, fully connected layer (2015 §3.3, §4.2).
 
     Shapes: (B, channels, H, W) -> logits (B, classes). H and W may be any size; a stage of stride 2 halves it, rounded up.
+
+    Attributes:
+        recompute: while training, keep the maps between groups of about √n of the n blocks only, and compute the others again
+            in the backward pass (Chen et al. 2016, arXiv 1604.06174).
     """
+
+    recompute = False
 
     def __init__(self, spec: Specification) -> None:
         super().__init__()
@@ -64,20 +73,38 @@ class ResNet(nn.Module):
             for j, block in enumerate(stage):
                 yield f"layer{i}.{j}", cast(Block, block)
 
-    def features(self, x: Tensor) -> dict[str, Tensor]:
-        """The maps that leave the stem ("C1") and each stage ("C2", …); the last one as the classifier sees it, unpooled."""
+    def features(self, x: Tensor, last: str | None = None) -> dict[str, Tensor]:
+        """The maps that leave the stem ("C1") and each stage ("C2", …); the last one as the classifier sees it, unpooled.
+
+        Args:
+            last: the deepest map that is asked for; None for all. `models.backbone.levels` tells their channels and strides.
+        """
         if self.maxpool is not None and min(x.shape[-2:]) <= 64:
             _warn_small(x, 2 ** (len(self.spec.depths) + 1))
         x = F.relu(self.bn1(self.conv1(x)), inplace=True)  # (B, width, H', W')
         maps = {"C1": x}
         if self.maxpool is not None:
             x = self.maxpool(x)
-        for i, stage in enumerate(self.stages, 2):
-            x = maps[f"C{i}"] = stage(x)
+        for i in range(1, len(self.spec.depths) + 1):
+            if last in maps:
+                return maps
+            stage = cast(nn.Sequential, self.get_submodule(f"layer{i}"))
+            x = maps[f"C{i + 1}"] = self._in_groups(stage, x) if self.recompute and self.training else stage(x)
         if ORDERS[self.spec.order].preactivated:
             x = F.relu(x if self.bn_last is None else self.bn_last(x))
             maps[f"C{len(self.spec.depths) + 1}"] = x
         return maps
+
+    def _in_groups(self, stage: nn.Sequential, x: Tensor) -> Tensor:
+        """A stage, of which the backward pass finds the maps between groups of blocks and computes the others again."""
+        from torch.utils.checkpoint import checkpoint
+
+        size = max(1, round(math.sqrt(sum(self.spec.depths))))
+        for start in range(0, len(stage), size):
+            group = stage[start : start + size]
+            contexts = partial(_contexts, group)
+            x = checkpoint(group, x, use_reentrant=False, context_fn=contexts)
+        return x
 
     def last_map(self, x: Tensor) -> Tensor:
         """The map that the classifier pools; (B, C, h, w)."""
@@ -97,6 +124,25 @@ class ResNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         last = self.last_map(x)
         return cast(Tensor, self.fc(last.mean((2, 3))))  # (B, C, h, w) -> (B, C) -> (B, classes)
+
+
+def _contexts(net: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Of the forward pass, and of the second one that computes its maps again."""
+    return contextlib.nullcontext(), _statistics_left_alone(net)
+
+
+@contextlib.contextmanager
+def _statistics_left_alone(net: nn.Module) -> Iterator[None]:
+    """BN as in training, but without a second update of its moving averages by pictures that it has seen."""
+    modules = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
+    before = [(m.momentum, m.num_batches_tracked) for m in modules]
+    for module in modules:
+        module.momentum, module.num_batches_tracked = 0.0, None
+    try:
+        yield
+    finally:
+        for module, (momentum, count) in zip(modules, before, strict=True):
+            module.momentum, module.num_batches_tracked = momentum, count
 
 
 def _plan(spec: Specification) -> Iterator[list[Block]]:
@@ -153,26 +199,38 @@ def build(name: str, *, init: str = "fan_in", seed: int | None = None, **changes
         seed: initialise from this seed; None takes torch's global generator.
         **changes: any value of the specification, such as classes=10, channels=1, shortcut="C" or order="preact".
 
+    Returns:
+        A network in training mode, float32 (B, channels, H, W) -> logits (B, classes); its `spec` says what it is.
+
     Raises:
         UsageError: a name, key or value that is not known (the nearest known one is named).
     """
     return assemble(specification(name, **changes), init=init, seed=seed)
 
 
-def assemble(spec: Specification, *, init: str = "fan_in", seed: int | None = None) -> ResNet:
+def assemble(
+    spec: Specification, *, init: str = "fan_in", seed: int | None = None, zero_last_bn: bool = False
+) -> ResNet:
     """The network of a specification, initialised."""
     with torch.device("meta"):
         net = ResNet(spec)
-    initialise(net.to_empty(device="cpu"), init, seed)
+    initialise(net.to_empty(device="cpu"), init, seed, zero_last_bn)
     return net
 
 
-def initialise(net: ResNet, init: str = "fan_in", seed: int | None = None) -> None:
+def initialise(net: ResNet, init: str = "fan_in", seed: int | None = None, zero_last_bn: bool = False) -> None:
     """Sets every parameter and statistic: the one place where networks get their first values.
 
     Convolutions: N(0, sqrt(2/n)), n = k²·C_in ("fan_in") or k²·C_out ("fan_out"). BN: weight 1, bias 0, mean 0, variance 1.
     fc: uniform in ±1/sqrt(C), bias 0. Gates: bias b_g of the specification (2016 §3.1).
+
+    Args:
+        zero_last_bn: the BN that ends F starts at weight 0, so that a block starts as its shortcut (Goyal et al. 2017 §5.1).
+
+    Raises UsageError for another `init` or seed, or where F does not end in a BN.
     """
+    if zero_last_bn and ORDERS[net.spec.order].last != "b":  # a ReLU after it would let no gradient through
+        raise UsageError(f"zero_init_last_bn needs an F that ends in BN, which order {net.spec.order!r} has not.")
     if init not in ("fan_in", "fan_out"):
         raise UsageError(f"init must be 'fan_in' or 'fan_out', not {init!r}.")
     if seed is not None and (not isinstance(seed, int) or not 0 <= seed < 2**63):
@@ -194,3 +252,6 @@ def initialise(net: ResNet, init: str = "fan_in", seed: int | None = None) -> No
     for module in net.modules():
         if isinstance(module, shortcuts.Gate):
             nn.init.constant_(cast(Tensor, module.conv.bias), module.initial_bias)
+    if zero_last_bn:
+        for _, block in net.blocks():
+            nn.init.zeros_(cast(Tensor, block.get_submodule(f"bn{block.depth}").weight))

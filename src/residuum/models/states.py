@@ -10,7 +10,6 @@ import json
 import pickle
 import re
 import warnings
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,8 +25,17 @@ from residuum.errors import ModelFileError, UsageError
 
 SUFFIXES = (".pth", ".pt", ".th", ".tar", ".bin", ".ckpt", ".safetensors", ".npz")
 NESTS = ("state_dict", "model", "net", "model_ema")  # keys that a training program puts its weights under
+AVERAGED = "n_averaged"  # how many steps torch.optim.swa_utils.AveragedModel has averaged
 PREFIXES = ("module.", "_orig_mod.", "backbone.")
 RENAMED = {"linear": "fc", "classifier": "fc", "shortcut": "downsample"}
+EXPORTED = {
+    "specification": dict,
+    "classes": list,
+    "preprocessing": dict,
+    "temperature": float,
+    "calibration": dict,
+    "data": dict,
+}  # what `residuum export` writes beside tensors, and its kinds
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,19 +92,49 @@ def _safetensors(path: Path, content: bytes) -> tuple[dict[str, Tensor], Mapping
     except (safetensors.SafetensorError, ValueError, KeyError) as error:
         raise ModelFileError(f"{path} is not a whole safetensors file ({error}); download or copy it again.") from error
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-    return tensors, json.loads(header.get("__metadata__", {}).get("residuum-export", "{}"))
+    return tensors, _about(path, header.get("__metadata__", {}).get("residuum-export"))
+
+
+def _about(path: Path, text: Any) -> Mapping[str, Any]:
+    """What `residuum export` wrote beside the tensors; empty where it wrote nothing. Raises ModelFileError where it did not."""
+    if text is None:
+        return {}
+    try:
+        about = json.loads(text)
+    except (TypeError, ValueError):
+        about = None
+    kinds = about if isinstance(about, dict) else {}
+    if not all(isinstance(kinds.get(key), kind) for key, kind in EXPORTED.items()):
+        raise ModelFileError(
+            f"{path} says that `residuum export` wrote it, but what should stand beside its tensors ({', '.join(EXPORTED)}) "
+            "does not; export the model again."
+        )
+    return kinds
 
 
 def _npz(path: Path, content: bytes) -> dict[str, Tensor]:
     try:
-        with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
-            return {name: torch.from_numpy(np.array(arrays[name])) for name in arrays.files}
-    except (zipfile.BadZipFile, EOFError, OSError) as error:
+        arrays = np.load(io.BytesIO(content), allow_pickle=False)
+        values = {name: arrays[name] for name in arrays.files} if isinstance(arrays, np.lib.npyio.NpzFile) else None
+    except Exception as error:  # damage shows in many ways: zlib, zipfile, tokenize, struct and others raise their own
+        if "Object arrays" in str(error):
+            raise ModelFileError(
+                f"{path} holds Python objects ({error}); reading it could execute code, so it is refused. Save plain arrays."
+            ) from error
         raise ModelFileError(f"{path} is not a whole .npz file ({error}); download or copy it again.") from error
-    except (ValueError, TypeError, AttributeError, pickle.UnpicklingError) as error:
+    if values is None:
         raise ModelFileError(
-            f"{path} holds more than arrays ({error}); reading it could execute code, so it is refused. Save plain arrays."
-        ) from error
+            f"{path} holds a single array without a name (.npy); save all weights by name: numpy.savez."
+        )
+    tensors = {}
+    for name, value in values.items():
+        try:
+            tensors[name] = torch.from_numpy(np.array(value, dtype=value.dtype.newbyteorder("=")))
+        except TypeError as error:
+            raise ModelFileError(
+                f"{path}: {name} is an array of {value.dtype}, not of numbers that torch knows; save the weights without it."
+            ) from error
+    return tensors
 
 
 def _torch(path: Path) -> tuple[Any, Mapping[str, Any]]:
@@ -104,29 +142,49 @@ def _torch(path: Path) -> tuple[Any, Mapping[str, Any]]:
         with warnings.catch_warnings(action="ignore"):
             value = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = re.search(r"(Unsupported (?:global|operand|class)[^.]*\.?|GLOBAL \S+|got \S+)", str(error))
-        if reason is None and path.suffix not in SUFFIXES:
+        if _forbidden(error) is None and path.suffix not in SUFFIXES:
             raise ModelFileError(
                 f"{path} is not a file of weights that can be read ({', '.join(SUFFIXES)})."
             ) from error
-        why = f" ({reason[1].strip()})" if reason else ""
-        raise ModelFileError(
-            f"{path} holds more than tensors and plain values{why}; reading it could execute code, so it is refused. Where it "
-            "was made, save the state_dict alone: torch.save(net.state_dict(), FILE)."
-        ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, TypeError, IndexError) as error:
+        raise refusal(str(path), error) from error
+    except Exception as error:  # damage shows in many ways: struct, assertions, lookups and others raise their own
         if "TorchScript" in str(error):
             raise ModelFileError(f"{path} is a TorchScript program, not weights; save its state_dict alone.") from error
         said = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ModelFileError(f"{path} is damaged or cut short ({said}); download or copy it again.") from error
-    about = getattr(value, "_metadata", {}).get("residuum", "{}") if isinstance(value, Mapping) else "{}"
-    return value, json.loads(about)
+    beside = getattr(value, "_metadata", None)
+    return value, _about(path, beside.get("residuum") if isinstance(beside, Mapping) else None)
+
+
+def _forbidden(error: pickle.UnpicklingError) -> str | None:
+    """What a pickle asks for that tensors and plain values do not need, where torch's message says it."""
+    if called := re.search(r"GLOBAL (\S+)", str(error)):
+        return f"it asks for {called[1]}"
+    reason = re.search(r"Unsupported (?:global|operand|class)[^.\n]*", str(error))
+    return reason[0].strip() if reason else None
+
+
+def refusal(where: str, error: pickle.UnpicklingError) -> ModelFileError:
+    """The error for a pickle that `torch.load(weights_only=True)` would not read, with its reason."""
+    why = f" ({reason})" if (reason := _forbidden(error)) else ""
+    return ModelFileError(
+        f"{where} holds more than tensors and plain values{why}; reading it could execute code, so it is refused. Where it "
+        "was made, save the state_dict alone: torch.save(net.state_dict(), FILE)."
+    )
 
 
 def named(value: Any, where: str, key: str | None = None, about: Mapping[str, Any] | None = None) -> State:
     """Any nesting of weights -> State; see `read_state`."""
     notes: list[str] = []
     tensors = _unwrapped(value, where, key, notes)
+    if odd := [name for name, tensor in tensors.items() if not _plain(tensor)]:
+        kind = (
+            f"{str(tensors[odd[0]].layout).removeprefix('torch.')} {str(tensors[odd[0]].dtype).removeprefix('torch.')}"
+        )
+        raise ModelFileError(
+            f"{where}: {', '.join(odd[:4])}{f' and {len(odd) - 4} more' if len(odd) > 4 else ''} cannot be weights ({kind}); "
+            "they must be dense tensors of floating point: save the network before it is quantised or made sparse."
+        )
     caffe = any(re.match(r"(res|bn|scale)\d[a-z]\d*_branch", name) for name in tensors)
     if caffe:
         from residuum.models.caffe import from_caffe
@@ -150,6 +208,12 @@ def named(value: Any, where: str, key: str | None = None, about: Mapping[str, An
     return State({renamed[k]: v for k, v in tensors.items()}, about or {}, caffe, linear, tuple(notes))
 
 
+def _plain(tensor: Tensor) -> bool:
+    """Whether a tensor can hold weights: dense, real, in floating point; counts and BN's factors may be whole numbers."""
+    usable = tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
+    return usable and (tensor.is_floating_point() or (tensor.numel() == 1 and not tensor.is_complex()))
+
+
 def _unwrapped(value: Any, where: str, key: str | None, notes: list[str]) -> dict[str, Tensor]:
     """The mapping of names to tensors that lies somewhere in `value`."""
     if isinstance(value, Mapping):
@@ -167,12 +231,27 @@ def _unwrapped(value: Any, where: str, key: str | None, notes: list[str]) -> dic
         if nests:
             notes.append(f"nested under {nests[0]}")
             return _unwrapped(value[nests[0]], where, None, notes)
-        if value and all(isinstance(each, Tensor) for each in value.values()):
-            return {str(name): each for name, each in value.items()}
+        if any(isinstance(each, Tensor) for each in value.values()):
+            return _tensors(value, where, notes)
     raise ModelFileError(
         f"{where} holds no state_dict: neither names with tensors nor such a mapping under {', '.join(NESTS)}; save the "
         "state_dict alone."
     )
+
+
+def _tensors(value: Mapping[Any, Any], where: str, notes: list[str]) -> dict[str, Tensor]:
+    """The tensors of a mapping; what a training program counted beside them is passed over, and said."""
+    beside = [name for name, each in value.items() if each is None or isinstance(each, int | float | str)]
+    counts = [*beside, *(name for name in (AVERAGED,) if name in value)]
+    tensors = {str(name): each for name, each in value.items() if name not in counts}
+    if odd := [name for name, each in tensors.items() if not isinstance(each, Tensor)]:
+        raise ModelFileError(
+            f"{where}: {odd[0]} stands among the weights and is no tensor but a {type(tensors[odd[0]]).__name__}; save the "
+            "state_dict alone."
+        )
+    if counts:
+        notes.append(f"passed over beside the weights: {', '.join(map(str, counts))}")
+    return tensors
 
 
 def _without_prefixes(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:

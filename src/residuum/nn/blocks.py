@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple, cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -78,7 +79,13 @@ class Block(nn.Module):
 
     `entry` says what becomes of the activations before the first convolution (pre-activated orders only): "inside" F alone;
     "shared", before the split, so that the shortcut sees them too; "done", already applied by the stem (2016, appendix).
+
+    Attributes:
+        drop: while training, the share of pictures for which F is left out, the others' being scaled to the same mean
+            (stochastic depth, Huang et al. 2016, arXiv 1603.09382); a matter of training, not of the specification.
     """
+
+    drop = 0.0
 
     def __init__(self, layers: list[Layer], order: Order, shortcut: ShortcutOptions, entry: str) -> None:
         super().__init__()
@@ -131,6 +138,9 @@ class Block(nn.Module):
         if self.entry == "shared":
             x = self._run(self.order.before, 1, x)
         y = self.residual(x)
+        if self.drop and self.training:
+            kept = torch.rand(len(y), 1, 1, 1, device=y.device) >= self.drop
+            y = y * (kept / (1 - self.drop)).to(y.dtype)
         if not self.plain:
             shortcut = x if self.downsample is None else self.downsample(x)
             y = shortcut + y if self.junction is None else self.junction(x, shortcut, y)
