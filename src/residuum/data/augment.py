@@ -1,7 +1,8 @@
-"""Augmentation of whole batches, a function of (seed, step, position): pad, random crop, flip (2015 §4.2), colour."""
+"""Augmentation of whole batches, a function of (seed, step, position): pad, random crop, flip (2015 §4.2), colour, erasing."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,11 @@ PADDINGS = ("mean", "black")
 # Principal components of RGB values in ImageNet (AlexNet's; fb.resnet.torch): rows are R, G, B in [0, 1].
 VECTORS = ((-0.5675, 0.7192, 0.4009), (-0.5808, -0.0045, -0.8140), (-0.5836, -0.6948, 0.4203))
 VALUES = (0.2175, 0.0188, 0.0045)
+ERASED, SHAPES, TRIES = (
+    (0.02, 0.33),
+    (0.3, 3.3),
+    10,
+)  # of a rectangle: share of the area, height to width; torchvision's
 
 
 @dataclass(frozen=True)
@@ -28,16 +34,22 @@ class Augmentation:
         flip: mirror half of the pictures.
         colour: add to every pixel of a picture a mixture of the principal components of RGB, with weights N(0, 0.1) times
             their eigenvalues (AlexNet's colour augmentation; 2015 §3.4).
+        trivial: one random change a picture (data.trivial), made before the others by whoever holds the pictures one by one.
+        erasing: share of pictures in which a random rectangle is replaced by the mean (Zhong et al. 2020, arXiv 1708.04896).
     """
 
     pad: int = 0
     pad_with: str = "mean"
     flip: bool = False
     colour: bool = False
+    trivial: bool = False
+    erasing: float = 0.0
 
     def __post_init__(self) -> None:
         if self.pad_with not in PADDINGS:
             raise unknown("pad_with", self.pad_with, PADDINGS)
+        if not 0 <= self.erasing <= 1:
+            raise UsageError(f"erasing must be a share of pictures from 0 to 1, not {self.erasing}.")
 
     def __call__(
         self,
@@ -62,9 +74,14 @@ class Augmentation:
         if self.colour:
             if channels != 3:
                 raise UsageError("colour=true needs pictures of three channels; set colour=false.")
-            weights = 0.1 * torch.randn(b, 3, generator=draw)[here] * torch.tensor(VALUES)
-            offset = (weights @ torch.tensor(VECTORS).T / preprocessing.std)[:, :, None, None]  # (B, 3, 1, 1)
-            x = x + offset.to(x.device)
+            weights = 0.1 * torch.randn(b, 3, generator=draw) * torch.tensor(VALUES)
+            offset = (
+                weights @ torch.tensor(VECTORS).T / preprocessing.std
+            )  # of all, so that a share of them rounds alike
+            x = x + offset[here][:, :, None, None].to(x.device)  # (B, 3, 1, 1)
+        if self.erasing:
+            where = _rectangles(b, h, w, self.erasing, generator(seed, "erase", step))[here]
+            x = x.masked_fill(where.to(x.device)[:, None], 0)
         return x
 
     def _cropped(
@@ -76,8 +93,7 @@ class Augmentation:
                 preprocessing.mean.ndim == 1 and pixels.device.type == "cpu"
             ):  # the same numbers, and bytes are quicker to mirror than floats
                 chosen = zip(pixels, flips.tolist(), strict=True)
-                turned = torch.stack([picture.flip(1) if flip else picture for picture, flip in chosen])
-                return preprocessing.normalise(turned)
+                return preprocessing.normalise([picture.flip(1) if flip else picture for picture, flip in chosen])
             x = preprocessing.normalise(pixels)
             where = flips.nonzero().flatten().to(x.device)
             x[where] = x[where].flip(3)
@@ -90,6 +106,25 @@ class Augmentation:
 
     def _padded(self, x: Tensor) -> Tensor:
         return F.pad(x, (0, 0, self.pad, self.pad, self.pad, self.pad))
+
+
+def _rectangles(b: int, h: int, w: int, share: float, draw: torch.Generator) -> Tensor:
+    """Random erasing's rectangles in a `share` of b pictures; bool (b, h, w)."""
+    chosen, y, x = torch.rand(3, b, 1, generator=draw)  # (b, 1) each
+    areas = h * w * (ERASED[0] + (ERASED[1] - ERASED[0]) * torch.rand(b, TRIES, generator=draw))
+    low, high = (math.log(shape) for shape in SHAPES)
+    shapes = torch.exp(low + (high - low) * torch.rand(b, TRIES, generator=draw))
+    heights, widths = (areas * shapes).sqrt().round(), (areas / shapes).sqrt().round()
+    fits = (heights < h) & (widths < w)
+    first = fits.int().argmax(1, keepdim=True)  # of the tries, as torchvision's
+    height, width = heights.gather(1, first), widths.gather(1, first)  # (b, 1)
+    top, left = (y * (h - height + 1)).floor(), (x * (w - width + 1)).floor()
+    rows, columns = torch.arange(h), torch.arange(w)
+    inside = ((rows >= top) & (rows < top + height))[:, :, None] & ((columns >= left) & (columns < left + width))[
+        :, None
+    ]
+    erased: Tensor = inside & (fits.any(1, keepdim=True) & (chosen < share)).view(b, 1, 1)
+    return erased
 
 
 def _positions(shifts: Tensor, flips: Tensor, h: int, w: int, pad: int) -> Tensor:

@@ -1,9 +1,10 @@
 """The data doctor: every picture decoded in full, and what is wrong with them by name.
 
-Memory holds some hundred bytes a picture, whatever its size. Problems are of these kinds:
+Memory holds less than a kilobyte a picture, whatever its size. Problems are of these kinds:
 
     unreadable       the file is missing, damaged, no picture, or too large to be one honestly
-    suspicious       it can be read, but is tiny, very narrow, of one colour, called otherwise than it is, or Pillow warns of it
+    suspicious       it can be read, but is damaged (of JPEGs the extra `fast` tells), tiny, very narrow, of one colour, called
+                     otherwise than it is, or Pillow warns of it
     duplicate        the same bytes as another picture of the same split and class
     near-duplicate   nearly the same picture (resized, compressed again), likewise
     conflict         the same or nearly the same picture in another class
@@ -15,12 +16,15 @@ Memory holds some hundred bytes a picture, whatever its size. Problems are of th
 from __future__ import annotations
 
 import os
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from residuum.data.dataset import Dataset, Pictures
 from residuum.data.look import Seen, look_at_file, look_at_pixels
@@ -30,6 +34,8 @@ from residuum.errors import DataError
 
 CHUNK = 32  # pictures that a worker looks at in one go
 NEAR = 8  # of 128 bits that near copies may differ in
+ALIKE = 0.995  # correlation of the thumbs of near copies, at least
+BLOCK = 2048  # pictures compared at once
 BANDS = NEAR + 1  # copies that differ in so few bits agree in one of this many bands at least
 
 
@@ -164,23 +170,70 @@ def copies(entries: list[Entry]) -> Iterator[tuple[Entry, Entry, bool]]:
             distinct.append(entry)
         else:
             yield first, entry, False
-    bands: dict[tuple[int, int], list[int]] = defaultdict(list)
-    width = -(-128 // BANDS)
-    for place, entry in enumerate(distinct):
-        if entry.seen is None or (shape := entry.seen.shape) is None:
-            continue
-        keys = [(band, shape >> (band * width) & ((1 << width) - 1)) for band in range(BANDS)]
-        near = {other for key in keys for other in bands[key] if _distance(distinct[other], shape) <= NEAR}
-        if near:
-            yield distinct[min(near)], entry, True
-        for key in keys:
-            bands[key].append(place)
+    with_shape = [entry for entry in distinct if entry.seen is not None and entry.seen.shape is not None]
+    seen = [entry.seen for entry in with_shape if entry.seen is not None]
+    first_of = nearest([look.shape or 0 for look in seen], [look.thumb for look in seen])
+    for place, like in enumerate(first_of.tolist()):
+        if like != place:
+            yield with_shape[like], with_shape[place], True
 
 
-def _distance(entry: Entry, shape: int) -> int:
-    """How many of the 128 bits differ."""
-    assert entry.seen is not None and entry.seen.shape is not None
-    return (entry.seen.shape ^ shape).bit_count()
+def nearest(shapes: Sequence[int], thumbs: Sequence[bytes]) -> NDArray[np.int64]:
+    """For each of many pictures the place of the first that is nearly the same, int64 (N,): itself where no other is.
+
+    Two are nearly the same if their shapes differ in NEAR of 128 bits at most (Seen.shape) and their thumbs correlate: where
+    a background is shared, most bits say nothing, so the shape alone is no proof. Only those are compared that agree in a whole
+    band of bits, all of a band's at once; bits that say much are dealt out to all bands, so that none is of the background's.
+    """
+    first = np.arange(len(shapes))
+    if not len(shapes):
+        return first
+    bits = np.unpackbits(
+        np.frombuffer(b"".join(s.to_bytes(16, "big") for s in shapes), np.uint8).reshape(-1, 16), axis=1
+    )
+    halves = np.array([(shape >> 64, shape & (2**64 - 1)) for shape in shapes], dtype=np.uint64)
+    small = np.frombuffer(b"".join(thumbs), np.uint8).reshape(len(shapes), -1)
+    telling = np.argsort(np.abs(bits.mean(0) - 0.5), kind="stable")
+    for band in range(BANDS):
+        keys = np.packbits(bits[:, telling[band::BANDS]], axis=1)  # (N, 2)
+        number = keys.astype(np.int64) @ (256 ** np.arange(keys.shape[1]))
+        order = np.argsort(number, kind="stable")  # so that places rise within a group
+        for group in np.split(order, np.flatnonzero(np.diff(number[order])) + 1):
+            for start in range(0, len(group), BLOCK):
+                later = group[start : start + BLOCK]
+                for before in range(0, start + 1, BLOCK):
+                    earlier = group[before : before + BLOCK]
+                    np.minimum.at(first, *_pairs(later, earlier, small, halves))
+    return first
+
+
+def _pairs(
+    later: NDArray[np.int64], earlier: NDArray[np.int64], small: NDArray[np.uint8], halves: NDArray[np.uint64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The places of near copies among `later`, and beside each that of an earlier picture that it is like."""
+    if len(later) == len(earlier) == 1 and later[0] == earlier[0]:
+        return later[:0], later[:0]
+    one, other = np.nonzero(_standard(small[later]) @ _standard(small[earlier]).T >= ALIKE)
+    one, other = later[one], earlier[other]
+    near = (other < one) & (_ones(halves[one] ^ halves[other]).sum(1) <= NEAR)
+    return one[near], other[near]
+
+
+def _standard(thumbs: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Vectors of mean 0 and length 1, so that their products are correlations."""
+    x = thumbs.astype(np.float32)
+    x -= x.mean(1, keepdims=True)
+    x /= np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-6)
+    return x
+
+
+def _ones(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """How many bits of each number are set."""
+    fives, threes = (np.uint64(0x1111111111111111 * n) for n in (5, 3))
+    x = x - (x >> np.uint64(1) & fives)
+    x = (x & threes) + (x >> np.uint64(2) & threes)
+    x = x + (x >> np.uint64(4)) & np.uint64(0x0F0F0F0F0F0F0F0F)
+    return (x * np.uint64(0x0101010101010101)) >> np.uint64(56)
 
 
 def _copy(first: Entry, second: Entry, near: bool) -> Problem:
@@ -202,15 +255,26 @@ def _spare(first: Entry, second: Entry) -> list[str]:
 
 
 def strays(data: Dataset) -> list[Problem]:
-    """Pictures beside the class folders of a folder."""
+    """Pictures beside the class folders of a folder, and files in them that may be pictures but are not read."""
     from residuum.data import folder
 
     split = data.train if len(data.train) else data.test
     if not isinstance(split, Stored) or not isinstance(split.source, Files):
         return []
     root = Path(data.name)
+    parts = folder.split_folders(root).values()
+    flat = {name for split in data.splits.values() for name in split.names if name.count(os.sep) == 1}
     return [
         Problem("stray", os.path.join(place, name), "it lies beside the class folders and belongs to no class")
-        for place in dict.fromkeys([root, *folder.split_folders(root).values()])
+        for place in dict.fromkeys([root, *parts])
         for name in folder.strays(place)
+        if os.path.relpath(os.path.join(place, name), root) not in flat
+    ] + [
+        Problem(
+            "stray",
+            os.path.join(place, name),
+            "it is of a kind that is not read, or has no suffix; save it as JPEG or PNG",
+        )
+        for place in parts
+        for name in folder.unread(place)
     ]

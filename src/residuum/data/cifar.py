@@ -61,6 +61,7 @@ VERSIONS = {
     ),
 }  # fmt: skip
 FOLDER = VERSIONS["cifar10"][0].folder
+RECORDS = {"cifar10": (10_000, 10_000), "cifar100": (50_000, 10_000)}  # pictures in each file for training, for testing
 
 
 def load(data_dir: Path, name: str = "cifar10") -> Dataset:
@@ -106,17 +107,42 @@ def _load(name: str, version: Version, folder: Path) -> Dataset:
         key = version.label[:-1] + "_names"  # "label_names", "fine_label_names"
         classes = tuple(map(str, pickles.read(folder / version.meta).get(key, ())))
     else:
-        classes = tuple((folder / version.meta).read_text().split())
+        classes = tuple(_text(folder / version.meta).split())
+    if any("\ufffd" in name for name in classes):
+        raise DataError(
+            f"{folder / version.meta} is damaged: its names are no text in UTF-8; unpack the archive again."
+        )
+    if len(set(classes)) < max(2, len(classes)):
+        raise DataError(
+            f"{folder / version.meta} names {len(classes)} classes, some twice or too few; unpack it again."
+        )
     train, test = (
-        _read(folder, files, version, classes, split)
-        for files, split in ((version.train, "train"), (version.test, "test"))
+        _read(folder, files, version, count, classes, split)
+        for files, count, split in zip((version.train, version.test), RECORDS[name], ("train", "test"), strict=True)
     )
     return Dataset(name, classes, train, test)
 
 
-def _read(folder: Path, files: tuple[str, ...], version: Version, classes: tuple[str, ...], split: str) -> Split:
+def _text(file: Path) -> str:
+    try:
+        return file.read_text("utf-8")
+    except OSError as error:
+        raise DataError(f"{file} cannot be read ({error.strerror}); unpack the archive again.") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file} is damaged: it is no text in UTF-8; unpack the archive again.") from error
+
+
+def _read(
+    folder: Path, files: tuple[str, ...], version: Version, count: int, classes: tuple[str, ...], split: str
+) -> Split:
     parts = [_pickled(folder / file, version) if isinstance(version.label, str) else _binary(folder / file, version)
              for file in files]  # fmt: skip
+    for file, (found, _) in zip(files, parts, strict=True):
+        if len(found) != count:
+            raise DataError(
+                f"{folder / file} has {len(found):,} pictures, the published file {count:,}: it ends early or is another; "
+                "unpack it again."
+            )
     labels = torch.from_numpy(np.concatenate([labels for labels, _ in parts]).astype(np.int64))
     if int(labels.max()) >= len(classes) or int(labels.min()) < 0:
         wrong = int(labels.max()) if int(labels.max()) >= len(classes) else int(labels.min())

@@ -4,8 +4,9 @@
     flowers/train/daisy/1.jpg …  flowers/val/…  val is judged once, at the end
     flowers/train/…  val/…  test/…              val is judged while training, test once, at the end
 
-Folders are followed through symbolic links; hidden ones (.git, …) and files that are no pictures are left out. A file with
-class names beside the folders (CLASS_FILES) gives names to folders such as n01440764.
+Folders are followed through symbolic links; hidden ones (.git, …) and files that are no pictures are left out. Folders such
+as n01440764 have ImageNet's names; a file beside them may name them otherwise, and give the classes of a val/ that lies flat
+(data.labels).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import os
 import unicodedata
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,12 +24,16 @@ from torch import Tensor
 
 from residuum.data.dataset import Dataset, Pictures, stratified
 from residuum.data.decode import SUFFIXES
+from residuum.data.labels import DEVKIT, class_names, flat, some
 from residuum.data.stored import Files, Names, Reading, Stored
 from residuum.errors import DataError
 
 SPLITS = ("train", "val", "test")
+OTHER_NAMES = {"training": "train", "validation": "val", "valid": "val", "dev": "val", "testing": "test"}  # of splits
+OTHER_PICTURES = frozenset(
+    {"", ".jpe", ".heic", ".heif", ".jp2", ".jxl", ".tga", ".dng", ".cr2", ".nef", ".arw"}
+)  # not read
 HELD_OUT = 0.2  # of a folder without val/ and test/
-CLASS_FILES = ("classes.txt", "LOC_synset_mapping.txt", "synset_words.txt")
 
 
 class Found(NamedTuple):
@@ -45,7 +50,7 @@ def load(root: Path, reading: Reading) -> Dataset:
     Raises DataError where it is empty, a class has no picture, splits differ in their classes, or a folder cannot be read.
     """
     parts = split_folders(root)
-    found = {name: _pictures(root, folder) for name, folder in parts.items()}
+    found = {name: _flat(root, folder) or _pictures(root, folder) for name, folder in parts.items()}
     folders = _same_classes(root, {name: set(part.classes) for name, part in found.items()})
     names = class_names(root, folders)
     quarantined = reading.quarantined()
@@ -78,14 +83,29 @@ def arrange(name: str, classes: tuple[str, ...], splits: dict[str, Stored]) -> D
 
 
 def split_folders(root: Path) -> dict[str, Path]:
-    """The folders that hold class folders, by the name of their split; "" for the root itself."""
+    """The folders that hold class folders, by the name of their split (in any case: Train); "" for the root itself.
+
+    Raises DataError where folders beside them, or folders such as training, leave it open what the splits are.
+    """
     inside = _folders(root)
-    parts = {name: root / name for name in SPLITS if name in inside}
+    parts: dict[str, Path] = {}
+    for split in SPLITS:
+        # a class may be called Train, and holds no folders
+        called = [name for name in inside if name == split or (name.lower() == split and _folders(root / name))]
+        if len(called) > 1:
+            raise DataError(f"{root} holds {' and '.join(called)}; put the pictures of both into {split}.")
+        if called:
+            parts[split] = root / called[0]
+    for name in inside:
+        if (split := OTHER_NAMES.get(name.lower(), "")) and _folders(root / name):
+            raise DataError(
+                f"{root} holds {name}, with folders in it; call the splits train, val and test: rename it to {split}."
+            )
     if not parts:
         return {"": root}
-    if others := [name for name in inside if name not in SPLITS]:
+    if others := [name for name in inside if root / name not in parts.values() and DEVKIT not in name.lower()]:
         raise DataError(
-            f"{root} holds {', '.join(parts)} and beside them {_some(others)}; put class folders inside the splits, "
+            f"{root} holds {', '.join(parts)} and beside them {some(others)}; put class folders inside the splits, "
             "and call the splits train, val and test."
         )
     return parts
@@ -100,12 +120,23 @@ def _folders(folder: Path) -> list[str]:
         raise DataError(f"{folder} cannot be read ({error.strerror}); give yourself permission to read it.") from error
 
 
+def _flat(root: Path, folder: Path) -> Found | None:
+    """A split whose pictures lie side by side, their classes told by a file (data.labels); None for any other."""
+    if folder == root or _folders(folder):
+        return None
+    files = sorted(_walk(folder, frozenset()))
+    if not files or (classes := flat(root, folder.name, [os.path.basename(file) for file, _ in files])) is None:
+        return None
+    return Found([os.path.relpath(file, root) for file, _ in files], [size for _, size in files], classes)
+
+
 def _pictures(root: Path, folder: Path) -> Found:
     """All pictures of a split, sorted by name. Raises DataError where there is none, or a class has none."""
     found = Found([], [], [])
+    others: list[str] = []
     for name in _folders(folder):
         before = len(found.names)
-        for file, size in sorted(_walk(folder / name, frozenset())):
+        for file, size in sorted(_walk(folder / name, frozenset(), others)):
             found.names.append(os.path.relpath(file, root))
             found.sizes.append(size)
             found.classes.append(name)
@@ -114,11 +145,21 @@ def _pictures(root: Path, folder: Path) -> Found:
     if not found.names:
         loose = strays(folder)
         hint = f"its {len(loose):,} pictures lie in no class folder" if loose else "it is empty of pictures"
-        raise DataError(f"{folder} holds no class folders with pictures: {hint}; give each class a folder of its own.")
+        listed = f", or list them in {folder.name}.txt beside it" if loose and folder != root else ""
+        raise DataError(
+            f"{folder} holds no class folders with pictures: {hint}; give each class a folder of its own{listed}."
+        )
     if loose := strays(folder):
         warnings.warn(
             f"{len(loose):,} pictures beside the class folders of {folder} belong to no class and are left out, such as "
             f"{loose[0]}.",
+            UserWarning,
+            stacklevel=2,
+        )
+    if others:
+        warnings.warn(
+            f"{len(others):,} files in the class folders of {folder} may be pictures, but of a kind that is not read or "
+            f"without suffix, and are left out, such as {os.path.relpath(min(others), folder)}; save them as JPEG or PNG.",
             UserWarning,
             stacklevel=2,
         )
@@ -131,12 +172,28 @@ def strays(folder: Path) -> list[str]:
         return sorted(e.name for e in entries if _is_picture(e.name) and not e.is_dir())
 
 
+def unread(folder: Path) -> list[str]:
+    """Files in class folders, by their names below `folder`, that may be pictures but are of a kind that is not read."""
+    others: list[str] = []
+    for name in _folders(folder):
+        for _ in _walk(folder / name, frozenset(), others):
+            pass
+    return sorted(os.path.relpath(file, folder) for file in others)
+
+
 def _is_picture(name: str) -> bool:
     return not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES
 
 
-def _walk(folder: Path, above: frozenset[str]) -> Iterator[tuple[str, int]]:
-    """(path, size in bytes) of every picture below a folder; links are followed, once around where they form a ring."""
+def _may_be_picture(name: str) -> bool:
+    return not name.startswith(".") and os.path.splitext(name)[1].lower() in OTHER_PICTURES
+
+
+def _walk(folder: Path, above: frozenset[str], others: list[str] | None = None) -> Iterator[tuple[str, int]]:
+    """(path, size in bytes) of every picture below a folder; links are followed, once around where they form a ring.
+
+    Files that may be pictures of a kind that is not read are added to `others`.
+    """
     real = os.path.realpath(folder)
     if real in above:
         return
@@ -145,7 +202,7 @@ def _walk(folder: Path, above: frozenset[str]) -> Iterator[tuple[str, int]]:
             for entry in entries:
                 if entry.is_dir():
                     if not entry.name.startswith("."):
-                        yield from _walk(Path(entry.path), above | {real})
+                        yield from _walk(Path(entry.path), above | {real}, others)
                 elif _is_picture(entry.name):
                     try:
                         yield entry.path, entry.stat().st_size
@@ -153,6 +210,8 @@ def _walk(folder: Path, above: frozenset[str]) -> Iterator[tuple[str, int]]:
                         OSError
                     ):  # a link to nowhere is a picture that cannot be read, and is told by name when it is
                         yield entry.path, -1
+                elif others is not None and _may_be_picture(entry.name):
+                    others.append(entry.path)
     except OSError as error:
         raise DataError(f"{folder} cannot be read ({error.strerror}); give yourself permission to read it.") from error
 
@@ -165,30 +224,12 @@ def _same_classes(root: Path, classes: dict[str, set[str]]) -> list[str]:
         if named[first] != named[other]:
             raise DataError(
                 f"{root / first} and {root / other} hold different classes: only in {first} "
-                f"{_some(sorted(named[first] - named[other]))}, only in {other} {_some(sorted(named[other] - named[first]))}; "
+                f"{some(sorted(named[first] - named[other]))}, only in {other} {some(sorted(named[other] - named[first]))}; "
                 "give both the same class folders."
             )
     if len(named[first]) == 1:
         raise DataError(f"{root} has one class only, {min(named[first])}; a classifier needs two or more.")
     return sorted(named[first])
-
-
-def class_names(root: Path, folders: Sequence[str]) -> list[str]:
-    """A name for each class folder: its own, or the one that a file beside says ("n01440764 tench, Tinca tinca" a line)."""
-    for file in (root / name for name in CLASS_FILES):
-        if not file.is_file():
-            continue
-        lines = [line.strip() for line in file.read_text("utf-8").splitlines() if line.strip()]
-        parts = [line.split(maxsplit=1) for line in lines]
-        pairs = {part[0]: part[-1] for part in parts}  # a folder's name alone stands for itself
-        if missing := [name for name in folders if name not in pairs]:
-            raise DataError(
-                f"{file} does not name the class folders {_some(missing)}; add a line for each, or remove it."
-            )
-        names = [pairs[name] for name in folders]
-        twice = {name for name in names if names.count(name) > 1}  # ImageNet has two cranes
-        return [f"{name} ({folder})" if name in twice else name for name, folder in zip(names, folders, strict=True)]
-    return list(folders)
 
 
 def _stored(root: Path, found: Found, folders: list[str], reading: Reading, quarantined: frozenset[str]) -> Stored:
@@ -202,8 +243,3 @@ def _stored(root: Path, found: Found, folders: list[str], reading: Reading, quar
     if empty:
         raise DataError(f"the quarantine list leaves no picture of class {folders[min(empty)]} in {root}.")
     return Stored(source, where, labels[where], reading)
-
-
-def _some(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:8]) or "none"
-    return shown + (f" and {len(names) - 8:,} more" if len(names) > 8 else "")

@@ -1,4 +1,4 @@
-"""One picture looked at closely: what it is, what is odd about it, and two hashes to find it again."""
+"""One picture looked at closely: what it is, what is odd about it, and what to find it again by."""
 
 from __future__ import annotations
 
@@ -12,13 +12,20 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from residuum.data.decode import decode
+from residuum.data.decode import damage, decode
 from residuum.errors import DataError
 
 SMALL = 16  # pixels: a shorter side below it is told
 NARROW = 10  # longer to shorter side: above it is told
 FLAT = 2.0  # grey levels: a deviation below it is told
-SUFFIXES = {"JPEG": (".jpg", ".jpeg"), "PNG": (".png",), "GIF": (".gif",), "WEBP": (".webp",), "BMP": (".bmp",)}
+THUMB = 16  # pixels on a side of the small picture that near copies are compared by
+SUFFIXES = {
+    "JPEG": (".jpg", ".jpeg", ".jfif"),
+    "PNG": (".png",),
+    "GIF": (".gif",),
+    "WEBP": (".webp",),
+    "BMP": (".bmp",),
+}
 
 
 @dataclass(frozen=True)
@@ -32,6 +39,7 @@ class Seen:
         shape: 128 bits that say where the picture gets brighter, to the right and downwards, on a grid of 8 x 8: near copies
             (resized, compressed again) differ in few of them. None for a picture of one colour or of few pixels, which
             looks like many others.
+        thumb: where there is a shape, the picture in THUMB x THUMB grey levels, one byte each.
         odd: what is suspicious, in words.
     """
 
@@ -40,6 +48,7 @@ class Seen:
     content: bytes
     shape: int | None
     odd: tuple[str, ...] = ()
+    thumb: bytes = b""
 
 
 def look_at_file(content: bytes, name: str) -> Seen:
@@ -51,9 +60,11 @@ def look_at_file(content: bytes, name: str) -> Seen:
             with Image.open(io.BytesIO(content)) as header:
                 kind, mode = header.format or "?", header.mode
                 header.getexif()
-        except (OSError, SyntaxError, ValueError) as error:  # pixels are whole, but what stands beside them is not
+        except Exception as error:  # pixels are whole, but what stands beside them is not
             raise DataError(f"{name} is damaged: {error}") from error
     odd = [f"Pillow says: {str(w.message).strip()}" for w in told if not issubclass(w.category, DeprecationWarning)]
+    if (broken := damage(content, kind)) is not None:
+        odd.append(f"it is damaged, though it can be read: {broken}")
     suffix = os.path.splitext(name)[1].lower()
     if kind in SUFFIXES and suffix and suffix not in SUFFIXES[kind]:
         odd.append(f"it is a {kind} file but is called {suffix}")
@@ -84,4 +95,6 @@ def _seen(picture: Image.Image, kind: str, content: bytes, odd: list[str]) -> Se
             odd.append("it is of one colour")
         return Seen(kind, picture.size, content, None, tuple(odd))
     bits = np.concatenate([(across[:, 1:] > across[:, :-1]).ravel(), (down[1:] > down[:-1]).ravel()])
-    return Seen(kind, picture.size, content, int.from_bytes(np.packbits(bits).tobytes(), "big"), tuple(odd))
+    shape = int.from_bytes(np.packbits(bits).tobytes(), "big")
+    thumb = grey.resize((THUMB, THUMB), Image.Resampling.BOX).tobytes()
+    return Seen(kind, picture.size, content, shape, tuple(odd), thumb)

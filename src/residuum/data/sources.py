@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from pathlib import Path
 
 from residuum.data import cifar, digits, folder, shards
 from residuum.data.dataset import Dataset
 from residuum.data.stored import Reading
-from residuum.errors import DataError, unknown
+from residuum.errors import DataError, UsageError, unknown
 
 NAMES = ("digits", "cifar10", "cifar100")
 
@@ -29,7 +30,7 @@ def short_name(data: str) -> str:
 
 def located(data: str, start: Path) -> str:
     """DATA as seen from here, where a path in it starts from the folder `start`."""
-    return data if is_name(data) or "://" in data else str(start / data)
+    return data if is_name(data) or "://" in data or not data.strip() else str(start / data)
 
 
 def load(name: str, data_dir: Path, reading: Reading | None = None) -> Dataset:
@@ -43,10 +44,12 @@ def load(name: str, data_dir: Path, reading: Reading | None = None) -> Dataset:
     Raises UsageError for an unknown name, DataError where the files are not there or damaged.
     """
     reading = reading or Reading()
+    if not name.strip():
+        raise UsageError(f"the data set's name is empty; give a folder of class folders, or one of {', '.join(NAMES)}.")
     if name == "digits":
         return digits.load()
     if name in cifar.VERSIONS:
-        return cifar.load(data_dir, name)
+        return _in_memory(name, data_dir.resolve())
     if shards.is_pattern(name):
         return shards.load(name, data_dir, reading)
     path = Path(name)
@@ -57,3 +60,8 @@ def load(name: str, data_dir: Path, reading: Reading | None = None) -> Dataset:
     if "/" in name:
         raise DataError(f"{name} is not there; give a folder of class folders, or one of {', '.join(NAMES)}.")
     raise unknown("data set", name, NAMES)
+
+
+@lru_cache(maxsize=1)  # runs that follow each other in one process read the files once
+def _in_memory(name: str, data_dir: Path) -> Dataset:
+    return cifar.load(data_dir, name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -84,7 +85,7 @@ class Reading:
 
     Attributes:
         on_bad: "stop" at a picture that cannot be read, or "skip" it: it is left out, counted and listed.
-        quarantine: a file with one picture's name a line; these are left out from the start.
+        quarantine: a file with one picture's name a line (`quarantine_line`); these are left out from the start.
         workers: processes that decode while the network computes; 0 decodes in this one. The result is the same.
     """
 
@@ -101,13 +102,28 @@ class Reading:
         if not self.quarantine:
             return frozenset()
         try:
-            text = Path(self.quarantine).read_text("utf-8", "surrogateescape")
+            text = Path(self.quarantine).read_bytes().decode("utf-8-sig", "surrogateescape")
         except OSError as error:
             raise DataError(
                 f"the quarantine list {self.quarantine} cannot be read ({error.strerror}); make it with "
                 "`residuum data check DATA --quarantine FILE`."
             ) from error
-        return frozenset(line for line in text.splitlines() if line and not line.startswith("#"))
+        # a line that starts with "#" may be a name, as of a class folder "#dog"; a remark is no picture's and does no harm
+        return frozenset(_unquoted(line.removesuffix("\r")) for line in text.split("\n"))
+
+
+def quarantine_line(name: str) -> str:
+    """A picture's name as a line of a quarantine list: as it is, or as a JSON string where it would not be one line."""
+    return json.dumps(name) if name.startswith('"') or "\n" in name or "\r" in name else name
+
+
+def _unquoted(line: str) -> str:
+    if not line.startswith('"'):
+        return line
+    try:
+        return str(json.loads(line))
+    except ValueError:
+        return line
 
 
 @dataclass(frozen=True, eq=False)
