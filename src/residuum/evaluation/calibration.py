@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,6 +32,21 @@ def reliability(scores: Tensor, labels: Tensor) -> list[Bin]:
     means = [(total / n.clamp_min(1)).tolist() for total in sums]
     columns = zip(n.tolist(), *means, strict=True)
     return [Bin(i / BINS, (i + 1) / BINS, k, c if k else None, a if k else None) for i, (k, c, a) in enumerate(columns)]
+
+
+def provenance(temperature: float, calibration: Mapping[str, Any], protocol: str) -> str:
+    """A sentence on where a temperature comes from, and what there is to mind where scores by `protocol` are read."""
+    if not calibration:
+        if temperature == 1:
+            return "uncalibrated: no temperature was fitted, so scores may be surer than they should be"
+        return f"temperature {temperature:.3f}; the model file does not say on what it was fitted"
+    about = dict.fromkeys(("data", "split", "n", "protocol"), "?") | dict(calibration)
+    n = f"{about['n']:,}" if isinstance(about["n"], int) else about["n"]
+    pictures = f"{n} pictures ({str(about['split']).replace('_', '-')} of {about['data']})"
+    text = f"temperature {temperature:.3f}, fitted on {pictures} by {about['protocol']}"
+    if str(about["split"]).endswith("train"):
+        text += ", from which the network may have learnt, so scores may be surer than they should be"
+    return text + (f"; used here for {protocol}, for which it was not fitted" if about["protocol"] != protocol else "")
 
 
 def fit_temperature(log_scores: Tensor, labels: Tensor) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -13,19 +14,21 @@ import torch
 from torch import Tensor
 
 from residuum.data import sources
-from residuum.data.dataset import Dataset, Pictures, Split
+from residuum.data.dataset import Pictures, Split
 from residuum.data.reading import Views
 from residuum.data.stored import Reading, Stored
 from residuum.errors import DataError, DivergedError, UsageError
+from residuum.evaluation.calibration import fit_temperature, provenance
+from residuum.evaluation.choosing import pick_split, remarks, set_aside
 from residuum.evaluation.comparison import Comparison, compare
 from residuum.evaluation.metrics import Judgement
 from residuum.evaluation.published import published
 from residuum.evaluation.scores import SKIPPED, Member, scores
-from residuum.evaluation.views import parse
+from residuum.evaluation.views import ONE_CROP, Protocol, parse
 from residuum.models.bundle import Bundle, load_bundle
 from residuum.models.resnet import ResNet
 from residuum.preprocessing import Preprocessing
-from residuum.runtime import Engine, pick_engine, processes
+from residuum.runtime import Engine, World, pick_engine, processes
 
 Model = Bundle | str | Path
 
@@ -38,6 +41,8 @@ class Evaluation:
         judgement: of the model, or of the ensemble.
         members: where there are several models: each with its name, weight (they add up to 1) and own judgement.
         choices: the protocol's open choices, for each model.
+        bundles: the models as they were asked, with the temperatures that were fitted for this evaluation.
+        notes: sentences on judged pictures that a model saw in training, and on what could not be told of them.
     """
 
     judgement: Judgement
@@ -46,10 +51,11 @@ class Evaluation:
     members: tuple[Judgement, ...]
     data: str
     split: str
-    protocol: str
+    protocol: Protocol
     choices: tuple[dict[str, Any], ...]
     bundles: tuple[Bundle, ...]
     pictures: Pictures
+    notes: tuple[str, ...] = ()
 
     @property
     def n(self) -> int:
@@ -69,11 +75,17 @@ class Evaluation:
             "model": self.models[0] if len(self.models) == 1 else list(self.models),
             "data": self.data,
             "split": self.split,
-            "protocol": self.protocol,
+            "protocol": str(self.protocol),
             "choices": list(self.choices),
+            "notes": list(self.notes),
         }
-        figures = about | self.judgement.to_json() | {"temperature": [bundle.temperature for bundle in self.bundles]}
-        known = published(self.bundles[0], self.data, self.split, self.protocol) if len(self.models) == 1 else None
+        scaling = {
+            "temperature": [bundle.temperature for bundle in self.bundles],
+            "calibration": [dict(bundle.calibration) or None for bundle in self.bundles],
+        }
+        figures = about | self.judgement.to_json() | scaling
+        seen = self.data, self.split, self.protocol, self.n + len(self.judgement.skipped)
+        known = published(self.bundles[0], *seen) if len(self.models) == 1 else None
         if self.judgement.skipped:
             figures["skipped"] = dict(self.judgement.skipped)
         figures["published"] = known.to_json() if known else None
@@ -84,6 +96,11 @@ class Evaluation:
             ]
             figures["comparisons"] = [each.to_json() for each in self.comparisons]
         return figures
+
+    @property
+    def calibration(self) -> list[str]:
+        """Of each model, a sentence on how far its scores were calibrated."""
+        return [provenance(each.temperature, each.calibration, str(self.protocol)) for each in self.bundles]
 
     @cached_property
     def comparisons(self) -> list[Comparison]:
@@ -100,16 +117,18 @@ def judge(
     engine: Engine,
     *,
     temperature: float = 1.0,
+    world: World | None = None,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Judgement:
     """Shows every picture of a split to the network once, one crop each.
 
     Args:
         split: pictures of any size; those on disk are decoded batch by batch.
+        world: the processes that share the pictures; each finds the same.
         progress: called with the number of pictures done so far.
     """
     member = Member.of(net, preprocessing, engine, temperature=temperature)
-    (said,) = scores([member], split, engine, progress=progress)
+    (said,) = scores([member], split, engine, world=world, progress=progress)
     ((labels, said),), skipped = readable(split, split.labels, [said])
     return replace(Judgement.of(classes, said, labels), skipped=skipped)
 
@@ -150,8 +169,11 @@ def evaluate(
     protocol: str = "1crop",
     weights: Sequence[float] | None = None,
     split: str = "test",
+    fit_on: str | None = None,
+    names: Sequence[str] | None = None,
     data_dir: str | Path = "data",
     on_bad_image: str = "stop",
+    quarantine: str | Path = "",
     precision: str = "auto",
     device: str = "auto",
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -165,16 +187,22 @@ def evaluate(
         data: a data set's name ("digits", "cifar10"), a folder of class folders, or a pattern of tar shards.
         protocol: how pictures are shown, see residuum.evaluation.views ("10crop", "multiscale:224,256,384,480,640").
         weights: of the members, in proportion; None for equal ones.
-        split: "train" or "test", which is the split the data are judged by, whatever they call it (`Evaluation.split` says).
+        split: "train" or "test", which is the split the data are judged by, whatever they call it (`Evaluation.split` says);
+            of a folder whose hold-out was drawn, the pictures that the models' own runs held out.
+        fit_on: fit each model's temperature first, on this split, or on so many pictures of the judged split ("1000"), which
+            are then not judged; `Evaluation.bundles` carry it.
+        names: what the models are called; by default their paths.
         data_dir: where archives lie.
         on_bad_image: "stop" at a picture that cannot be read, or "skip" it (`Judgement.skipped` lists it).
+        quarantine: a list of pictures to leave out, as training has it.
         progress: called with pictures done and pictures in all.
 
     Raises:
         DataError: the models and the data name different classes, the split is empty or without labels, or the archive is
             missing or damaged.
         ModelFileError: a model file is missing or damaged.
-        UsageError: an unknown data set, split or protocol; weights that are not one a model; a crop larger than the picture.
+        UsageError: an unknown data set, split or protocol; weights that are not one a model; a crop larger than the picture; a
+            temperature fitted on pictures that are judged, or that the model learnt from.
     """
     chosen = parse(protocol)
     given: list[Model] = [model] if isinstance(model, Model) else list(model)
@@ -182,13 +210,20 @@ def evaluate(
     bundles = [each if isinstance(each, Bundle) else load_bundle(Path(each)) for each in given]
     choices = tuple(chosen.to_json(bundle.preprocessing) for bundle in bundles)
     classes = bundles[0].classes
-    names = _names(given)
+    names = _names(given) if names is None else list(names)
     columns = [_columns(bundle.classes, classes, name, names[0]) for bundle, name in zip(bundles, names, strict=True)]
-    source = sources.load(data, Path(data_dir), Reading(on_bad_image))
-    split, pictures = pick_split(source, split, bundles[0])
+    source = sources.load(data, Path(data_dir), Reading(on_bad_image, str(quarantine)))
+    split, pictures = pick_split(source, split, bundles)
+    _by_name(pictures, source.classes, classes)
+    if fit_on is not None:
+        pictures, kept, about = set_aside(fit_on, source, split, pictures, bundles)
     labels = _by_name(pictures, source.classes, classes)
+    notes = remarks(source, pictures, bundles, names)
     with processes() as world:
         engine = pick_engine(precision, device)
+        if fit_on is not None:
+            truth = _by_name(kept, source.classes, classes)
+            bundles = calibrated(bundles, columns, kept, truth, engine, world, {"data": data, **about})
         asked = [
             Member.of(bundle.net, bundle.preprocessing, engine, columns=where, temperature=bundle.temperature)
             for bundle, where in zip(bundles, columns, strict=True)
@@ -209,28 +244,36 @@ def evaluate(
         members=tuple(members) if len(members) > 1 else (),
         data=data,
         split=split,
-        protocol=str(chosen),
+        protocol=chosen,
         choices=choices,
         bundles=tuple(bundles),
         pictures=pictures,
+        notes=tuple(notes),
     )
 
 
-def pick_split(source: Dataset, split: str, bundle: Bundle) -> tuple[str, Pictures]:
-    """The split of a name, and what it is called where it comes from; "test" is the one that the data are judged by.
-
-    Of a folder without val/ and test/ that is the part held out, or every picture where the model learnt on other data.
-    """
-    splits = source.splits
-    if split == "test" and split not in splits:
-        foreign = "all" in splits and bundle.data.get("fingerprint") != source.fingerprint
-        split = "all" if foreign else source.judged
-    if split not in splits and split in ("test", source.judged):
-        return source.judged, source.test  # there, but empty
-    if split not in splits:
-        known = dict.fromkeys(["test", *splits])
-        raise UsageError(f"unknown split {split!r}; known: {', '.join(known)}.")
-    return split, splits[split]
+def calibrated(
+    bundles: Sequence[Bundle],
+    columns: Sequence[Tensor],
+    split: Pictures,
+    labels: Tensor,
+    engine: Engine,
+    world: World,
+    about: dict[str, Any],
+) -> list[Bundle]:
+    """The models with the temperatures that fit a split best, one crop a picture; they themselves stay as they are."""
+    asked = [
+        Member.of(bundle.net, bundle.preprocessing, engine, columns=where)
+        for bundle, where in zip(bundles, columns, strict=True)
+    ]
+    heard, skipped = readable(split, labels, scores(asked, split, engine, world=world))
+    result = []
+    for bundle, (truth, said) in zip(bundles, heard, strict=True):
+        made = copy.copy(bundle)
+        made.temperature = fit_temperature(Judgement.of(bundles[0].classes, said, truth).log_scores, truth)
+        made.calibration = about | {"n": len(split) - len(skipped), "protocol": str(ONE_CROP)}
+        result.append(made)
+    return result
 
 
 def _brief(judgement: Judgement) -> dict[str, Any]:

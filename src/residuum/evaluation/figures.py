@@ -22,6 +22,7 @@ from residuum.evaluation.metrics import Judgement
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from PIL import Image
 
 LARGEST_MATRIX = 12  # classes; of more than this, the most confused pairs say it better
 CELL = 44  # pixels on a side
@@ -30,6 +31,8 @@ LARGEST_PICTURE = 256  # pixels on a side; larger ones are brought to it
 # Colours to draw with in matplotlib. Each stands for a role, and the page decides what the role looks like.
 INK, MUTED, LINE, TRAIN, HELD_OUT, CARD = (f"#0000f{i}" for i in range(6))
 _ROLES = {INK: "--ink", MUTED: "--muted", LINE: "--line", TRAIN: "--train", HELD_OUT: "--held-out", CARD: "--card"}
+SERIES = tuple(f"#0000e{i}" for i in range(7))  # for several curves in one figure
+_ROLES |= {colour: f"--series-{i}" for i, colour in enumerate(SERIES)}
 _STYLE: Any = {
     "svg.fonttype": "none",  # text stays text: the reader's fonts, and no glyph that could be missing here
     "text.parse_math": False,
@@ -142,7 +145,11 @@ def picture_uri(image: Tensor) -> str:
     from PIL import Image
 
     pixels = image if image.shape[-1] == 3 else image[..., 0]
-    picture = Image.fromarray(pixels.contiguous().cpu().numpy())
+    return drawn_uri(Image.fromarray(pixels.contiguous().cpu().numpy()))
+
+
+def drawn_uri(picture: Image.Image) -> str:
+    """A Pillow picture as a data URI: PNG where it is small, else JPEG of at most 256 pixels on a side."""
     kind = "png" if max(picture.size) <= 96 else "jpeg"
     picture.thumbnail((LARGEST_PICTURE, LARGEST_PICTURE))
     buffer = io.BytesIO()

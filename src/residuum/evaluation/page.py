@@ -89,6 +89,7 @@ def render(evaluation: Evaluation) -> str:
         .render(
             title=f"{' + '.join(Path(name).name if len(evaluation.models) > 1 else name for name in evaluation.models)}",
             figures=evaluation.to_json(),
+            calibration=[sentence[0].upper() + sentence[1:] for sentence in evaluation.calibration],
             n=n,
             interval=between(*wilson(judgement.top1_error, n), n),
             wrong=int((judgement.predicted != judgement.labels).sum()),

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from residuum.data import imagenet
+from residuum.evaluation.views import Protocol
 from residuum.models.bundle import Bundle
 from residuum.models.spec import Specification, specification
 
@@ -40,21 +42,29 @@ class Published:
         return asdict(self)
 
 
-def published(bundle: Bundle, data: str, split: str, protocol: str) -> Published | None:
-    """The published errors of a model on this data by this protocol; None where there are none."""
-    spec = bundle.spec
-    if data == "cifar10" and split == "test" and protocol == "1crop":
+def published(bundle: Bundle, data: str, split: str, protocol: Protocol, n: int) -> Published | None:
+    """What was published for a bundle's network under a protocol, on all `n` pictures of the split it was measured on.
+
+    ImageNet's figures are shown for pictures of its 1,000 classes that are as many as its validation split has, and not
+    called train, resized and cropped as the figure's own protocol says. None where nothing was published.
+    """
+    spec, asked = bundle.spec, str(protocol)
+    if data == "cifar10" and split == "test" and asked == "1crop" and n == 10_000:
         for name, error in CIFAR10.items():
             if _same(spec, name):
                 table = "2016 Table 3" if name.startswith("pre") or spec.depth in (164, 1001) else "2015 Table 6"
                 mean = ", mean of 5" if name == "resnet110" else ""
                 return Published(round(error / 100, 6), None, f"{table}{mean}, trained on all 50,000 pictures")
-    if spec.classes != 1000 or spec.stem != "imagenet":
+    if split == "train" or n != 50_000 or set(bundle.classes) != set(imagenet.names().values()):
         return None
     own = bundle.metrics.get("published", {})
-    if own.get("protocol") == protocol:
+    if own.get("protocol") == asked:
         return Published(own["top1_error"], own.get("top5_error"), f"{bundle.recipe.get('source')}, ImageNet val")
-    for name, (top1, top5) in IMAGENET.get(protocol, {}).items():
+    if bundle.preprocessing.size != (224, 224) or not (
+        protocol.dense or protocol.sides_for(bundle.preprocessing) == (256,)
+    ):
+        return None
+    for name, (top1, top5) in IMAGENET.get(asked, {}).items():
         if _same(spec, name):
             errors = round(top1 / 100, 6), None if top5 is None else round(top5 / 100, 6)
             return Published(*errors, "the papers' or their released models', ImageNet val")

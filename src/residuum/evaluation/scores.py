@@ -103,6 +103,8 @@ def scores(
     for rows in kept:
         world.sum_(rows)  # every row was filled by one process and is zero in the others, so the sum is exact
     world.sum_(counted)
+    if isinstance(split, Stored):
+        split.skipped.update(world.union(split.skipped))
     if not bool((counted == 1).all()):
         raise RuntimeError("a picture was not judged exactly once")  # a mistake of ours, never of the data
     return kept
