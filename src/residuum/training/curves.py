@@ -21,26 +21,34 @@ TICKS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)  #
 
 
 def curves(
-    metrics: Sequence[Mapping[str, Any]], recipe: Mapping[str, Any], result: Mapping[str, Any]
+    metrics: Sequence[Mapping[str, Any]], recipe: Mapping[str, Any], result: Mapping[str, Any] | None
 ) -> dict[str, tuple[str, str]] | None:
-    """The figures "error" and "loss" as inline SVG, each (wide, narrow); None where no step was recorded."""
+    """The figures "error" and "loss" as inline SVG, each (wide, narrow); None where no step was recorded.
+
+    Args:
+        result: None for a run that goes on.
+    """
     train = [line for line in metrics if line["kind"] == "train"]
     held_out = [line for line in metrics if line["kind"] == "held_out"]
     if not train and not held_out:
         return None
-    marks = rate_changes(train, recipe.get("milestones", ()))
+    stepwise = recipe.get("schedule") != "cosine"  # which changes at every step, so that marks would say nothing
+    marks = rate_changes(train, recipe.get("milestones", ())) if stepwise else []
     error = series(train, "error"), series(held_out, "top1_error")
     loss = [
         [point for point in series(lines, "loss") if point[1] > 0] for lines in (train, held_out)
     ]  # a logarithm has no 0
-    steps, test = float(result["steps"]), float(result["top1_error"])
-    interval = wilson(test, int(result["n"]))
+    steps = float(result["steps"] if result else recipe["steps"])
+    test = float(result["top1_error"]) if result else math.nan
+    interval = wilson(test, int(result["n"])) if result else ()
     last = max(steps, *(float(line["step"]) for line in metrics))
 
     def draw_error(figure: Figure) -> None:
         axes = _axes(figure, last, marks)
-        _error_scale(axes, max([interval[1], *(value for _, value in error[0] + error[1])]))
+        _error_scale(axes, max([*interval, *(value for _, value in error[0] + error[1])]))
         _lines(axes, *error)
+        if not result:
+            return
         axes.plot([steps, steps], interval, color=figures.INK, linewidth=1.5, clip_on=False, zorder=5)
         axes.plot(
             steps, test, "D", color=figures.INK, markeredgecolor=figures.CARD, markersize=8, clip_on=False, zorder=6
@@ -52,10 +60,9 @@ def curves(
         _lines(axes, *loss)
 
     what = f"by step, 0 to {last:,.0f}: training as a thin line, held-out pictures as a heavier one"
+    end = ", the test error as a diamond at the end" if result else ""
     return {
-        "error": _wide_and_narrow(
-            draw_error, 330, "error", f"Top-1 error {what}, the test error as a diamond at the end."
-        ),
+        "error": _wide_and_narrow(draw_error, 330, "error", f"Top-1 error {what}{end}."),
         "loss": _wide_and_narrow(draw_loss, 210, "loss", f"Loss {what}."),
     }
 

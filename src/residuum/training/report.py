@@ -11,12 +11,14 @@ from torch import Tensor
 
 from residuum.data.reading import Views
 from residuum.evaluation import figures
+from residuum.evaluation.heat import Look
 from residuum.evaluation.metrics import Judgement, wilson
 from residuum.evaluation.page import between, pages
 from residuum.training.curves import curves
 
 MISTAKES = 24  # pictures shown at most
 PAIRS = 12  # rows of confused classes shown at most
+LOOKS = 6  # heat maps of right pictures, and of wrong ones
 CLASSES = 24  # rows of classes shown at once; the others fold away
 
 
@@ -29,6 +31,7 @@ def render(
     metrics: Sequence[Mapping[str, Any]],
     judgement: Judgement,
     images: Tensor | Views,
+    looks: Sequence[Look] = (),
     environment: Mapping[str, Any],
     result: Mapping[str, Any],
 ) -> str:
@@ -42,6 +45,7 @@ def render(
         metrics: the lines of metrics.jsonl; may be empty.
         judgement: of the test split, by the last iterate.
         images: the test pictures, uint8 (N, h, w, C), in the judgement's order.
+        looks: some of them with heat maps.
         environment: versions and hardware.
         result: what the run ended with; errors are fractions, `held_out_error` None where nothing was held out.
     """
@@ -66,11 +70,40 @@ def render(
         classes=rows,
         worst_classes=sorted(rows, key=lambda row: -(row.error or 0))[:CLASSES],
         mistakes=figures.mistakes(judgement, images, MISTAKES),
+        looks=looks,
         commands=commands(recipe, result),
     )
     return page.encode(
         errors="replace"
     ).decode()  # a file name that is no UTF-8 must not keep the page from being written
+
+
+def render_running(
+    *,
+    title: str,
+    recipe: Mapping[str, Any],
+    differences: Sequence[str],
+    budget: str | None,
+    metrics: Sequence[Mapping[str, Any]],
+    environment: Mapping[str, Any],
+    run: str,
+) -> str:
+    """The page of a run that goes on, as HTML that loads itself anew every half minute; arguments as for `render`."""
+    templates = pages()
+    templates.filters |= {"duration": duration, "plain": plain}
+    train = [line for line in metrics if line["kind"] == "train"]
+    held_out = [line for line in metrics if line["kind"] == "held_out"]
+    return templates.get_template("running.html.j2").render(
+        title=title,
+        recipe=recipe,
+        recipe_rows=recipe_rows(recipe, differences),
+        budget=budget,
+        curves=curves(metrics, recipe, None),
+        last=train[-1] if train else None,
+        held_out=held_out[-1] if held_out else None,
+        environment=environment,
+        run=run,
+    )
 
 
 def duration(seconds: float) -> str:
@@ -115,5 +148,6 @@ def commands(recipe: Mapping[str, Any], result: Mapping[str, Any]) -> list[str]:
     model = shlex.quote(str(result["model"]))
     return [
         f"residuum predict {model} PICTURE...",
+        f"residuum explain {model} PICTURE...",
         f"residuum evaluate {model} --data {shlex.quote(str(recipe.get('data', 'DATA')))}",
     ]

@@ -1,23 +1,32 @@
-"""The learning rate, a pure function of the step."""
+"""The learning rate, a pure function of the step and of what was measured on the way."""
 
 from __future__ import annotations
 
-from residuum.training.recipe import Recipe
+import math
+
+from residuum.training.recipe import Training
 
 
-def learning_rate(recipe: Recipe, step: int, warm_since: int | None) -> float:
+def learning_rate(recipe: Training, step: int, warm_since: int | None, drops: int = 0) -> float:
     """The learning rate of step `step` (0, 1, …).
 
     Args:
-        warm_since: under the rule "train-error", the step at which the training error had fallen below its bound, or None
+        warm_since: under the warm-up "train-error", the step at which the training error had fallen below its bound, or None
             where it has not yet. It is measured, so it belongs to the run's state; the other rules do not look at it.
+        drops: under the schedule "plateau", how often the held-out error has stopped falling; measured too.
 
-    Warm-up: `warmup_lr` for the first `warmup_steps` steps (2016 §3), or until the training error falls below
-    `warmup_error` (2015 §4.2). Then `lr`, divided by 10 at every milestone.
+    Warm-up: `warmup_lr` for the first `warmup_steps` steps (2016 §3), or rising from it to `lr` over them ("linear"), or until
+    the training error falls below `warmup_error` (2015 §4.2). Then `lr`, divided by 10 at every milestone (2015 §4.2) or
+    plateau (2015 §3.4), or falling to 0 along half a cosine (Loshchilov & Hutter 2017, arXiv 1608.03983).
     """
-    if recipe.warmup == "steps" and step < recipe.warmup_steps:
-        return recipe.warmup_lr
+    if recipe.warmup in ("steps", "linear") and step < recipe.warmup_steps:
+        share = step / recipe.warmup_steps if recipe.warmup == "linear" else 0.0
+        return recipe.warmup_lr + share * (recipe.lr - recipe.warmup_lr)
     if recipe.warmup == "train-error" and (warm_since is None or step < warm_since):
         return recipe.warmup_lr
-    passed = sum(step >= milestone for milestone in recipe.milestones)
-    return recipe.lr / 10.0**passed
+    if recipe.schedule == "cosine":
+        start = recipe.warmup_steps if recipe.warmup in ("steps", "linear") else 0
+        return recipe.lr * (1 + math.cos(math.pi * (step - start) / max(1, recipe.steps - start))) / 2
+    if recipe.schedule == "plateau":
+        return recipe.lr / 10.0**drops
+    return recipe.lr / 10.0 ** sum(step >= milestone for milestone in recipe.milestones)

@@ -1,22 +1,51 @@
-"""One step: forward, backward, update. There is one path through it."""
+"""One step: forward and backward for each of its parts, their mean, update. There is one path through it."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
 from torch import Tensor
 
-from residuum.data.loader import Batch
-from residuum.tasks.classify import Classify
-from residuum.training.optim import SGD
+from residuum.training.checkpoint import Learner
+from residuum.training.parts import TreeMean
 
 
-def train_step(task: Classify, optimizer: SGD, batch: Batch, lr: float) -> tuple[Tensor, Tensor]:
-    """Updates the network once.
+class Made(NamedTuple):
+    """What a step found before its update; scalars on the device, not waited for."""
 
-    Returns:
-        The loss and the training error of the batch before the update; scalars on the device, not waited for.
+    loss: Tensor
+    wrong: Tensor  # the share of pictures whose highest score is another class
+    norm: Tensor  # length of the gradient, before it is clipped
+
+
+def train_step(learner: Learner, parts: Sequence[Any], lr: float) -> Made:
+    """Updates the network once, by the mean of the gradients of all parts of all processes.
+
+    Args:
+        parts: this process's share of the step, each what goes through the network together.
     """
-    with task.engine.autocast():
-        loss, wrong = task.loss(batch)
-    loss.backward()  # type: ignore[no-untyped-call]
+    task, optimizer, statistics = learner.task, learner.optimizer, learner.statistics
+    world = task.engine.world
+    mean, first = TreeMean(world), world.rank * len(parts)
+    shared = len(parts) * world.size > 1
+    if shared:
+        statistics.hold()
+    for number, part in enumerate(parts, first):
+        learner.seed_network(number)
+        with task.engine.autocast():
+            loss, wrong = task.loss(part)
+        loss.backward()  # type: ignore[no-untyped-call]
+        found = [loss.detach(), wrong, *optimizer.gradients()]
+        if shared:
+            mean.add(found + statistics.rewind())
+            optimizer.forget()
+    if shared:
+        found = mean.result()
+        statistics.set(found[len(found) - len(statistics.averages) :])
+        optimizer.receive(found[2 : len(found) - len(statistics.averages)])
+    norm = optimizer.clip(learner.recipe.clip_norm)
     optimizer.step(lr)
-    return loss.detach(), wrong
+    learner.state.step += 1
+    learner.average.update(learner.state.step)
+    return Made(found[0], found[1], norm)

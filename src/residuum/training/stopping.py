@@ -22,12 +22,21 @@ class Request:
 
     def __init__(self) -> None:
         self.signum: int | None = None
+        self._message: str | None = None
+
+    def at_once(self, message: str) -> None:
+        """From now on a stop waits for nothing, and raises Stopped; so does one that was asked for already."""
+        self._message = message
+        if self.signum is not None:
+            raise Stopped(self.signum, message)
 
     def receive(self, signum: int, _: FrameType | None) -> None:
         """The signal handler; a second Ctrl-C does not wait for the step."""
         if self.signum is not None and signum == signal.SIGINT:
             raise KeyboardInterrupt
         self.signum = signum
+        if self._message is not None:
+            raise Stopped(signum, self._message)
 
 
 @contextlib.contextmanager

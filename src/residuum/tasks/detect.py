@@ -1,0 +1,188 @@
+"""Detection: boxes with classes, torchvision's losses of both stages, COCO's mean average precision."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from residuum.data.ahead import Ahead
+from residuum.data.annotated import Annotated
+from residuum.data.parts import Parts
+from residuum.data.samples import FLIPS, Draw, Read, Samples, accept, mirrored, mirrored_boxes
+from residuum.errors import DataError, unknown
+from residuum.evaluation import boxes
+from residuum.evaluation.boxes import BoxJudgement
+from residuum.evaluation.detections import find
+from residuum.models.dense_file import DenseBundle, build
+from residuum.models.spec import Specification
+from residuum.models.values import Additions, Detector
+from residuum.runtime import Engine, to_device
+from residuum.tasks.dense import divided, readable, start
+
+
+class Sample(NamedTuple):
+    """A training picture, uint8 (H, W, 3), with its boxes (n, 4) and labels (n,), 1 for the first class."""
+
+    pixels: Tensor
+    boxes: Tensor
+    labels: Tensor
+
+
+def sample(picture: Annotated, draw: Draw) -> Sample:
+    """A picture with the boxes that are trained on, mirrored."""
+    pixels, own = picture.pixels(), ~picture.ignored
+    placed = mirrored_boxes(picture.boxes[own], (pixels.shape[0], pixels.shape[1]), draw)
+    return Sample(mirrored(pixels, draw), placed, picture.labels[own] + 1)
+
+
+@dataclass(frozen=True, eq=False)
+class Detect:
+    """A detector, the pictures it learns from and is judged on (`tasks.task`).
+
+    Attributes:
+        held_out: pictures that no step sees, judged while training; empty where there are none.
+        test: touched once, at the end; `judged` is what it is called.
+    """
+
+    net: nn.Module
+    spec: Specification
+    values: Detector
+    classes: tuple[str, ...]
+    steps: Ahead[Read[Sample]]
+    train: Sequence[Annotated]
+    held_out: Sequence[Annotated]
+    test: Sequence[Annotated]
+    judged: str
+    data: Mapping[str, str]
+    engine: Engine
+    on_bad: str
+    skipped: dict[str, str]
+    drawn: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+    def parts(self, step: int) -> list[list[Sample]]:
+        """This process's share of step `step`, in one part."""
+        return [accept(self.steps.get(step), self.on_bad == "stop", self.skipped, "--on-bad-box")]
+
+    def loss(self, batch: list[Sample]) -> tuple[Tensor, Tensor]:
+        """The sum of the four losses of both stages, and the share of trained regions whose class is wrong; scalars."""
+        pictures = [to_device(s.pixels, self.engine).permute(2, 0, 1) / 255 for s in batch]
+        targets = [
+            {"boxes": to_device(s.boxes, self.engine), "labels": to_device(s.labels, self.engine)} for s in batch
+        ]
+        losses: dict[str, Tensor] = self.net(pictures, targets)
+        wrong = losses.pop("error")
+        return torch.stack(list(losses.values())).sum(), wrong
+
+    def judge(self, pictures: Sequence[Annotated]) -> BoxJudgement:
+        """Judges the network as it is now."""
+        readable, found = find(self.net, pictures, self.engine, Additions(), self.on_bad, self.skipped)
+        return boxes.judge(readable, found, self.classes)
+
+    def judge_held_out(self) -> dict[str, float] | None:
+        """mAP@.5 and mAP on the held-out pictures."""
+        if not self.held_out:
+            return None
+        judgement = self.judge(self.held_out)
+        return {"map_50": judgement.map_50, "map": judgement.map}
+
+    def close(self) -> None:
+        """Ends the processes that read."""
+        self.steps.close()
+
+    def bundle(self, recipe: Mapping[str, Any], metrics: Mapping[str, Mapping[str, Any]]) -> DenseBundle:
+        """All that goes into the model file."""
+        from residuum import __version__
+
+        versions = {"residuum": __version__, "torch": torch.__version__}
+        return DenseBundle(
+            "detect", self.net, self.spec, self.values, self.classes, recipe, metrics, self.data, versions
+        )
+
+
+def prepare(
+    *,
+    data: Parts[Annotated],
+    name: str,
+    net: str,
+    specification_changes: Mapping[str, Any],
+    init: str,
+    start_from: Path | None,
+    values: Mapping[str, Any],
+    anchors: tuple[int, ...],
+    sides: tuple[int, ...],
+    regions: int,
+    flips: str,
+    held: int,
+    on_bad: str,
+    batch: int,
+    seed: int,
+    engine: Engine,
+    workers: int,
+) -> Detect:
+    """Holds pictures out, finds anchors and statistics, and builds the network.
+
+    Args:
+        name: of the data, for the record.
+        start_from: a classifier's model file to start from; None for random weights.
+        values: the detector's, but for what is found here: `mean`, `std` and `anchors`.
+        anchors: sides in pixels at the network's scale; () takes them from the training boxes.
+        sides, regions: see `models.dense.detector`.
+        held: how many training pictures are kept for judging while training; chosen by name, the same for every seed.
+
+    Raises:
+        DataError, UsageError: what the data, the network's name or a value cannot be.
+    """
+    boxes.needed()
+    if flips not in FLIPS:
+        raise unknown("flips", flips, FLIPS)
+    train, kept, drawn = divided(data, held)
+    skipped = dict(data.skipped)
+    pictures = readable(train, Annotated.pixels, on_bad, skipped)
+    begun = start(net, specification_changes, start_from, init, seed, values["bn"], pictures)
+    found = anchors or anchor_sides(train, values["size"], values["longest"], values["form"])
+    chosen = Detector(mean=begun.mean, std=begun.std, anchors=found, **values)
+    network = build(begun.net, chosen, len(data.classes), seed=seed, sides=sides, regions=regions)
+    return Detect(
+        net=engine.place(network),
+        spec=begun.net.spec,
+        values=chosen,
+        classes=data.classes,
+        steps=Ahead(Samples(train, sample, batch, seed, flips, engine.world), workers),
+        train=train,
+        held_out=kept,
+        test=data.test,
+        judged=data.judged,
+        data={"name": name, "fingerprint": data.fingerprint + begun.digest},
+        engine=engine,
+        on_bad=on_bad,
+        skipped=skipped,
+        drawn=drawn,
+    )
+
+
+def anchor_sides(pictures: Sequence[Annotated], size: int, longest: int, form: str) -> tuple[int, ...]:
+    """Sides of anchors in pixels at the network's scale, from the square roots of the training boxes' areas.
+
+    "fpn": five that double, one of them the median, the finest at most the smallest twentieth. "c4": a tenth, the median, nine
+    tenths of the boxes (the paper's three, 128, 256 and 512 at a shorter side of 600, are for VOC's objects).
+    """
+    sides = []
+    for picture in pictures:
+        height, width = picture.size if picture.size != (0, 0) else tuple(picture.pixels().shape[:2])
+        scale = min(size / min(height, width), longest / max(height, width))
+        spans = picture.boxes[:, 2:] - picture.boxes[:, :2]
+        sides.append(spans.double().prod(1).sqrt() * scale)
+    found = torch.cat(sides)
+    if not len(found):
+        raise DataError("no training picture has a box; there is nothing to learn.")
+    low, tenth, median, most = (float(found.quantile(q)) for q in (0.05, 0.1, 0.5, 0.9))
+    if form == "c4":
+        return tuple(sorted({max(8, round(side)) for side in (tenth, median, most)}))
+    finest = max(8.0, median / 2 ** math.ceil(math.log2(max(1.0, median / max(low, 1.0)))))
+    return tuple(round(finest * 2**i) for i in range(5))

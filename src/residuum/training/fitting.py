@@ -1,0 +1,110 @@
+"""How many pictures fit into memory at once: found by trying, so that a step of any batch can be made in parts."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import gc
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from residuum.tasks.classify import Classify
+from residuum.training.average import learn
+from residuum.training.parts import parts_of
+from residuum.training.recipe import Recipe
+
+# torch's, oneDNN's and the C++ library's
+_WORDS = ("can't allocate memory", "out of memory", "could not create a ", "bad allocation", "bad_alloc")
+
+
+def is_short(error: BaseException) -> bool:
+    """Whether an error says that there is no memory left; torch has several words for it."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and any(word in str(error) for word in _WORDS)
+    )
+
+
+def largest_part(task: Classify, recipe: Recipe, below: int | None = None) -> int | None:
+    """The most pictures of a step, no more than now go through the network together, that fit into memory at once.
+
+    Args:
+        below: try only fewer than these.
+
+    Returns:
+        A divisor of this process's share; None where not even two pictures fit. The same in all processes.
+    """
+    share = recipe.batch // task.engine.world.size
+    now = share // task.shares
+    found = 0
+    for size in range(now, 1, -1):
+        if share % size == 0 and (below is None or size < below) and _fits(task, recipe, size):
+            found = size
+            break
+    (least,) = task.engine.world.agree(-found)  # the largest of the negative ones
+    return -least or None
+
+
+def in_fitting_parts(task: Classify, recipe: Recipe) -> tuple[Classify, Recipe, int | None]:
+    """Task and recipe with as many pictures at once as fit; the third is that number, None where nothing has to change."""
+    size = largest_part(task, recipe)
+    if size is None or size == recipe.batch // task.engine.world.size // task.shares:
+        return task, recipe, None
+    recipe = replace(recipe, bn_batch=size * task.engine.world.size if recipe.bn_sync else size)
+    return replace(task, shares=parts_of(recipe, task.engine.world)), recipe, size
+
+
+def _fits(task: Classify, recipe: Recipe, size: int) -> bool:
+    """Tries a forward and a backward pass of a few more pictures, on a copy of the network."""
+    gc.collect()
+    if task.engine.device.type == "cuda":
+        torch.cuda.empty_cache()
+    try:
+        with _no_more_than_there_is(task):
+            net = copy.deepcopy(task.net)
+            learn(net)
+            shape = (size + size // 8 + 1, task.preprocessing.channels, *task.preprocessing.size)
+            pictures = torch.zeros(shape, device=task.engine.device).to(memory_format=task.engine.memory_format)
+            with task.engine.autocast():
+                loss = net(pictures).float().square().sum()
+            loss.backward()
+            momentum = [torch.zeros_like(p) for p in net.parameters()]
+            return bool(momentum) and bool(loss.detach().isfinite())  # waits for the device
+    except (RuntimeError, MemoryError) as error:
+        if not is_short(error):
+            raise
+        return False
+
+
+@contextlib.contextmanager
+def _no_more_than_there_is(task: Classify) -> Iterator[None]:
+    """On a CPU: has an allocation fail where the system would end the process, or another one, for want of memory."""
+    free = _free_memory() if task.engine.device.type == "cpu" else None
+    if free is None:
+        yield
+        return
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    limits = [limit for limit in (soft, hard, used + free) if limit != resource.RLIM_INFINITY]
+    resource.setrlimit(resource.RLIMIT_AS, (min(limits), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+def _free_memory() -> int | None:
+    """Bytes that this process may still take, on Linux; None elsewhere."""
+    try:
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        free = int(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return None
+    with contextlib.suppress(OSError, ValueError):  # a container's own limit
+        most, now = (int(Path("/sys/fs/cgroup", name).read_text()) for name in ("memory.max", "memory.current"))
+        free = min(free, most - now)
+    return free
