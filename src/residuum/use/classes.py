@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
+from residuum.data import imagenet
 from residuum.errors import UsageError
 
 CIFAR10 = "airplane automobile bird cat deer dog frog horse ship truck"
@@ -19,12 +21,14 @@ CIFAR100 = """
 NAMES = ("digits", "cifar10", "cifar100", "imagenet")
 
 
-def class_names(text: str, n: int) -> tuple[str, ...]:
+def class_names(text: str | Sequence[str], n: int) -> tuple[str, ...]:
     """The `n` names that a text stands for: a data set's name, a file with one name a line, or names with commas between.
 
-    Raises UsageError where they are not `n` different names.
+    Names that are a list already stand for themselves. Raises UsageError where they are not `n` different names.
     """
-    if text in NAMES:
+    if not isinstance(text, str):
+        names, text = tuple(text), "LIST"
+    elif text in NAMES:
         names = of_data_set(text)
     elif Path(text).is_file():
         try:
@@ -52,17 +56,5 @@ def of_data_set(name: str) -> tuple[str, ...]:
     if name == "digits":
         return tuple("0123456789")
     if name == "imagenet":
-        from torchvision.models import ResNet18_Weights
-
-        return unique(ResNet18_Weights.DEFAULT.meta["categories"])
+        return tuple(imagenet.names().values())
     return tuple({"cifar10": CIFAR10, "cifar100": CIFAR100}[name].split())
-
-
-def unique(names: list[str]) -> tuple[str, ...]:
-    """Names made different where two classes share one (ImageNet has two "crane"s): the second gets " (2)"."""
-    seen: dict[str, int] = {}
-    result = []
-    for name in names:
-        seen[name] = seen.get(name, 0) + 1
-        result.append(name if seen[name] == 1 else f"{name} ({seen[name]})")
-    return tuple(result)

@@ -22,7 +22,7 @@ SUFFIXES = (".pth", ".safetensors")
 def export(bundle: Bundle, target: str, out: Path) -> list[str]:
     """Writes a `state_dict` that torchvision or timm loads strictly; sentences on what they do not know of it.
 
-    What a state dict does not tell (specification, classes, preprocessing, temperature) stands beside the tensors, in the
+    What a state dict does not tell (classes, preprocessing, the data that it learnt from, …) stands beside the tensors, in the
     metadata of a .safetensors file or of the state dict itself, where PyTorch passes it over and `residuum import` finds it.
 
     Raises:
@@ -30,7 +30,7 @@ def export(bundle: Bundle, target: str, out: Path) -> list[str]:
         RunError: the file cannot be written.
     """
     if target not in TARGETS:
-        raise unknown("target", target, TARGETS)
+        raise unknown("target", target, ("onnx", "torch", "openvino", *TARGETS))
     if out.suffix not in SUFFIXES:
         raise UsageError(f"--out {out}: the file ends in {' or '.join(SUFFIXES)}.")
     own = bundle.preprocessing
@@ -38,7 +38,9 @@ def export(bundle: Bundle, target: str, out: Path) -> list[str]:
         "specification": bundle.spec.to_json(),
         "classes": list(bundle.classes),
         "preprocessing": own.to_json() | {"mean": own.mean.tolist()},
-        "temperature": bundle.temperature,
+        "temperature": float(bundle.temperature),
+        "calibration": dict(bundle.calibration),
+        "data": dict(bundle.data),
     })  # fmt: skip
     state: Any = bundle.net.state_dict()
     for key, value in state.items():

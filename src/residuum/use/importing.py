@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from residuum.errors import UsageError, unknown
+from residuum.errors import ModelFileError, UsageError, unknown
 from residuum.models.accounting import natural_size
 from residuum.models.bundle import Bundle
 from residuum.models.importers import infer, network
@@ -27,9 +27,9 @@ class Given:
     """What a person says about weights, where the file does not; None leaves it to the known source.
 
     Attributes:
-        source: who published them, a name of models.importers.SOURCES.
-        classes: a data set's name, a file with one name a line, or names with commas between.
-        mean, std: in units of [0, 1], one number a channel or one for all.
+        source: who published them, a name of models.importers.SOURCES; timm's with the architecture, as "timm:resnet50".
+        classes: a data set's name, a file with one name a line, names with commas between, or a list of names.
+        mean, std: in units of [0, 1], one number a channel, in the order of `input`, or one for all.
         size, resize: side of the input, and the shorter side before the centre is cut, in pixels.
         interpolation: of the resize.
         input: "rgb" or "bgr": the order of the channels that the weights were trained on.
@@ -38,7 +38,7 @@ class Given:
     """
 
     source: str | None = None
-    classes: str | None = None
+    classes: str | Sequence[str] | None = None
     mean: Sequence[float] | None = None
     std: Sequence[float] | None = None
     size: int | None = None
@@ -48,6 +48,29 @@ class Given:
     changes: Mapping[str, str] | None = None
     key: str | None = None
 
+    @property
+    def publisher(self) -> str:
+        """The source without the name of an architecture."""
+        return (self.source or "").split(":")[0]
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """What is given, by attribute."""
+        values = {f.name: (getattr(self, f.name), f.default) for f in fields(self)}
+        return {name: v for name, (v, default) in values.items() if v is not None and v != {} and v != default}
+
+    def refuse(self, keys: Sequence[str], why: str) -> None:
+        """Raises UsageError where one of these is given."""
+        options = {"changes": "--set"}
+        if found := [options.get(key, f"--{key}") for key in keys if key in self.values]:
+            raise UsageError(f"{why}; leave out {' and '.join(found)}.")
+
+    def over(self, known: Given) -> Given:
+        """What a publisher says, with what a person gives in its place."""
+        if self.size is not None:
+            known = replace(known, resize=None)  # the publisher's belongs to another size
+        return replace(known, **self.values)
+
 
 def import_weights(file: Path, given: Given) -> tuple[Bundle, list[str]]:
     """The model in a file of weights, and sentences on what was found, known and assumed.
@@ -56,41 +79,45 @@ def import_weights(file: Path, given: Given) -> tuple[Bundle, list[str]]:
         ModelFileError: the file cannot be read safely, or its tensors do not fit a residual network.
         UsageError: something that the file does not tell is neither given nor known; the message says which option gives it.
     """
-    state = read_state(file, given.key)
-    bundle, notes = assembled(state, given)
-    return bundle, [*state.notes, *notes]
+    return assembled(read_state(file, given.key), given, str(file))
 
 
-def assembled(state: State, given: Given) -> tuple[Bundle, list[str]]:
-    """The model of a state."""
-    spec, notes = infer(state, given.source, given.changes)
+def assembled(state: State, given: Given, where: str) -> tuple[Bundle, list[str]]:
+    """The model of a state that came from `where`, and the sentences, which stand in its metadata too."""
+    spec, inferred = infer(state, given.source, given.changes)
+    notes = [*state.notes, *inferred]
     net = network(state, spec)
     if given.input not in ORDERS:
         raise unknown("order of channels", given.input, ORDERS)
     if given.input == "bgr" and not state.caffe:  # Caffe's own layout is turned when it is read
         net.conv1.weight.data = net.conv1.weight.data.flip(1).contiguous()
         notes.append("inputs turned from BGR to RGB")
-    classes = _classes(state, given, spec)
+    classes = _classes(state, given, spec, notes)
     preprocessing = _preprocessing(state, given, spec, notes)
     from residuum import __version__
 
-    recipe = {"source": given.source or ("residuum export" if state.about else "given")}
-    return Bundle(
+    bundle = Bundle(
         net=net,
         classes=classes,
         preprocessing=preprocessing,
-        temperature=float(state.about.get("temperature", 1.0)),
-        recipe=recipe,
+        temperature=state.about.get("temperature", 1.0),
+        recipe={"source": given.source or ("residuum export" if state.about else "given"), "notes": notes},
+        data=state.about.get("data", {}),
         versions={"residuum": __version__, "torch": torch.__version__},
-    ), notes
+        calibration=state.about.get("calibration", {}),
+    )
+    if fault := bundle.fault():
+        raise ModelFileError(f"{where} makes no model that could be used: {fault}; take weights that are whole.")
+    return bundle, notes
 
 
-def _classes(state: State, given: Given, spec: Specification) -> tuple[str, ...]:
+def _classes(state: State, given: Given, spec: Specification, notes: list[str]) -> tuple[str, ...]:
     if given.classes is not None:
         return class_names(given.classes, spec.classes)
     if state.about:
         return tuple(state.about["classes"])
-    if given.source in ("torchvision", "timm") and spec.classes == 1000:
+    if given.publisher in ("torchvision", "timm") and spec.classes == 1000:
+        notes.append(f"ASSUMED from source {given.publisher}: ImageNet's 1,000 classes; --classes says otherwise")
         return of_data_set("imagenet")
     raise UsageError(
         f"the file does not name its {spec.classes:,} classes: give --classes, a data set's name (as cifar10), a file with "
@@ -109,12 +136,18 @@ def _preprocessing(state: State, given: Given, spec: Specification, notes: list[
             "resize": own.resize,
             "interpolation": own.interpolation,
         }
-    elif given.source in ("torchvision", "timm") and spec.stem == "imagenet" and spec.channels == 3:
+    elif given.publisher in ("torchvision", "timm") and spec.stem == "imagenet" and spec.channels == 3:
         known = {"mean": torch.tensor(IMAGENET_MEAN), "std": torch.tensor(IMAGENET_STD)}
+        if assumed := [key for key in ("mean", "std") if getattr(given, key) is None]:
+            values = " and ".join(f"{key} {','.join(f'{v:g}' for v in known[key].tolist())}" for key in assumed)
+            notes.append(
+                f"ASSUMED from source {given.publisher}: {values}, which some of its weights depart from; "
+                f"{' and '.join(f'--{key}' for key in assumed)} say otherwise"
+            )
     if given.mean is not None:
-        known["mean"] = _per_channel("mean", given.mean, spec.channels)
+        known["mean"] = _per_channel("mean", given.mean, spec.channels, given.input)
     if given.std is not None:
-        known["std"] = _per_channel("std", given.std, spec.channels)
+        known["std"] = _per_channel("std", given.std, spec.channels, given.input)
     if missing := [f"--{key}" for key in ("mean", "std") if key not in known]:
         raise UsageError(
             f"the file does not say how its pictures were prepared: give {' and '.join(missing)}, in units of [0, 1] and one "
@@ -127,17 +160,22 @@ def _preprocessing(state: State, given: Given, spec: Specification, notes: list[
         raise UsageError(
             f"--resize {resize} must be at least --size {max(size)}, which is cut from it, and that at least 1."
         )
-    if not state.about and (given.size is None or given.resize is None):
-        notes.append(
-            f"ASSUMED pictures: shorter side {resize}, centre {size[0]}x{size[1]}; --size and --resize say otherwise"
-        )
     interpolation = given.interpolation or known.get("interpolation", "bilinear")
-    return Preprocessing(spec.channels, size, resize, known["mean"], known["std"], interpolation)
+    if not state.about and None in (given.size, given.resize, given.interpolation):
+        notes.append(
+            f"ASSUMED pictures: shorter side {resize}, {interpolation}, centre {size[0]}x{size[1]}; --size, --resize and "
+            "--interpolation say otherwise"
+        )
+    made = Preprocessing(spec.channels, size, resize, known["mean"], known["std"], interpolation)
+    if (given.size or given.resize) and (fault := made.fault()):
+        raise UsageError(f"pictures cannot be prepared so: {fault}.")
+    return made
 
 
-def _per_channel(key: str, values: Sequence[float], channels: int) -> torch.Tensor:
+def _per_channel(key: str, values: Sequence[float], channels: int, order: str) -> torch.Tensor:
     if len(values) not in (1, channels):
         raise UsageError(f"--{key} takes {channels} numbers, one a channel, or one for all, not {len(values)}.")
     if not all(-1000 < v < 1000 for v in values) or (key == "std" and not all(v > 0 for v in values)):
         raise UsageError(f"--{key} takes finite numbers in units of [0, 1]{', above 0' if key == 'std' else ''}.")
-    return torch.tensor(list(values) * (channels if len(values) == 1 else 1), dtype=torch.float32)
+    whole = torch.tensor(list(values) * (channels if len(values) == 1 else 1), dtype=torch.float32)
+    return whole.flip(0) if order == "bgr" else whole

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -12,14 +15,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from residuum.data.decode import decode
+from residuum.data.decode import decode, upright
 from residuum.errors import DataError, UsageError
-from residuum.models.bundle import Bundle, load_bundle
+from residuum.models.bundle import Bundle
 from residuum.runtime import Engine, evaluating, pick_engine, to_device
-from residuum.use.download import download, scheme_of
+from residuum.use.download import model_of
+from residuum.use.engines import Chosen, choose
 
 Picture = str | Path | bytes | Image.Image
-BATCH = 64
+BATCH = 64  # pictures that go through the engine together
+AHEAD = 2 * BATCH  # pictures that are decoded, or about to be, while it computes
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,25 @@ class Model(Bundle):
     """A model file ready for use: network, classes, preprocessing, and `predict`."""
 
     engine: Engine
+    chosen: Chosen | None = None  # another engine than the network itself
+
+    def choose(
+        self, engine: str, precision: str = "auto", pictures: Sequence[Picture] = (), calibrate: Sequence[Picture] = ()
+    ) -> Chosen:
+        """Takes an engine for all that follows, and says which one and why; see `use.engines.choose`, whose errors it raises.
+
+        Args:
+            pictures: engines are held to what torch says of these where the model file has no check pictures.
+            calibrate: int8 is calibrated on these instead of the model file's training pictures.
+        """
+        check = None if self.samples else self._pixels(pictures)
+        self.chosen = choose(self, engine, precision, check=check, training=self._pixels(calibrate))
+        return self.chosen
+
+    def _pixels(self, pictures: Sequence[Picture]) -> Tensor | None:
+        """Those that can be read, uint8 (n, h, w, C); None where there is none."""
+        readable = [x for picture in pictures if isinstance(x := self._input(picture), Tensor)]
+        return torch.stack(readable) if readable else None
 
     def predict(self, picture: Picture, *, top: int = 5) -> Prediction:
         """The `top` best classes of one picture.
@@ -58,39 +82,66 @@ class Model(Bundle):
 
     def predictions(self, pictures: Iterable[Picture], *, top: int = 5) -> Iterator[Prediction]:
         """Predicts pictures one after another, in batches; one that cannot be read becomes a prediction with its error."""
+        return self.named_predictions(((_name(picture), picture) for picture in pictures), top=top)
+
+    def named_predictions(
+        self, pictures: Iterable[tuple[str, Picture | DataError]], *, top: int = 5
+    ) -> Iterator[Prediction]:
+        """As `predictions`, of pictures with names; in the place of one that is known to be unreadable stands its error.
+
+        Threads decode ahead while the engine computes. However many there are, no more than AHEAD + BATCH are held.
+        """
         if top < 1:
             raise UsageError(f"top must be 1 or more, not {top}.")
-        iterator = iter(pictures)
-        while group := list(islice(iterator, BATCH)):
-            inputs = [self._input(picture) for picture in group]
-            readable = [x for x in inputs if isinstance(x, Tensor)]
+        ready = self._decoded(pictures)
+        while group := list(islice(ready, BATCH)):
+            readable = [x for _, x in group if isinstance(x, Tensor)]
             scores = iter(self.scores(torch.stack(readable)) if readable else ())
-            for picture, x in zip(group, inputs, strict=True):
-                name = _name(picture)
+            for name, x in group:
                 yield Prediction(name, error=x) if isinstance(x, str) else self._best(name, next(scores), top)
 
     def scores(self, pixels: Tensor) -> Tensor:
         """Softmax scores, float32 (B, classes), of pictures already resized and cropped, uint8 (B, h, w, C)."""
+        if self.chosen is not None:
+            return self.chosen.answer(pixels)
         with evaluating(self.net), self.engine.autocast():
             logits = self.net(self.preprocessing.normalise(to_device(pixels, self.engine)))
         return torch.softmax(logits.float().cpu() / self.temperature, 1)
 
-    def _input(self, picture: Picture) -> Tensor | str:
+    def _decoded(self, pictures: Iterable[tuple[str, Picture | DataError]]) -> Iterator[tuple[str, Tensor | str]]:
+        """(name, uint8 (h, w, C) or why not) of every picture, in order."""
+        coming, waiting = iter(pictures), deque[tuple[str, Future[Tensor | str]]]()
+        pool = ThreadPoolExecutor(min(16, os.cpu_count() or 1))
         try:
-            decoded = (
-                picture
-                if isinstance(picture, Image.Image)
-                else decode(Path(picture) if isinstance(picture, str) else picture)
-            )
+            for name, picture in islice(coming, AHEAD):
+                waiting.append((name, pool.submit(self._input, picture)))
+            while waiting:
+                name, future = waiting.popleft()
+                for following, picture in islice(coming, 1):
+                    waiting.append((following, pool.submit(self._input, picture)))
+                yield name, future.result()
+        finally:  # also where nobody wants the rest
+            pool.shutdown(cancel_futures=True)
+
+    def _input(self, picture: Picture | DataError) -> Tensor | str:
+        """uint8 (h, w, C), or why it cannot be read."""
+        try:
+            if isinstance(picture, DataError):
+                return str(picture)
+            if isinstance(picture, Image.Image):
+                return self.preprocessing(upright(picture))
+            return self.preprocessing(decode(Path(picture) if isinstance(picture, str) else picture))
         except DataError as error:
             return str(error)
-        return self.preprocessing(decoded)
 
     def _best(self, name: str, scores: Tensor, top: int) -> Prediction:
-        values, places = scores.topk(min(top, len(self.classes)))
-        return Prediction(
-            name, tuple((self.classes[i], round(v, 6)) for i, v in zip(places.tolist(), values.tolist(), strict=True))
-        )
+        return Prediction(name, best(self.classes, scores, top))
+
+
+def best(classes: Sequence[str], scores: Tensor, top: int) -> tuple[tuple[str, float], ...]:
+    """The `top` classes with the highest scores (classes,), best first."""
+    values, places = scores.topk(min(top, len(classes)))
+    return tuple((classes[i], round(v, 6)) for i, v in zip(places.tolist(), values.tolist(), strict=True))
 
 
 def _name(picture: Picture) -> str:
@@ -105,11 +156,15 @@ def load(path: str | Path, *, precision: str = "fp32", device: str = "auto") -> 
             "hf:OWNER/REPOSITORY"; those are downloaded.
         precision: "fp32", "bf16" or "auto".
 
+    Returns:
+        Network, classes and preprocessing, with `predict` (one picture), `predictions` (many) and `scores` (uint8 (B, h, w, C)
+        -> softmax scores (B, classes)).
+
     Raises:
         ModelFileError: the file is missing, damaged, foreign, or a folder; or there is no network to download by.
         UsageError: the publisher has no such model.
     """
-    bundle = download(str(path)) if scheme_of(str(path)) else load_bundle(Path(path))
+    bundle = model_of(path)
     model = Model(**{name: getattr(bundle, name) for name in Bundle.__dataclass_fields__})
     model.engine = pick_engine(precision, device)
     model.engine.place(model.net)

@@ -1,0 +1,253 @@
+"""What computes the answers: PyTorch, ONNX Runtime or OpenVINO, in fp32, bf16 or int8; and which of them is the fastest here.
+
+An engine is a value of the table ENGINES. Built for a model it is a function of pictures, uint8 (B, h, w, C), to scores,
+float32 (B, classes). `choose` builds those that are installed, holds each to what torch says in fp32 of the model's check
+pictures, and takes the fastest of those that agree.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from residuum.errors import UsageError, unknown
+from residuum.models.bundle import Bundle
+from residuum.models.samples import apart
+from residuum.runtime import automatic_precision
+from residuum.use.graphs import PIXELS, Graphs
+from residuum.use.whole import Whole, reference
+
+Answers = Callable[[Tensor], Tensor]  # uint8 (B, h, w, C) -> float32 (B, classes)
+PRECISIONS = ("auto", "fp32", "bf16", "int8")
+BOUNDS = {  # what agrees with torch in fp32: least top-1 agreement, largest difference of a score
+    "fp32": (1.0, 1e-3),
+    "bf16": (0.99, 0.05),
+    "int8": (0.9, 0.3),  # of 16 pictures one may fall to another class
+}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One engine: what it needs, what it computes in, and how it is built."""
+
+    packages: tuple[str, ...]
+    precisions: tuple[str, ...]  # best first
+    build: Callable[[Graphs, str], Answers]
+
+    def missing(self) -> list[str]:
+        """The packages that are not installed."""
+        return [name for name in self.packages if find_spec(name) is None]
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far scores are from the reference's: the share of pictures with the same best class, and the largest difference."""
+
+    top1_agreement: float
+    largest_difference: float
+
+    @staticmethod
+    def between(scores: Tensor, expected: Tensor) -> Agreement:
+        """Of two tables of scores, (N, classes) each; scores that are not numbers agree with nothing."""
+        if scores.shape != expected.shape or not bool(scores.isfinite().all()):
+            return Agreement(0.0, 1.0)
+        same = (scores.argmax(1) == expected.argmax(1)).float().mean()
+        return Agreement(float(same), float((scores - expected).abs().max()))
+
+    def within(self, agreement: float, difference: float) -> bool:
+        """Whether it is as good as that."""
+        return self.top1_agreement >= agreement and self.largest_difference <= difference
+
+    def __str__(self) -> str:
+        return f"top-1 agrees on {self.top1_agreement:.1%}, scores within {self.largest_difference:.2g}"
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """An engine built for a model, and one line on why it is this one."""
+
+    name: str
+    precision: str
+    answer: Answers
+    why: str
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.precision} ({self.why})"
+
+
+def _torch(graphs: Graphs, precision: str) -> Answers:
+    whole, prepared = Whole(graphs.bundle), graphs.bundle.preprocessing
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    # pure bf16 behind the normalisation, not autocast: the weights are turned once, not with every batch
+    net = whole.net.to(dtype).to(memory_format=torch.channels_last)
+
+    def answer(pixels: Tensor) -> Tensor:
+        with torch.inference_mode():
+            x = prepared.normalise(pixels)
+            return torch.softmax(net(x.to(dtype)).float() / whole.temperature, 1)
+
+    return answer
+
+
+def _onnxruntime(graphs: Graphs, precision: str) -> Answers:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(graphs.onnx(precision), options, providers=["CPUExecutionProvider"])
+    return lambda pixels: torch.from_numpy(session.run(None, {PIXELS: pixels.numpy()})[0])
+
+
+def _openvino(graphs: Graphs, precision: str) -> Answers:
+    import openvino
+
+    model = graphs.openvino(precision)
+    # int8 graphs compute the rest in bf16 where the hardware does
+    hint = "bf16" if precision == "bf16" or (precision == "int8" and _bf16()) else "f32"
+    settings = {
+        "INFERENCE_PRECISION_HINT": hint,
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "PERFORMANCE_HINT": "LATENCY",  # one batch at a time, on all threads
+    }
+    compiled = openvino.compile_model(model, "CPU", settings)
+
+    own = threading.local()  # a request computes one batch at a time; each thread that asks has its own
+
+    def answer(pixels: Tensor) -> Tensor:
+        if not hasattr(own, "request"):
+            own.request = compiled.create_infer_request()
+        return torch.from_numpy(own.request.infer([pixels.numpy()], share_inputs=True)[0])
+
+    return answer
+
+
+ENGINES: Mapping[str, Kind] = {
+    "torch": Kind((), ("bf16", "fp32"), _torch),
+    "onnxruntime": Kind(("onnx", "onnxscript", "onnxruntime"), ("fp32", "int8"), _onnxruntime),
+    "openvino": Kind(("onnx", "onnxscript", "openvino", "nncf"), ("bf16", "fp32", "int8"), _openvino),
+}
+NAMES = ("auto", *ENGINES)
+
+
+def choose(
+    bundle: Bundle,
+    engine: str = "auto",
+    precision: str = "auto",
+    *,
+    check: Tensor | None = None,
+    training: Tensor | None = None,
+    batch: int = 16,
+) -> Chosen:
+    """The engine asked for, or the fastest that is installed and agrees with torch in fp32.
+
+    Args:
+        engine: "auto" or a name in ENGINES; one that is named is not held to the bound, but its agreement is told.
+        precision: "auto" is bf16 where the hardware computes it, else fp32; never int8, which is for who asks for it.
+        check: pictures to hold engines to, uint8 (n, h, w, C); the model file's own where None.
+        training: pictures to calibrate int8 on, likewise.
+        batch: pictures in the batches that are timed.
+
+    Raises:
+        UsageError: an unknown name, an engine that is not installed or has no such precision, int8 without pictures.
+    """
+    samples = bundle.samples
+    check = samples.check if check is None and samples is not None else check
+    training = samples.training if training is None and samples is not None else training
+    wanted = _candidates(engine, precision)
+    if training is not None and check is not None:  # a person may have given some of the same pictures for both
+        training = apart(training, check)
+    if precision == "int8" and (training is None or not len(training)):
+        raise UsageError(
+            "int8 is calibrated on other pictures than it is judged on, and there are none in the model file; give some: "
+            "--calibrate FOLDER"
+        )
+    graphs = Graphs(bundle, training)
+    name, (first, *_) = wanted[0]
+    if check is None or not len(check):
+        if engine == "auto" and precision == "auto":
+            first = "fp32"
+        why = "as asked" if engine != "auto" else "there are no check pictures to hold another engine to"
+        return Chosen(name, first, ENGINES[name].build(graphs, first), why)
+    expected = reference(bundle, check)
+    if engine != "auto":
+        answer = ENGINES[name].build(graphs, first)
+        said = Agreement.between(answer(check), expected)
+        return Chosen(name, first, answer, f"as asked; {said} with torch fp32 on {len(check)} check pictures")
+    return _fastest(graphs, wanted, check, expected, batch)
+
+
+def check_names(engine: str, precision: str) -> None:
+    """Raises UsageError for an engine or a precision that is not known."""
+    if engine not in NAMES:
+        raise unknown("engine", engine, NAMES)
+    if precision not in PRECISIONS:
+        raise unknown("precision", precision, PRECISIONS)
+
+
+def _candidates(engine: str, precision: str) -> list[tuple[str, tuple[str, ...]]]:
+    """(engine, its precisions that come into question, best first) of all that are installed; UsageError where none is."""
+    check_names(engine, precision)
+    automatic = ("bf16", "fp32") if _bf16() else ("fp32",)
+    found = []
+    for name, kind in ENGINES.items():
+        allowed = tuple(p for p in kind.precisions if p == precision or (precision == "auto" and p in automatic))
+        if engine not in ("auto", name):
+            continue
+        if engine == name and not allowed:
+            raise UsageError(f"{name} computes in {' or '.join(kind.precisions)} here, not in {precision}.")
+        if engine == name and (missing := kind.missing()):
+            extra = "openvino" if name == "openvino" else "onnx"
+            raise UsageError(f"{name} needs the package {missing[0]}; install it with: pip install 'residuum[{extra}]'")
+        if allowed and not kind.missing():
+            found.append((name, allowed))
+    if not found:
+        raise UsageError(
+            f"no engine installed here computes in {precision}; pip install 'residuum[openvino]' brings one."
+        )
+    return found
+
+
+def _fastest(
+    graphs: Graphs, wanted: Sequence[tuple[str, tuple[str, ...]]], check: Tensor, expected: Tensor, batch: int
+) -> Chosen:
+    """Of each engine the best precision that agrees, and of those the one that takes the least time."""
+    timed, refused = [], []
+    pixels = check[torch.arange(batch) % len(check)]  # (batch, h, w, C)
+    for name, precisions in wanted:
+        for precision in precisions:
+            answer = ENGINES[name].build(graphs, precision)
+            said = Agreement.between(answer(check), expected)
+            if said.within(*BOUNDS[precision]):
+                timed.append((seconds(answer, pixels), name, precision, answer, said))
+                break
+            refused.append(f"{name} {precision} does not agree ({said})")
+    if not timed:
+        answer = ENGINES["torch"].build(graphs, "fp32")
+        return Chosen("torch", "fp32", answer, "; ".join(refused))
+    timed.sort(key=lambda one: one[0])
+    best, name, precision, answer, said = timed[0]
+    others = [f"{n} {p} takes {s / best:.2f} times as long" for s, n, p, _, _ in timed[1:]]
+    words = [f"{said} with torch fp32 on {len(check)} check pictures", *others, *refused]
+    return Chosen(name, precision, answer, "; ".join(words))
+
+
+def seconds(answer: Answers, pixels: Tensor, budget: float = 0.5) -> float:
+    """The least seconds that a batch takes, of as many as fit into the budget, three at least; one before them to warm up."""
+    answer(pixels)
+    least, began, n = float("inf"), time.perf_counter(), 0
+    while n < 3 or (time.perf_counter() - began < budget and n < 50):
+        start = time.perf_counter()
+        answer(pixels)
+        least, n = min(least, time.perf_counter() - start), n + 1
+    return least
+
+
+def _bf16() -> bool:
+    return automatic_precision(torch.device("cpu")) == "bf16"

@@ -1,0 +1,63 @@
+"""The process: a socket, uvicorn, and a stop that finishes what is under way."""
+
+from __future__ import annotations
+
+import logging
+import math
+import signal
+import socket
+from collections.abc import Callable
+
+import uvicorn
+from fastapi import FastAPI
+
+from residuum.errors import UsageError
+
+
+def serve(app: FastAPI, host: str, port: int, timeout: float, ready: Callable[[str], None]) -> None:
+    """Serves until SIGTERM or Ctrl-C; then takes no new request, finishes those under way, and returns.
+
+    Args:
+        port: 0 takes a free one.
+        timeout: seconds that a request may take, to be sent and again to be answered.
+        ready: is told the address once connections are taken.
+
+    Raises UsageError where the address cannot be used.
+    """
+    listening = _listening(host, port)
+    logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # what clients send wrongly is told to them
+    config = uvicorn.Config(
+        app,
+        log_level="error",
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=5,
+        timeout_graceful_shutdown=math.ceil(2 * timeout) + 1,
+    )
+    shown = f"[{host}]" if ":" in host else host
+    ready(f"http://{shown}:{listening.getsockname()[1]}/")
+    # uvicorn raises the signal anew after its stop, for whoever handled it before; here the stop was all that it asked for
+    before = {which: signal.signal(which, lambda *_: None) for which in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        uvicorn.Server(config).run(sockets=[listening])
+    finally:
+        for which, handler in before.items():
+            signal.signal(which, handler)
+        listening.close()
+
+
+def _listening(host: str, port: int) -> socket.socket:
+    """A socket that takes connections; raises UsageError where the address cannot be used."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    # TCP by name: asyncio sends small answers at once (TCP_NODELAY) only where it sees that; else they are 40 ms late
+    listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind((host, port))
+        listening.listen(1024)
+    except OSError as error:
+        listening.close()
+        raise UsageError(
+            f"cannot listen on {host}:{port} ({error.strerror}); choose another --host or --port."
+        ) from error
+    return listening
