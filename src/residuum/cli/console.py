@@ -106,25 +106,31 @@ class Bar:
         if self._rich is not None:
             self._rich.stop()
 
-    def show(self, done: int, total: int, words: str = "") -> None:
-        """Shows that `done` of `total` are done; `words` stand beside. Of several processes only the first one speaks."""
+    def show(self, done: int, total: int | None, words: str = "") -> None:
+        """Shows that `done` of `total` are done (None: nobody knows of how many); `words` stand beside.
+
+        Of several processes only the first one speaks.
+        """
         if os.environ.get("RANK", "0") != "0":
             return
         now = time.monotonic()
-        if not words:
-            words = f"{duration((now - self._began) / max(done, 1) * (total - done))} left"
+        if not words and total is None:
+            words = f"{done / max(now - self._began, 1e-9):,.0f}/s"
+        elif not words:
+            words = f"{duration((now - self._began) / max(done, 1) * ((total or 0) - done))} left"
         if self._rich is not None and self._task is not None:
             self._rich.update(self._task, completed=done, total=total, words=words)
             return
-        if now - self._last < max(2.0, (now - self._began) / 20) and done < total:  # fewer lines as the work goes on
+        if now - self._last < max(2.0, (now - self._began) / 20) and done != total:  # fewer lines as the work goes on
             return
         self._last = now
-        say(f"{self._what} {done:,}/{total:,}  {words}")
+        say(f"{self._what} {done:,}{'' if total is None else f'/{total:,}'}  {words}")
 
 
 def training_words(p: TrainingProgress) -> str:
     """What stands beside the bar of a training run."""
-    held_out = "" if p.held_out_error is None else f"  held-out error {percent(p.held_out_error)}"
+    watched = next(iter(p.held_out.items()), None)
+    held_out = "" if watched is None else f"  held-out {watched[0].replace('_', ' ')} {percent(watched[1])}"
     return (
         f"loss {p.loss:.4f}  training error {percent(p.error)}{held_out}  lr {p.lr:g}  "
         f"{p.images_per_second:,.0f} images/s  {duration(p.seconds_left)} left"

@@ -128,10 +128,11 @@ def _speed(source: Dataset) -> dict[str, float] | None:
 
 
 def _write(path: Path, findings: Findings) -> None:
+    from residuum.data.stored import quarantine_line
     from residuum.records import write_atomically
 
     head = f"# {len(findings.quarantine):,} pictures of {findings.data} to leave out: residuum train DATA --quarantine {path}\n"
-    text = head + "".join(f"{name}\n" for name in findings.quarantine)
+    text = head + "".join(f"{quarantine_line(name)}\n" for name in findings.quarantine)
     write_atomically(path, text.encode("utf-8", "surrogateescape"))
     console.say(f"{path}: {len(findings.quarantine):,} pictures for training to leave out")
 

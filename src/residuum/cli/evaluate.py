@@ -15,13 +15,16 @@ if TYPE_CHECKING:
 
 
 def evaluate(
-    *models: Path,
+    *models: str,
     data: str,
     protocol: str = "1crop",
     weights: str | None = None,
     split: str = "test",
+    fit_temperature: str | None = None,
+    save_temperature: Annotated[bool, Parameter(negative="")] = False,
     data_dir: Path = Path("data"),
     on_bad_image: str = "stop",
+    quarantine: Path | None = None,
     precision: str = "auto",
     device: str = "auto",
     out: Path | None = None,
@@ -37,7 +40,8 @@ def evaluate(
     Parameters
     ----------
     models
-        Model files. The scores of several are averaged, their classes matched by name.
+        Model files, or publishers' names such as torchvision:resnet50.IMAGENET1K_V2. The scores of several are averaged, their
+        classes matched by name.
     data
         Data set: digits, cifar10, cifar100, a folder of class folders, or a pattern of tar shards.
     protocol
@@ -46,11 +50,19 @@ def evaluate(
     weights
         Of the ensemble's members, in their order, with commas between; equal ones by default.
     split
-        test, train, or any split that the data have (val, held-out, all). A folder's val is its test where it has no other.
+        test, train, or any split that the data have (val, held-out, all). A folder's val is its test where it has no other; of
+        a folder without either, those pictures are judged that the model's own run held out.
+    fit_temperature
+        Fit each model's temperature first: on another split, or on so many pictures of the judged one, which are then left out
+        of the judgement.
+    save_temperature
+        Write what was fitted into the model files.
     data_dir
         Where archives lie.
     on_bad_image
         stop at a picture that cannot be read, or skip it: then it is named and not counted.
+    quarantine
+        A list of pictures to leave out, as `residuum data check --quarantine` writes it.
     precision
         fp32, bf16, or auto: bf16 where the hardware computes it.
     device
@@ -66,18 +78,26 @@ def evaluate(
     from residuum.evaluation import predictions as table
     from residuum.evaluation.evaluate import evaluate as judge
     from residuum.runtime import first_process
+    from residuum.use.download import model_of, scheme_of
 
     if predictions is not None:
         table.check(predictions)
+    if save_temperature and (fit_temperature is None or any(map(scheme_of, models))):
+        raise UsageError(
+            "--save-temperature goes with --fit-temperature, and with model files: import what is downloaded."
+        )
     with console.Bar("pictures") as bar:
         evaluation = judge(
-            models,
+            [model_of(model) for model in models],
             data,
             protocol=protocol,
             weights=_numbers(weights),
             split=split,
+            fit_on=fit_temperature,
+            names=models,
             data_dir=data_dir,
             on_bad_image=on_bad_image,
+            quarantine=quarantine or "",
             precision=precision,
             device=device,
             progress=bar.show,
@@ -86,7 +106,12 @@ def evaluate(
         return
     if skipped := evaluation.judgement.skipped:
         console.say(f"{len(skipped):,} pictures could not be read and are not counted: {', '.join(skipped)}")
-    folder = models[0].parent if out is None else out
+    for sentence in evaluation.notes:
+        console.say(f"residuum: warning: {sentence}.")
+    if save_temperature:
+        for model, bundle in zip(models, evaluation.bundles, strict=True):
+            bundle.save(Path(model))
+    folder = Path(models[0]).parent if out is None else out
     try:
         page.write(evaluation, folder)
         console.say(f"page: {folder / 'evaluation.html'}")
@@ -122,6 +147,8 @@ def _print(evaluation: Evaluation) -> None:
     if len(judgement.classes) > 5:
         print(f"top-5 error {console.percent(judgement.top5_error)}")
     print(f"expected calibration error {console.percent(judgement.calibration_error)}")
+    for name, sentence in zip(evaluation.models, evaluation.calibration, strict=True):
+        print(sentence if len(evaluation.models) == 1 else f"{name}: {sentence}")
     if (known := figures["published"]) is not None:
         print(f"published: top-1 error {console.percent(known['top1_error'])} ({known['source']})")
     print()

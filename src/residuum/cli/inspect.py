@@ -34,7 +34,7 @@ def inspect(
     Parameters
     ----------
     net
-        A network's name, or a model file.
+        A network's name, a model file, or a publisher's name such as timm:resnet50.a1_in1k.
     size
         Side of the input in pixels; by default the paper's, 32 or 224 (a model file's own).
     classes
@@ -65,15 +65,15 @@ def inspect(
 def _specification(
     net: str, changes: dict[str, str], classes: int | None, channels: int | None
 ) -> tuple[Specification, tuple[int, int] | None]:
-    from residuum.models.bundle import load_bundle
     from residuum.models.spec import parse_changes, specification
+    from residuum.use.download import model_of, scheme_of
 
-    if net.endswith(".safetensors") or Path(net).exists():
+    if net.endswith(".safetensors") or scheme_of(net) or Path(net).exists():
         if changes or classes is not None or channels is not None:
             raise UsageError(
                 "a model file is inspected as it is; --set, --classes and --channels go with a network's name."
             )
-        bundle = load_bundle(Path(net))
+        bundle = model_of(net)
         return bundle.spec, bundle.preprocessing.size
     sizes = {k: v for k, v in {"classes": classes, "channels": channels}.items() if v is not None}
     return specification(net, **(parse_changes(changes) | sizes)), None
@@ -106,11 +106,11 @@ def _print_totals(net: str, spec: Specification, cost: Cost) -> None:
     height, width = cost.size
     blocks = f"{spec.block} blocks {'-'.join(map(str, spec.depths))}"
     print(f"{net}: {cost.depth} layers, {blocks}, shortcut {spec.shortcut}, order {spec.order}, input {height}x{width}")
-    print(f"parameters     {cost.parameters:>15,}{_paper(cost.paper_parameters, 'Table 6')}")
-    print(f"multiply-adds  {cost.multiply_adds:>15,}{_paper(cost.paper_multiply_adds, 'Table 1')}")
+    print(f"parameters     {cost.parameters:>15,}{_printed(cost.paper_parameters, cost.source)}")
+    print(f"multiply-adds  {cost.multiply_adds:>15,}{_printed(cost.paper_multiply_adds, cost.source)}")
 
 
-def _paper(figure: float | None, table: str) -> str:
+def _printed(figure: float | None, source: str | None) -> str:
     if figure is None:
         return ""
-    return f"   (2015 {table}: {figure / 1e9:.1f}e9)" if figure >= 1e9 else f"   (2015 {table}: {figure / 1e6:.2g}M)"
+    return f"   ({source}: {figure / 1e9:.1f}e9)" if figure >= 1e9 else f"   ({source}: {figure / 1e6:.3g}M)"

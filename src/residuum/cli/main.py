@@ -25,7 +25,11 @@ app = App(
 app.command("residuum.cli.train:train", name="train")
 app.command("residuum.cli.evaluate:evaluate", name="evaluate")
 app.command("residuum.cli.predict:predict", name="predict")
+app.command("residuum.cli.explain:explain", name="explain")
+app.command("residuum.cli.push:push", name="push")
+app.command("residuum.cli.serve:serve", name="serve")
 app.command("residuum.cli.inspect:inspect", name="inspect")
+app.command("residuum.cli.study:study", name="study")
 app.command("residuum.cli.weights:import_", name="import")
 app.command("residuum.cli.weights:export", name="export")
 
@@ -33,6 +37,14 @@ data = App(name="data", help="Check data before you train on them; pack them int
 data.command("residuum.cli.data:check", name="check")
 data.command("residuum.cli.data:pack", name="pack")
 app.command(data)
+
+detect = App(name="detect", help="Find objects on pictures: train a detector on boxes, judge it, use it.")
+segment = App(name="segment", help="Say what every pixel shows: train a segmenter on masks, judge it, use it.")
+for command in ("train", "evaluate", "predict", "export"):
+    detect.command(f"residuum.cli.detect:{command}", name=command)
+    segment.command(f"residuum.cli.segment:{command}", name=command)
+app.command(detect)
+app.command(segment)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

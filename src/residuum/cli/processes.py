@@ -1,0 +1,109 @@
+"""Several processes on this machine: the same command again in each of them, through torchrun's launcher."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from residuum.errors import RunError, UsageError
+from residuum.runtime import GONE
+
+
+def arguments(command: str, given: Mapping[str, Any]) -> list[str]:
+    """A command line of the values that a command was called with; what is None, False or empty is left out.
+
+    >>> arguments("train", {"data": "digits", "set_": ("lr=1",), "json": True, "out": None})
+    ['train', 'digits', '--set', 'lr=1', '--json']
+    """
+    line = [command]
+    for name, value in given.items():
+        option = f"--{name.strip('_').replace('_', '-')}"
+        if value is None or value is False or value == ():
+            continue
+        if name == "data":
+            line.append(str(value))
+        elif value is True:
+            line.append(option)
+        else:
+            for each in value if isinstance(value, tuple) else (value,):
+                line += [option, str(each)]
+    return line
+
+
+def check(processes: int, device: str | None) -> None:
+    """Raises UsageError where this machine cannot run so many."""
+    import torch
+
+    if "WORLD_SIZE" in os.environ:
+        raise UsageError("torchrun has started the processes already; leave out --procs.")
+    if device and ":" in device:
+        raise UsageError(
+            f"--procs gives every process a device of its own; give its kind, not {device!r}: --device cuda."
+        )
+    gpus = torch.cuda.device_count() if device is None or device.startswith(("auto", "cuda")) else 0
+    most, what = (gpus, "GPUs") if gpus else (os.cpu_count() or 1, "CPU cores")
+    if not 1 <= processes <= most:
+        raise UsageError(f"--procs {processes} is not from 1 to {most}, the {what} of this machine.")
+
+
+def launch(line: list[str], processes: int, restarts: int) -> None:
+    """Runs a command line in several processes, again from its last checkpoint where one of them fails.
+
+    Raises:
+        SystemExit: with the code of a process that failed and said why.
+        RunError: a process was killed, and no restart was left.
+    """
+    import logging
+
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    # the store of a job that is restarted must not hold what the failed one left there (torch 2.15: some restarts hang)
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    logging.getLogger("torch.distributed.elastic").setLevel(
+        logging.CRITICAL
+    )  # it would show our sentences as tracebacks
+    with tempfile.TemporaryDirectory() as logs:
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=processes,
+            run_id=str(os.getpid()),
+            max_restarts=restarts,
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",
+            rdzv_configs={"timeout": 60},
+            monitor_interval=0.1,
+            logs_specs=DefaultLogsSpecs(log_dir=logs, redirects=dict.fromkeys(range(1, processes), Std.ERR)),
+        )
+        try:
+            elastic_launch(config, sys.executable)("-m", "residuum", *line)
+        except SignalException as stop:
+            raise SystemExit(128 + stop.sigval) from None
+        except ChildFailedError as error:
+            rank, failure = error.get_first_failure()
+            code = failure.exitcode
+            if code > 0:
+                code = max(code, error.failures.get(0, failure).exitcode)  # 2, a wrong request, before 1
+                for other in filter(None, error.failures):  # the first process speaks for itself
+                    words = _words_of(other, Path(logs))
+                    if GONE not in words:  # of the others one hears when they are the reason
+                        sys.stderr.write(words)
+                raise SystemExit(code) from None
+            raise RunError(
+                f"process {rank} of {processes} was killed (signal {-code}), and {restarts} restarts were allowed; go on with: "
+                "residuum train --resume RUN"
+            ) from None
+
+
+def _words_of(rank: int, logs: Path) -> str:
+    """What a process wrote to standard error, in its last attempt."""
+    found = sorted(file for file in logs.rglob("stderr.log") if file.parent.name == str(rank))
+    return found[-1].read_text() if found else ""
