@@ -107,6 +107,10 @@ def test_the_paper_prints_these() -> None:
         assert (counted.paper_parameters, counted.paper_multiply_adds) == (figure, None)
         assert counted.parameters == pytest.approx(figure, rel=0.02)
     assert accounting.PAPER_PARAMETERS[1202] == 19.4e6
+    small, deep = (cost(specification(f"preresnet{depth}")) for depth in (164, 1001))
+    assert (small.paper_parameters, deep.paper_parameters, deep.source) == (1.7e6, 10.2e6, "2016 Table 4")
+    norms = sum(layer.parameters for layer in deep.layers if layer.kind == "BatchNorm2d")
+    assert deep.parameters - norms == 10_178_490  # what the paper's 10.2M counts
 
 
 @pytest.mark.parametrize(
@@ -190,6 +194,7 @@ def test_json() -> None:
         "multiply_adds": 40_551_040,
         "paper_parameters": 0.27e6,
         "paper_multiply_adds": None,
+        "source": "2015 Table 6",
     }
     assert [layer["name"] for layer in layers[:4]] == ["conv1", "bn1", "layer1.0.conv1", "layer1.0.bn1"]
     assert layers[0] == {

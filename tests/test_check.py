@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from pictures import folder, photo
 from PIL import Image
 from test_decode import bomb
 
 from residuum.cli.main import run
-from residuum.data import check, sources
+from residuum.data import check, digits, sources
+from residuum.data.look import look_at_file, look_at_pixels
 from residuum.data.stored import Reading
 
 
@@ -106,3 +111,65 @@ def test_workers_change_nothing(tmp_path: Path) -> None:
 def test_help_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["data", "check", "--help"]) == 0
     assert "Example: residuum data check photos" in " ".join(capsys.readouterr().out.split())
+
+
+def test_near_copies_are_those_of_comparing_each_with_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check, "BLOCK", 7)
+    draw = random.Random(4)
+    shapes = [draw.getrandbits(128) for _ in range(150)]
+    thumbs = [draw.randbytes(256) for _ in shapes]
+    for _ in range(
+        250
+    ):  # near, just near enough, not quite, chains of such, and pictures of the same shape that are others
+        k = draw.randrange(len(shapes))
+        like, thumb = shapes[k], thumbs[k]
+        for bit in draw.sample(range(128), draw.choice((0, 1, 7, 8, 9, 12))):
+            like ^= 1 << bit
+        shapes.append(like)
+        thumbs.append(draw.choice((thumb, thumb, draw.randbytes(256))))
+    expected = [
+        min(j for j in range(i + 1) if (a ^ shapes[j]).bit_count() <= check.NEAR and thumbs[i] == thumbs[j])
+        for i, a in enumerate(shapes)
+    ]
+    assert check.nearest(shapes, thumbs).tolist() == expected and expected != list(range(400))
+    assert check.nearest([], []).tolist() == []
+
+
+def test_a_shared_background_makes_no_copies_and_few_comparisons(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Digits on black with a border: their outer rows are equal, so most of their bits say nothing."""
+    images = digits.load().train.pictures(range(600))
+    looks = []
+    for image in images:
+        canvas = Image.new("L", (28, 28))
+        canvas.paste(Image.fromarray(image[..., 0].numpy()).resize((20, 20), Image.Resampling.BILINEAR), (4, 4))
+        looks.append(look_at_pixels(torch.from_numpy(np.array(canvas))[..., None]))
+    shapes, thumbs = [look.shape or 0 for look in looks], [look.thumb for look in looks]
+    alike = sum(any((a ^ b).bit_count() <= check.NEAR for b in shapes[:i]) for i, a in enumerate(shapes))
+    compared = 0
+    pairs = check._pairs
+
+    def counted(later: Any, earlier: Any, *rest: Any) -> Any:
+        nonlocal compared
+        compared += len(later) * len(earlier)
+        return pairs(later, earlier, *rest)
+
+    monkeypatch.setattr(check, "_pairs", counted)
+    copies = int((check.nearest(shapes, thumbs) != np.arange(600)).sum())
+    assert alike > 200 and copies <= 3
+    assert compared < 600 * 600  # of nine bands that would all hold the same group
+
+
+def test_damage_inside_a_picture_is_suspicious(tmp_path: Path) -> None:
+    pytest.importorskip("simplejpeg")
+    photo(5, 200, 150).save(tmp_path / "a.jpg", quality=90)
+    photo(5, 200, 150).save(tmp_path / "a.png")
+    whole, png = (tmp_path / "a.jpg").read_bytes(), (tmp_path / "a.png").read_bytes()
+    assert look_at_file(whole, "a.jpg").odd == look_at_file(png, "a.png").odd == ()
+    half = len(whole) // 2
+    for name, content in {
+        "overwritten.jpg": whole[:half] + b"\x55" * 200 + whole[half + 200 :],
+        "zeroed.jpg": whole[:half] + bytes(len(whole) - half - 2) + b"\xff\xd9",
+        "cut.jpg": whole[: len(whole) // 3] + b"\xff\xd9",
+        "cut.png": png[:-20],
+    }.items():
+        assert any("damaged, though it can be read" in words for words in look_at_file(content, name).odd), name

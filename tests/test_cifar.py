@@ -21,6 +21,12 @@ from residuum.errors import DataError
 N = 4  # pictures a file
 
 
+@pytest.fixture(autouse=True)
+def small_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in cifar.RECORDS:
+        monkeypatch.setitem(cifar.RECORDS, name, (N, N))
+
+
 def write_binary(folder: Path, name: str) -> np.ndarray:
     version = cifar.VERSIONS[name][0]
     files = (*version.train, *version.test)
@@ -67,6 +73,14 @@ def test_both_versions_give_the_same_pictures(tmp_path: Path, name: str) -> None
     assert a.test.names[2] == "test/2"
 
 
+def test_names_that_are_no_text_are_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "cifar-100-python"
+    write_python(folder, "cifar100", write_binary(tmp_path / "b", "cifar100"))
+    (folder / "meta").write_bytes(pickle.dumps({b"fine_label_names": [b"cat", b"\xff\xfe"]}, protocol=2))
+    with pytest.raises(DataError, match="meta is damaged: its names are no text in UTF-8"):
+        sources.load("cifar100", tmp_path)
+
+
 class Evil:
     def __reduce__(self) -> tuple[object, tuple[str]]:
         return os.system, ("touch /tmp/residuum-was-here",)
@@ -84,7 +98,7 @@ class Evil:
             pickle.dumps({b"data": np.zeros((2, 3072), np.uint8), b"fine_labels": [1]}, 2),
             "with as many pictures of 32x32",
         ),
-        (pickle.dumps({b"data": np.zeros((1, 3072), np.uint8), b"fine_labels": [99]}, 2), "has the label 99"),
+        (pickle.dumps({b"data": np.zeros((N, 3072), np.uint8), b"fine_labels": [99] * N}, 2), "has the label 99"),
     ],
     ids=["evil", "empty", "list", "cut", "floats", "few labels", "label out of range"],
 )

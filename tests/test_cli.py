@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from residuum.cli.main import run
-from residuum.data import digits
+from residuum.data import cifar, digits
 
 SHORT = ("--steps", "20", "--net", "resnet8", "--set", "size=8", "--device", "cpu")
 
@@ -126,7 +126,8 @@ def test_evaluate_json(capsys: pytest.CaptureFixture[str], model: Path) -> None:
     figures = json.loads(out)
     assert code == 0 and set(figures) == {
         "model", "data", "split", "protocol", "choices", "top1_error", "top1_interval", "top5_error", "n", "loss",
-        "calibration_error", "reliability", "temperature", "published", "per_class", "confusion"}  # fmt: skip
+        "calibration_error", "reliability", "temperature", "calibration", "notes", "published", "per_class",
+        "confusion"}  # fmt: skip
     assert figures["n"] == 360 and figures["split"] == "test" and figures["protocol"] == "1crop"
     assert figures["top1_interval"][0] < figures["top1_error"] < figures["top1_interval"][1]
     right = sum(row[i] for i, row in enumerate(figures["confusion"]))
@@ -137,7 +138,10 @@ def test_evaluate_json(capsys: pytest.CaptureFixture[str], model: Path) -> None:
     assert code == 2 and "unknown split 'validation'; known: test, train." in err
 
 
-def test_evaluate_on_other_classes_is_refused(capsys: pytest.CaptureFixture[str], model: Path, tmp_path: Path) -> None:
+def test_evaluate_on_other_classes_is_refused(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, model: Path, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(cifar.RECORDS, "cifar10", (1, 1))
     folder = tmp_path / "cifar-10-batches-bin"
     folder.mkdir()
     for i in range(1, 6):

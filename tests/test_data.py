@@ -129,19 +129,20 @@ def test_a_batch_is_a_function_of_the_step() -> None:
     assert torch.equal(batch.pictures, preprocessing.normalise(data.train.images[where]))
 
 
-def _write_cifar(folder: Path, n: int = 20) -> np.ndarray:
+def _write_cifar(folder: Path, monkeypatch: pytest.MonkeyPatch, n: int = 20) -> np.ndarray:
     """Small files of the binary version's form; the records."""
     records = np.random.default_rng(0).integers(0, 256, (6 * n, 3073), dtype=np.uint8)
     records[:, 0] %= 10
     folder.mkdir()
+    monkeypatch.setitem(cifar.RECORDS, "cifar10", (n, n))
     for i, name in enumerate((*cifar.VERSIONS["cifar10"][0].train, "test_batch.bin")):
         (folder / name).write_bytes(records[i * n : (i + 1) * n].tobytes())
     (folder / "batches.meta.txt").write_text("airplane\nautomobile\nbird\ncat\ndeer\ndog\nfrog\nhorse\nship\ntruck\n\n")
     return records
 
 
-def test_cifar_reads_every_pixel(tmp_path: Path) -> None:
-    records = _write_cifar(tmp_path / cifar.FOLDER)
+def test_cifar_reads_every_pixel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    records = _write_cifar(tmp_path / cifar.FOLDER, monkeypatch)
     for place in (tmp_path, tmp_path / cifar.FOLDER):
         data = cifar.load(place)
         assert data.train.images.shape == (100, 32, 32, 3) and data.train.images.dtype == torch.uint8
@@ -162,16 +163,21 @@ def test_real_cifar(cifar10_dir: Path) -> None:
     torch.testing.assert_close(mean, torch.tensor([0.4914, 0.4822, 0.4465]).double(), rtol=0, atol=5e-5)  # as published
 
 
-def test_damaged_cifar_is_named(tmp_path: Path) -> None:
+def test_damaged_cifar_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(
         DataError, match=r"CIFAR-10 is not under .*: put the binary version's folder cifar-10-batches-bin"
     ):
         sources.load("cifar10", tmp_path)
-    _write_cifar(tmp_path / cifar.FOLDER)
+    _write_cifar(tmp_path / cifar.FOLDER, monkeypatch)
     file = tmp_path / cifar.FOLDER / "data_batch_3.bin"
     whole = file.read_bytes()
     file.write_bytes(whole[:-1])
     with pytest.raises(DataError, match=r"data_batch_3.bin has 61,459 bytes, not a whole number of 3,073-byte records"):
+        sources.load("cifar10", tmp_path)
+    file.write_bytes(whole[:-3073])
+    with pytest.raises(
+        DataError, match=r"data_batch_3.bin has 19 pictures, the published file 20: it ends early or is an"
+    ):
         sources.load("cifar10", tmp_path)
     file.unlink()
     with pytest.raises(DataError, match=r"data_batch_3.bin cannot be read"):
@@ -179,8 +185,19 @@ def test_damaged_cifar_is_named(tmp_path: Path) -> None:
     file.write_bytes(bytes([11]) + whole[1:])
     with pytest.raises(DataError, match=r"has the label 11, but batches.meta.txt names 10 classes"):
         sources.load("cifar10", tmp_path)
+    file.write_bytes(whole)
+    meta = tmp_path / cifar.FOLDER / "batches.meta.txt"
+    meta.write_bytes(b"airplane\n\xff\xfe\x80\n")
+    with pytest.raises(DataError, match=r"batches.meta.txt is damaged: it is no text in UTF-8; unpack"):
+        sources.load("cifar10", tmp_path)
+    meta.write_text("cat\ncat\n")
+    with pytest.raises(DataError, match=r"batches.meta.txt names 2 classes, some twice or too few"):
+        sources.load("cifar10", tmp_path)
 
 
 def test_unknown_data_set(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="unknown data set 'digts'; did you mean 'digits'"):
         sources.load("digts", tmp_path)
+    for empty in ("", " "):  # as from an unset variable; not the folder that one happens to stand in
+        with pytest.raises(UsageError, match="the data set's name is empty; give a folder"):
+            sources.load(sources.located(empty, tmp_path), tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import struct
 import zlib
@@ -9,12 +10,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from pictures import photo
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
+import residuum
 from residuum.data import decode
 from residuum.data.decode import decode_pixels
 from residuum.errors import DataError
+from residuum.models.bundle import Bundle
+from residuum.preprocessing import MOST, Preprocessing
 
 FLOWERS = Path(__file__).resolve().parents[2] / "shared" / "data" / "flowers"
 
@@ -159,3 +164,134 @@ def test_what_cannot_be_read_is_named(content: bytes, sentence: str) -> None:
 @pytest.mark.usefixtures("decoder")
 def test_one_pixel_is_a_picture() -> None:
     assert pixels(encoded(Image.new("RGB", (1, 1), (1, 2, 3)), "PNG")).tolist() == [[[1, 2, 3]]]
+
+
+class Awkward(Exception):
+    """Not one that anybody expects."""
+
+
+@pytest.mark.usefixtures("decoder")
+@pytest.mark.parametrize(
+    "error", [struct.error("x"), TypeError("x"), NotImplementedError(), SyntaxError("x"), Awkward(), MemoryError()]
+)
+def test_whatever_pillow_raises_is_one_sentence(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    content = encoded(photo(1), "PNG")
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", fail)
+    with pytest.raises(DataError, match=rf"^a b.png is damaged: ({error}|{type(error).__name__})$"):
+        decode_pixels(content, "a b.png")
+
+
+FORMATS = {"JPEG": {}, "PNG": {}, "GIF": {}, "WEBP": {}, "BMP": {}, "TIFF": {"compression": "tiff_lzw"}, "PPM": {}}
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_scrambled_files_are_read_or_named(format: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10**6)
+    content = encoded(photo(4, 30, 20), format, **FORMATS[format])
+    rng = np.random.default_rng(5)
+    for _ in range(150):
+        scrambled = bytearray(content)
+        for place in rng.integers(0, len(content), rng.integers(1, 6)):
+            scrambled[place] = rng.integers(256)
+        with contextlib.suppress(DataError):  # and nothing else
+            assert decode_pixels(bytes(scrambled[: rng.integers(1, len(content) + 1)]), "x").shape[2] == 3
+
+
+@pytest.mark.parametrize("width", [1, 400_000])
+def test_a_very_narrow_picture_takes_little_memory(width: int) -> None:
+    values = np.arange(400_000, dtype=np.uint8)[None].repeat(3, 0).T[None]  # (1, 400000, 3)
+    picture = Image.fromarray(values if width > 1 else values.transpose(1, 0, 2).copy())
+    assert picture.width == width
+    preprocessing = Preprocessing(3, (224, 224), 256, torch.zeros(3), torch.ones(3))
+    whole, shown = preprocessing.resized(picture, 256), preprocessing(picture)
+    assert max(whole.size) == MOST // 256 and min(whole.size) == 256
+    assert shown.shape == (224, 224, 3)
+    assert set(shown.unique().tolist()) <= {
+        63,
+        64,
+    }  # what is left of it is pixels 199,999 and 200,000, enlarged 256 times
+
+
+def test_a_pillow_picture_is_predicted_like_its_file(tmp_path: Path) -> None:
+    net = residuum.build("resnet8", classes=3)
+    preprocessing = Preprocessing(3, (32, 32), 32, torch.full((3,), 0.5), torch.full((3,), 0.2))
+    Bundle(net, ("a", "b", "c"), preprocessing).save(tmp_path / "m.safetensors")
+    model = residuum.load(tmp_path / "m.safetensors", device="cpu")
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    alpha = photo(2, 40, 30)
+    alpha.putalpha(Image.linear_gradient("L").resize((40, 30)))
+    deep = (np.asarray(photo(3, 40, 30).convert("L")).astype(np.uint16) * 256) + 7
+    palette = photo(5, 40, 30).quantize(8)
+    files = {
+        "turned.jpg": encoded(photo(1, 40, 30), "JPEG", exif=turned),
+        "alpha.png": encoded(alpha, "PNG"),
+        "deep.png": encoded(Image.fromarray(deep), "PNG"),
+        "four.jpg": encoded(photo(4, 40, 30).convert("CMYK"), "JPEG"),
+        "palette.png": encoded(palette, "PNG", transparency=0),
+    }
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+        with Image.open(io.BytesIO(content)) as picture:
+            assert model.predict(picture).top == model.predict(tmp_path / name).top, name
+            raw = preprocessing(picture)
+        assert not torch.equal(raw, preprocessing(decode.decode(tmp_path / name))) or name == "four.jpg", name
+    with pytest.raises(DataError, match="the picture is damaged: image file is truncated"):
+        model.predict(Image.open(io.BytesIO(files["turned.jpg"][:-200])))
+
+
+def segment(jpeg: bytes, marker: int, payload: bytes) -> bytes:
+    """The JPEG with one more segment, in front of all others."""
+    return jpeg[:2] + bytes([0xFF, marker]) + struct.pack(">H", len(payload) + 2) + payload + jpeg[2:]
+
+
+XMP = (
+    b"http://ns.adobe.com/xap/1.0/\0<x:xmpmeta xmlns:x='adobe:ns:meta/'><rdf:RDF xmlns:rdf='http://www.w3.org/1999/02/22-rdf-"
+    b"syntax-ns#'><rdf:Description xmlns:tiff='http://ns.adobe.com/tiff/1.0/' tiff:Orientation=\"6\"/></rdf:RDF></x:xmpmeta>"
+)
+
+
+@pytest.mark.usefixtures("decoder")
+def test_a_rotation_is_found_wherever_it_stands() -> None:
+    picture, exif = photo(3, 60, 40), Image.Exif()
+    exif[0x0112] = 6
+    turned = picture.transpose(Image.Transpose.ROTATE_270)
+    plain = encoded(picture, "JPEG", quality=95)
+    far = encoded(picture, "JPEG", quality=95, exif=exif)
+    for number in (2, 1):
+        far = segment(far, 0xE2, b"ICC_PROFILE\0" + bytes([number, 2]) + bytes(60_000))
+    for content in (segment(plain, 0xE1, XMP), far, segment(far, 0xFE, b"a remark")):
+        assert near(pixels(content), turned)
+    assert near(pixels(segment(plain, 0xE2, bytes(60_000))), picture)
+
+
+@pytest.mark.usefixtures("decoder")
+def test_a_transparent_colour_is_laid_on_white() -> None:
+    left = np.zeros((4, 6, 3), np.uint8)
+    left[:, 3:] = 200
+    for content in (
+        encoded(Image.fromarray(left), "PNG", transparency=(0, 0, 0)),
+        encoded(Image.fromarray(left[..., 0]), "PNG", transparency=0),
+        encoded(Image.fromarray(left[..., 0].astype(np.uint16) * 256), "PNG", transparency=0),
+    ):
+        shown = pixels(content)
+        assert (shown[:, :3] == 255).all() and (shown[:, 3:] == 200).all()
+
+
+@pytest.mark.usefixtures("decoder")
+@pytest.mark.parametrize(
+    "values", [np.full((4, 6), 200, np.int32), np.linspace(0, 1, 24, dtype=np.float32).reshape(4, 6)]
+)
+def test_values_without_a_known_white_are_refused(values: np.ndarray) -> None:
+    with pytest.raises(
+        DataError, match=r"^x has 32 bits a value, and does not say which of them is white; save it with 8"
+    ):
+        pixels(encoded(Image.fromarray(values), "TIFF"))
+
+
+@pytest.mark.usefixtures("decoder")
+def test_16_bits_in_a_pgm_are_scaled() -> None:
+    assert pixels(b"P5 2 1 65535\n" + struct.pack(">2H", 256, 65535))[0, :, 0].tolist() == [1, 255]

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
+import tempfile
 import unicodedata
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,14 +21,15 @@ from pictures import NAMES, folder, photo
 from PIL import Image
 
 import residuum
-from residuum.data import sources
+from residuum.cli.main import run
+from residuum.data import check, sources
 from residuum.data.augment import VALUES, VECTORS, Augmentation
 from residuum.data.crops import DRAWS, Crop
 from residuum.data.dataset import Split
 from residuum.data.loader import Loader, order
 from residuum.data.reading import Views
 from residuum.data.statistics import statistics
-from residuum.data.stored import Names, Reading, Stored
+from residuum.data.stored import Names, Reading, Stored, quarantine_line
 from residuum.errors import DataError, RunError, UsageError
 from residuum.preprocessing import Preprocessing
 from residuum.runtime import pick_engine
@@ -154,13 +158,47 @@ def test_links_are_followed_and_rings_end(tmp_path: Path) -> None:
         data.train.pictures([place])
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_without_permission(tmp_path: Path) -> None:
-    root = folder(tmp_path / "d", {"train": 2, "val": 1})
-    file = root / "train" / "alpha" / "bild 0.jpg"
-    file.chmod(0)
-    with pytest.raises(DataError, match=r"bild 0.jpg cannot be read: no permission"):
-        load(root).train.pictures([0])
+def as_nobody(work: Callable[[], object]) -> str:
+    """What `work` says when it fails, done by a child that is not root, who may read everything."""
+    reader, writer = os.pipe()
+    if (child := os.fork()) == 0:
+        try:
+            if os.geteuid() == 0:
+                os.setgroups([])
+                os.setgid(65534)
+                os.setuid(65534)
+            said = str(work())
+        except BaseException as error:
+            said = f"{type(error).__name__}: {error}"
+        os.write(writer, said.encode())
+        os._exit(0)
+    os.close(writer)
+    with open(reader, encoding="utf-8") as file:
+        said = file.read()
+    os.waitpid(child, 0)
+    return said
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork:DeprecationWarning")
+def test_without_permission() -> None:
+    with tempfile.TemporaryDirectory() as place:  # tmp_path lies in a folder that others may not enter
+        os.chmod(place, 0o755)
+        root = folder(Path(place) / "d", {"train": 2, "val": 1})
+        data = load(root)
+        (root / "train" / "alpha" / "bild 0.jpg").chmod(0)
+        said = as_nobody(lambda: data.train.pictures([0]))
+        assert re.match(r"DataError: .*bild 0.jpg cannot be read: no permission", said), said
+        assert as_nobody(lambda: len(data.train.pictures([1]))) == "1"
+        (root / "val" / "alpha").chmod(0)
+        said = as_nobody(lambda: load(root))
+        assert re.match(r"DataError: .*alpha cannot be read \(Permission denied\); give yourself permission", said), (
+            said
+        )
+        (root / "val" / "alpha").chmod(0o755)
+        (root / "list.txt").write_text("")
+        (root / "list.txt").chmod(0)
+        said = as_nobody(lambda: load(root, quarantine=str(root / "list.txt")))
+        assert re.match(r"DataError: the quarantine list .* cannot be read \(Permission denied\)", said), said
 
 
 @given(st.lists(st.text(st.characters(codec="utf-8")) | st.just("\udcff"), max_size=20))
@@ -347,6 +385,8 @@ def test_a_run_on_a_folder_is_resumed_to_the_same_bits(tmp_path: Path, monkeypat
 
 def test_a_folder_the_model_did_not_learn_from_is_judged_whole(tmp_path: Path) -> None:
     own, other = folder(tmp_path / "own", {"": 10}), folder(tmp_path / "other", {"": 4})
+    for i, file in enumerate(other.rglob("*.jpg")):
+        photo(300 + i, 70, 50).save(file)  # the names are the same, the pictures are not
     result = residuum.train("photos", data=str(own), out=tmp_path / "run", **TINY)  # type: ignore[arg-type]
     assert residuum.evaluate(result.model, str(own), device="cpu").split == "held-out"
     judged = residuum.evaluate(result.model, str(other), device="cpu")
@@ -368,3 +408,55 @@ def test_flowers(tmp_path: Path) -> None:
     assert (len(data.train), len(data.test), data.judged) == (240, 80, "val")
     result = residuum.train("photos", data=str(FLOWERS), out=tmp_path / "run", **(TINY | {"steps": 2}))  # type: ignore[arg-type]
     assert result.n == 80 and (tmp_path / "run" / "report.html").stat().st_size > 10_000
+
+
+def test_splits_in_any_case_and_under_other_names(tmp_path: Path) -> None:
+    root = folder(tmp_path / "d", {"Train": 4, "Test": 2})
+    data = load(root)
+    assert (data.classes, data.judged, len(data.train)) == (NAMES, "test", 12) and data.train.names[0].startswith(
+        "Train"
+    )
+    other = folder(tmp_path / "e", {"training": 4, "validation": 2})
+    with pytest.raises(
+        DataError, match="holds training, with folders in it; call the splits train, val and test: rename it"
+    ):
+        load(other)
+    assert load(folder(tmp_path / "f", {"": 5}, ("Train", "Ship"))).classes == ("Ship", "Train")  # vehicles
+    folder(tmp_path / "d" / "train", {"": 2})
+    with pytest.raises(DataError, match="holds Train and train; put the pictures of both into train"):
+        load(root)
+
+
+def test_a_quarantine_list_takes_any_name(tmp_path: Path) -> None:
+    names = ("#dog", "cat", "two\nlines", 'a "quote', "a\x85b\u2028c", '"q"')
+    root = folder(tmp_path / "d", {"": 5}, names)
+    listed = [f"{name}/bild 1.jpg" for name in names]
+    text = "# a remark\r\n" + "".join(f"{quarantine_line(name)}\r\n" for name in listed)
+    (tmp_path / "list.txt").write_bytes(text.encode())
+    whole = load(root, quarantine=str(tmp_path / "list.txt")).whole
+    assert whole is not None and len(whole) == 24 and not set(listed) & set(whole.names)
+
+
+def test_the_check_quarantines_from_a_folder_called_by_a_hash(tmp_path: Path) -> None:
+    root = folder(tmp_path / "d", {"": 5}, ("#dog", "cat"))
+    (root / "#dog" / "bild 1.jpg").write_bytes(b"")
+    bad = tmp_path / "bad.txt"
+    assert run(["data", "check", str(root), "--quarantine", str(bad), "--no-timing", "--workers", "0"]) == 1
+    whole = load(root, quarantine=str(bad)).whole
+    assert whole is not None and "#dog/bild 1.jpg" not in whole.names and len(whole) == 9
+
+
+def test_pictures_of_other_kinds_are_read_or_told(tmp_path: Path) -> None:
+    root = folder(tmp_path / "d", {"": 5})
+    shutil.copy(root / "alpha" / "bild 0.jpg", root / "alpha" / "from a browser.jfif")
+    photo(77).save(root / "alpha" / "new.avif")
+    shutil.copy(root / "alpha" / "bild 0.jpg", root / "alpha" / "no suffix")
+    (root / "alpha" / "notes.txt").write_text("no picture")
+    with pytest.warns(
+        UserWarning, match="1 files in the class folders of .* such as alpha/no suffix; save them as JPEG"
+    ):
+        data = load(root)
+    assert data.whole is not None and len(data.whole) == 17
+    for name in ("alpha/from a browser.jfif", "alpha/new.avif"):
+        assert data.whole.pictures([list(data.whole.names).index(name)])[0].shape[2] == 3
+    assert [(p.kind, Path(p.file).name) for p in check.strays(data)] == [("stray", "no suffix")]

@@ -111,54 +111,11 @@ def test_other_networks(source: str, name: str, layout: str, tmp_path: Path) -> 
     other = shaken(make(name, num_classes=5))
     file, arranged = LAYOUTS[layout]
     path = write(tmp_path / file, arranged(other.state_dict()))
-    bundle, _ = import_weights(path, Given(classes=FIVE, source=source))
+    bundle, _ = import_weights(
+        path, Given(classes=FIVE, source=source if source == "torchvision" else f"{source}:{name}")
+    )
     same(bundle, other, 70)
     assert bundle.preprocessing.mean.tolist() == pytest.approx([0.485, 0.456, 0.406])  # known of the source
-
-
-def caffe_blobs(state: Mapping[str, Tensor], factor: float) -> dict[str, np.ndarray]:
-    """A v1 network's state as the released Caffe models have it, in layers and numbered blobs; pictures are BGR."""
-    blobs: dict[str, np.ndarray] = {}
-
-    def layer(kind: str, place: str) -> str:
-        if place == "1":
-            return {"res": "conv1", "bn": "bn_conv1", "scale": "scale_conv1"}[kind]
-        return f"{kind}{place}"
-
-    for name, value in state.items():
-        if name.endswith("num_batches_tracked"):
-            continue
-        *path, what = name.split(".")
-        if path == ["fc"]:
-            blobs[f"fc1000/{int(what == 'bias')}"] = value.numpy()
-            continue
-        if len(path) == 1:
-            place, conv = "1", path[0] == "conv1"
-        else:
-            unit = int(path[1])
-            letter = "abc"[unit] if path[0] != "layer3" else "a" if unit == 0 else f"b{unit}"
-            conv = path[2].startswith("conv") or path[-1] == "0"
-            branch = "1" if path[2] == "downsample" else "2" + "abc"[int(path[2][-1]) - 1]
-            place = f"{int(path[0][-1]) + 1}{letter}_branch{branch}"
-        if conv:
-            turned = value.flip(1) if name == "conv1.weight" else value
-            blobs[f"{layer('res', place)}/{int(what == 'bias')}"] = turned.numpy()
-        elif what in ("weight", "bias"):
-            blobs[f"{layer('scale', place)}/{int(what == 'bias')}"] = value.numpy()
-        else:
-            blobs[f"{layer('bn', place)}/{int(what == 'running_var')}"] = (value * factor).numpy()
-            blobs[f"{layer('bn', place)}/2"] = np.array([factor], np.float32)
-    return blobs
-
-
-def test_caffes_nets(tmp_path: Path) -> None:
-    """The released nets' names, BGR, the factor of BN's statistics, a bias in conv1, and the max-pool without padding."""
-    net = shaken(build("resnet50", depths=(2, 2, 11, 1), classes=5, maxpool="ceil", conv1_bias=True, seed=0))
-    torch.nn.init.normal_(net.conv1.bias)
-    np.savez(tmp_path / "w.npz", **cast(Any, caffe_blobs(net.state_dict(), 1024.0)))
-    bundle, notes = import_weights(tmp_path / "w.npz", Given(classes=FIVE, mean=[0.4], std=[1 / 255]))
-    assert bundle.spec == net.spec and bundle.spec.stride_site == "first" and "BGR to RGB" in " ".join(notes)
-    same(bundle, net, 71)
 
 
 def test_caffes_values_under_torchvisions_names(tmp_path: Path) -> None:
@@ -419,8 +376,11 @@ def test_a_repository_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ("timm:resnet18.a1_in1k", "could not be downloaded (no route to host)"),
     ("hf:timm/resnet18.a1_in1k", "could not be downloaded (no route to host)"),
     ("torchvision:resnet18.IMAGENET1K_V9", "unknown weights of torchvision's resnet18 'IMAGENET1K_V9'; did you mean"),
-    ("torchvision:resnut", "torchvision has no network 'resnut'"),
-    ("torchvision:vgg16", "no residual network of the papers"),
+    ("torchvision:resnut", "torchvision's resnut is none of the networks of the papers; take one of resnet18"),
+    ("torchvision:vgg16", "none of the networks of the papers"),
+    ("torchvision:wide_resnet50_2", "none of the networks of the papers"),
+    ("timm:resnetaa50.a1h_in1k", "timm's resnetaa50 is none of the networks of the papers"),
+    ("timm:resnetblur50.bt_in1k", "none of the networks of the papers"),
 ])  # fmt: skip
 def test_without_a_network_it_says_what_to_do(name: str, sentence: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def offline(*_: Any, **__: Any) -> Any:

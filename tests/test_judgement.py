@@ -13,12 +13,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pictures import NAMES as NAMES_ON_DISK
+from pictures import folder
 from PIL import Image
 from torch import Tensor
 
 import residuum
 from residuum.cli.main import run
-from residuum.data import digits
+from residuum.data import digits, imagenet, stored
 from residuum.data.dataset import Split
 from residuum.errors import DataError, UsageError
 from residuum.evaluation.calibration import fit_temperature, reliability
@@ -27,6 +29,7 @@ from residuum.evaluation.evaluate import evaluate, judge
 from residuum.evaluation.metrics import Judgement
 from residuum.evaluation.predictions import write
 from residuum.evaluation.published import published
+from residuum.evaluation.views import parse
 from residuum.models.bundle import Bundle, load_bundle
 from residuum.models.resnet import ResNet, build
 from residuum.models.spec import specification
@@ -120,27 +123,21 @@ def test_an_ensemble_is_the_weighted_mean_of_scores_matched_by_name() -> None:
     assert document["temperature"] == [2.0, 1.0]
 
 
-def test_members_share_one_decode() -> None:
-    """Each picture is read once, whatever the number of models, and a batch at a time."""
-    test = digits.load().test
-    read: list[int] = []
-
-    class Counted:
-        labels, names = test.labels, test.names
-
-        def __len__(self) -> int:
-            return len(test)
-
-        def pictures(self, indices: Any) -> list[Tensor]:
-            read.extend(indices)
-            assert len(indices) <= 256
-            return test.pictures(indices)
-
-    from residuum.evaluation.scores import Member, scores
-
-    engine = pick_engine("fp32", "cpu")
-    scores([Member.of(each.net, each.preprocessing, engine) for each in (model(0), model(1))], Counted(), engine)
-    assert sorted(read) == list(range(360))
+def test_members_share_one_decode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each picture file is decoded once, though the two models see it at other sizes and the third with another mean."""
+    root = folder(tmp_path / "d", {"train": 2, "val": 5})
+    classes = tuple(sorted(NAMES_ON_DISK))
+    prepared = [(16, 20, 0.5), (24, 24, 0.5), (16, 20, 0.1)]
+    members = []
+    for seed, (size, resize, mean) in enumerate(prepared):
+        net: Any = build("resnet8", classes=3, seed=seed)
+        preprocessing = Preprocessing(3, (size, size), resize, torch.full((3,), mean), torch.ones(3))
+        members.append(Bundle(net.eval(), classes, preprocessing))
+    decoded: list[str] = []
+    decode = stored.decode_pixels
+    monkeypatch.setattr(stored, "decode_pixels", lambda data, name: (decoded.append(name), decode(data, name))[1])
+    evaluate(members, str(root), device="cpu", precision="fp32")
+    assert len(decoded) == 15 and len(set(decoded)) == 15
 
 
 def test_large_pictures_are_held_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,12 +190,23 @@ def test_a_split_without_labels_or_pictures(labels: list[int], sentence: str, mo
         evaluate(model(0), "digits", device="cpu")
 
 
-def test_training_keeps_a_temperature_and_shows_calibrated_scores(tmp_path: Path) -> None:
-    result = residuum.train(
-        data="digits", net="resnet8", steps=60, size=8, out=tmp_path / "run", device="cpu", precision="fp32"
-    )
-    kept = residuum.load(result.model, device="cpu")
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model file of a short run on the digits."""
+    out = tmp_path_factory.mktemp("trained") / "run"
+    changes: dict[str, Any] = {"net": "resnet8", "steps": 60, "size": 8, "normalise": "per-pixel mean"}
+    return Path(residuum.train(data="digits", out=out, device="cpu", precision="fp32", **changes).model)
+
+
+def test_training_keeps_a_temperature_and_shows_calibrated_scores(trained: Path) -> None:
+    kept = residuum.load(trained, device="cpu")
     assert kept.temperature != 1.0
+    assert kept.calibration == {
+        "data": "digits",
+        "split": "held_out",
+        "n": kept.metrics["held_out"]["n"],
+        "protocol": "1crop",
+    }
     data = digits.load()
     found = judge(kept.net, data.test, kept.preprocessing, kept.classes, pick_engine("fp32", "cpu"))
     assert kept.metrics["test"]["loss"] == pytest.approx(found.at(kept.temperature).loss, rel=1e-4)
@@ -209,22 +217,40 @@ def test_training_keeps_a_temperature_and_shows_calibrated_scores(tmp_path: Path
     assert first.top[0][1] == pytest.approx(float(again.judgement.scores[0].max()), abs=1e-5)
 
 
-@pytest.mark.parametrize(("name", "changes", "data", "protocol", "error"), [
-    ("resnet20", {}, "cifar10", "1crop", 0.0875),
-    ("resnet20", {"zeros": "centre"}, "cifar10", "1crop", 0.0875),  # the paper does not say where they stand
-    ("preresnet164", {}, "cifar10", "1crop", 0.0546),
-    ("resnet20", {"shortcut": "B"}, "cifar10", "1crop", None),
-    ("resnet20", {}, "cifar10", "flip", None),
-    ("resnet20", {}, "digits", "1crop", None),
-    ("resnet50", {}, "imagenet", "10crop", 0.2285),
-    ("resnet50", {}, "imagenet", "multiscale:224,256,384,480,640", 0.2074),
-    ("resnet34", {"shortcut": "C"}, "imagenet", "10crop", 0.2419),
-    ("resnet50v1.5", {}, "imagenet", "10crop", None),
+IMAGENET = tuple(imagenet.names().values())
+SEEN = {"size": (224, 224), "resize": 256}
+
+
+@pytest.mark.parametrize(("name", "changes", "asked", "error"), [
+    ("resnet20", {}, {}, 0.0875),
+    ("resnet20", {"zeros": "centre"}, {}, 0.0875),  # the paper does not say where they stand
+    ("preresnet164", {}, {}, 0.0546),
+    ("resnet20", {"shortcut": "B"}, {}, None),
+    ("resnet20", {}, {"protocol": "flip"}, None),
+    ("resnet20", {}, {"data": "digits"}, None),
+    ("resnet20", {}, {"split": "train"}, None),
+    ("resnet20", {}, {"n": 9_000}, None),  # some were set aside
+    ("resnet50", {}, {"data": "imagenet", "protocol": "10crop"}, 0.2285),
+    ("resnet50", {}, {"data": "/any/folder", "split": "val", "protocol": "10crop"}, 0.2285),
+    ("resnet50", {}, {"data": "imagenet", "protocol": "multiscale:224,256,384,480,640"}, 0.2074),
+    ("resnet34", {"shortcut": "C"}, {"data": "imagenet", "protocol": "10crop"}, 0.2419),
+    ("resnet50v1.5", {}, {"data": "imagenet", "protocol": "10crop"}, None),
+    ("resnet50", {}, {"data": "imagenet", "protocol": "10crop", "split": "train"}, None),
+    ("resnet50", {}, {"data": "imagenet", "protocol": "10crop", "n": 10_000}, None),
+    ("resnet50", {}, {"data": "imagenet", "protocol": "10crop", "resize": 288}, None),
+    ("resnet50", {}, {"data": "imagenet", "protocol": "10crop", "size": (288, 288), "resize": 320}, None),
+    ("resnet50", {}, {"data": "mine", "protocol": "10crop", "classes": tuple(map(str, range(1000)))}, None),
 ])  # fmt: skip
-def test_published_figures(name: str, changes: dict[str, Any], data: str, protocol: str, error: float | None) -> None:
+def test_published_figures(name: str, changes: dict[str, Any], asked: dict[str, Any], error: float | None) -> None:
     with torch.device("meta"):
         net = ResNet(specification(name, **changes))
-    found = published(Bundle(net, (), GREY), data, "test", protocol)
+    usual = {"data": "cifar10", "split": "test", "protocol": "1crop", "size": (32, 32), "resize": 32, "n": 10_000,
+             "classes": ()}  # fmt: skip
+    if net.spec.stem == "imagenet":
+        usual |= {"n": 50_000, "classes": IMAGENET, **SEEN}
+    a = usual | asked
+    prepared = Preprocessing(3, a["size"], a["resize"], torch.zeros(3), torch.ones(3))
+    found = published(Bundle(net, a["classes"], prepared), a["data"], a["split"], parse(a["protocol"]), a["n"])
     assert (found.top1_error if found else None) == error
 
 
@@ -305,13 +331,74 @@ def test_wrong_requests(arguments: list[str], sentence: str, file: Path, capsys:
     assert sentence in capsys.readouterr().err and [p.name for p in file.parent.iterdir()] == ["model.safetensors"]
 
 
-def test_an_exported_model_comes_back_with_the_same_errors(
-    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_trained_model_goes_out_and_comes_back_with_the_same_errors(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(["export", str(file), "--to", "torchvision", "--out", str(tmp_path / "w.pth")]) == 0
-    assert run(["import", str(tmp_path / "w.pth"), "--out", str(tmp_path / "again.safetensors")]) == 0
-    assert load_bundle(tmp_path / "again.safetensors").spec == load_bundle(file).spec
-    found = [
-        evaluate(path, "digits", device="cpu", precision="fp32") for path in (file, tmp_path / "again.safetensors")
-    ]
-    assert torch.equal(found[0].judgement.scores, found[1].judgement.scores)
+    """On the command line, nothing given but files: per-pixel mean, classes, temperature and what it learnt from come along."""
+    again = tmp_path / "again.safetensors"
+    before = load_bundle(trained)
+    documents = []
+    for suffix in (".pth", ".safetensors"):
+        assert run(["export", str(trained), "--to", "torchvision", "--out", str(tmp_path / f"w{suffix}")]) == 0
+        assert run(["import", str(tmp_path / f"w{suffix}"), "--out", str(again)]) == 0
+        assert "ASSUMED" not in capsys.readouterr().err
+        after = load_bundle(again)
+        assert (after.spec, after.data, after.calibration) == (before.spec, before.data, before.calibration)
+        assert torch.equal(after.preprocessing.mean, before.preprocessing.mean) and before.preprocessing.mean.ndim == 3
+    for path in (trained, again):
+        assert (
+            run(["evaluate", str(path), "--data", "digits", "--device", "cpu", "--out", str(tmp_path), "--json"]) == 0
+        )
+        documents.append(json.loads(capsys.readouterr().out))
+        assert documents[-1].pop("model") == str(path)
+    assert documents[0] == documents[1] and documents[0]["top1_error"] < 0.5
+
+
+def test_a_temperature_is_fitted_on_pictures_that_are_not_judged(
+    file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["evaluate", str(file), "--data", "digits", "--device", "cpu", "--precision", "fp32"]
+    assert run([*arguments, "--json"]) == 0
+    plain = json.loads(capsys.readouterr().out)
+    assert plain["temperature"] == [1.0] and plain["calibration"] == [None]
+    before = file.read_bytes()
+    assert run([*arguments, "--fit-temperature", "train", "--json"]) == 0
+    fitted = json.loads(capsys.readouterr().out)
+    assert file.read_bytes() == before  # it is kept only where a person says so
+    about = {"data": "digits", "split": "train", "n": 1437, "protocol": "1crop"}
+    assert fitted["calibration"] == [about] and fitted["top1_error"] == plain["top1_error"]
+    train, bundle = digits.load().train, load_bundle(file)
+    said = judge(bundle.net, train, GREY, NAMES, pick_engine("fp32", "cpu"))
+    assert fitted["temperature"] == [pytest.approx(fit_temperature(said.log_scores, train.labels), rel=1e-4)]
+    assert fitted["loss"] < plain["loss"] and fitted["calibration_error"] < plain["calibration_error"]
+    assert run([*arguments, "--fit-temperature", "100", "--save-temperature", "--protocol", "flip"]) == 0
+    said_aloud = capsys.readouterr().out
+    assert (
+        "260 pictures" in said_aloud
+        and "fitted on 100 pictures (set aside from test of digits) by 1crop; used here for" in said_aloud
+    )
+    kept = load_bundle(file)
+    assert kept.calibration["n"] == 100 and kept.temperature != 1.0
+    assert run(arguments) == 0
+    assert f"temperature {kept.temperature:.3f}, fitted on 100 pictures" in capsys.readouterr().out
+    page = (file.parent / "evaluation.html").read_text()
+    assert f"Temperature {kept.temperature:.3f}, fitted on 100 pictures" in page
+
+
+def test_what_never_was_calibrated_is_said(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["evaluate", str(file), "--data", "digits", "--device", "cpu"]) == 0
+    assert "uncalibrated: no temperature was fitted" in capsys.readouterr().out
+    assert "Uncalibrated: no temperature was fitted" in (file.parent / "evaluation.html").read_text()
+
+
+def test_what_a_temperature_cannot_be_fitted_on(file: Path, trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for path, arguments, sentence in (
+        (file, ["--fit-temperature", "test"], "fitted on test, which holds pictures that are judged"),
+        (file, ["--fit-temperature", "trian"], "did you mean 'train'?"),
+        (trained, ["--fit-temperature", "train"], "from which the model learnt"),
+        (file, ["--save-temperature"], "--save-temperature goes with --fit-temperature"),
+    ):
+        assert run(["evaluate", str(path), "--data", "digits", "--device", "cpu", *arguments]) == 2
+        assert sentence in capsys.readouterr().err
+    assert run(["evaluate", str(file), "--data", "digits", "--fit-temperature", "360"]) == 1
+    assert "cannot hold out 360 of 360" in capsys.readouterr().err

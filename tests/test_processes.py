@@ -13,9 +13,11 @@ from typing import Any
 
 import pytest
 import torch
+from pictures import NAMES, folder
 
+from residuum.cli.main import run
 from residuum.evaluation.evaluate import evaluate
-from residuum.models.bundle import Bundle
+from residuum.models.bundle import Bundle, load_bundle
 from residuum.models.resnet import build
 from residuum.preprocessing import Preprocessing
 
@@ -38,23 +40,29 @@ def free_port() -> int:
         return int(place.getsockname()[1])
 
 
-def take_part(rank: int, size: int, port: int, model: Path, data_dir: Path, out: Path) -> None:
+def take_part(rank: int, size: int, port: int, model: Path, data: str, data_dir: Path, out: Path) -> None:
     """What torchrun gives a process, and what the process then says."""
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     asked: list[int] = []
     found = evaluate(
-        model, "cifar10", data_dir=data_dir, device="cpu", precision="fp32", progress=lambda n, _: asked.append(n)
+        model,
+        data,
+        data_dir=data_dir,
+        on_bad_image="skip",
+        device="cpu",
+        precision="fp32",
+        progress=lambda n, _: asked.append(n),
     )
     out.write_text(json.dumps(found.to_json() | {"batches": len(asked)}))
 
 
-def figures(size: int, model: Path, data_dir: Path, folder: Path) -> list[dict[str, Any]]:
+def figures(size: int, model: Path, data_dir: Path, place: Path, data: str = "cifar10") -> list[dict[str, Any]]:
     """What each of `size` processes found."""
     context, port = multiprocessing.get_context("fork"), free_port()
-    outs = [folder / f"{rank}-of-{size}.json" for rank in range(size)]
+    outs = [place / f"{rank}-of-{size}.json" for rank in range(size)]
     workers = [
-        context.Process(target=take_part, args=(rank, size, port, model, data_dir, out))
+        context.Process(target=take_part, args=(rank, size, port, model, data, data_dir, out))
         for rank, out in enumerate(outs)
     ]
     for worker in workers:
@@ -76,16 +84,42 @@ def test_one_two_and_three_processes_find_the_same(model: Path, cifar10_dir: Pat
         assert all(found == alone for found in group)
 
 
-@pytest.mark.slow
-def test_an_exported_cifar_net_evaluates_to_the_same_errors(model: Path, cifar10_dir: Path, tmp_path: Path) -> None:
-    """Through torchvision's names and back, with nothing given."""
-    from residuum.cli.main import run
+def test_processes_know_why_each_picture_was_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of those that another process could not read; and they count none twice."""
+    monkeypatch.setattr("residuum.evaluation.scores.BATCH", 4)  # so that every process has some
+    root = folder(tmp_path / "d", {"train": 1, "val": 7})
+    for i, name in enumerate(NAMES):
+        (root / "val" / name / f"bad {i}.jpg").write_bytes(b"" if i else b"no picture")
+    net: Any = build("resnet8", classes=3, seed=0)
+    model = tmp_path / "m.safetensors"
+    prepared = Preprocessing(3, (16, 16), 16, torch.full((3,), 0.5), torch.ones(3))
+    Bundle(net, tuple(sorted(NAMES)), prepared).save(model)
+    ((alone,), *others) = (figures(size, model, tmp_path, tmp_path, str(root)) for size in (1, 2, 3))
+    assert alone["n"] == 21 and len(alone["skipped"]) == 3
+    assert "could not be read" not in alone["skipped"].values()
+    batches = alone.pop("batches")
+    for group in others:
+        assert sum(found.pop("batches") for found in group) == batches == 6
+        assert all(found == alone for found in group)
 
-    again = tmp_path / "again.safetensors"
+
+@pytest.mark.slow
+def test_a_trained_cifar_net_goes_out_and_comes_back_with_the_same_errors(cifar10_dir: Path, tmp_path: Path) -> None:
+    """100 steps of the paper's recipe, then through torchvision's names and back, on the command line with nothing given."""
+    cifar, again = ["--data-dir", str(cifar10_dir)], tmp_path / "again.safetensors"
+    assert run(["train", "cifar10", "--recipe", "paper-cifar", "--steps", "100", *cifar, "--out", str(tmp_path / "run"),
+                "--set", "held_out=1000"]) == 0  # fmt: skip
+    model = tmp_path / "run" / "model.safetensors"
+    found = []
     assert run(["export", str(model), "--to", "torchvision", "--out", str(tmp_path / "w.pth")]) == 0
     assert run(["import", str(tmp_path / "w.pth"), "--out", str(again)]) == 0
-    (one,), (other,) = (figures(1, each, cifar10_dir, tmp_path) for each in (model, again))
-    assert one.pop("model") != other.pop("model") and one == other and one["n"] == 10_000
+    for path, out in ((model, tmp_path / "one"), (again, tmp_path / "two")):
+        assert run(["evaluate", str(path), "--data", "cifar10", *cifar, "--out", str(out)]) == 0
+        found.append(json.loads((out / "evaluation.json").read_text()))
+        assert found[-1].pop("model") == str(path)
+    assert found[0] == found[1] and found[0]["n"] == 10_000 and found[0]["top1_error"] < 0.75
+    assert found[0]["calibration"][0]["n"] == 1000
+    assert load_bundle(again).preprocessing.mean.shape == (32, 32, 3)
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from runs import assert_same, figures
 
 from residuum.errors import RunError
 from residuum.records import Run
@@ -50,17 +51,6 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
         _, stderr = process.communicate()
     assert process.returncode == 0, stderr
     return out
-
-
-def figures(run: Path) -> list[dict[str, float]]:
-    """metrics.jsonl without what the clock decides."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("seconds", "images_per_second")} for line in lines]
-
-
-def assert_same(run: Path, undisturbed: Path) -> None:
-    assert (run / "model.safetensors").read_bytes() == (undisturbed / "model.safetensors").read_bytes()
-    assert figures(run) == figures(undisturbed)
 
 
 def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:

@@ -56,9 +56,9 @@ def test_a_short_run_is_labelled() -> None:
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipes_are_complete_and_documented(name: str) -> None:
-    value = recipe(name)
+    value = RECIPES[name]()
     assert value.name == name
-    assert Recipe.from_values(value.to_json()) == value
+    assert type(value).from_values(value.to_json()) == value
     for word in ("Paper:", "Command:", "Cost:", "Expected:"):
         assert word in (RECIPES[name].__doc__ or ""), f"{name} does not say its {word}"
 
@@ -82,10 +82,13 @@ def test_toml_round_trip() -> None:
         ("lr", "x", "lr takes a number, not 'x'."),
         ("flip", "perhaps", "flip takes true or false, not 'perhaps'."),
         ("milestones", "a,b", "milestones takes whole numbers with commas between, not 'a,b'."),
-        ("batch", "0", "batch must be from 1 to 1,048,576, not 0."),
         ("batch", "1", "batch must be 2 or more: batch normalisation needs more than one picture."),
+        ("batch", "0", "batch must be from 1 to 1,048,576, not 0."),
+        ("bn_batch", "48", "bn_batch 48 does not divide the batch of 64; the nearest that does is 32."),
+        ("schedule", "cosin", "unknown schedule 'cosin'; did you mean 'cosine'?"),
+        ("ema", "1", "ema must be from 0 to below 1, not 1.0."),
         ("weight_decay", "inf", "weight_decay must be 0 or more, not inf."),
-        ("momentum", "5", "momentum 5.0 must be below 1, warmup_error 0.8 in (0, 1]."),
+        ("momentum", "5", "momentum must be from 0 to below 1, not 5.0."),
         ("milestones", "-5,3", "milestones must be steps from 1 up, not [-5, 3]."),
         ("lr", "nan", "lr must be a number above 0, not nan."),
         ("warmup", "step", "unknown warmup 'step'; did you mean 'steps'?"),

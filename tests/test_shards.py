@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,15 +16,17 @@ from server import Server
 
 import residuum
 from residuum.cli.main import run
-from residuum.data import pack, shards, sources
+from residuum.data import pack, remote, shards, sources
 from residuum.data.augment import Augmentation
 from residuum.data.crops import Crop
 from residuum.data.dataset import Dataset
 from residuum.data.loader import Loader
-from residuum.data.stored import Reading
+from residuum.data.stored import Reading, Stored
 from residuum.errors import DataError, RunError, UsageError
 from residuum.preprocessing import Preprocessing
 from residuum.runtime import pick_engine
+
+FLOWERS = Path(__file__).resolve().parents[2] / "shared" / "data" / "flowers"
 
 
 def load(data: Path | str, data_dir: Path = Path("data"), **reading: object) -> Dataset:
@@ -261,3 +264,44 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert not list((tmp_path / "t").glob("*.tar"))
     assert run(["data", "pack", "--help"]) == 0
     assert "Example: residuum data pack photos shards" in " ".join(capsys.readouterr().out.split())
+
+
+def photographs(data: Dataset, workers: int = 0) -> list[torch.Tensor]:
+    assert isinstance(data.train, Stored)
+    split = replace(data.train, reading=Reading(workers=workers))
+    shape = Preprocessing(3, (64, 64), 64, torch.zeros(3), torch.ones(3))
+    own = Loader(split, shape, Augmentation(flip=True), 16, 1, pick_engine("fp32", "cpu"), Crop("resized"))
+    try:
+        return [own.batch(step).pictures for step in (13, 14, 15)]  # the end of an epoch of 240, and the next
+    finally:
+        own.close()
+
+
+def test_flowers_from_a_folder_from_shards_and_from_a_server(tmp_path: Path) -> None:
+    if not FLOWERS.is_dir():
+        pytest.skip("the flowers are not there: ../shared/data, beside the repository, is missing")
+    theirs, out = load(FLOWERS), tmp_path / "shards"
+    assert len(pack.pack(theirs, out, per_shard=50)) == 7
+    expected = photographs(theirs)
+    ours = load(out)
+    assert (ours.fingerprint, ours.classes, ours.judged) == (theirs.fingerprint, theirs.classes, "val")
+    for split in ("train", "val"):
+        a, b = ours.splits[split], theirs.splits[split]
+        assert isinstance(a, Stored) and isinstance(b, Stored) and list(a.names) == list(b.names)
+        assert torch.equal(a.labels, b.labels)
+        for i in range(len(a)):  # the very bytes
+            assert a.source.read(int(a.where[i])) == b.source.read(int(b.where[i]))
+    assert all(map(torch.equal, photographs(ours), expected)) and all(map(torch.equal, photographs(ours, 4), expected))
+    served = files(out)
+    with Server(served, drop_after=max(map(len, served.values())) * 2 // 3) as server:
+        names = ",".join(name.removesuffix(".tar") for name in sorted(served) if name.endswith(".tar"))
+        fetched = load(server.url + "{" + names + "}.tar", tmp_path / "data")
+        assert any(wanted for _, wanted in server.asked), "nothing was dropped"
+    assert fetched.fingerprint == theirs.fingerprint and all(map(torch.equal, photographs(fetched), expected))
+    with Server(served, drop_after=100_000, ranges=False) as server:
+        pattern = server.url + "train-{000000..000004}.tar"
+        with pytest.raises(
+            DataError, match=rf"{server.url}train-000000.tar cannot be fetched: .* dropped after 100,000 of"
+        ):
+            load(pattern, tmp_path / "other")
+        assert [name for name, _ in server.asked].count("train-000000.tar") == 1 + len(remote.PAUSES)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +19,7 @@ from residuum.models.resnet import build
 from residuum.records import Run, read_metrics
 from residuum.runtime import pick_engine
 from residuum.tasks import classify
+from residuum.training.checkpoint import Learner
 from residuum.training.optim import SGD
 from residuum.training.recipe import Recipe
 from residuum.training.recipes import quick
@@ -67,14 +71,16 @@ def test_one_step_equals_a_hand_computation(tmp_path: Path) -> None:
     recipe = tiny()
     engine = pick_engine("fp32", "cpu")
     task = prepared(recipe, engine)
-    batch = task.batch(0)
+    (batch,) = task.parts(0)
     hand = build("resnet8", channels=1, classes=10)
     hand.load_state_dict(task.net.state_dict())
     loss = F.cross_entropy(hand(batch.pictures), batch.labels)
     loss.backward()
-    measured, wrong = train_step(task, SGD(task.net, recipe), batch, lr=0.1)
+    measured, wrong, norm = train_step(Learner.fresh(task, recipe), [batch], lr=0.1)
     torch.testing.assert_close(measured, loss.detach())
     assert 0 <= float(wrong) <= 1
+    gradient = torch.cat([p.grad.flatten() for p in hand.parameters() if p.grad is not None])
+    torch.testing.assert_close(norm, gradient.norm())
     for ours, theirs in zip(task.net.parameters(), hand.parameters(), strict=True):
         assert theirs.grad is not None
         expected = theirs.detach() - 0.1 * (theirs.grad + recipe.weight_decay * theirs.detach())
@@ -193,3 +199,23 @@ def test_a_run_gives_the_process_back_as_it_was(tmp_path: Path) -> None:
         assert torch.equal(torch.get_rng_state(), state)
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="the C library is not glibc")
+def test_a_steps_memory_is_kept_for_the_next() -> None:
+    script = """
+import resource, sys, torch
+from residuum.runtime import pick_engine
+if sys.argv[1] == "picked":
+    pick_engine("fp32", "cpu", 1)
+def faults(steps):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(steps):
+        torch.ones(2**24)  # 64 MiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults(10)
+print(faults(10))
+"""
+    runs = [[sys.executable, "-c", script, way] for way in ("as torch does", "picked")]
+    before, after = (int(subprocess.run(run, capture_output=True, text=True, check=True).stdout) for run in runs)
+    assert before > 10 * 2**26 / 2**21 > 10 * after  # a fault for each page, of 4 KiB or (huge ones) 2 MiB

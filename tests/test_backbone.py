@@ -1,0 +1,152 @@
+"""Backbones: torchvision's and timm's own maps, à trous, the paper's fixed BN, and the forms that other programs take."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+from torch import nn
+from torchvision.models import resnet50
+from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+from torchvision.ops import FeaturePyramidNetwork
+
+from residuum.errors import UsageError
+from residuum.models.backbone import Backbone, Encoder, Features, FixedBatchNorm, dilate, fix_bn, freeze, levels
+from residuum.models.resnet import ResNet, build
+
+ALL = {f"C{i + 2}": str(i) for i in range(4)}
+
+
+def ready(net: ResNet) -> ResNet:
+    """Eval mode, float64, BN with statistics that are not trivial."""
+    generator = torch.Generator().manual_seed(3)
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.copy_(torch.randn(module.num_features, generator=generator) / 5)
+            module.running_var.copy_(torch.rand(module.num_features, generator=generator) + 0.5)
+    return net.double().eval()
+
+
+def picture(size: int = 96, channels: int = 3) -> torch.Tensor:
+    return torch.randn(2, channels, size, size, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def test_maps_are_those_of_torchvisions_fpn_backbone() -> None:
+    theirs = resnet_fpn_backbone(backbone_name="resnet50", weights=None, norm_layer=nn.BatchNorm2d)
+    net = build("resnet50v1.5", seed=0)
+    ready(net)
+    missing, unexpected = theirs.body.load_state_dict(net.state_dict(), strict=False)
+    assert missing == [] and {k.split(".")[0] for k in unexpected} == {"fc"}
+    body, ours = theirs.body.double().eval(), Backbone(net, ALL)
+    with torch.no_grad():
+        a, b = body(picture()), ours(picture())
+    assert list(a) == list(b) == ["0", "1", "2", "3"]
+    for key in a:
+        torch.testing.assert_close(b[key], a[key], rtol=0, atol=1e-10)
+    pyramid = FeaturePyramidNetwork(ours.channels, 256)
+    assert pyramid({k: v.float() for k, v in b.items()})["3"].shape == (2, 256, 3, 3)
+
+
+def test_weights_of_torchvisions_layout_move_in_both_directions() -> None:
+    theirs = resnet50(weights=None)
+    net = build("resnet50v1.5", seed=1)
+    net.load_state_dict(theirs.state_dict())
+    theirs.load_state_dict(net.state_dict())
+
+
+@pytest.mark.parametrize("output_stride", [8, 16])
+@pytest.mark.parametrize(("ours", "theirs"), [("resnet18", "resnet18"), ("resnet50v1.5", "resnet50")])
+def test_dilation_is_timms(ours: str, theirs: str, output_stride: int) -> None:
+    other = timm.create_model(theirs, pretrained=False, output_stride=output_stride, num_classes=1000).double().eval()
+    net = ready(build(ours, seed=0))
+    other.load_state_dict(net.state_dict())
+    dilate(net, output_stride)
+    with torch.no_grad():
+        torch.testing.assert_close(net.last_map(picture()), other.forward_features(picture()), rtol=0, atol=1e-9)
+    assert levels(net)["C5"].stride == output_stride
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("resnet18", {}),
+        ("resnet50", {}),  # the stride in the first 1x1: timm has no such dilation
+        ("preresnet18", {}),
+        ("preresnet50", {"shortcut": "C"}),
+        ("resnet34", {"shortcut": "A", "layers": 3, "depths": (1, 2, 2, 1)}),
+        ("resnet18", {"shortcut": "exclusive-gate"}),
+        ("plain18", {}),
+    ],
+)
+@pytest.mark.parametrize("size", [96, 101])
+def test_a_dilated_network_sampled_at_its_old_steps_is_the_old_network(
+    name: str, changes: dict[str, object], size: int
+) -> None:
+    plain = ready(build(name, seed=0, widths=(8, 16, 16, 24), **changes))
+    spread = ready(build(name, seed=0, widths=(8, 16, 16, 24), **changes))
+    dilate(spread, 8)
+    with torch.no_grad():
+        a, b = plain.features(picture(size)), spread.features(picture(size))
+    for level, step in (("C3", 1), ("C4", 2), ("C5", 4)):
+        torch.testing.assert_close(b[level][:, :, ::step, ::step], a[level], rtol=0, atol=1e-9)
+
+
+def test_dilation_of_a_cifar_net_and_of_what_cannot_be() -> None:
+    net = build("resnet20", seed=0)
+    dilate(net, 2)
+    assert [level.stride for level in levels(net).values()] == [1, 1, 2, 2]
+    assert net(picture(32).float()).shape == (2, 10)
+    with pytest.raises(UsageError, match="dilated already"):
+        dilate(net, 1)
+    with pytest.raises(UsageError, match=r"output_stride must be one of 4, 8, 16, 32, not 12\."):
+        dilate(build("resnet18"), 12)
+
+
+def test_levels_tell_what_features_gives() -> None:
+    for name in ("resnet18", "resnet50", "preresnet20", "resnet20"):
+        net = build(name, seed=0)
+        x = torch.zeros(1, 3, 128, 128)
+        for level, (key, value) in zip(levels(net).values(), net.features(x).items(), strict=True):
+            assert level.name == key and value.shape == (1, level.channels, 128 // level.stride, 128 // level.stride)
+    assert list(net.features(x, "C2")) == ["C1", "C2"]
+
+
+def test_fixed_bn_is_the_same_map_and_never_learns() -> None:
+    net, fixed = ready(build("resnet18", seed=0)), ready(build("resnet18", seed=0))
+    fix_bn(fixed)
+    fixed.train()
+    with torch.no_grad():
+        torch.testing.assert_close(fixed.last_map(picture()), net.last_map(picture()), rtol=0, atol=1e-10)
+    before = {k: v.clone() for k, v in fixed.state_dict().items()}
+    assert before.keys() == net.state_dict().keys()
+    fixed.last_map(picture()).sum().backward()
+    assert all(torch.equal(v, before[k]) for k, v in fixed.state_dict().items())
+    learning = {k for k, p in fixed.named_parameters() if p.requires_grad}
+    assert learning == {k for k in dict(net.named_parameters()) if "bn" not in k and "downsample.1" not in k}
+
+
+def test_frozen_stages_stay_and_the_rest_learns() -> None:
+    net = build("resnet18", seed=0)
+    freeze(net, "C2")
+    names = {k.split(".")[0] for k, p in net.named_parameters() if p.requires_grad}
+    assert names == {"layer2", "layer3", "layer4", "fc"}
+    assert isinstance(net.bn1, FixedBatchNorm) and type(net.layer2[0].bn1) is nn.BatchNorm2d
+    with pytest.raises(UsageError, match="did you mean 'C5'"):
+        freeze(net, "C55")
+
+
+def test_lists_are_timms() -> None:
+    theirs = timm.create_model("resnet18", pretrained=False, features_only=True)
+    ours = Features(build("resnet18", seed=0))
+    assert ours.feature_info.channels() == theirs.feature_info.channels()
+    assert ours.feature_info.reduction() == theirs.feature_info.reduction()
+    x = torch.zeros(1, 3, 96, 96)
+    assert [m.shape for m in ours(x)] == [m.shape for m in theirs(x)]
+    assert [entry["num_chs"] for entry in ours.feature_info] == [64, 64, 128, 256, 512]
+
+
+def test_an_encoder_gives_the_picture_and_every_map() -> None:
+    encoder = Encoder(build("resnet18", seed=0))
+    assert encoder.out_channels == [3, 64, 64, 128, 256, 512] and encoder.output_stride == 32
+    x = torch.zeros(1, 3, 96, 96)
+    assert [m.shape[1] for m in encoder(x)] == encoder.out_channels

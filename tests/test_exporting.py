@@ -1,0 +1,193 @@
+"""Files for other programs, made and read back by the programs themselves."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import openvino
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from residuum.cli.main import run
+from residuum.data import digits
+from residuum.errors import ModelFileError, UsageError
+from residuum.models.bundle import Bundle, load_bundle
+from residuum.models.resnet import build
+from residuum.models.samples import Samples
+from residuum.preprocessing import Preprocessing
+from residuum.use import exporting
+from residuum.use.engines import BOUNDS
+
+CLASSES = ("null", "eins", "zwei", "drei", "vier", "fünf", "sechs", "sieben", "acht", "neun")
+DIGITS = digits.load()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A network with a per-pixel mean and a temperature, whose scores differ from picture to picture."""
+    torch.manual_seed(0)
+    net: Any = build("resnet8", classes=10, channels=1, seed=0)
+    train, test = DIGITS.train.images, DIGITS.test.images
+    prepared = Preprocessing(1, (8, 8), 8, train.float().mean(0) / 255, torch.ones(1))
+    net.train()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+    for i in range(150):
+        chosen = torch.arange(64 * i, 64 * (i + 1)) % len(train)
+        optimizer.zero_grad()
+        x = prepared.normalise(train[chosen])
+        torch.nn.functional.cross_entropy(net(x), DIGITS.train.labels[chosen]).backward()
+        optimizer.step()
+    samples = Samples(test[:16], DIGITS.test.labels[:16], train[:64])
+    file = tmp_path_factory.mktemp("model") / "m.safetensors"
+    Bundle(net.eval(), CLASSES, prepared, 1.7, samples=samples).save(file)
+    return file
+
+
+def by_hand(model: Path, pixels: Tensor) -> np.ndarray:
+    """(x / 255 - mean) / std, the network, / temperature, softmax: in fp64 and with BN as it stands."""
+    bundle = load_bundle(model)
+    x = (pixels.double() / 255 - bundle.preprocessing.mean) / bundle.preprocessing.std
+    with torch.no_grad():
+        logits = bundle.net.double()(x.permute(0, 3, 1, 2))
+    return torch.softmax(logits / 1.7, 1).numpy()
+
+
+def asked(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, Any, str]:
+    capsys.readouterr()
+    code = run([str(a) for a in arguments])
+    out, err = capsys.readouterr()
+    assert "Traceback" not in err
+    return code, json.loads(out) if out else None, err
+
+
+FRESH = DIGITS.test.images[20:25]
+
+
+def test_onnx(model: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    out = tmp_path / "m.onnx"
+    code, proof, _ = asked(capsys, "export", model, "--to", "onnx", "--out", out, "--json")
+    assert code == 0 and proof["top1_agreement"] == 1.0 and proof["largest_difference"] < 1e-5 and proof["n"] == 16
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m.onnx", "m.onnx.json", "m.onnx.proof.json"]
+    beside = json.loads((tmp_path / "m.onnx.proof.json").read_text())
+    assert beside.items() <= proof.items() and [b["batch"] for b in beside["batches"]] == [1, 7]
+    session = onnxruntime.InferenceSession(str(out), providers=["CPUExecutionProvider"])
+    for n in (1, 2, 5):
+        (scores,) = session.run(["scores"], {"pixels": FRESH[:n].numpy()})
+        assert np.abs(scores - by_hand(model, FRESH[:n])).max() < 1e-5
+    properties = {p.key: p.value for p in onnx.load(str(out)).metadata_props}
+    assert tuple(json.loads(properties["classes"])) == CLASSES
+    described = json.loads((tmp_path / "m.onnx.json").read_text())
+    assert described["classes"] == list(CLASSES) and described["input"]["shape"] == ["batch", 8, 8, 1]
+
+
+def test_torch(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "m.pt2"
+    assert run(["export", str(model), "--to", "torch", "--out", str(out)]) == 0
+    files = {"classes": ""}
+    module: Any = torch.export.load(str(out), extra_files=files).module()
+    for n in (1, 5):
+        assert np.abs(module(FRESH[:n]).detach().numpy() - by_hand(model, FRESH[:n])).max() < 1e-5
+    assert tuple(json.loads(files["classes"])) == CLASSES
+
+
+def test_openvino_in_int8(model: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    out = tmp_path / "m.xml"
+    arguments = ("export", model, "--to", "openvino", "--precision", "int8", "--out", out, "--json")
+    code, proof, err = asked(capsys, *arguments)
+    assert code == 0, err
+    assert proof["precision"] == "int8" and proof["bound"] == {"top1_agreement": 0.9, "largest_difference": 0.3}
+    read = openvino.Core().read_model(out)
+    assert "FakeQuantize" in {op.get_type_name() for op in read.get_ops()}
+    assert tuple(json.loads(read.get_rt_info(["residuum", "classes"]).astype(str))) == CLASSES
+    scores = openvino.compile_model(read, "CPU")([FRESH.numpy()])[0]
+    assert (scores.argmax(1) == by_hand(model, FRESH).argmax(1)).mean() >= 0.8
+
+
+def test_onnx_in_int8_is_calibrated_on_other_pictures_than_it_is_proved_on(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for i in range(40):
+        Image.fromarray(DIGITS.test.images[i, :, :, 0].numpy()).save(tmp_path / f"{i:02}.png")
+    (tmp_path / "bad.png").write_text("no picture")
+    seen = {}
+    whole = exporting.export_whole
+
+    def watched(bundle: Bundle, to: str, precision: str, out: Path, check: Tensor, training: Tensor) -> Any:
+        seen.update(check=check, training=training)
+        return whole(bundle, to, precision, out, check, training)
+
+    monkeypatch.setattr(exporting, "export_whole", watched)
+    out = tmp_path / "m.onnx"
+    arguments = ("export", model, "--to", "onnx", "--precision", "int8", "--pictures", tmp_path, "--out", out, "--json")
+    code, proof, err = asked(capsys, *arguments)
+    assert code == 0, err
+    kept, learnt = ({x.numpy().tobytes() for x in seen[name]} for name in ("check", "training"))
+    assert proof["n"] == len(seen["check"]) == len(seen["training"]) == 20 and not kept & learnt
+    assert "QuantizeLinear" in {node.op_type for node in onnx.load(str(out)).graph.node}
+
+
+def test_disagreement_fails_and_leaves_no_file(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wrong = load_bundle(model)
+    wrong.net.fc.bias.data[3] += 2.0
+    right = exporting.program
+    monkeypatch.setattr(exporting, "program", lambda _: right(wrong))
+    out = tmp_path / "m.pt2"
+    out.write_text("an older one")
+    code, document, err = asked(capsys, "export", model, "--to", "torch", "--out", out, "--json")
+    assert code == 1 and document is None and "was not written: top-1 agrees on" in err and "within 0.001" in err
+    assert [p.name for p in tmp_path.iterdir()] == ["m.pt2"] and out.read_text() == "an older one"
+    assert BOUNDS["fp32"] == (1.0, 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "sentence"),
+    [
+        (["--to", "onx"], 2, "unknown target 'onx'; did you mean 'onnx'?"),
+        (["--to", "torch", "--precision", "int8"], 2, "--to torch writes fp32, not int8"),
+        (["--to", "onnx", "--precision", "int9"], 2, "unknown precision 'int9'"),
+        (["--to", "onnx", "--out", "m.txt"], 2, "a file for onnx ends in .onnx"),
+        (["--to", "torchvision", "--json"], 2, "--to torchvision takes --out alone"),
+        (["--to", "onnx", "--data", "digits", "--pictures", "."], 2, "give --data or --pictures, not both"),
+        (["--to", "onnx", "--pictures", "nowhere"], 1, "nowhere is no folder"),
+        (["--to", "torch", "--out", "nowhere/m.pt2"], 1, "cannot write nowhere/m.pt2"),
+    ],
+)
+def test_wrong_requests(
+    arguments: list[str], code: int, sentence: str, model: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    given, _, err = asked(capsys, "export", model, *arguments)
+    assert given == code and sentence in err and not list(tmp_path.iterdir())
+
+
+def test_a_model_without_pictures_says_so(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bare = tmp_path / "bare.safetensors"
+    replace(load_bundle(model), samples=None).save(bare)
+    code, _, err = asked(capsys, "export", bare, "--to", "torch")
+    assert code == 2 and "holds no pictures to prove the export on" in err and "--pictures FOLDER" in err
+    (tmp_path / "none").mkdir()
+    code, _, err = asked(capsys, "export", bare, "--to", "torch", "--pictures", tmp_path / "none")
+    assert code == 1 and "holds no picture that can be read" in err
+    with pytest.raises(UsageError, match="calibrated on pictures that are not those of the proof"):
+        exporting.export_whole(load_bundle(model), "onnx", "int8", tmp_path / "m.onnx", FRESH, FRESH[:0])
+    with pytest.raises(ModelFileError, match="is not there"):
+        load_bundle(tmp_path / "m.onnx")
+
+
+def test_a_missing_package_is_named(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exporting, "find_spec", lambda name: None if name == "onnxscript" else name)
+    with pytest.raises(
+        UsageError, match=r"needs the package onnxscript; install it with: pip install 'residuum\[onnx\]'"
+    ):
+        exporting.check_request("onnx", "fp32", Path("m.onnx"))

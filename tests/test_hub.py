@@ -1,0 +1,177 @@
+"""A model goes to a hub on loopback and comes back the same; the card says what the file says."""
+
+from __future__ import annotations
+
+import base64
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from residuum.cli.main import run
+from residuum.errors import ModelFileError
+from residuum.models.bundle import Bundle, load_bundle
+from residuum.models.resnet import build
+from residuum.preprocessing import Preprocessing
+from residuum.use import hub
+
+
+def bundle(**changes: Any) -> Bundle:
+    net = build("resnet8", classes=3, seed=0).eval()
+    values = {
+        "recipe": {"net": "resnet8", "lr": 0.1, "milestones": [3, 4], "data": "photos"},
+        "metrics": {"test": {"top1_error": 0.0417, "n": 1200}, "published": {"top1_error": 0.1}},
+        "data": {"name": "/home/me/flowers", "fingerprint": "0"},
+        "versions": {"residuum": "0.1.0"},
+        "temperature": 1.25,
+        "calibration": {"data": "flowers", "split": "held_out", "n": 77, "protocol": "1crop"},
+    }
+    shape = Preprocessing(3, (16, 20), 18, torch.zeros(3), torch.ones(3))
+    return Bundle(net, ("rose", "<script>|x|", "größe"), shape, **values | changes)
+
+
+def test_a_folder_comes_back_the_same_with_a_card(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bundle().save(tmp_path / "model.safetensors")
+    assert run(["push", str(tmp_path / "model.safetensors"), str(tmp_path / "out")]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'out' / 'README.md'}\n"
+    again = hub.from_pretrained(tmp_path / "out")
+    assert again.classes == bundle().classes and again.calibration == bundle().calibration
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(again.net.state_dict().values(), bundle().net.state_dict().values(), strict=True)
+    )
+    numbers = f"{sum(p.numel() for p in again.net.parameters()):,} parameters"
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: residuum\n")
+    for words in (
+        "# resnet8 on flowers", numbers, "16x20 pixels", "| test | 1,200 | 4.17 % |", "divided by 1.25, fitted on 77 pictures",
+        "- milestones: 3, 4", "residuum 0.1.0", 'residuum.load("hf:OWNER/NAME")', r"\<script\>\|x\|",
+    ):  # fmt: skip
+        assert words in card, words
+    assert "<script>" not in card and "/home/me" not in card
+
+
+def test_a_card_of_a_model_that_says_little() -> None:
+    card = hub.card(bundle(recipe={}, metrics={}, data={}, versions={}, calibration={}), "a/b")
+    assert "# residual network" in card and "not calibrated" in card and "No figure was measured" in card
+
+
+class Hub:
+    """As much of the hub's protocol as pushing and pulling need; files are kept in memory."""
+
+    def __init__(self) -> None:
+        self.files: dict[str, bytes] = {}
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def answer(self, content: bytes, **headers: str) -> None:
+                self.send_response(200)
+                for name, value in {"Content-Length": str(len(content)), **headers}.items():
+                    self.send_header(name.replace("_", "-"), value)
+                self.end_headers()
+                if self.command != "HEAD":
+                    self.wfile.write(content)
+
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+                if self.path == "/api/repos/create":
+                    said: Any = {"url": outer.url + "me/flowers"}
+                elif "/preupload/" in self.path:
+                    said = {
+                        "files": [
+                            {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False}
+                            for f in json.loads(body)["files"]
+                        ]
+                    }
+                elif "/commit/" in self.path:
+                    lines = [json.loads(line) for line in body.splitlines()]
+                    for line in lines:
+                        if line["key"] == "file":
+                            outer.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+                    said = {
+                        "commitUrl": f"{outer.url}me/flowers/commit/{'c' * 40}",
+                        "commitOid": "c" * 40,
+                        "commitMessage": "x",
+                        "success": True,
+                    }
+                else:
+                    said = {}
+                self.answer(json.dumps(said).encode(), Content_Type="application/json")
+
+            def do_GET(self) -> None:
+                name = self.path.rpartition("/")[2]
+                if "/resolve/" in self.path and name in outer.files:
+                    return self.answer(outer.files[name], ETag=f'"{name}"', X_Repo_Commit="c" * 40)
+                if self.path.startswith("/api/"):
+                    return self.answer(b'{"id": "me/flowers", "sha": "%s", "siblings": []}' % (b"c" * 40))
+                return self.send_error(404)
+
+            do_HEAD = do_GET
+
+            def log_message(self, *_: object) -> None:
+                return None
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}/"
+
+
+@pytest.fixture
+def server() -> Iterator[Hub]:
+    it = Hub()
+    threading.Thread(target=it.server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    yield it
+    it.server.shutdown()
+    it.server.server_close()
+
+
+def command(hub: Hub, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """A command in a process of its own: the hub's library reads its address when it is imported."""
+    environment = {"HF_ENDPOINT": hub.url.rstrip("/"), "HF_HOME": str(folder / "hf"), "HF_TOKEN": "hf_x",
+                   "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "PATH": "/usr/bin:/bin"}  # fmt: skip
+    return subprocess.run(
+        [sys.executable, "-m", "residuum", *arguments], env=environment, cwd=folder, capture_output=True, text=True
+    )
+
+
+def test_what_is_pushed_is_pulled(server: Hub, tmp_path: Path) -> None:
+    pytest.importorskip("huggingface_hub")
+    bundle().save(tmp_path / "model.safetensors")
+    done = command(server, tmp_path, "push", "model.safetensors", "hf:me/flowers")
+    assert done.returncode == 0, done.stderr
+    assert set(server.files) == {"model.safetensors", "README.md"}
+    assert 'residuum.load("hf:me/flowers")' in server.files["README.md"].decode()
+    done = command(server, tmp_path, "import", "hf:me/flowers", "--out", "again.safetensors")
+    assert done.returncode == 0, done.stderr
+    assert load_bundle(tmp_path / "again.safetensors").classes == bundle().classes
+
+
+def test_what_cannot_be_pushed_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle().save(tmp_path / "model.safetensors")
+    file = str(tmp_path / "model.safetensors")
+    for to, words in (
+        ("hf:flowers", "'flowers' is no name of a repository"),
+        ("hf:../x/y", "is no name of a repository"),
+    ):
+        assert run(["push", file, to]) == 2
+        assert words in capsys.readouterr().err
+    assert run(["push", file, str(tmp_path / "x"), "--private"]) == 2
+    capsys.readouterr()
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+
+    def offline(*_: object, **__: object) -> None:
+        raise OSError("no network")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", offline)
+    with pytest.raises(ModelFileError, match=r"me/x could not be pushed \(no network\)"):
+        hub.push(bundle(), "me/x")

@@ -1,0 +1,81 @@
+"""What is measured inside networks, against hand computations and the 2016 paper's identity."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from residuum.models.probing import identities, responses, signals, units
+from residuum.models.resnet import build
+
+X = torch.randn(6, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+LABELS = torch.arange(6) % 5
+
+
+def test_responses_are_deviations_after_bn_and_before_relu() -> None:
+    net = build("resnet8", classes=5, seed=0).eval()
+    found = responses(net, X)
+    assert list(found) == ["bn1", *(f"layer{i}.0.bn{j}" for i in (1, 2, 3) for j in (1, 2))]
+    with torch.no_grad():
+        first = net.bn1(net.conv1(X))
+        block = net.layer1[0]
+        second = block.bn2(block.conv2(F.relu(block.bn1(block.conv1(F.relu(first))))))
+    assert found["bn1"] == pytest.approx(float(first.std()), rel=1e-5)
+    assert found["layer1.0.bn2"] == pytest.approx(float(second.std()), rel=1e-5)
+    assert not any(module._forward_hooks for module in net.modules())
+
+
+def test_projections_are_no_layers_of_their_own() -> None:
+    assert len(responses(build("resnet8", shortcut="B", seed=0), X)) == 7
+
+
+def test_signals_in_training_have_the_variance_that_bn_gives() -> None:
+    net = build("plain20", classes=5, seed=0)
+    before = net.bn1.running_mean.clone()
+    found = signals(net, X, LABELS)
+    assert len(found) == 19
+    assert all(signal.variance == pytest.approx(1, abs=0.02) for signal in found)  # weight 1, bias 0: BN's own promise
+    assert all(signal.gradient > 0 for signal in found)
+    assert torch.equal(net.bn1.running_mean, before) and net.conv1.weight.grad is None
+
+
+def test_the_last_gradient_is_the_one_that_backpropagation_by_hand_gives() -> None:
+    net = build("plain8", classes=5, seed=0).train()
+    last = {s.layer: s for s in signals(net, X, LABELS)}["layer3.0.bn2"]
+    with torch.no_grad():
+        x = F.relu(net.bn1(net.conv1(X)))
+        x = net.layer3[0].bn1(net.layer3[0].conv1(net.layer2(net.layer1(x))))
+        y = net.layer3[0].bn2(net.layer3[0].conv2(F.relu(x)))
+        score = net.fc(F.relu(y).mean((2, 3))).softmax(1) - F.one_hot(LABELS, 5)
+        gradient = (score @ net.fc.weight / 16)[:, :, None, None] * (y > 0)
+    assert last.gradient == pytest.approx(float(gradient.flatten(1).norm(dim=1).mean()), rel=1e-3)
+
+
+def test_units_add_up_bit_for_bit_under_full_pre_activation() -> None:
+    net = build("preresnet20", classes=5, seed=0).eval()
+    passed, logits = units(net, X)
+    assert torch.equal(logits, net(X))
+    for unit in passed:
+        if unit.x.shape == unit.y.shape:
+            assert torch.equal(unit.y, unit.x + unit.residual), unit.block
+    assert [unit.block for unit in passed] == [name for name, _ in net.blocks()]
+
+
+def test_the_2016_identity_holds_for_full_pre_activation_alone() -> None:
+    exact = identities(build("preresnet20", classes=5, seed=0), X, LABELS)
+    assert [i.block for i in exact[:5]] == ["layer1.0", "layer1.1", "layer1.2", "layer2.1", "layer2.2"]
+    assert max(i.deviation for i in exact) < 1e-14  # rounding of float64
+    others = identities(build("resnet20", classes=5, seed=0), X, LABELS)
+    assert max(i.deviation for i in others) > 0.01  # the ReLU after the addition stands in the way
+
+
+def test_the_gradient_is_the_identity_and_an_additive_term() -> None:
+    for found in identities(build("preresnet20", classes=5, seed=0), X, LABELS):
+        # |g_l|² = |g_L|² + |term|² + 2 g_L·term and g_l·g_L = cosine |g_l| |g_L|: the three figures are not independent
+        assert found.additive**2 == pytest.approx(1 + found.kept**2 - 2 * found.cosine * found.kept, rel=1e-9)
+    silent = build("preresnet20", classes=5, seed=0)
+    for _, block in silent.blocks():
+        torch.nn.init.zeros_(block.conv2.weight)
+    for found in identities(silent, X, LABELS):  # without F the gradient passes as it is
+        assert (found.kept, found.additive) == (pytest.approx(1), pytest.approx(0))

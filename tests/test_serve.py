@@ -1,0 +1,426 @@
+"""The service as people and programs meet it: a process of its own on loopback, good requests and bad ones."""
+
+from __future__ import annotations
+
+import http.client
+import io
+import json
+import re
+import signal
+import socket
+import struct
+import threading
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import schemathesis
+import torch
+from pictures import photo
+from PIL import Image
+from serving import CLASSES, Running, service, small_model
+
+from residuum.cli.main import run
+from residuum.use.predict import load
+
+pytest.importorskip("fastapi", reason="the extra `serve` is not installed")
+
+CHECKS = [
+    schemathesis.checks.not_a_server_error,
+    schemathesis.checks.status_code_conformance,
+    schemathesis.checks.content_type_conformance,
+    schemathesis.checks.response_schema_conformance,
+]
+LIMITS = ("--max-body-mb", "1", "--max-pixels", "1000000", "--timeout", "4", "--max-in-flight", "8")
+
+
+@pytest.fixture(scope="module")
+def model_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_model(tmp_path_factory.mktemp("model") / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def running(model_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    with service(model_file, tmp_path_factory.mktemp("service"), *LIMITS) as it:
+        yield it
+        assert list(it.folder.iterdir()) == []  # nothing was written by any request
+
+
+def jpeg(seed: int = 1, width: int = 60, height: int = 45) -> bytes:
+    buffer = io.BytesIO()
+    photo(seed, width, height).save(buffer, "JPEG", quality=92)
+    return buffer.getvalue()
+
+
+def form(parts: list[tuple[str, str, bytes]]) -> tuple[bytes, str]:
+    """A multipart body of (field, file name, content), and its content type."""
+    body = b"".join(
+        f'--XX\r\nContent-Disposition: form-data; name="{field}"; filename="{name}"\r\n'.encode()
+        + b"Content-Type: image/jpeg\r\n\r\n"
+        + content
+        + b"\r\n"
+        for field, name, content in parts
+    )
+    return body + b"--XX--\r\n", "multipart/form-data; boundary=XX"
+
+
+def sentence(content: Any) -> str:
+    """The one sentence of an error."""
+    assert list(content) == ["error"]
+    text = content["error"]
+    assert "Traceback" not in text and "\n" not in text and len(text) < 400
+    return str(text)
+
+
+def still_up(running: Running) -> None:
+    assert running.ask("GET", "/healthz")[0] == 200
+    assert running.post(jpeg())[0] == 200
+
+
+def test_predictions_are_the_models(running: Running, model_file: Path) -> None:
+    model = load(model_file)
+    status, answer = running.post(jpeg(3), path="/predict?top=2")
+    assert status == 200
+    (said,) = answer["predictions"]
+    expected = model.predict(jpeg(3), top=2).to_json()["top"]
+    assert [each["class"] for each in said["top"]] == [each["class"] for each in expected]
+    assert [each["score"] for each in said["top"]] == pytest.approx([each["score"] for each in expected], abs=1e-5)
+
+
+def test_many_pictures_of_a_form_keep_their_order(running: Running, model_file: Path) -> None:
+    model = load(model_file)
+    body, kind = form([("picture", f"{i}.jpg", jpeg(i)) for i in range(5)])
+    status, answer = running.post(body, kind)
+    assert status == 200
+    for i, said in enumerate(answer["predictions"]):
+        assert said["image"] == f"{i}.jpg"
+        assert said["top"][0]["score"] == pytest.approx(model.predict(jpeg(i)).top[0][1], abs=1e-5)
+
+
+def test_one_bad_picture_among_good_ones_is_a_row_with_its_error(running: Running) -> None:
+    body, kind = form([("picture", "a.jpg", jpeg()), ("picture", "b.jpg", b"text"), ("picture", "c.jpg", jpeg())])
+    status, answer = running.post(body, kind)
+    assert status == 200
+    good, bad, other = answer["predictions"]
+    assert good["top"] == other["top"] and set(bad) == {"image", "error"} and "not a picture" in bad["error"]
+    body, kind = form([("picture", "b.jpg", b"text"), ("picture", "c.jpg", b"")])
+    assert running.post(body, kind)[0] == 415
+
+
+def test_explanations_name_every_block_and_bring_a_heat_map(running: Running) -> None:
+    status, answer = running.post(jpeg(), path="/explain?top=3")
+    assert status == 200
+    assert [each["block"] for each in answer["blocks"]] == ["layer1.0", "layer2.0", "layer3.0"]
+    assert all(each["ratio"] > 0 and 0 <= each["score_without"] <= 1 for each in answer["blocks"])
+    assert answer["top"] == running.post(jpeg(), path="/predict?top=3")[1]["predictions"][0]["top"]
+    from base64 import b64decode
+
+    with Image.open(io.BytesIO(b64decode(answer["heat"].removeprefix("data:image/png;base64,")))) as heat:
+        assert heat.format == "PNG" and min(heat.size) >= 256
+    body, kind = form([("picture", "a", jpeg()), ("picture", "b", jpeg())])
+    assert running.post(body, kind, "/explain")[0] == 422
+    assert running.post(b"text", "image/png", "/explain")[0] == 415
+
+
+def test_about_the_model_and_no_paths_of_the_machine(running: Running) -> None:
+    status, _, content = running.ask("GET", "/model")
+    about = json.loads(content)
+    assert status == 200 and about["classes"] == list(CLASSES) and about["name"] == "resnet8 on photos"
+    assert about["limits"]["body_bytes"] == 1_000_000 and not about["calibrated"]
+
+
+def test_every_key_stands_in_the_documents(running: Running) -> None:
+    known = (
+        (Path(__file__).parents[1] / "docs" / "json.md").read_text().split("## `residuum serve`")[1].split("\n## ")[0]
+    )
+    about = json.loads(running.ask("GET", "/model")[2])
+    explained = running.post(jpeg(), path="/explain")[1]
+    metrics = re.findall(
+        r"^# TYPE (\w+) (?!gauge)|^# TYPE (residuum_in_flight) ", running.ask("GET", "/metrics")[2].decode(), re.M
+    )
+    names = {name or other for name, other in metrics}
+    for key in [*about, *about["limits"], *explained, *(name for name in names if not name.endswith("_created"))]:
+        assert f"`{key}`" in known, key
+
+
+def test_metrics_count(running: Running) -> None:
+    def value(name: str) -> float:
+        text = running.ask("GET", "/metrics")[2].decode()
+        found = re.search(rf"^{re.escape(name)} (\S+)$", text, re.MULTILINE)
+        return float(found[1]) if found else 0.0
+
+    before, failed = value("residuum_pictures_total"), value('residuum_requests_total{path="/predict",status="415"}')
+    running.post(jpeg())
+    running.post(b"text", "text/plain")
+    assert value("residuum_pictures_total") == before + 1
+    assert value('residuum_requests_total{path="/predict",status="415"}') == failed + 1
+    assert value("residuum_in_flight") == 0
+    assert running.ask("GET", "/metrics")[1]["content-type"].startswith("text/plain")
+
+
+@pytest.mark.parametrize("path", ["/", "/docs", "/page.css", "/page.js", "/style.css", "/openapi.json"])
+def test_pages_come_from_here_alone(running: Running, path: str) -> None:
+    status, headers, content = running.ask("GET", path)
+    assert status == 200
+    policy = headers["content-security-policy"]
+    assert (
+        policy.startswith("default-src 'none'")
+        and "unsafe" not in policy
+        and headers["x-content-type-options"] == "nosniff"
+    )
+    for address in re.findall(rb"https?://[^\s\"'<&]+", content):
+        assert address.startswith(b"http://THIS-ADDRESS")
+    if path == "/docs":
+        assert all(word in content.decode() for word in ("POST /predict", "GET /metrics", "multipart/form-data", "429"))
+
+
+def bomb() -> bytes:
+    """A PNG of 2 kB that says it has 40,000 x 40,000 pixels."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", 40_000, 40_000, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(b"\0" * 1000))
+        + chunk(b"IEND", b"")
+    )
+
+
+def png(width: int, height: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("L", (width, height)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n(%pipe%touch hacked) (w) file\nshowpage\n%%EOF\n"
+BAD = {
+    "text": (b"just text", "image/png", 415, "not a picture"),
+    "text as text": (b"just text", "text/plain", 415, "text/plain is no type of a picture"),
+    "json": (b"{}", "application/json", 415, "send image/jpeg"),
+    "nothing": (b"", "image/jpeg", 400, "the body is empty"),
+    "cut short": (jpeg()[: len(jpeg()) // 2], "image/jpeg", 422, "damaged"),
+    "cut in its header": (png(9, 9)[:20], "image/png", 422, "damaged"),
+    "a bomb": (bomb(), "image/png", 413, "more than 1,000,000 pixels"),
+    "many pixels": (png(1001, 1000), "image/png", 413, "more than 1,000,000"),
+    "postscript": (POSTSCRIPT, "image/jpeg", 415, "not a picture"),
+    "a large body": (b"x" * 1_000_001, "image/jpeg", 413, "larger than 1 MB"),
+    "no boundary": (b"abc", "multipart/form-data", 400, "form cannot be read"),
+    "no form": (b"abc", "multipart/form-data; boundary=XX", 400, "form"),
+    "an empty form": (b"--XX--\r\n", "multipart/form-data; boundary=XX", 422, "holds no picture"),
+    "a form cut short": (form([("picture", "a", jpeg())])[0][:-20], "multipart/form-data; boundary=XX", 400, "cut short"),
+    "an unknown field": (*form([("file", "a", jpeg())]), 422, "unknown field 'file'"),
+    "an empty part": (*form([("picture", "a", b"")]), 400, "the picture is empty"),
+    "too many parts": (*form([("picture", "a", b"x")] * 65), 413, "64 pictures"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("path", ["/predict", "/explain"])
+@pytest.mark.parametrize(("body", "kind", "status", "words"), BAD.values(), ids=BAD)
+def test_bad_bodies_get_their_status_and_a_sentence(
+    running: Running, body: bytes, kind: str, status: int, words: str, path: str
+) -> None:
+    found, content = running.post(body, kind, path)
+    assert (found, words in sentence(content)) == (status, True), content
+    still_up(running)
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "words"),
+    [
+        ("GET", "/nothing", 404, "nothing at this address"),
+        ("GET", "/predict", 405, "GET is not answered"),
+        ("POST", "/healthz", 405, "POST is not answered"),
+        ("POST", "/predict?top=0", 422, "top"),
+        ("POST", "/predict?top=many", 422, "top"),
+        ("POST", "/predict?tpo=3", 422, "tpo"),
+        ("GET", "/model?x=1", 422, "x"),
+        ("GET", "/../../etc/passwd", 404, "nothing"),
+        ("GET", "/%2e%2e/%2e%2e/etc/passwd", 404, "nothing"),
+    ],
+)
+def test_bad_addresses_get_a_sentence(running: Running, method: str, path: str, status: int, words: str) -> None:
+    found, _, content = running.ask(method, path, jpeg() if method == "POST" else None, {"content-type": "image/jpeg"})
+    assert found == status and words in sentence(json.loads(content))
+
+
+def test_a_picture_of_one_pixel_is_a_picture(running: Running) -> None:
+    assert running.post(png(1, 1), "image/png")[0] == 200
+    assert running.post(png(1, 1), "application/octet-stream", "/explain")[0] == 200
+    assert running.post(png(20_000, 1), "image/png")[0] == 200
+
+
+@pytest.mark.parametrize(
+    "name", ["../../../tmp/hacked.png", "/etc/passwd", "C:\\\\x.png", "a\x01b", "😀" * 300, "<b>x</b>"]
+)
+def test_file_names_are_words_alone(running: Running, name: str) -> None:
+    status, answer = running.post(*form([("picture", name, jpeg())]))
+    assert status == 200 and len(answer["predictions"][0]["image"]) <= 200
+    assert not Path("/tmp/hacked.png").exists()
+
+
+def test_a_hundred_megabytes_are_not_kept(running: Running) -> None:
+    """Neither when they are declared, nor when they come piece by piece."""
+
+    def memory() -> int:
+        return int(re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{running.process.pid}/status").read_text())[1])  # type: ignore[index]
+
+    before = memory()
+    with socket.create_connection(("127.0.0.1", running.port), timeout=60) as link:
+        link.sendall(
+            b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: 100000000\r\n\r\n"
+        )
+        assert b" 413 " in link.recv(4096)
+    with socket.create_connection(("127.0.0.1", running.port), timeout=60) as link:
+        link.sendall(
+            b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nTransfer-Encoding: chunked\r\n\r\n"
+        )
+        try:
+            for _ in range(1600):
+                link.sendall(b"10000\r\n" + b"x" * 65536 + b"\r\n")
+        except OSError:
+            pass  # it hung up, as it may
+        else:
+            pytest.fail("it listened to all of it")
+    assert memory() - before < 40_000  # kB
+    still_up(running)
+
+
+def test_a_body_that_never_ends_is_given_up(running: Running) -> None:
+    with socket.create_connection(("127.0.0.1", running.port), timeout=60) as link:
+        link.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: 1000\r\n\r\nabc")
+        assert b" 408 " in link.recv(4096)
+
+
+def test_a_hundred_slow_clients_do_not_keep_others_waiting(running: Running) -> None:
+    links = [socket.create_connection(("127.0.0.1", running.port), timeout=60) for _ in range(100)]
+    try:
+        for i, link in enumerate(links):
+            link.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\n")
+            if i % 2:  # half of them stop in the middle of the body, half in the middle of the header
+                link.sendall(b"Content-Length: 1000\r\n\r\nabc")
+        still_up(running)
+        assert [link.recv(4096)[9:12] for link in links[1::2]] == [b"408"] * 50
+    finally:
+        for link in links:
+            link.close()
+    still_up(running)
+
+
+def test_memory_stays_flat(running: Running) -> None:
+    """A short version; 10,000 requests are in docs/log.md."""
+
+    def ask(requests: int) -> int:
+        link = http.client.HTTPConnection("127.0.0.1", running.port, timeout=60)
+        for i in range(requests):
+            link.request("POST", "/predict", jpeg(i % 7), {"content-type": "image/jpeg"})
+            assert link.getresponse().read()
+        link.close()
+        found = re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{running.process.pid}/status").read_text())
+        assert found
+        return int(found[1])
+
+    before = ask(200)
+    assert ask(300) - before < 6_000  # kB; 20 kB a request would not pass
+
+
+def test_who_hangs_up_is_forgotten(running: Running) -> None:
+    for cut in (10, len(jpeg())):
+        for _ in range(10):
+            with socket.create_connection(("127.0.0.1", running.port), timeout=60) as link:
+                head = f"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/jpeg\r\nContent-Length: {len(jpeg())}\r\n\r\n"
+                link.sendall(head.encode() + jpeg()[:cut])
+    while b"residuum_in_flight 0.0" not in running.ask("GET", "/metrics")[2]:
+        pass
+    still_up(running)
+
+
+def test_an_answer_that_takes_too_long_is_given_up(model_file: Path) -> None:
+    """A model that works for seconds, in this process."""
+    from fastapi.testclient import TestClient
+
+    from residuum.use.serve.app import make_app
+    from residuum.use.serve.limits import Limits
+    from residuum.use.serve.service import Service
+
+    held = threading.Event()
+
+    def scores(pixels: torch.Tensor) -> torch.Tensor:
+        held.wait(60)
+        raise MemoryError("an engine's own words")
+
+    app = make_app(Service(load(model_file), Limits(timeout=0.3), scores))
+    with TestClient(app, raise_server_exceptions=False) as client:
+        answer = client.post("/predict", content=jpeg(), headers={"content-type": "image/jpeg"})
+        assert answer.status_code == 503 and "retry-after" in answer.headers
+        assert "0.3 seconds" in sentence(answer.json())
+        held.set()
+        answer = client.post("/predict", content=jpeg(), headers={"content-type": "image/jpeg"})
+        assert answer.status_code == 500 and sentence(answer.json()) == "the service failed; its log says why."
+        assert answer.headers["x-content-type-options"] == "nosniff"
+        assert client.get("/healthz").status_code == 200
+
+
+def test_requests_gather_too_many_are_refused_and_sigterm_finishes_the_rest(model_file: Path, tmp_path: Path) -> None:
+    """With a long latency, requests are in flight until it has passed."""
+    options = ("--latency-ms", "2500", "--max-in-flight", "4")
+    with service(model_file, tmp_path, *options) as it, ThreadPoolExecutor(4) as pool:
+        assert [status for status, _ in pool.map(lambda i: it.post(jpeg(i)), range(4))] == [200] * 4
+        text = it.ask("GET", "/metrics")[2].decode()
+        batches = re.search(r"^residuum_batch_pictures_count (\S+)$", text, re.MULTILINE)
+        assert "residuum_pictures_total 4.0" in text and batches and float(batches[1]) < 4
+
+        waiting = [pool.submit(it.post, jpeg(i)) for i in range(4)]
+        while b"residuum_in_flight 4.0" not in it.ask("GET", "/metrics")[2]:
+            pass
+        status, headers, content = it.ask("POST", "/predict", jpeg(), {"content-type": "image/jpeg"})
+        assert (status, headers["retry-after"]) == (429, "1") and "4 requests" in sentence(json.loads(content))
+
+        it.process.send_signal(signal.SIGTERM)
+        assert [each.result()[0] for each in waiting] == [200] * 4
+        assert it.process.wait(60) == 0
+        with pytest.raises(ConnectionRefusedError):
+            it.ask("GET", "/healthz")
+
+
+def test_what_the_command_refuses(model_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        for arguments, words in (
+            (["--port", port], f"cannot listen on 127.0.0.1:{port}"),
+            (["--port", "70000"], "--port must lie between"),
+            (["--host", "192.0.2.1"], "cannot listen on"),
+            (["--max-batch", "0"], "--max-batch must be above 0"),
+            (["--timeout", "nan"], "--timeout must be above 0"),
+            (["--latency-ms", "-1"], "--latency-ms must lie between"),
+        ):
+            assert run(["serve", str(model_file), *arguments]) == 2
+            assert words in capsys.readouterr().err
+
+
+def schema(port: int) -> Any:
+    return schemathesis.openapi.from_url(f"http://127.0.0.1:{port}/openapi.json")
+
+
+def test_whatever_is_sent_is_answered_as_the_openapi_document_says(running: Running) -> None:
+    """Schemathesis makes requests from the document, right ones and wrong ones; the answers must be what it promises."""
+    from hypothesis import HealthCheck, given, settings
+
+    for operation in (each.ok() for each in schema(running.port).get_all_operations()):
+        modes = list(schemathesis.GenerationMode)
+        for mode in modes if operation.method == "post" else modes[:1]:  # to the others nothing wrong can be sent
+
+            @given(case=operation.as_strategy(generation_mode=mode))
+            @settings(
+                max_examples=12, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck)
+            )
+            def answers(case: Any) -> None:
+                case.call_and_validate(checks=CHECKS)
+
+            answers()
+    still_up(running)

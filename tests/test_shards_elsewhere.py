@@ -1,0 +1,96 @@
+"""Shards of other writers and of servers with faults: a sentence each, and nothing lost."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from server import Server
+from test_shards import jpeg, load, tar
+
+from residuum.data import remote, shards
+from residuum.errors import DataError
+
+
+def members(classes: str = "ab", each: int = 5, start: int = 0) -> dict[str, bytes]:
+    return {
+        f"{start + i}.{kind}": content
+        for i in range(each * len(classes))
+        for kind, content in (("jpg", jpeg(start + i)), ("cls", classes[i % len(classes)].encode()))
+    }
+
+
+@pytest.mark.parametrize("about", [{"class": None}, {"class": ["a"]}, {"class": True}, {"class": 1.5},
+                                   {"class": "a", "name": None}, {"class": "a", "name": 3}])  # fmt: skip
+def test_json_that_says_no_class(tmp_path: Path, about: object) -> None:
+    tar(tmp_path / "s" / "x-0.tar", members() | {"77.jpg": jpeg(77), "77.json": json.dumps(about).encode()})
+    with pytest.raises(DataError, match=r"the class of 77 in .*x-0.tar cannot be read"):
+        load(tmp_path / "s")
+
+
+@pytest.mark.parametrize(
+    "sample", [["k", "n", "a", "x", 1], ["k", "n", "a", -5, 10], ["k", "n", ["a"], 0, 1], [3, "n", "a", 0, 1],
+               ["k", "n", "a", 0, 10**9]])  # fmt: skip
+def test_a_damaged_index(tmp_path: Path, sample: list[object]) -> None:
+    path = tar(tmp_path / "s" / "x-0.tar", members())
+    values = {"bytes": path.stat().st_size, "classes": ["a", "b"], "samples": [sample]}
+    shards.index_of(path).write_text(json.dumps(values))
+    with pytest.raises(DataError, match=r"the index .*x-0.index.json cannot be read"):
+        load(tmp_path / "s")
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"77.jp2": jpeg(7), "77.cls": b"a"}, "77 in .* has a class and no picture"),
+        ({"77.jpg": jpeg(7), "77.cls": b"a", "77.json": b'{"class": "b"}'}, "77.cls says a, 77.json b"),
+        ({"77.jpg": jpeg(7), "77.json": b'{"class": "b", "name": "1.jpg"}'}, "two samples have the name 1.jpg"),
+    ],
+)
+def test_nothing_is_lost_in_silence(tmp_path: Path, more: dict[str, bytes], said: str) -> None:
+    tar(tmp_path / "s" / "x-0.tar", members() | more)
+    with pytest.raises(DataError, match=said):
+        load(tmp_path / "s")
+
+
+def test_splits_of_different_classes(tmp_path: Path) -> None:
+    tar(tmp_path / "s" / "train-0.tar", members("abc"))
+    tar(tmp_path / "s" / "val-0.tar", members("ad", start=50))
+    with pytest.raises(DataError, match="only in train b, c, only in val d"):
+        load(tmp_path / "s")
+    with pytest.raises(DataError, match="one class only, a"):
+        load(tar(tmp_path / "t" / "x-0.tar", members("a")))
+
+
+def test_class_folders_go_before_a_tar_beside_them(tmp_path: Path) -> None:
+    (tmp_path / "cat").mkdir()
+    tar(tmp_path / "backup.tar", {"readme": b"hi"})
+    assert not shards.is_pattern(str(tmp_path))
+
+
+def test_a_server_that_is_down_afterwards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "PAUSES", (0.0,))
+    path = tar(tmp_path / "s" / "x-0.tar", members("01"))
+    with Server({"x-0.tar": path.read_bytes(), "classes.txt": b"cat\ndog\n"}) as server:
+        url = server.url + "x-0.tar"
+        assert load(url, tmp_path / "data").classes == ("cat", "dog")
+    assert load(url, tmp_path / "data").classes == ("cat", "dog")
+    with pytest.raises(DataError, match=r"x-0.index.json cannot be fetched"):
+        load(url, tmp_path / "other")
+
+
+def test_signed_addresses(tmp_path: Path) -> None:
+    path = tar(tmp_path / "s" / "x-0.tar", members("01"))
+    with Server({"x-0.tar?sig=a": path.read_bytes(), "classes.txt?sig=a": b"cat\ndog\n"}) as server:
+        assert load(server.url + "x-0.tar?sig=a", tmp_path / "data").classes == ("cat", "dog")
+
+
+def test_half_a_shard_is_not_kept(tmp_path: Path) -> None:
+    content = tar(tmp_path / "s" / "x-0.tar", members()).read_bytes()
+    served = {"x-0.tar": content[: len(content) // 2]}
+    with Server(served) as server:
+        with pytest.raises(DataError, match=rf"{server.url}x-0.tar did not arrive whole"):
+            load(server.url + "x-0.tar", tmp_path / "data")
+        served["x-0.tar"] = content
+        assert load(server.url + "x-0.tar", tmp_path / "data").classes == ("a", "b")

@@ -1,0 +1,383 @@
+"""Studies: verdict rules by hand, plans, runs that are kept and reused, and what a study writes."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from residuum.cli.main import run
+from residuum.errors import DataError, RunError, UsageError
+from residuum.models import probing
+from residuum.models.bundle import load_bundle
+from residuum.models.probing import Signal
+from residuum.models.resnet import build
+from residuum.studies import (
+    block_depth,
+    catalogue,
+    degradation,
+    gradients,
+    lesion,
+    report,
+    responses,
+    runs,
+    sample,
+    verdicts,
+    workers,
+)
+from residuum.studies.cost import agrees
+from residuum.studies.pace import Pace
+from residuum.studies.runs import Place
+from residuum.studies.setting import PAPER_PASSES, Setting, check_depth
+from residuum.studies.study import Told, carry_out, make
+from residuum.studies.verdicts import beside_paper, compare, mean_sd, tally
+
+
+def setting(**changes: object) -> Setting:
+    return Setting(**({"data": "digits", "data_dir": Path("data"), "budget": "smoke", "seeds": 1} | changes))  # type: ignore[arg-type]
+
+
+# -- rules -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_comparison_is_the_one_a_hand_makes() -> None:
+    c = compare({0: 0.3, 1: 0.5, 2: 0.4, 7: 0.9}, {0: 0.1, 1: 0.2, 2: 0.3})  # seed 7 has no partner
+    assert (c.wins, c.losses, c.n) == (3, 0, 3)
+    assert c.mean == pytest.approx(0.2)
+    half = 4.302653 * 0.1 / math.sqrt(3)  # differences 0.2, 0.3, 0.1: sd 0.1; t of 2 degrees of freedom
+    assert c.interval == pytest.approx((0.2 - half, 0.2 + half), abs=1e-6)
+    assert c.strength == "points to"  # all agree, but the interval holds 0
+
+
+@pytest.mark.parametrize(
+    ("differences", "strength"),
+    [
+        ([0.2, 0.21, 0.19], "shown"),
+        ([0.2, 0.3, 0.1], "points to"),
+        ([0.2, 0.3, -0.1], "not shown"),
+        ([0.2, 0.3, 0.0], "not shown"),
+        ([0.2, 0.2], "not shown"),
+        ([], "not shown"),
+    ],
+)
+def test_no_verdict_is_stronger_than_its_evidence(differences: list[float], strength: str) -> None:
+    c = compare(dict(enumerate(differences)), dict.fromkeys(range(9), 0.0))
+    assert c.strength == strength
+    assert c.reversed.strength == "not shown"  # the contrary is not shown by what does not show it
+
+
+@pytest.mark.parametrize(
+    ("differences", "words"),
+    [
+        ([1, 1, 1, 1, 1], "plain56 trains worse than plain20 in 5 of 5 seeds"),
+        ([-1, -1, -1], "plain56 trains better than plain20 in 3 of 3 seeds"),
+        ([1, 1, -1], "plain56 trains worse than plain20 in 2 of 3 seeds: no verdict"),
+        ([1, 1], "plain56 trains worse than plain20 in 2 of 2 seeds, too few for a verdict"),
+        ([1], "plain56 trains worse than plain20 in 1 of 1 seed, too few for a verdict"),
+        ([1, -1, 0], "plain56 and plain20 are level: each larger in 1 of 3 seeds"),
+        ([], "plain56 and plain20 have no seed in common"),
+    ],
+)
+def test_a_tally_says_in_how_many_seeds(differences: list[float], words: str) -> None:
+    c = compare(dict(enumerate(differences)), dict.fromkeys(range(9), 0.0))
+    assert tally(c, "plain56", "plain20", larger="trains worse than", smaller="trains better than") == words
+
+
+def test_the_papers_figure_is_compared_only_at_its_length() -> None:
+    assert beside_paper([0.08, 0.09], 0.0875, 0.02) == "not comparable: 2 % of the paper's passes"
+    assert beside_paper([0.08, 0.09], 0.0875, 1.0) == "within two standard deviations of the paper"
+    assert beside_paper([0.10, 0.101], 0.0875, 1.0).startswith("1.30 points above the paper, more than two")
+    assert beside_paper([0.08], 0.0875, 1.0) == "0.75 points below the paper, one seed: no verdict"
+    assert beside_paper([], 0.0875, 1.0) == "no run ended with a figure"
+    assert mean_sd([1.0, 2.0, 3.0]) == (2.0, 1.0) and mean_sd([1.0]) == (1.0, None)
+
+
+# -- plans -------------------------------------------------------------------------------------------------------------
+
+
+def test_the_paper_budget_on_cifar_is_the_papers_own_recipe(cifar10_dir: Path) -> None:
+    base = setting(data="cifar10", data_dir=cifar10_dir, budget="paper").base
+    assert (base.steps, base.milestones, base.held_out, base.batch) == (64_000, (32_000, 48_000), 0, 128)
+    quick = setting(data="cifar10", data_dir=cifar10_dir, budget="quick")
+    assert quick.base.steps == 1280 and quick.share == pytest.approx(0.02)
+    assert pytest.approx(163.84) == PAPER_PASSES
+
+
+def test_a_plan_has_every_depth_kind_and_seed_once() -> None:
+    trials = degradation.plan(setting(seeds=3, depths=(14, 8, 8)))
+    assert [t.label for t in trials[::3]] == ["plain8", "resnet8", "plain14", "resnet14"]
+    assert len({t.recipe.key for t in trials}) == 12
+    assert {t.recipe.threads for t in trials} == {1}
+    (deep,) = degradation.network(setting(), "resnet110", 110)
+    assert deep.recipe.warmup == "train-error"
+
+
+@pytest.mark.parametrize(
+    ("depth", "sentence"),
+    [
+        (21, "depth 21 is not 6n+2; the nearest are 20 and 26."),
+        (50, "depth 50 is the depth of another kind of network; the nearest are 44 and 56."),
+        (2, "depth 2 is not 6n+2; the nearest are 8 and 14."),
+    ],
+)
+def test_a_depth_that_is_none_gets_the_nearest_two(depth: int, sentence: str) -> None:
+    with pytest.raises(UsageError) as error:
+        check_depth(depth)
+    assert str(error.value) == sentence
+
+
+def test_a_data_set_too_small_to_split_is_refused(tmp_path: Path) -> None:
+    from PIL import Image
+
+    for kind in ("a", "b"):
+        for i in range(6):
+            (tmp_path / kind).mkdir(exist_ok=True)
+            Image.new("RGB", (8, 8), (20 * i, 0, 0)).save(tmp_path / kind / f"{i}.png")
+    with pytest.raises(DataError, match="too few to split"):
+        _ = setting(data=str(tmp_path)).source
+
+
+# -- runs --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def studied(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, object]]:
+    """A folder in which the smallest study was made from the command line, and the rows it wrote."""
+    folder = tmp_path_factory.mktemp("studied")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr("sys.argv", ["residuum", "study", "degradation"])
+        patch.setattr(workers, "seats", lambda device, wanted: ["cpu"])  # a second process would import all again
+        arguments = ["study", "degradation", "--steps", "4", "--seeds", "1", "--depths", "8,14", "--out", "out"]
+        assert run([*arguments, "--device", "cpu"]) == 0
+    return folder, json.loads((folder / "out" / "rows.json").read_text())
+
+
+def test_a_study_writes_its_rows_and_one_page(studied: tuple[Path, dict[str, object]]) -> None:
+    folder, document = studied
+    rows = document["rows"]
+    assert isinstance(rows, list) and len(rows) == 8
+    assert {"study", "what", "figure", "mean", "sd", "n", "paper", "paper_source", "budget", "verdict"} <= rows[
+        0
+    ].keys()
+    for row in rows:
+        assert 0 <= row["mean"] <= 1 and row["n"] == 1 and row["sd"] is None and 0 < row["budget"] < 0.01
+    with open(folder / "out" / "rows.csv") as file:
+        assert [row["verdict"] for row in csv.DictReader(file)] == [row["verdict"] for row in rows]
+    page = (folder / "out" / "report.html").read_text()
+    assert "<svg" in page and "too few for a verdict" in page and "not comparable" not in page
+    assert "http://" not in page.replace("http://www.w3.org", "") and "https://" not in page
+
+
+def test_the_rows_are_what_the_runs_say(studied: tuple[Path, dict[str, object]]) -> None:
+    folder, document = studied
+    for row in document["rows"]:  # type: ignore[attr-defined]
+        (made,) = (folder / "runs" / "studies").glob(f"{row['what']}-seed0-*")
+        result = json.loads((made / "result.json").read_text())
+        lines = [json.loads(line) for line in (made / "metrics.jsonl").read_text().splitlines()]
+        last = next(line for line in reversed(lines) if line["kind"] == "train")
+        assert row["mean"] == (result["top1_error"] if row["figure"] == "test error" else last["error"])
+
+
+def test_runs_are_kept_and_used_again(
+    studied: tuple[Path, dict[str, object]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, document = studied
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(workers, "carry_out", None)  # no run is made
+    assert run(["study", "degradation", "--steps", "4", "--seeds", "1", "--depths", "8,14", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["rows"] == document["rows"]
+    assert "all 4 runs are there already" in err
+
+
+def test_runs_of_other_code_are_told_apart(
+    studied: tuple[Path, dict[str, object]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, _ = studied
+    here = setting(steps=4, depths=(8, 14))
+    (trial, *_) = degradation.plan(here)
+    place = Place(folder / "runs" / "studies", trial.recipe, here.source.fingerprint)
+    assert place.finished and not place.others
+    other = replace(place, code="0" * 8)
+    assert not other.finished and other.others == [place.folder]
+    said: list[str] = []
+    monkeypatch.setattr(workers, "carry_out", lambda *_: None)
+    make([other, place], here, False, Told(said.append))
+    assert said[0] == "runs that another version of the code made, left alone and not mixed in: 1."
+
+
+def test_the_version_follows_the_code_not_its_words() -> None:
+    from residuum.studies.version import _meaning
+
+    assert _meaning('def f():\n    """One."""\n    return 1  # one\n') == _meaning("def f():\n    return (1)\n")
+    assert _meaning("def f():\n    return 1\n") != _meaning("def f():\n    return 2\n")
+
+
+def test_a_diverged_run_is_a_finding(tmp_path: Path) -> None:
+    here = setting(steps=4)
+    (trial,) = here.trials("plain8", "plain8", lr=1e30)
+    place = Place(tmp_path, trial.recipe, here.source.fingerprint)
+    place.make(Path("data"), "cpu", lambda _: None)
+    outcome = runs.Outcome(trial, place.folder)
+    assert place.finished and "not finite" in (outcome.diverged or "") and outcome.training_error is None
+    place.make(Path("data"), "cpu", lambda _: None)  # and is not made again
+
+
+def test_a_run_that_fails_stops_the_plan_with_its_sentence(tmp_path: Path) -> None:
+    here = setting(steps=4)
+    (trial,) = here.trials("plain8", "plain8", data=str(tmp_path / "nowhere"))
+    with pytest.raises(RunError, match="nowhere is not there"):
+        workers.carry_out([Place(tmp_path, trial.recipe, "0" * 16)], Path("data"), ["cpu"], lambda job, step: None)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["degradaton"], "unknown study 'degradaton'; did you mean 'degradation'?"),
+        (["degradation", "--budget", "qick"], "unknown budget 'qick'; did you mean 'quick'?"),
+        (["degradation", "--depths", "20,21"], "depth 21 is not 6n+2; the nearest are 20 and 26."),
+        (["degradation", "--depths", "twenty"], "--depths takes whole numbers"),
+        (["degradation", "--seeds", "-1"], "--seeds must be from 1 to 1,000"),
+        (["degradation", "--data", "digts"], "unknown data set 'digts'; did you mean 'digits'?"),
+        (["degradation", "--steps", "100000000", "--depths", "8"], "add --yes to start it all the same"),
+    ],
+)
+def test_bad_requests_get_one_sentence(
+    arguments: list[str],
+    sentence: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(["study", *arguments]) == 2
+    assert sentence in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_catalogue_lists_every_study() -> None:
+    assert [s.name for s in catalogue.chosen("all")] == list(catalogue.STUDIES)
+    assert verdicts.percent(0.02) == "2 %" and verdicts.percent(1.0) == "100 %"
+
+
+# -- the other experiments ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def everything(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, object]]]:
+    """All studies with the smallest runs, in one process; the folder, and the rows."""
+    folder = tmp_path_factory.mktemp("everything")
+    here = setting(steps=3, depths=(8,))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(workers, "carry_out", in_this_process)
+        done = carry_out(catalogue.chosen("all"), here, root=folder / "runs")
+    report.write(done, folder / "out", "residuum study all")
+    return folder, json.loads((folder / "out" / "rows.json").read_text())["rows"]
+
+
+def in_this_process(
+    places: Sequence[Place], data_dir: Path, devices: Sequence[str], progress: Callable[[int, int], None]
+) -> None:
+    for job, place in enumerate(places):
+        place.make(data_dir, "cpu", lambda p, job=job: progress(job, p.step))  # type: ignore[misc]
+
+
+def test_all_studies_make_one_report_and_share_runs(everything: tuple[Path, list[dict[str, object]]]) -> None:
+    folder, rows = everything
+    assert {row["study"] for row in rows} == set(catalogue.STUDIES)
+    assert all(row["verdict"] for row in rows)
+    assert len(list((folder / "runs").glob("plain8-seed0-*"))) == 1  # degradation, convergence, responses, … share it
+    page = (folder / "out" / "report.html").read_text()
+    for name in catalogue.STUDIES:
+        assert f'href="#{name}"' in page and f'id="{name}"' in page
+    assert page.count("<svg") == 2 * sum(1 for _ in re.finditer('<figure class="card">', page))
+    ids = re.findall(r'\bid="([^"]+)"', page)
+    assert len(ids) == len(set(ids))
+
+
+def test_rows_of_different_studies_agree_on_what_they_share(everything: tuple[Path, list[dict[str, object]]]) -> None:
+    _, rows = everything
+    found = {row["study"]: row["mean"] for row in rows if row["what"] == "resnet8" and row["figure"] == "test error"}
+    assert set(found) >= {"degradation", "depth", "convergence"} and len(set(found.values())) == 1
+    identity = [row for row in rows if row["study"] == "gradients" and "x_L - x_l" in str(row["figure"])]
+    assert [row["verdict"] == "exact in float64" for row in identity] == [False, True]  # resnet8, preresnet8
+
+
+def test_counts_stand_beside_the_papers(everything: tuple[Path, list[dict[str, object]]]) -> None:
+    _, rows = everything
+    counted = {(row["what"], row["figure"]): row for row in rows if row["study"] == "cost"}
+    assert counted["resnet50", "multiply-adds"]["mean"] == 3_857_973_248
+    assert counted["vgg19", "multiply-adds"]["mean"] == 19_632_062_464  # 19.6e9 in the paper
+    assert counted["alexnet", "parameters"]["mean"] == 61_100_840  # torchvision's documentation
+    differing = {key for key, row in counted.items() if "NOT" in str(row["verdict"])}
+    assert differing == {("vgg16", "multiply-adds"), ("preresnet1001", "parameters")}  # 10.2M leaves BN's out
+
+
+def test_a_count_agrees_where_it_rounds_or_truncates() -> None:
+    assert agrees(3_857_973_248, 3.8e9) and agrees(3_750_000_000, 3.8e9) and agrees(269_722, 0.27e6)
+    assert not agrees(4_089_184_256, 3.8e9) and not agrees(272_474, 0.26e6) and not agrees(3_900_000_000, 3.8e9)
+
+
+def test_health_is_a_rule() -> None:
+    flat = [Signal("a", 1.0, 1.0), Signal("b", 1.0, 2.0), Signal("c", 1.0, 3.0)]
+    assert gradients.healthy(flat) == [True] * 3
+    assert gradients.healthy([*flat, Signal("d", 0.001, 2.0), Signal("e", 1.0, 0.0)])[3:] == [False, False]
+    assert gradients.healthy([*flat, Signal("d", 1.0, 2.0), Signal("e", 1.0, 500.0)])[3:] == [True, False]
+    assert gradients.sick([gradients.Flow(flat, [*flat, Signal("d", 0.0, 2.0)])]) == 1
+
+
+@pytest.mark.parametrize(
+    ("whole", "single", "words"),
+    [
+        (0.1, {"a": 0.2, "b": 0.3}, "net's error rises smoothly in 3 of 3 seeds."),  # half way to 0.9 is 0.5
+        (0.1, {"a": 0.9, "b": 0.3}, "net collapses without one block in 3 of 3 seeds."),
+        (0.1, {"a": 0.6, "b": 0.1}, "net collapses in 0 and rises smoothly in 0 of 3 seeds."),
+        (0.8, {"a": 0.9}, "net has learnt too little to lose much: its error is above 45% in 3 of 3 seeds."),
+    ],
+)
+def test_what_a_lesion_does_is_said_by_a_rule(whole: float, single: dict[str, float], words: str) -> None:
+    harm = lesion.Harm(whole, single, {}, {})
+    assert lesion.fate(dict.fromkeys(range(3), harm), "net", 0.9) == words
+
+
+def test_a_lesion_is_the_same_in_every_process() -> None:
+    net = build("resnet14", seed=0)
+    first, again = ([(kind, which) for kind, which, _ in lesion.lesions(net, 0)] for _ in range(2))
+    assert first == again and first[:6] == [("single", name) for name, _ in net.blocks()]
+    assert {kind for kind, _ in first} == {"single", "several", "swaps"}
+
+
+def test_responses_are_read_from_the_trained_nets(everything: tuple[Path, list[dict[str, object]]]) -> None:
+    folder, rows = everything
+    (row,) = (r for r in rows if r["study"] == "responses" and r["what"] == "resnet8")
+    here = setting(steps=3, depths=(8,))
+    place = Place(folder / "runs", degradation.plan(here)[1].recipe, here.source.fingerprint)
+    bundle = load_bundle(place.folder / "model.safetensors")
+    x, _ = sample.inputs(bundle, sample.pictures(here, responses.PICTURES))
+    layers = probing.responses(bundle.net, x)
+    assert row["mean"] == pytest.approx(sum(layers.values()) / len(layers))
+
+
+def test_shares_of_blocks_keep_the_number_of_layers() -> None:
+    here = setting(depths=(56,))
+    depths = {
+        v.label: here.spec(here.trials(v.label, v.net, v.values)[0].recipe).depth for v in block_depth.variants(here)
+    }
+    assert depths == {"plain": 56, "F of 1": 56, "F of 2": 56, "F of 3": 56}
+    assert [v.label for v in block_depth.variants(setting(depths=(14,)))] == ["plain", "F of 1", "F of 2"]
+
+
+def test_a_plan_costs_more_than_a_part_of_it() -> None:
+    here = setting(steps=10, depths=(8, 14))
+    pace = Pace(here)
+    short, long = (pace.run(here.trials("x", f"resnet{depth}")[0].recipe) for depth in (8, 56))
+    assert 0 < short < long
+    plan = [Place(Path("nowhere"), trial.recipe, "0" * 16) for trial in degradation.plan(here)]
+    assert pace.left(plan, 1) > pace.left(plan, 2) > pace.left(plan[:1], 2) > 0

@@ -1,0 +1,197 @@
+"""Nothing is lost in company: several processes, killed and stopped for real, end in the bits of one that nobody disturbed.
+
+The recipe has everything in it that a checkpoint must hold: bf16, parts, the average, clipping, plateaus, stochastic depth.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from runs import assert_same
+
+from residuum.cli.main import run as cli
+from residuum.errors import UsageError
+from residuum.runtime import World
+from residuum.training import loop
+from residuum.training.parts import parts_of
+from residuum.training.recipes import paper_cifar, paper_imagenet
+
+VALUES = {
+    "size": 8, "batch": 32, "bn_batch": 8, "record_every": 3, "judge_every": 3, "checkpoint_minutes": 0, "schedule": "plateau",
+    "patience": 1, "ema": 0.9, "clip_norm": 1.0, "stochastic_depth": 0.3, "label_smoothing": 0.1, "precise_bn": 3,
+    "zero_init_last_bn": True, "mixup": 0.2, "recompute": True, "precision": "bf16", "threads": 1,
+}  # fmt: skip
+SETTINGS = [part for key, value in VALUES.items() for part in ("--set", f"{key}={str(value).lower()}")]
+COMMAND = [sys.executable, "-m", "residuum", "train", "digits", "--net", "resnet8", "--device", "cpu", *SETTINGS]
+STEPS = 30
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One process, from beginning to end."""
+    out = tmp_path_factory.mktemp("undisturbed") / "run"
+    assert cli([*COMMAND[3:], "--steps", str(STEPS), "--out", str(out)]) == 0
+    return out
+
+
+def last_step(run: Path) -> int:
+    found = [int(p.stem[5:]) for p in (run / "checkpoints").glob("step-*.safetensors")]
+    return max(found, default=0)
+
+
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 200
+    while not condition():
+        assert process.poll() is None, process.stderr and process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def process_of_rank(rank: int, launcher: int) -> int:
+    """The process id of a rank that a launcher started."""
+    for place in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int(place.joinpath("stat").read_text().rsplit(")", 1)[1].split()[1])
+            if parent == launcher and f"RANK={rank}".encode() in place.joinpath("environ").read_bytes().split(b"\0"):
+                return int(place.name)
+        except (OSError, ValueError):
+            continue
+    raise AssertionError(f"rank {rank} of {launcher} is not there")
+
+
+needs_proc = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds a rank through /proc")
+
+
+@needs_proc
+def test_a_killed_rank_restarts_the_job_and_nothing_is_lost(tmp_path: Path, undisturbed: Path) -> None:
+    out = tmp_path / "run"
+    command = [*COMMAND, "--steps", str(STEPS), "--out", str(out), "--procs", "2", "--max-restarts", "1"]
+    with subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        wait_until(lambda: last_step(out) >= 4, process)
+        os.kill(process_of_rank(1, process.pid), signal.SIGKILL)
+        killed_at = last_step(out)
+        _, stderr = process.communicate()
+    assert process.returncode == 0, stderr
+    assert killed_at < STEPS and "going on from step" in stderr
+    assert_same(out, undisturbed)
+    assert json.loads((out / "environment.json").read_text())["processes"] == 2
+
+
+@needs_proc
+def test_all_ranks_stop_at_one_step_and_one_process_goes_on(tmp_path: Path, undisturbed: Path) -> None:
+    """SIGTERM to one rank alone; the other hears of it, and the number of processes changes in between."""
+    out = tmp_path / "run"
+    command = [*COMMAND, "--steps", str(STEPS), "--out", str(out), "--procs", "2"]
+    with subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        wait_until(lambda: last_step(out) >= 4, process)
+        os.kill(process_of_rank(1, process.pid), signal.SIGTERM)
+        _, stderr = process.communicate()
+    assert process.returncode == 143, stderr
+    assert "Traceback" not in stderr and stderr.count(f"go on with: residuum train --resume {out}") >= 1
+    assert not (out / "model.safetensors").exists()
+    said: list[str] = []
+    loop.resume(out, say=said.append)
+    assert any("going on from step" in sentence for sentence in said)
+    assert_same(out, undisturbed)
+
+
+@pytest.mark.slow
+@needs_proc
+def test_plain_torchrun_ends_in_the_same_bits(tmp_path: Path, undisturbed: Path) -> None:
+    """Four processes, by torch's own command, which is all that several machines need."""
+    out = tmp_path / "run"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4", "-m"]
+    command = [*launcher, *COMMAND[2:], "--steps", str(STEPS), "--out", str(out)]
+    done = subprocess.run(command, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert_same(out, undisturbed)
+
+
+def test_a_kill_of_one_process_alone_loses_nothing_either(tmp_path: Path, undisturbed: Path) -> None:
+    out = tmp_path / "run"
+    command = [*COMMAND, "--steps", str(STEPS), "--out", str(out)]
+    with subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        wait_until(lambda: last_step(out) >= 7, process)
+        process.kill()
+    assert last_step(out) < STEPS
+    loop.resume(out)
+    assert_same(out, undisturbed)
+
+
+def test_the_batch_must_divide() -> None:
+    assert parts_of(paper_cifar(), World()) == 2 and parts_of(paper_cifar(), World(1, 2)) == 1
+    assert (
+        parts_of(paper_imagenet(), World(0, 8)) == 1
+        and parts_of(replace(paper_cifar(), bn_sync=True), World(0, 4)) == 2
+    )
+    assert parts_of(replace(paper_cifar(), bn_batch=0), World(0, 4)) == 1
+    with pytest.raises(
+        UsageError, match="batch 128 in parts of 64 cannot be shared evenly by 3 processes, only by 1 or 2;"
+    ):
+        parts_of(paper_cifar(), World(0, 3))
+
+
+def test_more_processes_than_there_are_cores(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert cli(["train", "--device", "cpu", "--procs", "4096", "--out", str(tmp_path / "run")]) == 2
+    assert "--procs 4096 is not from 1 to" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def take_part(rank: int, port: int, out: Path) -> None:
+    """Synchronised BN in one of two processes: forward and backward over its half of the pictures."""
+    from residuum.nn.sync import synchronise
+    from residuum.runtime import processes
+
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    with processes() as world:
+        net, x = bn_net(), pictures()
+        synchronise(net, world)
+        half = x[4 * rank : 4 * rank + 4].clone().requires_grad_()
+        net(half).square().sum().backward()
+        torch.save([half.grad, *(p.grad for p in net.parameters()), *net.buffers()], out)
+
+
+def bn_net() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Conv2d(3, 5, 3), torch.nn.BatchNorm2d(5), torch.nn.Conv2d(5, 4, 3)).train()
+
+
+def pictures() -> torch.Tensor:
+    return torch.randn(8, 3, 9, 9, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_synchronised_statistics_are_those_of_all_pictures(tmp_path: Path) -> None:
+    import multiprocessing
+    import socket
+
+    with socket.socket() as place:
+        place.bind(("127.0.0.1", 0))
+        port = int(place.getsockname()[1])
+    outs = [tmp_path / f"{rank}.pt" for rank in range(2)]
+    workers = [
+        multiprocessing.get_context("fork").Process(target=take_part, args=(r, port, out)) for r, out in enumerate(outs)
+    ]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(100)
+        assert worker.exitcode == 0
+    net, x = bn_net(), pictures().requires_grad_()
+    net(x).square().sum().backward()
+    a, b = (torch.load(out) for out in outs)
+    torch.testing.assert_close(torch.cat([a[0], b[0]]), x.grad, rtol=1e-4, atol=1e-5)
+    for i, parameter in enumerate(net.parameters(), 1):
+        torch.testing.assert_close(a[i] + b[i], parameter.grad, rtol=1e-4, atol=1e-4)
+    for ours, theirs in zip(a[-3:], net.buffers(), strict=True):
+        torch.testing.assert_close(ours, theirs)
