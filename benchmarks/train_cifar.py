@@ -29,8 +29,9 @@ from torchvision import transforms
 from residuum.data import sources
 from residuum.data.dataset import Split
 from residuum.runtime import environment
+from residuum.training.average import learn
+from residuum.training.checkpoint import Learner
 from residuum.training.loop import adapt, prepare_task
-from residuum.training.optim import SGD
 from residuum.training.recipes import recipe
 from residuum.training.step import train_step
 
@@ -111,12 +112,12 @@ def residuum_loop(net: str, data_dir: Path) -> Callable[[int], None]:
     """The same for Residuum's own task and step."""
     chosen = adapt(recipe("paper-cifar"), data=None, net=net, steps=None, seed=None, values={})
     task, chosen = prepare_task(chosen, data_dir, "cpu", print)
-    task.net.train()
-    optimizer, position = SGD(task.net, chosen), iter(range(10**9))
+    learn(task.net)
+    learner, position = Learner.fresh(task, chosen), iter(range(10**9))
 
     def steps(count: int) -> None:
         for _ in range(count):
-            train_step(task, optimizer, task.batch(next(position)), 0.1)
+            train_step(learner, task.parts(next(position)), 0.1)
 
     return steps
 

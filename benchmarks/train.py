@@ -1,0 +1,198 @@
+#!/usr/bin/env python3
+"""Images per second of a training step: Residuum beside what a person would write or take instead.
+
+    python benchmarks/train.py [--nets resnet20,resnet56,resnet110,resnet18,resnet50] [--rounds 5] [--device cpu]
+
+Every contestant trains the same network on the same pictures in a process of its own (so that none profits from what another
+sets for its process), and only one runs at a time: the processes take turns, some steps each, in every round.
+
+* eager fp32: NCHW, torch.optim.SGD; a CIFAR ResNet as public repositories write it, or torchvision's ResNet at 224.
+* eager bf16: the same in channels_last under bf16 autocast (at 224 torchvision's).
+* timm: timm's ResNet in channels_last under bf16 autocast (at 224).
+* compiled: eager bf16 under torch.compile.
+* residuum: `residuum train`'s own task and step, from uint8 pictures in memory through its augmentation to updated weights. The
+  others are given normalised floats at no cost.
+
+Printed: medians over the rounds, the ratio to eager fp32 round by round (lowest to highest), and the share of the peak that the
+largest matrix product reaches on this machine in bf16 (fp32 for eager fp32), counting 6 operations for each multiply-add.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from train_cifar import plain_resnet
+
+import residuum
+from residuum.data.augment import Augmentation
+from residuum.data.crops import Crop
+from residuum.data.dataset import Split
+from residuum.data.loader import Loader
+from residuum.models.accounting import cost
+from residuum.models.spec import specification
+from residuum.preprocessing import Preprocessing
+from residuum.runtime import environment, pick_engine
+from residuum.tasks.classify import Classify
+from residuum.training.checkpoint import Learner
+from residuum.training.recipes import recipe
+from residuum.training.step import train_step
+
+Step = Callable[[], object]
+BATCHES = {32: 128, 224: 32}  # by the side of the pictures, on a CPU
+CONTESTANTS = ("eager fp32", "eager bf16", "timm", "compiled", "residuum")
+
+
+def side(net: str) -> int:
+    """The side of the pictures that a network is made for."""
+    return 224 if net in ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152") else 32
+
+
+def published(contestant: str, net: str) -> nn.Module:
+    """The network as others write it, 10 classes."""
+    if side(net) == 32:
+        return plain_resnet(int(net.removeprefix("resnet")))
+    if contestant == "timm":
+        import timm
+
+        return timm.create_model(net, num_classes=10)
+    import torchvision
+
+    return torchvision.models.get_model(net, num_classes=10)
+
+
+def peer(contestant: str, net: str, batch: int, device: torch.device) -> Step:
+    """One step of a loop that a person would write around a published network."""
+    fast = contestant != "eager fp32"
+    model = published(contestant, net).to(device).train()
+    x = torch.randn(batch, 3, side(net), side(net), device=device)
+    y = torch.randint(10, (batch,), device=device)
+    if fast:
+        model, x = model.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
+    sgd = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4)
+    forward: Any = torch.compile(model) if contestant == "compiled" else model
+
+    def step() -> None:
+        sgd.zero_grad()
+        with torch.autocast(device.type, torch.bfloat16, enabled=fast):
+            loss = F.cross_entropy(forward(x), y)
+        loss.backward()
+        sgd.step()
+
+    return step
+
+
+def ours(net: str, batch: int, device: torch.device) -> Step:
+    """One step of `residuum train` on uint8 pictures in memory."""
+    size = side(net)
+    engine = pick_engine(device=device.type)
+    chosen = recipe("paper-cifar" if size == 32 else "photos")
+    pictures = torch.randint(256, (4 * batch, size, size, 3), dtype=torch.uint8)
+    split = Split(pictures, torch.randint(10, (4 * batch,)))
+    preprocessing = Preprocessing(3, (size, size), size, torch.full((3,), 0.5), torch.full((3,), 0.25))
+    name = net if size == 32 or net in ("resnet18", "resnet34") else f"{net}v1.5"  # as torchvision and timm have it
+    model: Any = engine.place(residuum.build(name, classes=10, seed=0)).train()
+    augmentation = Augmentation(chosen.pad, chosen.pad_with, chosen.flip, chosen.colour)
+    loader = Loader(split, preprocessing, augmentation, batch, 0, engine, Crop("centre", (256, 480), 1.0))
+    task = Classify(model, tuple("0123456789"), preprocessing, loader, split, split, {}, engine)
+    learner, position = Learner.fresh(task, chosen), iter(range(10**9))
+    return lambda: train_step(learner, task.parts(next(position)), 0.01)
+
+
+def serve(link: Connection, contestant: str, net: str, batch: int, kind: str) -> None:
+    """A contestant's process: told a number of steps, it makes them and answers with the seconds they took."""
+    device = torch.device(kind)
+    step = ours(net, batch, device) if contestant == "residuum" else peer(contestant, net, batch, device)
+
+    def settle() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    for _ in range(3):  # the first steps compile, choose algorithms and fill caches
+        step()
+    settle()
+    link.send("ready")
+    while count := link.recv():
+        began = time.perf_counter()
+        for _ in range(count):
+            step()
+        settle()
+        link.send(time.perf_counter() - began)
+
+
+def peak(dtype: torch.dtype, device: torch.device) -> float:
+    """Operations per second of a 4096-sided matrix product, the best of several."""
+    side = 4096 if device.type == "cpu" else 8192
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(4):
+        began = time.perf_counter()
+        c: Tensor = a @ b
+        float(c[0, 0])
+        best = min(best, time.perf_counter() - began)
+    return 2 * side**3 / best
+
+
+def measure(net: str, options: argparse.Namespace) -> list[str]:
+    """The rows of one network."""
+    context, batch, seconds_a_turn = multiprocessing.get_context("spawn"), options.batch or BATCHES[side(net)], 3.0
+    names = [name for name in CONTESTANTS if name != "timm" or side(net) == 224]
+    links, processes, counts = {}, [], {}
+    for name in names:
+        links[name], theirs = context.Pipe()
+        process = context.Process(target=serve, args=(theirs, name, net, batch, options.device), daemon=True)
+        process.start()
+        processes.append(process)
+        assert links[name].recv() == "ready"
+        links[name].send(1)
+        counts[name] = max(1, round(seconds_a_turn / links[name].recv()))
+        print(f"{net}: {name} is ready, {counts[name]} steps a turn", file=sys.stderr, flush=True)
+    rates: dict[str, list[float]] = {name: [] for name in names}
+    for _ in range(options.rounds):
+        for name in names:
+            links[name].send(counts[name])
+            rates[name].append(counts[name] * batch / links[name].recv())
+    for name in names:
+        links[name].send(0)
+    for process in processes:
+        process.join()
+    work = 6.0 * cost(specification(net, classes=10)).multiply_adds
+    device = torch.device(options.device)
+    peaks = {dtype: peak(dtype, device) for dtype in (torch.float32, torch.bfloat16)}
+    rows = []
+    for name in names:
+        ratios = sorted(a / b for a, b in zip(rates[name], rates["eager fp32"], strict=True))
+        middle = statistics.median(rates[name])
+        share = middle * work / peaks[torch.float32 if name == "eager fp32" else torch.bfloat16]
+        spread = f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
+        rows.append(f"| {net}, {side(net)} px, batch {batch} | {name} | {middle:,.1f} | {spread} | {share:.0%} |")
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--nets", default="resnet20,resnet56,resnet110,resnet18,resnet50", help="comma list")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of every contestant, alternating")
+    parser.add_argument("--batch", type=int, help="pictures in a step; 128 at 32 px and 32 at 224 where not given")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    options = parser.parse_args()
+    machine = environment()
+    print(f"{machine['cpu']}, {machine['threads']} threads, GPU {machine['gpu']}, torch {machine['torch']}, "
+          f"torchvision {machine['torchvision']}; {options.rounds} rounds, medians\n")  # fmt: skip
+    print("| network | contestant | images/s | ratio to eager fp32 (lowest to highest) | share of peak |")
+    print("|---|---|---|---|---|", flush=True)
+    for net in options.nets.split(","):
+        print("\n".join(measure(net, options)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
