@@ -6,17 +6,23 @@ import http.client
 import json
 import re
 import signal
+import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from residuum.models.bundle import Bundle
+from residuum.models.dense_file import DenseBundle
+from residuum.models.dense_file import build as build_dense
 from residuum.models.resnet import build
+from residuum.models.spec import specification
+from residuum.models.values import Dense, Detector, Segmenter
 from residuum.preprocessing import Preprocessing
 
 CLASSES = ("alpha", "größe ß", "红 花", "<img src=x onerror=alert(1)>", "e", "f")
@@ -32,11 +38,11 @@ def small_model(path: Path) -> Path:
     return path
 
 
-class Running:
-    """A service, and the folder that it runs in."""
+class Asked:
+    """A service on loopback."""
 
-    def __init__(self, process: subprocess.Popen[str], port: int, folder: Path) -> None:
-        self.process, self.port, self.folder = process, port, folder
+    def __init__(self, port: int) -> None:
+        self.port = port
 
     def ask(
         self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None
@@ -53,6 +59,37 @@ class Running:
     def post(self, body: bytes, kind: str = "image/jpeg", path: str = "/predict") -> tuple[int, Any]:
         status, _, content = self.ask("POST", path, body, {"content-type": kind})
         return status, json.loads(content)
+
+
+class Running(Asked):
+    """A service in a process, and the folder that it runs in."""
+
+    def __init__(self, process: subprocess.Popen[str], port: int, folder: Path) -> None:
+        super().__init__(port)
+        self.process, self.folder = process, folder
+
+
+@contextmanager
+def threaded(model: Path) -> Iterator[Asked]:
+    """The service of a model in a thread of this process, for what does not need one of its own."""
+    import uvicorn
+
+    from residuum.use.serve.answering import load
+    from residuum.use.serve.app import make_app
+    from residuum.use.serve.limits import Limits
+    from residuum.use.serve.service import Service
+
+    app = make_app(Service(load(str(model), "fp32", "cpu"), Limits()))
+    listening = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
+    thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
+    thread.start()
+    try:
+        yield Asked(listening.getsockname()[1])
+    finally:
+        server.should_exit = True
+        thread.join(60)
+        listening.close()
 
 
 @contextmanager
@@ -73,3 +110,27 @@ def service(model: Path, folder: Path, *options: str) -> Iterator[Running]:
         process.kill()
         process.wait()
         process.stderr.close()
+
+
+DENSE = {"longest": 128, "mean": (0.5,) * 3, "std": (0.25,) * 3, "bn": "live", "frozen": ""}
+KINDS: dict[str, tuple[Dense, tuple[str, ...]]] = {
+    "detect": (
+        Detector(size=72, form="fpn", anchors=(8, 16, 32, 64, 128), context=False, pyramid=16, **DENSE),
+        ("<b>round", "square"),
+    ),
+    "segment": (Segmenter(size=72, head="fcn", output_stride=16, **DENSE), ("background", "<b>round", "square")),
+}
+
+
+def small_dense(path: Path, task: str) -> Path:
+    """Writes a detector that is sure of many a box, or a segmenter that sees all its classes; neither has learnt anything."""
+    values, classes = KINDS[task]
+    small: dict[str, Any] = {"widths": (8, 8, 8, 8), "depths": (1, 1, 1, 1)}
+    net = build_dense(build("resnet18", seed=0, **small), values, len(classes), seed=1)
+    about = {"recipe": {"net": "resnet18"}, "data": {"name": "/secret/place/cells", "fingerprint": "0"}}
+    if isinstance(values, Detector):
+        cast(Any, net).roi_heads.box_predictor.cls_score.bias.data[:] = torch.tensor([0.0, 2.0, 1.8])
+    DenseBundle(task, net.eval(), specification("resnet18", **small | {"classes": 1}), values, classes, **about).save(
+        path
+    )
+    return path

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import io
+from base64 import b64decode
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from pictures import photo
 from PIL import Image
-from serving import CLASSES, Running, service, small_model
+from serving import CLASSES, Asked, Running, service, small_dense, small_model, threaded
 
 CHROMIUM = Path("/usr/bin/chromium")
 pytest.importorskip("fastapi", reason="the extra `serve` is not installed")
@@ -99,6 +103,77 @@ def test_a_text_file_gets_a_sentence_and_the_next_picture_works(tab: Tab, pictur
 def test_a_picture_that_is_too_large_is_not_even_sent(tab: Tab) -> None:
     tab.set_input_files("#file", {"name": "x.jpg", "mimeType": "image/jpeg", "buffer": b"x" * 1_000_000})
     playwright.expect(tab.get_by_role("alert")).to_contain_text("This picture has 1.0 MB, more than the 1 MB")
+
+
+@pytest.fixture(scope="module", params=["detect", "segment"])
+def dense(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Asked]]:
+    """A service of another task, in a thread of this process."""
+    with threaded(small_dense(tmp_path_factory.mktemp("model") / "m.safetensors", request.param)) as it:
+        yield request.param, it
+
+
+def test_boxes_and_masks_lie_over_the_picture_and_stand_in_a_table(
+    dense: tuple[str, Asked], browser: playwright.Browser, picture: Path
+) -> None:
+    """On a phone, by night: what lies over the picture is where the service says, and nothing hangs over the page."""
+    task, running = dense
+    kind, content = "image/jpeg", picture.read_bytes()
+    status, answer = running.post(content, kind)
+    (said,) = answer["predictions"]
+    assert (status, said["width"], said["height"]) == (200, 300, 200)
+    refused, why = running.post(content, kind, "/explain")
+    assert refused == 422 and "only a classifier's answer is" in why["error"]
+    size = {"width": 360, "height": 740}
+    context = browser.new_context(viewport=size, color_scheme="dark", has_touch=True, is_mobile=True)
+    try:
+        tab, complaints = context.new_page(), []
+        tab.on("console", lambda message: complaints.append(message.text))
+        tab.on("pageerror", lambda error: complaints.append(str(error)))
+        tab.goto(f"http://127.0.0.1:{running.port}/")
+        tab.set_input_files("#file", picture)
+        playwright.expect(tab.locator("#found tr").first).to_be_visible()
+        assert tab.locator("#scored").is_hidden() and tab.locator("#why").is_hidden()
+        assert tab.evaluate("document.activeElement.id") == "answer"
+        {"detect": boxes_are_shown, "segment": mask_is_shown}[task](tab, said)
+        assert tab.evaluate("document.documentElement.scrollWidth") <= 360
+        assert complaints == []
+    finally:
+        context.close()
+
+
+def boxes_are_shown(tab: Tab, said: dict[str, Any]) -> None:
+    boxes = said["boxes"]
+    playwright.expect(tab.locator("#found tr")).to_have_count(len(boxes))
+    whole = tab.locator("#whole").bounding_box()
+    for shown, (x1, y1, x2, _) in zip(tab.locator(".box").all()[:5], (b["box"] for b in boxes), strict=False):
+        there = shown.bounding_box()
+        scale = whole["width"] / 300
+        found = [(there["x"] - whole["x"]) / scale, (there["y"] - whole["y"]) / scale, there["width"] / scale]
+        assert found == pytest.approx([x1, y1, x2 - x1], abs=1.5)
+    first = tab.locator("#found tr").first.inner_text().split()
+    assert boxes[0]["class"] in first and first[-4:] == [f"{v:.0f}" for v in boxes[0]["box"]]
+    assert tab.locator("#answer").inner_text().endswith(("<b>round", "square"))  # counts, and names as text
+    tab.locator("#least").focus()
+    tab.keyboard.press("End")  # by the keyboard: surer than 95 %
+    playwright.expect(tab.locator("#answer")).to_have_text("nothing")
+    assert tab.locator(".box").count() == 0 and "95" in tab.locator("#least-words").inner_text()
+    tab.keyboard.press("Home")
+    assert tab.locator("#found tr").count() >= len(boxes)
+
+
+def mask_is_shown(tab: Tab, said: dict[str, Any]) -> None:
+    assert sum(part["share"] for part in said["classes"]) == pytest.approx(1, abs=1e-4)
+    with Image.open(io.BytesIO(b64decode(said["mask"].removeprefix("data:image/png;base64,")))) as mask:
+        values = torch.bincount(torch.from_numpy(np.array(mask)).flatten().long(), minlength=3) / (
+            mask.width * mask.height
+        )
+    shares = {part["class"]: part["share"] for part in said["classes"]}
+    assert values.tolist() == pytest.approx([shares[c] for c in ("background", "<b>round", "square")], abs=1e-5)
+    tab.wait_for_function("document.querySelector('#mask').naturalWidth > 0")
+    mask_box, whole = (tab.locator(one).bounding_box() for one in ("#mask", "#whole"))
+    assert mask_box == whole
+    rows = [row.split() for row in tab.locator("#found tr").all_inner_texts()]
+    assert rows[0][0] == said["classes"][0]["class"] and rows[0][1] == f"{100 * said['classes'][0]['share']:.1f}"
 
 
 def event(tab: Tab, kind: str, field: str) -> None:

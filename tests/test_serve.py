@@ -161,7 +161,7 @@ def test_metrics_count(running: Running) -> None:
     assert running.ask("GET", "/metrics")[1]["content-type"].startswith("text/plain")
 
 
-@pytest.mark.parametrize("path", ["/", "/docs", "/page.css", "/page.js", "/style.css", "/openapi.json"])
+@pytest.mark.parametrize("path", ["/", "/docs", "/page.css", "/page.js", "/views.js", "/style.css", "/openapi.json"])
 def test_pages_come_from_here_alone(running: Running, path: str) -> None:
     status, headers, content = running.ask("GET", path)
     assert status == 200
@@ -344,6 +344,7 @@ def test_an_answer_that_takes_too_long_is_given_up(model_file: Path) -> None:
     """A model that works for seconds, in this process."""
     from fastapi.testclient import TestClient
 
+    from residuum.use.serve.answering import Classifies
     from residuum.use.serve.app import make_app
     from residuum.use.serve.limits import Limits
     from residuum.use.serve.service import Service
@@ -354,7 +355,7 @@ def test_an_answer_that_takes_too_long_is_given_up(model_file: Path) -> None:
         held.wait(60)
         raise MemoryError("an engine's own words")
 
-    app = make_app(Service(load(model_file), Limits(timeout=0.3), scores))
+    app = make_app(Service(Classifies(load(model_file), scores), Limits(timeout=0.3)))
     with TestClient(app, raise_server_exceptions=False) as client:
         answer = client.post("/predict", content=jpeg(), headers={"content-type": "image/jpeg"})
         assert answer.status_code == 503 and "retry-after" in answer.headers

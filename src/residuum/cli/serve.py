@@ -21,7 +21,7 @@ def serve(
     precision: str = "fp32",
     device: str = "auto",
 ) -> None:
-    """Serve a model over HTTP, with a page to drop pictures on. Needs the extra: pip install 'residuum[serve]'
+    """Serve a model of any task over HTTP, with a page to drop pictures on. Needs the extra: pip install 'residuum[serve]'
 
     Example: `residuum serve runs/digits/model.safetensors --port 8000`
 
@@ -54,6 +54,7 @@ def serve(
         cpu, cuda, cuda:1, … ; auto takes a GPU where there is one.
     """
     try:
+        from residuum.use.serve.answering import load
         from residuum.use.serve.app import make_app
         from residuum.use.serve.limits import Limits
         from residuum.use.serve.process import serve as run
@@ -62,9 +63,7 @@ def serve(
         raise UsageError(
             f"serve needs the package {error.name}; install it with: pip install 'residuum[serve]'"
         ) from error
-    import torch
-
-    from residuum.use.predict import load
+    from PIL import Image
 
     positive = {"--max-batch": max_batch, "--max-body-mb": max_body_mb, "--max-pixels": max_pixels,
                 "--timeout": timeout, "--max-in-flight": max_in_flight}  # fmt: skip
@@ -83,10 +82,9 @@ def serve(
         latency=latency_ms / 1000,
         max_batch=max_batch,
     )
-    loaded = load(model, precision=precision, device=device)
-    shape = (1, *loaded.preprocessing.size, loaded.preprocessing.channels)
-    loaded.scores(torch.zeros(shape, dtype=torch.uint8))  # the first picture is slow; better now than for somebody
-    service = Service(loaded, limits)
+    answering = load(model, precision, device)
+    answering.show([answering.prepare(Image.new("RGB", (320, 240)))])  # the first is slow; better now than for somebody
+    service = Service(answering, limits)
     run(
         make_app(service),
         host,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from residuum.errors import ModelFileError, ResiduumError
@@ -72,6 +74,16 @@ def build(net: ResNet, values: Dense, classes: int, *, seed: int = 0, **training
         return made
     assert isinstance(values, Segmenter)
     return dense.Segments(net, values, classes, seed=seed)
+
+
+def task_of(path: Path) -> str:
+    """The task of a model file, by its header alone; "classify" where it tells of no other, or cannot be read so."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            task = json.loads((file.metadata() or {}).get("residuum", "{}")).get("task")
+    except (OSError, SafetensorError, ValueError, AttributeError):
+        return "classify"  # who reads all of it says what is wrong
+    return str(task) if task in VALUES else "classify"
 
 
 def load_dense(path: Path, task: str) -> DenseBundle:

@@ -161,11 +161,7 @@ def segmentations(bundle: DenseBundle, engine: Engine, files: Sequence[Path]) ->
             yield Answer(str(file), error=str(error))
             continue
         mask = segment(bundle.net, pixels, cast(Segmenter, bundle.values), engine)
-        counts = torch.bincount(mask.flatten(), minlength=len(bundle.classes)).tolist()
-        shares = [
-            {"class": c, "share": round(n / mask.numel(), 6)} for c, n in zip(bundle.classes, counts, strict=True)
-        ]
-        yield Answer(str(file), {"classes": shares}, drawing.mask_on(pixels, mask))
+        yield Answer(str(file), {"classes": shares(mask, bundle.classes)}, drawing.mask_on(pixels, mask))
 
 
 def listed(found: Found, classes: Sequence[str]) -> list[dict[str, Any]]:
@@ -175,6 +171,12 @@ def listed(found: Found, classes: Sequence[str]) -> list[dict[str, Any]]:
         {"class": classes[label], "score": round(score, 4), "box": [round(v, 1) for v in box]}
         for box, score, label in rows
     ]
+
+
+def shares(mask: Tensor, classes: Sequence[str]) -> list[dict[str, Any]]:
+    """The share of each class in a mask, int64 (H, W)."""
+    counts = torch.bincount(mask.flatten(), minlength=len(classes)).tolist()
+    return [{"class": c, "share": round(n / mask.numel(), 6)} for c, n in zip(classes, counts, strict=True)]
 
 
 def as_pixels(picture: Image.Image) -> Tensor:

@@ -1,22 +1,6 @@
 "use strict";
-// A picture goes to /predict, then to /explain; whatever comes back is shown as text, never as HTML.
-const $ = (id) => document.getElementById(id);
-const percent = (score) => (100 * score).toFixed(1) + " %";
-let limits = null, calibrated = false, turn = 0, shown = null;
-
-const element = (tag, text = "", name = "") => {
-  const made = document.createElement(tag);
-  made.textContent = text;
-  if (name) made.className = name;
-  return made;
-};
-
-const bar = (share) => {
-  const made = element("div", "", "bar"), inside = element("i");
-  inside.style.width = 100 * share + "%";
-  made.append(inside);
-  return made;
-};
+// A picture is chosen, sent to /predict and, where the model explains, to /explain; views.js shows what comes back.
+let model = null, turn = 0, shown = null;
 
 const fail = (sentence) => {
   $("status").textContent = "";
@@ -38,63 +22,30 @@ async function ask(path, file) {
   return document;
 }
 
-function showScores(file, top) {
-  $("name").textContent = file.name || "pasted picture";
-  $("answer").textContent = top[0].class;
-  $("scores").replaceChildren(...top.map(({ class: name, score }) => {
-    const row = element("li"), words = element("div");
-    words.append(element("b", name), element("span", percent(score)));
-    row.append(words, bar(score));
-    return row;
-  }));
-  $("calibrated").textContent = calibrated
-    ? "Calibrated: of many pictures with a score of 80 %, about 80 % are right."
-    : "Not calibrated: this model has no temperature, so its scores may be too sure.";
-  if (shown) URL.revokeObjectURL(shown);
-  shown = URL.createObjectURL(file);
-  $("picture").src = shown;
-  $("heat").hidden = true;
-  $("heat-words").textContent = "where it looked …";
-  $("why").hidden = true;
-  $("result").hidden = false;
-}
-
-function showReasons({ top, heat, blocks }) {
-  $("heat").src = heat;
-  $("heat").alt = `Heat map over the middle of the picture: where the evidence for ${top[0].class} lies`;
-  $("heat").hidden = false;
-  $("heat-words").textContent = "where it looked";
-  $("blocks").replaceChildren(...blocks.map((each) => {
-    const row = element("tr", "", each.answer_without !== null && each.answer_without !== top[0].class ? "changed" : "");
-    const name = element("th", each.block, "mono"), strip = element("td");
-    name.scope = "row";
-    if (each.score_without !== null) strip.append(bar(each.score_without));
-    row.append(name, element("td", each.ratio === null ? "–" : each.ratio.toFixed(2), "number"), strip,
-      element("td", each.score_without === null ? "–" : percent(each.score_without), "number"),
-      element("td", each.answer_without ?? "cannot be left out", "name"));
-    return row;
-  }));
-  $("without-head").textContent = `score of ${top[0].class} without it`;
-  $("why").hidden = false;
-}
-
 async function look(file) {
   const mine = ++turn;
   $("error").hidden = true;
-  if (limits && file.size > limits.body_bytes - 1000) {
+  await told;
+  if (!model) return fail("the service cannot be reached; is it still running?");
+  if (file.size > model.limits.body_bytes - 1000) {
     $("result").hidden = true;
-    return fail(`this picture has ${(file.size / 1e6).toFixed(1)} MB, more than the ${limits.body_bytes / 1e6} MB that are taken; make it smaller.`);
+    return fail(`this picture has ${(file.size / 1e6).toFixed(1)} MB, more than the ${model.limits.body_bytes / 1e6} MB that are taken; make it smaller.`);
   }
+  const view = views[model.task];
   $("status").textContent = "Looking …";
   $("drop").setAttribute("aria-busy", "true");
   try {
-    const { predictions } = await ask("/predict?top=5", file);
+    const { predictions } = await ask(view.path, file);
     if (mine !== turn) return;
-    showScores(file, predictions[0].top);
-    $("status").textContent = `It says: ${predictions[0].top[0].class}, ${percent(predictions[0].top[0].score)}.`;
+    if (shown) URL.revokeObjectURL(shown);
+    shown = URL.createObjectURL(file);
+    $("name").textContent = file.name || "pasted picture";
+    $("status").textContent = view.show(predictions[0], shown, model);
+    $("result").hidden = false;
     $("answer").focus({ preventScroll: false });
+    if (!view.explain) return;
     const reasons = await ask("/explain?top=5", file);
-    if (mine === turn) showReasons(reasons);
+    if (mine === turn) view.explain(reasons);
   } catch (error) {
     if (mine !== turn) return;
     if ($("status").textContent === "Looking …") $("result").hidden = true;
@@ -124,10 +75,9 @@ document.addEventListener("paste", (event) => {
   if (file) look(file); else fail("there is no picture in the clipboard.");
 });
 
-fetch("/model").then((answer) => answer.json()).then((model) => {
-  limits = model.limits;
-  calibrated = model.calibrated;
+const told = fetch("/model").then((answer) => answer.json()).then((about) => {
+  model = about;
   $("about").textContent = `${model.name}, ${model.classes.length.toLocaleString("en")} classes: `
     + model.classes.slice(0, 12).join(", ") + (model.classes.length > 12 ? ", …" : "") + ".";
-  $("limits").textContent = `JPEG, PNG, WebP, GIF, BMP or TIFF, up to ${limits.body_bytes / 1e6} MB`;
+  $("limits").textContent = `JPEG, PNG, WebP, GIF, BMP or TIFF, up to ${model.limits.body_bytes / 1e6} MB`;
 }).catch(() => fail("the service cannot be reached; is it still running?"));

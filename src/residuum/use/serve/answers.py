@@ -5,16 +5,28 @@ from __future__ import annotations
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
+from pydantic.json_schema import SkipJsonSchema
 
 from residuum.use.serve.bodies import FIELD
 from residuum.use.serve.limits import PICTURES
 
+TOP = (
+    "How many classes or boxes to name, the best first; else 5 classes of a classifier, and all that there is to name."
+)
+LEAST = "Least score or share of what is named; else 0.5 for boxes, and 0."
 
-class Options(BaseModel):
-    """What can be asked in the address."""
+
+class Top(BaseModel):
+    """What can be asked of an explanation, in the address."""
 
     model_config = ConfigDict(extra="forbid")
-    top: int = Field(5, ge=1, le=1_000_000, description="How many classes to name.")
+    top: int | SkipJsonSchema[None] = Field(None, ge=1, le=1_000_000, description=TOP)
+
+
+class Options(Top):
+    """What can be asked of an answer."""
+
+    score: float | SkipJsonSchema[None] = Field(None, ge=0, le=1, description=LEAST)
 
 
 class Nothing(BaseModel):
@@ -30,11 +42,31 @@ class Scored(BaseModel):
     score: float = Field(ge=0, le=1, description="Softmax, calibrated where the model has a temperature.")
 
 
+class Box(Scored):
+    """A box, its class and its score."""
+
+    box: list[float] = Field(min_length=4, max_length=4, description="[x1, y1, x2, y2] in pixels of the picture.")
+
+
+class Part(BaseModel):
+    """A class and its share of the pixels."""
+
+    name: str = Field(alias="class")
+    share: float = Field(ge=0, le=1)
+
+
 class Predicted(BaseModel):
-    """What is on a picture; or an error, where others of the same request could be read."""
+    """What is on a picture, by the model's task; or an error, where others of the same request could be read."""
 
     image: str = Field(description="The name that was sent with it.")
-    top: list[Scored] | None = None
+    top: list[Scored] | None = Field(None, description="Of a classifier.")
+    width: int | None = Field(
+        None, description="Of the picture, in pixels; of a detector and a segmenter, like height."
+    )
+    height: int | None = None
+    boxes: list[Box] | None = Field(None, description="Of a detector, best first.")
+    classes: list[Part] | None = Field(None, description="Of a segmenter, the largest first.")
+    mask: str | None = Field(None, description="Of a segmenter: the class of each pixel, as a data URI (PNG).")
     error: str | None = None
 
 
@@ -69,15 +101,20 @@ class Health(BaseModel):
 
 
 class About(BaseModel):
-    """The model and the service's limits."""
+    """The model and the service's limits; what not every task has may be missing."""
 
+    task: str = Field(description="classify, detect or segment.")
     name: str
     net: str
     classes: list[str]
     parameters: int
-    temperature: float
-    calibrated: bool
-    preprocessing: dict[str, Any]
+    temperature: float | None = None
+    calibrated: bool | None = None
+    preprocessing: dict[str, Any] | None = Field(None, description="Of a classifier.")
+    values: dict[str, Any] | None = Field(
+        None, description="Of a detector or a segmenter: what stands on its backbone."
+    )
+    colours: list[str] | None = Field(None, description="Of each class of a detector or a segmenter, on the page.")
     metrics: dict[str, Any]
     data: dict[str, Any]
     versions: dict[str, Any]

@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from residuum import __version__
 from residuum.evaluation.page import pages
-from residuum.use.serve.answers import BODY, ERRORS, About, Explained, Health, Nothing, Options, Predictions
+from residuum.use.serve.answers import BODY, ERRORS, About, Explained, Health, Nothing, Options, Predictions, Top
 from residuum.use.serve.limits import Refusal
 from residuum.use.serve.service import Service
 
@@ -33,6 +33,7 @@ STATIC = {
     "/": ("serve/index.html", "text/html"),
     "/page.css": ("serve/page.css", "text/css"),
     "/page.js": ("serve/page.js", "text/javascript"),
+    "/views.js": ("serve/views.js", "text/javascript"),
     "/style.css": ("style.css", "text/css"),
 }
 
@@ -65,12 +66,12 @@ def _add_routes(app: FastAPI, service: Service) -> None:
         "/predict", response_model=Predictions, response_model_exclude_none=True, responses=ERRORS, openapi_extra=BODY
     )
     async def predict(request: Request, options: Annotated[Options, Query()]) -> Response:
-        """The classes with the highest scores, for one picture or several."""
-        return JSONResponse(await service.predict(request, options.top))
+        """What is on one picture or several: classes, boxes or masks, by the model's task."""
+        return JSONResponse(await service.predict(request, options.top, options.score))
 
     @app.post("/explain", response_model=Explained, responses=ERRORS, openapi_extra=BODY)
-    async def explain(request: Request, options: Annotated[Options, Query()]) -> Response:
-        """Where the network looked, what each block added, and what the answer would be without it, for one picture."""
+    async def explain(request: Request, options: Annotated[Top, Query()]) -> Response:
+        """Where a classifier looked, what each block added, and what the answer would be without it, for one picture."""
         return JSONResponse(await service.explain(request, options.top))
 
     unknown: dict[int | str, dict[str, Any]] = {422: ERRORS[422]}

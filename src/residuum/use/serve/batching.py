@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
-
-import torch
-from torch import Tensor
+from typing import Any
 
 
 @dataclass(frozen=True, eq=False)
 class _Waiting:
     """A picture in the queue."""
 
-    pixels: Tensor  # uint8 (h, w, C)
+    picture: Any
     since: float  # the loop's clock
-    answer: asyncio.Future[Tensor]
+    answer: asyncio.Future[Any]
 
 
 class Batcher:
@@ -28,7 +26,7 @@ class Batcher:
     the queue fills, so that a busy service shows full batches without waiting at all.
 
     Args:
-        scores: uint8 (B, h, w, C) -> float32 (B, classes); called in one thread, one batch at a time.
+        show: pictures, made ready -> an answer for each; called in one thread, one batch at a time.
         latency: seconds.
         largest: pictures in a batch.
         seen: is told (pictures, seconds) of each batch.
@@ -36,12 +34,12 @@ class Batcher:
 
     def __init__(
         self,
-        scores: Callable[[Tensor], Tensor],
+        show: Callable[[Sequence[Any]], Sequence[Any]],
         latency: float,
         largest: int,
         seen: Callable[[int, float], None] = lambda pictures, seconds: None,
     ) -> None:
-        self._scores, self._latency, self._largest, self._seen = scores, latency, largest, seen
+        self._show, self._latency, self._largest, self._seen = show, latency, largest, seen
 
     async def __aenter__(self) -> Batcher:
         self._loop = asyncio.get_running_loop()
@@ -57,14 +55,14 @@ class Batcher:
         await asyncio.gather(self._worker, return_exceptions=True)
         self._thread.shutdown()
 
-    async def answer(self, pixels: Tensor) -> Tensor:
-        """Scores of pictures, uint8 (B, h, w, C) -> float32 (B, classes); whoever stops waiting leaves the queue."""
+    async def answers(self, pictures: Sequence[Any]) -> list[Any]:
+        """The answer for each picture; whoever stops waiting leaves the queue."""
         now = self._loop.time()
-        items = [_Waiting(each, now, self._loop.create_future()) for each in pixels]
+        items = [_Waiting(each, now, self._loop.create_future()) for each in pictures]
         for item in items:
             self._queue.put_nowait(item)
         try:
-            return torch.stack(await asyncio.gather(*(item.answer for item in items)))
+            return await asyncio.gather(*(item.answer for item in items))
         finally:
             for item in items:
                 item.answer.cancel()
@@ -76,8 +74,8 @@ class Batcher:
                 continue
             began = self._loop.time()
             try:
-                pixels = torch.stack([item.pixels for item in batch])
-                scores = await self._loop.run_in_executor(self._thread, self._scores, pixels)
+                pictures = [item.picture for item in batch]
+                answers = await self._loop.run_in_executor(self._thread, self._show, pictures)
             except (
                 Exception
             ) as error:  # whatever an engine raises is these pictures' answer, and the next batch is tried
@@ -86,9 +84,9 @@ class Batcher:
                         item.answer.set_exception(error)
                 continue
             self._seen(len(batch), self._loop.time() - began)
-            for item, row in zip(batch, scores, strict=True):
+            for item, answer in zip(batch, answers, strict=True):
                 if not item.answer.done():
-                    item.answer.set_result(row)
+                    item.answer.set_result(answer)
 
     async def _gather(self) -> list[_Waiting]:
         """The next batch: at least one picture, and what comes until it is full or its first has waited long enough."""

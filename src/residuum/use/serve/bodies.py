@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import FormParser, parse_options_header
-from torch import Tensor
 
 from residuum.data.decode import upright
 from residuum.errors import DataError
-from residuum.preprocessing import Preprocessing
 from residuum.use.serve.limits import PICTURES, Limits, Refusal
 
 # Of Pillow's formats those that people's pictures have; some of the others start programs (EPS: Ghostscript).
@@ -27,16 +26,16 @@ class Shown:
     """A picture of a request: ready for the network, or why not."""
 
     name: str
-    pixels: Tensor | None  # uint8 (h, w, C)
+    picture: Any  # as `prepare` made it; None where it cannot be read
     refusal: Refusal | None
 
 
-def opened(content_type: str, body: bytes, preprocessing: Preprocessing, limits: Limits) -> list[Shown]:
-    """The pictures of a request, in order.
+def opened(content_type: str, body: bytes, prepare: Callable[[Image.Image], Any], limits: Limits) -> list[Shown]:
+    """The pictures of a request, in order, made ready.
 
     Raises Refusal where the request as a whole cannot be read: its type, its form, its number of pictures.
     """
-    return [_shown(name, content, preprocessing, limits) for name, content in parts(content_type, body)]
+    return [_shown(name, content, prepare, limits) for name, content in parts(content_type, body)]
 
 
 def parts(content_type: str, body: bytes) -> list[tuple[str, bytes]]:
@@ -93,9 +92,9 @@ def _form(body: bytes, boundary: bytes) -> list[tuple[str, bytes]]:
     return found
 
 
-def _shown(name: str, content: bytes, preprocessing: Preprocessing, limits: Limits) -> Shown:
+def _shown(name: str, content: bytes, prepare: Callable[[Image.Image], Any], limits: Limits) -> Shown:
     try:
-        return Shown(name, preprocessing(_decoded(content, limits)), None)
+        return Shown(name, prepare(_decoded(content, limits)), None)
     except Refusal as refusal:
         return Shown(name, None, refusal)
 
