@@ -150,3 +150,30 @@ def test_an_encoder_gives_the_picture_and_every_map() -> None:
     assert encoder.out_channels == [3, 64, 64, 128, 256, 512] and encoder.output_stride == 32
     x = torch.zeros(1, 3, 96, 96)
     assert [m.shape[1] for m in encoder(x)] == encoder.out_channels
+
+
+def test_an_encoder_is_asked_as_segmentation_models_pytorch_does() -> None:
+    encoder = Encoder(net=build("resnet18", seed=0), depth=4, output_stride=8)
+    encoder.set_in_channels(3, pretrained=False)
+    encoder.make_dilated(8)
+    assert encoder.out_channels == [3, 64, 64, 128, 256] and encoder.output_stride == 8
+    assert [m.shape[2] for m in encoder(torch.zeros(1, 3, 96, 96))] == [96, 48, 24, 12, 12]
+    with pytest.raises(UsageError, match="of 3 channels, not 1"):
+        encoder.set_in_channels(1)
+
+
+@pytest.mark.parametrize("name", ["Unet", "FPN", "PSPNet"])
+def test_segmentation_models_pytorch_decodes_our_maps(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own decoders, on our network of torchvision's weights layout, say what they say on its own encoder."""
+    smp = pytest.importorskip("segmentation_models_pytorch", reason="segmentation_models_pytorch is not installed")
+    theirs = getattr(smp, name)("resnet18", encoder_weights=None, classes=3).eval()
+    net = build("resnet18", seed=0, classes=1)
+    ours = {k.removeprefix("encoder."): v for k, v in theirs.state_dict().items() if k.startswith("encoder.")}
+    assert net.load_state_dict(ours, strict=False).missing_keys == ["fc.weight", "fc.bias"]
+    monkeypatch.setitem(smp.encoders.encoders, "ours", {"encoder": Encoder, "params": {"net": net}})
+    model = getattr(smp, name)("ours", encoder_weights=None, classes=3).eval()
+    heads = {k: v for k, v in theirs.state_dict().items() if not k.startswith("encoder.")}
+    model.load_state_dict(heads, strict=False)
+    x = torch.rand(1, 3, 96, 128, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        torch.testing.assert_close(model(x), theirs(x), rtol=0, atol=1e-5)

@@ -30,6 +30,7 @@ from residuum.models.resnet import build
 from residuum.models.testing import Scale, adjacent, detect
 from residuum.models.values import Additions, Detector
 from residuum.preprocessing import Preprocessing
+from residuum.runtime import World
 from residuum.tasks.dense import start, statistics
 from residuum.tasks.detect import anchor_sides, sample
 from residuum.training import loop, recipes
@@ -80,6 +81,18 @@ def test_c4_shares_conv1_to_conv4_and_pools_before_conv5() -> None:
     assert shapes["at"][1:] == (8, 14, 14) and shapes["out"][1:] == (8, 7, 7)
     names = set(net.state_dict())
     assert "roi_heads.box_head.stage.0.conv1.weight" in names and not any("layer4" in n or "fc." in n for n in names)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_is_said_of_a_picture_does_not_depend_on_the_one_before(form: str) -> None:
+    """torchvision's pooling guesses the maps' strides from the first picture, and wrongly from a narrow one."""
+    fresh, used = small(form), small(form)
+    used.transform.min_size = (66,)  # padded to 96
+    with torch.inference_mode():
+        used([picture(1)])
+        used.transform.min_size = fresh.transform.min_size
+        assert all(torch.equal(a, b) for a, b in zip(*(n([picture()])[0].values() for n in (fresh, used)), strict=True))
+    assert fresh.roi_heads.box_roi_pool.scales == [1 / s for s in ((4, 8, 16, 32) if form == "fpn" else (16,))]
 
 
 def test_preactivated_c4_ends_in_its_last_activation() -> None:
@@ -257,7 +270,7 @@ def test_workers_change_nothing(trained: Path) -> None:
     steps = Samples(boxes.load(trained / "voc").train, sample, 4, 0, "both")
     alone, helped = Ahead(steps, 0), Ahead(steps, 1)
     for step in (0, 1, 5):  # the last is out of turn
-        for a, b in zip(alone.get(step).samples, helped.get(step).samples, strict=True):
+        for a, b in zip(*(it.get(step).parts[0] for it in (alone, helped)), strict=True):
             assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
     helped.close()
 
@@ -326,36 +339,56 @@ def test_the_papers_form_and_additions_from_the_command_line(
     assert residuum_([*plain, "--scales", "66"]) == 2 and "two or more rising lengths" in capsys.readouterr().err
 
 
+def test_every_number_of_processes_shows_the_same_pictures_in_the_same_parts(trained: Path) -> None:
+    train = boxes.load(trained / "voc").train
+    whole = Samples(train, sample, 4, 0, "both", together=2)(3).parts
+    halves = [Samples(train, sample, 4, 0, "both", World(rank, 2), 2)(3).parts for rank in range(2)]
+    found = [part for half in halves for part in half]
+    assert [len(part) for part in whole] == [2, 2] == [len(part) for part in found]
+    for ours, theirs in zip(whole, found, strict=True):
+        assert all(torch.equal(x, y) for a, b in zip(ours, theirs, strict=True) for x, y in zip(a, b, strict=True))
+    with pytest.raises(UsageError, match="batch 4 in parts of 2 cannot be shared evenly by 4 processes"):
+        Samples(train, sample, 4, 0, "none", World(0, 4), 2)
+    with pytest.raises(UsageError, match="bn_batch 3 does not divide the batch of 8"):
+        recipes.named("boxes", "detect").with_values({"bn_batch": "3"})
+
+
 @pytest.mark.slow
-def test_two_processes_share_the_steps(trained: Path, tmp_path: Path) -> None:
-    """BN sees each one's share, so the figures differ; the pictures do not, and one process writes."""
-    out = tmp_path / "run"
-    launcher = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "-m",
-        "residuum",
-    ]
-    command = [
-        *launcher,
+def test_two_processes_come_to_the_bits_of_one(trained: Path, tmp_path: Path) -> None:
+    """With the parts that BN sees the same; and two processes go on with what one has begun."""
+    more = ("--set", "bn_batch=2", "--set", "threads=1")
+    settings = [each.replace("batch=2", "batch=4") for each in SETTINGS] + [*more]
+    models = []
+    for procs in ([], ["--procs", "2"]):
+        out = tmp_path / f"run{len(procs)}"
+        with command("train", str(trained / "voc"), *settings, *procs, "--out", str(out), "--json") as process:
+            stdout, stderr = process.communicate()
+        assert process.returncode == 0, stderr
+        assert json.loads(stdout)["steps"] == 6
+        models.append((out / "model.safetensors").read_bytes())
+    assert models[0] == models[1]
+    (tmp_path / "run2" / "result.json").unlink()
+    last = max((tmp_path / "run2" / "checkpoints").glob("step-*.safetensors"))
+    last.unlink()
+    with command("train", "--resume", str(tmp_path / "run2")) as process:
+        _, stderr = process.communicate()
+    assert process.returncode == 0 and "the result will differ" not in stderr, stderr
+    assert (tmp_path / "run2" / "model.safetensors").read_bytes() == models[0]
+
+
+def test_processes_that_cannot_share_are_told_before_they_start(
+    trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [
         "detect",
         "train",
         str(trained / "voc"),
-        *SETTINGS,
         "--set",
-        "batch=4",
+        "batch=3",
+        "--procs",
+        "2",
         "--out",
-        str(out),
-        "--json",
+        str(trained / "none"),
     ]
-    command = [
-        each for i, each in enumerate(command) if command[i : i + 2] != ["--set", "batch=2"] and each != "batch=2"
-    ]
-    done = subprocess.run(command, text=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["steps"] == 6
-    assert load_dense(out / "model.safetensors", "detect").classes == ("round", "square")
+    assert residuum_(arguments) == 2 and not (trained / "none").exists()
+    assert "batch 3 cannot be shared evenly by 2 processes" in capsys.readouterr().err

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
-from residuum.cli import console
+from cyclopts import Parameter
+
+from residuum.cli import console, processes
 from residuum.cli.train import show
 from residuum.errors import DataError, UsageError
 
@@ -18,70 +20,123 @@ if TYPE_CHECKING:
     from residuum.training.result import Ended
 
 
-@dataclass(frozen=True)
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
 class Asked:
-    """The options of a `train` command, as given."""
+    """The options of both `train` commands.
 
-    task: str
-    data: str | None
-    net: str | None
-    recipe: str | None
-    steps: int | None
-    set_: tuple[str, ...]
-    seed: int | None
-    out: Path | None
-    device: str | None
-    workers: int | None
-    resume: Path | None
-    show_recipe: str | None
+    Parameters
+    ----------
+    net
+        Network, such as resnet18 or resnet50v1.5.
+    recipe
+        For a detector boxes (a feature pyramid, small pictures) or paper-boxes (the 2015 paper's schedule and form), for a
+        segmenter masks.
+    start_from
+        A classifier's model file to start from; by default random weights.
+    steps
+        Length of the run; the recipe's whole schedule is brought to it in proportion, and the run labelled so.
+    set_
+        Changes one value of the recipe or of the network's specification, key=value; may be given several times.
+    seed
+        Seed of initialisation, order and augmentation.
+    out
+        Run folder; by default runs/DATA, or runs/DATA-2 and so on.
+    device
+        cpu, cuda, cuda:1, … ; a GPU where there is one unless told otherwise, and what it began on for a resumed run.
+    workers
+        Processes that decode pictures; by default none beside a CPU that trains. The result does not depend on it.
+    procs
+        Processes on this machine that share every step: one a GPU, or a few on the CPU. On several machines start them by
+        torchrun: `torchrun … -m residuum detect train …`
+    max_restarts
+        With --procs: how often the processes are started again, from the last checkpoint, after one of them has died.
+    resume
+        Go on with the run in this folder, from its last checkpoint to the same bits as if it had never stopped.
+    show_recipe
+        Print a recipe and what it is for, and train nothing.
+    json
+        Print the result as one JSON document.
+    """
+
+    net: str | None = None
+    recipe: str | None = None
+    start_from: str | None = None
+    steps: int | None = None
+    set_: Annotated[tuple[str, ...], Parameter(name="--set", negative="", consume_multiple=False)] = ()
+    seed: int | None = None
+    out: Path | None = None
+    device: str | None = None
+    workers: int | None = None
+    procs: int | None = None
+    max_restarts: int = 0
+    resume: Path | None = None
+    show_recipe: str | None = None
+    json: Annotated[bool, Parameter(negative="")] = False
 
 
-def train(asked: Asked, values: Mapping[str, str | None]) -> Any:
-    """Trains or goes on with a run and gives its result; None where a recipe was only shown, or another process speaks.
+NOTHING = Asked()
+
+
+def train(task: str, data: str | None, asked: Asked, own: Mapping[str, str | None]) -> Any:
+    """Trains or goes on with a run and gives its result; None where a recipe was only shown, or other processes speak.
 
     Args:
-        values: of the recipe, by options of their own.
+        own: options that are a value of the task's recipe.
     """
-    from residuum.runtime import first_process
+    from residuum.data.samples import shared
     from residuum.training import loop, recipes
-    from residuum.training.dense_recipe import DENSE_DEFAULTS
+    from residuum.training.dense_recipe import DENSE_DEFAULTS, DenseTraining
 
     if asked.show_recipe is not None:
-        return show(asked.show_recipe, asked.task)
+        return show(asked.show_recipe, task)
     if asked.workers is not None and asked.workers < 0:
         raise UsageError(f"--workers must be 0 or more, not {asked.workers}.")
+    if asked.resume is not None and (asked.out is not None or asked.recipe is not None):
+        raise UsageError("--resume goes on with a run's own recipe in its own folder; leave out --out and --recipe.")
+    if asked.resume is None and data is None:
+        raise UsageError(f"{task} train needs DATA, a folder; `residuum {task} train --help` says of which form.")
+    values = {"start_from": asked.start_from, **own}
     pairs = console.pairs(asked.set_) | {key: value for key, value in values.items() if value}
 
     def adapted(base: Training) -> Training:
-        return loop.adapt(base, data=asked.data, net=asked.net, steps=asked.steps, seed=asked.seed, values=pairs)
+        return loop.adapt(base, data=data, net=asked.net, steps=asked.steps, seed=asked.seed, values=pairs)
+
+    new = None
+    if asked.resume is None:
+        new = adapted(recipes.named(asked.recipe or DENSE_DEFAULTS[task], task))
+    if asked.procs is None:
+        return _here(task, asked, new, adapted)
+    processes.check(asked.procs, asked.device)
+    if isinstance(new, DenseTraining):
+        shared(new.batch, new.bn_batch, asked.procs)
+    return processes.share(f"{task} train", {"data": data, **vars(asked), **own}, new)
+
+
+def _here(task: str, asked: Asked, new: Training | None, adapted: Callable[[Any], Training]) -> Any:
+    """Trains in this process; None where it is not the first of those that torchrun started."""
+    from residuum.runtime import first_process
+    from residuum.training import loop
 
     with console.Bar("step") as bar:
 
         def progress(p: Any) -> None:
             bar.show(p.step, p.steps, console.training_words(p))
 
-        if asked.resume is not None:
-            if asked.out is not None or asked.recipe is not None:
-                raise UsageError(
-                    "--resume goes on with a run's own recipe in its own folder; leave out --out and --recipe."
-                )
+        if new is not None:
+            place, kind = Path("data"), asked.device or "auto"
+            result = loop.start(new, asked.out, place, kind, progress, console.say, asked.workers)
+        else:
+            assert asked.resume is not None
             result = loop.resume(
                 asked.resume,
-                task=asked.task,
+                task=task,
                 device=asked.device,
                 workers=asked.workers,
                 progress=progress,
                 say=console.say,
                 expect=adapted,
             )
-        elif asked.data is None:
-            raise UsageError(
-                f"{asked.task} train needs DATA, a folder; `residuum {asked.task} train --help` says of which form."
-            )
-        else:
-            complete = adapted(recipes.named(asked.recipe or DENSE_DEFAULTS[asked.task], asked.task))
-            place, kind = Path("data"), asked.device or "auto"
-            result = loop.start(complete, asked.out, place, kind, progress, console.say, asked.workers)
     return result if first_process() else None
 
 

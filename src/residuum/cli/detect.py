@@ -13,24 +13,7 @@ if TYPE_CHECKING:
     from residuum.models.values import Additions
 
 
-def train(
-    data: str | None = None,
-    /,
-    *,
-    net: str | None = None,
-    recipe: str | None = None,
-    start_from: str | None = None,
-    steps: int | None = None,
-    set_: Annotated[tuple[str, ...], Parameter(name="--set", negative="", consume_multiple=False)] = (),
-    seed: int | None = None,
-    out: Path | None = None,
-    device: str | None = None,
-    workers: int | None = None,
-    on_bad_box: str | None = None,
-    resume: Path | None = None,
-    show_recipe: str | None = None,
-    json: Annotated[bool, Parameter(negative="")] = False,
-) -> None:
+def train(data: str | None = None, /, *, on_bad_box: str | None = None, asked: dense.Asked = dense.NOTHING) -> None:
     """Train a detector, a Faster R-CNN on a residual network; write a run folder with the model and a report.
 
     Example: `residuum detect train blood-cells --steps 1000`
@@ -40,38 +23,13 @@ def train(
     data
         A folder in Pascal VOC's form (Annotations/, JPEGImages/, ImageSets/Main/) or with COCO's JSON (train.json, val.json, or
         annotations/instances_train.json and so on).
-    net
-        Network, such as resnet18 or resnet50v1.5.
-    recipe
-        boxes (a feature pyramid, small pictures) or paper-boxes (the 2015 paper's schedule and form).
-    start_from
-        A classifier's model file to start from; by default random weights.
-    steps
-        Length of the run; the recipe's whole schedule is brought to it in proportion, and the run labelled so.
-    set_
-        Changes one value of the recipe or of the network's specification, key=value; may be given several times.
-    seed
-        Seed of initialisation, order and augmentation.
-    out
-        Run folder; by default runs/DATA, or runs/DATA-2 and so on.
-    device
-        cpu, cuda, cuda:1, … ; a GPU where there is one unless told otherwise, and what it began on for a resumed run.
-    workers
-        Processes that decode pictures; by default none beside a CPU that trains. The result does not depend on it.
     on_bad_box
         stop at a box or picture that cannot be right, or skip it: left out, and listed in the run folder.
-    resume
-        Go on with the run in this folder, from its last checkpoint to the same bits as if it had never stopped.
-    show_recipe
-        Print a recipe and what it is for, and train nothing.
-    json
-        Print the result as one JSON document.
     """
-    values = {"start_from": start_from, "on_bad_box": on_bad_box}
-    asked = dense.Asked("detect", data, net, recipe, steps, set_, seed, out, device, workers, resume, show_recipe)
-    if (result := dense.train(asked, values)) is None:
+    result = dense.train("detect", data, asked, {"on_bad_box": on_bad_box})
+    if result is None:
         return None
-    if json:
+    if asked.json:
         return console.print_json(result.to_json())
     merits = {f"{result.split} mAP@.5": result.map_50, "mAP@[.5:.95]": result.map, "VOC mAP": result.voc_map}
     dense.print_result(result, [(name, f"{value:.3f}") for name, value in merits.items()])

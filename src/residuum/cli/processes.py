@@ -2,15 +2,42 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from residuum.errors import RunError, UsageError
 from residuum.runtime import GONE
+
+if TYPE_CHECKING:
+    from residuum.training.recipe import Training
+
+
+def share(command: str, given: Mapping[str, Any], new: Training | None) -> None:
+    """Runs a `train` command in several processes; a new run's folder is made before, so that all of them know it.
+
+    Args:
+        command: "train", "detect train", …
+        given: what it was called with, `procs` and `max_restarts` among it.
+        new: the recipe of a new run; None where one is resumed.
+    """
+    from residuum.data.sources import short_name
+    from residuum.records import Run
+
+    rest = {key: value for key, value in given.items() if key not in ("procs", "max_restarts")}
+    procs, restarts = given["procs"], given["max_restarts"]
+    if new is None:
+        return launch(command, rest, procs, restarts)
+    folder = Run.create(given["out"], short_name(new.data)).path
+    try:
+        launch(command, rest | {"out": folder}, procs, restarts)
+    finally:
+        with contextlib.suppress(OSError):  # it is not empty
+            folder.rmdir()
 
 
 def arguments(command: str, given: Mapping[str, Any]) -> list[str]:
@@ -19,7 +46,7 @@ def arguments(command: str, given: Mapping[str, Any]) -> list[str]:
     >>> arguments("train", {"data": "digits", "set_": ("lr=1",), "json": True, "out": None})
     ['train', 'digits', '--set', 'lr=1', '--json']
     """
-    line = [command]
+    line = command.split()
     for name, value in given.items():
         option = f"--{name.strip('_').replace('_', '-')}"
         if value is None or value is False or value == ():
@@ -50,8 +77,8 @@ def check(processes: int, device: str | None) -> None:
         raise UsageError(f"--procs {processes} is not from 1 to {most}, the {what} of this machine.")
 
 
-def launch(line: list[str], processes: int, restarts: int) -> None:
-    """Runs a command line in several processes, again from its last checkpoint where one of them fails.
+def launch(command: str, given: Mapping[str, Any], processes: int, restarts: int) -> None:
+    """Runs a command in several processes, again from its last checkpoint where one of them fails.
 
     Raises:
         SystemExit: with the code of a process that failed and said why.
@@ -84,7 +111,7 @@ def launch(line: list[str], processes: int, restarts: int) -> None:
             logs_specs=DefaultLogsSpecs(log_dir=logs, redirects=dict.fromkeys(range(1, processes), Std.ERR)),
         )
         try:
-            elastic_launch(config, sys.executable)("-m", "residuum", *line)
+            elastic_launch(config, sys.executable)("-m", "residuum", *arguments(command, given))
         except SignalException as stop:
             raise SystemExit(128 + stop.sigval) from None
         except ChildFailedError as error:
@@ -99,7 +126,7 @@ def launch(line: list[str], processes: int, restarts: int) -> None:
                 raise SystemExit(code) from None
             raise RunError(
                 f"process {rank} of {processes} was killed (signal {-code}), and {restarts} restarts were allowed; go on with: "
-                "residuum train --resume RUN"
+                f"residuum {command} --resume RUN"
             ) from None
 
 

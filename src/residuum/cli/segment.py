@@ -10,24 +10,7 @@ from cyclopts import Parameter
 from residuum.cli import console, dense
 
 
-def train(
-    data: str | None = None,
-    /,
-    *,
-    net: str | None = None,
-    recipe: str | None = None,
-    start_from: str | None = None,
-    steps: int | None = None,
-    set_: Annotated[tuple[str, ...], Parameter(name="--set", negative="", consume_multiple=False)] = (),
-    seed: int | None = None,
-    out: Path | None = None,
-    device: str | None = None,
-    workers: int | None = None,
-    on_bad_mask: str | None = None,
-    resume: Path | None = None,
-    show_recipe: str | None = None,
-    json: Annotated[bool, Parameter(negative="")] = False,
-) -> None:
+def train(data: str | None = None, /, *, on_bad_mask: str | None = None, asked: dense.Asked = dense.NOTHING) -> None:
     """Train a segmenter, a fully convolutional head on a residual network; write a run folder with the model and a report.
 
     Example: `residuum segment train cells --set head=deeplab`
@@ -37,38 +20,13 @@ def train(
     data
         A folder in Pascal VOC's form (SegmentationClass/, JPEGImages/, ImageSets/Segmentation/, classes.txt) or with COCO's
         JSON.
-    net
-        Network, such as resnet18 or resnet50v1.5.
-    recipe
-        masks.
-    start_from
-        A classifier's model file to start from; by default random weights.
-    steps
-        Length of the run; the recipe's whole schedule is brought to it in proportion, and the run labelled so.
-    set_
-        Changes one value of the recipe or of the network's specification, key=value; may be given several times.
-    seed
-        Seed of initialisation, order and augmentation.
-    out
-        Run folder; by default runs/DATA, or runs/DATA-2 and so on.
-    device
-        cpu, cuda, cuda:1, … ; a GPU where there is one unless told otherwise, and what it began on for a resumed run.
-    workers
-        Processes that decode pictures; by default none beside a CPU that trains. The result does not depend on it.
     on_bad_mask
         stop at a mask or picture that cannot be right, or skip it: left out, and listed in the run folder.
-    resume
-        Go on with the run in this folder, from its last checkpoint to the same bits as if it had never stopped.
-    show_recipe
-        Print a recipe and what it is for, and train nothing.
-    json
-        Print the result as one JSON document.
     """
-    values = {"start_from": start_from, "on_bad_mask": on_bad_mask}
-    asked = dense.Asked("segment", data, net, recipe, steps, set_, seed, out, device, workers, resume, show_recipe)
-    if (result := dense.train(asked, values)) is None:
+    result = dense.train("segment", data, asked, {"on_bad_mask": on_bad_mask})
+    if result is None:
         return None
-    if json:
+    if asked.json:
         return console.print_json(result.to_json())
     merits = {f"{result.split} mean IoU": f"{result.mean_iou:.3f}", "wrong pixels": console.percent(result.pixel_error)}
     dense.print_result(result, list(merits.items()))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -159,24 +158,15 @@ def _verify(complete: Recipe | None, data_dir: Path | None, device: str | None, 
 
 
 def _in_processes(given: dict[str, Any], complete: Recipe | None) -> None:
-    """The same command in several processes; a new run's folder is made before, so that all of them know it."""
+    """The same command in several processes, if they can share the batch."""
     from residuum.cli import processes
-    from residuum.data.sources import short_name
-    from residuum.records import Run
     from residuum.runtime import World
     from residuum.training.parts import parts_of
 
-    procs, restarts = given.pop("procs"), given.pop("max_restarts")
-    processes.check(procs, given["device"])
-    if complete is None:
-        return processes.launch(processes.arguments("train", given), procs, restarts)
-    parts_of(complete, World(0, procs))
-    given["out"] = folder = Run.create(given["out"], short_name(complete.data)).path
-    try:
-        processes.launch(processes.arguments("train", given), procs, restarts)
-    finally:
-        with contextlib.suppress(OSError):  # it is not empty
-            folder.rmdir()
+    processes.check(given["procs"], given["device"])
+    if complete is not None:
+        parts_of(complete, World(0, given["procs"]))
+    processes.share("train", given, complete)
 
 
 def _print(result: Result) -> None:

@@ -38,9 +38,9 @@ class Draw(NamedTuple):
 
 
 class Read(NamedTuple, Generic[S]):
-    """The samples of a step that could be read, and (name, why) of the others."""
+    """The samples of a step that could be read, in the step's parts, and (name, why) of the others."""
 
-    samples: list[S]
+    parts: list[list[S]]
     bad: list[tuple[str, str]]
 
 
@@ -54,6 +54,7 @@ class Samples(Generic[P, S]):
         batch: how many make a step.
         flips: "none", "sideways" (half are mirrored left to right) or "both" (and half upside down: no up in a microscope).
         world: the processes that share each step; this one has the pictures at its share of the positions.
+        together: how many go through the network at once, which makes the step's parts; 0 for all of a share.
     """
 
     pictures: Sequence[P]
@@ -62,36 +63,48 @@ class Samples(Generic[P, S]):
     seed: int
     flips: str
     world: World = field(default_factory=World)
+    together: int = 0
 
     def __post_init__(self) -> None:
-        if self.batch % self.world.size:
-            raise UsageError(
-                f"batch {self.batch} cannot be shared evenly by {self.world.size} processes; change one of them."
-            )
+        shared(self.batch, self.together, self.world.size)
 
     def __call__(self, step: int) -> Read[S]:
         where = order(self.seed, len(self.pictures), self.batch, step).tolist()
         draws = torch.rand(self.batch, 5, generator=generator(self.seed, "samples", step)).tolist()
-        read: Read[S] = Read([], [])
-        share = self.batch // self.world.size
-        mine = slice(self.world.rank * share, (self.world.rank + 1) * share)
-        for i, (sideways, over, *rest) in zip(where[mine], draws[mine], strict=True):
+        share, size = shared(self.batch, self.together, self.world.size)
+        read: Read[S] = Read([[] for _ in range(share // size)], [])
+        for place in range(share):
+            i, (sideways, over, *rest) = where[self.world.rank * share + place], draws[self.world.rank * share + place]
             try:
                 flips = sideways < 0.5 and self.flips != "none", over < 0.5 and self.flips == "both"
-                read.samples.append(self.make(self.pictures[i], Draw(*flips, *rest)))
+                read.parts[place // size].append(self.make(self.pictures[i], Draw(*flips, *rest)))
             except DataError as error:
                 read.bad.append((self.pictures[i].name, str(error)))
         return read
 
 
-def accept(read: Read[S], stop: bool, skipped: dict[str, str], option: str) -> list[S]:
-    """The samples of a step; notes what could not be read, or raises DataError where that is to stop the work."""
+def shared(batch: int, together: int, processes: int) -> tuple[int, int]:
+    """How many pictures of a step each process has, and how many of them go through the network at once.
+
+    Raises UsageError where they cannot be shared evenly.
+    """
+    share = batch // processes
+    if batch % processes or (together and share % together):
+        parts = f" in parts of {together}" if together else ""
+        raise UsageError(
+            f"batch {batch}{parts} cannot be shared evenly by {processes} processes; change --procs, batch or bn_batch."
+        )
+    return share, together or share
+
+
+def accept(read: Read[S], stop: bool, skipped: dict[str, str], option: str) -> list[list[S]]:
+    """The parts of a step; notes what could not be read, or raises DataError where that is to stop the work."""
     if read.bad and stop:
         raise DataError(f"{read.bad[0][1].rstrip('.')}; mend or remove it, or go on without it: {option} skip.")
     skipped.update(read.bad)
-    if not read.samples:
-        raise DataError(f"no picture of a step can be read, such as {read.bad[0][1]}")
-    return read.samples
+    if not all(read.parts):
+        raise DataError(f"no picture of a step's part can be read, such as {read.bad[0][1]}")
+    return read.parts
 
 
 def mirrored_boxes(boxes: Tensor, size: tuple[int, int], draw: Draw) -> Tensor:

@@ -187,19 +187,36 @@ class FeatureInfo:
 
 
 class Encoder(nn.Module):
-    """All maps of a network, the picture itself first, as segmentation_models_pytorch asks of an encoder.
+    """The maps of a network, the picture itself first, as segmentation_models_pytorch asks of an encoder.
+
+    Either in the place of a model's own, `model.encoder = Encoder(net)`, where both have the same channels, or by a name:
+
+        smp.encoders.encoders["ours"] = {"encoder": Encoder, "params": {"net": net}}
+        smp.Unet("ours", encoder_weights=None, classes=3)
 
     Attributes:
         out_channels: of the picture and of each map.
         output_stride: of the last map.
     """
 
-    def __init__(self, net: ResNet) -> None:
+    def __init__(self, net: ResNet, depth: int = 5, output_stride: int = 32) -> None:
+        """Takes the first `depth` maps; a network whose last one is coarser than `output_stride` is dilated, in place."""
         super().__init__()
-        known = levels(net)
-        self.features = Features(net)
-        self.out_channels = [net.spec.channels, *(level.channels for level in known.values())]
-        self.output_stride = list(known.values())[-1].stride
+        if output_stride < list(levels(net).values())[-1].stride:
+            dilate(net, output_stride)
+        taken = list(levels(net).values())[:depth]
+        self.features = Features(net, [level.name for level in taken])
+        self.out_channels = [net.spec.channels, *(level.channels for level in taken)]
+        self.output_stride = taken[-1].stride
+
+    def set_in_channels(self, in_channels: int, pretrained: bool = True) -> None:
+        """Raises UsageError for another number than the network has: its specification says it."""
+        if in_channels != self.out_channels[0]:
+            has = self.out_channels[0]
+            raise UsageError(f"the network takes pictures of {has} channels, not {in_channels}; build it with as many.")
+
+    def make_dilated(self, output_stride: int) -> None:
+        """Nothing that `__init__` has not done."""
 
     def forward(self, x: Tensor) -> list[Tensor]:
         return [x, *self.features(x)]

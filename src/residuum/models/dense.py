@@ -6,6 +6,8 @@ c4    C4 (2015, appendix A: conv1 to conv4 shared) -> RPN; regions of 14x14 from
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -20,6 +22,7 @@ from torchvision.models.segmentation.deeplabv3 import DeepLabHead
 from torchvision.models.segmentation.fcn import FCNHead
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
+from torchvision.ops.poolers import initLevelMapper
 
 from residuum.errors import UsageError
 from residuum.models.backbone import Backbone, dilate, fix_bn, freeze, levels
@@ -29,6 +32,10 @@ from residuum.runtime import seed_for
 
 SHAPES = (0.5, 1.0, 2.0)  # of anchors, height to width
 REGION = 1024  # features of a region under the form "fpn"
+PROPOSALS = {
+    "fpn": 1000,
+    "c4": 300,
+}  # of a picture when testing: torchvision's number, and the paper's (conv5 runs on each)
 
 
 class Pyramid(nn.Module):
@@ -149,15 +156,15 @@ def detector(
     with torch.random.fork_rng([]):
         torch.manual_seed(seed_for(seed, "heads"))
         if values.form == "fpn":
-            backbone: nn.Module = Pyramid(net, values.pyramid)
+            backbone: Pyramid | Backbone = Pyramid(net, values.pyramid)
             head: nn.Module = TwoMLPHead(values.pyramid * 7 * 7, REGION)
-            pool = MultiScaleRoIAlign(["0", "1", "2", "3"], output_size=7, sampling_ratio=2)
+            pool = pooling(backbone.body.reduction, 7)
             sizes: tuple[tuple[int, ...], ...]
             sizes, features, width = tuple((side,) for side in values.anchors), REGION, values.pyramid
         else:
             backbone = Backbone(net, {"C4": "0"})
             head = Conv5(net)
-            pool = MultiScaleRoIAlign(["0"], output_size=14, sampling_ratio=2)
+            pool = pooling(backbone.reduction, 14)
             sizes, features, width = (values.anchors,), channels, backbone.out_channels
         anchors = AnchorGenerator(sizes, (SHAPES,) * len(sizes))
         predictor = FastRCNNPredictor(features * (2 if values.context else 1), classes + 1)
@@ -173,9 +180,22 @@ def detector(
             box_head=head,
             box_predictor=predictor,
             box_batch_size_per_image=regions,
+            rpn_post_nms_top_n_test=PROPOSALS[values.form],
         )
     model.roi_heads = Regions.of(model.roi_heads, values.context)
     return model
+
+
+def pooling(strides: Sequence[int], size: int) -> MultiScaleRoIAlign:
+    """torchvision's pooling of regions, told the maps' strides.
+
+    Else it guesses them from the first pictures that it sees, and keeps that: wrongly where the padding is large, and
+    differently after a resume.
+    """
+    pool = MultiScaleRoIAlign([str(i) for i in range(len(strides))], output_size=size, sampling_ratio=2)
+    pool.scales = [1 / stride for stride in strides]
+    pool.map_levels = initLevelMapper(int(math.log2(strides[0])), int(math.log2(strides[-1])))
+    return pool
 
 
 def _settle(net: ResNet, values: Dense) -> None:

@@ -4,26 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from residuum.data.ahead import Ahead
 from residuum.data.annotated import Annotated
-from residuum.data.parts import Parts
-from residuum.data.samples import FLIPS, Draw, Read, Samples, accept, mirrored, mirrored_boxes
-from residuum.errors import DataError, unknown
+from residuum.data.samples import Draw, mirrored, mirrored_boxes
+from residuum.errors import DataError
 from residuum.evaluation import boxes
 from residuum.evaluation.boxes import BoxJudgement
 from residuum.evaluation.detections import find
-from residuum.models.dense_file import DenseBundle, build
-from residuum.models.spec import Specification
+from residuum.models.dense_file import build
 from residuum.models.values import Additions, Detector
-from residuum.runtime import Engine, to_device
-from residuum.tasks.dense import divided, readable, start
+from residuum.runtime import to_device
+from residuum.tasks.dense import DenseTask, Plan, begin
 
 
 class Sample(NamedTuple):
@@ -41,33 +37,14 @@ def sample(picture: Annotated, draw: Draw) -> Sample:
     return Sample(mirrored(pixels, draw), placed, picture.labels[own] + 1)
 
 
-@dataclass(frozen=True, eq=False)
-class Detect:
-    """A detector, the pictures it learns from and is judged on (`tasks.task`).
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Detect(DenseTask[Annotated, Sample]):
+    """A detector, the pictures it learns from and is judged on (`tasks.task`)."""
 
-    Attributes:
-        held_out: pictures that no step sees, judged while training; empty where there are none.
-        test: touched once, at the end; `judged` is what it is called.
-    """
+    task = "detect"
+    option = "--on-bad-box"
 
-    net: nn.Module
-    spec: Specification
     values: Detector
-    classes: tuple[str, ...]
-    steps: Ahead[Read[Sample]]
-    train: Sequence[Annotated]
-    held_out: Sequence[Annotated]
-    test: Sequence[Annotated]
-    judged: str
-    data: Mapping[str, str]
-    engine: Engine
-    on_bad: str
-    skipped: dict[str, str]
-    drawn: Mapping[str, Sequence[str]] = field(default_factory=dict)
-
-    def parts(self, step: int) -> list[list[Sample]]:
-        """This process's share of step `step`, in one part."""
-        return [accept(self.steps.get(step), self.on_bad == "stop", self.skipped, "--on-bad-box")]
 
     def loss(self, batch: list[Sample]) -> tuple[Tensor, Tensor]:
         """The sum of the four losses of both stages, and the share of trained regions whose class is wrong; scalars."""
@@ -91,79 +68,24 @@ class Detect:
         judgement = self.judge(self.held_out)
         return {"map_50": judgement.map_50, "map": judgement.map}
 
-    def close(self) -> None:
-        """Ends the processes that read."""
-        self.steps.close()
 
-    def bundle(self, recipe: Mapping[str, Any], metrics: Mapping[str, Mapping[str, Any]]) -> DenseBundle:
-        """All that goes into the model file."""
-        from residuum import __version__
-
-        versions = {"residuum": __version__, "torch": torch.__version__}
-        return DenseBundle(
-            "detect", self.net, self.spec, self.values, self.classes, recipe, metrics, self.data, versions
-        )
-
-
-def prepare(
-    *,
-    data: Parts[Annotated],
-    name: str,
-    net: str,
-    specification_changes: Mapping[str, Any],
-    init: str,
-    start_from: Path | None,
-    values: Mapping[str, Any],
-    anchors: tuple[int, ...],
-    sides: tuple[int, ...],
-    regions: int,
-    flips: str,
-    held: int,
-    on_bad: str,
-    batch: int,
-    seed: int,
-    engine: Engine,
-    workers: int,
-) -> Detect:
+def prepare(plan: Plan[Annotated], values: Mapping[str, Any], anchors: tuple[int, ...], regions: int) -> Detect:
     """Holds pictures out, finds anchors and statistics, and builds the network.
 
     Args:
-        name: of the data, for the record.
-        start_from: a classifier's model file to start from; None for random weights.
         values: the detector's, but for what is found here: `mean`, `std` and `anchors`.
         anchors: sides in pixels at the network's scale; () takes them from the training boxes.
-        sides, regions: see `models.dense.detector`.
-        held: how many training pictures are kept for judging while training; chosen by name, the same for every seed.
+        regions: see `models.dense.detector`.
 
     Raises:
         DataError, UsageError: what the data, the network's name or a value cannot be.
     """
     boxes.needed()
-    if flips not in FLIPS:
-        raise unknown("flips", flips, FLIPS)
-    train, kept, drawn = divided(data, held)
-    skipped = dict(data.skipped)
-    pictures = readable(train, Annotated.pixels, on_bad, skipped)
-    begun = start(net, specification_changes, start_from, init, seed, values["bn"], pictures)
-    found = anchors or anchor_sides(train, values["size"], values["longest"], values["form"])
-    chosen = Detector(mean=begun.mean, std=begun.std, anchors=found, **values)
-    network = build(begun.net, chosen, len(data.classes), seed=seed, sides=sides, regions=regions)
-    return Detect(
-        net=engine.place(network),
-        spec=begun.net.spec,
-        values=chosen,
-        classes=data.classes,
-        steps=Ahead(Samples(train, sample, batch, seed, flips, engine.world), workers),
-        train=train,
-        held_out=kept,
-        test=data.test,
-        judged=data.judged,
-        data={"name": name, "fingerprint": data.fingerprint + begun.digest},
-        engine=engine,
-        on_bad=on_bad,
-        skipped=skipped,
-        drawn=drawn,
-    )
+    begun = begin(plan, Annotated.pixels, values["bn"])
+    found = anchors or anchor_sides(begun.train, values["size"], values["longest"], values["form"])
+    chosen = Detector(mean=begun.start.mean, std=begun.start.std, anchors=found, **values)
+    network = build(begun.start.net, chosen, len(plan.data.classes), seed=plan.seed, sides=plan.sides, regions=regions)
+    return begun.task(Detect, plan, chosen, network, sample)
 
 
 def anchor_sides(pictures: Sequence[Annotated], size: int, longest: int, form: str) -> tuple[int, ...]:

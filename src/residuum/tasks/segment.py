@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from residuum.data.ahead import Ahead
 from residuum.data.masks import VOID, Masked
-from residuum.data.parts import Parts
-from residuum.data.samples import FLIPS, Draw, Read, Samples, accept, mirrored
-from residuum.errors import unknown
+from residuum.data.samples import Draw, mirrored
 from residuum.evaluation.masks import MaskJudgement, judge
-from residuum.models.dense_file import DenseBundle, build
-from residuum.models.spec import Specification
+from residuum.models.dense_file import build
 from residuum.models.values import Segmenter
-from residuum.runtime import Engine, to_device
-from residuum.tasks.dense import divided, readable, start
+from residuum.runtime import to_device
+from residuum.tasks.dense import DenseTask, Plan, begin
 
 
 class Sample(NamedTuple):
@@ -53,33 +48,14 @@ def _pixels(picture: Masked) -> Tensor:
     return picture.read()[0]
 
 
-@dataclass(frozen=True, eq=False)
-class Segment:
-    """A segmenter, the pictures it learns from and is judged on (`tasks.task`).
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Segment(DenseTask[Masked, Sample]):
+    """A segmenter, the pictures it learns from and is judged on (`tasks.task`)."""
 
-    Attributes:
-        held_out: pictures that no step sees, judged while training; empty where there are none.
-        test: touched once, at the end; `judged` is what it is called.
-    """
+    task = "segment"
+    option = "--on-bad-mask"
 
-    net: nn.Module
-    spec: Specification
     values: Segmenter
-    classes: tuple[str, ...]
-    steps: Ahead[Read[Sample]]
-    train: Sequence[Masked]
-    held_out: Sequence[Masked]
-    test: Sequence[Masked]
-    judged: str
-    data: Mapping[str, str]
-    engine: Engine
-    on_bad: str
-    skipped: dict[str, str]
-    drawn: Mapping[str, Sequence[str]] = field(default_factory=dict)
-
-    def parts(self, step: int) -> list[list[Sample]]:
-        """This process's share of step `step`, in one part."""
-        return [accept(self.steps.get(step), self.on_bad == "stop", self.skipped, "--on-bad-mask")]
 
     def loss(self, batch: list[Sample]) -> tuple[Tensor, Tensor]:
         """Mean cross entropy in nats over the pixels that have a class, and the share of them that is wrong; scalars."""
@@ -97,65 +73,12 @@ class Segment:
         """Mean intersection over union on the held-out pictures."""
         return {"mean_iou": self.judge(self.held_out).mean_iou} if self.held_out else None
 
-    def close(self) -> None:
-        """Ends the processes that read."""
-        self.steps.close()
 
-    def bundle(self, recipe: Mapping[str, Any], metrics: Mapping[str, Mapping[str, Any]]) -> DenseBundle:
-        """All that goes into the model file."""
-        from residuum import __version__
-
-        versions = {"residuum": __version__, "torch": torch.__version__}
-        return DenseBundle(
-            "segment", self.net, self.spec, self.values, self.classes, recipe, metrics, self.data, versions
-        )
-
-
-def prepare(
-    *,
-    data: Parts[Masked],
-    name: str,
-    net: str,
-    specification_changes: Mapping[str, Any],
-    init: str,
-    start_from: Path | None,
-    values: Mapping[str, Any],
-    sides: tuple[int, ...],
-    flips: str,
-    held: int,
-    on_bad: str,
-    batch: int,
-    seed: int,
-    engine: Engine,
-    workers: int,
-) -> Segment:
-    """Holds pictures out, takes statistics, and builds the network; arguments as `tasks.detect.prepare`.
-
-    Raises:
-        DataError, UsageError: what the data, the network's name or a value cannot be.
-    """
-    if flips not in FLIPS:
-        raise unknown("flips", flips, FLIPS)
-    train, kept, drawn = divided(data, held)
-    skipped = dict(data.skipped)
-    pictures = readable(train, _pixels, on_bad, skipped)
-    begun = start(net, specification_changes, start_from, init, seed, values["bn"], pictures)
-    chosen = Segmenter(mean=begun.mean, std=begun.std, **values)
-    network = build(begun.net, chosen, len(data.classes), seed=seed)
-    make = partial(sample, size=chosen.size, sides=(chosen.size, *sides))
-    return Segment(
-        net=engine.place(network),
-        spec=begun.net.spec,
-        values=chosen,
-        classes=data.classes,
-        steps=Ahead(Samples(train, make, batch, seed, flips, engine.world), workers),
-        train=train,
-        held_out=kept,
-        test=data.test,
-        judged=data.judged,
-        data={"name": name, "fingerprint": data.fingerprint + begun.digest},
-        engine=engine,
-        on_bad=on_bad,
-        skipped=skipped,
-        drawn=drawn,
+def prepare(plan: Plan[Masked], values: Mapping[str, Any]) -> Segment:
+    """Holds pictures out, takes statistics, and builds the network; arguments and errors as `tasks.detect.prepare`."""
+    begun = begin(plan, _pixels, values["bn"])
+    chosen = Segmenter(mean=begun.start.mean, std=begun.start.std, **values)
+    network = build(begun.start.net, chosen, len(plan.data.classes), seed=plan.seed)
+    return begun.task(
+        Segment, plan, chosen, network, partial(sample, size=chosen.size, sides=(chosen.size, *plan.sides))
     )

@@ -19,6 +19,7 @@ class DenseTraining(Training):
     longest: int  # and the longer one to at most this many
     flips: str = "sideways"  # augmentation: "none", "sideways", or "both" (no up in a microscope)
     sides: tuple[int, ...] = ()  # augmentation: other lengths of the shorter side that training draws from too
+    bn_batch: int = 0  # pictures that go through the network and BN together; 0: all of a process's share
     bn: str = "fixed"  # "fixed": a constant affine map (2015, appendix A); "live"
     frozen: str = ""  # the deepest map that does not learn, such as "C2"; "" where all do
     held_out: int = 0  # training pictures kept for judging while training; 0 trains on all of them
@@ -33,10 +34,12 @@ class DenseTraining(Training):
             )
         if self.schedule == "plateau":
             raise UsageError("schedule=plateau watches a held-out error, which boxes and masks have not; take cosine.")
-        if self.batch == 1 and self.bn == "live":
+        if 1 in (self.batch, self.bn_batch) and self.bn == "live":
             raise UsageError(
-                "batch must be 2 or more where bn is live: batch normalisation needs more than one picture."
+                "batch and bn_batch must be 2 or more where bn is live: batch normalisation needs more than one picture."
             )
+        if self.bn_batch and self.batch % self.bn_batch:
+            raise UsageError(f"bn_batch {self.bn_batch} does not divide the batch of {self.batch}; change one of them.")
 
 
 @dataclass(frozen=True, kw_only=True)

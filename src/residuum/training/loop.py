@@ -245,7 +245,7 @@ def _tell_apart(
     places = ("device", "cpu", "gpu", "torch")
     if other := [f"{k} {recorded.get(k)} (now {here[k]})" for k in places if recorded.get(k) != here[k]]:
         say(f"the run began on another machine or version, so its last bits may differ: {', '.join(other)}")
-    alike = isinstance(recipe, Recipe) and (recipe.bn_batch or recipe.bn_sync)
+    alike = getattr(recipe, "bn_batch", 0) or getattr(recipe, "bn_sync", False)
     if (before := recorded.get("processes", 1)) != here["processes"] and not alike:
         say(
             f"the run began in {before} processes (now {here['processes']}): BN sees each one's share of a step, so the "

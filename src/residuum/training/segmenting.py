@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 from residuum.data import masks, sources
-from residuum.data.reading import spare_processes
 from residuum.evaluation import drawing
 from residuum.evaluation.masks import segment
-from residuum.models.accounting import parameters
 from residuum.records import Run, write_atomically
 from residuum.runtime import Engine
 from residuum.tasks import segment as task_of
 from residuum.tasks.segment import Segment
-from residuum.training import dense_report, recipes
+from residuum.training import dense, dense_report
 from residuum.training.checkpoint import State
 from residuum.training.dense_recipe import SegmentRecipe
 from residuum.training.result import MaskResult
@@ -32,57 +29,18 @@ def prepare(
     say: Callable[[str], None],
 ) -> tuple[Segment, SegmentRecipe]:
     """Reads the data and builds the network."""
-    task = task_of.prepare(
-        data=masks.load(started_in / recipe.data, recipe.on_bad_mask),
-        name=sources.short_name(recipe.data),
-        net=recipe.net,
-        specification_changes=recipe.specification,
-        init=recipe.init,
-        start_from=started_in / recipe.start_from if recipe.start_from else None,
-        values={key: getattr(recipe, key) for key in ("size", "longest", "bn", "frozen", "head", "output_stride")},
-        sides=recipe.sides,
-        flips=recipe.flips,
-        held=recipe.held_out,
-        on_bad=recipe.on_bad_mask,
-        batch=recipe.batch,
-        seed=recipe.seed,
-        engine=engine,
-        workers=spare_processes(engine) if workers is None else workers,
-    )
-    say(f"{recipe.net} ({recipe.head}) on {recipe.data}: {len(task.train):,} pictures of {len(task.classes)} classes, "
-        f"{len(task.held_out):,} held out, {len(task.test):,} to test on ({task.judged}); "
-        f"{parameters(task.net):,} parameters")  # fmt: skip
-    passes = recipe.steps * recipe.batch / len(task.train)
-    say(f"{recipe.steps:,} steps of {recipe.batch:,} show every picture {passes:,.1f} times (--steps changes that)")
+    data = masks.load(started_in / recipe.data, recipe.on_bad_mask)
+    values = {key: getattr(recipe, key) for key in ("size", "longest", "bn", "frozen", "head", "output_stride")}
+    task = task_of.prepare(dense.plan(recipe, data, recipe.on_bad_mask, engine, workers, started_in), values)
+    pictures = f"{len(task.train):,} pictures of {len(task.classes)} classes"
+    dense.tell(task, recipe, f"{recipe.net} ({recipe.head}) on {recipe.data}: {pictures}", say)
     return task, recipe
 
 
 def finish(task: Segment, recipe: SegmentRecipe, run: Run, state: State) -> MaskResult:
     """Touches the test split, once, with the last iterate; writes model and report."""
-    began = time.perf_counter()
-    held_out = task.judge(task.held_out).to_json() if task.held_out else None
-    judgement = task.judge(task.test)
-    figures = judgement.to_json()
-    if task.engine.world.first:
-        task.bundle(recipe.to_json(), {task.judged: figures} | ({"held_out": held_out} if held_out else {})).save(
-            run.model
-        )
-    state.seconds += time.perf_counter() - began
-    result = MaskResult(
-        run=str(run.path),
-        model=str(run.model),
-        report=str(run.report),
-        split=task.judged,
-        n=figures["n"],
-        mean_iou=figures["mean_iou"],
-        pixel_error=figures["pixel_error"],
-        per_class=figures["per_class"],
-        steps=state.step,
-        seconds=round(state.seconds, 3),
-        images_per_second=round(recipe.batch * state.step / state.step_seconds, 1),
-        parameters=parameters(task.net),
-        budget=recipes.budget(recipe),
-    )
+    figures = ("mean_iou", "pixel_error", "per_class")
+    result, judgement = dense.ended(task, recipe, run, state, MaskResult, figures)
     if not task.engine.world.first:
         return result
     pictures = []
