@@ -36,6 +36,7 @@ from residuum.tasks.detect import anchor_sides, sample
 from residuum.training import loop, recipes
 from residuum.training.dense_recipe import DetectRecipe
 from residuum.training.result import BoxResult
+from residuum.use.localise import around, iou
 
 VALUES: dict[str, Any] = {
     "size": 72, "longest": 128, "mean": (0.5,) * 3, "std": (0.25,) * 3, "bn": "fixed", "frozen": "", "context": False,
@@ -335,7 +336,12 @@ def test_the_papers_form_and_additions_from_the_command_line(
     plain = ["detect", "evaluate", f"{out}/model.safetensors", "--data", data, "--json"]
     assert residuum_([*plain, "--refine", "--scales", "66,72,90"]) == 0
     figures = json.loads(capsys.readouterr().out)
-    assert figures["refine"] is True and figures["scales"] == [66, 72, 90] and 0 <= figures["map"] <= figures["map_50"]
+    assert (
+        figures["refine"] is True
+        and figures["context"] is True
+        and figures["scales"] == [66, 72, 90]
+        and 0 <= figures["map"] <= figures["map_50"]
+    )
     assert residuum_([*plain, "--scales", "66"]) == 2 and "two or more rising lengths" in capsys.readouterr().err
 
 
@@ -355,7 +361,7 @@ def test_every_number_of_processes_shows_the_same_pictures_in_the_same_parts(tra
 
 @pytest.mark.slow
 def test_two_processes_come_to_the_bits_of_one(trained: Path, tmp_path: Path) -> None:
-    """With the parts that BN sees the same; and two processes go on with what one has begun."""
+    """With the parts that BN sees the same."""
     more = ("--set", "bn_batch=2", "--set", "threads=1")
     settings = [each.replace("batch=2", "batch=4") for each in SETTINGS] + [*more]
     models = []
@@ -367,13 +373,36 @@ def test_two_processes_come_to_the_bits_of_one(trained: Path, tmp_path: Path) ->
         assert json.loads(stdout)["steps"] == 6
         models.append((out / "model.safetensors").read_bytes())
     assert models[0] == models[1]
-    (tmp_path / "run2" / "result.json").unlink()
-    last = max((tmp_path / "run2" / "checkpoints").glob("step-*.safetensors"))
-    last.unlink()
-    with command("train", "--resume", str(tmp_path / "run2")) as process:
-        _, stderr = process.communicate()
-    assert process.returncode == 0 and "the result will differ" not in stderr, stderr
-    assert (tmp_path / "run2" / "model.safetensors").read_bytes() == models[0]
+
+
+def test_the_box_of_a_heat_map_lies_around_its_highest_part() -> None:
+    heat = torch.zeros(20, 30)
+    heat[5:9, 10:16], heat[15:19, 20:29] = 1.0, 0.9  # two places; the second is larger
+    heat[6, 12] = 1.5
+    assert around(heat).tolist() == [10, 5, 16, 9]
+    assert iou(torch.tensor([0.0, 0, 10, 10]), torch.tensor([5.0, 0, 15, 10])) == pytest.approx(1 / 3)
+
+
+def test_a_classifier_is_held_against_boxes(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    net = build("resnet18", seed=5, classes=2, **NET)
+    mean, std = torch.full((3,), 0.5), torch.full((3,), 0.25)
+    file = tmp_path / "c.safetensors"
+    Bundle(net, ("round", "other"), Preprocessing(3, (64, 64), 64, mean, std)).save(file)
+    command = [
+        "detect",
+        "localise",
+        str(file),
+        "--data",
+        str(trained / "voc"),
+        "--out",
+        str(tmp_path / "out"),
+        "--json",
+    ]
+    assert residuum_(command) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["n"] == 3 == len(list((tmp_path / "out").glob("*.place.png"))) == len(found["pictures"])
+    assert all((row["class"] == "round") or row["iou"] == 0 for row in found["pictures"])
+    assert found["localisation_error"] == sum(row["iou"] < 0.5 for row in found["pictures"]) / 3
 
 
 def test_processes_that_cannot_share_are_told_before_they_start(

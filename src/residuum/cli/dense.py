@@ -185,25 +185,30 @@ def answer(answers: Iterable[Answer], out: Path | None, suffix: str) -> None:
 
     Raises DataError at the end where a picture could not be read; the others are answered.
     """
-    from residuum.records import writing_error
-
     entries, failed = [], []
     for each in answers:
         entry = each.to_json()
         if each.error:
             failed.append(each.error)
         elif out is not None and each.drawn is not None:
-            file = _free(out, Path(each.name).stem, suffix)
-            try:
-                out.mkdir(parents=True, exist_ok=True)
-                each.drawn.save(file)
-            except OSError as error:
-                raise writing_error(file, error) from error
-            entry["drawn"] = str(file)
+            entry["drawn"] = str(save(each.drawn, out, Path(each.name).stem, suffix))
         entries.append(entry)
     console.print_json({"predictions": entries})
     if failed:
         raise DataError(f"{len(failed):,} of {len(entries):,} pictures could not be read: {failed[0]}")
+
+
+def save(drawn: Image.Image, out: Path, stem: str, suffix: str) -> Path:
+    """Writes a drawn picture under a name that is free; raises RunError where it cannot."""
+    from residuum.records import writing_error
+
+    file = _free(out, stem, suffix)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        drawn.save(file)
+    except OSError as error:
+        raise writing_error(file, error) from error
+    return file
 
 
 def _free(folder: Path, stem: str, suffix: str) -> Path:

@@ -1,4 +1,4 @@
-"""`residuum detect train`, `evaluate` and `predict`."""
+"""`residuum detect train`, `evaluate`, `predict`, `export` and `localise`."""
 
 from __future__ import annotations
 
@@ -92,6 +92,8 @@ def evaluate(
     if json:
         return console.print_json(figures)
     print(f"{model} on the {figures['split']} split of {data}, {figures['n']:,} pictures, {figures['boxes']:,} boxes")
+    if additions := _additions(figures):
+        print(f"with {additions} (2015, appendix B)")
     print(f"mAP@.5 {figures['map_50']:.3f}, mAP@[.5:.95] {figures['map']:.3f}, VOC mAP {figures['voc_map']:.3f}\n")
     return _print_classes(figures["per_class"])
 
@@ -170,6 +172,13 @@ def _testing(scales: str | None, refine: bool) -> Additions:
     return Additions(dense.numbers("--scales", scales), refine)
 
 
+def _additions(figures: dict[str, Any]) -> str:
+    """Which of the paper's additions were on."""
+    scales = f"multi-scale testing at {', '.join(map(str, figures['scales']))}" if figures["scales"] else ""
+    given = [figures["refine"] and "box refinement with voting", scales, figures["context"] and "global context"]
+    return " and ".join(filter(None, given))
+
+
 def _print_classes(rows: list[dict[str, Any]]) -> None:
     shown = [
         (
@@ -180,3 +189,51 @@ def _print_classes(rows: list[dict[str, Any]]) -> None:
         for row in rows
     ]
     console.print_table("", ("class", "boxes", "AP@.5", "AP@[.5:.95]", "VOC AP"), shown, right=(1, 2, 3, 4))
+
+
+def localise(
+    model: str,
+    /,
+    *,
+    data: Path,
+    split: str = "test",
+    out: Path | None = None,
+    device: str = "auto",
+    json: Annotated[bool, Parameter(negative="")] = False,
+) -> None:
+    """Hold a classifier's Grad-CAM boxes against given ones: how far it knows where things are, never having seen a box.
+
+    Example: `residuum detect localise runs/photos/model.safetensors --data boxes --out places`
+
+    Parameters
+    ----------
+    model
+        A classifier's model file, or a publisher's name.
+    data
+        A folder in Pascal VOC's form or with COCO's JSON. Where classes have the model's names, only boxes of the answer count.
+    split
+        test (what the data are judged by, whatever it is called), train, or any split that they have.
+    out
+        Folder for pictures with the box and the given ones, NAME.place.png; by default they are not drawn.
+    device
+        cpu, cuda, cuda:1, … ; auto takes a GPU where there is one.
+    json
+        Print the figures as one JSON document, a picture a row.
+    """
+    from residuum.use.localise import figures, localise
+    from residuum.use.predict import load
+
+    with console.Bar("pictures") as bar:
+        placed = list(localise(load(model, device=device), data, split, bar.show))
+    for each in placed if out is not None else ():
+        dense.save(each.drawn(), out, each.picture.file.stem, "place")
+    found = {"model": model, "data": str(data), "split": split} | figures(placed)
+    if json:
+        rows = [{"image": p.picture.name, "class": p.said, "score": round(p.score, 6), "box": p.box.tolist(), "iou": p.iou}
+                for p in placed]  # fmt: skip
+        return console.print_json(found | {"pictures": rows})
+    print(f"{model} on the {split} split of {data}, {found['n']:,} pictures with boxes")
+    return print(
+        f"localisation error {console.percent(found['localisation_error'])} (no given box covered with IoU .5), "
+        f"mean IoU with the nearest {found['mean_iou']:.3f}"
+    )

@@ -43,6 +43,7 @@ segment = App(name="segment", help="Say what every pixel shows: train a segmente
 for command in ("train", "evaluate", "predict", "export"):
     detect.command(f"residuum.cli.detect:{command}", name=command)
     segment.command(f"residuum.cli.segment:{command}", name=command)
+detect.command("residuum.cli.detect:localise", name="localise")
 app.command(detect)
 app.command(segment)
 

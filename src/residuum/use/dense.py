@@ -23,7 +23,7 @@ from residuum.evaluation.detections import find, find_in
 from residuum.evaluation.masks import judge as masks_judged
 from residuum.evaluation.masks import segment
 from residuum.models.dense_file import DenseBundle, load_dense
-from residuum.models.values import Additions, Segmenter
+from residuum.models.values import Additions, Detector, Segmenter
 from residuum.runtime import Engine, pick_engine
 
 P = TypeVar("P", bound=Marked)
@@ -80,6 +80,7 @@ def evaluate_boxes(
         "split": name,
         "scales": list(testing.sides),
         "refine": testing.refine,
+        "context": cast(Detector, bundle.values).context,
     }
     figures = boxes_judged(readable, found, bundle.classes).to_json()
     return about | figures | ({"skipped": skipped} if skipped else {})
