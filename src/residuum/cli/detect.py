@@ -225,8 +225,9 @@ def localise(
 
     with console.Bar("pictures") as bar:
         placed = list(localise(load(model, device=device), data, split, bar.show))
-    for each in placed if out is not None else ():
-        dense.save(each.drawn(), out, each.picture.file.stem, "place")
+    if out is not None:
+        for each in placed:
+            dense.save(each.drawn(), out, each.picture.file.stem, "place")
     found = {"model": model, "data": str(data), "split": split} | figures(placed)
     if json:
         rows = [{"image": p.picture.name, "class": p.said, "score": round(p.score, 6), "box": p.box.tolist(), "iou": p.iou}

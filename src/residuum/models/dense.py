@@ -151,20 +151,20 @@ def detector(
     """
     if len(net.spec.depths) != 4 or net.spec.channels != 3:
         raise UsageError("a detector needs a network of four stages and three channels, such as resnet18 or resnet50.")
-    channels = levels(net)["C5"].channels
+    channels, strides = levels(net)["C5"].channels, [level.stride for level in levels(net).values()]
     _settle(net, values)
     with torch.random.fork_rng([]):
         torch.manual_seed(seed_for(seed, "heads"))
         if values.form == "fpn":
-            backbone: Pyramid | Backbone = Pyramid(net, values.pyramid)
+            backbone: nn.Module = Pyramid(net, values.pyramid)
             head: nn.Module = TwoMLPHead(values.pyramid * 7 * 7, REGION)
-            pool = pooling(backbone.body.reduction, 7)
+            pool = pooling(strides[1:], 7)
             sizes: tuple[tuple[int, ...], ...]
             sizes, features, width = tuple((side,) for side in values.anchors), REGION, values.pyramid
         else:
             backbone = Backbone(net, {"C4": "0"})
             head = Conv5(net)
-            pool = pooling(backbone.reduction, 14)
+            pool = pooling(strides[-2:-1], 14)
             sizes, features, width = (values.anchors,), channels, backbone.out_channels
         anchors = AnchorGenerator(sizes, (SHAPES,) * len(sizes))
         predictor = FastRCNNPredictor(features * (2 if values.context else 1), classes + 1)
