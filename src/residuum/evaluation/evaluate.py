@@ -150,7 +150,7 @@ def readable(
     if not bool(kept.any()):
         raise DataError("there is no readable picture to judge by; mend them: residuum data check.")
     why = split.skipped if isinstance(split, Stored) else {}
-    names = [split.names[i] for i in torch.nonzero(~kept).flatten().tolist()]
+    names = split.take(torch.nonzero(~kept).flatten()).names
     return [(labels[kept], each[kept]) for each in said], {n: why.get(n, "could not be read") for n in names}
 
 
