@@ -63,7 +63,9 @@ class Crop:
         top, left, h, w = self.box(pixels.shape[0], pixels.shape[1], size, draws)
         part = pixels[None, top : top + h, left : left + w]  # (1, h, w, C)
         if (h, w) != (size, size):
-            part = part.permute(0, 3, 1, 2)  # the batch's axis came first, so torch sees channels last, and keeps them there
+            part = part.permute(
+                0, 3, 1, 2
+            )  # the batch's axis came first, so torch sees channels last, and keeps them there
             part = F.interpolate(part, (size, size), mode="bilinear", antialias=True, align_corners=False)
             part = part.permute(0, 2, 3, 1)
         return part[0]
