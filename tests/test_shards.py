@@ -143,16 +143,23 @@ def test_a_server_that_always_drops_is_reported_with_the_url(tmp_path: Path) -> 
             load(server.url + "other-000000.tar", tmp_path / "data")
 
 
-def test_training_on_shards_equals_training_on_the_folder(tmp_path: Path) -> None:
-    root, out = packed(tmp_path)
+def test_training_on_signed_shards_equals_training_on_the_folder(tmp_path: Path) -> None:
+    root, out = packed(tmp_path, per_shard=100)
+    here = tmp_path / "data"
     values = {"net": "resnet8", "size": 16, "resize": 20, "batch": 6, "steps": 3, "device": "cpu", "precision": "fp32"}
     a = residuum.train("photos", data=str(root), out=tmp_path / "a", **values)  # type: ignore[arg-type]
-    b = residuum.train("photos", data=str(out), out=tmp_path / "b", **values)  # type: ignore[arg-type]
+    with Server({f"{name}?sig=secret": content for name, content in files(out).items()}) as server:
+        url = server.url + "{train,val}-000000.tar"
+        b = residuum.train("photos", data=f"{url}?sig=secret", data_dir=here, out=tmp_path / "b", **values)  # type: ignore[arg-type]
     one, two = residuum.load(a.model), residuum.load(b.model)
     assert all(
         torch.equal(x, y) for x, y in zip(one.net.state_dict().values(), two.net.state_dict().values(), strict=True)
     )
-    assert a.top1_error == b.top1_error and residuum.evaluate(a.model, str(out), device="cpu").split == "val"
+    judged = residuum.evaluate(a.model, f"{url}?sig=secret", data_dir=here, device="cpu")
+    assert a.top1_error == b.top1_error and (judged.split, judged.data) == ("val", url)
+    assert two.recipe["data"] == url  # what is given away has no signature; recipe.toml has it, to go on with
+    assert all(b"secret" not in Path(file).read_bytes() for file in (b.model, b.report))
+    assert "sig=secret" in (tmp_path / "b" / "recipe.toml").read_text()
 
 
 def tar(path: Path, members: dict[str, bytes] | list[tuple[str, bytes]]) -> Path:

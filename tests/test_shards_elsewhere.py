@@ -9,7 +9,7 @@ import pytest
 from server import Server
 from test_shards import jpeg, load, tar
 
-from residuum.data import shards, tars
+from residuum.data import shards, sources, tars
 from residuum.errors import DataError
 
 
@@ -78,8 +78,9 @@ def test_class_folders_go_before_a_tar_beside_them(tmp_path: Path) -> None:
 
 def test_signed_addresses(tmp_path: Path) -> None:
     path = tar(tmp_path / "s" / "x-0.tar", members("01"))
-    with Server({"x-0.tar?sig=a": path.read_bytes(), "classes.txt?sig=a": b"cat\ndog\n"}) as server:
-        assert load(server.url + "x-0.tar?sig=a", tmp_path / "data").classes == ("cat", "dog")
+    with Server({"s/x-0.tar?sig=a/b": path.read_bytes(), "s/classes.txt?sig=a/b": b"cat\ndog\n"}) as server:
+        assert load(server.url + "s/x-0.tar?sig=a/b", tmp_path / "data").classes == ("cat", "dog")
+    assert sources.short_name(server.url + "s/x-0.tar?sig=a/b") == "s"
 
 
 def test_half_a_shard_is_not_kept(tmp_path: Path) -> None:

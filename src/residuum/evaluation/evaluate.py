@@ -213,6 +213,7 @@ def evaluate(
     names = _names(given) if names is None else list(names)
     columns = [_columns(bundle.classes, classes, name, names[0]) for bundle, name in zip(bundles, names, strict=True)]
     source = sources.load(data, Path(data_dir), Reading(on_bad_image, str(quarantine)))
+    data = sources.unsigned(data)  # figures are given away
     split, pictures = pick_split(source, split, bundles)
     _by_name(pictures, source.classes, classes)
     if fit_on is not None:
