@@ -169,7 +169,8 @@ def _split(tars: list[Path], indices: dict[Path, Index], classes: tuple[str, ...
     for sample, number in rows:
         if sample.label not in place:
             raise DataError(
-                f"{sample.name} in {tars[number]} is of class {sample.label}, but there are {len(classes)} classes."
+                f"{sample.name} in {tars[number]} is of class {sample.label}, but there are {len(classes)} classes, counted "
+                "from 0; mend its label, or the list of classes."
             )
     names = sorted(sample.name for sample, _ in rows)
     if twice := [one for one, two in itertools.pairwise(names) if one == two]:
