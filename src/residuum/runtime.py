@@ -137,6 +137,14 @@ def _keep_freed_memory() -> None:
         switch(-1, largest)  # M_TRIM_THRESHOLD: the heap does not shrink
 
 
+def give_back_memory(device: torch.device) -> None:
+    """Gives what was freed, and is kept for the next step, back to the system."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif trim := getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None:
+        trim(0)
+
+
 def automatic_precision(device: torch.device) -> str:
     """What "auto" comes to on a device."""
     return "bf16" if _computes_bf16(device) else "fp32"
