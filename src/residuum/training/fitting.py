@@ -60,7 +60,7 @@ def in_fitting_parts(task: Classify, recipe: Recipe) -> tuple[Classify, Recipe, 
 
 
 def _fits(task: Classify, recipe: Recipe, size: int) -> bool:
-    """Tries what a step needs: this share and the next ones, and parts of it, each a fourth larger, on a copy of the network."""
+    """Tries what a step needs, on a copy of the network: this share and the next ones, and parts of it, a fourth larger."""
     gc.collect()
     give_back_memory(task.engine.device)
     try:
