@@ -304,7 +304,14 @@ def first_process() -> bool:
 
 def to_device(x: Tensor, engine: Engine) -> Tensor:
     """A batch on the engine's device, without waiting for it."""
-    return x.to(engine.device, non_blocking=True)
+    return onto(x, engine.device)
+
+
+def onto(x: Tensor, device: torch.device) -> Tensor:
+    """A tensor on a device, without waiting for what the device has still to do: a GPU copies from pinned memory by itself."""
+    if device.type == "cuda" and x.device.type == "cpu":
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)
 
 
 def environment() -> dict[str, object]:
