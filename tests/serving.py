@@ -35,8 +35,8 @@ def small_model(path: Path) -> Path:
 class Running:
     """A service, and the folder that it runs in."""
 
-    def __init__(self, process: subprocess.Popen[str], port: int, folder: Path) -> None:
-        self.process, self.port, self.folder = process, port, folder
+    def __init__(self, process: subprocess.Popen[str], port: int, folder: Path, engine: str) -> None:
+        self.process, self.port, self.folder, self.engine = process, port, folder, engine
 
     def ask(
         self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None
@@ -62,10 +62,10 @@ def service(model: Path, folder: Path, *options: str) -> Iterator[Running]:
     process = subprocess.Popen(arguments, cwd=folder, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     assert process.stderr is not None
     try:
-        line = process.stderr.readline()
+        engine, line = process.stderr.readline(), process.stderr.readline()
         address = re.search(r"http://127\.0\.0\.1:(\d+)/", line)
-        assert address, line + process.stderr.read()
-        yield Running(process, int(address[1]), folder)
+        assert address and engine.startswith("engine: "), engine + line + process.stderr.read()
+        yield Running(process, int(address[1]), folder, engine.removeprefix("engine: "))
         if process.poll() is None:
             process.send_signal(signal.SIGINT)  # Ctrl-C is an end without noise
         assert process.wait(60) == 0 and process.stderr.read() == ""

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -78,8 +79,10 @@ def by_hand(bundle: Bundle, pixels: Tensor) -> Tensor:
 def test_each_engine_says_what_the_network_says(bundle: Bundle, name: str, precision: str, bound: float) -> None:
     fresh = DIGITS.test.images[100:107]
     chosen = choose(bundle, name, precision)
-    for pixels in (fresh, fresh[:1]):
-        scores = chosen.answer(pixels)
+    for pixels in (fresh, fresh[:1], fresh[:4]):  # batches of any size, also from another thread, as a service asks
+        with ThreadPoolExecutor(1) as thread:
+            scores = thread.submit(chosen.answer, pixels).result()
+        assert torch.equal(scores, chosen.answer(pixels))
         assert scores.dtype == torch.float32 and scores.shape == (len(pixels), 10)
         assert float((scores - by_hand(bundle, pixels)).abs().max()) < bound
     assert "on 16 check pictures" in chosen.why

@@ -96,7 +96,7 @@ class Service:
             "metrics": dict(model.metrics),
             "data": dict(model.data),
             "versions": dict(model.versions),
-            "engine": str(model.engine),
+            "engine": model.computes,
             "limits": {
                 "body_bytes": limits.max_body,
                 "pixels": limits.max_pixels,
