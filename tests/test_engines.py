@@ -92,7 +92,7 @@ def test_each_engine_says_what_the_network_says(bundle: Bundle, name: str, preci
 def fake(shift: float, rounds: int) -> Kind:
     """An engine that is `shift` off in one score, and so slow."""
 
-    def build(graphs: Graphs, precision: str) -> Any:
+    def start(made: bytes, graphs: Graphs, precision: str) -> Any:
         def answer(pixels: Tensor) -> Tensor:
             for _ in range(rounds):
                 scores = reference(graphs.bundle, pixels)
@@ -100,7 +100,7 @@ def fake(shift: float, rounds: int) -> Kind:
 
         return answer
 
-    return Kind((), ("fp32",), build)
+    return Kind((), ("fp32",), lambda graphs, precision: b"made", start)
 
 
 def test_auto_takes_the_fastest_that_agrees(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,14 +113,14 @@ def test_auto_takes_the_fastest_that_agrees(bundle: Bundle, monkeypatch: pytest.
         return next(v for k, v in built.items() if k == id(answer))
 
     for kind in table.values():
-        plain = kind.build
+        plain = kind.start
 
-        def build(*a: Any, plain: Any = plain, kind: Kind = kind) -> Any:
+        def start(*a: Any, plain: Any = plain, kind: Kind = kind) -> Any:
             answer = plain(*a)
             built[id(answer)] = pace[id(kind)]
             return answer
 
-        object.__setattr__(kind, "build", build)
+        object.__setattr__(kind, "start", start)
     monkeypatch.setattr(engines, "seconds", timed)
     chosen = choose(bundle)
     assert (chosen.name, chosen.precision) == ("right", "fp32")

@@ -48,9 +48,7 @@ def running(model_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     pictures, engine = tmp_path_factory.mktemp("pictures"), ("--engine", "torch", "--precision", "fp32")
     for i in range(4):
         (pictures / f"{i}.jpg").write_bytes(jpeg(i))
-    with service(
-        model_file, tmp_path_factory.mktemp("service"), *LIMITS, *engine, "--pictures", str(pictures)
-    ) as it:
+    with service(model_file, tmp_path_factory.mktemp("service"), *LIMITS, *engine, "--pictures", str(pictures)) as it:
         assert it.engine.startswith("torch fp32 (as asked; top-1 agrees on 100.0%") and "2 check" in it.engine
         yield it
         assert list(it.folder.iterdir()) == []  # nothing was written by any request

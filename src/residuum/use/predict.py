@@ -68,7 +68,7 @@ class Model(Bundle):
             self.engine = pick_engine(precision, str(self.engine.device))
             return str(self.engine)
         check = None if self.samples else self._pixels(pictures)
-        self.chosen = choose(self, engine, precision, check=check, training=self._pixels(calibrate))
+        self.chosen = choose(self, engine, precision, check=check, training=self._pixels(calibrate), keep=True)
         return str(self.chosen)
 
     @property
