@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import random
 import shutil
@@ -157,6 +158,24 @@ def test_a_shared_background_makes_no_copies_and_few_comparisons(monkeypatch: py
     copies = int((check.nearest(shapes, thumbs) != np.arange(600)).sum())
     assert alike > 200 and copies <= 3
     assert compared < 600 * 600  # of nine bands that would all hold the same group
+
+
+def test_near_copies_with_a_plain_border_are_found() -> None:
+    """Compressing anew leaves noise in a border, which must not count as shape."""
+    shapes: list[int] = []
+    thumbs: list[bytes] = []
+    for quality in (None, 75, 40):
+        for i in range(40):
+            picture = Image.new("RGB", (64, 64), "white")
+            picture.paste(photo(i, 36, 36), (14, 14))
+            if quality:
+                file = io.BytesIO()
+                picture.save(file, "JPEG", quality=quality)
+                picture = Image.open(file).convert("RGB")
+            look = look_at_pixels(torch.from_numpy(np.array(picture)))
+            shapes.append(look.shape or 0)
+            thumbs.append(look.thumb)
+    assert check.nearest(shapes, thumbs).tolist() == list(range(40)) * 3
 
 
 def test_damage_inside_a_picture_is_suspicious(tmp_path: Path) -> None:

@@ -154,7 +154,7 @@ def test_without_a_network_the_place_is_said(tmp_path: Path) -> None:
 
 
 def test_what_the_server_does_wrong_is_said_with_the_url(tmp_path: Path) -> None:
-    with Server({"a.tar": bytes(3000)}, drop_after=10) as server:
+    with Server({"a.tar": bytes(3000)}, drop_after=10, tags=True) as server:
         with pytest.raises(
             DataError, match=rf"{server.url}a.tar cannot be fetched: .*dropped after 30 of 3,000 bytes \(3 attempts"
         ):
@@ -163,9 +163,9 @@ def test_what_the_server_does_wrong_is_said_with_the_url(tmp_path: Path) -> None
         with pytest.raises(DataError, match=rf"{server.url}b.tar cannot be fetched: the server says 404"):
             remote.download(server.url + "b.tar", tmp_path / "b.tar")
         assert len(server.asked) == 4
-    with Server({"a.tar": bytes(3000)}) as server:
+    with Server({"a.tar": bytes(3000)}, tags=True) as server:
         with pytest.raises(DataError, match="is not the file that was published"):
-            remote.download(server.url + "a.tar", tmp_path / "c.tar", md5="0" * 32)
+            remote.download(server.url + "a.tar", tmp_path / "c.tar", remote.published(server.url + "a.tar", "0" * 32))
         assert not (tmp_path / "c.tar").exists()
         remote.download(server.url + "a.tar", tmp_path / "a.tar")  # goes on from the 30 bytes of the server before
         assert server.asked[-1][1] == "bytes=30-" and (tmp_path / "a.tar").read_bytes() == bytes(3000)

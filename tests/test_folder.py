@@ -150,9 +150,13 @@ def test_links_are_followed_and_rings_end(tmp_path: Path) -> None:
     photo(7).save(elsewhere / "x.png")
     (root / "train" / "alpha" / "more").symlink_to(elsewhere)
     (elsewhere / "ring").symlink_to(root / "train" / "alpha")
+    (elsewhere / "others").symlink_to(root)  # with the pictures of other classes and splits
     (root / "train" / "alpha" / "nowhere.jpg").symlink_to(tmp_path / "gone.jpg")
     data = load(root)
-    assert "train/alpha/more/x.png" in data.train.names
+    assert sorted(data.train.names) == sorted(
+        [f"train/{name}/bild {i}.jpg" for name in NAMES for i in range(2)]
+        + ["train/alpha/more/x.png", "train/alpha/nowhere.jpg"]
+    )
     place = data.train.names.index("train/alpha/nowhere.jpg")  # counted, and told by name when it is read
     with pytest.raises(DataError, match=r"nowhere.jpg is not there"):
         data.train.pictures([place])
@@ -324,6 +328,21 @@ def test_a_bad_picture_stops_or_is_left_out(tmp_path: Path) -> None:
     mended = loader(load(root).train, Crop("scale", (26, 40))).batch(bad).pictures
     kept = [i for i in range(6) if i not in position]
     assert torch.equal(mended[kept], shown[bad].pictures)
+
+
+def test_a_run_that_a_picture_stopped_goes_on_without_it(tmp_path: Path) -> None:
+    root = folder(tmp_path / "d", {"train": 6, "val": 4})
+    cut(root, "val/alpha/bild 1.jpg")  # met at the end
+    values = TINY | {"data": str(root), "steps": 1}
+    whole = residuum.train("photos", out=tmp_path / "whole", on_bad_image="skip", **values)  # type: ignore[arg-type]
+    with pytest.raises(DataError, match=r"bild 1.jpg is damaged.*--on-bad-image skip"):
+        residuum.train("photos", out=tmp_path / "run", **values)  # type: ignore[arg-type]
+    assert run(["train", "--resume", str(tmp_path / "run"), "--seed", "5", "--on-bad-image", "skip"]) == 1
+    assert 'on_bad_image = "stop"' in (tmp_path / "run" / "recipe.toml").read_text()
+    assert run(["train", "--resume", str(tmp_path / "run"), "--on-bad-image", "skip"]) == 0
+    for name in ("model.safetensors", "recipe.toml", "skipped.json"):
+        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert whole.n == 11
 
 
 def test_training_reports_what_it_skips(tmp_path: Path) -> None:

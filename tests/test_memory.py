@@ -23,6 +23,7 @@ print("auto", run([*arguments, "--batch", "auto", "--set", "batch=1024", "--out"
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="asks Linux how much memory is in use")
 def test_short_memory_says_what_fits_and_auto_finds_it(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", CODE], text=True, capture_output=True, cwd=tmp_path)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import pickle
 from dataclasses import replace
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from pictures import folder
+from server import Server
 from test_cifar import write_binary
 
 from residuum.data import cifar, pack, sources
@@ -18,6 +23,7 @@ from residuum.data.dataset import Dataset, Pictures
 from residuum.data.loader import Batch, Loader, order, share
 from residuum.data.mixing import Mixing
 from residuum.data.stored import Reading, Stored
+from residuum.data.tars import index_of
 from residuum.errors import UsageError
 from residuum.preprocessing import Preprocessing
 from residuum.runtime import World, pick_engine
@@ -87,6 +93,34 @@ def test_the_same_for_any_number_of_workers_and_processes(
         mine = share(SIZE, world)
         later = batches(split, range(5, STEPS), 2, world, everything)
         assert same(later, [Batch(*(x[mine.start : mine.stop] for x in batch)) for batch in whole[5:]])
+
+
+def mine(url: str, data_dir: Path, rank: int, said: Connection) -> None:
+    """What one of two processes fetches, and sees under any number of workers."""
+    split = sources.load(url, data_dir).train
+    said.send_bytes(
+        pickle.dumps([batches(split, range(STEPS), workers, World(rank, 2), False) for workers in (0, 1, 4)])
+    )
+
+
+def test_two_processes_that_fetch_shards_at_once(tmp_path: Path) -> None:
+    root = folder(tmp_path / "folder", {"train": 8, "val": 1})
+    theirs = sources.load(str(root), tmp_path)
+    made = [file for tar in pack.pack(theirs, tmp_path / "s", per_shard=12) for file in (tar, index_of(tar))]
+    server = Server({file.name: file.read_bytes() for file in made}, pause=0.3)
+    url, fork = server.url + "{train-000000,train-000001,val-000000}.tar", get_context("fork")
+    pipes = [fork.Pipe(duplex=False) for _ in range(2)]
+    ours = [fork.Process(target=mine, args=(url, tmp_path / "data", i, pipes[i][1])) for i in range(2)]
+    for process, (_, said) in zip(ours, pipes, strict=True):
+        process.start()  # before the server's threads are
+        said.close()
+    with server:
+        seen = [pickle.loads(hear.recv_bytes()) for hear, _ in pipes]
+        for process in ours:
+            process.join()
+    assert sorted(name for name, _ in server.asked) == sorted(file.name for file in made)  # each once, by one of them
+    whole = batches(theirs.train, range(STEPS), 0, World(), False)
+    assert all(same(together([one, two]), whole) for one, two in zip(*seen, strict=True))
 
 
 @given(size=st.integers(2, 300), n=st.integers(1, 9))

@@ -16,7 +16,7 @@ from server import Server
 
 import residuum
 from residuum.cli.main import run
-from residuum.data import pack, remote, shards, sources
+from residuum.data import pack, remote, shards, sources, tars
 from residuum.data.augment import Augmentation
 from residuum.data.crops import Crop
 from residuum.data.dataset import Dataset
@@ -107,6 +107,8 @@ def test_patterns() -> None:
     assert list(shards.expand("one.tar")) == ["one.tar"]
     with pytest.raises(DataError, match="a range in braces must rise"):
         list(shards.expand("x-{3..1}.tar"))
+    with pytest.raises(DataError, match="braces inside braces"):
+        list(shards.expand("{train-{0..1},val-0}.tar"))
 
 
 def files(out: Path) -> dict[str, bytes]:
@@ -119,14 +121,13 @@ def test_a_server_gives_them_too(tmp_path: Path, with_index: bool) -> None:
     served = {name: content for name, content in files(out).items() if with_index or name.endswith(".tar")}
     largest = max(map(len, served.values()))
     with Server(served, drop_after=largest * 2 // 3, ranges=True) as server:  # the largest take two attempts
-        pattern = server.url + "{train-{000000..000004},val-000000,val-000001}.tar"
         pattern = server.url + "train-{000000..000004}.tar"
         data = load(pattern, tmp_path / "data")
         assert data.judged == "held-out" and len(data.whole or ()) == 24  # train alone: a fifth of it is held out
         assert any(wanted for _, wanted in server.asked), "nothing was dropped"
-        tars = [name for name, _ in server.asked if name.endswith(".tar")]
+        asked = list(server.asked)
         load(pattern, tmp_path / "data")
-        assert [name for name, _ in server.asked if name.endswith(".tar")] == tars  # fetched once
+        assert server.asked == asked  # fetched once
         both = load(server.url + "{train,val}-{000000..000001}.tar", tmp_path / "data")
         assert both.judged == "val" and len(both.train) == 10
     assert load(root).classes == data.classes
@@ -142,34 +143,29 @@ def test_a_server_that_always_drops_is_reported_with_the_url(tmp_path: Path) -> 
             load(server.url + "other-000000.tar", tmp_path / "data")
 
 
-def test_shards_packed_anew_are_fetched_anew(tmp_path: Path) -> None:
-    root, out = packed(tmp_path, {"train": 3, "val": 3}, per_shard=100)
-    served = files(out)
-    with Server(served) as server:
-        pattern = server.url + "{train,val}-000000.tar"
-        before = load(pattern, tmp_path / "data")
-        photo(77).save(root / "train" / "alpha" / "new.jpg")
-        pack.pack(load(root), tmp_path / "again", per_shard=100)
-        served.update(files(tmp_path / "again"))
-        assert len(load(pattern, tmp_path / "data").train) == len(before.train) + 1
-
-
-def test_training_on_shards_equals_training_on_the_folder(tmp_path: Path) -> None:
-    root, out = packed(tmp_path)
+def test_training_on_signed_shards_equals_training_on_the_folder(tmp_path: Path) -> None:
+    root, out = packed(tmp_path, per_shard=100)
+    here = tmp_path / "data"
     values = {"net": "resnet8", "size": 16, "resize": 20, "batch": 6, "steps": 3, "device": "cpu", "precision": "fp32"}
     a = residuum.train("photos", data=str(root), out=tmp_path / "a", **values)  # type: ignore[arg-type]
-    b = residuum.train("photos", data=str(out), out=tmp_path / "b", **values)  # type: ignore[arg-type]
+    with Server({f"{name}?sig=secret": content for name, content in files(out).items()}) as server:
+        url = server.url + "{train,val}-000000.tar"
+        b = residuum.train("photos", data=f"{url}?sig=secret", data_dir=here, out=tmp_path / "b", **values)  # type: ignore[arg-type]
     one, two = residuum.load(a.model), residuum.load(b.model)
     assert all(
         torch.equal(x, y) for x, y in zip(one.net.state_dict().values(), two.net.state_dict().values(), strict=True)
     )
-    assert a.top1_error == b.top1_error and residuum.evaluate(a.model, str(out), device="cpu").split == "val"
+    judged = residuum.evaluate(a.model, f"{url}?sig=secret", data_dir=here, device="cpu")
+    assert a.top1_error == b.top1_error and (judged.split, judged.data) == ("val", url)
+    assert two.recipe["data"] == url  # what is given away has no signature; recipe.toml has it, to go on with
+    assert all(b"secret" not in Path(file).read_bytes() for file in (b.model, b.report))
+    assert "sig=secret" in (tmp_path / "b" / "recipe.toml").read_text()
 
 
-def tar(path: Path, members: dict[str, bytes]) -> Path:
+def tar(path: Path, members: dict[str, bytes] | list[tuple[str, bytes]]) -> Path:
     path.parent.mkdir(exist_ok=True)
     with tarfile.open(path, "w") as file:
-        for name, content in members.items():
+        for name, content in members.items() if isinstance(members, dict) else members:
             member = tarfile.TarInfo(name)
             member.size = len(content)
             file.addfile(member, io.BytesIO(content))
@@ -207,7 +203,7 @@ def test_a_tar_that_ends_early(tmp_path: Path, with_index: bool, cut: int) -> No
     if with_index:
         shard.write_bytes(content[:-cut])
     else:
-        shards.index_of(shard).unlink()
+        tars.index_of(shard).unlink()
         shard.write_bytes(
             content[: len(content.rstrip(b"\0")) // 512 * 512 + 512 - cut // 700 * 512]
         )  # the last blocks and more

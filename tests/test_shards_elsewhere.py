@@ -9,7 +9,7 @@ import pytest
 from server import Server
 from test_shards import jpeg, load, tar
 
-from residuum.data import remote, shards
+from residuum.data import shards, sources, tars
 from residuum.errors import DataError
 
 
@@ -35,7 +35,7 @@ def test_json_that_says_no_class(tmp_path: Path, about: object) -> None:
 def test_a_damaged_index(tmp_path: Path, sample: list[object]) -> None:
     path = tar(tmp_path / "s" / "x-0.tar", members())
     values = {"bytes": path.stat().st_size, "classes": ["a", "b"], "samples": [sample]}
-    shards.index_of(path).write_text(json.dumps(values))
+    tars.index_of(path).write_text(json.dumps(values))
     with pytest.raises(DataError, match=r"the index .*x-0.index.json cannot be read"):
         load(tmp_path / "s")
 
@@ -44,13 +44,20 @@ def test_a_damaged_index(tmp_path: Path, sample: list[object]) -> None:
     ("more", "said"),
     [
         ({"77.jp2": jpeg(7), "77.cls": b"a"}, "77 in .* has a class and no picture"),
-        ({"77.jpg": jpeg(7), "77.cls": b"a", "77.json": b'{"class": "b"}'}, "77.cls says a, 77.json b"),
         ({"77.jpg": jpeg(7), "77.json": b'{"class": "b", "name": "1.jpg"}'}, "two samples have the name 1.jpg"),
     ],
 )
 def test_nothing_is_lost_in_silence(tmp_path: Path, more: dict[str, bytes], said: str) -> None:
     tar(tmp_path / "s" / "x-0.tar", members() | more)
     with pytest.raises(DataError, match=said):
+        load(tmp_path / "s")
+
+
+@pytest.mark.parametrize("second", [("77.cls", b"a"), ("77.cls", b"b"), ("77.json", b'{"class": "b"}')])
+def test_a_second_label_for_a_sample(tmp_path: Path, second: tuple[str, bytes]) -> None:
+    one = [("77.jpg", jpeg(7)), ("77.cls", b"a"), second]
+    tar(tmp_path / "s" / "x-0.tar", [*members().items(), *one])
+    with pytest.raises(DataError, match=r"x-0.tar has two files 77.cls; give each|77.cls says a, 77.json b"):
         load(tmp_path / "s")
 
 
@@ -69,21 +76,11 @@ def test_class_folders_go_before_a_tar_beside_them(tmp_path: Path) -> None:
     assert not shards.is_pattern(str(tmp_path))
 
 
-def test_a_server_that_is_down_afterwards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "PAUSES", (0.0,))
-    path = tar(tmp_path / "s" / "x-0.tar", members("01"))
-    with Server({"x-0.tar": path.read_bytes(), "classes.txt": b"cat\ndog\n"}) as server:
-        url = server.url + "x-0.tar"
-        assert load(url, tmp_path / "data").classes == ("cat", "dog")
-    assert load(url, tmp_path / "data").classes == ("cat", "dog")
-    with pytest.raises(DataError, match=r"x-0.index.json cannot be fetched"):
-        load(url, tmp_path / "other")
-
-
 def test_signed_addresses(tmp_path: Path) -> None:
     path = tar(tmp_path / "s" / "x-0.tar", members("01"))
-    with Server({"x-0.tar?sig=a": path.read_bytes(), "classes.txt?sig=a": b"cat\ndog\n"}) as server:
-        assert load(server.url + "x-0.tar?sig=a", tmp_path / "data").classes == ("cat", "dog")
+    with Server({"s/x-0.tar?sig=a/b": path.read_bytes(), "s/classes.txt?sig=a/b": b"cat\ndog\n"}) as server:
+        assert load(server.url + "s/x-0.tar?sig=a/b", tmp_path / "data").classes == ("cat", "dog")
+    assert sources.short_name(server.url + "s/x-0.tar?sig=a/b") == "s"
 
 
 def test_half_a_shard_is_not_kept(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import pictures
 import pytest
 
 from residuum.cli.main import run
@@ -21,6 +22,7 @@ from residuum.models.resnet import build
 from residuum.studies import (
     block_depth,
     catalogue,
+    convergence,
     degradation,
     gradients,
     lesion,
@@ -141,6 +143,18 @@ def test_a_data_set_too_small_to_split_is_refused(tmp_path: Path) -> None:
             Image.new("RGB", (8, 8), (20 * i, 0, 0)).save(tmp_path / kind / f"{i}.png")
     with pytest.raises(DataError, match="too few to split"):
         _ = setting(data=str(tmp_path)).source
+
+
+def test_convergence_compares_the_18_layer_nets_on_a_folder(tmp_path: Path) -> None:
+    here = setting(data=str(pictures.folder(tmp_path, {"train": 10, "val": 3})))
+    own = convergence.STUDY.settle(here)
+    plain, residual = convergence.STUDY.plan(own)
+    assert (plain.recipe.net, residual.recipe.net) == ("plain18", "resnet18")
+    assert (residual.recipe.name, residual.recipe.size, residual.recipe.batch) == ("photos", 224, 32)
+    assert own.share == pytest.approx(20 * 32 / 30 / (600_000 * 256 / 1_281_167))  # of 2015 §3.4's passes
+    for twins in (here, setting(depths=(14,))):  # chosen depths, and small pictures, have the nets of 6n+2 layers
+        own = convergence.STUDY.settle(replace(twins, depths=(14,)))
+        assert [t.recipe.net for t in convergence.STUDY.plan(own)] == ["plain14", "resnet14"]
 
 
 # -- runs --------------------------------------------------------------------------------------------------------------

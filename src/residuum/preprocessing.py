@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from residuum.errors import DataError, ModelFileError, UsageError, unknown
+from residuum.runtime import onto
 
 INTERPOLATIONS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 LARGEST = 16_384  # pixels on a side of the input
@@ -79,7 +80,7 @@ class Preprocessing:
         """
         one = pixels if isinstance(pixels, Tensor) else pixels[0]
         b, (h, w, c) = len(pixels), one.shape[-3:]
-        mean, std = self.mean.to(one.device), self.std.to(one.device)
+        mean, std = (onto(v, one.device) for v in (self.mean, self.std))
         if mean.ndim == 3 and mean.shape[:2] != (h, w):
             mean = mean.mean((0, 1))
         scale, shift = 1 / (255 * std), mean / std

@@ -137,6 +137,14 @@ def _keep_freed_memory() -> None:
         switch(-1, largest)  # M_TRIM_THRESHOLD: the heap does not shrink
 
 
+def give_back_memory(device: torch.device) -> None:
+    """Gives what was freed, and is kept for the next step, back to the system."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif trim := getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None:
+        trim(0)
+
+
 def automatic_precision(device: torch.device) -> str:
     """What "auto" comes to on a device."""
     return "bf16" if _computes_bf16(device) else "fp32"
@@ -296,7 +304,14 @@ def first_process() -> bool:
 
 def to_device(x: Tensor, engine: Engine) -> Tensor:
     """A batch on the engine's device, without waiting for it."""
-    return x.to(engine.device, non_blocking=True)
+    return onto(x, engine.device)
+
+
+def onto(x: Tensor, device: torch.device) -> Tensor:
+    """A tensor on a device, without waiting for what the device has still to do: a GPU copies from pinned memory by itself."""
+    if device.type == "cuda" and x.device.type == "cpu":
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)
 
 
 def environment() -> dict[str, object]:

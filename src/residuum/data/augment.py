@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from residuum.errors import UsageError, unknown
 from residuum.preprocessing import Preprocessing
-from residuum.runtime import generator
+from residuum.runtime import generator, onto
 
 PADDINGS = ("mean", "black")
 # Principal components of RGB values in ImageNet (AlexNet's; fb.resnet.torch): rows are R, G, B in [0, 1].
@@ -78,10 +78,10 @@ class Augmentation:
             offset = (
                 weights @ torch.tensor(VECTORS).T / preprocessing.std
             )  # of all, so that a share of them rounds alike
-            x = x + offset[here][:, :, None, None].to(x.device)  # (B, 3, 1, 1)
+            x = x + onto(offset[here], x.device)[:, :, None, None]  # (B, 3, 1, 1)
         if self.erasing:
             where = _rectangles(b, h, w, self.erasing, generator(seed, "erase", step))[here]
-            x = x.masked_fill(where.to(x.device)[:, None], 0)
+            x = x.masked_fill(onto(where, x.device)[:, None], 0)
         return x
 
     def _cropped(
@@ -95,10 +95,10 @@ class Augmentation:
                 chosen = zip(pixels, flips.tolist(), strict=True)
                 return preprocessing.normalise([picture.flip(1) if flip else picture for picture, flip in chosen])
             x = preprocessing.normalise(pixels)
-            where = flips.nonzero().flatten().to(x.device)
+            where = onto(flips.nonzero().flatten(), x.device)
             x[where] = x[where].flip(3)
             return x
-        where = _positions(shifts, flips, h, w, self.pad).to(pixels.device)
+        where = _positions(onto(shifts, pixels.device), onto(flips, pixels.device), h, w, self.pad)
         if self.pad_with == "black":
             return preprocessing.normalise(_gather(self._padded(pixels), where))
         x = preprocessing.normalise(pixels).permute(0, 2, 3, 1)  # (B, h, w, C)
@@ -130,10 +130,11 @@ def _rectangles(b: int, h: int, w: int, share: float, draw: torch.Generator) -> 
 def _positions(shifts: Tensor, flips: Tensor, h: int, w: int, pad: int) -> Tensor:
     """For each output pixel, the row of the padded batch, seen as (B * H' * W', C), that it shows; (B, h, w)."""
     height, width = h + 2 * pad, w + 2 * pad
-    columns = torch.arange(w).expand(len(flips), w)
+    device = flips.device
+    columns = torch.arange(w, device=device).expand(len(flips), w)
     columns = torch.where(flips[:, None], w - 1 - columns, columns) + shifts[1][:, None]  # (B, w)
-    rows = torch.arange(h) + shifts[0][:, None]  # (B, h)
-    first = torch.arange(len(flips)) * height * width
+    rows = torch.arange(h, device=device) + shifts[0][:, None]  # (B, h)
+    first = torch.arange(len(flips), device=device) * height * width
     return first[:, None, None] + rows[:, :, None] * width + columns[:, None, :]
 
 

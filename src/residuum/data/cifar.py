@@ -78,7 +78,10 @@ def load(data_dir: Path, name: str = "cifar10") -> Dataset:
             return _load(name, version, _unpacked(archive, version, data_dir))
     version = VERSIONS[name][0]
     try:
-        archive = remote.download(SITE + version.archive, data_dir / version.archive, version.md5)
+        with remote.alone(archive := data_dir / version.archive):
+            if not archive.is_file():  # else another process fetched it meanwhile
+                url = SITE + version.archive
+                remote.download(url, archive, remote.published(url, version.md5))
     except (DataError, RunError) as error:
         raise DataError(
             f"{version.what} is not under {data_dir}: put the binary version's folder {version.folder} ({version.meta}, "

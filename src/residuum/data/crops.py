@@ -61,7 +61,11 @@ class Crop:
     def __call__(self, pixels: Tensor, size: int, draws: list[float]) -> Tensor:
         """uint8 (H, W, C) -> uint8 (size, size, C)."""
         top, left, h, w = self.box(pixels.shape[0], pixels.shape[1], size, draws)
-        part = pixels[top : top + h, left : left + w].contiguous().permute(2, 0, 1)[None]  # (1, C, h, w)
+        part = pixels[None, top : top + h, left : left + w]  # (1, h, w, C)
         if (h, w) != (size, size):
+            part = part.permute(
+                0, 3, 1, 2
+            )  # the batch's axis came first, so torch sees channels last, and keeps them there
             part = F.interpolate(part, (size, size), mode="bilinear", antialias=True, align_corners=False)
-        return part[0].permute(1, 2, 0)
+            part = part.permute(0, 2, 3, 1)
+        return part[0]

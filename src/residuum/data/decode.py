@@ -46,8 +46,8 @@ def decode_pixels(content: bytes, name: str) -> Tensor:
         with contextlib.suppress(ValueError):  # it is not whole, or not what its header says: `decode` finds the words
             if (array := _strictly(content)) is not None:
                 return torch.from_numpy(array)
-    picture = decode(content, name).convert("RGB")
-    return torch.from_numpy(np.array(picture))
+    picture = decode(content, name)
+    return torch.from_numpy(np.array(picture if picture.mode == "RGB" else picture.convert("RGB")))
 
 
 def damage(content: bytes, kind: str) -> str | None:

@@ -124,7 +124,7 @@ def _flat(root: Path, folder: Path) -> Found | None:
     """A split whose pictures lie side by side, their classes told by a file (data.labels); None for any other."""
     if folder == root or _folders(folder):
         return None
-    files = sorted(_walk(folder, frozenset()))
+    files = sorted(_walk(folder, _above(folder)))
     if not files or (classes := flat(root, folder.name, [os.path.basename(file) for file, _ in files])) is None:
         return None
     return Found([os.path.relpath(file, root) for file, _ in files], [size for _, size in files], classes)
@@ -136,7 +136,7 @@ def _pictures(root: Path, folder: Path) -> Found:
     others: list[str] = []
     for name in _folders(folder):
         before = len(found.names)
-        for file, size in sorted(_walk(folder / name, frozenset(), others)):
+        for file, size in sorted(_walk(folder / name, _above(folder / name), others)):
             found.names.append(os.path.relpath(file, root))
             found.sizes.append(size)
             found.classes.append(name)
@@ -176,7 +176,7 @@ def unread(folder: Path) -> list[str]:
     """Files in class folders, by their names below `folder`, that may be pictures but are of a kind that is not read."""
     others: list[str] = []
     for name in _folders(folder):
-        for _ in _walk(folder / name, frozenset(), others):
+        for _ in _walk(folder / name, _above(folder / name), others):
             pass
     return sorted(os.path.relpath(file, folder) for file in others)
 
@@ -189,8 +189,14 @@ def _may_be_picture(name: str) -> bool:
     return not name.startswith(".") and os.path.splitext(name)[1].lower() in OTHER_PICTURES
 
 
+def _above(folder: Path) -> frozenset[str]:
+    """The folders that hold a folder, by way of links or not: a link back to one would bring the other classes' pictures."""
+    parents = {*Path(os.path.abspath(folder)).parents, *Path(os.path.realpath(folder)).parents}
+    return frozenset(map(os.path.realpath, parents))
+
+
 def _walk(folder: Path, above: frozenset[str], others: list[str] | None = None) -> Iterator[tuple[str, int]]:
-    """(path, size in bytes) of every picture below a folder; links are followed, once around where they form a ring.
+    """(path, size in bytes) of every picture below a folder; links are followed, but not back to the folders `above`.
 
     Files that may be pictures of a kind that is not read are added to `others`.
     """

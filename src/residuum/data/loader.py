@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import count
 from typing import NamedTuple
 
@@ -140,18 +140,19 @@ class Loader:
         mine = share(self.size, self.world)
         where = order(self.seed, len(self.split), self.size, step)[mine.start : mine.stop]
         one_by_one = self.augmentation.trivial or self.crop.kind != "centre"
-        if isinstance(self.split, Split) and not one_by_one:
-            pixels, kept = self.split.images.index_select(0, where), torch.arange(len(where))
+        if self._near is not None and not one_by_one:
+            chosen, kept = to_device(where, self.engine), torch.arange(len(where))
+            pixels, labels = (x.index_select(0, chosen) for x in self._near)
         else:
             pixels, kept, _ = accept(self.split, self._gathered(step))
-        if not len(kept):
-            raise DataError(
-                f"none of the {len(where):,} pictures of step {step:,} can be read; mend them: residuum data check."
-            )
-        labels = to_device(self.split.labels[where[kept]], self.engine)
+            if not len(kept):
+                raise DataError(
+                    f"none of the {len(where):,} pictures of step {step:,} can be read; mend them: residuum data check."
+                )
+            pixels, labels = (to_device(x, self.engine) for x in (pixels, self.split.labels[where[kept]]))
         positions = mine.start + kept
         pictures = self.augmentation(
-            to_device(pixels, self.engine),
+            pixels,
             self.preprocessing,
             self.seed,
             step,
@@ -161,6 +162,13 @@ class Loader:
             return Batch(pictures, labels, labels)
         pictures, targets = self.mixing(pictures, labels, self.classes, self.seed, step, positions)
         return Batch(pictures, targets.argmax(1), targets)
+
+    @cached_property
+    def _near(self) -> tuple[Tensor, Tensor] | None:
+        """Pictures and labels of a split in memory, on the device: small data live there. None for pictures in files."""
+        if not isinstance(self.split, Split):
+            return None
+        return to_device(self.split.images, self.engine), to_device(self.split.labels, self.engine)
 
     def _gathered(self, step: int) -> Gathered:
         """From the workers, who go on from the step before; a step out of turn starts them anew."""

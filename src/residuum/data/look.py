@@ -18,6 +18,7 @@ from residuum.errors import DataError
 SMALL = 16  # pixels: a shorter side below it is told
 NARROW = 10  # longer to shorter side: above it is told
 FLAT = 2.0  # grey levels: a deviation below it is told
+STEP = 4  # grey levels: less is not brighter but noise, of which compressing a plain border anew makes another one
 THUMB = 16  # pixels on a side of the small picture that near copies are compared by
 SUFFIXES = {
     "JPEG": (".jpg", ".jpeg", ".jfif"),
@@ -94,7 +95,7 @@ def _seen(picture: Image.Image, kind: str, content: bytes, odd: list[str]) -> Se
         if np.asarray(grey).std() < FLAT:
             odd.append("it is of one colour")
         return Seen(kind, picture.size, content, None, tuple(odd))
-    bits = np.concatenate([(across[:, 1:] > across[:, :-1]).ravel(), (down[1:] > down[:-1]).ravel()])
+    bits = np.concatenate([(np.diff(across) > STEP).ravel(), (np.diff(down, axis=0) > STEP).ravel()])
     shape = int.from_bytes(np.packbits(bits).tobytes(), "big")
     thumb = grey.resize((THUMB, THUMB), Image.Resampling.BOX).tobytes()
     return Seen(kind, picture.size, content, shape, tuple(odd), thumb)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from residuum.errors import UsageError
-from residuum.runtime import seed_for
+from residuum.runtime import onto, seed_for
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Mixing:
         cutting = draw.random() < 0.5 if both else self.cutmix > 0
         a = self.cutmix if cutting else self.mixup
         share = draw.betavariate(a, a)
-        other = neighbours(torch.arange(len(labels)) if positions is None else positions).to(pictures.device)
+        other = onto(neighbours(torch.arange(len(labels)) if positions is None else positions), pictures.device)
         theirs = pictures.index_select(0, other)
         if cutting:
             top, left, h, w = box(pictures.shape[2], pictures.shape[3], 1 - share, draw.random(), draw.random())

@@ -14,8 +14,8 @@ from PIL import Image
 
 from residuum.data.dataset import Dataset
 from residuum.data.decode import decode
-from residuum.data.shards import FORMAT, index_of
 from residuum.data.stored import Stored
+from residuum.data.tars import FORMAT, index_of
 from residuum.errors import DataError, RunError, UsageError
 from residuum.records import write_atomically, writing_error
 from residuum.runtime import generator

@@ -49,7 +49,7 @@ def gather(split: Pictures, indices: Sequence[int], make: Callable[[int, Tensor]
             picture = split.pictures([i])[0]
         except DataError as error:
             assert isinstance(split, Stored)
-            bad.append((split.source.names[int(split.where[i])], str(error)))
+            bad.append((split.name(i), str(error)))
             if split.reading.on_bad == "stop":
                 break
             continue

@@ -1,55 +1,30 @@
 """Tar shards in WebDataset's form: DATA is a brace pattern, local or over HTTP, or a folder of tars.
 
 A sample is the files of one key (the path up to the first dot of its last part): a picture, and its class in `key.cls` (a
-number, or a name) or `key.json` ({"class": name, "name": …}). Beside NAME.tar an index NAME.index.json (data.pack writes it)
-says where each picture's bytes lie; without one the tar's headers are read through. Splits are told by the shards' names,
-train-000000.tar, val-000000.tar; with other names all pictures stand together. Samples are in the order of their keys, however
-the shards were shuffled. Shards at an address are fetched once, into data_dir/shards.
+number, or a name) or `key.json` ({"class": name, "name": …}). Splits are told by the shards' names, train-000000.tar,
+val-000000.tar; with other names all pictures stand together. Samples are in the order of their keys, however the shards were
+shuffled. What one shard holds is data.tars' business; shards at an address are fetched once (data.fetched).
 """
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import json
-import os
 import re
-import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from residuum.data import remote
+from residuum.data import fetched, remote
 from residuum.data.dataset import Dataset
-from residuum.data.decode import SUFFIXES
+from residuum.data.fetched import is_address
 from residuum.data.folder import SPLITS, arrange
 from residuum.data.stored import Names, Reading, Stored
+from residuum.data.tars import Index, read_index
 from residuum.errors import DataError
-from residuum.records import write_atomically
-
-FORMAT = 1
-
-
-class Sample(NamedTuple):
-    """Where one picture lies: `size` bytes of a tar from `offset` on. `label` is a number where the shard gives no name."""
-
-    key: str
-    name: str
-    label: str | int
-    offset: int
-    size: int
-
-
-class Index(NamedTuple):
-    """What a shard holds; `classes` is None where the shard does not say them all."""
-
-    samples: list[Sample]
-    classes: tuple[str, ...] | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,33 +55,26 @@ class Shards:
 
 def is_pattern(data: str) -> bool:
     """Whether DATA names tar shards."""
-    if _is_address(data) or data.endswith(".tar"):
+    if is_address(data) or data.endswith(".tar"):
         return True
     if not Path(data).is_dir() or not any(Path(data).glob("*.tar")):
         return False
     return not any(p.is_dir() and not p.name.startswith(".") for p in Path(data).iterdir())  # class folders go first
 
 
-def _is_address(place: str) -> bool:
-    return place.startswith(("http://", "https://"))
-
-
-def _sibling(place: str, name: str) -> str:
-    """The address or path of a file beside a shard; an address keeps its query (a signature, say)."""
-    path, mark, query = place.partition("?") if _is_address(place) else (place, "", "")
-    return path[: path.rfind("/") + 1] + name + mark + query
-
-
 def load(data: str, data_dir: Path, reading: Reading) -> Dataset:
     """The data set in tar shards; raises DataError where one is missing, damaged or of other classes, or a key stands twice."""
     places = sorted(map(str, Path(data).glob("*.tar"))) if Path(data).is_dir() else list(expand(data))
-    tars = [(place, _local(place, data_dir)) for place in places]
-    indices = {tar: read_index(tar) for _, tar in tars}
-    classes = _classes(indices, _sibling(places[0], "classes.txt"), tars[0][1])
+    if is_address(data):
+        tars, data = fetched.local(places, data_dir), remote.shown(data)  # a signature is not for messages
+    else:
+        tars = [_there(place) for place in places]
+    indices = {tar: read_index(tar) for tar in tars}
+    classes = _classes(indices, places[0], tars[0])
     if len(classes) < 2:
         raise DataError(f"{data} has one class only, {classes[0]}; a classifier needs two or more.")
     groups: dict[str, list[Path]] = {}
-    for _, tar in tars:
+    for tar in tars:
         stem = re.sub(r"[-_.]?\d*\.tar$", "", tar.name)
         groups.setdefault(stem if stem in SPLITS else "", []).append(tar)
     if "" in groups and len(groups) > 1:
@@ -143,151 +111,21 @@ def expand(pattern: str) -> Iterator[str]:
             choices.append([str(n).zfill(len(first)) for n in range(int(first), int(last) + 1)])
         else:
             choices.append(part.split(","))
+    if any(c in part for part in parts[::2] for c in "{}"):
+        raise DataError(f"{pattern} has a brace too many, or braces inside braces, which are not read.")
     if not all(choices):
         raise DataError(f"{pattern} names no shard: a range in braces must rise, such as {{000000..000009}}.")
     return map("".join, itertools.product(*choices))
 
 
-def _local(place: str, data_dir: Path) -> Path:
-    """The shard as a local file, with its index beside it; fetched where `place` is an address."""
-    if not _is_address(place):
-        if not Path(place).is_file():
-            raise DataError(f"{place} is not there; give the shards as a pattern such as train-{{000000..000009}}.tar.")
-        return Path(place)
-    base, name = place.partition("?")[0].rsplit("/", 1)
-    tar = data_dir / "shards" / hashlib.sha256(base.encode()).hexdigest()[:12] / name
-    index = index_of(tar)
-    with remote.alone(tar):
-        content = _small(_sibling(place, index.name), index, cached=tar.is_file())
-        if content is None:
-            index.unlink(missing_ok=True)
-        elif not index.is_file() or index.read_bytes() != content:
-            tar.unlink(missing_ok=True)  # packed anew since it was fetched
-            write_atomically(index, content)
-        if not tar.is_file():
-            _fetch(place, tar)
-    return tar
+def _there(place: str) -> Path:
+    if not Path(place).is_file():
+        raise DataError(f"{place} is not there; give the shards as a pattern such as train-{{000000..000009}}.tar.")
+    return Path(place)
 
 
-def _small(url: str, kept: Path, *, cached: bool) -> bytes | None:
-    """A small file of a server, None where it has none; what was `kept` where it does not answer and all is `cached`."""
-    try:
-        return remote.read(url, kept.parent, patient=not cached)
-    except remote.NotThere:
-        return None
-    except DataError:
-        if not cached:
-            raise
-        return kept.read_bytes() if kept.is_file() else None
-
-
-def _fetch(place: str, tar: Path) -> None:
-    """A shard that is whole appears at `tar`, or none: not every server says how long a file is."""
-    fresh = tar.with_name(f"{tar.name}.new")
-    try:
-        remote.download(place, fresh)
-        if not index_of(tar).is_file():  # else its length stands there, and is compared when it is read
-            scan(fresh)
-        elif fresh.stat().st_size != json.loads(index_of(tar).read_bytes())["bytes"]:
-            raise DataError("its length is not what its index says")
-        os.replace(fresh, tar)
-    except (DataError, ValueError, KeyError, TypeError) as error:
-        if isinstance(error, remote.NotThere) or place in str(error):
-            raise
-        raise DataError(f"{place} did not arrive whole, or its index is damaged ({error}); try again.") from error
-    finally:
-        fresh.unlink(missing_ok=True)
-
-
-def index_of(tar: Path) -> Path:
-    """Where a shard's index lies."""
-    return tar.with_name(tar.name.removesuffix(".tar") + ".index.json")
-
-
-def read_index(tar: Path) -> Index:
-    """What a shard holds, from the index beside it or from the tar itself."""
-    file = index_of(tar)
-    if not file.is_file():
-        return scan(tar)
-    try:
-        values = json.loads(file.read_text())
-        index = Index([Sample(*sample) for sample in values["samples"]], tuple(values["classes"]))
-        length = int(values["bytes"])
-        for sample in index.samples:
-            _valid(sample, length)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"the index {file} cannot be read ({error}); remove it, or pack the shards again.") from error
-    if (found := tar.stat().st_size) != length:
-        raise DataError(
-            f"{tar} has {found:,} bytes, its index says {length:,}: it ends early or is another; copy it again."
-        )
-    return index
-
-
-def _valid(sample: Sample, length: int) -> Sample:
-    """The sample; raises ValueError where a value is none that it may have in a tar of `length` bytes."""
-    key, name, label, offset, size = sample
-    if not (isinstance(key, str) and isinstance(name, str)):
-        raise ValueError(f"the key and the name must be text, not {key!r} and {name!r}")
-    if type(label) not in (str, int) or label == "":
-        raise ValueError(f"the class must be a name or a number, not {label!r}")
-    if not (type(offset) is type(size) is int and 0 <= offset <= offset + size <= length):
-        raise ValueError(f"{name} cannot lie at {offset!r} with {size!r} bytes")
-    return sample
-
-
-def scan(tar: Path) -> Index:
-    """What a shard without an index holds."""
-    pictures: dict[str, tuple[int, int, str]] = {}
-    about: dict[str, dict[str, Any]] = {}
-    try:
-        with tarfile.open(tar, "r:") as file:
-            for member in file:
-                folder, _, last = member.name.rpartition("/")
-                stem, _, kind = last.partition(".")
-                key = f"{folder}/{stem}" if folder else stem
-                if not member.isfile():
-                    continue
-                if os.path.splitext(last)[1].lower() in SUFFIXES:
-                    if key in pictures:
-                        raise DataError(f"{tar} has two pictures of the key {key}; give each sample a key of its own.")
-                    pictures[key] = (member.offset_data, member.size, member.name)
-                elif kind in ("cls", "json"):
-                    if kind in about.setdefault(key, {}):
-                        raise DataError(f"{tar} has two files {member.name}; give each sample a key of its own.")
-                    about[key][kind] = file.extractfile(member).read()  # type: ignore[union-attr]
-            ended = file.offset
-    except (tarfile.TarError, OSError) as error:
-        raise DataError(f"{tar} ends early or is no tar ({error}); copy or pack it again.") from error
-    last_byte = max((offset + size for offset, size, _ in pictures.values()), default=0)
-    if not pictures or tar.stat().st_size < max(last_byte, ended) + 512:  # a whole tar ends with empty blocks
-        raise DataError(f"{tar} ends early or holds no picture; copy or pack it again.")
-    if lost := sorted(set(about) - set(pictures)):
-        raise DataError(
-            f"{lost[0]} in {tar} has a class and no picture that is read ({len(lost):,} such); links inside a tar are not "
-            f"followed, and pictures end in {', '.join(sorted(SUFFIXES))}."
-        )
-    return Index([_sample(tar, key, where, about.get(key, {})) for key, where in pictures.items()], None)
-
-
-def _sample(tar: Path, key: str, where: tuple[int, int, str], about: dict[str, bytes]) -> Sample:
-    offset, size, name = where
-    try:
-        values = json.loads(about.get("json", b"{}"))
-        text = about.get("cls", b"").decode().strip()
-        told: str | int = int(text) if text.removeprefix("-").isdecimal() else text
-        label = values.get("class", told)
-        if type(label) is type(told) and told not in ("", label):
-            raise ValueError(f"{key}.cls says {told}, {key}.json {label}")
-        if label != "":
-            return _valid(Sample(key, values.get("name", name), label, offset, size), tar.stat().st_size)
-    except (ValueError, AttributeError) as error:
-        raise DataError(f"the class of {key} in {tar} cannot be read ({error}); pack it again.") from error
-    raise DataError(f"{key} in {tar} has no class: there is neither {key}.cls nor a class in {key}.json.")
-
-
-def _classes(indices: dict[Path, Index], beside: str, tar: Path) -> tuple[str, ...]:
-    """The class names that all shards share."""
+def _classes(indices: dict[Path, Index], place: str, tar: Path) -> tuple[str, ...]:
+    """The class names that all shards share, the first of which lies at `place`, here at `tar`."""
     known = {index.classes: tar for tar, index in indices.items()}
     if len(known) > 1:
         (one, first), (two, second) = list(known.items())[:2]
@@ -302,26 +140,21 @@ def _classes(indices: dict[Path, Index], beside: str, tar: Path) -> tuple[str, .
     if all(isinstance(label, str) for label in labels):
         return tuple(sorted(map(str, labels)))
     if any(isinstance(label, str) for label in labels):
-        raise DataError(f"some samples beside {beside} have numbers and some have names for classes; pack them again.")
-    names = _names_beside(beside, tar)
-    return names or tuple(map(str, range(max(map(int, labels)) + 1)))
+        raise DataError(f"some samples in {tar.parent} have numbers and some have names for classes; pack them again.")
+    return _names(place, tar) or tuple(map(str, range(max(map(int, labels)) + 1)))
 
 
-def _names_beside(place: str, tar: Path) -> tuple[str, ...]:
+def _names(place: str, tar: Path) -> tuple[str, ...]:
     """The lines of classes.txt beside the shards; none where it is not there."""
-    kept = tar.with_name("classes.txt")
+    file = tar.with_name(fetched.CLASSES)
     try:
-        if _is_address(place):
-            content = _small(place, kept, cached=kept.is_file()) or b""
-            write_atomically(kept, content)  # empty where there is none: that is then known without the server
-        else:
-            content = Path(place).read_bytes()
-        text = content.decode()
+        content = fetched.beside(place, tar) if is_address(place) else file.read_bytes()
+        lines = content.decode().splitlines()
     except FileNotFoundError:
         return ()
     except (OSError, ValueError) as error:
-        raise DataError(f"the class names in {place} cannot be read ({error}); mend the file, or remove it.") from error
-    return tuple(line.strip() for line in text.splitlines() if line.strip())
+        raise DataError(f"the class names in {file} cannot be read ({error}); mend the file, or remove it.") from error
+    return tuple(line.strip() for line in lines if line.strip())
 
 
 def _split(tars: list[Path], indices: dict[Path, Index], classes: tuple[str, ...], reading: Reading) -> Stored:
@@ -336,7 +169,8 @@ def _split(tars: list[Path], indices: dict[Path, Index], classes: tuple[str, ...
     for sample, number in rows:
         if sample.label not in place:
             raise DataError(
-                f"{sample.name} in {tars[number]} is of class {sample.label}, but there are {len(classes)} classes."
+                f"{sample.name} in {tars[number]} is of class {sample.label}, but there are {len(classes)} classes, counted "
+                "from 0; mend its label, or the list of classes."
             )
     names = sorted(sample.name for sample, _ in rows)
     if twice := [one for one, two in itertools.pairwise(names) if one == two]:

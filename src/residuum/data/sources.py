@@ -6,8 +6,9 @@ import re
 from functools import lru_cache
 from pathlib import Path
 
-from residuum.data import cifar, digits, folder, shards
+from residuum.data import cifar, digits, folder, remote, shards
 from residuum.data.dataset import Dataset
+from residuum.data.fetched import is_address
 from residuum.data.stored import Reading
 from residuum.errors import DataError, UsageError, unknown
 
@@ -19,8 +20,14 @@ def is_name(data: str) -> bool:
     return data in NAMES
 
 
+def unsigned(data: str) -> str:
+    """DATA as files and messages may have it: without an address's query, which may be a signature."""
+    return remote.shown(data) if is_address(data) else data
+
+
 def short_name(data: str) -> str:
     """A folder's name for runs on data: "digits", or the last part of a path."""
+    data = unsigned(data)
     if is_name(data):
         return data
     if shards.is_pattern(data) and not Path(data).is_dir():

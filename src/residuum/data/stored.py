@@ -149,6 +149,10 @@ class Stored:
     def names(self) -> Sequence[str]:
         return [self.source.names[i] for i in self.where.tolist()]
 
+    def name(self, i: int) -> str:
+        """names[i], without a list of all."""
+        return self.source.names[int(self.where[i])]
+
     def take(self, indices: Tensor) -> Stored:
         return replace(self, where=self.where[indices], labels=self.labels[indices])
 

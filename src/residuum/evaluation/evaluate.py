@@ -150,7 +150,7 @@ def readable(
     if not bool(kept.any()):
         raise DataError("there is no readable picture to judge by; mend them: residuum data check.")
     why = split.skipped if isinstance(split, Stored) else {}
-    names = [split.names[i] for i in torch.nonzero(~kept).flatten().tolist()]
+    names = split.take(torch.nonzero(~kept).flatten()).names
     return [(labels[kept], each[kept]) for each in said], {n: why.get(n, "could not be read") for n in names}
 
 
@@ -213,6 +213,7 @@ def evaluate(
     names = _names(given) if names is None else list(names)
     columns = [_columns(bundle.classes, classes, name, names[0]) for bundle, name in zip(bundles, names, strict=True)]
     source = sources.load(data, Path(data_dir), Reading(on_bad_image, str(quarantine)))
+    data = sources.unsigned(data)  # figures are given away
     split, pictures = pick_split(source, split, bundles)
     _by_name(pictures, source.classes, classes)
     if fit_on is not None:

@@ -149,7 +149,7 @@ def _decoded(split: Pictures, indices: list[int]) -> tuple[list[int], list[Tenso
                 raise DataError(
                     f"{str(error).rstrip('.')}; mend or remove it, or go on without it: --on-bad-image skip."
                 ) from error
-            split.skipped[split.names[i]] = str(error)
+            split.skipped[split.name(i)] = str(error)
     return good, pictures
 
 

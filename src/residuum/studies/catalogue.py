@@ -53,7 +53,7 @@ def costs(setting: Setting, root: Path = RUNS) -> list[dict[str, Any]]:
     for study in STUDIES.values():
         seconds = {}
         for budget in BUDGETS:
-            asked = replace(setting, budget=budget, seeds=SEEDS[budget])
+            asked = study.settle(replace(setting, budget=budget, seeds=SEEDS[budget]))
             missing = [place for place in places(study.plan(asked), asked, root) if not place.finished]
             seconds[budget] = round(pace.left(missing, len(seats(setting.device, len(missing))))) if missing else 0
         rows.append({"study": study.name, "question": study.question, "place": study.place, "seconds": seconds})

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
+from residuum.data import sources
 from residuum.studies import drawing, paper
 from residuum.studies.runs import Outcome, Outcomes
 from residuum.studies.setting import Setting, Trial
@@ -14,13 +16,20 @@ from residuum.studies.verdicts import RULE, compare, tally
 PARTS = {"first tenth": (0.0, 0.1), "first quarter": (0.0, 0.25), "last tenth": (0.9, 1.0)}  # of the steps
 
 
+def settle(asked: Setting) -> Setting:
+    """The paper's own pair, of 18 layers and for photographs, on a person's folder; its twins of 6n+2 layers elsewhere."""
+    return replace(asked, photographs=asked.data not in sources.NAMES and not asked.depths)
+
+
 def depth(setting: Setting) -> int:
-    """18 layers on ImageNet in the paper, the shallowest chosen depth here."""
+    """18 layers, or the shallowest chosen depth of the 6n+2."""
+    if setting.photographs:
+        return 18
     return setting.chosen(smoke=(8,), quick=(20,), paper=(20,))[0]
 
 
 def plan(setting: Setting) -> list[Trial]:
-    """The plain net and its residual twin, as the study of degradation has them."""
+    """The plain net and its residual twin; those of 6n+2 layers as the study of degradation has them."""
     layers = depth(setting)
     return [t for kind in ("plain", "resnet") for t in network(setting, f"{kind}{layers}", layers)]
 
@@ -85,4 +94,4 @@ def picture(plain: str, residual: str, outcomes: Outcomes) -> drawing.Picture:
     )
 
 
-STUDY = Study("convergence", "Who is ahead early on, plain or residual?", "2015 §4.1, Fig. 4", plan, read)
+STUDY = Study("convergence", "Who is ahead early on, plain or residual?", "2015 §4.1, Fig. 4", plan, read, settle)

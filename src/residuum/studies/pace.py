@@ -43,11 +43,12 @@ class Pace:
             twins = [replace(timed, depths=(n,) * len(timed.depths)) for n in TWINS]
             with own_process_state():
                 self._kinds[kind] = [
-                    (_multiply_adds(twin, size), _timed(twin, recipe, self.setting.device)) for twin in twins
+                    (recipe.batch * _multiply_adds(twin, size), _timed(twin, recipe, self.setting.device))
+                    for twin in twins
                 ]
         (few, short), (many, long) = self._kinds[kind]
         slope = max(0.0, (long - short) / (many - few))
-        return max(short + slope * (_multiply_adds(spec, size) - few), 0.1 * short)
+        return max(short + slope * (recipe.batch * _multiply_adds(spec, size) - few), 0.1 * short)
 
     def run(self, recipe: Recipe) -> float:
         """Seconds of a whole run: its steps, its judgements, its start."""

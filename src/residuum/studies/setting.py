@@ -16,7 +16,8 @@ from residuum.runtime import automatic_precision, pick_engine
 from residuum.training.recipe import Recipe
 from residuum.training.recipes import recipe
 
-PAPER_PASSES = 64_000 * 128 / 50_000  # times that 2015 §4.2 shows every training picture
+PAPER_PASSES = 64_000 * 128 / 50_000  # times that 2015 §4.2 shows every training picture of CIFAR-10
+IMAGENET_PASSES = 600_000 * 256 / 1_281_167  # and 2015 §3.4 of ImageNet
 BUDGETS = {  # name: what it is for, share of the paper's passes, steps at least
     "smoke": ("does it run at all", 0.0, 20),
     "quick": ("a first look", 0.02, 300),
@@ -44,6 +45,7 @@ class Setting:
         seeds: how many runs of each network; they are seeds 0, 1, ….
         depths: of the networks, where a person has chosen; empty takes the study's own.
         steps: length of a run, where a person has chosen; else the budget's.
+        photographs: the networks are ImageNet's, and learn as the recipe `photos` has it; else CIFAR's.
     """
 
     data: str
@@ -53,6 +55,7 @@ class Setting:
     depths: tuple[int, ...] = ()
     device: str = "auto"
     steps: int | None = None
+    photographs: bool = False
 
     def __post_init__(self) -> None:
         if self.budget not in BUDGETS:
@@ -80,7 +83,8 @@ class Setting:
     @cached_property
     def base(self) -> Recipe:
         """The recipe that every run of the study starts from: the data's own, at the budget's length."""
-        full = replace(recipe("quick" if self.data == "digits" else "paper-cifar"), data=self.data)
+        name = "quick" if self.data == "digits" else "photos" if self.photographs else "paper-cifar"
+        full = replace(recipe(name), data=self.data)
         engine = pick_engine(full.precision, self.device)
         full = replace(full, threads=1, precision=automatic_precision(engine.device))
         short = full.shrunk(self.steps or self._steps(full.batch))
@@ -91,13 +95,18 @@ class Setting:
 
     def _steps(self, batch: int) -> int:
         _, share, least = BUDGETS[self.budget]
-        paper = PAPER_PASSES * len(self.source.train) / batch
+        paper = self.paper_passes * len(self.source.train) / batch
         return round(min(paper, max(share * paper, least)))
 
     @property
+    def paper_passes(self) -> float:
+        """Times that the paper shows every training picture to networks of this kind: 164 on CIFAR, 120 on ImageNet."""
+        return IMAGENET_PASSES if self.photographs else PAPER_PASSES
+
+    @property
     def share(self) -> float:
-        """The budget as a share of the paper's: passes over the training pictures, of its 164."""
-        return self.base.steps * self.base.batch / len(self.source.train) / PAPER_PASSES
+        """The budget as a share of the paper's passes over the training pictures."""
+        return self.base.steps * self.base.batch / len(self.source.train) / self.paper_passes
 
     def spec(self, given: Recipe) -> Specification:
         """The specification of a run's network."""

@@ -84,6 +84,7 @@ class Study:
         place: where the papers have it.
         plan: the runs that it needs.
         read: what they say; called with a function that is told (done, total) of slow measurements.
+        settle: makes its own setting of the one that was asked for.
     """
 
     name: str
@@ -91,6 +92,7 @@ class Study:
     place: str
     plan: Callable[[Setting], list[Trial]]
     read: Callable[[Setting, Outcomes, Callable[[int, int], None]], Reading]
+    settle: Callable[[Setting], Setting] = lambda asked: asked
 
 
 @dataclass(frozen=True)
@@ -135,15 +137,17 @@ def carry_out(
         Stopped, ResiduumError: as training does; what was done stays.
     """
     told = told or Told()
-    plans = {study.name: study.plan(setting) for study in studies}
-    where = {name: places(trials, setting, root) for name, trials in plans.items()}
+    own = {study.name: study.settle(setting) for study in studies}
+    plans = {study.name: study.plan(own[study.name]) for study in studies}
+    where = {name: places(trials, own[name], root) for name, trials in plans.items()}
     make(list({place.folder: place for plan in where.values() for place in plan}.values()), setting, yes, told)
     done = []
     for study in studies:
         pairs = zip(plans[study.name], where[study.name], strict=True)
         outcomes = tuple(Outcome(trial, place.folder) for trial, place in pairs)
         told.say(f"reading {study.name}")
-        done.append(Done(study, setting, study.read(setting, Outcomes(outcomes), told.reading), outcomes))
+        settled = own[study.name]
+        done.append(Done(study, settled, study.read(settled, Outcomes(outcomes), told.reading), outcomes))
     return done
 
 
@@ -160,9 +164,11 @@ def make(wanted: Sequence[Place], setting: Setting, yes: bool, told: Told) -> No
     devices = workers.seats(setting.device, len(missing))
     pace = Pace(setting)
     seconds = pace.left(missing, len(devices))
+    lengths = sorted({place.recipe.steps for place in wanted})
+    steps = f"{lengths[0]:,} steps" if len(lengths) == 1 else f"{lengths[0]:,} to {lengths[-1]:,} steps"
     together = f"{len(devices)} at once" if len(devices) > 1 else "one after the other"
     told.say(
-        f"{len(wanted):,} runs of {setting.base.steps:,} steps, {len(wanted) - len(missing):,} of them there already; "
+        f"{len(wanted):,} runs of {steps}, {len(wanted) - len(missing):,} of them there already; "
         f"{len(missing):,} to make, {together}: about {span(seconds)} on this machine."
     )
     if seconds > DAY and not yes:

@@ -77,7 +77,7 @@ class Learner:
     @property
     def identity(self) -> str:
         """What the result depends on, recipe and data; a checkpoint of another identity is not continued."""
-        return "/".join((self.recipe.key, self.task.data["fingerprint"], self.task.data.get("start_from", "")))
+        return "/".join((self.recipe.strict().key, self.task.data["fingerprint"], self.task.data.get("start_from", "")))
 
     def tensors(self) -> dict[str, Tensor]:
         """What a checkpoint holds of networks and momentum."""

@@ -82,7 +82,8 @@ def prepare(
     for sentence in task.notes:
         say(sentence)
     judged = "" if task.judged == "test" else f" ({task.judged})"
-    say(f"{recipe.net} on {recipe.data}: {len(task.loader.split):,} pictures to train on, {len(task.held_out):,} held out, "
+    data = sources.unsigned(recipe.data)
+    say(f"{recipe.net} on {data}: {len(task.loader.split):,} pictures to train on, {len(task.held_out):,} held out, "
         f"{len(task.test):,} to test on{judged}; {parameters(task.net):,} parameters")  # fmt: skip
     if not sources.is_name(recipe.data):
         passes = recipe.steps * recipe.batch / len(task.loader.split)
@@ -102,7 +103,7 @@ def finish(task: Classify, recipe: Recipe, run: Run, state: State) -> Result:
     measured = {task.judged: judgement.to_json()} | ({"held_out": held_out} if held_out else {})
     fitted = {"data": task.data["name"], "split": "held_out", "n": kept.n, "protocol": "1crop"} if kept else {}
     if task.engine.world.first:
-        bundle = task.bundle(recipe.to_json(), measured)
+        bundle = task.bundle(_unsigned(recipe).to_json(), measured)
         replace(bundle, temperature=temperature, calibration=fitted, samples=task.samples()).save(run.model)
     state.seconds += time.perf_counter() - began
     result = Result(
@@ -126,8 +127,8 @@ def finish(task: Classify, recipe: Recipe, run: Run, state: State) -> Result:
     views = task.views(task.test)
     page = report.render(
         title=f"{recipe.net} on {sources.short_name(recipe.data)}",
-        recipe=recipe.to_json(),
-        differences=recipes.changes(recipe, automatic_precision(task.engine.device)),
+        recipe=_unsigned(recipe).to_json(),
+        differences=recipes.changes(_unsigned(recipe), automatic_precision(task.engine.device)),
         budget=result.budget,
         metrics=read_metrics(run),
         judgement=judgement,
@@ -140,12 +141,17 @@ def finish(task: Classify, recipe: Recipe, run: Run, state: State) -> Result:
     return result
 
 
+def _unsigned(recipe: Recipe) -> Recipe:
+    """The recipe for files that are given away: the address of its data without a signature. recipe.toml has it whole."""
+    return replace(recipe, data=sources.unsigned(recipe.data))
+
+
 def running(task: Classify, recipe: Recipe, run: Run) -> None:
     """Writes the report of a run that goes on: its curves so far, and its recipe."""
     page = report.render_running(
         title=f"{recipe.net} on {sources.short_name(recipe.data)}",
-        recipe=recipe.to_json(),
-        differences=recipes.changes(recipe, automatic_precision(task.engine.device)),
+        recipe=_unsigned(recipe).to_json(),
+        differences=recipes.changes(_unsigned(recipe), automatic_precision(task.engine.device)),
         budget=recipes.budget(recipe),
         metrics=read_metrics(run),
         environment=run.read_json("environment.json") or {},

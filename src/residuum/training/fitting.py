@@ -11,11 +11,14 @@ from pathlib import Path
 
 import torch
 
+from residuum.runtime import give_back_memory
 from residuum.tasks.classify import Classify
 from residuum.training.average import learn
 from residuum.training.parts import parts_of
 from residuum.training.recipe import Recipe
 
+SHARES = 3  # that are in memory at once: the step's, and what is read ahead
+PARTS = 4  # that are tried: each finds memory as the one before has left it, in pieces
 # torch's, oneDNN's and the C++ library's
 _WORDS = ("can't allocate memory", "out of memory", "could not create a ", "bad allocation", "bad_alloc")
 
@@ -57,21 +60,28 @@ def in_fitting_parts(task: Classify, recipe: Recipe) -> tuple[Classify, Recipe, 
 
 
 def _fits(task: Classify, recipe: Recipe, size: int) -> bool:
-    """Tries a forward and a backward pass of a few more pictures, on a copy of the network."""
+    """Tries what a step needs, on a copy of the network: this share and the next ones, and parts of it, a fourth larger."""
     gc.collect()
-    if task.engine.device.type == "cuda":
-        torch.cuda.empty_cache()
+    give_back_memory(task.engine.device)
     try:
         with _no_more_than_there_is(task):
             net = copy.deepcopy(task.net)
             learn(net)
-            shape = (size + size // 8 + 1, task.preprocessing.channels, *task.preprocessing.size)
-            pictures = torch.zeros(shape, device=task.engine.device).to(memory_format=task.engine.memory_format)
-            with task.engine.autocast():
-                loss = net(pictures).float().square().sum()
-            loss.backward()
-            momentum = [torch.zeros_like(p) for p in net.parameters()]
-            return bool(momentum) and bool(loss.detach().isfinite())  # waits for the device
+            parameters = list(net.parameters())
+            momentum, gradients = [torch.zeros_like(p) for p in parameters], []
+            count, device = recipe.batch // task.engine.world.size, task.engine.device
+            shape = (task.preprocessing.channels, *task.preprocessing.size)
+            shares = torch.zeros((SHARES, count, *shape), device=device)
+            part = torch.zeros((size + size // 4 + 1, *shape), device=device)
+            for _ in range(min(count // size, PARTS)):
+                with task.engine.autocast():
+                    loss = net(part.to(memory_format=task.engine.memory_format)).float().square().sum()
+                loss.backward()
+                gradients += [p.grad for p in parameters]
+                for p in parameters:
+                    p.grad = None
+            kept = len(momentum) and len(gradients) and len(shares)
+            return bool(kept) and bool(loss.detach().isfinite())  # waits for the device
     except (RuntimeError, MemoryError) as error:
         if not is_short(error):
             raise

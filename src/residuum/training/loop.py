@@ -228,12 +228,16 @@ def _recorded(run: Run, task: str, expect: Callable[[Any], Training]) -> tuple[E
         raise RunError(f"{run.path} is a run of another task; go on with: {job.command} --resume {run.path}")
     recipe: Training = job.recipe.from_values(values)
     asked = expect(recipe)
+    if isinstance(recipe, Recipe) and isinstance(asked, Recipe) and asked.on_bad_image == "skip" != recipe.on_bad_image:
+        recipe = replace(recipe, on_bad_image="skip")  # a run that a picture stopped may go on without it
     open_ones = {key: getattr(recipe, key) for key in ("precision", "compile") if getattr(asked, key, "") == "auto"}
     asked = replace(asked, **open_ones)
     if changed := replace(asked, threads=asked.threads or recipe.threads).differences(recipe):
         raise RunError(
             f"{run.path} was started with another recipe: you ask for {'; '.join(changed)}. Resume without it, or start anew."
         )
+    if recipe.to_json() != job.recipe.from_values(values).to_json():
+        write_atomically(run.path / "recipe.toml", recipe.to_toml())
     run.remove_leftovers()
     return _finished(run, job), recipe, run.read_json("environment.json") or {}
 

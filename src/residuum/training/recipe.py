@@ -130,6 +130,10 @@ class Training:
             ema=max(0.0, 1 - (1 - self.ema) / share) if self.ema else 0.0,
         )
 
+    def strict(self) -> Self:
+        """The recipe as it is to a run that has met nothing it cannot read: what becomes of that has decided nothing yet."""
+        return self
+
     def differences(self, other: Training) -> list[str]:
         """What this recipe changes in `other`, as "key = value (not value)"."""
         ours, theirs = self.to_json(), other.to_json()
@@ -202,6 +206,9 @@ class Recipe(Training):
     recompute: bool = (
         False  # keep the maps of every √n-th block alone, compute the others again: less memory, more time
     )
+
+    def strict(self) -> Self:
+        return replace(self, on_bad_image="stop")
 
     def __post_init__(self) -> None:
         super().__post_init__()
