@@ -97,6 +97,7 @@ def main() -> None:
     service = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:
         assert service.stderr is not None
+        print(service.stderr.readline().strip())  # the engine
         address = re.search(r":(\d+)/", service.stderr.readline())
         assert address, service.stderr.read()
         port, body = int(address[1]), options.picture.read_bytes()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import fcntl
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,9 @@ import pytest
 # Before anything imports torch, and for the processes that tests start: as many workers run as there are cores, and a
 # thread more each would only take turns.
 os.environ["OMP_NUM_THREADS"] = "1"
+# Nothing is taken from, or left in, the cache of whoever runs the tests.
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="residuum-tests-")
+atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)

@@ -64,9 +64,9 @@ class Asked:
 class Running(Asked):
     """A service in a process, and the folder that it runs in."""
 
-    def __init__(self, process: subprocess.Popen[str], port: int, folder: Path) -> None:
+    def __init__(self, process: subprocess.Popen[str], port: int, folder: Path, engine: str) -> None:
         super().__init__(port)
-        self.process, self.folder = process, folder
+        self.process, self.folder, self.engine = process, folder, engine
 
 
 @contextmanager
@@ -79,7 +79,7 @@ def threaded(model: Path) -> Iterator[Asked]:
     from residuum.use.serve.limits import Limits
     from residuum.use.serve.service import Service
 
-    app = make_app(Service(load(str(model), "fp32", "cpu"), Limits()))
+    app = make_app(Service(load(str(model), "torch", "fp32", "cpu")[0], Limits()))
     listening = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
     thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
@@ -99,10 +99,10 @@ def service(model: Path, folder: Path, *options: str) -> Iterator[Running]:
     process = subprocess.Popen(arguments, cwd=folder, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     assert process.stderr is not None
     try:
-        line = process.stderr.readline()
+        engine, line = process.stderr.readline(), process.stderr.readline()
         address = re.search(r"http://127\.0\.0\.1:(\d+)/", line)
-        assert address, line + process.stderr.read()
-        yield Running(process, int(address[1]), folder)
+        assert address and engine.startswith("engine: "), engine + line + process.stderr.read()
+        yield Running(process, int(address[1]), folder, engine.removeprefix("engine: "))
         if process.poll() is None:
             process.send_signal(signal.SIGINT)  # Ctrl-C is an end without noise
         assert process.wait(60) == 0 and process.stderr.read() == ""

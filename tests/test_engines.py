@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -78,8 +79,10 @@ def by_hand(bundle: Bundle, pixels: Tensor) -> Tensor:
 def test_each_engine_says_what_the_network_says(bundle: Bundle, name: str, precision: str, bound: float) -> None:
     fresh = DIGITS.test.images[100:107]
     chosen = choose(bundle, name, precision)
-    for pixels in (fresh, fresh[:1]):
-        scores = chosen.answer(pixels)
+    for pixels in (fresh, fresh[:1], fresh[:4]):  # batches of any size, also from another thread, as a service asks
+        with ThreadPoolExecutor(1) as thread:
+            scores = thread.submit(chosen.answer, pixels).result()
+        assert torch.equal(scores, chosen.answer(pixels))
         assert scores.dtype == torch.float32 and scores.shape == (len(pixels), 10)
         assert float((scores - by_hand(bundle, pixels)).abs().max()) < bound
     assert "on 16 check pictures" in chosen.why
@@ -89,7 +92,7 @@ def test_each_engine_says_what_the_network_says(bundle: Bundle, name: str, preci
 def fake(shift: float, rounds: int) -> Kind:
     """An engine that is `shift` off in one score, and so slow."""
 
-    def build(graphs: Graphs, precision: str) -> Any:
+    def start(made: bytes, graphs: Graphs, precision: str) -> Any:
         def answer(pixels: Tensor) -> Tensor:
             for _ in range(rounds):
                 scores = reference(graphs.bundle, pixels)
@@ -97,7 +100,7 @@ def fake(shift: float, rounds: int) -> Kind:
 
         return answer
 
-    return Kind((), ("fp32",), build)
+    return Kind((), ("fp32",), lambda graphs, precision: b"made", start)
 
 
 def test_auto_takes_the_fastest_that_agrees(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,14 +113,14 @@ def test_auto_takes_the_fastest_that_agrees(bundle: Bundle, monkeypatch: pytest.
         return next(v for k, v in built.items() if k == id(answer))
 
     for kind in table.values():
-        plain = kind.build
+        plain = kind.start
 
-        def build(*a: Any, plain: Any = plain, kind: Kind = kind) -> Any:
+        def start(*a: Any, plain: Any = plain, kind: Kind = kind) -> Any:
             answer = plain(*a)
             built[id(answer)] = pace[id(kind)]
             return answer
 
-        object.__setattr__(kind, "build", build)
+        object.__setattr__(kind, "start", start)
     monkeypatch.setattr(engines, "seconds", timed)
     chosen = choose(bundle)
     assert (chosen.name, chosen.precision) == ("right", "fp32")

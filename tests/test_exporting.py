@@ -13,6 +13,7 @@ import onnxruntime
 import openvino
 import pytest
 import torch
+from pictures import photo
 from PIL import Image
 from torch import Tensor
 
@@ -22,9 +23,10 @@ from residuum.errors import ModelFileError, UsageError
 from residuum.models.bundle import Bundle, load_bundle
 from residuum.models.resnet import build
 from residuum.models.samples import Samples
-from residuum.preprocessing import Preprocessing
+from residuum.preprocessing import Preprocessing, picture_of, pixels_of
 from residuum.use import exporting
 from residuum.use.engines import BOUNDS
+from residuum.use.resizing import Resize
 
 CLASSES = ("null", "eins", "zwei", "drei", "vier", "fünf", "sechs", "sieben", "acht", "neun")
 DIGITS = digits.load()
@@ -82,10 +84,30 @@ def test_onnx(model: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -
     for n in (1, 2, 5):
         (scores,) = session.run(["scores"], {"pixels": FRESH[:n].numpy()})
         assert np.abs(scores - by_hand(model, FRESH[:n])).max() < 1e-5
+    assert proof["sizes"] == 5
+    prepared = load_bundle(model).preprocessing
+    for size in ((13, 20), (31, 9), (5, 5)):  # any size, resized as Pillow does
+        large = pixels_of(picture_of(FRESH[0]).resize(size))
+        (scores,) = session.run(["scores"], {"pixels": large[None].numpy()})
+        assert np.abs(scores - by_hand(model, prepared(picture_of(large))[None])).max() < 1e-5
     properties = {p.key: p.value for p in onnx.load(str(out)).metadata_props}
     assert tuple(json.loads(properties["classes"])) == CLASSES
     described = json.loads((tmp_path / "m.onnx.json").read_text())
-    assert described["classes"] == list(CLASSES) and described["input"]["shape"] == ["batch", 8, 8, 1]
+    assert described["classes"] == list(CLASSES) and described["input"]["shape"] == ["batch", "height", "width", 1]
+
+
+@pytest.mark.parametrize(
+    ("size", "resize", "interpolation"),
+    [((32, 32), 32, "bilinear"), ((24, 40), 48, "bilinear"), ((32, 32), 36, "bicubic"), ((32, 32), 20, "bilinear")],
+)
+def test_resizing_as_arithmetic_is_pillows(size: tuple[int, int], resize: int, interpolation: str) -> None:
+    """To the bit, but for tall pictures, whose rows some of Pillow's versions resize first."""
+    prepared = Preprocessing(3, size, resize, torch.zeros(3), torch.ones(3), interpolation)
+    resized = Resize(prepared)
+    for i, (w, h) in enumerate(((60, 45), (45, 60), (200, 133), (32, 32), (9, 7), (1, 1), (700, 12), (17, 39))):
+        pixels = pixels_of(photo(i, w, h).convert("RGB"))
+        apart = (resized(pixels[None])[0].int() - prepared(picture_of(pixels)).int()).abs()
+        assert apart.max() <= (3 if h > 2 * w else 0), (w, h)
 
 
 def test_torch(model: Path, tmp_path: Path) -> None:
@@ -95,20 +117,31 @@ def test_torch(model: Path, tmp_path: Path) -> None:
     module: Any = torch.export.load(str(out), extra_files=files).module()
     for n in (1, 5):
         assert np.abs(module(FRESH[:n]).detach().numpy() - by_hand(model, FRESH[:n])).max() < 1e-5
+    large = pixels_of(picture_of(FRESH[0]).resize((30, 19)))
+    expected = by_hand(model, load_bundle(model).preprocessing(picture_of(large))[None])
+    assert np.abs(module(large[None]).detach().numpy() - expected).max() < 1e-5
     assert tuple(json.loads(files["classes"])) == CLASSES
 
 
 def test_openvino_in_int8(model: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     out = tmp_path / "m.xml"
-    arguments = ("export", model, "--to", "openvino", "--precision", "int8", "--out", out, "--json")
+    for i in range(40):
+        Image.fromarray(DIGITS.test.images[i, :, :, 0].numpy()).save(tmp_path / f"{i:02}.png")
+    arguments = (
+        *("export", model, "--to", "openvino", "--precision", "int8"),
+        *("--pictures", tmp_path, "--out", out, "--json"),
+    )
     code, proof, err = asked(capsys, *arguments)
     assert code == 0, err
     assert proof["precision"] == "int8" and proof["bound"] == {"top1_agreement": 0.9, "largest_difference": 0.3}
     read = openvino.Core().read_model(out)
     assert "FakeQuantize" in {op.get_type_name() for op in read.get_ops()}
     assert tuple(json.loads(read.get_rt_info(["residuum", "classes"]).astype(str))) == CLASSES
-    scores = openvino.compile_model(read, "CPU")([FRESH.numpy()])[0]
-    assert (scores.argmax(1) == by_hand(model, FRESH).argmax(1)).mean() >= 0.8
+    compiled = openvino.compile_model(read, "CPU")
+    for size in ((8, 8), (20, 15)):
+        pixels = torch.stack([pixels_of(picture_of(one).resize(size)) for one in FRESH])
+        ours = torch.stack([load_bundle(model).preprocessing(picture_of(one)) for one in pixels])
+        assert (compiled([pixels.numpy()])[0].argmax(1) == by_hand(model, ours).argmax(1)).mean() >= 0.8
 
 
 def test_onnx_in_int8_is_calibrated_on_other_pictures_than_it_is_proved_on(
@@ -129,7 +162,9 @@ def test_onnx_in_int8_is_calibrated_on_other_pictures_than_it_is_proved_on(
     arguments = ("export", model, "--to", "onnx", "--precision", "int8", "--pictures", tmp_path, "--out", out, "--json")
     code, proof, err = asked(capsys, *arguments)
     assert code == 0, err
-    kept, learnt = ({x.numpy().tobytes() for x in seen[name]} for name in ("check", "training"))
+    prepared = load_bundle(model).preprocessing
+    kept = {prepared(picture_of(x)).numpy().tobytes() for x in seen["check"]}
+    learnt = {x.numpy().tobytes() for x in seen["training"]}
     assert proof["n"] == len(seen["check"]) == len(seen["training"]) == 20 and not kept & learnt
     assert "QuantizeLinear" in {node.op_type for node in onnx.load(str(out)).graph.node}
 
@@ -139,8 +174,8 @@ def test_disagreement_fails_and_leaves_no_file(
 ) -> None:
     wrong = load_bundle(model)
     wrong.net.fc.bias.data[3] += 2.0
-    right = exporting.program
-    monkeypatch.setattr(exporting, "program", lambda _: right(wrong))
+    right = exporting.resizing
+    monkeypatch.setattr(exporting, "resizing", lambda _, __: right(wrong, exporting.Whole(wrong)))
     out = tmp_path / "m.pt2"
     out.write_text("an older one")
     code, document, err = asked(capsys, "export", model, "--to", "torch", "--out", out, "--json")

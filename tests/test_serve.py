@@ -44,7 +44,12 @@ def model_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def running(model_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    with service(model_file, tmp_path_factory.mktemp("service"), *LIMITS) as it:
+    """With an engine that was asked for, and a folder of pictures that it is held to."""
+    pictures, engine = tmp_path_factory.mktemp("pictures"), ("--engine", "torch", "--precision", "fp32")
+    for i in range(4):
+        (pictures / f"{i}.jpg").write_bytes(jpeg(i))
+    with service(model_file, tmp_path_factory.mktemp("service"), *LIMITS, *engine, "--pictures", str(pictures)) as it:
+        assert it.engine.startswith("torch fp32 (as asked; top-1 agrees on 100.0%") and "2 check" in it.engine
         yield it
         assert list(it.folder.iterdir()) == []  # nothing was written by any request
 
@@ -115,7 +120,9 @@ def test_explanations_name_every_block_and_bring_a_heat_map(running: Running) ->
     assert status == 200
     assert [each["block"] for each in answer["blocks"]] == ["layer1.0", "layer2.0", "layer3.0"]
     assert all(each["ratio"] > 0 and 0 <= each["score_without"] <= 1 for each in answer["blocks"])
-    assert answer["top"] == running.post(jpeg(), path="/predict?top=3")[1]["predictions"][0]["top"]
+    predicted = running.post(jpeg(), path="/predict?top=3")[1]["predictions"][0]["top"]
+    assert [each["class"] for each in answer["top"]] == [each["class"] for each in predicted]
+    assert [each["score"] for each in answer["top"]] == pytest.approx([e["score"] for e in predicted], abs=1e-5)
     from base64 import b64decode
 
     with Image.open(io.BytesIO(b64decode(answer["heat"].removeprefix("data:image/png;base64,")))) as heat:
@@ -130,6 +137,7 @@ def test_about_the_model_and_no_paths_of_the_machine(running: Running) -> None:
     about = json.loads(content)
     assert status == 200 and about["classes"] == list(CLASSES) and about["name"] == "resnet8 on photos"
     assert about["limits"]["body_bytes"] == 1_000_000 and not about["calibrated"]
+    assert about["engine"] == "torch fp32"
 
 
 def test_every_key_stands_in_the_documents(running: Running) -> None:
@@ -305,7 +313,10 @@ def test_a_hundred_slow_clients_do_not_keep_others_waiting(running: Running) -> 
             if i % 2:  # half of them stop in the middle of the body, half in the middle of the header
                 link.sendall(b"Content-Length: 1000\r\n\r\nabc")
         still_up(running)
-        assert [link.recv(4096)[9:12] for link in links[1::2]] == [b"408"] * 50
+        answers = [link.recv(4096) for link in links]
+        assert [answer[9:12] for answer in answers] == [b"408"] * 100
+        assert "head did not arrive within 4 seconds" in sentence(json.loads(answers[0].partition(b"\r\n\r\n")[2]))
+        assert links[0].recv(1) == b""  # and it has hung up
     finally:
         for link in links:
             link.close()
@@ -399,6 +410,7 @@ def test_what_the_command_refuses(model_file: Path, capsys: pytest.CaptureFixtur
             (["--max-batch", "0"], "--max-batch must be above 0"),
             (["--timeout", "nan"], "--timeout must be above 0"),
             (["--latency-ms", "-1"], "--latency-ms must lie between"),
+            (["--engine", "opnvino"], "unknown engine 'opnvino'; did you mean 'openvino'?"),
         ):
             assert run(["serve", str(model_file), *arguments]) == 2
             assert words in capsys.readouterr().err

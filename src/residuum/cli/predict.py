@@ -106,22 +106,14 @@ def _choose(
 ) -> str:
     """Takes the engine; what is said of it."""
     from residuum.data.decode import picture_files
-    from residuum.runtime import pick_engine
 
-    if model.engine.device.type != "cpu":
-        if engine not in ("auto", "torch"):
-            raise UsageError(f"{engine} computes on the CPU here; take --engine torch, or --device cpu.")
-        if precision == "int8":
-            raise UsageError("torch computes in bf16 or fp32 here, not in int8; --device cpu has engines that do.")
-        model.engine = pick_engine(precision, str(model.engine.device))
-        return str(model.engine)
-    if engine == "auto" and len(first) <= FEW and precision != "int8":
+    if engine == "auto" and len(first) <= FEW and precision != "int8" and model.engine.device.type == "cpu":
         precision = "fp32" if precision == "auto" else precision
         model.choose("torch", precision)
         return f"torch {precision} (for {FEW} pictures or fewer building another takes longer than it saves)"
     pictures = [picture for _, picture in first[:16] if not isinstance(picture, DataError)]
     calibration = list(islice(picture_files([calibrate]), 256)) if calibrate is not None else ()
-    return str(model.choose(engine, precision, pictures, calibration))
+    return model.choose(engine, precision, pictures, calibration)
 
 
 def _shown(predictions: Iterator[Prediction], bar: console.Bar, many: bool) -> Iterator[Prediction]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from itertools import islice
+from pathlib import Path
+
 from residuum.cli import console
 from residuum.errors import UsageError
 
@@ -18,7 +21,9 @@ def serve(
     max_pixels: int = 50_000_000,
     timeout: float = 30.0,
     max_in_flight: int = 64,
-    precision: str = "fp32",
+    engine: str = "auto",
+    precision: str = "auto",
+    pictures: Path | None = None,
     device: str = "auto",
 ) -> None:
     """Serve a model of any task over HTTP, with a page to drop pictures on. Needs the extra: pip install 'residuum[serve]'
@@ -48,10 +53,16 @@ def serve(
         Seconds for sending a request, and again for answering it.
     max_in_flight
         Requests that are answered at once; more get 429 and Retry-After.
+    engine
+        torch, onnxruntime or openvino; auto takes the fastest that is installed and agrees with torch on the model's check
+        pictures, and says which. Explanations are torch's business.
     precision
-        fp32, bf16 or auto.
+        fp32, bf16 or int8; auto is bf16 where the hardware computes it and the engine agrees, else fp32.
+    pictures
+        A folder of pictures for a model file that holds none (an imported one): engines are held to torch on every second
+        one, and int8 is calibrated on the others.
     device
-        cpu, cuda, cuda:1, … ; auto takes a GPU where there is one.
+        cpu, cuda, cuda:1, … ; auto takes a GPU where there is one. On a GPU the engine is torch.
     """
     try:
         from residuum.use.serve.answering import load
@@ -65,6 +76,9 @@ def serve(
         ) from error
     from PIL import Image
 
+    from residuum.data.decode import picture_files
+    from residuum.use.engines import check_names
+
     positive = {"--max-batch": max_batch, "--max-body-mb": max_body_mb, "--max-pixels": max_pixels,
                 "--timeout": timeout, "--max-in-flight": max_in_flight}  # fmt: skip
     for option, value in positive.items():
@@ -74,6 +88,8 @@ def serve(
         raise UsageError(f"--latency-ms must lie between 0 and 60000, not {latency_ms:g}.")
     if not 0 <= port <= 65_535:
         raise UsageError(f"--port must lie between 0 and 65535, not {port}.")
+    check_names(engine, precision)
+    given = list(islice(picture_files([pictures]), 256)) if pictures is not None else []
     limits = Limits(
         max_body=int(max_body_mb * 1e6),
         max_pixels=max_pixels,
@@ -82,8 +98,11 @@ def serve(
         latency=latency_ms / 1000,
         max_batch=max_batch,
     )
-    answering = load(model, precision, device)
-    answering.show([answering.prepare(Image.new("RGB", (320, 240)))])  # the first is slow; better now than for somebody
+    answering, computes = load(model, engine, precision, device, given)
+    console.say(f"engine: {computes}")
+    blank = answering.prepare(Image.new("RGB", (320, 240)))
+    for n in answering.batches:  # the first are slow; better now than for somebody
+        answering.show([blank] * min(n, max_batch))
     service = Service(answering, limits)
     run(
         make_app(service),

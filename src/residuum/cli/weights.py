@@ -121,7 +121,7 @@ def export(
 
     Example: `residuum export runs/digits/model.safetensors --to onnx --out digits.onnx`
 
-    The file takes uint8 pictures (batch, h, w, channels), resized and cropped as FILE.json says, and gives calibrated scores.
+    The file takes uint8 pictures (batch, height, width, channels) of any size and gives calibrated scores; see FILE.json.
     It is compared with the network on real pictures, in batches of 1 and 7; FILE.proof.json says how far they are apart. Beyond
     the bound (fp32: a score 0.001 apart or another best class; int8: 0.3, or another best class on more than 10 %) there is no
     file, and the exit code is 1.

@@ -1,17 +1,20 @@
 """What computes the answers: PyTorch, ONNX Runtime or OpenVINO, in fp32, bf16 or int8; and which of them is the fastest here.
 
-An engine is a value of the table ENGINES. Built for a model it is a function of pictures, uint8 (B, h, w, C), to scores,
-float32 (B, classes). `choose` builds those that are installed, holds each to what torch says in fp32 of the model's check
-pictures, and takes the fastest of those that agree.
+An engine is a value of the table ENGINES. What it runs is made of a model, which takes its time, and can be kept as bytes;
+started, it is a function of pictures, uint8 (B, h, w, C), to scores, float32 (B, classes). `choose` builds those that are
+installed, holds each to what torch says in fp32 of the model's check pictures, and takes the fastest of those that agree; or
+it takes what an earlier start has kept (`use.kept`).
 """
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +24,7 @@ from residuum.models.bundle import Bundle
 from residuum.models.samples import apart
 from residuum.runtime import automatic_precision
 from residuum.use.graphs import PIXELS, Graphs
+from residuum.use.kept import Kept, kept
 from residuum.use.whole import Whole, reference
 
 Answers = Callable[[Tensor], Tensor]  # uint8 (B, h, w, C) -> float32 (B, classes)
@@ -34,11 +38,12 @@ BOUNDS = {  # what agrees with torch in fp32: least top-1 agreement, largest dif
 
 @dataclass(frozen=True)
 class Kind:
-    """One engine: what it needs, what it computes in, and how it is built."""
+    """One engine: what it needs, what it computes in, what is made for it (graphs, precision), and how that is started."""
 
     packages: tuple[str, ...]
     precisions: tuple[str, ...]  # best first
-    build: Callable[[Graphs, str], Answers]
+    make: Callable[[Graphs, str], bytes]
+    start: Callable[[bytes, Graphs, str], Answers]
 
     def missing(self) -> list[str]:
         """The packages that are not installed."""
@@ -76,12 +81,13 @@ class Chosen:
     precision: str
     answer: Answers
     why: str
+    made: bytes = b""  # what was made for it, to be kept
 
     def __str__(self) -> str:
         return f"{self.name} {self.precision} ({self.why})"
 
 
-def _torch(graphs: Graphs, precision: str) -> Answers:
+def _torch(made: bytes, graphs: Graphs, precision: str) -> Answers:
     whole, prepared = Whole(graphs.bundle), graphs.bundle.preprocessing
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     # pure bf16 behind the normalisation, not autocast: the weights are turned once, not with every batch
@@ -95,29 +101,38 @@ def _torch(graphs: Graphs, precision: str) -> Answers:
     return answer
 
 
-def _onnxruntime(graphs: Graphs, precision: str) -> Answers:
+def _onnxruntime(made: bytes, graphs: Graphs, precision: str) -> Answers:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(graphs.onnx(precision), options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(made, options, providers=["CPUExecutionProvider"])
     return lambda pixels: torch.from_numpy(session.run(None, {PIXELS: pixels.numpy()})[0])
 
 
-def _openvino(graphs: Graphs, precision: str) -> Answers:
+def _openvino_made(graphs: Graphs, precision: str) -> bytes:
     import openvino
 
-    model = graphs.openvino(precision)
+    compiled = openvino.compile_model(graphs.openvino(precision), "CPU", _openvino_settings(precision))
+    content: bytes = compiled.export_model().getvalue()
+    return content
+
+
+def _openvino_settings(precision: str) -> dict[str, Any]:
     # int8 graphs compute the rest in bf16 where the hardware does
     hint = "bf16" if precision == "bf16" or (precision == "int8" and _bf16()) else "f32"
-    settings = {
+    return {
         "INFERENCE_PRECISION_HINT": hint,
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         "PERFORMANCE_HINT": "LATENCY",  # one batch at a time, on all threads
     }
-    compiled = openvino.compile_model(model, "CPU", settings)
 
+
+def _openvino(made: bytes, graphs: Graphs, precision: str) -> Answers:
+    import openvino
+
+    compiled = openvino.Core().import_model(made, "CPU", _openvino_settings(precision))
     own = threading.local()  # a request computes one batch at a time; each thread that asks has its own
 
     def answer(pixels: Tensor) -> Tensor:
@@ -129,11 +144,17 @@ def _openvino(graphs: Graphs, precision: str) -> Answers:
 
 
 ENGINES: Mapping[str, Kind] = {
-    "torch": Kind((), ("bf16", "fp32"), _torch),
-    "onnxruntime": Kind(("onnx", "onnxscript", "onnxruntime"), ("fp32", "int8"), _onnxruntime),
-    "openvino": Kind(("onnx", "onnxscript", "openvino", "nncf"), ("bf16", "fp32", "int8"), _openvino),
+    "torch": Kind((), ("bf16", "fp32"), lambda graphs, precision: b"", _torch),
+    "onnxruntime": Kind(("onnx", "onnxscript", "onnxruntime"), ("fp32", "int8"), Graphs.onnx, _onnxruntime),
+    "openvino": Kind(("onnx", "onnxscript", "openvino", "nncf"), ("bf16", "fp32", "int8"), _openvino_made, _openvino),
 }
 NAMES = ("auto", *ENGINES)
+
+
+def _built(graphs: Graphs, name: str, precision: str) -> Chosen:
+    """One engine, ready, of which nothing is said yet."""
+    made = ENGINES[name].make(graphs, precision)
+    return Chosen(name, precision, ENGINES[name].start(made, graphs, precision), "", made)
 
 
 def choose(
@@ -144,6 +165,7 @@ def choose(
     check: Tensor | None = None,
     training: Tensor | None = None,
     batch: int = 16,
+    keep: bool = False,
 ) -> Chosen:
     """The engine asked for, or the fastest that is installed and agrees with torch in fp32.
 
@@ -153,6 +175,7 @@ def choose(
         check: pictures to hold engines to, uint8 (n, h, w, C); the model file's own where None.
         training: pictures to calibrate int8 on, likewise.
         batch: pictures in the batches that are timed.
+        keep: whether what an earlier start has kept is taken, and what is built is kept for later ones.
 
     Raises:
         UsageError: an unknown name, an engine that is not installed or has no such precision, int8 without pictures.
@@ -169,17 +192,50 @@ def choose(
             "--calibrate FOLDER"
         )
     graphs = Graphs(bundle, training)
+    if not keep:
+        return _chosen(graphs, wanted, engine, precision, check, batch)
+    place = kept(bundle, {"wanted": wanted, "batch": batch, "asked": [engine, precision]}, check, training)
+    if (before := _started(place, graphs)) is not None:
+        return before
+    chosen = _chosen(graphs, wanted, engine, precision, check, batch)
+    place.put("engine", chosen.made)
+    place.put("choice", json.dumps([chosen.name, chosen.precision, chosen.why]).encode())
+    return replace(chosen, made=b"")
+
+
+def _started(place: Kept, graphs: Graphs) -> Chosen | None:
+    """What an earlier start has chosen and built; None where there is none, or it does not start."""
+    choice, made = place.get("choice"), place.get("engine")
+    if choice is None or made is None:
+        return None
+    name, precision, why = json.loads(choice)
+    try:
+        return Chosen(
+            name, precision, ENGINES[name].start(made, graphs, precision), f"{why}; built by an earlier start"
+        )
+    except RuntimeError:  # it is built anew
+        return None
+
+
+def _chosen(
+    graphs: Graphs,
+    wanted: Sequence[tuple[str, tuple[str, ...]]],
+    engine: str,
+    precision: str,
+    check: Tensor | None,
+    batch: int,
+) -> Chosen:
     name, (first, *_) = wanted[0]
     if check is None or not len(check):
         if engine == "auto" and precision == "auto":
             first = "fp32"
         why = "as asked" if engine != "auto" else "there are no check pictures to hold another engine to"
-        return Chosen(name, first, ENGINES[name].build(graphs, first), why)
-    expected = reference(bundle, check)
+        return replace(_built(graphs, name, first), why=why)
+    expected = reference(graphs.bundle, check)
     if engine != "auto":
-        answer = ENGINES[name].build(graphs, first)
-        said = Agreement.between(answer(check), expected)
-        return Chosen(name, first, answer, f"as asked; {said} with torch fp32 on {len(check)} check pictures")
+        one = _built(graphs, name, first)
+        said = Agreement.between(one.answer(check), expected)
+        return replace(one, why=f"as asked; {said} with torch fp32 on {len(check)} check pictures")
     return _fastest(graphs, wanted, check, expected, batch)
 
 
@@ -222,20 +278,19 @@ def _fastest(
     pixels = check[torch.arange(batch) % len(check)]  # (batch, h, w, C)
     for name, precisions in wanted:
         for precision in precisions:
-            answer = ENGINES[name].build(graphs, precision)
-            said = Agreement.between(answer(check), expected)
+            one = _built(graphs, name, precision)
+            said = Agreement.between(one.answer(check), expected)
             if said.within(*BOUNDS[precision]):
-                timed.append((seconds(answer, pixels), name, precision, answer, said))
+                timed.append((seconds(one.answer, pixels), one, said))
                 break
             refused.append(f"{name} {precision} does not agree ({said})")
     if not timed:
-        answer = ENGINES["torch"].build(graphs, "fp32")
-        return Chosen("torch", "fp32", answer, "; ".join(refused))
-    timed.sort(key=lambda one: one[0])
-    best, name, precision, answer, said = timed[0]
-    others = [f"{n} {p} takes {s / best:.2f} times as long" for s, n, p, _, _ in timed[1:]]
+        return replace(_built(graphs, "torch", "fp32"), why="; ".join(refused))
+    timed.sort(key=lambda row: row[0])
+    best, one, said = timed[0]
+    others = [f"{other.name} {other.precision} takes {s / best:.2f} times as long" for s, other, _ in timed[1:]]
     words = [f"{said} with torch fp32 on {len(check)} check pictures", *others, *refused]
-    return Chosen(name, precision, answer, "; ".join(words))
+    return replace(one, why="; ".join(words))
 
 
 def seconds(answer: Answers, pixels: Tensor, budget: float = 0.5) -> float:

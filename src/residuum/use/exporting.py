@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,9 +25,9 @@ from residuum.errors import DataError, ModelFileError, UsageError, unknown
 from residuum.models.bundle import Bundle
 from residuum.records import write_atomically, writing_error
 from residuum.use.engines import BOUNDS
-from residuum.use.graphs import PIXELS, SCORES, Graphs, about
+from residuum.use.graphs import PIXELS, SCORES, Graphs, about, resizing
 from residuum.use.proof import READERS, Proof, prove
-from residuum.use.whole import program
+from residuum.use.whole import Whole
 
 
 @dataclass(frozen=True)
@@ -67,14 +67,14 @@ def check_request(target: str, precision: str, out: Path) -> None:
 
 
 def export_whole(
-    bundle: Bundle, target: str, precision: str, out: Path, check: Tensor, training: Tensor | None
+    bundle: Bundle, target: str, precision: str, out: Path, check: Sequence[Tensor], training: Tensor | None
 ) -> Proof:
     """Writes the file, what stands beside it, and its proof; nothing where the proof fails.
 
     Args:
         target: a name in FORMATS.
-        check: uint8 (N, h, w, C), the pictures of the proof.
-        training: uint8 (M, h, w, C), others, to calibrate int8 on.
+        check: the pictures of the proof, each uint8 (H, W, C) at its own size.
+        training: uint8 (M, h, w, C), others, resized and cropped already, to calibrate int8 on.
 
     Raises:
         UsageError: what `check_request` refuses, or int8 without pictures.
@@ -111,13 +111,16 @@ def export_whole(
 
 def _write(graphs: Graphs, target: str, precision: str, file: Path) -> None:
     if target == "onnx":
-        file.write_bytes(graphs.onnx(precision))
+        file.write_bytes(graphs.onnx(precision, any_size=True))
     elif target == "torch":
-        torch.export.save(program(graphs.bundle), str(file), extra_files=dict(about(graphs.bundle)))
+        torch.export.save(
+            resizing(graphs.bundle, Whole(graphs.bundle)), str(file), extra_files=dict(about(graphs.bundle))
+        )
     else:
         import openvino
 
-        openvino.save_model(graphs.openvino(precision), str(file), compress_to_fp16=False)
+        model = graphs.openvino(precision, any_size=True)
+        openvino.save_model(model, str(file), compress_to_fp16=False)
 
 
 def description(bundle: Bundle, target: str, precision: str) -> dict[str, Any]:
@@ -130,7 +133,7 @@ def description(bundle: Bundle, target: str, precision: str) -> dict[str, Any]:
         "input": {
             "name": PIXELS,
             "type": "uint8",
-            "shape": ["batch", h, w, c],
+            "shape": ["batch", "height", "width", c],
             "channels": "grey" if c == 1 else "RGB",
         },
         "output": {"name": SCORES, "type": "float32", "shape": ["batch", len(bundle.classes)]},
@@ -138,9 +141,9 @@ def description(bundle: Bundle, target: str, precision: str) -> dict[str, Any]:
             "resize": prepared.resize,
             "interpolation": prepared.interpolation,
             "crop": [h, w],
-            "words": f"Turn the picture upright and make it {'grey' if c == 1 else 'RGB'}; resize it with Pillow "
-            f"({prepared.interpolation}) so that its shorter side has {prepared.resize} pixels; keep the centre {w}x{h}. "
-            "Values stay 0 to 255: normalisation, temperature and softmax are in the file.",
+            "words": f"Turn the picture upright and make it {'grey' if c == 1 else 'RGB'}, at its own size, values 0 to 255; "
+            f"the pictures of a batch have one size. The file resizes them ({prepared.interpolation}, antialiased) so that the "
+            f"shorter side has {prepared.resize} pixels, keeps the centre {w}x{h}, normalises, and gives calibrated scores.",
         },
         "classes": list(bundle.classes),
         "specification": bundle.spec.to_json(),

@@ -16,13 +16,15 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from residuum.errors import UsageError
 from residuum.models.bundle import Bundle
-from residuum.use.whole import program
+from residuum.use.resizing import Resize
+from residuum.use.whole import Whole, program
 
 PIXELS, SCORES = "pixels", "scores"  # the input's and the output's name in every format
+RESIZED = "resized"  # what the part that resizes gives to the rest
 OPSET = 20  # of ONNX; the newest that has been out for two years
 
 
@@ -39,33 +41,41 @@ class Graphs:
 
     @cached_property
     def _exported(self) -> Any:
-        with _quietly():
-            made: Any = torch.onnx.export(
-                program(self.bundle),
-                dynamo=True,
-                verbose=False,
-                opset_version=OPSET,
-                input_names=[PIXELS],
-                output_names=[SCORES],
-            )
-        return made.model_proto
+        shape = (*self.bundle.preprocessing.size, self.bundle.preprocessing.channels)
+        return _onnx(program(Whole(self.bundle), shape, ("batch",)), PIXELS, SCORES)
 
-    def onnx(self, precision: str) -> bytes:
-        """As ONNX, classes in its metadata: uint8 `pixels` (batch, h, w, C) -> float32 `scores` (batch, classes)."""
+    @cached_property
+    def _resizing(self) -> Any:
+        """uint8 (batch, height, width, C) of any size -> uint8 (batch, h, w, C)."""
+        return _onnx(resizing(self.bundle), PIXELS, RESIZED)
+
+    def onnx(self, precision: str, any_size: bool = False) -> bytes:
+        """As ONNX, classes in its metadata: uint8 `pixels` (batch, h, w, C) -> float32 `scores` (batch, classes).
+
+        With `any_size` pictures of any height and width, which it resizes and crops.
+        """
         import onnx
 
         model = onnx.ModelProto()
         model.CopyFrom(self._exported)
         if precision == "int8":
             model = _onnx_int8(model, self._pictures())
+        if any_size:
+            front = onnx.compose.add_prefix(self._resizing, "resize/", rename_inputs=False, rename_outputs=False)
+            model = onnx.compose.add_prefix(model, "net/", rename_outputs=False)
+            model.ir_version = front.ir_version  # the quantiser writes another
+            model = onnx.compose.merge_models(front, model, [(RESIZED, f"net/{PIXELS}")])
         del model.metadata_props[:]
         onnx.helper.set_model_props(model, about(self.bundle))
         onnx.checker.check_model(model, full_check=True)
         content: bytes = model.SerializeToString()
         return content
 
-    def openvino(self, precision: str) -> Any:
-        """As an `openvino.Model`, classes in its runtime information; bf16 is not its own but its compilation's business."""
+    def openvino(self, precision: str, any_size: bool = False) -> Any:
+        """As an `openvino.Model`, classes in its runtime information; bf16 is not its own but its compilation's business.
+
+        `any_size` as in `onnx`.
+        """
         import openvino
 
         model: Any = openvino.Core().read_model(self.onnx("fp32"), b"")
@@ -77,6 +87,12 @@ class Graphs:
                 pictures = self._pictures()
                 batches = nncf.Dataset([x.numpy() for x in torch.split(pictures, 1)])
                 model = nncf.quantize(model, batches, subset_size=len(pictures), preset=nncf.QuantizationPreset.MIXED)
+        if any_size:
+            front = openvino.Core().read_model(self._resizing.SerializeToString(), b"")
+            resized = front.output(0).get_node().input_value(0)
+            for place in model.input(0).get_node().output(0).get_target_inputs():
+                place.replace_source_output(resized)
+            model = openvino.Model(model.get_results(), front.get_parameters())
         for key, value in about(self.bundle).items():
             model.set_rt_info(value, ["residuum", key])
         return model
@@ -85,6 +101,28 @@ class Graphs:
         if self.training is None or not len(self.training):
             raise UsageError("int8 is calibrated on pictures, and there are none; give some.")
         return self.training
+
+
+def resizing(bundle: Bundle, then: nn.Module | None = None) -> torch.export.ExportedProgram:
+    """The part that resizes and crops pictures of any size, alone or with a module after it."""
+    prepared = bundle.preprocessing
+    front = Resize(prepared) if then is None else nn.Sequential(Resize(prepared), then)
+    # an example of some odd size; whatever is computed from it must not take it for the network's own
+    return program(front, (prepared.size[0] + 3, prepared.size[1] + 7, prepared.channels), ("batch", "height", "width"))
+
+
+def _onnx(exported: torch.export.ExportedProgram, given: str, said: str) -> Any:
+    """A program as an `onnx.ModelProto`."""
+    with _quietly():
+        made: Any = torch.onnx.export(
+            exported,
+            dynamo=True,
+            verbose=False,
+            opset_version=OPSET,
+            input_names=[given],
+            output_names=[said],
+        )
+    return made.model_proto
 
 
 def _onnx_int8(model: Any, training: Tensor) -> Any:

@@ -20,7 +20,7 @@ from residuum.errors import DataError, UsageError
 from residuum.models.bundle import Bundle
 from residuum.runtime import Engine, evaluating, pick_engine, to_device
 from residuum.use.download import model_of
-from residuum.use.engines import Chosen, choose
+from residuum.use.engines import Chosen, check_names, choose
 
 Picture = str | Path | bytes | Image.Image
 BATCH = 64  # pictures that go through the engine together
@@ -50,16 +50,31 @@ class Model(Bundle):
 
     def choose(
         self, engine: str, precision: str = "auto", pictures: Sequence[Picture] = (), calibrate: Sequence[Picture] = ()
-    ) -> Chosen:
+    ) -> str:
         """Takes an engine for all that follows, and says which one and why; see `use.engines.choose`, whose errors it raises.
+
+        On a GPU it is torch, which raises UsageError where another, or int8, is asked for.
 
         Args:
             pictures: engines are held to what torch says of these where the model file has no check pictures.
             calibrate: int8 is calibrated on these instead of the model file's training pictures.
         """
+        if self.engine.device.type != "cpu":
+            check_names(engine, precision)
+            if engine not in ("auto", "torch"):
+                raise UsageError(f"{engine} computes on the CPU here; take --engine torch, or --device cpu.")
+            if precision == "int8":
+                raise UsageError("torch computes in bf16 or fp32 here, not in int8; --device cpu has engines that do.")
+            self.engine = pick_engine(precision, str(self.engine.device))
+            return str(self.engine)
         check = None if self.samples else self._pixels(pictures)
-        self.chosen = choose(self, engine, precision, check=check, training=self._pixels(calibrate))
-        return self.chosen
+        self.chosen = choose(self, engine, precision, check=check, training=self._pixels(calibrate), keep=True)
+        return str(self.chosen)
+
+    @property
+    def computes(self) -> str:
+        """What computes the scores, in a few words."""
+        return str(self.engine) if self.chosen is None else f"{self.chosen.name} {self.chosen.precision}"
 
     def _pixels(self, pictures: Sequence[Picture]) -> Tensor | None:
         """Those that can be read, uint8 (n, h, w, C); None where there is none."""

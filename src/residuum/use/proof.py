@@ -1,8 +1,10 @@
-"""The proof that an exported file says what the network says: on real pictures, at two batch sizes, read back from the disk."""
+"""The proof that an exported file says what the network says, read back from the disk: on real pictures of their own sizes, one
+by one and in batches, whose pictures are cut to the size that all of a batch have.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import torch
 from torch import Tensor
 
 from residuum.models.bundle import Bundle
+from residuum.preprocessing import picture_of
 from residuum.use.engines import BOUNDS, Agreement, Answers, seconds
 from residuum.use.graphs import PIXELS
 from residuum.use.whole import Whole, reference
@@ -24,11 +27,12 @@ class Proof:
 
     Attributes:
         top1_agreement, largest_difference: over both batch sizes, against the network in torch and fp32.
-        seconds, torch_seconds: of a batch, by its size; of the file, and of torch in fp32 with BN folded.
+        seconds, torch_seconds: of a batch, by its size; of the file, and of torch in fp32 with BN folded after Pillow's resize.
     """
 
     precision: str
     n: int
+    sizes: int  # how many different ones the pictures have
     agreement: Agreement
     seconds: Mapping[int, float]
     torch_seconds: Mapping[int, float]
@@ -44,6 +48,7 @@ class Proof:
         return {
             "precision": self.precision,
             "n": self.n,
+            "sizes": self.sizes,
             "top1_agreement": self.agreement.top1_agreement,
             "largest_difference": self.agreement.largest_difference,
             "bound": {"top1_agreement": least, "largest_difference": largest},
@@ -53,20 +58,35 @@ class Proof:
         }
 
 
-def prove(bundle: Bundle, answer: Answers, pixels: Tensor, precision: str) -> Proof:
-    """Shows real pictures, uint8 (N, h, w, C), to the file's own runtime and to the network."""
-    expected = reference(bundle, pixels)
+def prove(bundle: Bundle, answer: Answers, pictures: Sequence[Tensor], precision: str) -> Proof:
+    """Shows real pictures, each uint8 (H, W, C) at its own size, to the file's own runtime and to the network."""
     found, times, torch_times = [], {}, {}
-    whole = Whole(bundle)
-    net = whole.to(memory_format=torch.channels_last)
+    net = Whole(bundle).to(memory_format=torch.channels_last)
+
+    def prepared(batch: Tensor) -> Tensor:
+        return torch.stack([bundle.preprocessing(picture_of(one)) for one in batch])
+
     with torch.inference_mode():
         for size in BATCHES:
-            said = torch.cat([answer(part) for part in torch.split(pixels, size)])
+            batches = [_cut(pictures[i : i + size]) for i in range(0, len(pictures), size)]
+            said = torch.cat([answer(batch) for batch in batches])
+            expected = reference(bundle, torch.cat([prepared(batch) for batch in batches]))
             found.append(Agreement.between(said, expected))
-            one = pixels[torch.arange(size) % len(pixels)]
-            times[size], torch_times[size] = seconds(answer, one), seconds(net, one)
+            one = batches[0][torch.arange(size) % len(batches[0])]
+            times[size], torch_times[size] = seconds(answer, one), seconds(lambda batch: net(prepared(batch)), one)
     worst = Agreement(min(a.top1_agreement for a in found), max(a.largest_difference for a in found))
-    return Proof(precision, len(pixels), worst, times, torch_times)
+    sizes = len({picture.shape for picture in pictures})
+    return Proof(precision, len(pictures), sizes, worst, times, torch_times)
+
+
+def _cut(pictures: Sequence[Tensor]) -> Tensor:
+    """One batch, uint8 (B, H, W, C): of each picture the middle, as large as all of them are."""
+    h, w = (min(picture.shape[axis] for picture in pictures) for axis in (0, 1))
+    middles = []
+    for picture in pictures:
+        top, left = (picture.shape[0] - h) // 2, (picture.shape[1] - w) // 2
+        middles.append(picture[top : top + h, left : left + w])
+    return torch.stack(middles)
 
 
 def _onnx(file: Path) -> Answers:

@@ -2,11 +2,13 @@
 
 uint8 (B, h, w, C)  --normalise, network, / temperature, softmax-->  float32 (B, classes)
 
-The pictures are resized and cropped already, by Pillow as everywhere else, so that every engine gets the same pixels: the size
-is fixed, and a JSON beside an exported file says how pictures come to it.
+The engines here get pictures that Pillow has resized and cropped, as everywhere else. In exported files `use.resizing` stands
+before it, so that they take pictures of any size.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -38,16 +40,17 @@ class Whole(nn.Module):
         return torch.softmax(logits / self.temperature, 1)
 
 
-def program(bundle: Bundle) -> torch.export.ExportedProgram:
-    """The whole as torch.export has it, for batches of any size.
+def program(module: nn.Module, shape: Sequence[int], free: Sequence[str]) -> torch.export.ExportedProgram:
+    """A module of pictures as torch.export has it.
 
-    Two pictures stand for all: a batch of one would be taken for a constant.
+    Args:
+        shape: (h, w, C) of a picture.
+        free: the first axes, by name, that may be of any length: "batch", or "batch", "height" and "width".
     """
-    h, w, c = (*bundle.preprocessing.size, bundle.preprocessing.channels)
-    example = torch.zeros(2, h, w, c, dtype=torch.uint8)
-    batch = torch.export.Dim("batch", min=1, max=65_536)
+    example = torch.zeros(2, *shape, dtype=torch.uint8)  # a batch of one would be taken for a constant
+    lengths = {axis: torch.export.Dim(name, min=1, max=65_536) for axis, name in enumerate(free)}
     with torch.no_grad():
-        return torch.export.export(Whole(bundle), (example,), dynamic_shapes=({0: batch},))
+        return torch.export.export(module.eval(), (example,), dynamic_shapes=(lengths,))
 
 
 def reference(bundle: Bundle, pixels: Tensor) -> Tensor:

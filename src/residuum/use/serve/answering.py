@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from residuum.errors import UsageError
 from residuum.evaluation.boxes import Found
 from residuum.evaluation.detections import find_in
 from residuum.evaluation.drawing import COLOURS
@@ -39,6 +40,10 @@ class Answering(Protocol):
 
     @property
     def model(self) -> Model | DenseBundle: ...
+
+    @property
+    def batches(self) -> Sequence[int]:
+        """Sizes of batches of which the first is slow to show."""
 
     @property
     def unexplained(self) -> str | None:
@@ -65,13 +70,28 @@ class Answering(Protocol):
         """What there is to know of the model."""
 
 
-def load(name: str, precision: str, device: str) -> Answering:
-    """The model of a file or a publisher's name, of whatever task; raises ModelFileError, UsageError."""
+def load(name: str, engine: str, precision: str, device: str, pictures: Sequence[Path] = ()) -> tuple[Answering, str]:
+    """The model of a file or a publisher's name, of whatever task, and one line on what computes its answers.
+
+    Args:
+        engine: as `use.engines.choose` has it for classifiers; torch computes the others.
+        precision: likewise; the others are in fp32 unless bf16 is asked for, which would round boxes to whole pixels.
+        pictures: a classifier's engine is held to torch on every second one, and int8 is calibrated on the others.
+
+    Raises:
+        ModelFileError, UsageError
+    """
     task = task_of(Path(name))
     if task == "classify":
-        return Classifies(predict.load(name, precision=precision, device=device))
+        model = predict.load(name, device=device)
+        return Classifies(model), model.choose(engine, precision, pictures[::2], pictures[1::2])
+    if engine not in ("auto", "torch") or precision == "int8" or pictures:
+        raise UsageError(
+            f"a model that can {task} is computed by torch in fp32 or bf16: no other --engine, no --pictures."
+        )
     kinds: dict[str, type[Detects | Segments]] = {"detect": Detects, "segment": Segments}
-    return kinds[task](*dense.load(Path(name), task, precision, device))
+    answering = kinds[task](*dense.load(Path(name), task, "fp32" if precision == "auto" else precision, device))
+    return answering, f"torch on {answering.computes}"
 
 
 class Classifies:
@@ -82,6 +102,7 @@ class Classifies:
     """
 
     unexplained = None
+    batches = (1, 16)
 
     def __init__(self, model: Model, scores: Callable[[Tensor], Tensor] | None = None) -> None:
         self.model, self._scores = model, scores or model.scores
@@ -104,7 +125,7 @@ class Classifies:
             "temperature": model.temperature,
             "calibrated": bool(model.calibration),
             "preprocessing": model.preprocessing.to_json(),
-            "engine": str(model.engine),
+            "engine": model.computes,
         }
 
 
@@ -120,9 +141,10 @@ class _Dense:
 
     task: str
     unexplained: str | None
+    batches = (1,)  # one picture at a time, in any batch
 
     def __init__(self, model: DenseBundle, engine: Engine) -> None:
-        self.model, self._engine = model, engine
+        self.model, self._engine, self.computes = model, engine, str(engine)
 
     def prepare(self, picture: Image.Image) -> Picture:
         """A picture more than twice as large as the network looks at is reduced to that, so that many fit into memory."""
@@ -139,7 +161,7 @@ class _Dense:
         return _about(self.task, self.model, self.model.spec) | {
             "values": self.model.values.to_json(),
             "colours": [self._colour(i) for i in classes],
-            "engine": str(self._engine),
+            "engine": self.computes,
         }
 
     def _colour(self, label: int) -> str:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import logging
 import math
 import signal
 import socket
 from collections.abc import Callable
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
+from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from residuum.errors import UsageError
 
@@ -28,6 +32,7 @@ def serve(app: FastAPI, host: str, port: int, timeout: float, ready: Callable[[s
     logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # what clients send wrongly is told to them
     config = uvicorn.Config(
         app,
+        http=_impatient(timeout),
         log_level="error",
         access_log=False,
         server_header=False,
@@ -44,6 +49,43 @@ def serve(app: FastAPI, host: str, port: int, timeout: float, ready: Callable[[s
         for which, handler in before.items():
             signal.signal(which, handler)
         listening.close()
+
+
+def _impatient(timeout: float) -> type[asyncio.Protocol]:
+    """uvicorn's protocol, which hangs up on a client whose request's head takes more seconds to come; else it has no limit."""
+    sentence = json.dumps({"error": f"the request's head did not arrive within {timeout:g} seconds."}).encode()
+    answer = (
+        b"HTTP/1.1 408 Request Timeout\r\ncontent-type: application/json\r\nconnection: close\r\n"
+        + f"content-length: {len(sentence)}\r\n\r\n".encode()
+        + sentence
+    )
+    base: Any = AutoHTTPProtocol
+
+    class Impatient(base):  # type: ignore[misc]
+        patience: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            self.patience = self.loop.call_later(timeout, self.give_up)
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            if self.patience is not None:
+                self.patience.cancel()
+            super().connection_lost(exc)
+
+        def on_response_complete(self) -> None:  # the next head may come over the same connection
+            super().on_response_complete()
+            if self.patience is not None:
+                self.patience.cancel()
+            self.patience = self.loop.call_later(timeout, self.give_up)
+
+        def give_up(self) -> None:
+            """Hangs up, unless a request is under way: then its body and its answer have limits of their own."""
+            if (self.cycle is None or self.cycle.response_complete) and not self.transport.is_closing():
+                self.transport.write(answer)
+                self.transport.close()
+
+    return Impatient
 
 
 def _listening(host: str, port: int) -> socket.socket:
