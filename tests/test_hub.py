@@ -113,7 +113,10 @@ class Hub:
                     return self.answer(outer.files[name], ETag=f'"{name}"', X_Repo_Commit="c" * 40)
                 if self.path.startswith("/api/"):
                     return self.answer(b'{"id": "me/flowers", "sha": "%s", "siblings": []}' % (b"c" * 40))
-                return self.send_error(404)
+                self.send_response(404)
+                self.send_header("X-Error-Code", "EntryNotFound")
+                self.send_header("Content-Length", "0")
+                return self.end_headers()
 
             do_HEAD = do_GET
 
@@ -134,12 +137,11 @@ def server() -> Iterator[Hub]:
 
 
 def command(hub: Hub, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """A command in a process of its own: the hub's library reads its address when it is imported."""
+    """Python, or our command, in a process of its own: the hub's library reads its address when it is imported."""
+    arguments = arguments if arguments[0] == "-c" else ("-m", "residuum", *arguments)
     environment = {"HF_ENDPOINT": hub.url.rstrip("/"), "HF_HOME": str(folder / "hf"), "HF_TOKEN": "hf_x",
                    "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "PATH": "/usr/bin:/bin"}  # fmt: skip
-    return subprocess.run(
-        [sys.executable, "-m", "residuum", *arguments], env=environment, cwd=folder, capture_output=True, text=True
-    )
+    return subprocess.run([sys.executable, *arguments], env=environment, cwd=folder, capture_output=True, text=True)
 
 
 def test_what_is_pushed_is_pulled(server: Hub, tmp_path: Path) -> None:
@@ -152,6 +154,30 @@ def test_what_is_pushed_is_pulled(server: Hub, tmp_path: Path) -> None:
     done = command(server, tmp_path, "import", "hf:me/flowers", "--out", "again.safetensors")
     assert done.returncode == 0, done.stderr
     assert load_bundle(tmp_path / "again.safetensors").classes == bundle().classes
+
+
+MIXIN = """
+import torch, residuum
+from pathlib import Path
+from residuum.models.bundle import load_bundle
+from residuum.use.hub_mixin import HubModel
+x = torch.rand(2, 3, 16, 20)
+model = HubModel(load_bundle(Path("model.safetensors"))).eval()
+model.save_pretrained("folder")
+model.push_to_hub("me/flowers")
+for again in (HubModel.from_pretrained("folder"), HubModel.from_pretrained("me/flowers")):
+    assert torch.equal(again.eval()(x), model(x)) and again.bundle.classes == model.bundle.classes
+"""
+
+
+def test_the_hubs_own_mixin_pushes_and_pulls(server: Hub, tmp_path: Path) -> None:
+    pytest.importorskip("huggingface_hub")
+    bundle().save(tmp_path / "model.safetensors")
+    done = command(server, tmp_path, "-c", MIXIN)
+    assert done.returncode == 0, done.stderr
+    assert set(server.files) == {"model.safetensors", "README.md"}
+    assert sorted(p.name for p in (tmp_path / "folder").iterdir()) == ["README.md", "model.safetensors"]
+    assert 'residuum.load("hf:me/flowers")' in server.files["README.md"].decode()
 
 
 def test_what_cannot_be_pushed_is_said(
