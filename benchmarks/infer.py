@@ -2,6 +2,7 @@
 """Pictures per second of answering: Residuum's engines beside the same runtimes used by hand.
 
     python benchmarks/infer.py [--nets resnet50,resnet18,resnet20] [--batches 1,16] [--rounds 5] [--pictures FOLDER]
+    python benchmarks/infer.py --model MODEL --data cifar10 [--data-dir data]
 
 Every contestant has the same weights and runs in a process of its own (so that none profits from what another sets for its
 process), and only one runs at a time: the processes take turns in every round.
@@ -13,8 +14,9 @@ process), and only one runs at a time: the processes take turns in every round.
 * residuum: `--engine auto`; residuum int8: `--engine auto --precision int8`; which engine that was is printed.
 
 The others are given normalised floats at no cost and give logits; Residuum takes uint8 pictures, normalises them, and gives
-scores. The weights are random with BN's statistics taken from the pictures (64 of a folder, or noise), so that agreement (the
-share of 64 pictures with eager's best class) says how near the numbers are, and there is no accuracy to speak of.
+scores. With --model, the weights are those of a file that `residuum train` wrote, and everybody judges the first 512 test
+pictures of --data: printed are the share with eager's best class and the top-1 error. Without it weights are random, with BN's
+statistics taken from the pictures (64 of a folder, or noise), and there is no error to speak of.
 """
 
 from __future__ import annotations
@@ -31,14 +33,16 @@ from collections.abc import Callable
 from itertools import islice
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 import residuum
+from residuum.data import sources
 from residuum.data.decode import decode, listed
-from residuum.models.bundle import Bundle
+from residuum.data.reading import Views
+from residuum.models.bundle import Bundle, load_bundle
 from residuum.models.samples import Samples
 from residuum.preprocessing import Preprocessing
 from residuum.runtime import environment
@@ -56,6 +60,7 @@ CONTESTANTS = (
 )
 BATCHES = {32: (1, 256), 224: (1, 16)}
 SHOWN = 64  # pictures that agreement is counted on, and others that int8 is calibrated on
+JUDGED = 512  # test pictures, at most, that a trained network is judged on
 Call = Callable[[int], Tensor]  # the pictures of one batch size, answered
 
 
@@ -76,8 +81,41 @@ def pixels(net: str, folder: str | None) -> Tensor:
     return torch.cat([found, found.flip(2)])[: 2 * SHOWN]
 
 
-def network(net: str, pictures: Tensor) -> tuple[nn.Module, Bundle]:
-    """The network as others have it and as ours, with the same weights; BN's statistics are those of the pictures."""
+class Subject(NamedTuple):
+    """A network as others have it and as ours, with the same weights, and what it is shown."""
+
+    theirs: nn.Module
+    own: Bundle
+    shown: Tensor  # uint8 (N, h, w, 3)
+    training: Tensor  # likewise: what int8 is calibrated on
+    labels: Tensor | None = None  # of those shown
+
+
+def subject(net: str, options: argparse.Namespace) -> Subject:
+    """A trained network and test pictures, or a random one and any."""
+    if options.model is None:
+        return random_network(net, pixels(net, options.pictures))
+    own = load_bundle(Path(options.model))
+    views = Views(sources.load(options.data, Path(options.data_dir)).test, own.preprocessing)
+    parts = list(islice(views.batches(64), JUDGED // 64))
+    assert own.samples is not None
+    shown, labels = (torch.cat(part) for part in zip(*parts, strict=True))
+    return Subject(published(net, own.net, len(own.classes)), own, shown, own.samples.training, labels)
+
+
+def published(net: str, own: nn.Module, classes: int) -> nn.Module:
+    """The same weights in torchvision's network; at 32 pixels there is none."""
+    if side(net) == 32:
+        return own.eval()
+    import torchvision
+
+    theirs = torchvision.models.get_model(net, num_classes=classes).eval()
+    theirs.load_state_dict(own.state_dict())
+    return theirs
+
+
+def random_network(net: str, pictures: Tensor) -> Subject:
+    """Random weights; BN's statistics are those of the pictures."""
     torch.manual_seed(0)
     size = side(net)
     prepared = Preprocessing(3, (size, size), size, torch.full((3,), 0.45), torch.full((3,), 0.25))
@@ -90,15 +128,10 @@ def network(net: str, pictures: Tensor) -> tuple[nn.Module, Bundle]:
         for part in torch.split(pictures, 32):
             own(prepared.normalise(part))
     own.eval()
-    theirs = own
-    if size == 224:
-        import torchvision
-
-        theirs = torchvision.models.get_model(net, num_classes=100).eval()
-        theirs.load_state_dict(own.state_dict())
     check, training = pictures[:SHOWN], pictures[SHOWN:]
     samples = Samples(check[:16], torch.zeros(16, dtype=torch.long), training)
-    return theirs, Bundle(own, tuple(map(str, range(100))), prepared, samples=samples)
+    bundle = Bundle(own, tuple(map(str, range(100))), prepared, samples=samples)
+    return Subject(published(net, own, 100), bundle, check, training)
 
 
 def by_hand(contestant: str, net: nn.Module, x: Tensor, training: Tensor) -> Callable[[Tensor], Tensor]:
@@ -135,22 +168,22 @@ def by_hand(contestant: str, net: nn.Module, x: Tensor, training: Tensor) -> Cal
     return lambda x: torch.from_numpy(compiled([x.numpy()])[0])
 
 
-def contestant(name: str, net: str, folder: str | None) -> tuple[Call, Tensor, str]:
-    """A call that answers one batch of a size, the best classes of SHOWN pictures, and what was taken."""
-    pictures = pixels(net, folder)
-    theirs, bundle = network(net, pictures)
-    check = pictures[:SHOWN]
+def contestant(name: str, given: Subject) -> tuple[Call, Tensor, str]:
+    """A call that answers one batch of a size, the best classes of the pictures shown, and what was taken."""
     if name.startswith("residuum"):
-        chosen = choose(bundle, "auto", "int8" if "int8" in name else "auto")
-        answer, shown, note = chosen.answer, check, str(chosen)
+        chosen = choose(given.own, "auto", "int8" if "int8" in name else "auto")
+        answer, shown, note = chosen.answer, given.shown, str(chosen)
     else:
-        floats = bundle.preprocessing.normalise(pictures).contiguous(memory_format=torch.contiguous_format)
-        answer, shown, note = by_hand(name, theirs, floats, floats[SHOWN:]), floats[:SHOWN], ""
+        shown, training = (
+            given.own.preprocessing.normalise(x).contiguous(memory_format=torch.contiguous_format)
+            for x in (given.shown, given.training)
+        )
+        answer, note = by_hand(name, given.theirs, shown, training), ""
     batches: dict[int, Tensor] = {}
 
     def call(size: int) -> Tensor:
         if size not in batches:
-            batches[size] = shown[torch.arange(size) % SHOWN].contiguous()
+            batches[size] = shown[torch.arange(size) % len(shown)].contiguous()
         return answer(batches[size])
 
     with torch.no_grad():
@@ -158,11 +191,13 @@ def contestant(name: str, net: str, folder: str | None) -> tuple[Call, Tensor, s
     return call, best, note
 
 
-def serve(link: Connection, name: str, net: str, folder: str | None) -> None:
+def serve(link: Connection, name: str, net: str, options: argparse.Namespace) -> None:
     """A contestant's process: told a batch size and seconds, it answers with pictures per second."""
     warnings.simplefilter("ignore")
-    call, best, note = contestant(name, net, folder)
-    link.send((best.tolist(), note))
+    given = subject(net, options)
+    call, best, note = contestant(name, given)
+    error = None if given.labels is None else float((best != given.labels).float().mean())
+    link.send((best.tolist(), note, error))
     with torch.no_grad():
         while (order := link.recv()) is not None:
             size, seconds = order
@@ -177,14 +212,14 @@ def serve(link: Connection, name: str, net: str, folder: str | None) -> None:
 def measure(net: str, options: argparse.Namespace) -> None:
     """Prints the rows of one network."""
     context = multiprocessing.get_context("spawn")
-    links, processes, best, notes = {}, [], {}, {}
+    links, processes, best, notes, errors = {}, [], {}, {}, {}
     names = [name for name in CONTESTANTS if name in options.contestants.split(",")]
     for name in names:
         links[name], theirs = context.Pipe()
-        process = context.Process(target=serve, args=(theirs, name, net, options.pictures), daemon=True)
+        process = context.Process(target=serve, args=(theirs, name, net, options), daemon=True)
         process.start()
         processes.append(process)
-        best[name], notes[name] = links[name].recv()
+        best[name], notes[name], errors[name] = links[name].recv()
         print(f"{net}: {name} is ready {notes[name]}", file=sys.stderr, flush=True)
     if options.wait_for:  # the machine may be made quiet now
         Path(options.wait_for).touch()
@@ -204,9 +239,9 @@ def measure(net: str, options: argparse.Namespace) -> None:
             label = name + (f" ({notes[name].split(' (')[0]})" if notes[name] else "")
             middle, spread = statistics.median(rates[name]), f"{statistics.median(ratios):.2f}"
             spread += f" ({ratios[0]:.2f} to {ratios[-1]:.2f})"
-            print(
-                f"| {net}, {side(net)} px, batch {size} | {label} | {middle:,.1f} | {spread} | {same:.1%} |", flush=True
-            )
+            wrong = "–" if errors[name] is None else f"{errors[name]:.2%}"
+            where = f"{net}, {side(net)} px, batch {size}"
+            print(f"| {where} | {label} | {middle:,.1f} | {spread} | {same:.1%} | {wrong} |", flush=True)
     for name in names:
         links[name].send(None)
     for process in processes:
@@ -222,16 +257,24 @@ def main() -> None:
     )
     parser.add_argument("--seconds", type=float, default=0.7, help="of a turn")
     parser.add_argument("--pictures", help="a folder of pictures; smooth noise where not given")
+    parser.add_argument("--model", help="a model file that `residuum train` wrote, in place of random weights")
+    parser.add_argument("--data", help="with --model: whose test pictures are judged")
+    parser.add_argument("--data-dir", default="data")
     parser.add_argument("--contestants", default=",".join(CONTESTANTS), help="comma list; eager must be among them")
     parser.add_argument("--wait-for", help="a file made when all are ready; measuring begins when somebody removes it")
     options = parser.parse_args()
+    nets = options.nets.split(",")
+    if options.model is not None:
+        if options.data is None:
+            parser.error("--model needs --data, whose test pictures are judged")
+        nets = [str(load_bundle(Path(options.model)).recipe["net"]).removesuffix("v1.5")]
     machine = environment()
     print(
         f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}; {options.rounds} rounds, medians\n"
     )
-    print("| network | contestant | pictures/s | ratio to eager (lowest to highest) | agreement |")
-    print("|---|---|---|---|---|", flush=True)
-    for net in options.nets.split(","):
+    print("| network | contestant | pictures/s | ratio to eager (lowest to highest) | agreement | error |")
+    print("|---|---|---|---|---|---|", flush=True)
+    for net in nets:
         measure(net, options)
 
 
