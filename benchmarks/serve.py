@@ -2,8 +2,9 @@
 """Requests per second and latency of the service under a bounded load on loopback, beside its model called directly.
 
     python benchmarks/serve.py MODEL PICTURE [--seconds 15] [--clients 32] [--requests 0]
+        [--engine auto] [--precision auto]
 
-The direct figure is `model.scores` on one batch of 16 pictures, ready in memory, again and again in one thread; it and the
+The direct figure is the same engine's on one batch of 16 pictures, ready in memory, again and again in one thread; it and the
 service take turns, in rounds. The load is this process, with so many connections, each sending the next request when the last
 is answered, one JPEG a request: the service also receives, decodes, resizes and answers. With --requests N, N requests are
 sent instead, and the service's memory is printed on the way: it must stay flat.
@@ -56,13 +57,14 @@ def memory(pid: int) -> float:
     return int(found[1]) / 1024
 
 
-def direct(model: str, picture: Path, seconds: float, precision: str) -> float:
-    """Pictures per second of the model itself; in a process of its own, which then gives the cores back."""
+def direct(model: str, picture: Path, seconds: float, engine: str, precision: str) -> float:
+    """Pictures per second of the engine itself; in a process of its own, which then gives the cores back."""
     program = f"""
 import time, torch, residuum
 from pathlib import Path
 from residuum.data.decode import decode
-model = residuum.load({model!r}, precision={precision!r})
+model = residuum.load({model!r})
+model.choose({engine!r}, {precision!r})
 pixels = torch.stack([model.preprocessing(decode(Path({str(picture)!r})))] * {BATCH})
 for _ in range(3): model.scores(pixels)
 n, began = 0, time.perf_counter()
@@ -81,7 +83,8 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--requests", type=int, default=0)
-    parser.add_argument("--precision", default="fp32")
+    parser.add_argument("--engine", default="auto")
+    parser.add_argument("--precision", default="auto")
     options = parser.parse_args()
     command = [
         sys.executable,
@@ -91,6 +94,8 @@ def main() -> None:
         options.model,
         "--port",
         "0",
+        "--engine",
+        options.engine,
         "--precision",
         options.precision,
     ]
@@ -108,7 +113,7 @@ def main() -> None:
             return
         asyncio.run(load(port, body, options.clients, 2, 10**9))
         for _ in range(options.rounds):
-            rate = direct(options.model, options.picture, options.seconds / 2, options.precision)
+            rate = direct(options.model, options.picture, options.seconds / 2, options.engine, options.precision)
             seconds, times = asyncio.run(load(port, body, options.clients, options.seconds, 10**9))
             served = len(times) / seconds
             p50, p99 = statistics.median(times), statistics.quantiles(times, n=100)[98]

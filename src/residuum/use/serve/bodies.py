@@ -11,7 +11,7 @@ from PIL import Image, UnidentifiedImageError
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import FormParser, parse_options_header
 
-from residuum.data.decode import upright
+from residuum.data.decode import decode_pixels, upright
 from residuum.errors import DataError
 from residuum.use.serve.limits import PICTURES, Limits, Refusal
 
@@ -110,6 +110,8 @@ def _decoded(content: bytes, limits: Limits) -> Image.Image:
                     413,
                     f"the picture has {width:,} x {height:,} pixels, more than {limits.max_pixels:,}; make it smaller.",
                 )
+            if picture.format == "JPEG":  # the extra `fast` is quicker
+                return Image.fromarray(decode_pixels(content, "the picture").numpy())
             return upright(picture)
     except UnidentifiedImageError:
         raise Refusal(415, f"that is not a picture that can be read ({', '.join(FORMATS)}).") from None
