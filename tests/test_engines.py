@@ -136,6 +136,8 @@ def test_agreement() -> None:
     half = Agreement.between(torch.tensor([[0.4, 0.6], [0.3, 0.7]]), a)
     assert half.top1_agreement == 0.5 and half.largest_difference == pytest.approx(0.2) and not half.within(0.99, 0.3)
     assert not Agreement.between(a * float("nan"), a).within(0.0, 0.99)
+    torn = torch.tensor([[0.502, 0.498], [0.51, 0.49]])  # undecided, and barely decided
+    assert Agreement.between(torn.flip(1), torn).top1_agreement == 0.5
 
 
 @pytest.mark.parametrize(
