@@ -73,7 +73,7 @@ def prove(bundle: Bundle, answer: Answers, pictures: Sequence[Tensor], precision
             expected = reference(bundle, torch.cat([prepared(batch) for batch in batches]))
             found.append(Agreement.between(said, expected))
             one = batches[0][torch.arange(size) % len(batches[0])]
-            times[size], torch_times[size] = seconds(answer, one), seconds(lambda batch: net(prepared(batch)), one)
+            times[size], torch_times[size] = seconds([answer, lambda batch: net(prepared(batch))], one)
     worst = Agreement(min(a.top1_agreement for a in found), max(a.largest_difference for a in found))
     sizes = len({picture.shape for picture in pictures})
     return Proof(precision, len(pictures), sizes, worst, times, torch_times)
