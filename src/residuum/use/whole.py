@@ -29,14 +29,18 @@ class Whole(nn.Module):
         super().__init__()
         prepared = bundle.preprocessing
         self.net = folded(bundle.net).cpu()
-        self.register_buffer("scale", 1 / (255 * prepared.std))  # (C,)
-        self.register_buffer("shift", prepared.mean / prepared.std)  # (C,) or (h, w, C)
+        shift = prepared.mean / prepared.std  # (C,) or (h, w, C)
+        # channels first: runtimes are slow where a row to compute with is only as long as a pixel has channels
+        self.register_buffer("scale", (1 / (255 * prepared.std))[:, None, None])  # (C, 1, 1)
+        self.register_buffer(
+            "shift", shift[:, None, None] if shift.ndim == 1 else shift.permute(2, 0, 1)
+        )  # … or (C, h, w)
         self.register_buffer("temperature", torch.tensor(float(bundle.temperature)))
         self.eval()
 
     def forward(self, pixels: Tensor) -> Tensor:
-        x = pixels.to(torch.float32) * self.scale - self.shift  # (B, h, w, C)
-        logits = self.net(x.permute(0, 3, 1, 2))  # the same memory, channels last
+        x = pixels.permute(0, 3, 1, 2).to(torch.float32) * self.scale - self.shift  # (B, C, h, w)
+        logits = self.net(x)
         return torch.softmax(logits / self.temperature, 1)
 
 
