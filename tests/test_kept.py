@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
+import signal
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from residuum.models.bundle import Bundle
 from residuum.models.resnet import build
@@ -110,3 +115,46 @@ def test_the_place_is_limited_and_cleaned(makes: list[str], tmp_path: Path, monk
     place.put("d", bytes(84))
     assert sorted(p.name for p in tmp_path.iterdir()) == [".key-y.1.tmp", "key-a", "key-c", "key-d"]
     assert place.get("b") is None
+
+
+@pytest.mark.slow
+def test_processes_at_once_and_kill_9_leave_whole_engines(tmp_path: Path) -> None:
+    """Three commands keep the same engine at once; others are killed at ever later moments; the next start is right."""
+    model, pictures = tmp_path / "model.safetensors", tmp_path / "pictures"
+    bundle().save(model)
+    pictures.mkdir()
+    for i in range(65):  # an engine is looked for where there are more than 64
+        Image.new("L", (8, 8), 3 * i).save(pictures / f"{i}.png")
+
+    def command(cache: Path) -> subprocess.Popen[str]:
+        line = [
+            sys.executable,
+            "-m",
+            "residuum",
+            "predict",
+            str(model),
+            str(pictures),
+            "--engine=onnxruntime",
+            "--json",
+        ]
+        env = os.environ | {"XDG_CACHE_HOME": str(cache), "OMP_NUM_THREADS": "1"}
+        return subprocess.Popen(line, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+    def answer(process: subprocess.Popen[str]) -> tuple[Any, bool]:
+        out, told = process.communicate()
+        assert process.returncode == 0, told
+        return json.loads(out)["predictions"], "built by an earlier start" in told + out
+
+    began = time.monotonic()
+    expected, _ = answer(command(tmp_path / "alone"))
+    took = time.monotonic() - began
+    for one, _ in [answer(p) for p in [command(tmp_path / "shared") for _ in range(3)]]:
+        assert one == expected
+    for k in range(1, 9):  # the last of them dies after it has answered
+        victim = command(tmp_path / "killed")
+        time.sleep(took * k / 8)
+        victim.send_signal(signal.SIGKILL)
+        victim.communicate()
+    for cache in ("shared", "killed"):
+        answer(command(tmp_path / cache))
+        assert answer(command(tmp_path / cache)) == (expected, True)
