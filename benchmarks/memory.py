@@ -16,8 +16,9 @@ from pathlib import Path
 from residuum.runtime import environment
 from residuum.training.average import learn
 from residuum.training.checkpoint import Learner
-from residuum.training.loop import adapt, prepare_task
+from residuum.training.loop import adapt
 from residuum.training.recipes import recipe
+from residuum.training.running import prepare_task
 from residuum.training.step import train_step
 
 

@@ -31,8 +31,9 @@ from residuum.data.dataset import Split
 from residuum.runtime import environment
 from residuum.training.average import learn
 from residuum.training.checkpoint import Learner
-from residuum.training.loop import adapt, prepare_task
+from residuum.training.loop import adapt
 from residuum.training.recipes import recipe
+from residuum.training.running import prepare_task
 from residuum.training.step import train_step
 
 BATCH = 128

@@ -30,13 +30,13 @@ from residuum.models.resnet import build
 from residuum.models.testing import Scale, adjacent, detect
 from residuum.models.values import Additions, Detector
 from residuum.preprocessing import Preprocessing
-from residuum.runtime import World
 from residuum.tasks.dense import start, statistics
 from residuum.tasks.detect import anchor_sides, sample
 from residuum.training import loop, recipes
 from residuum.training.dense_recipe import DetectRecipe
 from residuum.training.result import BoxResult
 from residuum.use.localise import around, iou
+from residuum.world import World
 
 VALUES: dict[str, Any] = {
     "size": 72, "longest": 128, "mean": (0.5,) * 3, "std": (0.25,) * 3, "bn": "fixed", "frozen": "", "context": False,

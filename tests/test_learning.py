@@ -15,17 +15,17 @@ from residuum.models.bundle import Bundle
 from residuum.models.resnet import assemble, build
 from residuum.models.spec import specification
 from residuum.preprocessing import Preprocessing
-from residuum.runtime import World
 from residuum.tasks.network import _take_over
 from residuum.training.average import Average
 from residuum.training.checkpoint import Learner, State
-from residuum.training.loop import prepare_task
 from residuum.training.optim import SGD
 from residuum.training.parts import TreeMean
 from residuum.training.recipe import Recipe
 from residuum.training.recipes import modern, paper_imagenet, quick
+from residuum.training.running import prepare_task
 from residuum.training.schedule import learning_rate
 from residuum.training.step import train_step
+from residuum.world import World
 
 TINY = {"net": "resnet8", "size": 8, "batch": 32, "precision": "fp32", "threads": 1}
 

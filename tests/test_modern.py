@@ -171,7 +171,7 @@ def test_training_with_all_of_it(tmp_path: Path) -> None:
 
 def test_the_loss_is_cross_entropy_with_soft_targets_and_smoothing() -> None:
     from residuum.tasks import classify
-    from residuum.training import loop, recipes
+    from residuum.training import loop, recipes, running
 
     recipe = loop.adapt(
         recipes.quick(),
@@ -181,7 +181,7 @@ def test_the_loss_is_cross_entropy_with_soft_targets_and_smoothing() -> None:
         seed=None,
         values={"mixup": "1", "label_smoothing": "0.1"},
     )
-    task, _ = loop.prepare_task(recipe, Path("data"), "cpu", lambda _: None)
+    task, _ = running.prepare_task(recipe, Path("data"), "cpu", lambda _: None)
     assert isinstance(task, classify.Classify)
     (batch,) = task.parts(0)
     loss, wrong = task.loss(batch)

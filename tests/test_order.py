@@ -26,7 +26,8 @@ from residuum.data.stored import Reading, Stored
 from residuum.data.tars import index_of
 from residuum.errors import UsageError
 from residuum.preprocessing import Preprocessing
-from residuum.runtime import World, pick_engine
+from residuum.runtime import pick_engine
+from residuum.world import World
 
 ENGINE = pick_engine("fp32", "cpu")
 SIZE, STEPS = 7, 8  # pictures in a step (an odd number), steps: more than an epoch of every source

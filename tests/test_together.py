@@ -21,10 +21,10 @@ from runs import assert_same
 
 from residuum.cli.main import run as cli
 from residuum.errors import UsageError
-from residuum.runtime import World
 from residuum.training import loop
 from residuum.training.parts import parts_of
 from residuum.training.recipes import paper_cifar, paper_imagenet
+from residuum.world import World
 
 VALUES = {
     "size": 8, "batch": 32, "bn_batch": 8, "record_every": 3, "judge_every": 3, "checkpoint_minutes": 0, "schedule": "plateau",
@@ -150,7 +150,7 @@ def test_more_processes_than_there_are_cores(capsys: pytest.CaptureFixture[str],
 def take_part(rank: int, port: int, out: Path) -> None:
     """Synchronised BN in one of two processes: forward and backward over its half of the pictures."""
     from residuum.nn.sync import synchronise
-    from residuum.runtime import processes
+    from residuum.world import processes
 
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     with processes() as world:

@@ -88,7 +88,7 @@ def test_one_step_equals_a_hand_computation(tmp_path: Path) -> None:
 
 
 def prepared(recipe: Recipe, engine: object) -> classify.Classify:
-    from residuum.training.loop import prepare_task
+    from residuum.training.running import prepare_task
 
     return prepare_task(recipe, Path("data"), "cpu", lambda text: None)[0]
 

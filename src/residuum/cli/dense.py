@@ -115,8 +115,8 @@ def train(task: str, data: str | None, asked: Asked, own: Mapping[str, str | Non
 
 def _here(task: str, asked: Asked, new: Training | None, adapted: Callable[[Any], Training]) -> Any:
     """Trains in this process; None where it is not the first of those that torchrun started."""
-    from residuum.runtime import first_process
     from residuum.training import loop
+    from residuum.world import first_process
 
     with console.Bar("step") as bar:
 

@@ -77,8 +77,8 @@ def evaluate(
     from residuum.evaluation import page
     from residuum.evaluation import predictions as table
     from residuum.evaluation.evaluate import evaluate as judge
-    from residuum.runtime import first_process
     from residuum.use.download import model_of, scheme_of
+    from residuum.world import first_process
 
     if predictions is not None:
         table.check(predictions)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from residuum.errors import RunError, UsageError
-from residuum.runtime import GONE
+from residuum.world import GONE
 
 if TYPE_CHECKING:
     from residuum.training.recipe import Training

@@ -74,7 +74,8 @@ def train(
     precision
         bf16 or fp32; bf16 where the hardware computes it unless told otherwise.
     compile
-        on or off: torch.compile, a minute that pays in long runs on small pictures; used there unless told otherwise.
+        on or off: torch.compile, a minute that pays in long runs on small pictures; used there unless told otherwise. off also
+        does without the CUDA graph that a GPU's steps are replayed from.
     workers
         Processes that decode pictures; by default none beside a CPU that trains. The result does not depend on it.
     on_bad_image
@@ -99,9 +100,9 @@ def train(
         Print the result as one JSON document.
     """
     given = dict(locals())  # before anything else is local
-    from residuum.runtime import first_process
     from residuum.training import loop
     from residuum.training.result import Result
+    from residuum.world import first_process
 
     if show_recipe is not None:
         return show(show_recipe)
@@ -160,8 +161,8 @@ def _verify(complete: Recipe | None, data_dir: Path | None, device: str | None, 
 def _in_processes(given: dict[str, Any], complete: Recipe | None) -> None:
     """The same command in several processes, if they can share the batch."""
     from residuum.cli import processes
-    from residuum.runtime import World
     from residuum.training.parts import parts_of
+    from residuum.world import World
 
     processes.check(given["procs"], given["device"])
     if complete is not None:

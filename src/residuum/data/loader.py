@@ -24,7 +24,8 @@ from residuum.data.reading import Gathered, accept, gather, in_order, view
 from residuum.data.stored import Stored
 from residuum.errors import DataError, UsageError
 from residuum.preprocessing import Preprocessing
-from residuum.runtime import Engine, World, generator, to_device
+from residuum.runtime import Engine, generator, to_device
+from residuum.world import World
 
 
 class Batch(NamedTuple):

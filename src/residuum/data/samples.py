@@ -11,7 +11,8 @@ from torch import Tensor
 
 from residuum.data.loader import order
 from residuum.errors import DataError, UsageError
-from residuum.runtime import World, generator
+from residuum.runtime import generator
+from residuum.world import World
 
 FLIPS = ("none", "sideways", "both")
 

@@ -28,7 +28,8 @@ from residuum.evaluation.views import ONE_CROP, Protocol, parse
 from residuum.models.bundle import Bundle, load_bundle
 from residuum.models.resnet import ResNet
 from residuum.preprocessing import Preprocessing
-from residuum.runtime import Engine, World, pick_engine, processes
+from residuum.runtime import Engine, pick_engine
+from residuum.world import World, processes
 
 Model = Bundle | str | Path
 

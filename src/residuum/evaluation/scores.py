@@ -23,7 +23,8 @@ from residuum.evaluation.views import ONE_CROP, Protocol, views
 from residuum.models.fold import folded
 from residuum.models.resnet import ResNet
 from residuum.preprocessing import Preprocessing
-from residuum.runtime import Engine, World, evaluating, to_device
+from residuum.runtime import Engine, evaluating, to_device
+from residuum.world import World
 
 SKIPPED = -1.0  # in place of the scores of a picture that cannot be read
 PIXELS = {"cpu": 2**20, "cuda": 2**24}  # shown to a network at once

@@ -7,7 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from residuum.runtime import World
+from residuum.world import World
 
 
 class _Sum(torch.autograd.Function):

@@ -8,10 +8,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from residuum.runtime import World, seed_for
+from residuum.runtime import seed_for
 from residuum.tasks.classify import Classify
 from residuum.training.parts import Statistics, TreeMean
 from residuum.training.recipe import Recipe
+from residuum.world import World
 
 
 def learn(net: nn.Module) -> None:

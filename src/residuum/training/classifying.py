@@ -76,7 +76,8 @@ def prepare(
     name, changes = (recipe.net, recipe.specification) if recipe.net else described(task.net.spec)
     recipe = replace(recipe, net=name, specification=changes)
     task = replace(task, engine=compiling(engine, recipe, task.net.spec))
-    recipe = replace(recipe, compile="on" if task.engine.compiled else "off")
+    if not task.engine.graphs:  # which "auto" finds again when the run goes on
+        recipe = replace(recipe, compile="on" if task.engine.compiled else "off")
     if recipe.bn_sync:
         synchronise(task.net, engine.world)
     for sentence in task.notes:

@@ -1,4 +1,4 @@
-"""Whether a run is long enough to pay for torch.compile."""
+"""How steps are made: whether a run is long enough to pay for torch.compile, and whether a CUDA graph is tried."""
 
 from __future__ import annotations
 
@@ -15,12 +15,18 @@ from residuum.training.recipe import Recipe
 # steps are without. At 224 pixels it saves nothing.
 SAVES, COSTS, SPEED = 0.04, 60.0, 240e9  # share; seconds; operations per second, 6 for each multiply-add
 LARGEST = 64  # pixels on a side
+WORTH_RECORDING = 50  # steps; recording takes the time of about ten
 
 
 def compiling(engine: Engine, recipe: Recipe, spec: Specification) -> Engine:
     """The engine as the recipe's `compile` has it, saying why."""
     if recipe.compile != "auto":
         return replace(engine, compiled=recipe.compile == "on", why=f"{engine.why}; compile {recipe.compile} as asked")
+    if engine.device.type == "cuda":
+        why = _against_graph(engine, recipe)
+        return replace(
+            engine, graphs=not why, why=f"{engine.why}; {why or 'steps are replayed where that gives the same bits'}"
+        )
     why = _against(engine, recipe, spec)
     return replace(
         engine, compiled=not why, why=f"{engine.why}; {why or 'the run is long enough to pay for compiling'}"
@@ -40,3 +46,12 @@ def _against(engine: Engine, recipe: Recipe, spec: Specification) -> str:
     if SAVES * work / SPEED < COSTS:
         return "not compiled: the run is too short to pay for it"
     return "" if compiler else "not compiled: there is no C++ compiler"
+
+
+def _against_graph(engine: Engine, recipe: Recipe) -> str:
+    """Why steps are not to be replayed from a CUDA graph; nothing where that is tried."""
+    if engine.world.size > 1:
+        return "no CUDA graph: several processes talk in every step"
+    if recipe.recompute:
+        return "no CUDA graph: recompute keeps the state of the random generator, which a graph cannot"
+    return "" if recipe.steps >= WORTH_RECORDING else "no CUDA graph: the run is too short to pay for one"

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from residuum.errors import UsageError
-from residuum.runtime import World
 from residuum.training.recipe import Recipe
+from residuum.world import World
 
 
 def parts_of(recipe: Recipe, world: World) -> int:

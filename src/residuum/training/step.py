@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -19,11 +19,23 @@ class Made(NamedTuple):
     norm: Tensor  # length of the gradient, before it is clipped
 
 
+Step = Callable[[Learner, Sequence[Any], float], Made]
+
+
 def train_step(learner: Learner, parts: Sequence[Any], lr: float) -> Made:
     """Updates the network once, by the mean of the gradients of all parts of all processes.
 
     Args:
         parts: this process's share of the step, each what goes through the network together.
+    """
+    return update(learner, gradients(learner, parts, learner.seed_network), lr)
+
+
+def gradients(learner: Learner, parts: Sequence[Any], seed: Callable[[int], None]) -> list[Tensor]:
+    """Loss, share of wrong pictures and the gradients, each the mean over all parts; BN's averages have moved by the step.
+
+    Args:
+        seed: called with a part's number before it, for what the network draws.
     """
     task, optimizer, statistics = learner.task, learner.optimizer, learner.statistics
     world = task.engine.world
@@ -32,7 +44,7 @@ def train_step(learner: Learner, parts: Sequence[Any], lr: float) -> Made:
     if shared:
         statistics.hold()
     for number, part in enumerate(parts, first):
-        learner.seed_network(number)
+        seed(number)
         with task.engine.autocast():
             loss, wrong = task.loss(part)
         loss.backward()  # type: ignore[no-untyped-call]
@@ -43,9 +55,15 @@ def train_step(learner: Learner, parts: Sequence[Any], lr: float) -> Made:
     if shared:
         found = mean.result()
         statistics.set(found[len(found) - len(statistics.averages) :])
-        optimizer.receive(found[2 : len(found) - len(statistics.averages)])
-    norm = optimizer.clip(learner.recipe.clip_norm)
-    optimizer.step(lr)
+        found = found[: len(found) - len(statistics.averages)]
+        optimizer.receive(found[2:])
+    return found
+
+
+def update(learner: Learner, found: Sequence[Tensor], lr: float) -> Made:
+    """Moves the weights by the gradients that are in place, and their average."""
+    norm = learner.optimizer.clip(learner.recipe.clip_norm)
+    learner.optimizer.step(lr)
     learner.state.step += 1
     learner.average.update(learner.state.step)
     return Made(found[0], found[1], norm)

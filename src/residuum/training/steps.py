@@ -14,7 +14,7 @@ from residuum.training.checkpoint import Learner, State, save_checkpoint
 from residuum.training.recipe import Training
 from residuum.training.result import Progress
 from residuum.training.schedule import learning_rate
-from residuum.training.step import Made, train_step
+from residuum.training.step import Made, Step
 from residuum.training.stopping import Request, Stopped
 
 
@@ -26,6 +26,7 @@ def train_steps(
     progress: Callable[[Progress], None],
     again: str,
     refresh: Callable[[], None] | None,
+    step: Step,
 ) -> None:
     """Trains from the learner's step to the recipe's last.
 
@@ -33,6 +34,7 @@ def train_steps(
         metrics: None in all processes but the first, which is the one that writes.
         again: how a person goes on with the run after a stop.
         refresh: called when a checkpoint was written, for the page of a run that goes on.
+        step: makes one step: `train_step`, or what comes to the same.
     """
     task, recipe, state, world = learner.task, learner.recipe, learner.state, learner.task.engine.world
     clock, saved = _Clock(state), time.monotonic()
@@ -43,7 +45,7 @@ def train_steps(
         lr = learning_rate(recipe, state.step, state.warm_since, state.drops)
         parts = task.parts(state.step)
         clock.loaded()
-        made = train_step(learner, parts, lr)
+        made = step(learner, parts, lr)
         state.losses.append(made.loss)
         state.errors.append(made.wrong)
         last = state.step == recipe.steps
