@@ -49,7 +49,7 @@ def paper_cifar() -> Recipe:
     Command: residuum train cifar10 --net resnet20 --recipe paper-cifar
     Cost: 8.2 million pictures, 164 passes. On two CPU cores resnet20 makes 842 images/s: 2.7 h (computed).
     Expected: top-1 test error 8.75 (resnet20), 7.51 (32), 7.17 (44), 6.97 (56), 6.61 ± 0.16 (110) % (2015 Table 6); here
-        22.05 % after the first 3.1 % of it (docs/log.md).
+        12.83 % after an eighth of it, 22.05 % after 3.1 % (docs/log.md).
     """
     return Recipe(
         name="paper-cifar",
