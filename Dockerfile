@@ -1,5 +1,7 @@
 # A model as a service:  docker build -t residuum .
 #   docker run --rm --read-only --tmpfs /tmp --cap-drop ALL -p 8000:8000 -v ./runs/mine:/model:ro residuum
+# 6 GB, most of them PyTorch's CUDA. podman needs --format docker to build it, else it leaves out the HEALTHCHECK. A stop waits for
+# requests under way: 10 s by docker's default, --stop-timeout 61 for the longest that the service allows.
 FROM python:3.12-slim AS build
 WORKDIR /build
 RUN python3 -m pip install -q --target .tools 'uv>=0.13,<1'

@@ -105,6 +105,16 @@ def test_all_ranks_stop_at_one_step_and_one_process_goes_on(tmp_path: Path, undi
     assert_same(out, undisturbed)
 
 
+def test_processes_of_one_machine_need_no_name_of_it(tmp_path: Path) -> None:
+    """As in a container, whose name may lead nowhere."""
+    (tmp_path / "sitecustomize.py").write_text("import socket\nsocket.getfqdn = lambda *_: 'pod.invalid'\n")
+    command = [*COMMAND, "--steps", "2", "--out", str(tmp_path / "run"), "--procs", "2"]
+    done = subprocess.run(
+        command, env=os.environ | {"PYTHONPATH": str(tmp_path)}, text=True, capture_output=True, timeout=200
+    )
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.slow
 @needs_proc
 def test_plain_torchrun_ends_in_the_same_bits(tmp_path: Path, undisturbed: Path) -> None:

@@ -106,6 +106,7 @@ def launch(command: str, given: Mapping[str, Any], processes: int, restarts: int
             max_restarts=restarts,
             rdzv_backend="c10d",
             rdzv_endpoint="localhost:0",
+            local_addr="localhost",  # else they meet at this machine's name, which in a container may lead nowhere
             rdzv_configs={"timeout": 60},
             monitor_interval=0.1,
             logs_specs=DefaultLogsSpecs(log_dir=logs, redirects=dict.fromkeys(range(1, processes), Std.ERR)),
