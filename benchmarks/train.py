@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Images per second of a training step: Residuum beside what a person would write or take instead.
 
-    python benchmarks/train.py [--nets resnet20,resnet56,resnet110,resnet18,resnet50] [--rounds 5] [--device cpu]
+    python benchmarks/train.py [--nets resnet20,resnet56,resnet110,resnet18,resnet50] [--contestants …] [--rounds 5]
 
 Every contestant trains the same network on the same pictures in a process of its own (so that none profits from what another
 sets for its process), and only one runs at a time: the processes take turns, some steps each, in every round.
@@ -12,6 +12,7 @@ sets for its process), and only one runs at a time: the processes take turns, so
 * compiled: eager bf16 under torch.compile.
 * residuum: `residuum train`'s own task and step, from uint8 pictures in memory through its augmentation to updated weights. The
   others are given normalised floats at no cost.
+* residuum compiled: the same under torch.compile, as runs of the papers' length on small pictures are made on a CPU (at 32).
 
 Printed: medians over the rounds, the ratio to eager fp32 round by round (lowest to highest), and the share of the peak that the
 largest matrix product reaches on this machine in bf16 (fp32 for eager fp32), counting 6 operations for each multiply-add.
@@ -25,6 +26,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -50,12 +52,17 @@ from residuum.training.step import train_step
 
 Step = Callable[[], object]
 BATCHES = {32: 128, 224: 32}  # by the side of the pictures, on a CPU
-CONTESTANTS = ("eager fp32", "eager bf16", "timm", "compiled", "residuum")
+CONTESTANTS = ("eager fp32", "eager bf16", "timm", "compiled", "residuum", "residuum compiled")
 
 
 def side(net: str) -> int:
     """The side of the pictures that a network is made for."""
     return 224 if net in ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152") else 32
+
+
+def our_name(net: str) -> str:
+    """What torchvision and timm, and here --nets, call by that name."""
+    return net if side(net) == 32 or net in ("resnet18", "resnet34") else f"{net}v1.5"
 
 
 def published(contestant: str, net: str) -> nn.Module:
@@ -92,16 +99,15 @@ def peer(contestant: str, net: str, batch: int, device: torch.device) -> Step:
     return step
 
 
-def ours(net: str, batch: int, device: torch.device) -> Step:
+def ours(net: str, batch: int, device: torch.device, compiled: bool) -> Step:
     """One step of `residuum train` on uint8 pictures in memory."""
     size = side(net)
-    engine = pick_engine(device=device.type)
+    engine = replace(pick_engine(device=device.type), compiled=compiled)
     chosen = recipe("paper-cifar" if size == 32 else "photos")
     pictures = torch.randint(256, (4 * batch, size, size, 3), dtype=torch.uint8)
     split = Split(pictures, torch.randint(10, (4 * batch,)))
     preprocessing = Preprocessing(3, (size, size), size, torch.full((3,), 0.5), torch.full((3,), 0.25))
-    name = net if size == 32 or net in ("resnet18", "resnet34") else f"{net}v1.5"  # as torchvision and timm have it
-    model: Any = engine.place(residuum.build(name, classes=10, seed=0)).train()
+    model: Any = engine.place(residuum.build(our_name(net), classes=10, seed=0)).train()
     augmentation = Augmentation(chosen.pad, chosen.pad_with, chosen.flip, chosen.colour)
     loader = Loader(split, preprocessing, augmentation, batch, 0, engine, Crop("centre", (256, 480), 1.0))
     task = Classify(model, tuple("0123456789"), preprocessing, loader, split, split, {}, engine)
@@ -113,7 +119,8 @@ def ours(net: str, batch: int, device: torch.device) -> Step:
 def serve(link: Connection, contestant: str, net: str, batch: int, kind: str) -> None:
     """A contestant's process: told a number of steps, it makes them and answers with the seconds they took."""
     device = torch.device(kind)
-    step = ours(net, batch, device) if contestant == "residuum" else peer(contestant, net, batch, device)
+    own, compiled = contestant.startswith("residuum"), contestant.endswith("compiled")
+    step = ours(net, batch, device, compiled) if own else peer(contestant, net, batch, device)
 
     def settle() -> None:
         if device.type == "cuda":
@@ -147,7 +154,8 @@ def peak(dtype: torch.dtype, device: torch.device) -> float:
 def measure(net: str, options: argparse.Namespace) -> list[str]:
     """The rows of one network."""
     context, batch, seconds_a_turn = multiprocessing.get_context("spawn"), options.batch or BATCHES[side(net)], 3.0
-    names = [name for name in CONTESTANTS if name != "timm" or side(net) == 224]
+    other = "residuum compiled" if side(net) == 224 else "timm"  # has no place at this size
+    names = [name for name in CONTESTANTS if name in options.contestants.split(",") and name != other]
     links, processes, counts = {}, [], {}
     for name in names:
         links[name], theirs = context.Pipe()
@@ -167,7 +175,7 @@ def measure(net: str, options: argparse.Namespace) -> list[str]:
         links[name].send(0)
     for process in processes:
         process.join()
-    work = 6.0 * cost(specification(net, classes=10)).multiply_adds
+    work = 6.0 * cost(specification(our_name(net), classes=10)).multiply_adds
     device = torch.device(options.device)
     peaks = {dtype: peak(dtype, device) for dtype in (torch.float32, torch.bfloat16)}
     rows = []
@@ -184,6 +192,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nets", default="resnet20,resnet56,resnet110,resnet18,resnet50", help="comma list")
     parser.add_argument("--rounds", type=int, default=5, help="turns of every contestant, alternating")
+    parser.add_argument(
+        "--contestants", default=",".join(CONTESTANTS), help="comma list; eager fp32 must be among them"
+    )
     parser.add_argument("--batch", type=int, help="pictures in a step; 128 at 32 px and 32 at 224 where not given")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     options = parser.parse_args()
