@@ -11,6 +11,7 @@ from test_learning import learner, tiny
 
 from residuum.models.spec import specification
 from residuum.runtime import Engine
+from residuum.training.average import learn
 from residuum.training.checkpoint import Learner
 from residuum.training.compiling import compiling
 from residuum.training.cuda_graph import Compute, GraphStep
@@ -18,6 +19,7 @@ from residuum.training.recipe import Recipe
 from residuum.training.recipes import paper_cifar
 from residuum.training.running import prepare_task
 from residuum.training.step import Step, train_step
+from residuum.training.verify import STEPS
 from residuum.world import World
 
 GPU = Engine(torch.device("cuda"), "bf16", 2, "for the test")
@@ -38,6 +40,7 @@ def anew(compute: Compute) -> Compute:
 def trained(recipe: Recipe, step: Step, device: str = "cpu") -> Learner:
     task, recipe = prepare_task(recipe, Path("data"), device, lambda _: None)
     here = Learner.fresh(task, recipe)
+    learn(task.net)
     for t in range(4):
         step(here, here.task.parts(t), 0.1 / (t + 1))
     return here
@@ -75,6 +78,23 @@ def test_a_failed_recording_changes_nothing() -> None:
         assert torch.equal(one.tensors()[name], tensor), name
 
 
+@pytest.mark.parametrize("frozen_bn", [False, True])
+def test_a_recording_that_computes_nothing_is_not_used(frozen_bn: bool, tmp_path: Path) -> None:
+    """What CUDA leaves of work that went to another stream: results that stand there, whatever the pictures are."""
+
+    def stale(compute: Compute) -> Compute:
+        results = compute()
+        return lambda: results
+
+    learner(tiny()).task.bundle({}, {}).save(tmp_path / "m.safetensors")  # type: ignore[attr-defined]
+    recipe = tiny(start_from=str(tmp_path / "m.safetensors"), frozen_bn=frozen_bn)
+    said: list[str] = []
+    one, other = trained(recipe, GraphStep(said.append, stale)), trained(recipe, train_step)
+    assert said == ["CUDA graph: not used, since a replayed step differs from the step itself"]
+    for name, tensor in other.tensors().items():
+        assert torch.equal(one.tensors()[name], tensor), name
+
+
 def test_a_shorter_step_is_made_by_itself() -> None:
     """Pictures that cannot be read leave a step shorter than the recording."""
     step, here, twin = GraphStep(lambda _: None, anew), learner(tiny()), learner(tiny())
@@ -92,6 +112,7 @@ def test_a_shorter_step_is_made_by_itself() -> None:
     [
         (GPU, paper_cifar(), True, "replayed where that gives the same bits"),
         (GPU, paper_cifar().shrunk(20), False, "too short"),
+        (GPU, paper_cifar().shrunk(STEPS + 1), True, "replayed"),  # so that --verify-resume proves what runs do
         (GPU, replace(paper_cifar(), recompute=True), False, "recompute"),
         (GPU, replace(paper_cifar(), compile="off"), False, "as asked"),
         (replace(GPU, world=World(0, 2)), paper_cifar(), False, "several processes"),

@@ -234,6 +234,8 @@ def test_what_people_mistype(file: str, folder: Path, capsys: pytest.CaptureFixt
     ):
         code, out, err = said(capsys, file, *wrong)
         assert (code, out) == (2, "") and sentence in err
+    code, out, err = said(capsys, file, one, "--precision", "int8", "--calibrate", "nowhere")
+    assert (code, out) == (1, "") and "nowhere is no folder; --calibrate takes a folder of pictures." in err
     assert said(capsys, file, one, "--format", "json", "--json")[0] == 0
 
 

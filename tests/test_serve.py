@@ -414,6 +414,8 @@ def test_what_the_command_refuses(model_file: Path, capsys: pytest.CaptureFixtur
         ):
             assert run(["serve", str(model_file), *arguments]) == 2
             assert words in capsys.readouterr().err
+    assert run(["serve", str(model_file), "--pictures", "nowhere"]) == 1
+    assert "nowhere is no folder; --pictures takes a folder of pictures." in capsys.readouterr().err
 
 
 def schema(port: int) -> Any:

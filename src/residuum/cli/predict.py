@@ -78,6 +78,8 @@ def predict(
     if json and format not in (None, "json"):
         raise UsageError(f"--json and --format {format} contradict each other; give one of them.")
     check_names(engine, precision)
+    if calibrate is not None and not calibrate.is_dir():
+        raise DataError(f"{calibrate} is no folder; --calibrate takes a folder of pictures.")
     loaded = load(model, device=device)
     sources = _sources(images)
     first = list(islice(sources, FEW + 1))

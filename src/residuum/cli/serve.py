@@ -6,7 +6,7 @@ from itertools import islice
 from pathlib import Path
 
 from residuum.cli import console
-from residuum.errors import UsageError
+from residuum.errors import DataError, UsageError
 
 
 def serve(
@@ -89,6 +89,8 @@ def serve(
     if not 0 <= port <= 65_535:
         raise UsageError(f"--port must lie between 0 and 65535, not {port}.")
     check_names(engine, precision)
+    if pictures is not None and not pictures.is_dir():
+        raise DataError(f"{pictures} is no folder; --pictures takes a folder of pictures.")
     given = list(islice(picture_files([pictures]), 256)) if pictures is not None else []
     limits = Limits(
         max_body=int(max_body_mb * 1e6),

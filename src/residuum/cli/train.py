@@ -120,6 +120,8 @@ def train(
     if resume is None:
         complete = adapted(loop.resolve(recipe or ("finetune" if start_from else None), data=data))
     if verify_resume:
+        if procs is not None:
+            raise UsageError("--verify-resume tries one process; leave out --procs.")
         return _verify(complete, data_dir, device, workers)
     if procs is not None:
         return _in_processes(given, complete)

@@ -1,13 +1,14 @@
 """A step's kernels recorded once into a CUDA graph, then replayed: for small networks launching them takes longer than they do.
 
 Recorded is what a step computes, forward and backward of all its parts and their mean. The update, a handful of kernels, stays
-outside: its learning rate is a number that changes. A recording is used only where one step of it gives the bits of the same
-step made kernel by kernel, so a run and its resumption come to the same end with and without.
+outside: its learning rate is a number that changes. It is recorded on blank pictures, and used only where, replayed on a step's
+own, it gives the bits of that step made kernel by kernel, so a run and its resumption come to the same end with and without.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -36,14 +37,15 @@ class GraphStep:
     """
 
     def __init__(self, say: Callable[[str], None], record: Record | None = None) -> None:
-        self._say, self._record = say, record or on_cuda
+        self._say, self._record = say, record
         self._recording: _Recording | None = None
         self._tried = False
 
     def __call__(self, learner: Learner, parts: Sequence[Any], lr: float) -> Made:
         if not self._tried:
             self._tried = True
-            self._recording, why = _recorded(learner, parts, self._record)
+            record = self._record or partial(on_cuda, device=learner.task.engine.device)
+            self._recording, why = _recorded(learner, parts, record)
             self._say(f"CUDA graph: {why or 'every step is replayed from one recording'}")
         recording = self._recording
         if recording is None or _shapes(parts) != _shapes(
@@ -53,17 +55,18 @@ class GraphStep:
         return _replayed(learner, recording, parts, lr)
 
 
-def on_cuda(compute: Compute) -> Compute:
+def on_cuda(compute: Compute, device: torch.device) -> Compute:
     """Records into a CUDA graph. Raises RuntimeError where something in it waits for the device, or memory is short."""
-    aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    aside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(aside):
-        for _ in range(WARM):
-            compute()
-    torch.cuda.current_stream().wait_stream(aside)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # the loader's threads may go on
-        results = compute()
+    with torch.cuda.device(device):  # cuda:1 is not the current one by itself, and a stream belongs to one device
+        aside, own = torch.cuda.Stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            for _ in range(WARM):
+                compute()
+        torch.cuda.current_stream().wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=own, capture_error_mode="thread_local"):  # the loader's threads may go on
+            results = compute()
 
     def replay() -> list[Tensor]:
         graph.replay()
@@ -74,7 +77,7 @@ def on_cuda(compute: Compute) -> Compute:
 
 def _recorded(learner: Learner, parts: Sequence[Any], record: Record) -> tuple[_Recording | None, str]:
     """A recording of the step, or None and why not; network and statistics stay as they are."""
-    own = [type(part)(*(x.clone() for x in part)) for part in parts]
+    own = [type(part)(*map(torch.zeros_like, part)) for part in parts]
     optimizer, statistics = learner.optimizer, Statistics(learner.task.net)
     statistics.hold()
 
@@ -90,10 +93,11 @@ def _recorded(learner: Learner, parts: Sequence[Any], record: Record) -> tuple[_
         optimizer.forget()
         return found
 
-    stepwise = made(lambda: gradients(learner, own, learner.seed_network))
+    stepwise = made(lambda: gradients(learner, parts, learner.seed_network))
     try:
         replay = record(compute)
         statistics.rewind()
+        _fill(own, parts)
         replayed = made(replay)
     except RuntimeError as error:
         statistics.rewind()
@@ -108,10 +112,14 @@ def _shapes(parts: Sequence[Any]) -> list[torch.Size]:
     return [x.shape for part in parts for x in part]
 
 
-def _replayed(learner: Learner, recording: _Recording, parts: Sequence[Any], lr: float) -> Made:
-    for kept, new in zip(recording.parts, parts, strict=True):
+def _fill(own: Sequence[Any], parts: Sequence[Any]) -> None:
+    for kept, new in zip(own, parts, strict=True):
         for x, y in zip(kept, new, strict=True):
             x.copy_(y, non_blocking=True)
+
+
+def _replayed(learner: Learner, recording: _Recording, parts: Sequence[Any], lr: float) -> Made:
+    _fill(recording.parts, parts)
     learner.seed_network(0)
     found = recording.replay()
     learner.optimizer.receive(found[2:])
