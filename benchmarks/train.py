@@ -27,6 +27,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -112,7 +113,9 @@ def ours(net: str, batch: int, device: torch.device, compiled: bool) -> Step:
     loader = Loader(split, preprocessing, augmentation, batch, 0, engine, Crop("centre", (256, 480), 1.0))
     task = Classify(model, tuple("0123456789"), preprocessing, loader, split, split, {}, engine)
     learner, position = Learner.fresh(task, chosen), iter(range(10**9))
-    step = GraphStep(lambda _: None) if device.type == "cuda" else train_step  # as a run picks by itself
+    step = (
+        GraphStep(partial(print, file=sys.stderr)) if device.type == "cuda" else train_step
+    )  # as a run picks by itself
     return lambda: step(learner, task.parts(next(position)), 0.01)
 
 

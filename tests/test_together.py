@@ -17,14 +17,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import assert_same
 
 from residuum.cli.main import run as cli
 from residuum.errors import UsageError
 from residuum.training import loop
 from residuum.training.parts import parts_of
 from residuum.training.recipes import paper_cifar, paper_imagenet
-from residuum.world import World
+from residuum.world import GONE, World
+from runs import assert_same
 
 VALUES = {
     "size": 8, "batch": 32, "bn_batch": 8, "record_every": 3, "judge_every": 3, "checkpoint_minutes": 0, "schedule": "plateau",
@@ -105,14 +105,15 @@ def test_all_ranks_stop_at_one_step_and_one_process_goes_on(tmp_path: Path, undi
     assert_same(out, undisturbed)
 
 
-def test_processes_of_one_machine_need_no_name_of_it(tmp_path: Path) -> None:
-    """As in a container, whose name may lead nowhere."""
+def test_processes_need_no_name_of_their_machine_and_speak_once_of_what_all_see(tmp_path: Path) -> None:
+    """As in a container, whose name may lead nowhere; and the loss is not finite for any of them."""
     (tmp_path / "sitecustomize.py").write_text("import socket\nsocket.getfqdn = lambda *_: 'pod.invalid'\n")
-    command = [*COMMAND, "--steps", "2", "--out", str(tmp_path / "run"), "--procs", "2"]
+    command = [*COMMAND, "--steps", "9", "--set", "lr=1e30", "--out", str(tmp_path / "run"), "--procs", "2"]
     done = subprocess.run(
         command, env=os.environ | {"PYTHONPATH": str(tmp_path)}, text=True, capture_output=True, timeout=200
     )
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 1 and done.stderr.count("the loss is not finite at step") == 1, done.stderr
+    assert GONE not in done.stderr and "Traceback" not in done.stderr
 
 
 @pytest.mark.slow

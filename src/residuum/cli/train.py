@@ -93,13 +93,14 @@ def train(
         Go on with the run in this folder, from its last checkpoint to the same bits as if it had never stopped.
     verify_resume
         Prove on this machine that a killed run goes on to the same bits: train the recipe's first steps straight on and with a
-        real SIGKILL in between, compare, and leave nothing behind.
+        real SIGKILL in between, compare, and leave nothing behind. So few steps are not compiled; --compile on proves that.
     show_recipe
         Print a recipe and what it is for, and train nothing.
     json
         Print the result as one JSON document.
     """
     given = dict(locals())  # before anything else is local
+    from residuum.data import sources
     from residuum.training import loop
     from residuum.training.result import Result
     from residuum.world import first_process
@@ -118,13 +119,23 @@ def train(
         raise UsageError("--resume goes on with a run's own recipe in its own folder; leave out --out and --recipe.")
     complete = None
     if resume is None:
-        complete = adapted(loop.resolve(recipe or ("finetune" if start_from else None), data=data))
+        chosen = loop.resolve(recipe or ("finetune" if start_from else None), data=data)
+        if data is None and not sources.is_name(chosen.data) and not Path(chosen.data).exists():
+            raise UsageError(
+                f"recipe {chosen.name} needs pictures: residuum train DATA, a folder of class folders or a data set."
+            )
+        complete = adapted(chosen)
     if verify_resume:
-        if procs is not None:
-            raise UsageError("--verify-resume tries one process; leave out --procs.")
+        if procs is not None or batch == "auto" or json:
+            raise UsageError("--verify-resume tries one process, the recipe's batch, and says a sentence; leave out --procs, "
+                             "--batch auto and --json.")  # fmt: skip
         return _verify(complete, data_dir, device, workers)
     if procs is not None:
         return _in_processes(given, complete)
+    if max_restarts:
+        raise UsageError(
+            "--max-restarts is for processes that --procs starts; give it, or torchrun its own --max-restarts."
+        )
     with console.Bar("step") as bar:
 
         def progress(p: Progress) -> None:

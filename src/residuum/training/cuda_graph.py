@@ -48,9 +48,7 @@ class GraphStep:
             self._recording, why = _recorded(learner, parts, record)
             self._say(f"CUDA graph: {why or 'every step is replayed from one recording'}")
         recording = self._recording
-        if recording is None or _shapes(parts) != _shapes(
-            recording.parts
-        ):  # pictures that cannot be read shorten a step
+        if recording is None or _shapes(parts) != _shapes(recording.parts):  # unreadable pictures shorten a step
             return train_step(learner, parts, lr)
         return _replayed(learner, recording, parts, lr)
 
@@ -103,6 +101,8 @@ def _recorded(learner: Learner, parts: Sequence[Any], record: Record) -> tuple[_
         statistics.rewind()
         optimizer.forget()
         return None, f"not used, since recording failed ({str(error).strip().splitlines()[0]})"
+    if len(stepwise) != 2 + len(optimizer.parameters) + len(statistics.averages):
+        return None, "not used, since some weights get no gradient"
     if len(replayed) != len(stepwise) or not all(map(torch.equal, replayed, stepwise)):
         return None, "not used, since a replayed step differs from the step itself"
     return _Recording(own, replay), ""

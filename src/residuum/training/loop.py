@@ -243,8 +243,8 @@ def _tell_apart(
     alike = getattr(recipe, "bn_batch", 0) or getattr(recipe, "bn_sync", False)
     if (before := recorded.get("processes", 1)) != here["processes"] and not alike:
         say(
-            f"the run began in {before} processes (now {here['processes']}): BN sees each one's share of a step, so the "
-            "result will differ; the pictures and their order do not."
+            f"the run began in {before} process{'es' * (before > 1)} (now {here['processes']}): BN sees each one's share "
+            "of a step, so the result will differ; the pictures and their order do not."
         )
 
 

@@ -97,7 +97,12 @@ def _train(
     say: Callable[[str], None],
 ) -> None:
     """The steps; where memory is too short for them, a sentence says what would fit."""
-    step = GraphStep(say) if learner.task.engine.graphs else train_step
+
+    def told(sentence: str) -> None:
+        say(sentence)
+        run.write_json("environment.json", (run.read_json("environment.json") or {}) | {"steps": sentence})
+
+    step = GraphStep(told) if learner.task.engine.graphs else train_step  # of one process alone
     try:
         return train_steps(learner, run, metrics, request, progress, again, refresh, step)
     except (RuntimeError, MemoryError) as error:

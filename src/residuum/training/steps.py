@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from residuum.errors import DivergedError
+from residuum.errors import DivergedError, RunError
 from residuum.records import Metrics, Run
 from residuum.training.average import learn
 from residuum.training.checkpoint import Learner, State, save_checkpoint
@@ -16,6 +16,7 @@ from residuum.training.result import Progress
 from residuum.training.schedule import learning_rate
 from residuum.training.step import Made, Step
 from residuum.training.stopping import Request, Stopped
+from residuum.world import GONE, World
 
 
 def train_steps(
@@ -54,7 +55,7 @@ def train_steps(
         asked = request.signum or 0  # read once: a signal that comes later in the step waits for the next
         signum, saving = world.agree(asked, int(last or asked > 0 or due))  # so that all stop at the same step
         if recording or saving or task.engine.device.type == "cpu":
-            _check_finite(state, lr)  # on a GPU this waits for the device, so only where something does anyway
+            _check_finite(state, lr, world)  # on a GPU this waits for the device, so only where something does anyway
         clock.stop()
         if recording:
             figures = _record(recipe, state, made, lr, clock.share_waiting(), metrics)
@@ -117,11 +118,13 @@ class _Clock:
         return min(1.0, share)
 
 
-def _check_finite(state: State, lr: float) -> None:
-    """Raises DivergedError, naming the step, where a loss since the last record is not finite."""
+def _check_finite(state: State, lr: float, world: World) -> None:
+    """Raises DivergedError, naming the step, where a loss since the last record is not finite; the first process speaks."""
     finite = torch.stack(state.losses).isfinite().tolist()
     if all(finite):
         return
+    if not world.first:
+        raise RunError(f"{GONE}: the loss is not finite.")
     step = state.step - len(finite) + finite.index(False)
     raise DivergedError(
         f"the loss is not finite at step {step:,} (learning rate {lr:g}); try a tenth of the learning rate "
