@@ -219,8 +219,8 @@ def photos() -> Recipe:
     Command: residuum train FOLDER
     Cost: 64,000 pictures shown. On two CPU cores resnet18 makes 29.5 images/s: 36 min (computed). --steps brings it to
         your time.
-    Expected: from scratch on 240 photographs of five flowers 45.00 % top-1 error (95 % interval 34.58 to 55.88 %, n = 80), 53.75 %
-        after 120 steps; with so few pictures start from a model that has seen others (--recipe finetune).
+    Expected: from scratch on 240 photographs of five flowers 45.00 % top-1 error (95 % interval 34.58 to 55.88 %, n = 80);
+        with so few start from a model that has seen others (--recipe finetune).
     """
     return Recipe(
         name="photos",
