@@ -50,7 +50,7 @@ class Kind:
         return [name for name in self.packages if find_spec(name) is None]
 
 
-PAUSE = 0.02  # seconds
+PAUSE = 0.05  # seconds, longer than the threads of any engine wait for more work
 TIE = 0.005  # the reference is undecided between classes whose scores are no further apart: rounding alone turns them round
 
 
@@ -307,19 +307,25 @@ def _fastest(
 def seconds(answers: Sequence[Answers], pixels: Tensor, budget: float = 0.5) -> list[float]:
     """The least seconds that a batch takes each, of as many as fit into the budget, three turns at least.
 
-    They take turns, so that what else the machine does meets all of them. A turn begins with a pause and a batch that is not
-    counted: for some milliseconds the threads of the one before still hold the cores, waiting for more of its own work.
+    They take turns, so that what else the machine does meets all of them. A turn begins with a pause and with batches that are
+    not counted: for a while the threads of the one before still hold the cores, waiting for more of its own work.
     """
     least, began, n = [float("inf")] * len(answers), time.perf_counter(), 0
     while n < 3 or (time.perf_counter() - began < budget * len(answers) and n < 50):
         for k, answer in enumerate(answers):
             time.sleep(PAUSE)
-            answer(pixels)
-            for _ in range(2):
-                start = time.perf_counter()
-                answer(pixels)
-                least[k] = min(least[k], time.perf_counter() - start)
+            _least(answer, pixels)
+            least[k] = min(least[k], _least(answer, pixels))
         n += 1
+    return least
+
+
+def _least(answer: Answers, pixels: Tensor) -> float:
+    """The least seconds of a batch, of as many as fit into the length of a pause, one at least."""
+    least, began = float("inf"), time.perf_counter()
+    while (start := time.perf_counter()) - began < PAUSE:
+        answer(pixels)
+        least = min(least, time.perf_counter() - start)
     return least
 
 
