@@ -34,7 +34,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from train_cifar import plain_resnet
 
 import residuum
 from residuum.data.augment import Augmentation
@@ -50,6 +49,7 @@ from residuum.training.checkpoint import Learner
 from residuum.training.cuda_graph import GraphStep
 from residuum.training.recipes import recipe
 from residuum.training.step import train_step
+from train_cifar import plain_resnet
 
 Step = Callable[[], object]
 BATCHES = {32: 128, 224: 32}  # by the side of the pictures, on a CPU

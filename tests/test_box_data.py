@@ -6,11 +6,11 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-import cells
 import pytest
 import torch
 from PIL import Image
 
+import cells
 from residuum.data import boxes, masks
 from residuum.errors import DataError
 

@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from pictures import folder, photo
 from PIL import Image
-from test_decode import bomb
 
+from pictures import folder, photo
 from residuum.cli.main import run
 from residuum.data import check, digits, sources
 from residuum.data.look import look_at_file, look_at_pixels
 from residuum.data.stored import Reading
+from test_decode import bomb
 
 
 def found(capsys: pytest.CaptureFixture[str], root: Path, *more: str) -> tuple[int, dict[str, object], str]:

@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from server import Server
 
 from residuum.data import cifar, remote, sources
 from residuum.errors import DataError
+from server import Server
 
 N = 4  # pictures a file
 

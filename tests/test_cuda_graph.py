@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_learning import learner, tiny
 
 from residuum.models.spec import specification
 from residuum.runtime import Engine
@@ -21,6 +20,7 @@ from residuum.training.running import prepare_task
 from residuum.training.step import Step, train_step
 from residuum.training.verify import STEPS
 from residuum.world import World
+from test_learning import learner, tiny
 
 GPU = Engine(torch.device("cuda"), "bf16", 2, "for the test")
 

@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from pictures import photo
 from PIL import Image, PngImagePlugin
 
 import residuum
+from pictures import photo
 from residuum.data import decode
 from residuum.data.decode import decode_pixels
 from residuum.errors import DataError

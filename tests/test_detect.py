@@ -13,11 +13,11 @@ import time
 from pathlib import Path
 from typing import Any, cast
 
-import cells
 import pytest
 import torch
 from PIL import Image
 
+import cells
 from residuum.cli.main import run as residuum_
 from residuum.data import boxes
 from residuum.data.ahead import Ahead

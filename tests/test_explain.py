@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from pictures import photo
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from pictures import photo
 from residuum.cli.main import run
 from residuum.evaluation.heat import grad_cam, looks, overlay
 from residuum.evaluation.metrics import Judgement

@@ -13,10 +13,10 @@ import onnxruntime
 import openvino
 import pytest
 import torch
-from pictures import photo
 from PIL import Image
 from torch import Tensor
 
+from pictures import photo
 from residuum.cli.main import run
 from residuum.data import digits
 from residuum.errors import ModelFileError, UsageError

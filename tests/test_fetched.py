@@ -7,14 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
 from pictures import folder, photo
+from residuum.data import pack, remote
+from residuum.errors import DataError, RunError
 from server import Server
 from test_shards import files, load, packed
 from test_shards import tar as made
 from test_shards_elsewhere import members
-
-from residuum.data import pack, remote
-from residuum.errors import DataError, RunError
 
 OLD, NEW = bytes(3000), bytes(range(250)) * 12  # two versions of one file, of one length
 

@@ -17,10 +17,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pictures import NAMES, folder, photo
 from PIL import Image
 
 import residuum
+from pictures import NAMES, folder, photo
 from residuum.cli.main import run
 from residuum.data import check, sources
 from residuum.data.augment import VALUES, VECTORS, Augmentation

@@ -7,9 +7,9 @@ import re
 from pathlib import Path
 
 import pytest
-from test_readme import FIRST
 
 from residuum.cli.main import app
+from test_readme import FIRST
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 LINES = (REPOSITORY / "Dockerfile").read_text().splitlines()

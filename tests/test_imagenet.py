@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from pictures import photo
 
+from pictures import photo
 from residuum.cli.main import run
 from residuum.data import sources
 from residuum.data.dataset import Dataset

@@ -13,12 +13,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pictures import NAMES as NAMES_ON_DISK
-from pictures import folder
 from PIL import Image
 from torch import Tensor
 
 import residuum
+from pictures import NAMES as NAMES_ON_DISK
+from pictures import folder
 from residuum.cli.main import run
 from residuum.data import digits, imagenet, stored
 from residuum.data.dataset import Split

@@ -9,9 +9,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pictures import photo
 
 import residuum
+from pictures import photo
 from residuum.data.augment import Augmentation
 from residuum.data.dataset import Split
 from residuum.data.loader import Loader

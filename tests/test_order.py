@@ -12,10 +12,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from pictures import folder
-from server import Server
-from test_cifar import write_binary
 
+from pictures import folder
 from residuum.data import cifar, pack, sources
 from residuum.data.augment import Augmentation
 from residuum.data.crops import Crop
@@ -28,6 +26,8 @@ from residuum.errors import UsageError
 from residuum.preprocessing import Preprocessing
 from residuum.runtime import pick_engine
 from residuum.world import World
+from server import Server
+from test_cifar import write_binary
 
 ENGINE = pick_engine("fp32", "cpu")
 SIZE, STEPS = 7, 8  # pictures in a step (an odd number), steps: more than an epoch of every source

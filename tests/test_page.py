@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from pictures import photo
 from PIL import Image
+
+from pictures import photo
 from serving import CLASSES, Asked, Running, service, small_dense, small_model, threaded
 
 CHROMIUM = Path("/usr/bin/chromium")

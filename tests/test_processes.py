@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from pictures import NAMES, folder
 
+from pictures import NAMES, folder
 from residuum.cli.main import run
 from residuum.evaluation.evaluate import evaluate
 from residuum.models.bundle import Bundle, load_bundle

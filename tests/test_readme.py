@@ -10,9 +10,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pictures
 import pytest
 from PIL import Image
+
+import pictures
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 README = REPOSITORY / "README.md"

@@ -12,12 +12,12 @@ import pytest
 import timm
 import torch
 import torchvision
-from pictures import folder
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
 import residuum
+from pictures import folder
 from residuum.cli.main import run
 from residuum.data import imagenet
 from residuum.data.folder import load as load_folder

@@ -13,11 +13,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from runs import assert_same, figures
 
 from residuum.errors import RunError
 from residuum.records import Run
 from residuum.training import loop
+from runs import assert_same, figures
 
 SETTINGS = (
     "--steps", "30", "--net", "resnet8", "--set", "size=8", "--set", "batch=32", "--set", "record_every=3",

@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pictures import folder, photo
-from test_folder import TINY
 
 import residuum
+from pictures import folder, photo
 from residuum.cli.main import run
 from residuum.data import marks, sources
 from residuum.errors import UsageError
 from residuum.evaluation.calibration import provenance
 from residuum.evaluation.evaluate import Evaluation
 from residuum.models.bundle import load_bundle
+from test_folder import TINY
 
 
 @pytest.fixture(scope="module")

@@ -10,13 +10,12 @@ import time
 from functools import partial
 from pathlib import Path
 
-import cells
 import pytest
 import torch
 from PIL import Image
-from test_detect import command
 from torch.nn import functional as F
 
+import cells
 from residuum.cli.main import run as residuum_
 from residuum.data import masks
 from residuum.data.masks import VOID
@@ -26,6 +25,7 @@ from residuum.models.dense import Segments
 from residuum.models.resnet import build
 from residuum.models.values import Segmenter
 from residuum.tasks.segment import sample
+from test_detect import command
 
 NET = {"widths": (8, 8, 8, 16), "depths": (1, 1, 1, 1)}
 

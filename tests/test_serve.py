@@ -19,12 +19,12 @@ from typing import Any
 import pytest
 import schemathesis
 import torch
-from pictures import photo
 from PIL import Image
-from serving import CLASSES, Running, service, small_model
 
+from pictures import photo
 from residuum.cli.main import run
 from residuum.use.predict import load
+from serving import CLASSES, Running, service, small_model
 
 pytest.importorskip("fastapi", reason="the extra `serve` is not installed")
 

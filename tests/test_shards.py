@@ -10,11 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from pictures import folder, photo
 from PIL import Image
-from server import Server
 
 import residuum
+from pictures import folder, photo
 from residuum.cli.main import run
 from residuum.data import pack, remote, shards, sources, tars
 from residuum.data.augment import Augmentation
@@ -25,6 +24,7 @@ from residuum.data.stored import Reading, Stored
 from residuum.errors import DataError, RunError, UsageError
 from residuum.preprocessing import Preprocessing
 from residuum.runtime import pick_engine
+from server import Server
 
 FLOWERS = Path(__file__).resolve().parents[2] / "shared" / "data" / "flowers"
 

@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
-from server import Server
-from test_shards import jpeg, load, tar
 
 from residuum.data import shards, sources, tars
 from residuum.errors import DataError
+from server import Server
+from test_shards import jpeg, load, tar
 
 
 def members(classes: str = "ab", each: int = 5, start: int = 0) -> dict[str, bytes]:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import assert_same, figures
 
 import residuum
 from residuum.cli.main import run as cli
@@ -22,6 +21,7 @@ from residuum.training.recipe import Recipe
 from residuum.training.recipes import quick
 from residuum.training.result import Progress
 from residuum.training.stopping import Stopped
+from runs import assert_same, figures
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 

@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import pictures
 import pytest
 
+import pictures
 from residuum.cli.main import run
 from residuum.errors import DataError, RunError, UsageError
 from residuum.models import probing
