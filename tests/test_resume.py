@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from residuum.errors import RunError
-from residuum.records import Run
+from residuum.records import Run, read_metrics
 from residuum.training import loop
 from runs import assert_same, figures
 
@@ -124,7 +124,9 @@ def test_signals_save_first(tmp_path: Path) -> None:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     again = command("train", "--resume", str(out))
     with subprocess.Popen(again, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) as process:
-        wait_until(lambda: any(line["step"] > first + 300 for line in figures(out)), process)
+        wait_until(
+            lambda: any(line["step"] > first + 300 for line in read_metrics(Run(out))), process
+        )  # a line may be half written
         process.terminate()
         _, stderr = process.communicate()
     assert process.returncode == 143

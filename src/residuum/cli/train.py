@@ -100,7 +100,6 @@ def train(
         Print the result as one JSON document.
     """
     given = dict(locals())  # before anything else is local
-    from residuum.data import sources
     from residuum.training import loop
     from residuum.training.result import Result
     from residuum.world import first_process
@@ -117,19 +116,9 @@ def train(
 
     if resume is not None and (out is not None or recipe is not None):
         raise UsageError("--resume goes on with a run's own recipe in its own folder; leave out --out and --recipe.")
-    complete = None
-    if resume is None:
-        chosen = loop.resolve(recipe or ("finetune" if start_from else None), data=data)
-        if data is None and not sources.is_name(chosen.data) and not Path(chosen.data).exists():
-            raise UsageError(
-                f"recipe {chosen.name} needs pictures: residuum train DATA, a folder of class folders or a data set."
-            )
-        complete = adapted(chosen)
+    complete = adapted(_named(recipe or ("finetune" if start_from else None), data)) if resume is None else None
     if verify_resume:
-        if procs is not None or batch == "auto" or json:
-            raise UsageError("--verify-resume tries one process, the recipe's batch, and says a sentence; leave out --procs, "
-                             "--batch auto and --json.")  # fmt: skip
-        return _verify(complete, data_dir, device, workers)
+        return _verify(complete, given)
     if procs is not None:
         return _in_processes(given, complete)
     if max_restarts:
@@ -162,13 +151,32 @@ def _values(settings: tuple[str, ...], **options: object) -> dict[str, str]:
     return console.pairs(settings) | given
 
 
-def _verify(complete: Recipe | None, data_dir: Path | None, device: str | None, workers: int | None) -> None:
+def _named(name: str | None, data: str | None) -> Recipe:
+    """The recipe of a name, or the data's own; where it needs pictures, they must be named or stand where it says."""
+    from residuum.data import sources
+    from residuum.training import loop
+
+    chosen = loop.resolve(name, data=data)
+    if data is None and not sources.is_name(chosen.data) and not Path(chosen.data).exists():
+        raise UsageError(
+            f"recipe {chosen.name} needs pictures: residuum train DATA, a folder of class folders or a data set."
+        )
+    return chosen
+
+
+def _verify(complete: Recipe | None, given: dict[str, Any]) -> None:
     """Prints what the comparison found."""
     from residuum.training.verify import verify
 
+    if given["procs"] is not None or given["batch"] == "auto" or given["json"]:
+        raise UsageError(
+            "--verify-resume tries one process, the recipe's batch, and says a sentence; leave out --procs, --batch auto "
+            "and --json."
+        )
     if complete is None:
         raise UsageError("--verify-resume tries a recipe, not a run; leave out --resume.")
-    print(verify(complete, data_dir or Path("data"), device or "auto", workers, console.say))
+    place, device = given["data_dir"] or Path("data"), given["device"] or "auto"
+    print(verify(complete, place, device, given["workers"], console.say))
 
 
 def _in_processes(given: dict[str, Any], complete: Recipe | None) -> None:
