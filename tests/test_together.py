@@ -105,6 +105,7 @@ def test_all_ranks_stop_at_one_step_and_one_process_goes_on(tmp_path: Path, undi
     assert_same(out, undisturbed)
 
 
+@pytest.mark.slow
 def test_processes_need_no_name_of_their_machine_and_speak_once_of_what_all_see(tmp_path: Path) -> None:
     """As in a container, whose name may lead nowhere; and the loss is not finite for any of them."""
     (tmp_path / "sitecustomize.py").write_text("import socket\nsocket.getfqdn = lambda *_: 'pod.invalid'\n")
