@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -297,3 +298,19 @@ def test_threads_decode_without_losing_the_warnings_of_others(tmp_path: Path, mo
     for thread in threads:
         thread.join()
     assert not wrong and warnings.filters == filters
+
+
+def test_an_engine_is_timed_when_the_one_before_has_come_to_rest() -> None:
+    """Threads of a runtime hold the cores for a while after its work is done."""
+    ended = [0.0]
+
+    def holds(x: torch.Tensor) -> torch.Tensor:
+        ended[0] = time.perf_counter()
+        return x
+
+    def suffers(x: torch.Tensor) -> torch.Tensor:
+        time.sleep(0.02 if time.perf_counter() - ended[0] < 0.03 else 0.0)
+        return x
+
+    for order in ([holds, suffers], [suffers, holds]):
+        assert max(engines.seconds(order, torch.zeros(1), budget=0.01)) < 0.02
