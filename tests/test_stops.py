@@ -12,13 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import residuum
+from pictures import folder
 from residuum.cli.main import run as cli
 from residuum.errors import RunError, UsageError
+from residuum.models.bundle import Bundle
+from residuum.models.resnet import build
+from residuum.preprocessing import Preprocessing
 from residuum.training import classifying, loop, steps
 from residuum.training.recipe import Recipe
-from residuum.training.recipes import quick
+from residuum.training.recipes import RECIPES, quick, recipe
 from residuum.training.result import Progress
 from residuum.training.stopping import Stopped
 from runs import assert_same, figures
@@ -215,3 +220,29 @@ def test_other_data_under_a_run_is_one_sentence(tmp_path: Path) -> None:
     next((photos / "a").iterdir()).unlink()
     with pytest.raises(RunError, match="was made with another recipe or other data; start a new run, or put back"):
         loop.resume(tmp_path / "run")
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return folder(tmp_path_factory.mktemp("photographs") / "folder")
+
+
+@pytest.mark.parametrize("name", [name for name, make in RECIPES.items() if make().task == "classify"])
+def test_every_recipe_resumes_to_the_same_bits(name: str, tmp_path: Path, photographs: Path) -> None:
+    """Each with all that it has, on small pictures, and killed half-way."""
+    named = recipe(name)
+    small = {"data": str(photographs), "net": "preresnet20" if "pre" in name else "resnet8", "size": 16, "batch": 8}
+    small |= {"bn_batch": 4, "resize": 20 if named.resize else 0, "held_out": min(named.held_out, 6), "threads": 1}
+    often = {"record_every": 1, "judge_every": 2, "checkpoint_minutes": 0.0, "precise_bn": min(named.precise_bn, 2)}
+    values: dict[str, Any] = small | often | {"ema": 0.9 if named.ema else 0.0}
+    if name == "finetune":
+        model = tmp_path / "model.safetensors"
+        seen = Preprocessing(3, (16, 16), 20, torch.full((3,), 0.5), torch.full((3,), 0.25))
+        Bundle(build("resnet8", classes=2, seed=1), ("a", "b"), seen).save(model)
+        values |= {"net": "", "start_from": str(model), "frozen_bn": True, "bn_batch": 0}
+    short = replace(named.shrunk(6), **values)
+    straight, out = tmp_path / "straight", tmp_path / "run"
+    residuum.train(short, out=straight, device="cpu")
+    killed(residuum.train, short, out=out, device="cpu", progress=kill_at(3))
+    loop.resume(out)
+    assert_same(out, straight)
