@@ -5,13 +5,16 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from residuum.cli import main
 from residuum.cli.main import run
 from residuum.data import cifar, digits
 
@@ -260,3 +263,17 @@ def test_pictures_of_any_mode_are_read(capsys: pytest.CaptureFixture[str], model
         picture.save(tmp_path / f"{mode.replace(';', '')}.{'tif' if mode == 'CMYK' else 'png'}")
     code, out, _ = said(capsys, "predict", str(model), str(tmp_path), "--json")
     assert code == 0 and len(json.loads(out)["predictions"]) == 8
+
+
+def test_a_stop_is_heard_before_a_command_listens_for_it(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A container's first process has no default action for SIGTERM: what nobody listens for would be lost."""
+    monkeypatch.setattr(main, "app", lambda _: os.kill(os.getpid(), signal.SIGTERM))
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit) as end:
+            main.main(["train"])
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert end.value.code == 143 and capsys.readouterr().err == "residuum: stopped.\n"

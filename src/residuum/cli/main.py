@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
+from types import FrameType
 
 from cyclopts import App, CycloptsError
 
 import residuum
 from residuum.cli import console
 from residuum.errors import ResiduumError
+from residuum.training.stopping import Stopped
 
 app = App(
     name="residuum",
@@ -50,7 +53,14 @@ app.command(segment)
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs one command and exits: 0, 1 (it failed), 2 (it was asked for wrongly) or 128 + signal (it was stopped)."""
+    signal.signal(
+        signal.SIGTERM, _stop
+    )  # before a command has its own: a container's first process has no default action
     sys.exit(run(sys.argv[1:] if arguments is None else arguments))
+
+
+def _stop(signum: int, _: FrameType | None) -> None:
+    raise Stopped(signum, "stopped.")
 
 
 def run(arguments: Sequence[str]) -> int:
