@@ -58,7 +58,7 @@ def run(arguments: Sequence[str]) -> int:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("default", UserWarning)
-            warnings.showwarning = console.warn
+            warnings.showwarning = console.Warner()
             app(list(arguments) or ["--help"])
         if sys.stdout is not None:
             sys.stdout.flush()
