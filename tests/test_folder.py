@@ -435,11 +435,13 @@ def test_splits_in_any_case_and_under_other_names(tmp_path: Path) -> None:
     assert (data.classes, data.judged, len(data.train)) == (NAMES, "test", 12) and data.train.names[0].startswith(
         "Train"
     )
-    other = folder(tmp_path / "e", {"training": 4, "validation": 2})
-    with pytest.raises(
-        DataError, match="holds training, with folders in it; call the splits train, val and test: rename it"
-    ):
-        load(other)
+    for i, name in enumerate(("training", "training_set", "Train Data", "trainset")):
+        other = folder(tmp_path / f"e{i}", {name: 4, "validation": 2})
+        with pytest.raises(
+            DataError,
+            match=f"holds {name}, with folders in it; call the splits train, val and test: rename it to train",
+        ):
+            load(other)
     assert load(folder(tmp_path / "f", {"": 5}, ("Train", "Ship"))).classes == ("Ship", "Train")  # vehicles
     folder(tmp_path / "d" / "train", {"": 2})
     with pytest.raises(DataError, match="holds Train and train; put the pictures of both into train"):
