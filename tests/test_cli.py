@@ -91,6 +91,7 @@ def test_what_cannot_be_found_exits_with_1(capsys: pytest.CaptureFixture[str], t
         (["train", "--resume", str(model)], "is a file; --resume takes the run's folder"),
         (["evaluate", str(tmp_path / "no.safetensors"), "--data", "digits"], "is not there; `residuum train` writes"),
         (["evaluate", str(model.parent), "--data", "digits"], "is a folder; did you mean"),
+        (["evaluate", str(model), "--data=~/no photos"], f"{Path.home()}/no photos is not there"),  # as shells leave it
         (["train", "digits", "--out", str(model.parent), *SHORT], "is not empty; choose another --out"),
         (["train", "digits", "--out", str(model), *SHORT], "is a file; --out names a folder for the run."),
     ]
