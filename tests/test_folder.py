@@ -406,8 +406,8 @@ def test_a_folder_the_model_did_not_learn_from_is_judged_whole(tmp_path: Path) -
     own, other = folder(tmp_path / "own", {"": 10}), folder(tmp_path / "other", {"": 4})
     for i, file in enumerate(other.rglob("*.jpg")):
         photo(300 + i, 70, 50).save(file)  # the names are the same, the pictures are not
-    result = residuum.train("photos", data=str(own), out=tmp_path / "run", **TINY)  # type: ignore[arg-type]
-    assert residuum.evaluate(result.model, str(own), device="cpu").split == "held-out"
+    result = residuum.train("photos", data=own, out=tmp_path / "run", **TINY)  # type: ignore[arg-type]
+    assert residuum.evaluate(result.model, own, device="cpu").split == "held-out"
     judged = residuum.evaluate(result.model, str(other), device="cpu")
     assert (judged.split, judged.n) == ("all", 12)
     shutil.move(other, tmp_path / "third" / "val")
