@@ -95,6 +95,9 @@ def test_a_folder_that_is_no_data_set(capsys: pytest.CaptureFixture[str], tmp_pa
     code, document, _ = found(capsys, root)
     assert code == 1 and [p["kind"] for p in document["problems"]] == ["layout"]  # type: ignore[attr-defined]
     assert "only in train alpha" in document["problems"][0]["detail"]  # type: ignore[index]
+    (list_before := tmp_path / "bad.txt").write_text("train/beta/1.png\n")
+    assert run(["data", "check", str(root), "--quarantine", str(list_before)]) == 1
+    assert list_before.read_text() == "train/beta/1.png\n"
 
 
 def test_data_in_memory_are_checked_too(capsys: pytest.CaptureFixture[str]) -> None:

@@ -272,6 +272,15 @@ def test_folders_are_listed_as_they_are_needed_in_the_order_of_their_paths(tmp_p
     assert tmp_path / "gone.png" in list(listed(tmp_path))
     (tmp_path / "ring").symlink_to(tmp_path, target_is_directory=True)
     assert len(list(listed(tmp_path))) == len(wanted) + 1
+    for name in ("._a.png", ".cache/a.png", "__MACOSX/a.png"):  # as training leaves them out
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert len(list(listed(tmp_path))) == len(wanted) + 1
+    (tmp_path / "b" / "link").symlink_to(elsewhere := tmp_path / ".elsewhere", target_is_directory=True)
+    elsewhere.mkdir()
+    (elsewhere / "y.png").touch()
+    assert tmp_path / "b" / "link" / "y.png" in list(listed(tmp_path))  # followed, as in training
+    assert list(listed(tmp_path / "b" / "link")) == [tmp_path / "b" / "link" / "y.png"]
 
 
 def test_threads_decode_without_losing_the_warnings_of_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

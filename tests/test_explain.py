@@ -225,6 +225,8 @@ def test_it_says_what_it_needs(model_file: Path, tmp_path: Path, capsys: pytest.
         ([], 2, "explain needs pictures"),
         ([str(tmp_path / "x.png"), "--top", "0"], 2, "--top must be 1 or more, not 0"),
         ([str(tmp_path / "x.png"), "--out", str(tmp_path / "file")], 1, "cannot write"),
+        ([str(tmp_path / "y.png"), "--out", str(tmp_path / "none")], 1, "1 of 1 pictures could not be read"),
     ):
         assert run(["explain", str(model_file), *arguments]) == code
         assert words in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()

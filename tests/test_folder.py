@@ -406,8 +406,8 @@ def test_a_folder_the_model_did_not_learn_from_is_judged_whole(tmp_path: Path) -
     own, other = folder(tmp_path / "own", {"": 10}), folder(tmp_path / "other", {"": 4})
     for i, file in enumerate(other.rglob("*.jpg")):
         photo(300 + i, 70, 50).save(file)  # the names are the same, the pictures are not
-    result = residuum.train("photos", data=str(own), out=tmp_path / "run", **TINY)  # type: ignore[arg-type]
-    assert residuum.evaluate(result.model, str(own), device="cpu").split == "held-out"
+    result = residuum.train("photos", data=own, out=tmp_path / "run", **TINY)  # type: ignore[arg-type]
+    assert residuum.evaluate(result.model, own, device="cpu").split == "held-out"
     judged = residuum.evaluate(result.model, str(other), device="cpu")
     assert (judged.split, judged.n) == ("all", 12)
     shutil.move(other, tmp_path / "third" / "val")
@@ -435,11 +435,13 @@ def test_splits_in_any_case_and_under_other_names(tmp_path: Path) -> None:
     assert (data.classes, data.judged, len(data.train)) == (NAMES, "test", 12) and data.train.names[0].startswith(
         "Train"
     )
-    other = folder(tmp_path / "e", {"training": 4, "validation": 2})
-    with pytest.raises(
-        DataError, match="holds training, with folders in it; call the splits train, val and test: rename it"
-    ):
-        load(other)
+    for i, name in enumerate(("training", "training_set", "Train Data", "trainset")):
+        other = folder(tmp_path / f"e{i}", {name: 4, "validation": 2})
+        with pytest.raises(
+            DataError,
+            match=f"holds {name}, with folders in it; call the splits train, val and test: rename it to train",
+        ):
+            load(other)
     assert load(folder(tmp_path / "f", {"": 5}, ("Train", "Ship"))).classes == ("Ship", "Train")  # vehicles
     folder(tmp_path / "d" / "train", {"": 2})
     with pytest.raises(DataError, match="holds Train and train; put the pictures of both into train"):

@@ -58,6 +58,9 @@ def devkit(place: Path) -> None:
 MAPPING = "".join(f"{s} {n}\n" for s, n in zip(SYNSETS, NAMES, strict=True))
 LISTS: dict[str, Callable[[Path], object]] = {
     "val.txt of synsets": lambda d: (d / "val.txt").write_text(lines(lambda i, c: f"{name(i)} {SYNSETS[c]}")),
+    "val.txt as some editors save it": lambda d: (d / "val.txt").write_bytes(
+        b"\xef\xbb\xbf" + lines(lambda i, c: f"{name(i)} {SYNSETS[c]}").replace("\n", "\r\n").encode()
+    ),
     "val.txt of numbers": lambda d: (
         (d / "val.txt").write_text(lines(lambda i, c: f"val/{name(i)}\t{c}")),
         (d / "synset_words.txt").write_text(MAPPING),

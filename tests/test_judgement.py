@@ -213,6 +213,8 @@ def test_training_keeps_a_temperature_and_shows_calibrated_scores(trained: Path)
     assert kept.metrics["test"]["loss"] != pytest.approx(found.loss, rel=1e-4)
     again = evaluate(kept, "digits", device="cpu", precision="fp32")
     assert again.judgement.loss == pytest.approx(kept.metrics["test"]["loss"], rel=1e-4)
+    with pytest.raises(UsageError, match=r"a Pillow picture, not ndarray; PIL.Image.fromarray makes one of an array"):
+        kept.predict(data.test.images[0, :, :, 0].numpy())  # type: ignore[arg-type]
     first = kept.predict(Image.fromarray(data.test.images[0, :, :, 0].numpy()), top=1)
     assert first.top[0][1] == pytest.approx(float(again.judgement.scores[0].max()), abs=1e-5)
 

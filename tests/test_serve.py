@@ -263,6 +263,12 @@ def test_a_picture_of_one_pixel_is_a_picture(running: Running) -> None:
     assert running.post(png(20_000, 1), "image/png")[0] == 200
 
 
+def test_a_browsers_avif_is_a_picture(running: Running) -> None:
+    buffer = io.BytesIO()
+    photo(1, 40, 30).save(buffer, "AVIF")
+    assert running.post(buffer.getvalue(), "image/avif")[0] == 200
+
+
 @pytest.mark.parametrize(
     "name", ["../../../tmp/hacked.png", "/etc/passwd", "C:\\\\x.png", "a\x01b", "😀" * 300, "<b>x</b>"]
 )

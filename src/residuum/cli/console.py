@@ -31,10 +31,19 @@ def fail(text: str) -> None:
     say(f"residuum: {text}")
 
 
-def warn(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
-    """Shows a warning that is meant for people; the others are a developer's business."""
-    if issubclass(category, UserWarning):
-        say(f"residuum: warning: {message}")
+class Warner:
+    """Shows the warnings that are meant for people, each sentence once; the others are a developer's business.
+
+    Python's own "once" forgets what was shown whenever somebody changes the filters, as decoding does for every picture.
+    """
+
+    def __init__(self) -> None:
+        self._said: set[str] = set()
+
+    def __call__(self, message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
+        if issubclass(category, UserWarning) and str(message) not in self._said:
+            self._said.add(str(message))
+            say(f"residuum: warning: {message}")
 
 
 def print_json(value: Any) -> None:

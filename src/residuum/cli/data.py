@@ -56,6 +56,7 @@ def check(
         source = _load(data, data_dir)
     except DataError as error:
         findings, speed = doctor.Findings(data, problems=[doctor.Problem("layout", data, str(error))]), None
+        quarantine = None  # nothing was looked at: a list from before stays as it is
     else:
         with console.Bar("pictures") as bar:
             findings = doctor.check(source, (os.cpu_count() or 1) if workers is None else workers, bar.show)

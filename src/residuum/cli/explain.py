@@ -50,7 +50,6 @@ def explain(
         cpu, cuda, cuda:1, … ; auto takes a GPU where there is one.
     """
     from residuum.data.decode import decode, picture_files
-    from residuum.records import writing_error
     from residuum.use.explain import explain as explained
     from residuum.use.predict import load
 
@@ -59,10 +58,6 @@ def explain(
     if top < 1:
         raise UsageError(f"--top must be 1 or more, not {top}.")
     loaded, files = load(model, precision=precision, device=device), list(picture_files(images))
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise writing_error(out, error) from error
     documents: list[dict[str, Any]] = []
     taken: set[str] = set()
     with console.Bar("blocks") as bar:
@@ -90,7 +85,7 @@ def explain(
 
 def _write(explanation: Explanation, file: Path, out: Path, taken: set[str]) -> dict[str, str]:
     """Writes the two files of a picture; their paths. Pictures of one name get different ones."""
-    from residuum.records import write_atomically
+    from residuum.records import write_atomically, writing_error
     from residuum.use.explain_figure import draw
 
     stem, n = file.stem, 1
@@ -98,6 +93,10 @@ def _write(explanation: Explanation, file: Path, out: Path, taken: set[str]) -> 
         n += 1
         stem = f"{file.stem}-{n}"
     taken.add(stem)
+    try:
+        out.mkdir(parents=True, exist_ok=True)  # only now: where no picture can be read, no folder is left behind
+    except OSError as error:
+        raise writing_error(out, error) from error
     png = io.BytesIO()
     explanation.overlay.save(png, "PNG")
     heat, blocks = out / f"{stem}.heat.png", out / f"{stem}.blocks.svg"

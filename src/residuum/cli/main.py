@@ -68,8 +68,8 @@ def run(arguments: Sequence[str]) -> int:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("default", UserWarning)
-            warnings.showwarning = console.warn
-            app(list(arguments) or ["--help"])
+            warnings.showwarning = console.Warner()
+            app([_at_home(argument) for argument in arguments] or ["--help"])
         if sys.stdout is not None:
             sys.stdout.flush()
     except CycloptsError as error:
@@ -93,3 +93,10 @@ def run(arguments: Sequence[str]) -> int:
         console.fail(str(error))
         return int(code)
     return 0
+
+
+def _at_home(argument: str) -> str:
+    """--out=~/runs as --out ~/runs: shells replace ~ only where a word begins with it, and a folder called ~ is a trap."""
+    option, _, value = argument.partition("=")
+    at_home = option.startswith("--") and value.startswith("~")
+    return f"{option}={os.path.expanduser(value)}" if at_home else argument

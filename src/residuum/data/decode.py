@@ -208,28 +208,43 @@ def picture_files(paths: Iterable[Path]) -> Iterator[Path]:
 def listed(path: Path) -> Iterator[Path | DataError]:
     """A file as it is, or the pictures below a folder, one folder's names at a time.
 
-    What cannot be read is an error among them. The order is that of the sorted paths. Links to folders are not followed.
+    What cannot be read is an error among them. The order is that of the sorted paths. As where a folder is trained on, links
+    are followed, but not back to a folder above, and hidden files and folders are left out.
     """
     if not path.is_dir():
         yield path
         return
     found = False
-    for one in _below(path):
+    for one in _below(path, above(path)):
         found = True
         yield one
     if not found:
         yield DataError(f"{path} holds no picture ({', '.join(sorted(SUFFIXES))}).")
 
 
-def _below(folder: Path) -> Iterator[Path | DataError]:
+def above(folder: Path) -> frozenset[str]:
+    """The folders that hold a folder, by way of links or not: a link back to one would bring what lies beside it."""
+    parents = {*Path(os.path.abspath(folder)).parents, *Path(os.path.realpath(folder)).parents}
+    return frozenset(map(os.path.realpath, parents))
+
+
+def hidden(name: str) -> bool:
+    """Whether a file or folder is none of a person's own: .DS_Store, ._1.jpg, .git, __MACOSX."""
+    return name.startswith((".", "__MACOSX"))
+
+
+def _below(folder: Path, parents: frozenset[str]) -> Iterator[Path | DataError]:
+    real = os.path.realpath(folder)
+    if real in parents:
+        return
     try:
         with os.scandir(folder) as entries:
-            inside = sorted((e.name, e.is_dir(follow_symlinks=False), e.is_file() or e.is_symlink()) for e in entries)
+            inside = sorted((e.name, e.is_dir(), e.is_file() or e.is_symlink()) for e in entries if not hidden(e.name))
     except OSError as error:
         yield DataError(f"{folder} cannot be read ({error.strerror}); give yourself permission to read it.")
         return
     for name, is_folder, is_file in inside:
         if is_folder:
-            yield from _below(folder / name)
+            yield from _below(folder / name, parents | {real})
         elif is_file and os.path.splitext(name)[1].lower() in SUFFIXES:
             yield folder / name

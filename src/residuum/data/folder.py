@@ -12,6 +12,7 @@ as n01440764 have ImageNet's names; a file beside them may name them otherwise, 
 from __future__ import annotations
 
 import os
+import re
 import unicodedata
 import warnings
 from collections.abc import Iterator
@@ -23,13 +24,14 @@ import torch
 from torch import Tensor
 
 from residuum.data.dataset import Dataset, Pictures, stratified
-from residuum.data.decode import SUFFIXES
+from residuum.data.decode import SUFFIXES, above, hidden
 from residuum.data.labels import DEVKIT, class_names, flat, some
 from residuum.data.stored import Files, Names, Reading, Stored
 from residuum.errors import DataError
 
 SPLITS = ("train", "val", "test")
 OTHER_NAMES = {"training": "train", "validation": "val", "valid": "val", "dev": "val", "testing": "test"}  # of splits
+ENDINGS = re.compile(r"[ _-]?(set|data|images)$")  # training_set, Test Data, …
 OTHER_PICTURES = frozenset(
     {"", ".jpe", ".heic", ".heif", ".jp2", ".jxl", ".tga", ".dng", ".cr2", ".nef", ".arw"}
 )  # not read
@@ -97,7 +99,7 @@ def split_folders(root: Path) -> dict[str, Path]:
         if called:
             parts[split] = root / called[0]
     for name in inside:
-        if (split := OTHER_NAMES.get(name.lower(), "")) and _folders(root / name):
+        if root / name not in parts.values() and (split := _split_meant(name)) and _folders(root / name):
             raise DataError(
                 f"{root} holds {name}, with folders in it; call the splits train, val and test: rename it to {split}."
             )
@@ -111,11 +113,17 @@ def split_folders(root: Path) -> dict[str, Path]:
     return parts
 
 
+def _split_meant(name: str) -> str:
+    """The split that a folder of this name is likely to be; "" where it looks like none."""
+    plain = ENDINGS.sub("", name.lower())
+    return plain if plain in SPLITS else OTHER_NAMES.get(plain, "")
+
+
 def _folders(folder: Path) -> list[str]:
     """Names of the folders in a folder, sorted; hidden ones left out."""
     try:
         with os.scandir(folder) as entries:
-            return sorted(e.name for e in entries if not e.name.startswith((".", "__MACOSX")) and e.is_dir())
+            return sorted(e.name for e in entries if not hidden(e.name) and e.is_dir())
     except OSError as error:
         raise DataError(f"{folder} cannot be read ({error.strerror}); give yourself permission to read it.") from error
 
@@ -124,7 +132,7 @@ def _flat(root: Path, folder: Path) -> Found | None:
     """A split whose pictures lie side by side, their classes told by a file (data.labels); None for any other."""
     if folder == root or _folders(folder):
         return None
-    files = sorted(_walk(folder, _above(folder)))
+    files = sorted(_walk(folder, above(folder)))
     if not files or (classes := flat(root, folder.name, [os.path.basename(file) for file, _ in files])) is None:
         return None
     return Found([os.path.relpath(file, root) for file, _ in files], [size for _, size in files], classes)
@@ -136,7 +144,7 @@ def _pictures(root: Path, folder: Path) -> Found:
     others: list[str] = []
     for name in _folders(folder):
         before = len(found.names)
-        for file, size in sorted(_walk(folder / name, _above(folder / name), others)):
+        for file, size in sorted(_walk(folder / name, above(folder / name), others)):
             found.names.append(os.path.relpath(file, root))
             found.sizes.append(size)
             found.classes.append(name)
@@ -176,39 +184,33 @@ def unread(folder: Path) -> list[str]:
     """Files in class folders, by their names below `folder`, that may be pictures but are of a kind that is not read."""
     others: list[str] = []
     for name in _folders(folder):
-        for _ in _walk(folder / name, _above(folder / name), others):
+        for _ in _walk(folder / name, above(folder / name), others):
             pass
     return sorted(os.path.relpath(file, folder) for file in others)
 
 
 def _is_picture(name: str) -> bool:
-    return not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES
+    return not hidden(name) and os.path.splitext(name)[1].lower() in SUFFIXES
 
 
 def _may_be_picture(name: str) -> bool:
-    return not name.startswith(".") and os.path.splitext(name)[1].lower() in OTHER_PICTURES
+    return not hidden(name) and os.path.splitext(name)[1].lower() in OTHER_PICTURES
 
 
-def _above(folder: Path) -> frozenset[str]:
-    """The folders that hold a folder, by way of links or not: a link back to one would bring the other classes' pictures."""
-    parents = {*Path(os.path.abspath(folder)).parents, *Path(os.path.realpath(folder)).parents}
-    return frozenset(map(os.path.realpath, parents))
-
-
-def _walk(folder: Path, above: frozenset[str], others: list[str] | None = None) -> Iterator[tuple[str, int]]:
-    """(path, size in bytes) of every picture below a folder; links are followed, but not back to the folders `above`.
+def _walk(folder: Path, parents: frozenset[str], others: list[str] | None = None) -> Iterator[tuple[str, int]]:
+    """(path, size in bytes) of every picture below a folder; links are followed, but not back to its `parents`.
 
     Files that may be pictures of a kind that is not read are added to `others`.
     """
     real = os.path.realpath(folder)
-    if real in above:
+    if real in parents:
         return
     try:
         with os.scandir(folder) as entries:
             for entry in entries:
                 if entry.is_dir():
-                    if not entry.name.startswith("."):
-                        yield from _walk(Path(entry.path), above | {real}, others)
+                    if not hidden(entry.name):
+                        yield from _walk(Path(entry.path), parents | {real}, others)
                 elif _is_picture(entry.name):
                     try:
                         yield entry.path, entry.stat().st_size

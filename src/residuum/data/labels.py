@@ -87,7 +87,7 @@ def _first(root: Path, names: Iterable[str]) -> Path | None:
 
 def _lines(file: Path) -> list[str]:
     try:
-        return [line for line in file.read_text("utf-8").splitlines() if line.strip()]
+        return [line for line in file.read_text("utf-8-sig").splitlines() if line.strip()]
     except OSError as error:
         raise DataError(f"{file} cannot be read ({error.strerror}); mend or remove it.") from error
     except UnicodeDecodeError as error:

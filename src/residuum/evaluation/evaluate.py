@@ -165,7 +165,7 @@ def prepared(split: Pictures, preprocessing: Preprocessing) -> Pictures:
 
 def evaluate(
     model: Model | Sequence[Model],
-    data: str,
+    data: str | Path,
     *,
     protocol: str = "1crop",
     weights: Sequence[float] | None = None,
@@ -213,8 +213,8 @@ def evaluate(
     classes = bundles[0].classes
     names = _names(given) if names is None else list(names)
     columns = [_columns(bundle.classes, classes, name, names[0]) for bundle, name in zip(bundles, names, strict=True)]
-    source = sources.load(data, Path(data_dir), Reading(on_bad_image, str(quarantine)))
-    data = sources.unsigned(data)  # figures are given away
+    source = sources.load(str(data), Path(data_dir), Reading(on_bad_image, str(quarantine)))
+    data = sources.unsigned(str(data))  # figures are given away
     split, pictures = pick_split(source, split, bundles)
     _by_name(pictures, source.classes, classes)
     if fit_on is not None:

@@ -33,7 +33,7 @@ def _silent(_: Any) -> None:
 def train(
     recipe: Recipe | str | None = None,
     *,
-    data: str | None = None,
+    data: str | Path | None = None,
     net: str | None = None,
     steps: int | None = None,
     seed: int | None = None,
@@ -66,8 +66,9 @@ def train(
         UsageError, DataError, RunError, DivergedError: see residuum.errors.
         Stopped: SIGINT or SIGTERM, after a checkpoint.
     """
-    chosen = recipe if isinstance(recipe, Recipe) else resolve(recipe, data=data)
-    chosen = adapt(chosen, data=data, net=net, steps=steps, seed=seed, values={k: _text(v) for k, v in values.items()})
+    name = None if data is None else str(data)
+    chosen = recipe if isinstance(recipe, Recipe) else resolve(recipe, data=name)
+    chosen = adapt(chosen, data=name, net=net, steps=steps, seed=seed, values={k: _text(v) for k, v in values.items()})
     return cast(Result, start(chosen, Path(out) if out else None, Path(data_dir), device, progress, say, workers))
 
 

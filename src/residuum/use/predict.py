@@ -89,6 +89,7 @@ class Model(Bundle):
 
         Raises:
             DataError: the picture is missing, damaged or none.
+            UsageError: it is of no such type.
         """
         prediction = next(self.predictions([picture], top=top))
         if prediction.error is not None:
@@ -145,6 +146,11 @@ class Model(Bundle):
                 return str(picture)
             if isinstance(picture, Image.Image):
                 return self.preprocessing(upright(picture))
+            if not isinstance(picture, Picture):
+                raise UsageError(
+                    f"a picture is a path, the bytes of a file, or a Pillow picture, not {type(picture).__name__}; "
+                    "PIL.Image.fromarray makes one of an array."
+                )
             return self.preprocessing(decode(Path(picture) if isinstance(picture, str) else picture))
         except DataError as error:
             return str(error)

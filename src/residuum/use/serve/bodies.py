@@ -16,7 +16,7 @@ from residuum.errors import DataError
 from residuum.use.serve.limits import PICTURES, Limits, Refusal
 
 # Of Pillow's formats those that people's pictures have; some of the others start programs (EPS: Ghostscript).
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 FIELD = "picture"
 NAME = 200  # characters of a file name that are echoed
 
