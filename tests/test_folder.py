@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import tempfile
 import unicodedata
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from PIL import Image
 
 import residuum
 from pictures import NAMES, folder, photo
+from residuum.cli import console
 from residuum.cli.main import run
 from residuum.data import check, sources
 from residuum.data.augment import VALUES, VECTORS, Augmentation
@@ -481,3 +483,14 @@ def test_pictures_of_other_kinds_are_read_or_told(tmp_path: Path) -> None:
     for name in ("alpha/from a browser.jfif", "alpha/new.avif"):
         assert data.whole.pictures([list(data.whole.names).index(name)])[0].shape[2] == 3
     assert [(p.kind, Path(p.file).name) for p in check.strays(data)] == [("stray", "no suffix")]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+def test_names_in_another_encoding_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    place = folder(tmp_path / "f", {"": 3}, ("a", "b\x1b[31m")) / "a"
+    os.rename(os.fsencode(place / "bild 0.jpg"), os.fsencode(place) + b"/caf\xe9\n.jpg")
+    with pytest.raises(DataError, match=r"/a/caf\\udce9\\n.jpg' is not in UTF-8; rename it \(convmv"):
+        sources.load(str(tmp_path / "f"), tmp_path)
+    os.remove(os.fsencode(place) + b"/caf\xe9\n.jpg")
+    console.print_table("", ("class",), [(name,) for name in sources.load(str(tmp_path / "f"), tmp_path).classes])
+    assert capsys.readouterr().out.split() == ["class", "a", r"b\x1b[31m"]  # a name moves no cursor

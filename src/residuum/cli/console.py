@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import time
+import unicodedata
 from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -21,9 +22,14 @@ if TYPE_CHECKING:
     from residuum.training.result import Progress as TrainingProgress
 
 
+def visible(text: str) -> str:
+    r"""On one line: what in a file's name moves the cursor or colours a terminal is written out as in Python (\n, \x1b)."""
+    return "".join(repr(c)[1:-1] if unicodedata.category(c) == "Cc" else c for c in text)
+
+
 def say(text: str) -> None:
     """A sentence for a person, on standard error."""
-    print(text, file=sys.stderr, flush=True)
+    print(visible(text), file=sys.stderr, flush=True)
 
 
 def fail(text: str) -> None:
@@ -57,7 +63,7 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
     for i, name in enumerate(columns):
         table.add_column(name, justify="right" if i in right else "left", overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(visible, row))
     console = Console(soft_wrap=False, markup=False, highlight=False, emoji=False)
     if not console.is_terminal:
         console.width = 100_000

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sys
@@ -56,6 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     signal.signal(
         signal.SIGTERM, _stop
     )  # before a command has its own: a container's first process has no default action
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")  # a file's name goes out as the bytes that it is
     sys.exit(run(sys.argv[1:] if arguments is None else arguments))
 
 
@@ -84,7 +87,7 @@ def run(arguments: Sequence[str]) -> int:
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (OSError, MemoryError) as error:  # what no command has a better sentence for
+    except (OSError, MemoryError, UnicodeError) as error:  # what no command has a better sentence for
         console.fail(f"{error.__class__.__name__}: {error}")
         return 1
     except BaseException as error:

@@ -53,6 +53,8 @@ def load(root: Path, reading: Reading) -> Dataset:
     """
     parts = split_folders(root)
     found = {name: _flat(root, folder) or _pictures(root, folder) for name, folder in parts.items()}
+    for part in found.values():
+        _be_utf8(root, part.names)
     folders = _same_classes(root, {name: set(part.classes) for name, part in found.items()})
     names = class_names(root, folders)
     quarantined = reading.quarantined()
@@ -61,6 +63,18 @@ def load(root: Path, reading: Reading) -> Dataset:
     places = torch.tensor(order).argsort()
     splits = {name: split.labelled(places[split.labels]) for name, split in splits.items()}
     return arrange(str(root), tuple(names[i] for i in order), splits)
+
+
+def _be_utf8(root: Path, names: list[str]) -> None:
+    """Raises DataError where a name is bytes of another encoding, which no model file and no report could hold."""
+    try:
+        "".join((str(root), *names)).encode()
+    except UnicodeEncodeError:
+        odd = next(str(root / name) for name in names if any("\ud800" <= c <= "\udfff" for c in str(root / name)))
+        raise DataError(
+            f"the name {odd!a} is not in UTF-8; rename it (convmv -f latin1 -t utf8 -r --notest {str(root)!a} does so for "
+            "names from old archives)."
+        ) from None
 
 
 def arrange(name: str, classes: tuple[str, ...], splits: dict[str, Stored]) -> Dataset:
