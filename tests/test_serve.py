@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import http.client
 import io
 import json
@@ -305,6 +307,37 @@ def test_a_hundred_megabytes_are_not_kept(running: Running) -> None:
     still_up(running)
 
 
+@pytest.mark.parametrize(("others", "length", "status"), [(0, 500, 413), (16 * 100 - 60, 100, 429)])
+def test_a_body_that_is_refused_is_read_to_its_end_and_not_held(others: int, length: int, status: int) -> None:
+    """So that its sender hears why; with what other requests hold beside it there may be no room either."""
+    from starlette.requests import Request
+
+    from residuum.use.serve.limits import Gate, Limits, Refusal
+
+    gate, left, held = Gate(Limits(max_body=100)), [bytes(50)] * (length // 50), []
+    gate.held = others
+
+    async def receive() -> dict[str, Any]:
+        held.append(gate.held)
+        return {"type": "http.request", "body": left.pop(), "more_body": bool(left)}
+
+    async def ask() -> None:
+        head = [(b"content-length", str(length).encode())]
+        async with gate.body(Request({"type": "http", "headers": head}, receive)):
+            pytest.fail("it was let in")
+
+    with pytest.raises(Refusal) as refused:
+        asyncio.run(ask())
+    assert (refused.value.status, refused.value.hang_up, left, gate.held) == (status, False, [], others)
+    assert max(held) == (others if status == 413 else others + 50)
+
+
+def test_a_head_without_end_is_refused(running: Running) -> None:
+    with socket.create_connection(("127.0.0.1", running.port), timeout=60) as link:
+        link.sendall(b"GET / HTTP/1.1\r\nHost: x\r\nX: " + b"a" * 100_000)
+        assert b" 400 " in link.recv(4096)
+
+
 def test_a_body_that_never_ends_is_given_up(running: Running) -> None:
     with socket.create_connection(("127.0.0.1", running.port), timeout=60) as link:
         link.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: 1000\r\n\r\nabc")
@@ -384,6 +417,56 @@ def test_an_answer_that_takes_too_long_is_given_up(model_file: Path) -> None:
         assert client.get("/healthz").status_code == 200
 
 
+def test_of_a_request_that_nobody_waits_for_no_more_pictures_are_decoded(model_file: Path) -> None:
+    """Else a form of 64 large pictures would hold a thread for minutes after its 503."""
+    from fastapi.testclient import TestClient
+
+    from residuum.use.serve.answering import Classifies
+    from residuum.use.serve.app import make_app
+    from residuum.use.serve.limits import Limits
+    from residuum.use.serve.service import Service
+
+    held, answering = threading.Event(), Classifies(load(model_file))
+    prepared: list[Image.Image] = []
+
+    def prepare(picture: Image.Image) -> torch.Tensor:
+        prepared.append(picture)
+        held.wait(60)
+        return answering.model.preprocessing(picture)
+
+    answering.prepare = prepare
+    with TestClient(make_app(Service(answering, Limits(timeout=0.2)))) as client:
+        body, kind = form([("picture", f"{i}.jpg", jpeg(i)) for i in range(5)])
+        assert client.post("/predict", content=body, headers={"content-type": kind}).status_code == 503
+        held.set()
+    assert len(prepared) == 1  # the threads have ended
+
+
+def test_memory_of_large_pictures_goes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The C library would keep it; that of others is kept for the next."""
+    from residuum.use.serve import bodies
+    from residuum.use.serve.limits import Limits
+
+    given: list[torch.device] = []
+    monkeypatch.setattr(bodies, "give_back_memory", given.append)
+    monkeypatch.setattr(bodies, "LARGE", 1000)
+    for side, times in ((30, 0), (40, 1)):
+        assert bodies.opened("image/png", png(side, side), lambda picture: picture, Limits())[0].refusal is None
+        assert len(given) == times
+
+
+def test_full_collections_leave_what_was_there_before_serving_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    import uvicorn
+    from fastapi import FastAPI
+
+    from residuum.use.serve.process import serve
+
+    frozen: list[int] = []
+    monkeypatch.setattr(uvicorn.Server, "run", lambda self, sockets: frozen.append(gc.get_freeze_count()))
+    serve(FastAPI(), "127.0.0.1", 0, 1.0, lambda address: None)
+    assert frozen[0] > 10_000 and gc.get_freeze_count() == 0
+
+
 def test_requests_gather_too_many_are_refused_and_sigterm_finishes_the_rest(model_file: Path, tmp_path: Path) -> None:
     """With a long latency, requests are in flight until it has passed."""
     options = ("--latency-ms", "2500", "--max-in-flight", "4")
@@ -393,14 +476,16 @@ def test_requests_gather_too_many_are_refused_and_sigterm_finishes_the_rest(mode
         batches = re.search(r"^residuum_batch_pictures_count (\S+)$", text, re.MULTILINE)
         assert "residuum_pictures_total 4.0" in text and batches and float(batches[1]) < 4
 
-        waiting = [pool.submit(it.post, jpeg(i)) for i in range(4)]
+        waiting = [pool.submit(it.ask, "POST", "/predict", jpeg(i), {"content-type": "image/jpeg"}) for i in range(4)]
         while b"residuum_in_flight 4.0" not in it.ask("GET", "/metrics")[2]:
             pass
         status, headers, content = it.ask("POST", "/predict", jpeg(), {"content-type": "image/jpeg"})
         assert (status, headers["retry-after"]) == (429, "1") and "4 requests" in sentence(json.loads(content))
 
         it.process.send_signal(signal.SIGTERM)
-        assert [each.result()[0] for each in waiting] == [200] * 4
+        for each in waiting:
+            status, headers, _ = each.result()
+            assert (status, headers["connection"]) == (200, "close")  # else the client sends its next one in vain
         assert it.process.wait(60) == 0
         with pytest.raises(ConnectionRefusedError):
             it.ask("GET", "/healthz")

@@ -7,17 +7,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from PIL import Image, UnidentifiedImageError
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import FormParser, parse_options_header
 
 from residuum.data.decode import decode_pixels, upright
 from residuum.errors import DataError
+from residuum.runtime import give_back_memory
 from residuum.use.serve.limits import PICTURES, Limits, Refusal
 
 # Of Pillow's formats those that people's pictures have; some of the others start programs (EPS: Ghostscript).
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 FIELD = "picture"
+LARGE = 2**24  # pixels of a picture whose memory goes back to the system; that of smaller ones is kept for the next
 NAME = 200  # characters of a file name that are echoed
 
 
@@ -30,12 +33,18 @@ class Shown:
     refusal: Refusal | None
 
 
-def opened(content_type: str, body: bytes, prepare: Callable[[Image.Image], Any], limits: Limits) -> list[Shown]:
-    """The pictures of a request, in order, made ready.
+def opened(
+    content_type: str,
+    body: bytes,
+    prepare: Callable[[Image.Image], Any],
+    limits: Limits,
+    given_up: Callable[[], bool] = lambda: False,
+) -> list[Shown]:
+    """The pictures of a request, in order, made ready; no more of them once `given_up` says that nobody waits for them.
 
     Raises Refusal where the request as a whole cannot be read: its type, its form, its number of pictures.
     """
-    return [_shown(name, content, prepare, limits) for name, content in parts(content_type, body)]
+    return [_shown(name, content, prepare, limits) for name, content in parts(content_type, body) if not given_up()]
 
 
 def parts(content_type: str, body: bytes) -> list[tuple[str, bytes]]:
@@ -94,9 +103,14 @@ def _form(body: bytes, boundary: bytes) -> list[tuple[str, bytes]]:
 
 def _shown(name: str, content: bytes, prepare: Callable[[Image.Image], Any], limits: Limits) -> Shown:
     try:
-        return Shown(name, prepare(_decoded(content, limits)), None)
+        picture = _decoded(content, limits)
+        ready, large = prepare(picture), picture.width * picture.height > LARGE
     except Refusal as refusal:
         return Shown(name, None, refusal)
+    if large:
+        del picture
+        give_back_memory(torch.device("cpu"))
+    return Shown(name, ready, None)
 
 
 def _decoded(content: bytes, limits: Limits) -> Image.Image:

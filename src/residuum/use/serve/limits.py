@@ -64,33 +64,35 @@ class Gate:
         """
         limit, taken, size, kept = self.limits.max_body, 0, 0, bytearray()
         declared = request.headers.get("content-length", "")
+        refusal: Refusal | None = None  # what follows is read and thrown away, so that the sender hears why
         if declared.isdigit() and int(declared) > limit:
             polite = request.headers.get("expect", "").lower() == "100-continue"  # it asks before it sends
-            if polite or int(declared) > PATIENCE * limit:
-                raise self._too_large(hang_up=True)
+            refusal = self._too_large(hang_up=polite or int(declared) > PATIENCE * limit)
+            if refusal.hang_up:
+                raise refusal
         try:
             try:
                 async with asyncio.timeout(self.limits.timeout):
                     async for chunk in request.stream():
                         size += len(chunk)
                         if size > PATIENCE * limit:
-                            break
-                        if size > limit:
+                            raise self._too_large(hang_up=True)
+                        refusal = refusal or self._no_room(size, len(chunk))
+                        if refusal is not None:
+                            self.held, taken = self.held - taken, 0
                             kept.clear()
                             continue
-                        if self.held + len(chunk) > BODIES * limit:
-                            raise Refusal(
-                                429, "too much is being sent at once; try again in a moment.", 1, hang_up=True
-                            )
                         self.held += len(chunk)
                         taken += len(chunk)
                         kept += chunk
             except TimeoutError:
                 sentence = f"the body did not arrive within {self.limits.timeout:g} seconds."
                 raise Refusal(408, sentence, hang_up=True) from None
-            if size > limit:
-                raise self._too_large(hang_up=size > PATIENCE * limit)
-            yield bytes(kept)
+            if refusal is not None:
+                raise refusal
+            body = bytes(kept)
+            kept.clear()
+            yield body
         finally:
             self.held -= taken
 
@@ -107,6 +109,14 @@ class Gate:
         finally:
             self.in_flight -= 1
 
-    def _too_large(self, hang_up: bool) -> Refusal:
+    def _no_room(self, size: int, more: int) -> Refusal | None:
+        """Why a body that is `size` bytes long by now cannot be kept; `more` of them are not held yet."""
+        if size > self.limits.max_body:
+            return self._too_large()
+        if self.held + more > BODIES * self.limits.max_body:
+            return Refusal(429, "too much is being sent at once; try again in a moment.", 1)
+        return None
+
+    def _too_large(self, hang_up: bool = False) -> Refusal:
         most = f"{self.limits.max_body / 1e6:g} MB"
         return Refusal(413, f"the body is larger than {most}; send less, or smaller pictures.", hang_up=hang_up)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import logging
 import math
@@ -13,7 +14,7 @@ from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
-from uvicorn.protocols.http.auto import AutoHTTPProtocol
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from residuum.errors import UsageError
 
@@ -39,6 +40,8 @@ def serve(app: FastAPI, host: str, port: int, timeout: float, ready: Callable[[s
         timeout_keep_alive=5,
         timeout_graceful_shutdown=math.ceil(2 * timeout) + 1,
     )
+    gc.collect()
+    gc.freeze()  # else each full collection walks through all of torch: 0.1 s in which nobody is answered
     shown = f"[{host}]" if ":" in host else host
     ready(f"http://{shown}:{listening.getsockname()[1]}/")
     # uvicorn raises the signal anew after its stop, for whoever handled it before; here the stop was all that it asked for
@@ -49,19 +52,22 @@ def serve(app: FastAPI, host: str, port: int, timeout: float, ready: Callable[[s
         for which, handler in before.items():
             signal.signal(which, handler)
         listening.close()
+        gc.unfreeze()
 
 
 def _impatient(timeout: float) -> type[asyncio.Protocol]:
-    """uvicorn's protocol, which hangs up on a client whose request's head takes more seconds to come; else it has no limit."""
+    """uvicorn's protocol, which hangs up on a client whose request's head takes more seconds to come; else it has no limit.
+
+    It is h11's wherever httptools is installed too, which uvicorn would take: that one keeps heads of any length.
+    """
     sentence = json.dumps({"error": f"the request's head did not arrive within {timeout:g} seconds."}).encode()
     answer = (
         b"HTTP/1.1 408 Request Timeout\r\ncontent-type: application/json\r\nconnection: close\r\n"
         + f"content-length: {len(sentence)}\r\n\r\n".encode()
         + sentence
     )
-    base: Any = AutoHTTPProtocol
 
-    class Impatient(base):  # type: ignore[misc]
+    class Impatient(H11Protocol):
         patience: asyncio.TimerHandle | None = None
 
         def connection_made(self, transport: Any) -> None:
@@ -78,6 +84,12 @@ def _impatient(timeout: float) -> type[asyncio.Protocol]:
             if self.patience is not None:
                 self.patience.cancel()
             self.patience = self.loop.call_later(timeout, self.give_up)
+
+        def shutdown(self) -> None:
+            """The answer that is under way says that it is the last; else the client sends the next, and it is lost."""
+            super().shutdown()
+            if self.cycle is not None and not self.cycle.response_complete:
+                self.cycle.default_headers = [*self.cycle.default_headers, (b"connection", b"close")]
 
         def give_up(self) -> None:
             """Hangs up, unless a request is under way: then its body and its answer have limits of their own."""

@@ -8,6 +8,7 @@ import threading
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 from starlette.requests import Request
@@ -106,8 +107,12 @@ class Service:
 
     async def _opened(self, request: Request, body: bytes) -> list[Shown]:
         kind = request.headers.get("content-type", "")
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._decoders, opened, kind, body, self.answering.prepare, self.limits)
+        loop, given_up = asyncio.get_running_loop(), threading.Event()
+        work = partial(opened, kind, body, self.answering.prepare, self.limits, given_up.is_set)
+        try:
+            return await loop.run_in_executor(self._decoders, work)
+        finally:
+            given_up.set()
 
     async def _explained(self, picture: Any, top: int | None) -> dict[str, Any]:
         given_up = threading.Event()
