@@ -15,6 +15,8 @@ sets for its process), and only one runs at a time: the processes take turns, so
 * residuum compiled: the same under torch.compile, as runs of the papers' length on small pictures are made on a CPU, and any
   with `--compile on` (at 32 on a CPU, at both on a GPU).
 
+A contestant that this machine cannot run (timm is not installed, there is no compiler) is left out, and the reason printed.
+
 Printed: medians over the rounds, the ratio to eager fp32 round by round (lowest to highest), and the share of the peak that the
 largest matrix product reaches on this machine in bf16 (fp32 for eager fp32), counting 6 operations for each multiply-add.
 """
@@ -164,11 +166,17 @@ def measure(net: str, options: argparse.Namespace) -> list[str]:
         links[name], theirs = context.Pipe()
         process = context.Process(target=serve, args=(theirs, name, net, batch, options.device), daemon=True)
         process.start()
+        theirs.close()
+        try:
+            links[name].recv()  # "ready"
+        except EOFError:
+            print(f"{net}: {name} is left out; it ended as said above", file=sys.stderr, flush=True)
+            continue
         processes.append(process)
-        assert links[name].recv() == "ready"
         links[name].send(1)
         counts[name] = max(1, round(seconds_a_turn / links[name].recv()))
         print(f"{net}: {name} is ready, {counts[name]} steps a turn", file=sys.stderr, flush=True)
+    names = list(counts)
     rates: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(options.rounds):
         for name in names:

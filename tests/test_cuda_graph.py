@@ -95,6 +95,32 @@ def test_a_recording_that_computes_nothing_is_not_used(frozen_bn: bool, tmp_path
         assert torch.equal(one.tensors()[name], tensor), name
 
 
+def test_a_recording_that_holds_the_weights_is_not_used() -> None:
+    """What a copy of them made before the recording would be, in autocast's cache, say: right in the first step alone."""
+    here, twin, said = learner(tiny()), learner(tiny()), []
+    weights = [p.detach() for p in here.task.net.parameters()]
+
+    def holding(compute: Compute) -> Compute:
+        then, replay = [w.clone() for w in weights], anew(compute)
+
+        def held() -> list[torch.Tensor]:
+            now = [w.clone() for w in weights]
+            torch._foreach_copy_(weights, then)
+            found = replay()
+            torch._foreach_copy_(weights, now)
+            return found
+
+        return held
+
+    step = GraphStep(said.append, holding)
+    for t in range(2):
+        step(here, here.task.parts(t), 0.1)
+        train_step(twin, twin.task.parts(t), 0.1)
+    assert said == ["CUDA graph: not used, since a replayed step differs from the step itself"]
+    for name, tensor in twin.tensors().items():
+        assert torch.equal(here.tensors()[name], tensor), name
+
+
 def test_a_shorter_step_is_made_by_itself() -> None:
     """Pictures that cannot be read leave a step shorter than the recording."""
     step, here, twin = GraphStep(lambda _: None, anew), learner(tiny()), learner(tiny())

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from residuum.training.fitting import is_short
+
 CODE = """
 import resource, sys
 from pathlib import Path
@@ -37,3 +39,9 @@ def test_short_memory_says_what_fits_and_auto_finds_it(tmp_path: Path) -> None:
     recipe = (tmp_path / "auto" / "recipe.toml").read_text()
     assert "\nbatch = 1024\n" in recipe and re.search(r"\nbn_batch = (4|8|16|32|64|128|256)\n", recipe)
     assert "Traceback" not in done.stderr
+
+
+def test_what_libraries_on_a_gpu_say_of_short_memory_is_understood() -> None:
+    assert is_short(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"))
+    assert is_short(RuntimeError("GET was unable to find an engine to execute this computation"))
+    assert not is_short(RuntimeError("CUDA error: CUBLAS_STATUS_INVALID_VALUE when calling `cublasSgemm(handle)`"))

@@ -16,10 +16,14 @@ import torch
 
 from pictures import NAMES, folder
 from residuum.cli.main import run
+from residuum.errors import UsageError
 from residuum.evaluation.evaluate import evaluate
 from residuum.models.bundle import Bundle, load_bundle
 from residuum.models.resnet import build
 from residuum.preprocessing import Preprocessing
+from residuum.training.recipes import quick
+from residuum.training.running import prepare_task
+from residuum.world import World
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -120,6 +124,11 @@ def test_a_trained_cifar_net_goes_out_and_comes_back_with_the_same_errors(cifar1
     assert found[0] == found[1] and found[0]["n"] == 10_000 and found[0]["top1_error"] < 0.75
     assert found[0]["calibration"][0]["n"] == 1000
     assert load_bundle(again).preprocessing.mean.shape == (32, 32, 3)
+
+
+def test_processes_do_not_share_one_device() -> None:
+    with pytest.raises(UsageError, match="take a device each; give its kind, not 'cpu:0': --device cpu"):
+        prepare_task(quick(), Path("data"), "cpu:0", lambda _: None, world=World(1, 2))
 
 
 @pytest.mark.slow

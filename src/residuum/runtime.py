@@ -163,7 +163,8 @@ def own_process_state() -> Iterator[None]:
 def _computes_bf16(device: torch.device) -> bool:
     """Whether bf16 products are an instruction there, not an emulation."""
     if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+        with torch.cuda.device(device):  # torch answers for the current one
+            return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device.type != "cpu":
         return False
     try:  # Linux lists what the kernel lets programs use; elsewhere fp32 is the safe answer
@@ -197,12 +198,13 @@ def onto(x: Tensor, device: torch.device) -> Tensor:
     return x.to(device, non_blocking=True)
 
 
-def environment() -> dict[str, object]:
-    """Versions and hardware, as written into every run folder."""
+def environment(device: torch.device | None = None) -> dict[str, object]:
+    """Versions and hardware, as written into every run folder; the GPU is the device's, or else the current one."""
     from importlib.metadata import version
 
     from residuum import __version__
 
+    gpu = device if device is not None and device.type == "cuda" else None
     cpu = platform.processor() or platform.machine()
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -216,5 +218,5 @@ def environment() -> dict[str, object]:
         "platform": platform.platform(),
         "cpu": cpu,
         "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "gpu": torch.cuda.get_device_name(gpu) if torch.cuda.is_available() else None,
     }

@@ -1,13 +1,15 @@
 """A step's kernels recorded once into a CUDA graph, then replayed: for small networks launching them takes longer than they do.
 
 Recorded is what a step computes, forward and backward of all its parts and their mean. The update, a handful of kernels, stays
-outside: its learning rate is a number that changes. It is recorded on blank pictures, and used only where, replayed on a step's
-own, it gives the bits of that step made kernel by kernel, so a run and its resumption come to the same end with and without.
+outside: its learning rate is a number that changes. It is recorded on blank pictures and the weights' negatives, and used only
+where, replayed on a step's own, it gives the bits of that step made kernel by kernel, so a run and its resumption come to the
+same end with and without.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -58,12 +60,17 @@ def on_cuda(compute: Compute, device: torch.device) -> Compute:
     with torch.cuda.device(device):  # cuda:1 is not the current one by itself, and a stream belongs to one device
         aside, own = torch.cuda.Stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
         aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):
+        with torch.cuda.stream(aside), _waiting_refused():
             for _ in range(WARM):
                 compute()
         torch.cuda.current_stream().wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=own, capture_error_mode="thread_local"):  # the loader's threads may go on
+        with (
+            torch.cuda.stream(
+                own
+            ),  # torch.cuda.graph leaves its own as the current one where a recording is broken off
+            torch.cuda.graph(graph, stream=own, capture_error_mode="thread_local"),  # the loader's threads may go on
+        ):
             results = compute()
 
     def replay() -> list[Tensor]:
@@ -71,6 +78,17 @@ def on_cuda(compute: Compute, device: torch.device) -> Compute:
         return results
 
     return replay
+
+
+@contextlib.contextmanager
+def _waiting_refused() -> Iterator[None]:
+    """Has what waits for the device fail: in a recording it would leave torch's allocators as in the middle of one."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
 
 
 def _recorded(learner: Learner, parts: Sequence[Any], record: Record) -> tuple[_Recording | None, str]:
@@ -93,7 +111,8 @@ def _recorded(learner: Learner, parts: Sequence[Any], record: Record) -> tuple[_
 
     stepwise = made(lambda: gradients(learner, parts, learner.seed_network))
     try:
-        replay = record(compute)
+        with _negated(list(optimizer.parameters.values())):
+            replay = record(compute)
         statistics.rewind()
         _fill(own, parts)
         replayed = made(replay)
@@ -106,6 +125,18 @@ def _recorded(learner: Learner, parts: Sequence[Any], record: Record) -> tuple[_
     if len(replayed) != len(stepwise) or not all(map(torch.equal, replayed, stepwise)):
         return None, "not used, since a replayed step differs from the step itself"
     return _Recording(own, replay), ""
+
+
+@contextlib.contextmanager
+def _negated(weights: list[Tensor]) -> Iterator[None]:
+    """Other weights inside, the same bits after: a recording that keeps a copy of them, as of autocast's, is found out."""
+    with torch.no_grad():
+        torch._foreach_neg_(weights)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            torch._foreach_neg_(weights)
 
 
 def _shapes(parts: Sequence[Any]) -> list[torch.Size]:

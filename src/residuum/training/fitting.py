@@ -19,8 +19,11 @@ from residuum.training.recipe import Recipe
 
 SHARES = 3  # that are in memory at once: the step's, and what is read ahead
 PARTS = 4  # that are tried: each finds memory as the one before has left it, in pieces
-# torch's, oneDNN's and the C++ library's
-_WORDS = ("can't allocate memory", "out of memory", "could not create a ", "bad allocation", "bad_alloc")
+# torch's, oneDNN's and the C++ library's; cuBLAS's and cuDNN's, and torch's where no algorithm of cuDNN finds room to work in
+_WORDS = (
+    *("can't allocate memory", "out of memory", "could not create a ", "bad allocation", "bad_alloc"),
+    *("_STATUS_ALLOC_FAILED", "unable to find an engine to execute"),
+)
 
 
 def is_short(error: BaseException) -> bool:

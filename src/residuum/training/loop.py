@@ -156,7 +156,8 @@ def _begin(run: Run, task: Task, recipe: Training, data_dir: Path) -> None:
 
 def _here(task: Task) -> dict[str, object]:
     """Versions and hardware of this machine."""
-    return environment() | {"device": task.engine.device.type, "processes": task.engine.world.size}
+    device = task.engine.device
+    return environment(device) | {"device": device.type, "processes": task.engine.world.size}
 
 
 def resume(

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-from residuum.errors import RunError
+from residuum.errors import RunError, UsageError
 from residuum.records import Metrics, Run
 from residuum.runtime import automatic_precision, pick_engine
 from residuum.tasks.classify import Classify
@@ -19,7 +19,7 @@ from residuum.training.cuda_graph import GraphStep
 from residuum.training.fitting import is_short, largest_part
 from residuum.training.recipe import Recipe, Training
 from residuum.training.result import Ended, Progress
-from residuum.training.step import train_step
+from residuum.training.step import Step, train_step
 from residuum.training.steps import Rarely, train_steps
 from residuum.training.stopping import Request, stop_requests
 from residuum.world import World
@@ -42,6 +42,10 @@ def prepare_task(
         started_in: the folder that paths in the recipe start from.
     """
     engine = replace(pick_engine(recipe.precision, device, recipe.threads), world=world or World())
+    if engine.world.size > 1 and engine.device.index is not None:
+        raise UsageError(
+            f"several processes take a device each; give its kind, not {device!r}: --device {engine.device.type}."
+        )
     recipe = replace(recipe, precision=engine.precision, threads=engine.threads)
     with engine.world.in_turn():  # what one fetches the others find
         task, recipe = jobs.JOBS[recipe.task].prepare(recipe, engine, data_dir, workers, started_in, say)
@@ -102,9 +106,11 @@ def _train(
         say(sentence)
         run.write_json("environment.json", (run.read_json("environment.json") or {}) | {"steps": sentence})
 
-    step = GraphStep(told) if learner.task.engine.graphs else train_step  # of one process alone
+    def step() -> Step:  # not kept here, where a recording's memory would be missing from what is tried below
+        return GraphStep(told) if learner.task.engine.graphs else train_step  # of one process alone
+
     try:
-        return train_steps(learner, run, metrics, request, progress, again, refresh, step)
+        return train_steps(learner, run, metrics, request, progress, again, refresh, step())
     except (RuntimeError, MemoryError) as error:
         if not is_short(error):
             raise

@@ -31,28 +31,30 @@ class Resize(nn.Module):
         rows, columns = (torch.arange(n, device=pixels.device) for n in pixels.shape[1:3])
         short = torch.minimum(rows[-1], columns[-1]) + 1
         x = pixels.permute(0, 3, 1, 2).to(torch.float64)  # (B, C, H, W)
-        x = _whole(torch.matmul(x, self._matrix(columns, short, self.size[1]).T))  # (B, C, H, w)
-        x = _whole(torch.matmul(self._matrix(rows, short, self.size[0]), x))  # (B, C, h, w)
+        x = _whole(torch.matmul(x, self._matrix(columns, short, self.size[1], 0)))  # (B, C, H, w)
+        x = _whole(torch.matmul(self._matrix(rows, short, self.size[0], 1), x))  # (B, C, h, w)
         return x.permute(0, 2, 3, 1).to(torch.uint8)
 
-    def _matrix(self, places: Tensor, short: Tensor, kept: int) -> Tensor:
+    def _matrix(self, places: Tensor, short: Tensor, kept: int, along: int) -> Tensor:
         """float64 (kept, n): what each pixel kept along a side takes of the n that there are, in units of 1 / UNIT.
 
         Args:
             places: 0 to n - 1.
             short: the picture's shorter side, as `Preprocessing.resized` has it.
+            along: the dimension of the n; 0 gives (n, kept), made so because ONNX Runtime before 1.26 joins a transposition and
+                a product in float64 into an operation that it does not have.
         """
         longest = short * max(1, MOST // self.side**2)
         n = torch.minimum(places[-1] + 1, longest)  # of a very narrow picture about what `resized` keeps
         begin = (places[-1] + 1 - n) // 2
         length = self.side * n // short  # after the resize
-        i = torch.arange(kept, device=places.device)[:, None] + _centred(length, kept)  # (kept, 1), of `length`
-        j = places[None] - begin  # (1, n)
+        i = torch.arange(kept, device=places.device).unsqueeze(along) + _centred(length, kept)  # (kept, 1), of `length`
+        j = places.unsqueeze(1 - along) - begin  # (1, n)
         apart = (2 * i + 1) * n - (2 * j + 1) * length  # from centre to centre, in units of 1 / (2 length) pixels
         weights = self.kernel(apart.abs().to(torch.float64) / (2 * torch.maximum(n, length)).to(torch.float64))
         there = (j >= 0) & (j < n) & (i >= 0) & (i < length)
         weights = weights * there.to(torch.float64)
-        weights = weights / weights.sum(1, keepdim=True).clamp_min(1e-6)  # beyond the picture it is black
+        weights = weights / weights.sum(along, keepdim=True).clamp_min(1e-6)  # beyond the picture it is black
         return torch.floor(weights * UNIT + 0.5)
 
 
