@@ -68,6 +68,7 @@ LAYOUTS: dict[str, tuple[str, Callable[[Mapping[str, Tensor]], Any]]] = {
     "under model_ema": ("w.pth", lambda s: {"model_ema": plainly(s)}),
     "nested twice": ("w.pth", lambda s: {"model": {"state_dict": plainly(s)}}),
     "backbone.": ("w.bin", prefixed("backbone.")),
+    "within another network": ("w.ckpt", lambda s: {"state_dict": prefixed("module.encoder_q.")(s)}),
     "linear and shortcut": ("w.pth", called),
     "safetensors": ("w.safetensors", plainly),
     "npz": ("w.npz", plainly),

@@ -47,6 +47,29 @@ def test_any_damage_is_one_sentence(kind: str, tmp_path: Path) -> None:
     assert refused > 50
 
 
+def test_a_changed_weight_is_noticed(tmp_path: Path) -> None:
+    file = tmp_path / "w.pth"
+    torch.save(SMALL, file)
+    content = bytearray(file.read_bytes())
+    place = content.rindex(SMALL["layer1.0.conv1.weight"].numpy().tobytes())
+    content[place + 2] ^= 1  # the number stays finite, so nothing else would tell
+    file.write_bytes(content)
+    with pytest.raises(ModelFileError, match="is damaged"):
+        read_state(file)
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(SMALL, file)
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert read_state(file).tensors.keys() == SMALL.keys()
+
+
+def test_what_is_no_file_of_weights_is_not_called_dangerous(tmp_path: Path) -> None:
+    (tmp_path / "w.pth").write_text("<html>404 Not Found</html>")
+    with pytest.raises(ModelFileError, match=r"not a file of weights that can be read .* begins with b'<html>"):
+        read_state(tmp_path / "w.pth")
+
+
 def test_big_endian_arrays_are_read(tmp_path: Path) -> None:
     values = {name: np.arange(value.size, dtype=">f4").reshape(value.shape) for name, value in arrays().items()}
     found = read_state(saved(tmp_path / "w.npz", **values)).tensors
@@ -89,3 +112,12 @@ def test_an_order_that_names_do_not_tell_is_said_to_be_assumed(order: str) -> No
     given, notes = infer(state, changes={"order": order})
     assert given.order == order and not any("ASSUMED order" in note for note in notes)
     assert not any("ASSUMED order" in note for note in infer(state, "torchvision")[1])  # which is known to be original
+
+
+def test_what_the_same_tensors_leave_open_is_said() -> None:
+    pre = named(residuum.build("preresnet8", classes=3).state_dict(), "w.pth")
+    assert any("ASSUMED boundary=shared" in note for note in infer(pre)[1])
+    assert not any("boundary" in note for note in infer(pre, changes={"boundary": "raw"})[1])
+    wide = named(residuum.build("resnet18", classes=3).state_dict(), "w.pth")
+    assert any("ASSUMED maxpool=padded" in note for note in infer(wide)[1])
+    assert not any("maxpool=padded, as" in note for note in infer(wide, "torchvision")[1])

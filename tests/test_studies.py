@@ -83,7 +83,7 @@ def test_no_verdict_is_stronger_than_its_evidence(differences: list[float], stre
         ([1, 1], "plain56 trains worse than plain20 in 2 of 2 seeds, too few for a verdict"),
         ([1], "plain56 trains worse than plain20 in 1 of 1 seed, too few for a verdict"),
         ([1, -1, 0], "plain56 and plain20 are level: each larger in 1 of 3 seeds"),
-        ([], "plain56 and plain20 have no seed in common"),
+        ([], "there is no seed in which both plain56 and plain20 have a figure"),
     ],
 )
 def test_a_tally_says_in_how_many_seeds(differences: list[float], words: str) -> None:
@@ -132,6 +132,11 @@ def test_a_depth_that_is_none_gets_the_nearest_two(depth: int, sentence: str) ->
     with pytest.raises(UsageError) as error:
         check_depth(depth)
     assert str(error.value) == sentence
+
+
+def test_no_seeds_are_not_the_usual_number_of_them(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["study", "cost", "--seeds", "0"]) == 2
+    assert "--seeds must be from 1 to 1,000, not 0" in capsys.readouterr().err
 
 
 def test_a_data_set_too_small_to_split_is_refused(tmp_path: Path) -> None:

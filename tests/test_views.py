@@ -217,6 +217,7 @@ def test_the_papers_protocols() -> None:
     ("dense:320,640", "only multiscale takes several sizes"),
     ("multiscale:224,x", "sizes are whole numbers of pixels"),
     ("multiscale:224,224", "sizes must be different numbers from 1 up"),
+    ("dense:99999999", "sizes go up to 16,384 pixels"),
     ("1crop+window", "window goes with dense and multiscale only"),
     ("10crop+noflip", "cannot be both mirrored and not"),
 ])  # fmt: skip

@@ -68,7 +68,8 @@ def study(
     from residuum.studies.study import Told, carry_out
 
     chosen_depths = _depths(depths)
-    setting = Setting(data, data_dir, budget, seeds or SEEDS.get(budget, 1), chosen_depths, device, steps)
+    runs = SEEDS.get(budget, 1) if seeds is None else seeds
+    setting = Setting(data, data_dir, budget, runs, chosen_depths, device, steps)
     if name is None:
         return _list(setting, json)
     studies = catalogue.chosen(name)

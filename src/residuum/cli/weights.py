@@ -93,6 +93,8 @@ def import_(
     for name, value in bundle.spec.to_json().items():
         print(f"{name:<18} {value}")
     prepared = bundle.preprocessing.to_json()
+    for name in ("mean", "std"):
+        prepared[name] = prepared[name] and ",".join(f"{value:g}" for value in prepared[name])
     print(f"{'preprocessing':<18} {', '.join(f'{name} {value}' for name, value in prepared.items())}")
     print(f"{'model':<18} {out}")
     return None

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from residuum.errors import UsageError, unknown
-from residuum.preprocessing import Preprocessing, centred, picture_of, pixels_of
+from residuum.preprocessing import LARGEST, Preprocessing, centred, picture_of, pixels_of
 
 KINDS = ("1crop", "10crop", "dense", "multiscale")
 OPTIONS = ("flip", "noflip", "logits", "window")
@@ -142,6 +142,8 @@ def _check(protocol: Protocol, text: str, options: set[str]) -> None:
         raise UsageError(f"protocol {text!r}: only multiscale takes several sizes.")
     if (protocol.sides and min(protocol.sides) < 1) or len(set(protocol.sides)) < len(protocol.sides):
         raise UsageError(f"protocol {text!r}: sizes must be different numbers from 1 up.")
+    if protocol.sides and max(protocol.sides) > LARGEST:
+        raise UsageError(f"protocol {text!r}: sizes go up to {LARGEST:,} pixels.")
     if "window" in options and not protocol.dense:
         raise UsageError(f"protocol {text!r}: window goes with dense and multiscale only.")
     if {"flip", "noflip"} <= options or (protocol.kind == "10crop" and "noflip" in options):

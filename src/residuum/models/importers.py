@@ -20,6 +20,7 @@ from residuum.errors import ModelFileError, UsageError, unknown
 from residuum.models.resnet import ResNet
 from residuum.models.spec import Specification, parse_changes
 from residuum.models.states import State
+from residuum.nn.blocks import ORDERS
 
 SOURCES = {  # what is known of the networks that a program or publisher hands out
     "torchvision": {"stride_site": "3x3"},
@@ -73,6 +74,8 @@ def infer(
             f"ASSUMED order={values['order']}; nets of {others} have the same tensors (--set order=… says otherwise)"
         )
     values |= given
+    if not source and values["stem"] == "imagenet" and "maxpool" not in given:
+        notes.append("ASSUMED maxpool=padded, as torchvision's; Caffe's has the same tensors (--set maxpool=ceil)")
     if values["block"] == "bottleneck" and "stride_site" not in values:
         raise UsageError(
             "names and shapes do not tell where the bottlenecks have their stride: give --source torchvision (or "
@@ -84,6 +87,10 @@ def infer(
             values["zeros"] = "centre" if state.renamed else "append"
             where = "the layer `linear`, as akamaster's CIFAR nets have it" if state.renamed else "no known source"
             notes.append(f"ASSUMED from {where}: option A with zeros={values['zeros']}; --set zeros=… says otherwise")
+        if ORDERS[values["order"]].preactivated and "boundary" not in given:
+            notes.append(
+                "ASSUMED boundary=shared; nets whose shortcuts take the raw input have the same tensors (--set boundary=raw)"
+            )
         if "shortcut" not in given:
             notes.append(
                 "ASSUMED: no projections, so shortcut=A; a plain net has the same tensors (--set shortcut=none)"
@@ -111,10 +118,12 @@ def _from_shapes(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         if match := re.match(r"layer(\d+)\.(\d+)\.", name):
             units.setdefault(int(match[1]), set()).add(int(match[2]))
     if stem is None or fc is None or not units or stem.dim() != 4 or fc.dim() != 2:
+        there = {"conv1.weight": stem is not None, "layer1.0.conv1.weight": units, "fc.weight": fc is not None}
+        missing = " and no ".join(name for name, found in there.items() if not found)
         shown = ", ".join(list(tensors)[:5])
         raise ModelFileError(
             "the file does not hold a residual network of a known layout: conv1.weight, layer1.0.conv1.weight … and fc.weight "
-            f"are expected, it has {shown}{' …' if len(tensors) > 5 else ''}."
+            f"are expected, it has {shown}{' …' if len(tensors) > 5 else ''}{f', but no {missing}' if missing else ''}."
         )
     if stem.shape[2] not in (3, 7):
         raise ModelFileError(f"conv1.weight is {_shape(stem)}; a stem of 3x3 (CIFAR) or 7x7 (ImageNet) is expected.")

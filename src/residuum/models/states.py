@@ -10,6 +10,7 @@ import json
 import pickle
 import re
 import warnings
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,7 @@ from torch import Tensor
 from residuum.errors import ModelFileError, UsageError
 
 SUFFIXES = (".pth", ".pt", ".th", ".tar", ".bin", ".ckpt", ".safetensors", ".npz")
+MAGIC = (b"PK", b"\x80")  # how PyTorch's files begin: a zip file, formerly a pickle
 NESTS = ("state_dict", "model", "net", "model_ema")  # keys that a training program puts its weights under
 AVERAGED = "n_averaged"  # how many steps torch.optim.swa_utils.AveragedModel has averaged
 PREFIXES = ("module.", "_orig_mod.", "backbone.")
@@ -82,7 +84,7 @@ def read_state(path: Path, key: str | None = None) -> State:
     elif path.suffix == ".npz":
         value, about = _npz(path, content), {}
     else:
-        value, about = _torch(path)
+        value, about = _torch(path, content)
     return named(value, str(path), key, about)
 
 
@@ -137,7 +139,11 @@ def _npz(path: Path, content: bytes) -> dict[str, Tensor]:
     return tensors
 
 
-def _torch(path: Path) -> tuple[Any, Mapping[str, Any]]:
+def _torch(path: Path, content: bytes) -> tuple[Any, Mapping[str, Any]]:
+    if not content.startswith(MAGIC):
+        raise ModelFileError(
+            f"{path} is not a file of weights that can be read ({', '.join(SUFFIXES)}); it begins with {content[:20]!r}."
+        )
     try:
         with warnings.catch_warnings(action="ignore"):
             value = torch.load(path, map_location="cpu", weights_only=True)
@@ -152,8 +158,26 @@ def _torch(path: Path) -> tuple[Any, Mapping[str, Any]]:
             raise ModelFileError(f"{path} is a TorchScript program, not weights; save its state_dict alone.") from error
         said = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ModelFileError(f"{path} is damaged or cut short ({said}); download or copy it again.") from error
+    if part := _altered(content):
+        raise ModelFileError(f"{path} is damaged ({part} is not what was written); download or copy it again.")
     beside = getattr(value, "_metadata", None)
     return value, _about(path, beside.get("residuum") if isinstance(beside, Mapping) else None)
+
+
+def _altered(content: bytes) -> str | None:
+    """The first part of PyTorch's zip file that has another checksum than was written; `torch.load` does not look at them."""
+    if not content.startswith(MAGIC[0]):
+        return None
+    name = "its table of contents"
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as parts:
+            for part in parts.infolist():
+                name = part.filename
+                if part.CRC:  # 0: written without checksums (torch.serialization.set_crc32_options)
+                    parts.read(part)
+    except Exception:  # damage shows in many ways
+        return name
+    return None
 
 
 def _forbidden(error: pickle.UnpicklingError) -> str | None:
@@ -267,4 +291,9 @@ def _without_prefixes(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], li
         raise ModelFileError(
             f"the file names {len(tensors) - len(plain)} tensors twice once {', '.join(found)} is gone; save one network alone."
         )
+    # A network that stands within another has that one's name for it before all of its own.
+    stems = [name.removesuffix("conv1.weight") for name in plain if name.endswith(".conv1.weight")]
+    whole = min(stems, key=len, default="")
+    if whole and all(name.startswith(whole) for name in plain):
+        return {name.removeprefix(whole): value for name, value in plain.items()}, [*found, whole]
     return plain, found

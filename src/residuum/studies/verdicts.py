@@ -67,7 +67,7 @@ def tally(c: Comparison, a: str, b: str, *, larger: str, smaller: str) -> str:
         larger: how a larger figure is said, such as "trains worse than"; `smaller` likewise.
     """
     if not c.n:
-        return f"{a} and {b} have no seed in common"
+        return f"there is no seed in which both {a} and {b} have a figure"
     if c.wins == c.losses == 0:
         return f"{a} and {b} are level in {of_seeds(c.n, c.n)}"
     if c.wins == c.losses:
