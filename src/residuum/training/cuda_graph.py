@@ -9,6 +9,7 @@ same end with and without.
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -65,12 +66,9 @@ def on_cuda(compute: Compute, device: torch.device) -> Compute:
                 compute()
         torch.cuda.current_stream().wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
-        with (
-            torch.cuda.stream(
-                own
-            ),  # torch.cuda.graph leaves its own as the current one where a recording is broken off
-            torch.cuda.graph(graph, stream=own, capture_error_mode="thread_local"),  # the loader's threads may go on
-        ):
+        # The outer stream comes back where a recording is broken off, which torch.cuda.graph leaves its own one in; the
+        # loader's threads may go on meanwhile.
+        with torch.cuda.stream(own), torch.cuda.graph(graph, stream=own, capture_error_mode="thread_local"):
             results = compute()
 
     def replay() -> list[Tensor]:
@@ -84,7 +82,8 @@ def on_cuda(compute: Compute, device: torch.device) -> Compute:
 def _waiting_refused() -> Iterator[None]:
     """Has what waits for the device fail: in a recording it would leave torch's allocators as in the middle of one."""
     before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
+    with warnings.catch_warnings(action="ignore"):  # that it does not find all that waits yet
+        torch.cuda.set_sync_debug_mode("error")
     try:
         yield
     finally:
