@@ -140,6 +140,29 @@ def test_a_kill_of_one_process_alone_loses_nothing_either(tmp_path: Path, undist
     assert_same(out, undisturbed)
 
 
+SLOW_TO_READ = """
+import time
+from datetime import timedelta
+import torch
+from residuum.world import processes
+begin = torch.distributed.init_process_group
+torch.distributed.init_process_group = lambda backend, timeout: begin(backend, timeout=timedelta(seconds=2))
+with processes() as world:
+    with world.in_turn():
+        time.sleep(6 if world.first else 0)
+    assert world.agree(world.rank) == (1,)
+"""
+
+
+@pytest.mark.slow
+def test_processes_wait_for_the_first_one_to_read_as_long_as_it_takes(tmp_path: Path) -> None:
+    """Longer than for a step, in which a process that says nothing is gone."""
+    (tmp_path / "program.py").write_text(SLOW_TO_READ)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(tmp_path / "program.py")]
+    done = subprocess.run(command, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_batch_must_divide() -> None:
     assert parts_of(paper_cifar(), World()) == 2 and parts_of(paper_cifar(), World(1, 2)) == 1
     assert (
