@@ -121,6 +121,7 @@ def test_changes_have_the_last_word() -> None:
         ("resnet20", {"classes": 0}, "classes must be a whole number from 1 up, not 0."),
         ("resnet20", {"channels": 1.5}, "channels must be a whole number from 1 up, not 1.5."),
         ("resnet20", {"layers": True}, "layers must be a whole number from 1 up, not True."),
+        ("resnet50", {"layers": 5}, "a bottleneck has three layers, so layers=5 has no use in it; leave it out."),
         ("resnet20", {"depths": 3}, "depths must be whole numbers from 1 up, one for each stage, not 3."),
         ("resnet20", {"depths": ()}, "depths must be whole numbers from 1 up, one for each stage, not ()."),
         (
@@ -189,15 +190,16 @@ def widths_and_depths(shrinking: bool) -> st.SearchStrategy[dict[str, Any]]:
 def specifications(draw: st.DrawFn) -> Specification:
     """Any valid specification of a small network."""
     shortcut = draw(st.sampled_from(shortcuts.NAMES))
+    block = draw(st.sampled_from(["basic", "bottleneck"]))
     numbers = st.floats(-10, 10)
     return Specification(
         **draw(widths_and_depths(shortcut in ("none", "B", "C", "conv"))),
-        block=draw(st.sampled_from(["basic", "bottleneck"])),
+        block=block,
         stem=draw(st.sampled_from(["cifar", "imagenet"])),
         shortcut=shortcut,
         order=draw(st.sampled_from(list(ORDERS))),
         stride_site=draw(st.sampled_from(["first", "3x3"])),
-        layers=draw(st.integers(1, 3)),
+        layers=2 if block == "bottleneck" else draw(st.integers(1, 3)),
         zeros=draw(st.sampled_from(["append", "centre"])),
         boundary=draw(st.sampled_from(["shared", "raw"])),
         shortcut_scale=draw(numbers),

@@ -84,6 +84,8 @@ class Specification:
             value = getattr(self, key)
             if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
                 raise UsageError(f"{key} must be a finite number, not {value!r}.")
+        if self.block == "bottleneck" and self.layers != 2:
+            raise UsageError(f"a bottleneck has three layers, so layers={self.layers} has no use in it; leave it out.")
         if sum(self.depths) * self.layers > 100_000:
             raise UsageError(
                 f"{sum(self.depths):,} blocks of {self.layers} layers are too many; the most is 100,000 layers."
