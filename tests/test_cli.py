@@ -276,6 +276,9 @@ def test_a_stop_is_heard_before_a_command_listens_for_it(
     try:
         with pytest.raises(SystemExit) as end:
             main.main(["train"])
+        assert (
+            signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+        )  # a second one finds no handler that would raise again
     finally:
         signal.signal(signal.SIGTERM, before)
     assert end.value.code == 143 and capsys.readouterr().err == "residuum: stopped.\n"

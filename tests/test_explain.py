@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pictures import photo
+from residuum.cli.explain import _print
 from residuum.cli.main import run
 from residuum.evaluation.heat import grad_cam, looks, overlay
 from residuum.evaluation.metrics import Judgement
@@ -230,3 +231,9 @@ def test_it_says_what_it_needs(model_file: Path, tmp_path: Path, capsys: pytest.
         assert run(["explain", str(model_file), *arguments]) == code
         assert words in capsys.readouterr().err
     assert not (tmp_path / "none").exists()
+
+
+def test_the_names_of_its_files_move_no_cursor(capsys: pytest.CaptureFixture[str]) -> None:
+    _print([{"image": "a\x1b[31m.png", "error": "no picture", "figure": "a\x1b[31m.svg"}])
+    out = capsys.readouterr().out
+    assert "\x1b" not in out and r"a\x1b[31m.png" in out and r"a\x1b[31m.svg" in out

@@ -439,7 +439,7 @@ def test_of_a_request_that_nobody_waits_for_no_more_pictures_are_decoded(model_f
         body, kind = form([("picture", f"{i}.jpg", jpeg(i)) for i in range(5)])
         assert client.post("/predict", content=body, headers={"content-type": kind}).status_code == 503
         held.set()
-    assert len(prepared) == 1  # the threads have ended
+    assert len(prepared) <= 1  # the threads have ended; none where the machine was so busy that not even one was begun
 
 
 def test_memory_of_large_pictures_goes_back(monkeypatch: pytest.MonkeyPatch) -> None:

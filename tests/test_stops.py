@@ -227,7 +227,17 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder(tmp_path_factory.mktemp("photographs") / "folder")
 
 
-@pytest.mark.parametrize("name", [name for name, make in RECIPES.items() if make().task == "classify"])
+AT_ONCE = ("paper-imagenet", "modern-long", "finetune")  # between them what the others have too; seconds each
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in AT_ONCE else pytest.mark.slow)
+        for name, make in RECIPES.items()
+        if make().task == "classify"
+    ],
+)
 def test_every_recipe_resumes_to_the_same_bits(name: str, tmp_path: Path, photographs: Path) -> None:
     """Each with all that it has, on small pictures, and killed half-way."""
     named = recipe(name)

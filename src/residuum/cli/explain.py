@@ -127,4 +127,4 @@ def _print(documents: list[dict[str, Any]]) -> None:
     console.print_table("", ("image", "answer", "needs most", "another answer without"), rows)
     for document in documents:
         if "figure" in document:
-            print(document["figure"])
+            print(console.visible(document["figure"]))

@@ -54,15 +54,15 @@ app.command(segment)
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs one command and exits: 0, 1 (it failed), 2 (it was asked for wrongly) or 128 + signal (it was stopped)."""
-    signal.signal(
-        signal.SIGTERM, _stop
-    )  # before a command has its own: a container's first process has no default action
+    # until a command has its own: a container's first process has no default action
+    signal.signal(signal.SIGTERM, _stop)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="surrogateescape")  # a file's name goes out as the bytes that it is
     sys.exit(run(sys.argv[1:] if arguments is None else arguments))
 
 
 def _stop(signum: int, _: FrameType | None) -> None:
+    signal.signal(signum, signal.SIG_DFL)  # a second one ends it at once, not in the middle of saying so
     raise Stopped(signum, "stopped.")
 
 
