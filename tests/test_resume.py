@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from residuum.cli.main import run
 from residuum.errors import RunError
 from residuum.records import Run, read_metrics
 from residuum.training import loop
@@ -44,6 +45,21 @@ def resume(out: Path, *more: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+Resumed = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def resumed(capsys: pytest.CaptureFixture[str]) -> Resumed:
+    """The same in this process, where nothing is killed: starting one takes longer than the run."""
+
+    def call(out: Path, *more: str) -> subprocess.CompletedProcess[str]:
+        capsys.readouterr()
+        code = run(["train", "--resume", str(out), *more])
+        return subprocess.CompletedProcess(more, code, *capsys.readouterr())
+
+    return call
+
+
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("undisturbed") / "run"
@@ -66,7 +82,7 @@ def lines_written(run: Path) -> int:
     return len(file.read_text().splitlines()) if file.exists() else 0
 
 
-@pytest.mark.parametrize("lines", [1, 7])
+@pytest.mark.parametrize("lines", [pytest.param(1, marks=pytest.mark.slow), 7])
 def test_killed_at_any_moment_ends_in_the_same_bits(lines: int, tmp_path: Path, undisturbed: Path) -> None:
     out = tmp_path / "run"
     with train(out) as process:
@@ -145,9 +161,9 @@ def stopped_at(run: Path, stderr: str) -> int:
     return step
 
 
-def test_a_finished_run_is_left_alone(tmp_path: Path, undisturbed: Path) -> None:
+def test_a_finished_run_is_left_alone(tmp_path: Path, undisturbed: Path, resumed: Resumed) -> None:
     before = {p: p.stat().st_mtime_ns for p in undisturbed.rglob("*") if p.is_file() and p.name != ".lock"}
-    done = resume(undisturbed, "--json")
+    done = resumed(undisturbed, "--json")
     assert done.returncode == 0 and "is finished; nothing to do" in done.stderr
     assert json.loads(done.stdout) == json.loads((undisturbed / "result.json").read_text())
     assert before == {p: p.stat().st_mtime_ns for p in undisturbed.rglob("*") if p.is_file() and p.name != ".lock"}
@@ -162,24 +178,26 @@ def unfinished(tmp_path: Path, undisturbed: Path) -> Path:
     return run
 
 
-def test_a_checkpoint_cut_in_half_falls_back_to_the_one_before(tmp_path: Path, undisturbed: Path) -> None:
+def test_a_checkpoint_cut_in_half_falls_back_to_the_one_before(
+    tmp_path: Path, undisturbed: Path, resumed: Resumed
+) -> None:
     run = unfinished(tmp_path, undisturbed)
     last = run / "checkpoints" / "step-00000030.safetensors"
     last.write_bytes(last.read_bytes()[: last.stat().st_size // 2])
-    done = resume(run)
+    done = resumed(run)
     assert done.returncode == 0, done.stderr
     assert "step-00000030.safetensors is not a whole safetensors file" in done.stderr
     assert "Going on from the checkpoint before it." in done.stderr and "going on from step 29" in done.stderr
     assert_same(run, undisturbed)
 
 
-def test_a_flipped_bit_in_a_checkpoint_is_noticed(tmp_path: Path, undisturbed: Path) -> None:
+def test_a_flipped_bit_in_a_checkpoint_is_noticed(tmp_path: Path, undisturbed: Path, resumed: Resumed) -> None:
     run = unfinished(tmp_path, undisturbed)
     last = run / "checkpoints" / "step-00000030.safetensors"
     content = bytearray(last.read_bytes())
     content[-100] ^= 1
     last.write_bytes(content)
-    done = resume(run)
+    done = resumed(run)
     assert done.returncode == 0, done.stderr
     assert "is damaged: its contents do not fit its own digest" in done.stderr
     assert "going on from step 29" in done.stderr
@@ -215,10 +233,12 @@ def test_a_run_killed_at_its_very_start_leaves_its_folder_usable(tmp_path: Path)
     Run.create(tmp_path / "run", "digits")
 
 
-def test_a_resume_with_the_runs_own_values_is_no_other_recipe(tmp_path: Path, undisturbed: Path) -> None:
+def test_a_resume_with_the_runs_own_values_is_no_other_recipe(
+    tmp_path: Path, undisturbed: Path, resumed: Resumed
+) -> None:
     run = unfinished(tmp_path, undisturbed)
     values = [argument for argument in SETTINGS if argument not in ("--device", "cpu")]
-    done = resume(run, "digits", *values, "--set", "precision=auto")
+    done = resumed(run, "digits", *values, "--set", "precision=auto")
     assert done.returncode == 0, done.stderr
 
 
@@ -231,9 +251,9 @@ def test_only_damaged_checkpoints_are_an_error_and_nothing_is_lost(tmp_path: Pat
     assert figures(run) == figures(undisturbed)
 
 
-def test_a_run_is_not_resumed_with_another_recipe_or_data(tmp_path: Path, undisturbed: Path) -> None:
+def test_a_run_is_not_resumed_with_another_recipe_or_data(tmp_path: Path, undisturbed: Path, resumed: Resumed) -> None:
     run = unfinished(tmp_path, undisturbed)
-    done = resume(run, "--set", "lr=0.5")
+    done = resumed(run, "--set", "lr=0.5")
     assert done.returncode == 1
     assert "was started with another recipe: you ask for lr = 0.5 (not 0.1)" in done.stderr
     recipe = run / "recipe.toml"
