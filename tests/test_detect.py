@@ -224,6 +224,7 @@ def test_predict_draws_and_tells(trained: Path, tmp_path: Path, capsys: pytest.C
     assert "is no classifier; use it with: residuum detect predict" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_bits(trained: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     with command("train", str(trained / "voc"), *SETTINGS, "--out", str(out)) as process:

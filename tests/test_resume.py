@@ -284,8 +284,7 @@ def test_a_full_disk_keeps_what_was_written(tmp_path: Path) -> None:
     assert "recipe.toml" in done.stdout and "step-00000001.safetensors" in done.stdout and ".tmp" not in done.stdout
 
 
-def test_no_permission_for_the_run_folder() -> None:
-    done = subprocess.run(command("train", "--out", "/proc/nowhere/run"), text=True, capture_output=True)
-    assert done.returncode == 1
-    assert "cannot write /proc/nowhere/run" in done.stderr or "no permission to write" in done.stderr
-    assert "Traceback" not in done.stderr
+def test_no_permission_for_the_run_folder(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["train", "--out", "/proc/nowhere/run"]) == 1
+    said = capsys.readouterr().err
+    assert "cannot write /proc/nowhere/run" in said or "no permission to write" in said

@@ -129,6 +129,7 @@ def test_plain_torchrun_ends_in_the_same_bits(tmp_path: Path, undisturbed: Path)
     assert_same(out, undisturbed)
 
 
+@pytest.mark.slow
 def test_a_kill_of_one_process_alone_loses_nothing_either(tmp_path: Path, undisturbed: Path) -> None:
     out = tmp_path / "run"
     command = [*COMMAND, "--steps", str(STEPS), "--out", str(out)]
