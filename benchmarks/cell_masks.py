@@ -1,9 +1,9 @@
-"""Makes a folder with masks out of one with boxes: every box becomes the ellipse inside it, as cells in a smear nearly are.
+"""Makes a folder with masks from one with boxes: every box becomes the ellipse inside it, about the shape of cells in a smear.
 
     python benchmarks/cell_masks.py blood-cells cell-masks
 
-Pictures are linked, masks written into SegmentationClass/, lists copied into ImageSets/Segmentation/, classes into classes.txt.
-Where ellipses cross, the smaller one lies on top.
+Images are linked, masks written into SegmentationClass/, lists copied into ImageSets/Segmentation/, classes into classes.txt.
+Smaller ellipses are drawn over larger ones.
 """
 
 from __future__ import annotations
@@ -14,23 +14,23 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from residuum.data import boxes
+from resnetlab.data import box_dataset
 
 
 def main(source: Path, target: Path) -> None:
-    data = boxes.load(source)
+    data = box_dataset.load_boxes(source)
     for folder in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
         (target / folder).mkdir(parents=True)
-    for split, pictures in data.splits.items():
-        for picture in pictures:
-            mask = Image.new("L", (picture.size[1], picture.size[0]))
+    for split, images in data.splits.items():
+        for image in images:
+            mask = Image.new("L", (image.size[1], image.size[0]))
             draw = ImageDraw.Draw(mask)
-            areas = (picture.boxes[:, 2:] - picture.boxes[:, :2]).prod(1)
+            areas = (image.boxes[:, 2:] - image.boxes[:, :2]).prod(1)
             for i in areas.argsort(descending=True).tolist():
-                draw.ellipse(picture.boxes[i].tolist(), fill=int(picture.labels[i]) + 1)
-            mask.save(target / "SegmentationClass" / f"{picture.file.stem}.png")
-            os.symlink(picture.file.resolve(), target / "JPEGImages" / picture.file.name)
-        names = "".join(f"{picture.file.stem}\n" for picture in pictures)
+                draw.ellipse(image.boxes[i].tolist(), fill=int(image.labels[i]) + 1)
+            mask.save(target / "SegmentationClass" / f"{image.file.stem}.png")
+            os.symlink(image.file.resolve(), target / "JPEGImages" / image.file.name)
+        names = "".join(f"{image.file.stem}\n" for image in images)
         (target / "ImageSets" / "Segmentation" / f"{split}.txt").write_text(names)
     (target / "classes.txt").write_text("\n".join(("background", *data.classes)) + "\n")
 

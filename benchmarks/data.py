@@ -1,7 +1,7 @@
 """Images per second of our input pipeline and of torchvision's, alternating in one process on photographs of 500x375.
 
-    uv run --extra fast python benchmarks/data.py                        # pictures: ../shared/data/flowers
-    uv run --extra fast python benchmarks/data.py --pictures FOLDER --rounds 7 --json results.json
+    uv run --extra fast python benchmarks/data.py                        # images: ../shared/data/flowers
+    uv run --extra fast python benchmarks/data.py --images FOLDER --rounds 7 --json results.json
 
 Per core: everything runs in this process with one thread. Whole batches are compared, decoded, augmented, normalised, stacked:
 
@@ -32,14 +32,14 @@ import torch
 from PIL import Image, ImageOps
 from torch.nn import functional as F
 
-from residuum.data import decode, sources
-from residuum.data.augment import Augmentation
-from residuum.data.crops import Crop
-from residuum.data.dataset import Split
-from residuum.data.loader import Loader
-from residuum.models.resnet import build
-from residuum.preprocessing import Preprocessing
-from residuum.runtime import pick_engine
+from resnetlab.data import decode, sources
+from resnetlab.data.augment import Augmentation
+from resnetlab.data.crops import Crop
+from resnetlab.data.dataset import MemorySplit
+from resnetlab.data.sampler import TrainLoader
+from resnetlab.device import select_device
+from resnetlab.models.resnet import build
+from resnetlab.preprocessing import Preprocessing
 
 FLOWERS = Path(__file__).resolve().parents[2] / "shared" / "data" / "flowers" / "train"
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -47,25 +47,25 @@ BATCH = 32
 
 
 def photographs(source: Path, target: Path) -> Path:
-    """The pictures of a folder of class folders, cut and enlarged to 500x375 (or 375x500), JPEG of quality 90."""
+    """The images of a folder of class folders, cut and enlarged to 500x375 (or 375x500), JPEG of quality 90."""
     for file in sorted(source.rglob("*.jpg")):
-        picture = ImageOps.exif_transpose(Image.open(file)).convert("RGB")
-        size = (500, 375) if picture.width >= picture.height else (375, 500)
+        image = ImageOps.exif_transpose(Image.open(file)).convert("RGB")
+        size = (500, 375) if image.width >= image.height else (375, 500)
         place = target / file.parent.name / file.name
         place.parent.mkdir(parents=True, exist_ok=True)
-        ImageOps.fit(picture, size, Image.Resampling.LANCZOS).save(place, quality=90)
+        ImageOps.fit(image, size, Image.Resampling.LANCZOS).save(place, quality=90)
     return target
 
 
 class PlainScale:
-    """The paper's augmentation as one would write it: resize the whole picture, then crop."""
+    """The paper's augmentation as one would write it: resize the whole image, then crop."""
 
-    def __call__(self, picture: Image.Image) -> Image.Image:
+    def __call__(self, image: Image.Image) -> Image.Image:
         from torchvision.transforms import functional as G
         from torchvision.transforms import transforms as T
 
         side = int(torch.randint(256, 481, ()))
-        return T.RandomCrop(224)(G.resize(picture, side))
+        return T.RandomCrop(224)(G.resize(image, side))
 
 
 def torchvision_batches(folder: Path, form: str) -> Iterator[torch.Tensor]:
@@ -75,18 +75,20 @@ def torchvision_batches(folder: Path, form: str) -> Iterator[torch.Tensor]:
     steps = [crop, transforms.RandomHorizontalFlip(), transforms.ToTensor(), transforms.Normalize(MEAN, STD)]
     data = datasets.ImageFolder(str(folder), transforms.Compose(steps))
     while True:
-        for pictures, _ in torch.utils.data.DataLoader(data, BATCH, shuffle=True, drop_last=True):
-            yield pictures
+        for images, _ in torch.utils.data.DataLoader(data, BATCH, shuffle=True, drop_last=True):
+            yield images
 
 
 def our_batches(folder: Path, form: str) -> Iterator[torch.Tensor]:
-    data = sources.load(str(folder), Path("data"))
+    data = sources.load_dataset(str(folder), Path("data"))
     shape = Preprocessing(3, (224, 224), 256, torch.tensor(MEAN), torch.tensor(STD))
-    assert data.whole is not None
-    loader = Loader(data.whole, shape, Augmentation(flip=True), BATCH, 0, pick_engine("fp32", "cpu"), Crop(form))
+    assert data.all_images is not None
+    loader = TrainLoader(
+        data.all_images, shape, Augmentation(flip=True), BATCH, 0, select_device("fp32", "cpu"), Crop(form)
+    )
     step = 0
     while True:
-        yield loader.batch(step).pictures
+        yield loader.batch(step).images
         step += 1
 
 
@@ -115,20 +117,20 @@ def speeds(folder: Path, rounds: int, batches: int) -> dict[str, float]:
 
 def cifar_share(rounds: int) -> float:
     """The time of CIFAR's augmentation of a batch of 128, as a fraction of a ResNet-20 training step."""
-    engine = pick_engine("auto", "cpu")
+    device_config = select_device("auto", "cpu")
     images = torch.randint(256, (50_000, 32, 32, 3), dtype=torch.uint8)
-    split = Split(images, torch.randint(10, (50_000,)))
+    split = MemorySplit(images, torch.randint(10, (50_000,)))
     shape = Preprocessing(3, (32, 32), 32, torch.full((32, 32, 3), 0.5), torch.ones(3))
-    loader = Loader(split, shape, Augmentation(4, "mean", True), 128, 0, engine)
+    loader = TrainLoader(split, shape, Augmentation(4, "mean", True), 128, 0, device_config)
     net = build("resnet20")
-    engine.place(net).train()
+    device_config.place(net).train()
     shares = []
     for step in range(rounds + 1):
         began = time.perf_counter()
         batch = loader.batch(step)
         loaded = time.perf_counter() - began
-        with engine.autocast():
-            loss = F.cross_entropy(net(batch.pictures).float(), batch.labels)
+        with device_config.autocast():
+            loss = F.cross_entropy(net(batch.images).float(), batch.labels)
         loss.backward()
         shares.append(loaded / (time.perf_counter() - began - loaded))
     return round(statistics.median(shares[1:]), 4)
@@ -163,7 +165,7 @@ def grown(folder: Path) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pictures", type=Path, default=FLOWERS)
+    parser.add_argument("--images", type=Path, default=FLOWERS)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batches", type=int, default=3)
     parser.add_argument("--json", type=Path)
@@ -173,7 +175,7 @@ def main() -> None:
     if options.memory_of:
         return print(json.dumps(grown(options.memory_of)))
     with tempfile.TemporaryDirectory() as place:
-        folder = photographs(options.pictures, Path(place))
+        folder = photographs(options.images, Path(place))
         found = speeds(folder, options.rounds, options.batches)
         print(f"{'pipeline':<28} {'images/s':>9}   ratio to torchvision's")
         for name, speed in found.items():

@@ -1,22 +1,22 @@
 #!/usr/bin/env python3
-"""Pictures per second of answering: Residuum's engines beside the same runtimes used by hand.
+"""Images per second of inference: ResNetLab's backends compared with the same runtimes used directly.
 
-    python benchmarks/infer.py [--nets resnet50,resnet18,resnet20] [--batches 1,16] [--rounds 5] [--pictures FOLDER]
+    python benchmarks/infer.py [--nets resnet50,resnet18,resnet20] [--batches 1,16] [--rounds 5] [--images FOLDER]
     python benchmarks/infer.py --model MODEL --data cifar10 [--data-dir data]
 
-Every contestant has the same weights and runs in a process of its own (so that none profits from what another sets for its
-process), and only one runs at a time: the processes take turns in every round.
+Every contestant has the same weights and its own process (so that none is affected by another's settings), and only one runs
+at a time: the processes take turns in every round.
 
 * eager: torchvision's network (at 32 pixels the plain modules of the CIFAR net), fp32, NCHW, under no_grad.
 * compiled: the same in channels_last and bf16 under torch.compile with freezing.
 * onnxruntime: exported by torch.onnx in fp32.
-* openvino fp32, bf16: that file with the precision hint; int8: quantised by nncf on 64 other pictures.
-* residuum: `--engine auto`; residuum int8: `--engine auto --precision int8`; which engine that was is printed.
+* openvino fp32, bf16: that file with the precision hint; int8: quantised by nncf on 64 other images.
+* resnetlab: `--backend auto`; resnetlab int8: `--backend auto --precision int8`; the selected backend is printed.
 
-The others are given normalised floats at no cost and give logits; Residuum takes uint8 pictures, normalises them, and gives
-scores. With --model, the weights are those of a file that `residuum train` wrote, and everybody judges the first 512 test
-pictures of --data: printed are the share with eager's best class and the top-1 error. Without it weights are random, with BN's
-statistics taken from the pictures (64 of a folder, or noise), and there is no error to speak of.
+The others get normalised floats and return logits; ResNetLab takes uint8 images, normalises them, and returns scores. With
+--model, the weights are those of a file that `resnetlab train` wrote, and every contestant evaluates the first 512 test images
+of --data: the share with eager's best class and the top-1 error are printed. Without it weights are random, with BN's
+statistics of the images (64 of a folder, or noise), and no error is reported.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-import residuum
-from residuum.data import sources
-from residuum.data.decode import decode, listed
-from residuum.data.reading import Views
-from residuum.models.bundle import Bundle, load_bundle
-from residuum.models.samples import Samples
-from residuum.preprocessing import Preprocessing
-from residuum.runtime import environment
-from residuum.use.engines import choose
+import resnetlab
+from resnetlab.data import sources
+from resnetlab.data.decode import decode, list_images
+from resnetlab.data.prefetch import PreprocessedSplit
+from resnetlab.device import environment
+from resnetlab.inference.backends import select_backend
+from resnetlab.models.model_file import TrainedModel, load_trained_model
+from resnetlab.models.reference_images import ReferenceImages
+from resnetlab.preprocessing import Preprocessing
 
 CONTESTANTS = (
     "eager",
@@ -55,57 +55,58 @@ CONTESTANTS = (
     "openvino fp32",
     "openvino bf16",
     "openvino int8",
-    "residuum",
-    "residuum int8",
+    "resnetlab",
+    "resnetlab int8",
 )
 BATCHES = {32: (1, 256), 224: (1, 16)}
-SHOWN = 64  # pictures that agreement is counted on, and others that int8 is calibrated on
-JUDGED = 512  # test pictures, at most, that a trained network is judged on
-Call = Callable[[int], Tensor]  # the pictures of one batch size, answered
+NUM_IMAGES = 64  # for agreement, and others for int8 calibration
+MAX_EVALUATED = 512  # test images that a trained network is evaluated on
+Call = Callable[[int], Tensor]  # batch size -> outputs
 
 
-def side(net: str) -> int:
+def image_side(net: str) -> int:
     return 224 if net in ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152") else 32
 
 
-def pixels(net: str, folder: str | None) -> Tensor:
-    """128 pictures, uint8 (128, h, w, 3): real ones, repeated mirrored where there are too few, or smooth noise."""
-    size = side(net)
+def load_images(net: str, folder: str | None) -> Tensor:
+    """128 images, uint8 (128, h, w, 3): real ones, repeated mirrored if there are too few, or smooth noise."""
+    size = image_side(net)
     if folder is None:
-        coarse = torch.rand(2 * SHOWN, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+        coarse = torch.rand(2 * NUM_IMAGES, 3, 8, 8, generator=torch.Generator().manual_seed(0))
         noise = nn.functional.interpolate(coarse, (size, size), mode="bilinear")
         return (noise * 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
-    prepared = Preprocessing(3, (size, size), size, torch.zeros(3), torch.ones(3))
-    files = islice((f for f in listed(Path(folder)) if isinstance(f, Path)), 2 * SHOWN)
-    found = torch.stack([prepared(decode(file)) for file in files])
-    return torch.cat([found, found.flip(2)])[: 2 * SHOWN]
+    preprocessing = Preprocessing(3, (size, size), size, torch.zeros(3), torch.ones(3))
+    files = islice((f for f in list_images(Path(folder)) if isinstance(f, Path)), 2 * NUM_IMAGES)
+    found = torch.stack([preprocessing(decode(file)) for file in files])
+    return torch.cat([found, found.flip(2)])[: 2 * NUM_IMAGES]
 
 
 class Subject(NamedTuple):
-    """A network as others have it and as ours, with the same weights, and what it is shown."""
+    """A reference network and ours with the same weights, and images for them."""
 
     theirs: nn.Module
-    own: Bundle
-    shown: Tensor  # uint8 (N, h, w, 3)
-    training: Tensor  # likewise: what int8 is calibrated on
-    labels: Tensor | None = None  # of those shown
+    own: TrainedModel
+    images: Tensor  # uint8 (N, h, w, 3)
+    calibration_images: Tensor  # likewise, for int8
+    labels: Tensor | None = None  # of `images`
 
 
-def subject(net: str, options: argparse.Namespace) -> Subject:
-    """A trained network and test pictures, or a random one and any."""
+def make_subject(net: str, options: argparse.Namespace) -> Subject:
+    """A trained network and test images, or a random network and any images."""
     if options.model is None:
-        return random_network(net, pixels(net, options.pictures))
-    own = load_bundle(Path(options.model))
-    views = Views(sources.load(options.data, Path(options.data_dir)).test, own.preprocessing)
-    parts = list(islice(views.batches(64), JUDGED // 64))
-    assert own.samples is not None
-    shown, labels = (torch.cat(part) for part in zip(*parts, strict=True))
-    return Subject(published(net, own.net, len(own.classes)), own, shown, own.samples.training, labels)
+        return make_random_network(net, load_images(net, options.images))
+    own = load_trained_model(Path(options.model))
+    views = PreprocessedSplit(sources.load_dataset(options.data, Path(options.data_dir)).test, own.preprocessing)
+    parts = list(islice(views.batches(64), MAX_EVALUATED // 64))
+    assert own.reference_images is not None
+    images, labels = (torch.cat(part) for part in zip(*parts, strict=True))
+    calibration_images = own.reference_images.training
+    return Subject(to_torchvision(net, own.net, len(own.classes)), own, images, calibration_images, labels)
 
 
-def published(net: str, own: nn.Module, classes: int) -> nn.Module:
-    """The same weights in torchvision's network; at 32 pixels there is none."""
-    if side(net) == 32:
+def to_torchvision(net: str, own: nn.Module, classes: int) -> nn.Module:
+    """Loads the weights into torchvision's network; it has none for 32 pixels."""
+    if image_side(net) == 32:
         return own.eval()
     import torchvision
 
@@ -114,28 +115,30 @@ def published(net: str, own: nn.Module, classes: int) -> nn.Module:
     return theirs
 
 
-def random_network(net: str, pictures: Tensor) -> Subject:
-    """Random weights; BN's statistics are those of the pictures."""
+def make_random_network(net: str, images: Tensor) -> Subject:
+    """A network with random weights and the BN statistics of the images."""
     torch.manual_seed(0)
-    size = side(net)
-    prepared = Preprocessing(3, (size, size), size, torch.full((3,), 0.45), torch.full((3,), 0.25))
+    size = image_side(net)
+    preprocessing = Preprocessing(3, (size, size), size, torch.full((3,), 0.45), torch.full((3,), 0.25))
     name = net if net not in ("resnet50", "resnet101", "resnet152") else f"{net}v1.5"
-    own: Any = residuum.build(name, classes=100, seed=0).train()
+    own: Any = resnetlab.build(name, classes=100, seed=0).train()
     for module in own.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = None  # the average of all batches
     with torch.no_grad():
-        for part in torch.split(pictures, 32):
-            own(prepared.normalise(part))
+        for part in torch.split(images, 32):
+            own(preprocessing.normalise(part))
     own.eval()
-    check, training = pictures[:SHOWN], pictures[SHOWN:]
-    samples = Samples(check[:16], torch.zeros(16, dtype=torch.long), training)
-    bundle = Bundle(own, tuple(map(str, range(100))), prepared, samples=samples)
-    return Subject(published(net, own, 100), bundle, check, training)
+    check, calibration = images[:NUM_IMAGES], images[NUM_IMAGES:]
+    reference_images = ReferenceImages(check[:16], torch.zeros(16, dtype=torch.long), calibration)
+    model = TrainedModel(own, tuple(map(str, range(100))), preprocessing, reference_images=reference_images)
+    return Subject(to_torchvision(net, own, 100), model, check, calibration)
 
 
-def by_hand(contestant: str, net: nn.Module, x: Tensor, training: Tensor) -> Callable[[Tensor], Tensor]:
-    """A function of normalised floats, NCHW, as a person would write it."""
+def make_predictor(
+    contestant: str, net: nn.Module, x: Tensor, calibration_images: Tensor
+) -> Callable[[Tensor], Tensor]:
+    """A function of normalised floats, NCHW, written with the runtime itself."""
     if contestant == "eager":
         return net
     if contestant == "compiled":
@@ -161,46 +164,46 @@ def by_hand(contestant: str, net: nn.Module, x: Tensor, training: Tensor) -> Cal
         import nncf
 
         model = nncf.quantize(
-            model, nncf.Dataset([part.numpy() for part in torch.split(training, 1)]), subset_size=SHOWN
+            model, nncf.Dataset([part.numpy() for part in torch.split(calibration_images, 1)]), subset_size=NUM_IMAGES
         )
     hint = {"INFERENCE_PRECISION_HINT": "f32"} if contestant == "openvino fp32" else {}  # bf16 is its own default here
     compiled = openvino.compile_model(model, "CPU", {"PERFORMANCE_HINT": "LATENCY", **hint})
     return lambda x: torch.from_numpy(compiled([x.numpy()])[0])
 
 
-def contestant(name: str, given: Subject) -> tuple[Call, Tensor, str]:
-    """A call that answers one batch of a size, the best classes of the pictures shown, and what was taken."""
-    if name.startswith("residuum"):
-        chosen = choose(given.own, "auto", "int8" if "int8" in name else "auto")
-        answer, shown, note = chosen.answer, given.shown, str(chosen)
+def make_contestant(name: str, subject: Subject) -> tuple[Call, Tensor, str]:
+    """A function that runs one batch of a size, the best classes of the images, and the selected backend."""
+    if name.startswith("resnetlab"):
+        choice = select_backend(subject.own, "auto", "int8" if "int8" in name else "auto")
+        predict, images, note = choice.predict, subject.images, str(choice)
     else:
-        shown, training = (
-            given.own.preprocessing.normalise(x).contiguous(memory_format=torch.contiguous_format)
-            for x in (given.shown, given.training)
+        images, calibration_images = (
+            subject.own.preprocessing.normalise(x).contiguous(memory_format=torch.contiguous_format)
+            for x in (subject.images, subject.calibration_images)
         )
-        answer, note = by_hand(name, given.theirs, shown, training), ""
+        predict, note = make_predictor(name, subject.theirs, images, calibration_images), ""
     batches: dict[int, Tensor] = {}
 
     def call(size: int) -> Tensor:
         if size not in batches:
-            batches[size] = shown[torch.arange(size) % len(shown)].contiguous()
-        return answer(batches[size])
+            batches[size] = images[torch.arange(size) % len(images)].contiguous()
+        return predict(batches[size])
 
     with torch.no_grad():
-        best = torch.cat([answer(part) for part in torch.split(shown, 16)]).argmax(1)
+        best = torch.cat([predict(part) for part in torch.split(images, 16)]).argmax(1)
     return call, best, note
 
 
 def serve(link: Connection, name: str, net: str, options: argparse.Namespace) -> None:
-    """A contestant's process: told a batch size and seconds, it answers with pictures per second."""
+    """A contestant's process: receives a batch size and seconds, sends images per second."""
     warnings.simplefilter("ignore")
-    given = subject(net, options)
-    call, best, note = contestant(name, given)
-    error = None if given.labels is None else float((best != given.labels).float().mean())
+    subject = make_subject(net, options)
+    call, best, note = make_contestant(name, subject)
+    error = None if subject.labels is None else float((best != subject.labels).float().mean())
     link.send((best.tolist(), note, error))
     with torch.no_grad():
-        while (order := link.recv()) is not None:
-            size, seconds = order
+        while (request := link.recv()) is not None:
+            size, seconds = request
             call(size)
             began, n = time.perf_counter(), 0
             while n < 2 or time.perf_counter() - began < seconds:
@@ -221,11 +224,11 @@ def measure(net: str, options: argparse.Namespace) -> None:
         processes.append(process)
         best[name], notes[name], errors[name] = links[name].recv()
         print(f"{net}: {name} is ready {notes[name]}", file=sys.stderr, flush=True)
-    if options.wait_for:  # the machine may be made quiet now
+    if options.wait_for:  # other load on the machine can be stopped now
         Path(options.wait_for).touch()
         while Path(options.wait_for).exists():
             time.sleep(0.2)
-    for size in [int(b) for b in options.batches.split(",")] if options.batches else BATCHES[side(net)]:
+    for size in [int(b) for b in options.batches.split(",")] if options.batches else BATCHES[image_side(net)]:
         rates: dict[str, list[float]] = {name: [] for name in names}
         for turn in range(options.rounds + 1):
             for name in names:
@@ -240,7 +243,7 @@ def measure(net: str, options: argparse.Namespace) -> None:
             middle, spread = statistics.median(rates[name]), f"{statistics.median(ratios):.2f}"
             spread += f" ({ratios[0]:.2f} to {ratios[-1]:.2f})"
             wrong = "–" if errors[name] is None else f"{errors[name]:.2%}"
-            where = f"{net}, {side(net)} px, batch {size}"
+            where = f"{net}, {image_side(net)} px, batch {size}"
             print(f"| {where} | {label} | {middle:,.1f} | {spread} | {same:.1%} | {wrong} |", flush=True)
     for name in names:
         links[name].send(None)
@@ -256,9 +259,9 @@ def main() -> None:
         "--rounds", type=int, default=5, help="turns of every contestant, alternating, after one to warm up"
     )
     parser.add_argument("--seconds", type=float, default=0.7, help="of a turn")
-    parser.add_argument("--pictures", help="a folder of pictures; smooth noise where not given")
-    parser.add_argument("--model", help="a model file that `residuum train` wrote, in place of random weights")
-    parser.add_argument("--data", help="with --model: whose test pictures are judged")
+    parser.add_argument("--images", help="a folder of images; smooth noise where not given")
+    parser.add_argument("--model", help="a model file that `resnetlab train` wrote, in place of random weights")
+    parser.add_argument("--data", help="with --model: whose test images are evaluated")
     parser.add_argument("--data-dir", default="data")
     parser.add_argument("--contestants", default=",".join(CONTESTANTS), help="comma list; eager must be among them")
     parser.add_argument("--wait-for", help="a file made when all are ready; measuring begins when somebody removes it")
@@ -266,13 +269,13 @@ def main() -> None:
     nets = options.nets.split(",")
     if options.model is not None:
         if options.data is None:
-            parser.error("--model needs --data, whose test pictures are judged")
-        nets = [str(load_bundle(Path(options.model)).recipe["net"]).removesuffix("v1.5")]
+            parser.error("--model needs --data, whose test images are evaluated")
+        nets = [str(load_trained_model(Path(options.model)).recipe["net"]).removesuffix("v1.5")]
     machine = environment()
     print(
         f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}; {options.rounds} rounds, medians\n"
     )
-    print("| network | contestant | pictures/s | ratio to eager (lowest to highest) | agreement | error |")
+    print("| network | contestant | images/s | ratio to eager (lowest to highest) | agreement | error |")
     print("|---|---|---|---|---|---|", flush=True)
     for net in nets:
         measure(net, options)

@@ -1,9 +1,9 @@
-"""Peak memory of a training step on the CPU, with and without keeping every map.
+"""Peak memory of a training step on the CPU, with and without recompute.
 
     python benchmarks/memory.py --net resnet1202 --batch 128 --recompute
 
-Prints the most that the process ever held (resident set), all libraries included, after one whole step on
-the digits, enlarged to 32x32. Every setting takes a process of its own, since the peak never falls.
+Prints the peak resident set of the process, including libraries, after one step on the digits, enlarged to
+32x32. Every setting needs a process of its own, because the peak never falls.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ import resource
 import time
 from pathlib import Path
 
-from residuum.runtime import environment
-from residuum.training.average import learn
-from residuum.training.checkpoint import Learner
-from residuum.training.loop import adapt
-from residuum.training.recipes import recipe
-from residuum.training.running import prepare_task
-from residuum.training.step import train_step
+from resnetlab.device import environment
+from resnetlab.training.average import set_train_mode
+from resnetlab.training.checkpoint import TrainState
+from resnetlab.training.recipes import find_classification_recipe
+from resnetlab.training.run import prepare_task
+from resnetlab.training.step import train_step
+from resnetlab.training.train import override_recipe
 
 
 def main() -> None:
@@ -28,22 +28,24 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--bn-batch", type=int, default=0)
     parser.add_argument("--recompute", action="store_true")
-    given = parser.parse_args()
+    args = parser.parse_args()
     values = {
-        "size": "32",
-        "batch": str(given.batch),
-        "bn_batch": str(given.bn_batch),
-        "recompute": str(given.recompute),
+        "image_size": "32",
+        "batch": str(args.batch),
+        "bn_batch": str(args.bn_batch),
+        "recompute": str(args.recompute),
     }
-    chosen = adapt(recipe("quick"), data=None, net=given.net, steps=None, seed=None, values=values)
-    task, chosen = prepare_task(chosen, Path("data"), "cpu", print)
+    recipe = override_recipe(
+        find_classification_recipe("quick"), data=None, net=args.net, steps=None, seed=None, values=values
+    )
+    task, recipe = prepare_task(recipe, Path("data"), "cpu", print)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    learn(task.net)
-    learner, began = Learner.fresh(task, chosen), time.perf_counter()
-    made = train_step(learner, task.parts(0), 0.01)
+    set_train_mode(task.net)
+    train_state, began = TrainState.create(task, recipe), time.perf_counter()
+    output = train_step(train_state, task.micro_batches(0), 0.01)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(f"{vars(given)} on {environment()['cpu']}, torch {environment()['torch']}")
-    print(f"loss {float(made.loss):.3f}; one step {time.perf_counter() - began:.0f} s")
+    print(f"{vars(args)} on {environment()['cpu']}, torch {environment()['torch']}")
+    print(f"loss {float(output.loss):.3f}; one step {time.perf_counter() - began:.0f} s")
     print(f"peak {peak / 2**20:.2f} GiB, of which {before / 2**20:.2f} before the step")
 
 

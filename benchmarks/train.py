@@ -1,18 +1,18 @@
 #!/usr/bin/env python3
-"""Images per second of a training step: Residuum beside what a person would write or take instead.
+"""Images per second of a training step: ResNetLab and its alternatives.
 
     python benchmarks/train.py [--nets resnet20,resnet56,resnet110,resnet18,resnet50] [--contestants …] [--rounds 5]
 
-Every contestant trains the same network on the same pictures in a process of its own (so that none profits from what another
-sets for its process), and only one runs at a time: the processes take turns, some steps each, in every round.
+Every contestant trains the same network on the same images in a process of its own (so that none benefits from the process
+settings of another), and only one runs at a time: the processes take turns, some steps each, in every round.
 
 * eager fp32: NCHW, torch.optim.SGD; a CIFAR ResNet as public repositories write it, or torchvision's ResNet at 224.
 * eager bf16: the same in channels_last under bf16 autocast (at 224 torchvision's).
 * timm: timm's ResNet in channels_last under bf16 autocast (at 224).
 * compiled: eager bf16 under torch.compile.
-* residuum: `residuum train`'s own task and step, from uint8 pictures in memory through its augmentation to updated weights. The
+* resnetlab: `resnetlab train`'s own task and step, from uint8 images in memory through its augmentation to updated weights. The
   others are given normalised floats at no cost.
-* residuum compiled: the same under torch.compile, as runs of the papers' length on small pictures are made on a CPU, and any
+* resnetlab compiled: the same under torch.compile, as runs of the papers' length on small images are made on a CPU, and any
   with `--compile on` (at 32 on a CPU, at both on a GPU).
 
 A contestant that this machine cannot run (timm is not installed, there is no compiler) is left out, and the reason printed.
@@ -38,29 +38,29 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import residuum
-from residuum.data.augment import Augmentation
-from residuum.data.crops import Crop
-from residuum.data.dataset import Split
-from residuum.data.loader import Loader
-from residuum.models.accounting import cost
-from residuum.models.spec import specification
-from residuum.preprocessing import Preprocessing
-from residuum.runtime import environment, pick_engine
-from residuum.tasks.classify import Classify
-from residuum.training.checkpoint import Learner
-from residuum.training.cuda_graph import GraphStep
-from residuum.training.recipes import recipe
-from residuum.training.step import train_step
+import resnetlab
+from resnetlab.data.augment import Augmentation
+from resnetlab.data.crops import Crop
+from resnetlab.data.dataset import MemorySplit
+from resnetlab.data.sampler import TrainLoader
+from resnetlab.device import environment, select_device
+from resnetlab.models.cost import compute_cost
+from resnetlab.models.spec import get_specification
+from resnetlab.preprocessing import Preprocessing
+from resnetlab.tasks.classification import ClassificationTask
+from resnetlab.training.checkpoint import TrainState
+from resnetlab.training.cuda_graph import GraphStep
+from resnetlab.training.recipes import find_classification_recipe
+from resnetlab.training.step import train_step
 from train_cifar import plain_resnet
 
 Step = Callable[[], object]
-BATCHES = {32: 128, 224: 32}  # by the side of the pictures, on a CPU
-CONTESTANTS = ("eager fp32", "eager bf16", "timm", "compiled", "residuum", "residuum compiled")
+BATCHES = {32: 128, 224: 32}  # by the side of the images, on a CPU
+CONTESTANTS = ("eager fp32", "eager bf16", "timm", "compiled", "resnetlab", "resnetlab compiled")
 
 
 def side(net: str) -> int:
-    """The side of the pictures that a network is made for."""
+    """The side of the images that a network is made for."""
     return 224 if net in ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152") else 32
 
 
@@ -104,27 +104,27 @@ def peer(contestant: str, net: str, batch: int, device: torch.device) -> Step:
 
 
 def ours(net: str, batch: int, device: torch.device, compiled: bool) -> Step:
-    """One step of `residuum train` on uint8 pictures in memory."""
+    """One step of `resnetlab train` on uint8 images in memory."""
     size = side(net)
-    engine = replace(pick_engine(device=device.type), compiled=compiled)
-    chosen = recipe("paper-cifar" if size == 32 else "photos")
-    pictures = torch.randint(256, (4 * batch, size, size, 3), dtype=torch.uint8)
-    split = Split(pictures, torch.randint(10, (4 * batch,)))
+    device_config = replace(select_device(device=device.type), compiled=compiled)
+    chosen = find_classification_recipe("paper-cifar" if size == 32 else "photos")
+    images = torch.randint(256, (4 * batch, size, size, 3), dtype=torch.uint8)
+    split = MemorySplit(images, torch.randint(10, (4 * batch,)))
     preprocessing = Preprocessing(3, (size, size), size, torch.full((3,), 0.5), torch.full((3,), 0.25))
-    model: Any = engine.place(residuum.build(our_name(net), classes=10, seed=0)).train()
+    model: Any = device_config.place(resnetlab.build(our_name(net), classes=10, seed=0)).train()
     augmentation = Augmentation(chosen.pad, chosen.pad_with, chosen.flip, chosen.colour)
-    loader = Loader(split, preprocessing, augmentation, batch, 0, engine, Crop("centre", (256, 480), 1.0))
-    task = Classify(model, tuple("0123456789"), preprocessing, loader, split, split, {}, engine)
-    learner, position = Learner.fresh(task, chosen), iter(range(10**9))
+    loader = TrainLoader(split, preprocessing, augmentation, batch, 0, device_config, Crop("centre", (256, 480), 1.0))
+    task = ClassificationTask(model, tuple("0123456789"), preprocessing, loader, split, split, {}, device_config)
+    train_state, position = TrainState.create(task, chosen), iter(range(10**9))
     graph = device.type == "cuda" and not compiled  # as a run picks by itself, or with --compile on
     step = GraphStep(partial(print, file=sys.stderr)) if graph else train_step
-    return lambda: step(learner, task.parts(next(position)), 0.01)
+    return lambda: step(train_state, task.micro_batches(next(position)), 0.01)
 
 
 def serve(link: Connection, contestant: str, net: str, batch: int, kind: str) -> None:
     """A contestant's process: told a number of steps, it makes them and answers with the seconds they took."""
     device = torch.device(kind)
-    own, compiled = contestant.startswith("residuum"), contestant.endswith("compiled")
+    own, compiled = contestant.startswith("resnetlab"), contestant.endswith("compiled")
     step = ours(net, batch, device, compiled) if own else peer(contestant, net, batch, device)
 
     def settle() -> None:
@@ -159,7 +159,7 @@ def peak(dtype: torch.dtype, device: torch.device) -> float:
 def measure(net: str, options: argparse.Namespace) -> list[str]:
     """The rows of one network."""
     context, batch, seconds_a_turn = multiprocessing.get_context("spawn"), options.batch or BATCHES[side(net)], 3.0
-    left_out = {"timm"} if side(net) == 32 else {"residuum compiled"} if options.device == "cpu" else set()
+    left_out = {"timm"} if side(net) == 32 else {"resnetlab compiled"} if options.device == "cpu" else set()
     names = [name for name in CONTESTANTS if name in options.contestants.split(",") and name not in left_out]
     links, processes, counts = {}, [], {}
     for name in names:
@@ -186,7 +186,7 @@ def measure(net: str, options: argparse.Namespace) -> list[str]:
         links[name].send(0)
     for process in processes:
         process.join()
-    work = 6.0 * cost(specification(our_name(net), classes=10)).multiply_adds
+    work = 6.0 * compute_cost(get_specification(our_name(net), classes=10)).multiply_adds
     device = torch.device(options.device)
     peaks = {dtype: peak(dtype, device) for dtype in (torch.float32, torch.bfloat16)}
     rows = []
@@ -206,7 +206,7 @@ def main() -> None:
     parser.add_argument(
         "--contestants", default=",".join(CONTESTANTS), help="comma list; eager fp32 must be among them"
     )
-    parser.add_argument("--batch", type=int, help="pictures in a step; 128 at 32 px and 32 at 224 where not given")
+    parser.add_argument("--batch", type=int, help="images in a step; 128 at 32 px and 32 at 224 where not args")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     options = parser.parse_args()
     machine = environment()

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Training images per second on CIFAR-10: Residuum beside the loop that people copy from public repositories.
+"""Training images per second on CIFAR-10: ResNetLab beside the loop that people copy from public repositories.
 
     python benchmarks/train_cifar.py --data-dir DATA [--nets resnet20] [--blocks 7] [--steps 20]
 
 The plain loop: a CIFAR ResNet of its own (option A), eager, fp32, NCHW, torch.optim.SGD, and a DataLoader that reads PIL
-pictures through torchvision's RandomCrop(32, padding=4), RandomHorizontalFlip, ToTensor and Normalize, with as many workers as
-there are cores. Residuum: `residuum train`'s own task and step, with its augmentation, as the recipe paper-cifar has them. Both
-run in blocks of steps that alternate in one process; a block's rate covers everything from the pictures in memory to the
+images through torchvision's RandomCrop(32, padding=4), RandomHorizontalFlip, ToTensor and Normalize, with as many workers as
+there are cores. ResNetLab: `resnetlab train`'s own task and step, with its augmentation, from the recipe paper-cifar. Both
+run in blocks of steps that alternate in one process; a block's rate covers everything from the images in memory to the
 updated weights. Printed: the median rate of each, and the median of the block-by-block ratios with their extremes.
 """
 
@@ -26,15 +26,15 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from torchvision import transforms
 
-from residuum.data import sources
-from residuum.data.dataset import Split
-from residuum.runtime import environment
-from residuum.training.average import learn
-from residuum.training.checkpoint import Learner
-from residuum.training.loop import adapt
-from residuum.training.recipes import recipe
-from residuum.training.running import prepare_task
-from residuum.training.step import train_step
+from resnetlab.data import sources
+from resnetlab.data.dataset import MemorySplit
+from resnetlab.device import environment
+from resnetlab.training.average import set_train_mode
+from resnetlab.training.checkpoint import TrainState
+from resnetlab.training.recipes import find_classification_recipe
+from resnetlab.training.run import prepare_task
+from resnetlab.training.step import train_step
+from resnetlab.training.train import override_recipe
 
 BATCH = 128
 
@@ -68,10 +68,10 @@ def plain_resnet(depth: int) -> nn.Module:
     return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
 
 
-class Pictures(torch.utils.data.Dataset[tuple[Tensor, int]]):
-    """CIFAR-10 as torchvision's class serves it: an array turned into a PIL picture and through per-picture transforms."""
+class Images(torch.utils.data.Dataset[tuple[Tensor, int]]):
+    """CIFAR-10 as torchvision's class serves it: an array turned into a PIL image and through per-image transforms."""
 
-    def __init__(self, split: Split) -> None:
+    def __init__(self, split: MemorySplit) -> None:
         self.images, self.labels = split.images.numpy(), split.labels.tolist()
         normalise = transforms.Normalize((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
         crop = (transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip())
@@ -84,10 +84,10 @@ class Pictures(torch.utils.data.Dataset[tuple[Tensor, int]]):
         return self.transform(Image.fromarray(self.images[i])), self.labels[i]
 
 
-def plain_loop(depth: int, split: Split) -> Callable[[int], None]:
-    """A function that makes the given number of steps of the plain loop."""
+def plain_loop(depth: int, split: MemorySplit) -> Callable[[int], None]:
+    """A function that makes the args number of steps of the plain loop."""
     loader = DataLoader(
-        Pictures(split), BATCH, shuffle=True, num_workers=os.cpu_count() or 1, drop_last=True, persistent_workers=True
+        Images(split), BATCH, shuffle=True, num_workers=os.cpu_count() or 1, drop_last=True, persistent_workers=True
     )
     net = plain_resnet(depth)
     sgd = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
@@ -109,16 +109,18 @@ def plain_loop(depth: int, split: Split) -> Callable[[int], None]:
     return steps
 
 
-def residuum_loop(net: str, data_dir: Path) -> Callable[[int], None]:
-    """The same for Residuum's own task and step."""
-    chosen = adapt(recipe("paper-cifar"), data=None, net=net, steps=None, seed=None, values={})
-    task, chosen = prepare_task(chosen, data_dir, "cpu", print)
-    learn(task.net)
-    learner, position = Learner.fresh(task, chosen), iter(range(10**9))
+def resnetlab_loop(net: str, data_dir: Path) -> Callable[[int], None]:
+    """The same for ResNetLab's own task and step."""
+    recipe = override_recipe(
+        find_classification_recipe("paper-cifar"), data=None, net=net, steps=None, seed=None, values={}
+    )
+    task, recipe = prepare_task(recipe, data_dir, "cpu", print)
+    set_train_mode(task.net)
+    train_state, position = TrainState.create(task, recipe), iter(range(10**9))
 
     def steps(count: int) -> None:
         for _ in range(count):
-            train_step(learner, task.parts(next(position)), 0.1)
+            train_step(train_state, task.micro_batches(next(position)), 0.1)
 
     return steps
 
@@ -137,10 +139,10 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=7, help="blocks of each, alternating")
     parser.add_argument("--steps", type=int, default=20, help="steps in a block")
     options = parser.parse_args()
-    split = sources.load("cifar10", options.data_dir).train
+    split = sources.load_dataset("cifar10", options.data_dir).train
     rows = []
     for net in options.nets.split(","):
-        plain, ours = plain_loop(int(net.removeprefix("resnet")), split), residuum_loop(net, options.data_dir)
+        plain, ours = plain_loop(int(net.removeprefix("resnet")), split), resnetlab_loop(net, options.data_dir)
         plain(3), ours(3)
         pairs = [(rate(plain, options.steps), rate(ours, options.steps)) for _ in range(options.blocks)]
         ratios = sorted(b / a for a, b in pairs)
@@ -151,7 +153,7 @@ def main() -> None:
     print(f"\n{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}, torchvision {machine['torchvision']}; "
           f"batch {BATCH}, {options.blocks} alternating blocks of {options.steps} steps, medians\n")  # fmt: skip
     print(
-        "| net | plain eager fp32 loop, images/s | Residuum, images/s | ratio (lowest to highest) |\n|---|---|---|---|"
+        "| net | plain eager fp32 loop, images/s | ResNetLab, images/s | ratio (lowest to highest) |\n|---|---|---|---|"
     )
     print("\n".join(rows))
 

@@ -1,4 +1,4 @@
-"""A few small pictures with boxes or masks, made for tests: dark discs ("round") and bright squares ("square") on grey."""
+"""Small synthetic images with boxes or masks: dark discs ("round") and bright squares ("square") on grey."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ Box = tuple[int, int, int, int]
 
 
 def scene(seed: int) -> tuple[Image.Image, Image.Image, list[tuple[str, Box]]]:
-    """A picture, its mask (1 for round, 2 for square) and what is on it."""
+    """An image, its mask (1 for round, 2 for square) and its objects."""
     draw = np.random.default_rng(seed)
     pixels = draw.integers(110, 140, (*SIZE, 3))
     mask = np.zeros(SIZE, dtype=np.uint8)
-    found: list[tuple[str, Box]] = []
+    objects: list[tuple[str, Box]] = []
     rows, columns = np.mgrid[: SIZE[0], : SIZE[1]]
     for i in range(2):
         side = int(draw.integers(16, 26))
@@ -29,30 +29,30 @@ def scene(seed: int) -> tuple[Image.Image, Image.Image, list[tuple[str, Box]]]:
             inside &= (rows - top - side / 2) ** 2 + (columns - left - side / 2) ** 2 <= (side / 2) ** 2
         pixels[inside] = 30 if name == "round" else 230
         mask[inside] = 1 if name == "round" else 2
-        found.append((name, (left, top, left + side, top + side)))
-    return Image.fromarray(pixels.astype(np.uint8)), Image.fromarray(mask), found
+        objects.append((name, (left, top, left + side, top + side)))
+    return Image.fromarray(pixels.astype(np.uint8)), Image.fromarray(mask), objects
 
 
-def annotation(found: list[tuple[str, Box]], size: tuple[int, int] = SIZE) -> str:
-    """A VOC annotation."""
+def voc_annotation(boxes: list[tuple[str, Box]], size: tuple[int, int] = SIZE) -> str:
+    """A VOC annotation file's content."""
     objects = "".join(
         f"<object><name>{name}</name><difficult>0</difficult><bndbox><xmin>{x1}</xmin><ymin>{y1}</ymin>"
         f"<xmax>{x2}</xmax><ymax>{y2}</ymax></bndbox></object>"
-        for name, (x1, y1, x2, y2) in found
+        for name, (x1, y1, x2, y2) in boxes
     )
     return f"<annotation><size><width>{size[1]}</width><height>{size[0]}</height></size>{objects}</annotation>"
 
 
-def voc(root: Path, train: int = 6, val: int = 3) -> Path:
-    """A folder in Pascal VOC's form, with boxes and masks."""
+def make_voc_folder(root: Path, train: int = 6, val: int = 3) -> Path:
+    """Writes a folder in Pascal VOC's format, with boxes and masks."""
     for folder in ("Annotations", "JPEGImages", "SegmentationClass", "ImageSets/Main", "ImageSets/Segmentation"):
         (root / folder).mkdir(parents=True)
     names = [f"p{i}" for i in range(train + val)]
     for i, name in enumerate(names):
-        picture, mask, found = scene(i)
-        picture.save(root / "JPEGImages" / f"{name}.png")
+        image, mask, objects = scene(i)
+        image.save(root / "JPEGImages" / f"{name}.png")
         mask.save(root / "SegmentationClass" / f"{name}.png")
-        (root / "Annotations" / f"{name}.xml").write_text(annotation(found))
+        (root / "Annotations" / f"{name}.xml").write_text(voc_annotation(objects))
     for folder in ("Main", "Segmentation"):
         (root / "ImageSets" / folder / "train.txt").write_text("\n".join(names[:train]) + "\n")
         (root / "ImageSets" / folder / "val.txt").write_text("\n".join(names[train:]) + "\n")
@@ -80,8 +80,8 @@ def coco_document(seeds: range) -> dict[str, Any]:
     return {"images": images, "annotations": annotations, "categories": categories}
 
 
-def coco(root: Path, train: int = 6, val: int = 3) -> Path:
-    """A folder with COCO's JSON for the same pictures."""
+def make_coco_folder(root: Path, train: int = 6, val: int = 3) -> Path:
+    """Writes a folder with COCO's JSON for the same images."""
     (root / "images").mkdir(parents=True)
     for i in range(train + val):
         scene(i)[0].save(root / "images" / f"p{i}.png")

@@ -1,4 +1,4 @@
-"""What all tests share: one thread a worker, and the real pictures."""
+"""Fixtures of all tests: one thread per worker, and the real images."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ import pytest
 # thread more each would only take turns.
 os.environ["OMP_NUM_THREADS"] = "1"
 # Nothing is taken from, or left in, the cache of whoever runs the tests.
-os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="residuum-tests-")
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="resnetlab-tests-")
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is fetched by a test but from a server of its own, and nobody waits before the next attempt."""
-    monkeypatch.setattr("residuum.data.cifar.SITE", "http://127.0.0.1:9/")
-    monkeypatch.setattr("residuum.data.remote.PAUSES", (0.0, 0.0))
+    """Tests download only from their own servers, and retry without waiting."""
+    monkeypatch.setattr("resnetlab.data.cifar.SITE", "http://127.0.0.1:9/")
+    monkeypatch.setattr("resnetlab.data.download.PAUSES", (0.0, 0.0))
 
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -33,7 +33,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(scope="session")
 def cifar10_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that holds cifar-10-batches-bin, all 60,000 pictures. Not to be written to: all workers share it."""
+    """A folder that holds cifar-10-batches-bin, all 60,000 images. Read only: all workers share it."""
     script = REPOSITORY.parent / "shared" / "data" / "make_cifar10.py"
     if not script.is_file():
         pytest.skip("CIFAR-10 is not there: ../shared/data, beside the repository, is missing")

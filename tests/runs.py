@@ -1,15 +1,18 @@
-"""Two runs compared: what must be the same to the bit, whatever happened in between."""
+"""Commands in processes of their own, and the comparison of two runs."""
 
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 CLOCK = ("seconds", "images_per_second", "share_waiting")  # what the clock decides
 
 
 def figures(run: Path) -> list[dict[str, float]]:
-    """metrics.jsonl without what the clock decides."""
+    """metrics.jsonl without its timing fields."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if k not in CLOCK} for line in lines]
 
@@ -17,3 +20,11 @@ def figures(run: Path) -> list[dict[str, float]]:
 def assert_same(run: Path, other: Path) -> None:
     assert figures(run) == figures(other)
     assert (run / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
+
+
+def start_command(*arguments: str, task: str = "detect") -> subprocess.Popen[str]:
+    code = f"from resnetlab.cli.main import main\nmain({[task, *arguments]!r})"
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-c", code], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
+    )

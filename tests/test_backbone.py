@@ -1,4 +1,4 @@
-"""Backbones: torchvision's and timm's own maps, à trous, the paper's fixed BN, and the forms that other programs take."""
+"""Backbones: the same maps as torchvision's and timm's, dilation, fixed BN, and the interfaces of other libraries."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torchvision.models import resnet50
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.ops import FeaturePyramidNetwork
 
-from residuum.errors import UsageError
-from residuum.models.backbone import Backbone, Encoder, Features, FixedBatchNorm, dilate, fix_bn, freeze, levels
-from residuum.models.resnet import ResNet, build
+from resnetlab.errors import UsageError
+from resnetlab.models.backbone import Backbone, Encoder, Features, FixedBatchNorm, dilate, fix_bn, freeze, levels
+from resnetlab.models.resnet import ResNet, build
 
 ALL = {f"C{i + 2}": str(i) for i in range(4)}
 
 
-def ready(net: ResNet) -> ResNet:
+def prepare(net: ResNet) -> ResNet:
     """Eval mode, float64, BN with statistics that are not trivial."""
     generator = torch.Generator().manual_seed(3)
     for module in net.modules():
@@ -27,19 +27,19 @@ def ready(net: ResNet) -> ResNet:
     return net.double().eval()
 
 
-def picture(size: int = 96, channels: int = 3) -> torch.Tensor:
+def image(size: int = 96, channels: int = 3) -> torch.Tensor:
     return torch.randn(2, channels, size, size, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
 
 def test_maps_are_those_of_torchvisions_fpn_backbone() -> None:
     theirs = resnet_fpn_backbone(backbone_name="resnet50", weights=None, norm_layer=nn.BatchNorm2d)
     net = build("resnet50v1.5", seed=0)
-    ready(net)
+    prepare(net)
     missing, unexpected = theirs.body.load_state_dict(net.state_dict(), strict=False)
     assert missing == [] and {k.split(".")[0] for k in unexpected} == {"fc"}
     body, ours = theirs.body.double().eval(), Backbone(net, ALL)
     with torch.no_grad():
-        a, b = body(picture()), ours(picture())
+        a, b = body(image()), ours(image())
     assert list(a) == list(b) == ["0", "1", "2", "3"]
     for key in a:
         torch.testing.assert_close(b[key], a[key], rtol=0, atol=1e-10)
@@ -58,11 +58,11 @@ def test_weights_of_torchvisions_layout_move_in_both_directions() -> None:
 @pytest.mark.parametrize(("ours", "theirs"), [("resnet18", "resnet18"), ("resnet50v1.5", "resnet50")])
 def test_dilation_is_timms(ours: str, theirs: str, output_stride: int) -> None:
     other = timm.create_model(theirs, pretrained=False, output_stride=output_stride, num_classes=1000).double().eval()
-    net = ready(build(ours, seed=0))
+    net = prepare(build(ours, seed=0))
     other.load_state_dict(net.state_dict())
     dilate(net, output_stride)
     with torch.no_grad():
-        torch.testing.assert_close(net.last_map(picture()), other.forward_features(picture()), rtol=0, atol=1e-9)
+        torch.testing.assert_close(net.forward_features(image()), other.forward_features(image()), rtol=0, atol=1e-9)
     assert levels(net)["C5"].stride == output_stride
 
 
@@ -79,30 +79,30 @@ def test_dilation_is_timms(ours: str, theirs: str, output_stride: int) -> None:
     ],
 )
 @pytest.mark.parametrize("size", [96, 101])
-def test_a_dilated_network_sampled_at_its_old_steps_is_the_old_network(
+def test_a_dilated_network_sampled_at_its_old_stride_is_the_old_network(
     name: str, changes: dict[str, object], size: int
 ) -> None:
-    plain = ready(build(name, seed=0, widths=(8, 16, 16, 24), **changes))
-    spread = ready(build(name, seed=0, widths=(8, 16, 16, 24), **changes))
-    dilate(spread, 8)
+    plain = prepare(build(name, seed=0, widths=(8, 16, 16, 24), **changes))
+    dilated = prepare(build(name, seed=0, widths=(8, 16, 16, 24), **changes))
+    dilate(dilated, 8)
     with torch.no_grad():
-        a, b = plain.features(picture(size)), spread.features(picture(size))
+        a, b = plain.features(image(size)), dilated.features(image(size))
     for level, step in (("C3", 1), ("C4", 2), ("C5", 4)):
         torch.testing.assert_close(b[level][:, :, ::step, ::step], a[level], rtol=0, atol=1e-9)
 
 
-def test_dilation_of_a_cifar_net_and_of_what_cannot_be() -> None:
+def test_dilation_of_a_cifar_net_and_invalid_strides() -> None:
     net = build("resnet20", seed=0)
     dilate(net, 2)
     assert [level.stride for level in levels(net).values()] == [1, 1, 2, 2]
-    assert net(picture(32).float()).shape == (2, 10)
+    assert net(image(32).float()).shape == (2, 10)
     with pytest.raises(UsageError, match="dilated already"):
         dilate(net, 1)
     with pytest.raises(UsageError, match=r"output_stride must be one of 4, 8, 16, 32, not 12\."):
         dilate(build("resnet18"), 12)
 
 
-def test_levels_tell_what_features_gives() -> None:
+def test_levels_describe_the_maps_of_features() -> None:
     for name in ("resnet18", "resnet50", "preresnet20", "resnet20"):
         net = build(name, seed=0)
         x = torch.zeros(1, 3, 128, 128)
@@ -111,21 +111,21 @@ def test_levels_tell_what_features_gives() -> None:
     assert list(net.features(x, "C2")) == ["C1", "C2"]
 
 
-def test_fixed_bn_is_the_same_map_and_never_learns() -> None:
-    net, fixed = ready(build("resnet18", seed=0)), ready(build("resnet18", seed=0))
+def test_fixed_bn_computes_the_same_and_does_not_train() -> None:
+    net, fixed = prepare(build("resnet18", seed=0)), prepare(build("resnet18", seed=0))
     fix_bn(fixed)
     fixed.train()
     with torch.no_grad():
-        torch.testing.assert_close(fixed.last_map(picture()), net.last_map(picture()), rtol=0, atol=1e-10)
+        torch.testing.assert_close(fixed.forward_features(image()), net.forward_features(image()), rtol=0, atol=1e-10)
     before = {k: v.clone() for k, v in fixed.state_dict().items()}
     assert before.keys() == net.state_dict().keys()
-    fixed.last_map(picture()).sum().backward()
+    fixed.forward_features(image()).sum().backward()
     assert all(torch.equal(v, before[k]) for k, v in fixed.state_dict().items())
-    learning = {k for k, p in fixed.named_parameters() if p.requires_grad}
-    assert learning == {k for k in dict(net.named_parameters()) if "bn" not in k and "downsample.1" not in k}
+    trainable = {k for k, p in fixed.named_parameters() if p.requires_grad}
+    assert trainable == {k for k in dict(net.named_parameters()) if "bn" not in k and "downsample.1" not in k}
 
 
-def test_frozen_stages_stay_and_the_rest_learns() -> None:
+def test_frozen_stages_do_not_train_and_others_do() -> None:
     net = build("resnet18", seed=0)
     freeze(net, "C2")
     names = {k.split(".")[0] for k, p in net.named_parameters() if p.requires_grad}
@@ -145,14 +145,14 @@ def test_lists_are_timms() -> None:
     assert [entry["num_chs"] for entry in ours.feature_info] == [64, 64, 128, 256, 512]
 
 
-def test_an_encoder_gives_the_picture_and_every_map() -> None:
+def test_an_encoder_gives_the_image_and_every_map() -> None:
     encoder = Encoder(build("resnet18", seed=0))
     assert encoder.out_channels == [3, 64, 64, 128, 256, 512] and encoder.output_stride == 32
     x = torch.zeros(1, 3, 96, 96)
     assert [m.shape[1] for m in encoder(x)] == encoder.out_channels
 
 
-def test_an_encoder_is_asked_as_segmentation_models_pytorch_does() -> None:
+def test_an_encoder_has_the_interface_of_segmentation_models_pytorch() -> None:
     encoder = Encoder(net=build("resnet18", seed=0), depth=4, output_stride=8)
     encoder.set_in_channels(3, pretrained=False)
     encoder.make_dilated(8)
@@ -164,7 +164,7 @@ def test_an_encoder_is_asked_as_segmentation_models_pytorch_does() -> None:
 
 @pytest.mark.parametrize("name", ["Unet", "FPN", "PSPNet"])
 def test_segmentation_models_pytorch_decodes_our_maps(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its own decoders, on our network of torchvision's weights layout, say what they say on its own encoder."""
+    """Its decoders compute the same on our network as on its own encoder with the same weights."""
     smp = pytest.importorskip("segmentation_models_pytorch", reason="segmentation_models_pytorch is not installed")
     theirs = getattr(smp, name)("resnet18", encoder_weights=None, classes=3).eval()
     net = build("resnet18", seed=0, classes=1)

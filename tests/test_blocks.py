@@ -1,7 +1,7 @@
-"""Blocks against computations by hand in float64: five orders, every shortcut, the identities of the 2016 paper.
+"""Blocks compared with independent computations in float64: activation orders, shortcuts, the 2016 paper's identities.
 
-A program reads as the paper's Fig. 4 from top to bottom: W2 is the second convolution, N2 the second BN, R a ReLU, "|"
-the split of the shortcut from F, "+" their junction.
+A program lists the operations of the paper's Fig. 4 from top to bottom: W2 is the second convolution, N2 the second BN,
+R a ReLU, "|" the split of the shortcut from F, "+" their junction.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from residuum.models.resnet import ResNet, assemble
-from residuum.models.spec import Specification
-from residuum.nn.blocks import ORDERS, Block
-from residuum.nn.shortcuts import ZeroPad
+from resnetlab.models.resnet import ResNet, build_from_spec
+from resnetlab.models.spec import Specification
+from resnetlab.nn.blocks import ACTIVATION_ORDERS, Block
+from resnetlab.nn.shortcuts import ZeroPad
 
 PROGRAMS = {
     ("original", "basic"): "| W1 N1 R W2 N2 + R",
@@ -35,15 +35,15 @@ Path = Callable[[Tensor], Tensor]
 Join = Callable[[Tensor, Tensor, Tensor], Tensor]  # of the unit's input, its shortcut and F
 
 
-def entered(program: str, entry: str) -> str:
-    """The program with its first activation inside F, shared with the shortcut, or left out."""
+def place_first_activation(program: str, entry: str) -> str:
+    """The program with its first activation inside F, shared with the shortcut, or omitted."""
     head, rest = program.split("W1", 1)
     activation = head.removeprefix("| ")
     return {"inside": program, "shared": f"{activation}| W1{rest}", "done": f"| W1{rest}"}[entry]
 
 
-def randomised(net: ResNet, seed: int = 0) -> ResNet:
-    """The net in float64 with every parameter and statistic random, so that none can hide."""
+def randomise(net: ResNet, seed: int = 0) -> ResNet:
+    """The net in float64 with every parameter and statistic random, so that each affects the result."""
     generator = torch.Generator().manual_seed(seed)
     net = net.double()
     for name, value in [*net.named_parameters(), *net.named_buffers()]:
@@ -53,31 +53,31 @@ def randomised(net: ResNet, seed: int = 0) -> ResNet:
     return net
 
 
-def small(**changes: Any) -> ResNet:
+def make_small_net(**changes: Any) -> ResNet:
     """Two units of one width and one that halves the maps: layer1.0, layer1.1, layer2.0."""
     values: dict[str, Any] = {"block": "basic", "depths": (2, 1), "widths": (4, 8), "stem": "cifar", "classes": 3}
-    return randomised(assemble(Specification(**values | changes), seed=1))
+    return randomise(build_from_spec(Specification(**values | changes), seed=1))
 
 
-def block(net: ResNet, name: str) -> Block:
+def get_block(net: ResNet, name: str) -> Block:
     return dict(net.blocks())[name]
 
 
-def noise(*shape: int) -> Tensor:
+def random_input(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
 
 
-class Hand:
-    """A block computed by hand from a copy of its state, in which BN keeps its running statistics too."""
+class ReferenceBlock:
+    """An independent implementation of a block with a copy of its state, including BN's running statistics."""
 
-    def __init__(self, made: Block, train: bool) -> None:
-        self.state = {k: v.clone() for k, v in made.state_dict().items()}
-        self.convs = {k: m for k, m in made.named_modules() if isinstance(m, nn.Conv2d)}
+    def __init__(self, unit: Block, train: bool) -> None:
+        self.state = {k: v.clone() for k, v in unit.state_dict().items()}
+        self.convs = {k: m for k, m in unit.named_modules() if isinstance(m, nn.Conv2d)}
         self.train = train
 
     def conv(self, name: str, x: Tensor) -> Tensor:
-        made = self.convs[name]
-        return F.conv2d(x, self.state[f"{name}.weight"], self.state.get(f"{name}.bias"), made.stride, made.padding)
+        unit = self.convs[name]
+        return F.conv2d(x, self.state[f"{name}.weight"], self.state.get(f"{name}.bias"), unit.stride, unit.padding)
 
     def bn(self, name: str, x: Tensor) -> Tensor:
         state = self.state
@@ -120,18 +120,20 @@ def option_a(c_out: int, stride: int, offset: int = 0) -> Path:
     return path
 
 
-def shape_of(made: Block) -> tuple[int, int, int]:
+def shape_of(unit: Block) -> tuple[int, int, int]:
     """C_in, C_out and the stride of a block."""
-    convs = [cast(nn.Conv2d, made.get_submodule(f"conv{i}")) for i in range(1, made.depth + 1)]
+    convs = [cast(nn.Conv2d, unit.get_submodule(f"conv{i}")) for i in range(1, unit.num_convs + 1)]
     return convs[0].in_channels, convs[-1].out_channels, max(conv.stride[0] for conv in convs)
 
 
-def compare(made: Block, program: str, path: str, join: Join = lambda x, shortcut, y: shortcut + y) -> None:
+def assert_equals_program(
+    unit: Block, program: str, path: str, join: Join = lambda x, shortcut, y: shortcut + y
+) -> None:
     """Runs a block in eval and in train mode beside the program; `path` names what its shortcut does to shapes."""
-    c_in, c_out, stride = shape_of(made)
+    c_in, c_out, stride = shape_of(unit)
     for train in (False, True):
-        made.train(train)
-        hand = Hand(made, train)
+        unit.train(train)
+        hand = ReferenceBlock(unit, train)
         paths: dict[str, Path] = {
             "none": lambda x: x.new_zeros(()),
             "identity": lambda x: x,
@@ -140,12 +142,12 @@ def compare(made: Block, program: str, path: str, join: Join = lambda x, shortcu
             "project": lambda x, hand=hand: hand.conv("downsample.0", x),  # type: ignore[misc]
             "project-bn": lambda x, hand=hand: hand.bn("downsample.1", hand.conv("downsample.0", x)),  # type: ignore[misc]
         }
-        x = noise(3, c_in, 7, 6)
+        x = random_input(3, c_in, 7, 6)
         before = x.clone()
-        found = made(x)
+        found = unit(x)
         torch.testing.assert_close(found, hand.run(program, x, paths[path], join), rtol=1e-11, atol=1e-11)
         assert torch.equal(x, before), "a block must leave its input alone"
-        for key, value in made.state_dict().items():
+        for key, value in unit.state_dict().items():
             torch.testing.assert_close(value, hand.state[key], msg=f"{key} after a forward pass with {train=}")
 
 
@@ -156,16 +158,16 @@ VARIANTS = {
     # then (layer1.0 has it from the stem)
     "none": ({"shortcut": "none"}, "none", "none", "inside", "shared"),
     "A": ({"shortcut": "A"}, "identity", "pad", "inside", "shared"),
-    "A-centre": ({"shortcut": "A", "zeros": "centre"}, "identity", "centre", "inside", "shared"),
-    "A-raw": ({"shortcut": "A", "boundary": "raw"}, "identity", "pad", "inside", "inside"),
+    "A-centre": ({"shortcut": "A", "zero_pad": "centre"}, "identity", "centre", "inside", "shared"),
+    "A-raw": ({"shortcut": "A", "preact_transition": "raw"}, "identity", "pad", "inside", "inside"),
     "B": ({"shortcut": "B"}, "identity", "project", "inside", "shared"),
     "B-raw": (
-        {"shortcut": "B", "boundary": "raw"},
+        {"shortcut": "B", "preact_transition": "raw"},
         "identity",
         "project",
         "inside",
         "shared",
-    ),  # `boundary` is not for it
+    ),  # preact_transition has no effect on it
     "C": ({"shortcut": "C"}, "project", "project", "shared", "shared"),
 }
 
@@ -174,8 +176,8 @@ VARIANTS = {
 @pytest.mark.parametrize(("order", "kind"), PROGRAMS, ids=str)
 def test_orders(order: str, kind: str, variant: str) -> None:
     changes, stays, changed, entry_stays, entry_changed = VARIANTS[variant]
-    for name, made in small(order=order, block=kind, **changes).blocks():
-        c_in, c_out, _ = shape_of(made)
+    for name, unit in make_small_net(activation_order=order, block=kind, **changes).blocks():
+        c_in, c_out, _ = shape_of(unit)
         assert (c_in != c_out) == (name == "layer2.0" or (name == "layer1.0" and kind == "bottleneck"))
         path, entry = (changed, entry_changed) if c_in != c_out else (stays, entry_stays)
         if path == "project" and order != "preact":
@@ -184,16 +186,18 @@ def test_orders(order: str, kind: str, variant: str) -> None:
             entry = "inside"
         elif name == "layer1.0":
             entry = "done"
-        compare(made, entered(PROGRAMS[order, kind], entry), path)
+        assert_equals_program(unit, place_first_activation(PROGRAMS[order, kind], entry), path)
 
 
 @pytest.mark.parametrize("order", ["original", "preact"])
 @pytest.mark.parametrize(("shortcut", "path"), [("A", "pad"), ("B", "project")])
 def test_maps_that_halve_at_the_same_width(shortcut: str, path: str, order: str) -> None:
     """A stride alone is a change of shape."""
-    made = block(small(order=order, shortcut=shortcut, widths=(4, 4)), "layer2.0")
+    unit = get_block(make_small_net(activation_order=order, shortcut=shortcut, widths=(4, 4)), "layer2.0")
     entry, bn = ("shared", "") if order == "preact" else ("inside", "-bn")
-    compare(made, entered(PROGRAMS[order, "basic"], entry), path + bn if path == "project" else path)
+    assert_equals_program(
+        unit, place_first_activation(PROGRAMS[order, "basic"], entry), path + bn if path == "project" else path
+    )
 
 
 @pytest.mark.parametrize("order", ["original", "bn-after-add", "relu-before-add", "relu-only-preact", "preact"])
@@ -208,22 +212,22 @@ def test_layers_of_f(layers: int, order: str) -> None:
         "preact": ("N# R W#", "N# R W# +"),
     }[order]
     steps = [(inner if i < layers else final).replace("#", str(i)) for i in range(1, layers + 1)]
-    for name, made in small(order=order, layers=layers).blocks():
-        assert sum(child.startswith("conv") for child in made._modules) == layers
+    for name, unit in make_small_net(activation_order=order, layers=layers).blocks():
+        assert sum(child.startswith("conv") for child in unit._modules) == layers
         if name == "layer1.1":
-            compare(made, "| " + " ".join(steps), "identity")
+            assert_equals_program(unit, "| " + " ".join(steps), "identity")
 
 
-def test_no_order_is_left_out() -> None:
-    assert set(ORDERS) == {order for order, _ in PROGRAMS}
+def test_all_orders_are_covered() -> None:
+    assert set(ACTIVATION_ORDERS) == {order for order, _ in PROGRAMS}
 
 
 # The shortcuts.
 
 
-def gate(made: Block) -> Path:
+def gate(unit: Block) -> Path:
     """g = sigmoid(Wx + b), element-wise."""
-    conv = cast(nn.Conv2d, made.get_submodule("junction.conv"))
+    conv = cast(nn.Conv2d, unit.get_submodule("junction.conv"))
     weight, bias, stride = conv.weight.detach()[:, :, 0, 0], cast(Tensor, conv.bias).detach(), conv.stride[0]
 
     def g(x: Tensor) -> Tensor:
@@ -233,17 +237,17 @@ def gate(made: Block) -> Path:
     return g
 
 
-def constant(made: Block) -> Join:
+def constant(unit: Block) -> Join:
     return lambda x, shortcut, y: 0.3 * shortcut + 0.7 * y
 
 
-def exclusive(made: Block) -> Join:
-    g = gate(made)
+def exclusive(unit: Block) -> Join:
+    g = gate(unit)
     return lambda x, shortcut, y: (1 - g(x)) * shortcut + g(x) * y
 
 
-def shortcut_only(made: Block) -> Join:
-    g = gate(made)
+def shortcut_only(unit: Block) -> Join:
+    g = gate(unit)
     return lambda x, shortcut, y: (1 - g(x)) * shortcut + y
 
 
@@ -254,28 +258,32 @@ JOINS = {"constant": constant, "exclusive-gate": exclusive, "shortcut-gate": sho
 @pytest.mark.parametrize("shortcut", JOINS)
 def test_scaling_and_gates(shortcut: str, order: str) -> None:
     """2016 §3.1; the path is option A's, the gate looks at what the shortcut starts from."""
-    for name, made in small(shortcut=shortcut, order=order, shortcut_scale=0.3, residual_scale=0.7).blocks():
+    for name, unit in make_small_net(
+        shortcut=shortcut, activation_order=order, shortcut_scale=0.3, residual_scale=0.7
+    ).blocks():
         entry = (
             {"layer1.0": "done", "layer1.1": "inside", "layer2.0": "shared"}[name] if order == "preact" else "inside"
         )
-        compare(made, entered(PROGRAMS[order, "basic"], entry), "pad", JOINS[shortcut](made))
+        assert_equals_program(
+            unit, place_first_activation(PROGRAMS[order, "basic"], entry), "pad", JOINS[shortcut](unit)
+        )
 
 
 def test_half_and_half_is_the_default_scaling() -> None:
-    for _, made in small(shortcut="constant", order="preact").blocks():
-        assert made.junction is not None
+    for _, unit in make_small_net(shortcut="constant", activation_order="preact").blocks():
+        assert unit.junction is not None
         ones = torch.ones(1)
-        assert made.junction(ones, 4 * ones, 6 * ones).item() == 5.0
+        assert unit.junction(ones, 4 * ones, 6 * ones).item() == 5.0
 
 
 @pytest.mark.parametrize("shortcut", ["exclusive-gate", "shortcut-gate"])
 @pytest.mark.parametrize("bias", [-6.0, 0.0])
 def test_gates_start_from_their_bias(shortcut: str, bias: float) -> None:
-    """With a picture of zeros the gate is sigmoid(b_g): 1/2 for 0, 0.0025 for -6."""
-    net = assemble(
+    """With an image of zeros the gate is sigmoid(b_g): 1/2 for 0, 0.0025 for -6."""
+    net = build_from_spec(
         Specification(block="basic", depths=(1,), widths=(4,), stem="cifar", shortcut=shortcut, gate_bias=bias)
     )
-    junction = block(net, "layer1.0").junction
+    junction = get_block(net, "layer1.0").junction
     assert junction is not None
     x, ones = torch.zeros(1, 4, 2, 2), torch.ones(1, 4, 2, 2)
     g = 1 / (1 + 2.718281828459045**-bias)
@@ -284,8 +292,8 @@ def test_gates_start_from_their_bias(shortcut: str, bias: float) -> None:
 
 
 def test_conv_is_option_c() -> None:
-    nets = [small(shortcut=name) for name in ("conv", "C")]
-    x = noise(2, 3, 9, 9)
+    nets = [make_small_net(shortcut=name) for name in ("conv", "C")]
+    x = random_input(2, 3, 9, 9)
     assert nets[0].state_dict().keys() == nets[1].state_dict().keys()
     assert torch.equal(*(net(x) for net in nets))
 
@@ -293,15 +301,15 @@ def test_conv_is_option_c() -> None:
 @pytest.mark.parametrize("rate", [0.25, 0.5])
 def test_dropout_on_the_shortcut(rate: float) -> None:
     """Nothing in eval mode; in train mode the shortcut alone is dropped, scaled by 1/(1-rate), the same by seed."""
-    net = small(shortcut="dropout", shortcut_dropout=rate, order="preact", widths=(32, 64))
-    made = block(net, "layer1.1").eval()
-    x = noise(4, 32, 8, 8)
-    torch.testing.assert_close(made(x), x + made.residual(x))
-    made.train()
+    net = make_small_net(shortcut="dropout", shortcut_dropout=rate, activation_order="preact", widths=(32, 64))
+    unit = get_block(net, "layer1.1").eval()
+    x = random_input(4, 32, 8, 8)
+    torch.testing.assert_close(unit(x), x + unit.residual(x))
+    unit.train()
     shortcuts = []
     for _ in range(2):
         torch.manual_seed(3)
-        shortcuts.append(made(x) - made.residual(x))
+        shortcuts.append(unit(x) - unit.residual(x))
     assert torch.equal(*shortcuts)
     torch.manual_seed(3)
     mask = F.dropout(torch.ones_like(x), rate)
@@ -315,7 +323,7 @@ def test_dropout_on_the_shortcut(rate: float) -> None:
 def test_option_a(zeros: str, offset: int, stride: int) -> None:
     """Every stride-th pixel, the other channels zero, nothing to learn (2015 §3.3)."""
     pad = ZeroPad(5, 11, stride, zeros)
-    x = noise(2, 5, 7, 6)
+    x = random_input(2, 5, 7, 6)
     y = pad(x)
     assert y.shape == (2, 11, -(-7 // stride), -(-6 // stride))
     assert torch.equal(y[:, offset : offset + 5], x[:, :, ::stride, ::stride])
@@ -331,15 +339,15 @@ def test_option_a(zeros: str, offset: int, stride: int) -> None:
 @pytest.mark.parametrize("kind", ["basic", "bottleneck"])
 def test_a_deep_unit_is_a_shallow_one_plus_a_sum(kind: str, order: str) -> None:
     """x_L = x_l + Σ F(x_i) and dE/dx_l = dE/dx_L + (∂ΣF/∂x_l)ᵀ dE/dx_L: after the addition the way is free."""
-    net = small(order=order, block=kind, depths=(5, 1)).eval()
-    units = [made for name, made in net.blocks() if name.startswith("layer1.")][1:]
-    x_l = noise(2, shape_of(units[0])[0], 6, 6).requires_grad_()
+    net = make_small_net(activation_order=order, block=kind, depths=(5, 1)).eval()
+    units = [unit for name, unit in net.blocks() if name.startswith("layer1.")][1:]
+    x_l = random_input(2, shape_of(units[0])[0], 6, 6).requires_grad_()
     x, total = x_l, torch.zeros(())
     for unit in units:
         total = total + unit.residual(x)
         x = unit(x)
     torch.testing.assert_close(x, x_l + total, rtol=1e-11, atol=1e-11)
-    upstream = noise(*x.shape).cos()
+    upstream = random_input(*x.shape).cos()
     (direct,) = torch.autograd.grad(x, x_l, upstream, retain_graph=True)
     (through_f,) = torch.autograd.grad(total, x_l, upstream)
     torch.testing.assert_close(direct, upstream + through_f, rtol=1e-10, atol=1e-10)
@@ -358,23 +366,23 @@ def test_a_deep_unit_is_a_shallow_one_plus_a_sum(kind: str, order: str) -> None:
 )
 def test_units_without_a_residual(order: str, expected: Path) -> None:
     """With F = 0, only the orders with a free path hand on what came, negative values too."""
-    spec = Specification(block="basic", depths=(5,), widths=(4,), stem="cifar", order=order)
-    net = assemble(spec, seed=0).double().eval()
+    spec = Specification(block="basic", depths=(5,), widths=(4,), stem="cifar", activation_order=order)
+    net = build_from_spec(spec, seed=0).double().eval()
     units = nn.Sequential(*list(net.stages[0])[1:])
     for module in units.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.zeros_(module.weight)
-    x = noise(2, 4, 5, 5)
+    x = random_input(2, 4, 5, 5)
     torch.testing.assert_close(units(x), expected(x), rtol=1e-12, atol=1e-12)
 
 
 def test_a_whole_pre_activated_net_without_residuals_is_its_shortcuts() -> None:
     """Stem, subsampling, zero channels, last activation: the path that 2016 Fig. 1 calls clean."""
-    net = small(order="preact", boundary="raw", depths=(3, 2)).eval()
-    for _, made in net.blocks():
+    net = make_small_net(activation_order="preact", preact_transition="raw", depths=(3, 2)).eval()
+    for _, unit in net.blocks():
         for i in (1, 2):
-            nn.init.zeros_(cast(nn.Conv2d, made.get_submodule(f"conv{i}")).weight)
-    maps = net.features(noise(2, 3, 9, 8))
+            nn.init.zeros_(cast(nn.Conv2d, unit.get_submodule(f"conv{i}")).weight)
+    maps = net.features(random_input(2, 3, 9, 8))
     assert torch.equal(net.stages[0](maps["C1"]), maps["C1"])
     assert torch.equal(net.stages[1](maps["C1"]), option_a(8, 2)(maps["C1"]))
     last = cast(nn.BatchNorm2d, net.bn_last)
@@ -385,8 +393,8 @@ def test_a_whole_pre_activated_net_without_residuals_is_its_shortcuts() -> None:
 def test_the_last_activation_and_the_classifier(train: bool) -> None:
     """One extra activation after the last addition, then average pooling, then fc (2016, appendix)."""
     for order, steps in {"preact": "BN R", "relu-only-preact": "R", "original": "", "relu-before-add": ""}.items():
-        net = small(order=order).train(train)
-        x = noise(2, 3, 9, 8)
+        net = make_small_net(activation_order=order).train(train)
+        x = random_input(2, 3, 9, 8)
         found = net(x)
         y = net.stages[1](net.stages[0](F.relu(net.bn1(net.conv1(x)))))
         if "BN" in steps:

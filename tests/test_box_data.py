@@ -1,4 +1,4 @@
-"""Boxes and masks as people have them: both forms read alike, and whatever is wrong is named with its file."""
+"""Boxes and masks in both formats give the same data, and everything invalid is named with its file."""
 
 from __future__ import annotations
 
@@ -11,57 +11,57 @@ import torch
 from PIL import Image
 
 import cells
-from residuum.data import boxes, masks
-from residuum.errors import DataError
+from resnetlab.data import box_dataset, mask_dataset
+from resnetlab.errors import DataError
 
 
 @pytest.fixture
 def voc(tmp_path: Path) -> Path:
-    return cells.voc(tmp_path / "voc")
+    return cells.make_voc_folder(tmp_path / "voc")
 
 
 @pytest.fixture
 def coco(tmp_path: Path) -> Path:
-    return cells.coco(tmp_path / "coco")
+    return cells.make_coco_folder(tmp_path / "coco")
 
 
-def test_both_forms_hold_the_same(voc: Path, coco: Path) -> None:
-    a, b = boxes.load(voc), boxes.load(coco)
+def test_both_formats_give_the_same_boxes(voc: Path, coco: Path) -> None:
+    a, b = box_dataset.load_boxes(voc), box_dataset.load_boxes(coco)
     assert a.classes == b.classes == ("round", "square")
-    assert a.judged == b.judged == "val" and len(a.train) == 6 and len(a.test) == 3
+    assert a.evaluated_split == b.evaluated_split == "val" and len(a.train) == 6 and len(a.test) == 3
     for one, other in zip(a.train + a.test, b.train + b.test, strict=True):
         assert torch.equal(one.boxes, other.boxes) and torch.equal(one.labels, other.labels)
-        assert torch.equal(one.pixels(), other.pixels())
+        assert torch.equal(one.read_pixels(), other.read_pixels())
     assert a.skipped == b.skipped == {}
 
 
-def test_masks_of_both_forms(voc: Path, coco: Path) -> None:
-    a, b = masks.load(voc), masks.load(coco)
+def test_both_formats_give_the_same_masks(voc: Path, coco: Path) -> None:
+    a, b = mask_dataset.load_masks(voc), mask_dataset.load_masks(coco)
     assert a.classes == b.classes == ("background", "round", "square")
     for i, (one, other) in enumerate(zip(a.train, b.train, strict=True)):
-        painted, filled = one.read()[1], other.read()[1]
+        drawn, filled = one.read()[1], other.read()[1]
         for name, (x1, y1, x2, y2) in cells.scene(i)[2]:
             value = a.classes.index(name)
             assert (filled[y1:y2, x1:x2] == value).all()  # the polygon is the box
-            assert (painted[y1:y2, x1:x2] == value).float().mean() > 0.7
+            assert (drawn[y1:y2, x1:x2] == value).float().mean() > 0.7
         assert (filled > 0).sum() == sum((x2 - x1) * (y2 - y1) for _, (x1, y1, x2, y2) in cells.scene(i)[2])
 
 
-def test_a_picture_without_a_box_is_background(voc: Path, coco: Path) -> None:
-    (voc / "Annotations" / "p0.xml").write_text(cells.annotation([]))
+def test_an_image_without_a_box_is_background(voc: Path, coco: Path) -> None:
+    (voc / "Annotations" / "p0.xml").write_text(cells.voc_annotation([]))
     document = cells.coco_document(range(6))
     document["annotations"] = [a for a in document["annotations"] if a["image_id"] != 0]
     (coco / "train.json").write_text(json.dumps(document))
     for root in (voc, coco):
-        data = boxes.load(root)
+        data = box_dataset.load_boxes(root)
         assert len(data.train) == 6 and data.train[0].boxes.shape == (0, 4) and data.skipped == {}
 
 
-def test_data_without_lists_hold_a_fifth_out_by_name(voc: Path) -> None:
+def test_a_fifth_of_data_without_lists_is_held_out(voc: Path) -> None:
     for name in ("train.txt", "val.txt"):
         (voc / "ImageSets" / "Main" / name).unlink()
-    data = boxes.load(voc)
-    assert data.judged == "held-out" and len(data.train) == 7 and len(data.test) == 2
+    data = box_dataset.load_boxes(voc)
+    assert data.evaluated_split == "held-out" and len(data.train) == 7 and len(data.test) == 2
     assert not {p.name for p in data.train} & {p.name for p in data.test}
 
 
@@ -77,15 +77,15 @@ def _remove(place: str) -> Callable[[Path], None]:
 
 
 def _box(*corners: int, name: str = "round") -> Callable[[Path], None]:
-    return _edit("Annotations/p1.xml", cells.annotation([("square", (1, 1, 9, 9)), (name, corners)]))
+    return _edit("Annotations/p1.xml", cells.voc_annotation([("square", (1, 1, 9, 9)), (name, corners)]))
 
 
-FAULTS = {  # what is done to the VOC folder, what is said, and how many pictures of train are left where it is skipped
-    "missing picture": (_remove("JPEGImages/p1.png"), r"Annotations/p1\.xml: its picture p1 is not in .*JPEGImages", 5),
+FAULTS = {  # the change to the VOC folder, the message, and the number of training images left under "skip"
+    "missing image": (_remove("JPEGImages/p1.png"), r"Annotations/p1\.xml: its image p1 is not in .*JPEGImages", 5),
     "missing annotation": (_remove("Annotations/p1.xml"), r"JPEGImages/p1\.png: it has no annotation .*p1\.xml", 5),
     "outside": (
         _box(10, 10, 81, 20),
-        r"p1\.xml, box 2 of .*: \(10, 10, 81, 20\) reaches outside the picture of 80x64",
+        r"p1\.xml, box 2 of .*: \(10, 10, 81, 20\) reaches outside the image of 80x64",
         6,
     ),
     "below zero": (_box(-1, 10, 20, 20), r"p1\.xml, box 2 .*reaches outside", 6),
@@ -94,51 +94,51 @@ FAULTS = {  # what is done to the VOC folder, what is said, and how many picture
 }
 
 
-@pytest.mark.parametrize(("harm", "message", "left"), FAULTS.values(), ids=FAULTS)
-def test_what_cannot_be_right_stops_or_is_left_out_by_name(
-    harm: Callable[[Path], None], message: str, left: int, voc: Path
-) -> None:
-    harm(voc)
+@pytest.mark.parametrize(("damage", "message", "left"), FAULTS.values(), ids=FAULTS)
+def test_invalid_boxes_stop_or_are_skipped(damage: Callable[[Path], None], message: str, left: int, voc: Path) -> None:
+    damage(voc)
     with pytest.raises(DataError, match=message + r".*--on-bad-box skip"):
-        boxes.load(voc)
-    data = boxes.load(voc, "skip")
+        box_dataset.load_boxes(voc)
+    data = box_dataset.load_boxes(voc, "skip")
     assert len(data.train) == left and len(data.skipped) == 1
     assert left == 5 or len(data.train[1].boxes) == 1  # the other box is kept
 
 
-def test_a_class_that_is_not_trained_on(voc: Path) -> None:
-    (voc / "Annotations" / "p7.xml").write_text(cells.annotation([("hexagon", (1, 1, 9, 9))]))
-    with pytest.raises(DataError, match=r"p7\.xml, box 1 .*'hexagon' is none of those trained on \(round, square\)"):
-        boxes.load(voc)
-    data = boxes.load(voc, "skip")
+def test_a_class_without_training_boxes_is_rejected(voc: Path) -> None:
+    (voc / "Annotations" / "p7.xml").write_text(cells.voc_annotation([("hexagon", (1, 1, 9, 9))]))
+    with pytest.raises(
+        DataError, match=r"p7\.xml, box 1 .*'hexagon' is none of the training classes \(round, square\)"
+    ):
+        box_dataset.load_boxes(voc)
+    data = box_dataset.load_boxes(voc, "skip")
     assert len(data.test[1].boxes) == 0 and len(data.skipped) == 1
 
 
-BROKEN = {  # these stop whatever the policy: nobody can tell what was meant
+BROKEN = {  # these stop under either policy
     "XML": (_edit("Annotations/p2.xml", "<annotation><size>"), r"p2\.xml is broken XML"),
     "no number": (
-        _edit("Annotations/p2.xml", cells.annotation([("round", ("a", 1, 2, 3))])),
-        r"p2\.xml is no Pascal VOC",
+        _edit("Annotations/p2.xml", cells.voc_annotation([("round", ("a", 1, 2, 3))])),
+        r"p2\.xml is not a Pascal VOC",
     ),
     "no name": (
-        _edit("Annotations/p2.xml", cells.annotation([("", (1, 1, 5, 5))])),
+        _edit("Annotations/p2.xml", cells.voc_annotation([("", (1, 1, 5, 5))])),
         r"p2\.xml .*<name> is missing or empty",
     ),
     "named twice": (_edit("ImageSets/Main/train.txt", "p1\np2\np1\n"), r"train\.txt names p1 twice"),
     "in two splits": (_edit("ImageSets/Main/val.txt", "p1\np7\n"), r"val\.txt both name p1"),
-    "two pictures of one name": (
+    "two images of one name": (
         lambda root: cells.scene(9)[0].save(root / "JPEGImages/p2.jpg"),
         r"p2\..* have one name",
     ),
 }
 
 
-@pytest.mark.parametrize(("harm", "message"), BROKEN.values(), ids=BROKEN)
+@pytest.mark.parametrize(("damage", "message"), BROKEN.values(), ids=BROKEN)
 @pytest.mark.parametrize("policy", ["stop", "skip"])
-def test_broken_files_stop(harm: Callable[[Path], None], message: str, policy: str, voc: Path) -> None:
-    harm(voc)
+def test_broken_files_stop(damage: Callable[[Path], None], message: str, policy: str, voc: Path) -> None:
+    damage(voc)
     with pytest.raises(DataError, match=message):
-        boxes.load(voc, policy)
+        box_dataset.load_boxes(voc, policy)
 
 
 def _json(change: Callable[[dict[str, list[dict[str, object]]]], object]) -> Callable[[Path], None]:
@@ -152,7 +152,7 @@ def _json(change: Callable[[dict[str, list[dict[str, object]]]], object]) -> Cal
 
 JSON_BROKEN = {
     "JSON": (_edit("train.json", '{"images": ['), r"train\.json is broken JSON"),
-    "no list": (_edit("train.json", '{"images": 3}'), r"train\.json is no COCO document: its 'images'"),
+    "no list": (_edit("train.json", '{"images": 3}'), r"train\.json is not a COCO document: its 'images'"),
     "two of one id": (_json(lambda d: d["images"][1].update(id=0)), r"p0\.png and p1\.png both have the id 0"),
     "listed twice": (_json(lambda d: d["images"][1].update(file_name="p0.png")), r"lists p0\.png twice"),
     "other categories": (_json(lambda d: d["categories"][0].update(name="disc")), r"different categories: disc, round"),
@@ -160,15 +160,15 @@ JSON_BROKEN = {
 }
 
 
-@pytest.mark.parametrize(("harm", "message"), JSON_BROKEN.values(), ids=JSON_BROKEN)
-def test_broken_json_stops(harm: Callable[[Path], None], message: str, coco: Path) -> None:
-    harm(coco)
+@pytest.mark.parametrize(("damage", "message"), JSON_BROKEN.values(), ids=JSON_BROKEN)
+def test_broken_json_stops(damage: Callable[[Path], None], message: str, coco: Path) -> None:
+    damage(coco)
     with pytest.raises(DataError, match=message):
-        boxes.load(coco, "skip")
+        box_dataset.load_boxes(coco, "skip")
 
 
 JSON_FAULTS = {
-    "missing picture": (_remove("images/p2.png"), r"train\.json, image 2: its picture p2\.png is not there"),
+    "missing image": (_remove("images/p2.png"), r"train\.json, image 2: its image p2\.png does not exist"),
     "no such image": (
         _json(lambda d: d["annotations"][3].update(image_id=77)),
         r"annotation 3: it is for the image 77",
@@ -186,24 +186,24 @@ JSON_FAULTS = {
 }
 
 
-@pytest.mark.parametrize(("harm", "message"), JSON_FAULTS.values(), ids=JSON_FAULTS)
-def test_faults_in_json_stop_or_are_left_out_by_name(harm: Callable[[Path], None], message: str, coco: Path) -> None:
-    harm(coco)
+@pytest.mark.parametrize(("damage", "message"), JSON_FAULTS.values(), ids=JSON_FAULTS)
+def test_invalid_json_annotations_stop_or_are_skipped(damage: Callable[[Path], None], message: str, coco: Path) -> None:
+    damage(coco)
     with pytest.raises(DataError, match=message):
-        boxes.load(coco)
-    assert len(boxes.load(coco, "skip").skipped) == 1
+        box_dataset.load_boxes(coco)
+    assert len(box_dataset.load_boxes(coco, "skip").skipped) == 1
 
 
-def test_a_picture_of_another_size_than_its_annotation_says(voc: Path) -> None:
+def test_an_image_that_is_not_of_its_annotations_size_stops(voc: Path) -> None:
     Image.new("RGB", (40, 40)).save(voc / "JPEGImages" / "p1.png")
     with pytest.raises(DataError, match=r"p1\.png has 40x40 pixels, its annotation says 80x64"):
-        boxes.load(voc).train[1].pixels()
+        box_dataset.load_boxes(voc).train[1].read_pixels()
 
 
 MASK_FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "another size": (
         lambda root: Image.new("L", (80, 63)).save(root / "SegmentationClass/p1.png"),
-        r"p1\.png: has 80x63 pixels, its picture 80x64",
+        r"p1\.png: has 80x63 pixels, its image 80x64",
     ),
     "unknown class": (
         lambda root: Image.new("L", (80, 64), 3).save(root / "SegmentationClass/p1.png"),
@@ -213,22 +213,22 @@ MASK_FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda root: Image.new("RGB", (80, 64)).save(root / "SegmentationClass/p1.png"),
         r"p1\.png: has the mode RGB",
     ),
-    "no picture": (lambda root: Path(root / "SegmentationClass/p1.png").write_bytes(b"x"), r"p1\.png: cannot be read"),
+    "no image": (lambda root: Path(root / "SegmentationClass/p1.png").write_bytes(b"x"), r"p1\.png: cannot be read"),
     "missing": (_remove("SegmentationClass/p1.png"), r"JPEGImages/p1\.png: it has no mask"),
 }
 
 
-@pytest.mark.parametrize(("harm", "message"), MASK_FAULTS.values(), ids=MASK_FAULTS)
-def test_masks_that_do_not_fit_stop_or_are_left_out(harm: Callable[[Path], object], message: str, voc: Path) -> None:
-    harm(voc)
+@pytest.mark.parametrize(("damage", "message"), MASK_FAULTS.values(), ids=MASK_FAULTS)
+def test_invalid_masks_stop_or_are_skipped(damage: Callable[[Path], object], message: str, voc: Path) -> None:
+    damage(voc)
     with pytest.raises(DataError, match=message + r".*--on-bad-mask skip"):
-        masks.load(voc)
-    data = masks.load(voc, "skip")
+        mask_dataset.load_masks(voc)
+    data = mask_dataset.load_masks(voc, "skip")
     assert len(data.train) == 5 and len(data.skipped) == 1
 
 
-def test_a_folder_of_neither_form(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"neither in Pascal VOC's form .* nor in COCO's"):
-        boxes.load(tmp_path)
+def test_a_folder_of_neither_format_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"neither in Pascal VOC's format .* nor in COCO's"):
+        box_dataset.load_boxes(tmp_path)
     with pytest.raises(DataError, match="is not a folder"):
-        boxes.load(tmp_path / "nowhere")
+        box_dataset.load_boxes(tmp_path / "nowhere")

@@ -1,4 +1,4 @@
-"""mAP is pycocotools' on the same detections, VOC's AP is counted by hand, IoU is what sets say."""
+"""mAP equals pycocotools' on the same detections, VOC's AP is computed by hand, IoU by sets."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ import numpy as np
 import pytest
 import torch
 
-from residuum.data.annotated import Annotated
-from residuum.data.masks import Masked, Painted
-from residuum.evaluation.boxes import Found, coco_documents, judge, voc07_ap, voc_ap
-from residuum.evaluation.masks import MaskJudgement
+from resnetlab.data.annotations import AnnotatedImage
+from resnetlab.data.mask_dataset import MaskedImage, MaskFile
+from resnetlab.evaluation.detection import Detections, coco_documents, compute_detection_metrics, voc07_ap, voc_ap
+from resnetlab.evaluation.segmentation import SegmentationMetrics
 
 pytest.importorskip("faster_coco_eval", reason="the extra 'detect' is not installed")
 
 
-def truth(boxes: list[list[float]], labels: list[int], ignored: list[bool] | None = None) -> Annotated:
-    return Annotated(
+def truth(boxes: list[list[float]], labels: list[int], ignored: list[bool] | None = None) -> AnnotatedImage:
+    return AnnotatedImage(
         "p", Path("p"), (200, 200), torch.tensor(boxes).reshape(-1, 4), torch.tensor(labels, dtype=torch.int64),
         torch.tensor(ignored or [False] * len(labels), dtype=torch.bool),
     )  # fmt: skip
 
 
-def found(boxes: list[list[float]], scores: list[float], labels: list[int]) -> Found:
-    return Found(torch.tensor(boxes).reshape(-1, 4), torch.tensor(scores), torch.tensor(labels, dtype=torch.int64))
+def found(boxes: list[list[float]], scores: list[float], labels: list[int]) -> Detections:
+    return Detections(torch.tensor(boxes).reshape(-1, 4), torch.tensor(scores), torch.tensor(labels, dtype=torch.int64))
 
 
-def scattered(seed: int) -> tuple[list[Annotated], list[Found]]:
-    """Pictures with boxes of three classes (a fourth never occurs), found more or less well."""
+def scattered(seed: int) -> tuple[list[AnnotatedImage], list[Detections]]:
+    """Images with boxes of three classes (a fourth never occurs), found more or less well."""
     draw = np.random.default_rng(seed)
     truths, founds = [], []
     for _ in range(12):
@@ -61,7 +61,7 @@ def test_map_is_pycocotools(seed: int) -> None:
         evaluator.evaluate()
         evaluator.accumulate()
         evaluator.summarize()
-    ours = judge(truths, founds, ("a", "b", "c", "d"))
+    ours = compute_detection_metrics(truths, founds, ("a", "b", "c", "d"))
     assert 0.05 < ours.map < 0.9
     assert ours.map == pytest.approx(evaluator.stats[0], abs=1e-12)
     assert ours.map_50 == pytest.approx(evaluator.stats[1], abs=1e-12)
@@ -79,21 +79,21 @@ def test_vocs_ap_by_hand() -> None:
         )
     ]
     boxes = [[0.0, 0, 10, 10], [0, 0, 10, 9], [20, 20, 30, 30], [80, 80, 90, 90]]  # the last is a difficult one
-    judged = judge(truths, [found(boxes, [0.9, 0.8, 0.7, 0.95], [0, 0, 0, 0])], ("a", "b"))
-    assert judged.voc == [pytest.approx(1 / 3 + 1 / 3 * 2 / 3), None]
-    assert judged.voc07 == [pytest.approx((4 * 1 + 3 * 2 / 3) / 11), None]
+    evaluated = compute_detection_metrics(truths, [found(boxes, [0.9, 0.8, 0.7, 0.95], [0, 0, 0, 0])], ("a", "b"))
+    assert evaluated.voc == [pytest.approx(1 / 3 + 1 / 3 * 2 / 3), None]
+    assert evaluated.voc07 == [pytest.approx((4 * 1 + 3 * 2 / 3) / 11), None]
     assert voc_ap(np.array([1.0]), np.array([1.0])) == voc07_ap(np.array([1.0]), np.array([1.0])) == 1
 
 
 def test_nothing_found_and_nothing_there() -> None:
     nothing = found([], [], [])
-    assert judge([truth([[0, 0, 9, 9]], [0])], [nothing], ("a", "b")).ap == [0.0, None]
-    empty = judge([truth([], [])], [found([[0, 0, 9, 9]], [0.5], [0])], ("a",))
+    assert compute_detection_metrics([truth([[0, 0, 9, 9]], [0])], [nothing], ("a", "b")).ap == [0.0, None]
+    empty = compute_detection_metrics([truth([], [])], [found([[0, 0, 9, 9]], [0.5], [0])], ("a",))
     assert empty.ap == [None] and empty.map == 0 and empty.to_json()["boxes"] == 0
 
 
 def test_iou_of_masks() -> None:
     confusion = torch.tensor([[6, 2, 0], [1, 3, 0], [0, 0, 0]])
-    judged = MaskJudgement(("a", "b", "c"), confusion, [Masked("p", Path("p"), Painted(Path("m"), 3))])
-    assert judged.iou == [6 / 9, 3 / 6, None] and judged.mean_iou == pytest.approx((6 / 9 + 3 / 6) / 2)
-    assert judged.pixel_error == 3 / 12
+    evaluated = SegmentationMetrics(("a", "b", "c"), confusion, [MaskedImage("p", Path("p"), MaskFile(Path("m"), 3))])
+    assert evaluated.iou == [6 / 9, 3 / 6, None] and evaluated.mean_iou == pytest.approx((6 / 9 + 3 / 6) / 2)
+    assert evaluated.pixel_error == 3 / 12

@@ -1,4 +1,4 @@
-"""`residuum data check` against folders with known faults."""
+"""`resnetlab data check` against folders with known problems."""
 
 from __future__ import annotations
 
@@ -14,42 +14,41 @@ import pytest
 import torch
 from PIL import Image
 
-from pictures import folder, photo
-from residuum.cli.main import run
-from residuum.data import check, digits, sources
-from residuum.data.look import look_at_file, look_at_pixels
-from residuum.data.stored import Reading
-from test_decode import bomb
+from images import folder, photo, png_bomb
+from resnetlab.cli.main import run_command
+from resnetlab.data import check, digits, sources
+from resnetlab.data.check import check_file, check_pixels
+from resnetlab.data.disk_split import ReadOptions
 
 
 def found(capsys: pytest.CaptureFixture[str], root: Path, *more: str) -> tuple[int, dict[str, object], str]:
     capsys.readouterr()
-    code = run(["data", "check", str(root), "--json", "--no-timing", "--workers", "0", *more])
+    code = run_command(["data", "check", str(root), "--json", "--no-timing", "--workers", "0", *more])
     out, err = capsys.readouterr()
     assert "Traceback" not in err
     return code, json.loads(out), err
 
 
-def test_a_sound_folder(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    root = folder(tmp_path / "my pictures")
+def test_a_folder_without_problems(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    root = folder(tmp_path / "my images")
     code, document, _ = found(capsys, root)
     assert code == 0 and document["problems"] == []
-    assert set(document) == {"data", "pictures", "readable", "problems", "classes", "kinds", "shorter_sides", "loading"}
-    assert document["pictures"] == document["readable"] == 33 and document["kinds"] == {"JPEG RGB": 33}
+    assert set(document) == {"data", "images", "readable", "problems", "classes", "kinds", "shorter_sides", "loading"}
+    assert document["images"] == document["readable"] == 33 and document["kinds"] == {"JPEG RGB": 33}
     assert document["classes"]["val"] == {"alpha": 3, "größe ß": 3, "红 花": 3}  # type: ignore[index]
-    assert run(["data", "check", str(root), "--workers", "2"]) == 0
+    assert run_command(["data", "check", str(root), "--workers", "2"]) == 0
     out = capsys.readouterr().out
-    assert "33 pictures, 33 can be read" in out and "of a ResNet-18 step" in out and "größe ß" in out
+    assert "33 images, 33 can be read" in out and "of a ResNet-18 step" in out and "größe ß" in out
 
 
-def test_every_fault_is_found_by_name(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_every_problem_is_reported_by_name(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     root = folder(tmp_path / "d", {"train": 6, "val": 3})
     train, val = root / "train", root / "val"
-    picture = Image.open(train / "alpha" / "bild 0.jpg")
+    image = Image.open(train / "alpha" / "bild 0.jpg")
     (train / "alpha" / "cut.jpg").write_bytes((train / "alpha" / "bild 1.jpg").read_bytes()[:-200])
-    (train / "alpha" / "bomb.png").write_bytes(bomb())
+    (train / "alpha" / "bomb.png").write_bytes(png_bomb())
     shutil.copy(train / "alpha" / "bild 2.jpg", train / "alpha" / "copy.jpg")
-    picture.resize((picture.width * 2, picture.height * 2)).save(train / "alpha" / "larger.png")
+    image.resize((image.width * 2, image.height * 2)).save(train / "alpha" / "larger.png")
     shutil.copy(train / "alpha" / "bild 3.jpg", train / "红 花" / "other class.jpg")
     shutil.copy(train / "alpha" / "bild 4.jpg", val / "alpha" / "leak.jpg")
     Image.open(train / "alpha" / "bild 5.jpg").save(val / "alpha" / "near leak.jpg", quality=40)
@@ -61,8 +60,8 @@ def test_every_fault_is_found_by_name(capsys: pytest.CaptureFixture[str], tmp_pa
     photo(903).save(train / "loose.jpg")
     code, document, err = found(capsys, root, "--quarantine", str(tmp_path / "bad.txt"))
     problems = [(p["kind"], Path(p["file"]).name, p["detail"]) for p in document["problems"]]  # type: ignore[attr-defined]
-    told = {(kind, name) for kind, name, _ in problems}
-    assert told == {
+    reported = {(kind, name) for kind, name, _ in problems}
+    assert reported == {
         ("unreadable", "cut.jpg"), ("unreadable", "bomb.png"), ("duplicate", "copy.jpg"), ("near-duplicate", "larger.png"),
         ("conflict", "other class.jpg"), ("leak", "leak.jpg"), ("leak", "near leak.jpg"), ("suspicious", "called.png"),
         ("suspicious", "narrow.jpg"), ("suspicious", "dot.png"), ("suspicious", "flat.png"), ("suspicious", "flat too.png"),
@@ -70,51 +69,51 @@ def test_every_fault_is_found_by_name(capsys: pytest.CaptureFixture[str], tmp_pa
     }  # fmt: skip
     details = {name: detail for _, name, detail in problems}
     assert str(train / "alpha" / "bild 2.jpg") in details["copy.jpg"] and details["copy.jpg"].startswith(
-        "the same picture as"
+        "the same image as"
     )
     assert details["near leak.jpg"].startswith("nearly the same") and details["near leak.jpg"].endswith(
         "which is in train"
     )
     assert "which is of class alpha, not 红 花" in details["other class.jpg"]
     assert "claims more than" in details["bomb.png"] and "it is a JPEG file but is called .png" in details["called.png"]
-    assert code == 1 and err.rstrip().endswith(f"to mend in {root}.")
+    assert code == 1 and err.rstrip().endswith(f"found in {root}.")
     listed = [line for line in (tmp_path / "bad.txt").read_text().splitlines() if not line.startswith("#")]
     assert set(listed) == {f"train/alpha/{name}" for name in (
         "cut.jpg", "bomb.png", "copy.jpg", "larger.png", "bild 3.jpg", "bild 4.jpg", "bild 5.jpg")} | {
         "train/红 花/other class.jpg"}  # fmt: skip
     (train / "loose.jpg").unlink()
-    data = sources.load(str(root), Path("data"), Reading(quarantine=str(tmp_path / "bad.txt")))
+    data = sources.load_dataset(str(root), Path("data"), ReadOptions(quarantine=str(tmp_path / "bad.txt")))
     assert not set(listed) & set(data.train.names)
-    left = {problem.kind for problem in check.check(data).problems}
+    left = {problem.kind for problem in check.check_dataset(data).problems}
     assert left == {"suspicious"}  # nothing is left that training should not see
 
 
-def test_a_folder_that_is_no_data_set(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_a_folder_that_is_not_a_data_set(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     root = folder(tmp_path / "d")
     shutil.rmtree(root / "val" / "alpha")
     code, document, _ = found(capsys, root)
     assert code == 1 and [p["kind"] for p in document["problems"]] == ["layout"]  # type: ignore[attr-defined]
     assert "only in train alpha" in document["problems"][0]["detail"]  # type: ignore[index]
     (list_before := tmp_path / "bad.txt").write_text("train/beta/1.png\n")
-    assert run(["data", "check", str(root), "--quarantine", str(list_before)]) == 1
+    assert run_command(["data", "check", str(root), "--quarantine", str(list_before)]) == 1
     assert list_before.read_text() == "train/beta/1.png\n"
 
 
 def test_data_in_memory_are_checked_too(capsys: pytest.CaptureFixture[str]) -> None:
     code, document, _ = found(capsys, Path("digits"))
-    assert code == 0 and document["pictures"] == 1797 and document["kinds"] == {"pixels L": 1797}, document["problems"]
+    assert code == 0 and document["images"] == 1797 and document["kinds"] == {"pixels L": 1797}, document["problems"]
 
 
 def test_workers_change_nothing(tmp_path: Path) -> None:
     root = folder(tmp_path / "d", {"train": 20, "val": 4})
     shutil.copy(root / "train" / "alpha" / "bild 2.jpg", root / "val" / "alpha" / "x.jpg")
-    data = sources.load(str(root), Path("data"))
-    assert check.check(data, 0) == check.check(data, 3)
+    data = sources.load_dataset(str(root), Path("data"))
+    assert check.check_dataset(data, 0) == check.check_dataset(data, 3)
 
 
 def test_help_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["data", "check", "--help"]) == 0
-    assert "Example: residuum data check photos" in " ".join(capsys.readouterr().out.split())
+    assert run_command(["data", "check", "--help"]) == 0
+    assert "Example: resnetlab data check photos" in " ".join(capsys.readouterr().out.split())
 
 
 def test_near_copies_are_those_of_comparing_each_with_each(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,7 +123,7 @@ def test_near_copies_are_those_of_comparing_each_with_each(monkeypatch: pytest.M
     thumbs = [draw.randbytes(256) for _ in shapes]
     for _ in range(
         250
-    ):  # near, just near enough, not quite, chains of such, and pictures of the same shape that are others
+    ):  # near, just near enough, not quite, chains of such, and images with the same bits but other thumbnails
         k = draw.randrange(len(shapes))
         like, thumb = shapes[k], thumbs[k]
         for bit in draw.sample(range(128), draw.choice((0, 1, 7, 8, 9, 12))):
@@ -132,61 +131,61 @@ def test_near_copies_are_those_of_comparing_each_with_each(monkeypatch: pytest.M
         shapes.append(like)
         thumbs.append(draw.choice((thumb, thumb, draw.randbytes(256))))
     expected = [
-        min(j for j in range(i + 1) if (a ^ shapes[j]).bit_count() <= check.NEAR and thumbs[i] == thumbs[j])
+        min(j for j in range(i + 1) if (a ^ shapes[j]).bit_count() <= check.MAX_DISTANCE and thumbs[i] == thumbs[j])
         for i, a in enumerate(shapes)
     ]
-    assert check.nearest(shapes, thumbs).tolist() == expected and expected != list(range(400))
-    assert check.nearest([], []).tolist() == []
+    assert check.find_near_copies(shapes, thumbs).tolist() == expected and expected != list(range(400))
+    assert check.find_near_copies([], []).tolist() == []
 
 
 def test_a_shared_background_makes_no_copies_and_few_comparisons(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Digits on black with a border: their outer rows are equal, so most of their bits say nothing."""
-    images = digits.load().train.pictures(range(600))
-    looks = []
+    """Digits on black with a border: their outer rows are equal, so most of their bits carry no information."""
+    images = digits.load_digits().train.read_images(range(600))
+    infos = []
     for image in images:
         canvas = Image.new("L", (28, 28))
         canvas.paste(Image.fromarray(image[..., 0].numpy()).resize((20, 20), Image.Resampling.BILINEAR), (4, 4))
-        looks.append(look_at_pixels(torch.from_numpy(np.array(canvas))[..., None]))
-    shapes, thumbs = [look.shape or 0 for look in looks], [look.thumb for look in looks]
-    alike = sum(any((a ^ b).bit_count() <= check.NEAR for b in shapes[:i]) for i, a in enumerate(shapes))
+        infos.append(check_pixels(torch.from_numpy(np.array(canvas))[..., None]))
+    shapes, thumbs = [info.gradient_bits or 0 for info in infos], [info.thumbnail for info in infos]
+    alike = sum(any((a ^ b).bit_count() <= check.MAX_DISTANCE for b in shapes[:i]) for i, a in enumerate(shapes))
     compared = 0
-    pairs = check._pairs
+    pairs = check._near_pairs
 
     def counted(later: Any, earlier: Any, *rest: Any) -> Any:
         nonlocal compared
         compared += len(later) * len(earlier)
         return pairs(later, earlier, *rest)
 
-    monkeypatch.setattr(check, "_pairs", counted)
-    copies = int((check.nearest(shapes, thumbs) != np.arange(600)).sum())
+    monkeypatch.setattr(check, "_near_pairs", counted)
+    copies = int((check.find_near_copies(shapes, thumbs) != np.arange(600)).sum())
     assert alike > 200 and copies <= 3
     assert compared < 600 * 600  # of nine bands that would all hold the same group
 
 
 def test_near_copies_with_a_plain_border_are_found() -> None:
-    """Compressing anew leaves noise in a border, which must not count as shape."""
+    """Compressing anew leaves noise in a border, which must not count as a gradient."""
     shapes: list[int] = []
     thumbs: list[bytes] = []
     for quality in (None, 75, 40):
         for i in range(40):
-            picture = Image.new("RGB", (64, 64), "white")
-            picture.paste(photo(i, 36, 36), (14, 14))
+            image = Image.new("RGB", (64, 64), "white")
+            image.paste(photo(i, 36, 36), (14, 14))
             if quality:
                 file = io.BytesIO()
-                picture.save(file, "JPEG", quality=quality)
-                picture = Image.open(file).convert("RGB")
-            look = look_at_pixels(torch.from_numpy(np.array(picture)))
-            shapes.append(look.shape or 0)
-            thumbs.append(look.thumb)
-    assert check.nearest(shapes, thumbs).tolist() == list(range(40)) * 3
+                image.save(file, "JPEG", quality=quality)
+                image = Image.open(file).convert("RGB")
+            info = check_pixels(torch.from_numpy(np.array(image)))
+            shapes.append(info.gradient_bits or 0)
+            thumbs.append(info.thumbnail)
+    assert check.find_near_copies(shapes, thumbs).tolist() == list(range(40)) * 3
 
 
-def test_damage_inside_a_picture_is_suspicious(tmp_path: Path) -> None:
+def test_damage_inside_an_image_is_suspicious(tmp_path: Path) -> None:
     pytest.importorskip("simplejpeg")
     photo(5, 200, 150).save(tmp_path / "a.jpg", quality=90)
     photo(5, 200, 150).save(tmp_path / "a.png")
     whole, png = (tmp_path / "a.jpg").read_bytes(), (tmp_path / "a.png").read_bytes()
-    assert look_at_file(whole, "a.jpg").odd == look_at_file(png, "a.png").odd == ()
+    assert check_file(whole, "a.jpg").suspicious == check_file(png, "a.png").suspicious == ()
     half = len(whole) // 2
     for name, content in {
         "overwritten.jpg": whole[:half] + b"\x55" * 200 + whole[half + 200 :],
@@ -194,4 +193,4 @@ def test_damage_inside_a_picture_is_suspicious(tmp_path: Path) -> None:
         "cut.jpg": whole[: len(whole) // 3] + b"\xff\xd9",
         "cut.png": png[:-20],
     }.items():
-        assert any("damaged, though it can be read" in words for words in look_at_file(content, name).odd), name
+        assert any("damaged, though it can be read" in words for words in check_file(content, name).suspicious), name

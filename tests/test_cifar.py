@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 import torch
 
-from residuum.data import cifar, remote, sources
-from residuum.errors import DataError
-from server import Server
+from cifar_files import write_binary
+from http_server import FileServer
+from resnetlab.data import cifar, download, sources
+from resnetlab.errors import DataError
 
-N = 4  # pictures a file
+N = 4  # images per file
 
 
 @pytest.fixture(autouse=True)
@@ -27,21 +28,8 @@ def small_files(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(cifar.RECORDS, name, (N, N))
 
 
-def write_binary(folder: Path, name: str) -> np.ndarray:
-    version = cifar.VERSIONS[name][0]
-    files = (*version.train, *version.test)
-    rng = np.random.default_rng(1)
-    records = rng.integers(0, 256, (len(files) * N, version.labels + cifar.PIXELS), dtype=np.uint8)
-    records[:, : version.labels] %= 10
-    folder.mkdir(parents=True)
-    for i, file in enumerate(files):
-        (folder / file).write_bytes(records[i * N : (i + 1) * N].tobytes())
-    (folder / version.meta).write_text("".join(f"class{i}\n" for i in range(10)) + "\n")
-    return records
-
-
 def write_python(folder: Path, name: str, records: np.ndarray) -> None:
-    """The same pictures, pickled as Python 2 and numpy of 2009 did: byte strings, protocol 2."""
+    """The same images, pickled as Python 2 and numpy of 2009 did: byte strings, protocol 2."""
     binary, version = cifar.VERSIONS[name]
     folder.mkdir(parents=True)
     for i, file in enumerate((*version.train, *version.test)):
@@ -59,44 +47,46 @@ def write_python(folder: Path, name: str, records: np.ndarray) -> None:
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
-def test_both_versions_give_the_same_pictures(tmp_path: Path, name: str) -> None:
+def test_both_versions_give_the_same_images(tmp_path: Path, name: str) -> None:
     binary, python = cifar.VERSIONS[name]
     records = write_binary(tmp_path / "b" / binary.folder, name)
     write_python(tmp_path / "p" / python.folder, name, records)
-    a, b = (sources.load(name, tmp_path / place) for place in ("b", "p"))
+    a, b = (sources.load_dataset(name, tmp_path / place) for place in ("b", "p"))
     assert a.classes == b.classes == tuple(f"class{i}" for i in range(10))
     assert a.fingerprint == b.fingerprint and len(a.train) == len(binary.train) * N
     assert isinstance(a.train, sources.Dataset) is False and torch.equal(a.train.labels, b.train.labels)
     assert isinstance(binary.label, int)
     assert a.train.labels.tolist() == records[: len(a.train), binary.label].tolist()
-    assert np.array_equal(a.test.pictures([1])[0][:, :, 2].ravel(), records[len(a.train) + 1, binary.labels + 2048 :])
+    assert np.array_equal(
+        a.test.read_images([1])[0][:, :, 2].ravel(), records[len(a.train) + 1, binary.labels + 2048 :]
+    )
     assert a.test.names[2] == "test/2"
 
 
-def test_names_that_are_no_text_are_refused(tmp_path: Path) -> None:
+def test_class_names_that_are_not_utf8_are_refused(tmp_path: Path) -> None:
     folder = tmp_path / "cifar-100-python"
     write_python(folder, "cifar100", write_binary(tmp_path / "b", "cifar100"))
     (folder / "meta").write_bytes(pickle.dumps({b"fine_label_names": [b"cat", b"\xff\xfe"]}, protocol=2))
-    with pytest.raises(DataError, match="meta is damaged: its names are no text in UTF-8"):
-        sources.load("cifar100", tmp_path)
+    with pytest.raises(DataError, match="meta is damaged: its names are not valid UTF-8"):
+        sources.load_dataset("cifar100", tmp_path)
 
 
 class Evil:
     def __reduce__(self) -> tuple[object, tuple[str]]:
-        return os.system, ("touch /tmp/residuum-was-here",)
+        return os.system, ("touch /tmp/resnetlab-was-here",)
 
 
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
         (pickle.dumps({b"data": Evil()}, 2), r"names \w+.system, which no published file does"),
-        (b"", "is no file of CIFAR's Python version"),
-        (pickle.dumps([1], 2), "is no file of CIFAR's Python version"),
-        (pickle.dumps({b"data": np.zeros((2, 3072), np.uint8)}, 2)[:-500], "is no file of CIFAR's Python version"),
+        (b"", "is not a file of CIFAR's Python version"),
+        (pickle.dumps([1], 2), "is not a file of CIFAR's Python version"),
+        (pickle.dumps({b"data": np.zeros((2, 3072), np.uint8)}, 2)[:-500], "is not a file of CIFAR's Python version"),
         (pickle.dumps({b"data": np.zeros((2, 3072))}, 2), "its values are f8, not bytes"),
         (
             pickle.dumps({b"data": np.zeros((2, 3072), np.uint8), b"fine_labels": [1]}, 2),
-            "with as many pictures of 32x32",
+            "with as many images of 32x32",
         ),
         (pickle.dumps({b"data": np.zeros((N, 3072), np.uint8), b"fine_labels": [99] * N}, 2), "has the label 99"),
     ],
@@ -107,12 +97,12 @@ def test_pickles_are_not_executed(tmp_path: Path, content: bytes, sentence: str)
     write_python(folder, "cifar100", write_binary(tmp_path / "b", "cifar100"))
     (folder / "train").write_bytes(content)
     with pytest.raises(DataError, match=sentence):
-        sources.load("cifar100", tmp_path)
-    assert not Path("/tmp/residuum-was-here").exists()
+        sources.load_dataset("cifar100", tmp_path)
+    assert not Path("/tmp/resnetlab-was-here").exists()
 
 
 def archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> bytes:
-    """CIFAR-10's archive in small, published with its own checksum."""
+    """A small CIFAR-10 archive, and its checksum as the published one."""
     version = cifar.VERSIONS["cifar10"][0]
     write_binary(tmp_path / "made" / version.folder, "cifar10")
     file = io.BytesIO()
@@ -126,51 +116,55 @@ def archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> bytes:
 
 def test_it_is_fetched_once_through_dropped_connections(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     content = archive(tmp_path, monkeypatch)
-    with Server({"cifar-10-binary.tar.gz": content}, drop_after=len(content) // 3 + 1) as server:
+    with FileServer({"cifar-10-binary.tar.gz": content}, drop_after=len(content) // 3 + 1) as server:
         monkeypatch.setattr(cifar, "SITE", server.url)
-        data = sources.load("cifar10", tmp_path / "data")
-        assert len(server.asked) == 3  # each goes on where the one before was cut
-        assert [r for _, r in server.asked][1:] == [f"bytes={i * (len(content) // 3 + 1)}-" for i in (1, 2)]
-        assert sources.load("cifar10", tmp_path / "data").fingerprint == data.fingerprint
-        assert len(server.asked) == 3
+        data = sources.load_dataset("cifar10", tmp_path / "data")
+        assert len(server.requests) == 3  # each continues where the one before was cut
+        assert [r for _, r in server.requests][1:] == [f"bytes={i * (len(content) // 3 + 1)}-" for i in (1, 2)]
+        assert sources.load_dataset("cifar10", tmp_path / "data").fingerprint == data.fingerprint
+        assert len(server.requests) == 3
 
 
-def test_an_archive_lying_there_is_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_local_archive_is_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     content = archive(tmp_path, monkeypatch)
     (tmp_path / "data").mkdir()
     file = tmp_path / "data" / "cifar-10-binary.tar.gz"
     file.write_bytes(content[:-1])
     with pytest.raises(DataError, match=r"cifar-10-binary.tar.gz is damaged or another file: its MD5 is not \w{32}"):
-        sources.load("cifar10", tmp_path / "data")
+        sources.load_dataset("cifar10", tmp_path / "data")
     file.write_bytes(content)
-    assert len(sources.load("cifar10", tmp_path / "data").train) == 5 * N
+    assert len(sources.load_dataset("cifar10", tmp_path / "data").train) == 5 * N
 
 
-def test_without_a_network_the_place_is_said(tmp_path: Path) -> None:
+def test_without_a_network_the_error_names_the_folder(tmp_path: Path) -> None:
     with pytest.raises(
         DataError, match=r"CIFAR-100 is not under .*: put the binary version's folder cifar-100-binary \(fine"
     ):
-        sources.load("cifar100", tmp_path)
+        sources.load_dataset("cifar100", tmp_path)
 
 
-def test_what_the_server_does_wrong_is_said_with_the_url(tmp_path: Path) -> None:
-    with Server({"a.tar": bytes(3000)}, drop_after=10, tags=True) as server:
+def test_server_errors_name_the_url(tmp_path: Path) -> None:
+    with FileServer({"a.tar": bytes(3000)}, drop_after=10, etags=True) as server:
         with pytest.raises(
             DataError, match=rf"{server.url}a.tar cannot be fetched: .*dropped after 30 of 3,000 bytes \(3 attempts"
         ):
-            remote.download(server.url + "a.tar", tmp_path / "a.tar")
-        assert len(server.asked) == 3
+            download.download_file(server.url + "a.tar", tmp_path / "a.tar")
+        assert len(server.requests) == 3
         with pytest.raises(DataError, match=rf"{server.url}b.tar cannot be fetched: the server says 404"):
-            remote.download(server.url + "b.tar", tmp_path / "b.tar")
-        assert len(server.asked) == 4
-    with Server({"a.tar": bytes(3000)}, tags=True) as server:
+            download.download_file(server.url + "b.tar", tmp_path / "b.tar")
+        assert len(server.requests) == 4
+    with FileServer({"a.tar": bytes(3000)}, etags=True) as server:
         with pytest.raises(DataError, match="is not the file that was published"):
-            remote.download(server.url + "a.tar", tmp_path / "c.tar", remote.published(server.url + "a.tar", "0" * 32))
+            download.download_file(
+                server.url + "a.tar", tmp_path / "c.tar", download.md5_check(server.url + "a.tar", "0" * 32)
+            )
         assert not (tmp_path / "c.tar").exists()
-        remote.download(server.url + "a.tar", tmp_path / "a.tar")  # goes on from the 30 bytes of the server before
-        assert server.asked[-1][1] == "bytes=30-" and (tmp_path / "a.tar").read_bytes() == bytes(3000)
+        download.download_file(
+            server.url + "a.tar", tmp_path / "a.tar"
+        )  # goes on from the 30 bytes of the server before
+        assert server.requests[-1][1] == "bytes=30-" and (tmp_path / "a.tar").read_bytes() == bytes(3000)
     with (
-        Server({"a.tar": bytes(3000)}, ranges=False, drop_after=2000) as server,
+        FileServer({"a.tar": bytes(3000)}, ranges=False, drop_after=2000) as server,
         pytest.raises(DataError, match="dropped after 2,000"),
     ):
-        remote.download(server.url + "a.tar", tmp_path / "d.tar")  # it begins anew every time
+        download.download_file(server.url + "a.tar", tmp_path / "d.tar")  # it starts again every time

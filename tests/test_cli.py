@@ -1,4 +1,4 @@
-"""What people cause on the command line: one sentence, an honest exit code, nothing lost; and JSON that programs rely on."""
+"""The command line: one sentence and an exit code for every error, and the JSON that programs rely on."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from residuum.cli import main
-from residuum.cli.main import run
-from residuum.data import cifar, digits
+from resnetlab.cli import main
+from resnetlab.cli.main import run_command
+from resnetlab.data import cifar, digits
 
-SHORT = ("--steps", "20", "--net", "resnet8", "--set", "size=8", "--device", "cpu")
+SHORT = ("--steps", "20", "--net", "resnet8", "--set", "image_size=8", "--device", "cpu")
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("model") / "run"
-    assert run(["train", "digits", *SHORT, "--out", str(out)]) == 0
+    assert run_command(["train", "digits", *SHORT, "--out", str(out)]) == 0
     return out / "model.safetensors"
 
 
 @pytest.fixture
-def picture(tmp_path: Path) -> Path:
+def image(tmp_path: Path) -> Path:
     file = tmp_path / "drei ü.png"
-    Image.fromarray(digits.load().test.images[0, :, :, 0].numpy()).resize((30, 40)).save(file)
+    Image.fromarray(digits.load_digits().test.images[0, :, :, 0].numpy()).resize((30, 40)).save(file)
     return file
 
 
-def said(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+def run_cli(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
     """Exit code, standard output, standard error."""
     capsys.readouterr()
-    code = run(list(arguments))
+    code = run_command(list(arguments))
     out, err = capsys.readouterr()
     assert "Traceback" not in err
     return code, out, err
@@ -58,16 +58,16 @@ def said(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str,
         (["train", "--set", "bach=8"], "unknown key 'bach'; did you mean 'batch'?"),
         (["train", "--set", "batch"], "--set takes key=value, not 'batch'; for example --set batch=64"),
         (["train", "--set", "shortcut=D"], "unknown shortcut 'D'"),
-        (["train", "--device", "cuda:9"], "device 'cuda:9' is not here"),
+        (["train", "--device", "cuda:9"], "device 'cuda:9' is not available"),
         (["train", "--resume", "x", "--out", "y"], "leave out --out and --recipe"),
-        (["train", "--verify-resume", "--procs", "2"], "--verify-resume tries one process"),
+        (["train", "--verify-resume", "--procs", "2"], "--verify-resume uses one process"),
         (["train", "--verify-resume", "--batch", "auto"], "leave out --procs, --batch auto and --json."),
         (["train", "--max-restarts", "2"], "--max-restarts is for processes that --procs starts"),
-        (["train", "--recipe", "modern"], "recipe modern needs pictures: residuum train DATA"),
+        (["train", "--recipe", "modern"], "recipe modern needs images: resnetlab train DATA"),
         (["train", "--show-recipe", "paper"], "unknown recipe 'paper'; did you mean 'paper-cifar'?"),
         (["inspect", "resnet56", "--set", "shortct=C"], "did you mean 'shortcut'?"),
-        (["inspect", "resnet56", "--size", "0"], "has no pixel"),
-        (["predict", "model.safetensors"], "predict needs pictures"),
+        (["inspect", "resnet56", "--image-size", "0"], "has no pixel"),
+        (["predict", "model.safetensors"], "predict needs images"),
         (["predict", "model.safetensors", "a.png", "--tpo", "3"], "unknown option --tpo"),
         (["evaluate", "model.safetensors"], "--data"),
     ],
@@ -80,9 +80,9 @@ def test_wrong_requests_exit_with_2(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    code, out, err = said(capsys, *arguments)
+    code, out, err = run_cli(capsys, *arguments)
     assert (code, out) == (2, ""), err
-    assert sentence in err and err.startswith("residuum: ")
+    assert sentence in err and err.startswith("resnetlab: ")
     assert err.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
 
@@ -92,14 +92,17 @@ def test_what_cannot_be_found_exits_with_1(capsys: pytest.CaptureFixture[str], t
         (["train", "cifar10", "--data-dir", str(tmp_path)], "CIFAR-10 is not under"),
         (["train", "--resume", str(tmp_path)], "is not a run folder (it has no recipe.toml)"),
         (["train", "--resume", str(model)], "is a file; --resume takes the run's folder"),
-        (["evaluate", str(tmp_path / "no.safetensors"), "--data", "digits"], "is not there; `residuum train` writes"),
+        (
+            ["evaluate", str(tmp_path / "no.safetensors"), "--data", "digits"],
+            "does not exist; `resnetlab train` writes",
+        ),
         (["evaluate", str(model.parent), "--data", "digits"], "is a folder; did you mean"),
         (["evaluate", str(model), "--data=~/no photos"], f"{Path.home()}/no photos is not there"),  # as shells leave it
         (["train", "digits", "--out", str(model.parent), *SHORT], "is not empty; choose another --out"),
         (["train", "digits", "--out", str(model), *SHORT], "is a file; --out names a folder for the run."),
     ]
     for arguments, sentence in cases:
-        code, out, err = said(capsys, *arguments)
+        code, out, err = run_cli(capsys, *arguments)
         assert (code, out) == (1, ""), (arguments, err)
         assert sentence in err.splitlines()[-1], err
 
@@ -112,37 +115,37 @@ def test_damaged_and_foreign_model_files(capsys: pytest.CaptureFixture[str], tmp
     header = 8 + int.from_bytes(whole[:8], "little")
     contents = {
         "is empty": b"",
-        "is not a whole safetensors file": whole[:-1],
-        "not a whole safetensors": whole[: header - 5],
-        "not a whole safetensors file (": b"PK\x03\x04 a zip file, as torch.save writes",
-        "does not fit its own specification": whole.replace(b'\\"depths\\": [1, 1, 1]', b'\\"depths\\": [1, 1, 2]'),
+        "is not a complete safetensors file": whole[:-1],
+        "not a complete safetensors": whole[: header - 5],
+        "not a complete safetensors file (": b"PK\x03\x04 a zip file, as torch.save writes",
+        "does not match its own specification": whole.replace(b'\\"depths\\": [1, 1, 1]', b'\\"depths\\": [1, 1, 2]'),
         "unknown shortcut 'Z'": whole.replace(b'\\"shortcut\\": \\"A\\"', b'\\"shortcut\\": \\"Z\\"'),
     }
     file = tmp_path / "m.safetensors"
     for sentence, content in contents.items():
         assert content != whole
         file.write_bytes(content)
-        code, _, err = said(capsys, "evaluate", str(file), "--data", "digits")
+        code, _, err = run_cli(capsys, "evaluate", str(file), "--data", "digits")
         assert code == 1 and sentence in err and str(file) in err, err
     save_file({"weight": torch.zeros(3)}, file)
-    code, _, err = said(capsys, "predict", str(file), "x.png")
-    assert code == 1 and "holds tensors but no residuum model file: it was made by other software" in err
+    code, _, err = run_cli(capsys, "predict", str(file), "x.png")
+    assert code == 1 and "holds tensors but no resnetlab model file: it was made by other software" in err
 
 
 def test_evaluate_json(capsys: pytest.CaptureFixture[str], model: Path) -> None:
-    code, out, _ = said(capsys, "evaluate", str(model), "--data", "digits", "--json", "--precision", "fp32")
+    code, out, _ = run_cli(capsys, "evaluate", str(model), "--data", "digits", "--json", "--precision", "fp32")
     figures = json.loads(out)
     assert code == 0 and set(figures) == {
-        "model", "data", "split", "protocol", "choices", "top1_error", "top1_interval", "top5_error", "n", "loss",
+        "model", "data", "split", "protocol", "protocol_options", "top1_error", "top1_interval", "top5_error", "n", "loss",
         "calibration_error", "reliability", "temperature", "calibration", "notes", "published", "per_class",
         "confusion"}  # fmt: skip
     assert figures["n"] == 360 and figures["split"] == "test" and figures["protocol"] == "1crop"
     assert figures["top1_interval"][0] < figures["top1_error"] < figures["top1_interval"][1]
     right = sum(row[i] for i, row in enumerate(figures["confusion"]))
     assert figures["top1_error"] == pytest.approx(1 - right / 360)
-    code, out, _ = said(capsys, "evaluate", str(model), "--data", "digits", "--split", "train")
-    assert code == 0 and "1,437 pictures" in out
-    code, _, err = said(capsys, "evaluate", str(model), "--data", "digits", "--split", "validation")
+    code, out, _ = run_cli(capsys, "evaluate", str(model), "--data", "digits", "--split", "train")
+    assert code == 0 and "1,437 images" in out
+    code, _, err = run_cli(capsys, "evaluate", str(model), "--data", "digits", "--split", "validation")
     assert code == 2 and "unknown split 'validation'; known: test, train." in err
 
 
@@ -156,90 +159,90 @@ def test_evaluate_on_other_classes_is_refused(
         (folder / f"data_batch_{i}.bin").write_bytes(bytes(3073))
     (folder / "test_batch.bin").write_bytes(bytes(3073))
     (folder / "batches.meta.txt").write_text("airplane\nautomobile\n")
-    code, _, err = said(capsys, "evaluate", str(model), "--data", "cifar10", "--data-dir", str(tmp_path))
+    code, _, err = run_cli(capsys, "evaluate", str(model), "--data", "cifar10", "--data-dir", str(tmp_path))
     assert code == 1
     assert "only in the data airplane, automobile, only in the model 0, 1, 2, 3, 4, 5, 6, 7 and 2 more" in err
 
 
-def test_predict_formats(capsys: pytest.CaptureFixture[str], model: Path, picture: Path) -> None:
-    code, out, _ = said(capsys, "predict", str(model), str(picture), "--json", "--top", "3")
+def test_predict_formats(capsys: pytest.CaptureFixture[str], model: Path, image: Path) -> None:
+    code, out, _ = run_cli(capsys, "predict", str(model), str(image), "--json", "--top", "3")
     prediction = json.loads(out)["predictions"][0]
-    assert code == 0 and prediction["image"] == str(picture) and len(prediction["top"]) == 3
+    assert code == 0 and prediction["image"] == str(image) and len(prediction["top"]) == 3
     scores = [entry["score"] for entry in prediction["top"]]
     assert scores == sorted(scores, reverse=True) and set(prediction["top"][0]) == {"class", "score"}
-    _, out, _ = said(capsys, "predict", str(model), str(picture), "--format", "csv", "--top", "2")
+    _, out, _ = run_cli(capsys, "predict", str(model), str(image), "--format", "csv", "--top", "2")
     rows = list(csv.DictReader(io.StringIO(out)))
     assert [row["rank"] for row in rows] == ["1", "2"] and rows[0]["class"] == prediction["top"][0]["class"]
-    _, out, _ = said(capsys, "predict", str(model), str(picture))
-    assert picture.name in out and "%" in out
+    _, out, _ = run_cli(capsys, "predict", str(model), str(image))
+    assert image.name in out and "%" in out
 
 
-def test_predict_folders_and_bad_pictures(capsys: pytest.CaptureFixture[str], model: Path, picture: Path) -> None:
-    folder = picture.parent / "pictures"
+def test_predict_folders_and_bad_images(capsys: pytest.CaptureFixture[str], model: Path, image: Path) -> None:
+    folder = image.parent / "images"
     (folder / "inside").mkdir(parents=True)
-    shutil.copy(picture, folder / "b.png")
-    shutil.copy(picture, folder / "inside" / "a.png")
-    (folder / "notes.txt").write_text("no picture, and not asked for")
-    (folder / "broken.png").write_bytes(picture.read_bytes()[:60])
+    shutil.copy(image, folder / "b.png")
+    shutil.copy(image, folder / "inside" / "a.png")
+    (folder / "notes.txt").write_text("no image, and not asked for")
+    (folder / "broken.png").write_bytes(image.read_bytes()[:60])
     (folder / "text.jpg").write_text("hello")
-    code, out, err = said(capsys, "predict", str(model), str(folder), str(folder.parent / "missing.png"), "--json")
+    code, out, err = run_cli(capsys, "predict", str(model), str(folder), str(folder.parent / "missing.png"), "--json")
     predictions = {Path(p["image"]).name: p for p in json.loads(out)["predictions"]}
-    assert code == 1 and "3 of 5 pictures could not be read." in err
+    assert code == 1 and "3 of 5 images could not be read." in err
     assert set(predictions) == {"a.png", "b.png", "broken.png", "text.jpg", "missing.png"}
     assert "top" in predictions["a.png"] and "is damaged" in predictions["broken.png"]["error"]
-    assert "is not a picture that can be read" in predictions["text.jpg"]["error"]
+    assert "is not an image that can be read" in predictions["text.jpg"]["error"]
     assert "is not there" in predictions["missing.png"]["error"]
     (folder / "empty").mkdir()
-    code, _, err = said(capsys, "predict", str(model), str(folder / "empty"))
-    assert code == 1 and "holds no picture" in err
+    code, _, err = run_cli(capsys, "predict", str(model), str(folder / "empty"))
+    assert code == 1 and "holds no image" in err
 
 
 def test_predict_reads_standard_input(
-    capsys: pytest.CaptureFixture[str], model: Path, picture: Path, monkeypatch: pytest.MonkeyPatch
+    capsys: pytest.CaptureFixture[str], model: Path, image: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Stdin:
-        buffer = io.BytesIO(picture.read_bytes())
+        buffer = io.BytesIO(image.read_bytes())
 
     monkeypatch.setattr("sys.stdin", Stdin)
-    code, out, _ = said(capsys, "predict", str(model), "-", "--json")
+    code, out, _ = run_cli(capsys, "predict", str(model), "-", "--json")
     assert code == 0 and len(json.loads(out)["predictions"][0]["top"]) == 5
 
 
 def test_inspect(capsys: pytest.CaptureFixture[str], model: Path) -> None:
-    _, out, _ = said(capsys, "inspect", "resnet50", "--json")
+    _, out, _ = run_cli(capsys, "inspect", "resnet50", "--json")
     document = json.loads(out)
     assert document["multiply_adds"] == 3_857_973_248 and document["paper_multiply_adds"] == 3.8e9
     assert document["parameters"] == 25_557_032 and document["depth"] == 50
-    _, out, _ = said(capsys, "inspect", "resnet110")
+    _, out, _ = run_cli(capsys, "inspect", "resnet110")
     assert "layer1.0-17.conv1" in out and "1,727,962   (2015 Table 6: 1.7M)" in out
-    _, out, _ = said(capsys, "inspect", "resnet20", "--set", "shortcut=C", "--classes", "100", "--json")
+    _, out, _ = run_cli(capsys, "inspect", "resnet20", "--set", "shortcut=C", "--classes", "100", "--json")
     assert json.loads(out)["specification"]["shortcut"] == "C"
-    code, out, _ = said(capsys, "inspect", str(model), "--json")
-    assert code == 0 and json.loads(out)["size"] == [8, 8] and json.loads(out)["specification"]["channels"] == 1
+    code, out, _ = run_cli(capsys, "inspect", str(model), "--json")
+    assert code == 0 and json.loads(out)["image_size"] == [8, 8] and json.loads(out)["specification"]["channels"] == 1
 
 
 def test_show_recipe_is_a_recipe(capsys: pytest.CaptureFixture[str]) -> None:
     import tomllib
 
-    code, out, _ = said(capsys, "train", "--show-recipe", "paper-cifar")
+    code, out, _ = run_cli(capsys, "train", "--show-recipe", "paper-cifar")
     assert code == 0 and "2015 §4.2" in out and tomllib.loads(out)["milestones"] == [32000, 48000]
 
 
 def test_train_json_and_progress_in_a_pipe(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    code, out, err = said(capsys, "train", "digits", *SHORT, "--out", str(tmp_path / "run"), "--json")
+    code, out, err = run_cli(capsys, "train", "digits", *SHORT, "--out", str(tmp_path / "run"), "--json")
     result = json.loads(out)
     assert code == 0 and result["run"] == str(tmp_path / "run") and result["steps"] == 20
-    assert "engine: cpu" in err and "budget: 20 of the 600 steps of quick (3.3%)" in err
+    assert "device: cpu" in err and "budget: 20 of the 600 steps of quick (3.3%)" in err
     assert "step 20/20" in err and "images/s" in err
 
 
-def test_a_7x7_stem_on_small_pictures_warns_loudly(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    arguments = ["train", "digits", "--net", "resnet18", "--steps", "2", "--set", "size=32", "--set", "batch=16"]
-    code, _, err = said(
+def test_a_7x7_stem_on_small_images_warns_loudly(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    arguments = ["train", "digits", "--net", "resnet18", "--steps", "2", "--set", "image_size=32", "--set", "batch=16"]
+    code, _, err = run_cli(
         capsys,
         *arguments,
         "--set",
-        "held_out=0",
+        "val_images=0",
         "--set",
         "lr=0.001",
         "--out",
@@ -248,29 +251,29 @@ def test_a_7x7_stem_on_small_pictures_warns_loudly(capsys: pytest.CaptureFixture
         "cpu",
     )
     assert code == 0
-    assert err.count("warning: pictures of 32x32 pixels in a network with ImageNet's 7x7 stem") == 1  # said once
+    assert err.count("warning: images of 32x32 pixels in a network with ImageNet's 7x7 stem") == 1  # printed once
     assert "resnet20" in err
 
 
 def test_every_command_shows_an_example(capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("train", "evaluate", "predict", "inspect"):
-        code, out, _ = said(capsys, name, "--help")
-        assert code == 0 and f"Example: residuum {name} " in " ".join(out.split())
+        code, out, _ = run_cli(capsys, name, "--help")
+        assert code == 0 and f"Example: resnetlab {name} " in " ".join(out.split())
 
 
-def test_pictures_of_any_mode_are_read(capsys: pytest.CaptureFixture[str], model: Path, tmp_path: Path) -> None:
+def test_images_of_any_mode_are_read(capsys: pytest.CaptureFixture[str], model: Path, tmp_path: Path) -> None:
     grey = Image.fromarray(np.tile(np.arange(0, 256, 8, dtype=np.uint8), (32, 1)))
     for mode in ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16"):
-        picture = Image.fromarray(np.asarray(grey).astype(np.uint16) << 8) if mode == "I;16" else grey.convert(mode)
-        picture.save(tmp_path / f"{mode.replace(';', '')}.{'tif' if mode == 'CMYK' else 'png'}")
-    code, out, _ = said(capsys, "predict", str(model), str(tmp_path), "--json")
+        image = Image.fromarray(np.asarray(grey).astype(np.uint16) << 8) if mode == "I;16" else grey.convert(mode)
+        image.save(tmp_path / f"{mode.replace(';', '')}.{'tif' if mode == 'CMYK' else 'png'}")
+    code, out, _ = run_cli(capsys, "predict", str(model), str(tmp_path), "--json")
     assert code == 0 and len(json.loads(out)["predictions"]) == 8
 
 
 def test_a_stop_is_heard_before_a_command_listens_for_it(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A container's first process has no default action for SIGTERM: what nobody listens for would be lost."""
+    """The first process of a container has no default action for SIGTERM: without a handler it would be ignored."""
     monkeypatch.setattr(main, "app", lambda _: os.kill(os.getpid(), signal.SIGTERM))
     before = signal.getsignal(signal.SIGTERM)
     try:
@@ -281,4 +284,4 @@ def test_a_stop_is_heard_before_a_command_listens_for_it(
         )  # a second one finds no handler that would raise again
     finally:
         signal.signal(signal.SIGTERM, before)
-    assert end.value.code == 143 and capsys.readouterr().err == "residuum: stopped.\n"
+    assert end.value.code == 143 and capsys.readouterr().err == "resnetlab: stopped.\n"

@@ -1,4 +1,4 @@
-"""When torch.compile is worth its minute, that it computes the same, and that a compiled run resumes exactly."""
+"""When torch.compile is used, that it computes the same, and that a compiled run resumes bit-identically."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from residuum.models.resnet import build
-from residuum.models.spec import specification
-from residuum.runtime import Engine, pick_engine
-from residuum.training.compiling import compiling
-from residuum.training.recipe import Recipe
-from residuum.training.recipes import paper_cifar, photos
-from residuum.training.verify import verify
+from resnetlab.device import DeviceConfig, select_device
+from resnetlab.models.resnet import build
+from resnetlab.models.spec import get_specification
+from resnetlab.training.compilation import choose_compilation
+from resnetlab.training.recipe import Recipe
+from resnetlab.training.recipes import paper_cifar, photos
+from resnetlab.training.verify import verify_resume
 
-CPU = Engine(torch.device("cpu"), "bf16", 2, "for the test")
-NET = specification("resnet20", classes=10)
+CPU = DeviceConfig(torch.device("cpu"), "bf16", 2, "for the test")
+NET = get_specification("resnet20", classes=10)
 needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="there is no C++ compiler")
 
 
@@ -27,32 +27,32 @@ needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="there is no
     ("recipe", "compiled", "why"),
     [
         (paper_cifar(), True, "long enough"),
-        (paper_cifar().shrunk(2000), False, "too short"),
-        (replace(paper_cifar().shrunk(2000), compile="on"), True, "as asked"),
-        (replace(paper_cifar(), compile="off"), False, "as asked"),
+        (paper_cifar().rescale(2000), False, "too short"),
+        (replace(paper_cifar().rescale(2000), compile="on"), True, "as requested"),
+        (replace(paper_cifar(), compile="off"), False, "as requested"),
         (replace(paper_cifar(), recompute=True), False, "interrupt"),
-        (replace(photos(), steps=10**6), False, "pictures this large"),
+        (replace(photos(), steps=10**6), False, "images this large"),
     ],
 )
-def test_long_runs_on_small_pictures_are_compiled(recipe: Recipe, compiled: bool, why: str) -> None:
-    engine = compiling(CPU, recipe, NET)
-    assert engine.compiled == compiled and why in engine.why
+def test_long_runs_on_small_images_are_compiled(recipe: Recipe, compiled: bool, why: str) -> None:
+    engine = choose_compilation(CPU, recipe, NET)
+    assert engine.compiled == compiled and why in engine.reason
     assert ("compiled (" in str(engine)) == compiled
 
 
 def test_without_a_compiler_nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setattr(shutil, "which", lambda _: None)
-    assert not compiling(CPU, paper_cifar(), NET).compiled
+    assert not choose_compilation(CPU, paper_cifar(), NET).compiled
 
 
 @needs_compiler
 @pytest.mark.slow
 def test_compiled_training_computes_the_same() -> None:
-    engine = replace(pick_engine("fp32", "cpu", 1), compiled=True)
+    device_config = replace(select_device("fp32", "cpu", 1), compiled=True)
     net, twin = (build("resnet8", classes=10, seed=0).train() for _ in range(2))
     x = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    losses = [forward(x).square().mean() for forward in (engine.forward(net), twin)]
+    losses = [forward(x).square().mean() for forward in (device_config.forward_fn(net), twin)]
     for loss in losses:
         loss.backward()  # type: ignore[no-untyped-call]
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-4, atol=1e-5)
@@ -63,6 +63,8 @@ def test_compiled_training_computes_the_same() -> None:
 
 @needs_compiler
 @pytest.mark.slow
-def test_a_compiled_run_resumes_to_the_same_bits(tmp_path: Path) -> None:
-    recipe = replace(paper_cifar(), data="digits", net="resnet8", size=8, batch=32, bn_batch=0, threads=1, compile="on")
-    assert verify(recipe, tmp_path, "cpu", None, print).startswith("exact")
+def test_a_compiled_run_resumes_bit_identically(tmp_path: Path) -> None:
+    recipe = replace(
+        paper_cifar(), data="digits", net="resnet8", image_size=8, batch=32, bn_batch=0, threads=1, compile="on"
+    )
+    assert verify_resume(recipe, tmp_path, "cpu", None, print).startswith("exact")

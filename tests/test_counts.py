@@ -1,4 +1,4 @@
-"""Every count that follows from the two papers, from literal tables: parameters, multiply-adds, convolutions, BNs.
+"""Parameters, multiply-adds, convolutions and BNs of the papers' networks, from literal tables.
 
 Multiply-adds tell the paper's bottleneck (stride in the first 1x1) from v1.5 (stride in the 3x3); parameters cannot.
 """
@@ -12,13 +12,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from residuum.models.accounting import Cost, cost
-from residuum.models.spec import specification
+from resnetlab.models.cost import Cost, compute_cost
+from resnetlab.models.spec import get_specification
 
 
 @cache
 def _count(name: str, changes: tuple[tuple[str, Any], ...]) -> Cost:
-    return cost(specification(name, **dict(changes)))
+    return compute_cost(get_specification(name, **dict(changes)))
 
 
 def count(name: str, **changes: Any) -> Cost:
@@ -32,7 +32,7 @@ def batch_norms(counted: Cost) -> list[int]:
 
 
 class Row(NamedTuple):
-    """One network and what it must count: None stands where no figure is stated."""
+    """One network and what it must count: None if no figure is stated."""
 
     name: str
     shortcut: str | None
@@ -165,18 +165,18 @@ def test_closed_form_of_9n_plus_2(n: int) -> None:
     ("name", "difference"),
     [("resnet20", 2_752), ("resnet110", 2_752), ("resnet18", 173_824), ("resnet34", 173_824), ("resnet50", 2_776_576)],
 )
-def test_what_projections_add(name: str, difference: int) -> None:
+def test_parameters_of_projections(name: str, difference: int) -> None:
     assert count(name, shortcut="B").parameters - count(name, shortcut="A").parameters == difference
 
 
 @pytest.mark.parametrize(("name", "extra"), [("resnet18", 5), ("resnet34", 13), ("resnet50", 12)])
-def test_what_option_c_projects_more_than_b(name: str, extra: int) -> None:
+def test_projections_of_option_c(name: str, extra: int) -> None:
     """34-C's "thirteen" extra projections (2015 §4.1)."""
     assert count(name, shortcut="C").convolutions - count(name, shortcut="B").convolutions == extra
 
 
 @pytest.mark.parametrize("gated", ["exclusive-gate", "shortcut-gate"])
-def test_what_gates_add(gated: str) -> None:
+def test_parameters_of_gates(gated: str) -> None:
     """A 1x1 convolution with bias on each of the 54 units of ResNet-110 (2016 §3.1)."""
     more = count("resnet110", shortcut=gated).parameters - count("resnet110").parameters
     widths = [(16, 16)] * 18 + [(16, 32)] + [(32, 32)] * 17 + [(32, 64)] + [(64, 64)] * 17
@@ -184,11 +184,11 @@ def test_what_gates_add(gated: str) -> None:
 
 
 @pytest.mark.parametrize("shortcut", ["constant", "dropout"])
-def test_what_scaling_and_dropout_add(shortcut: str) -> None:
+def test_scaling_and_dropout_have_no_parameters(shortcut: str) -> None:
     assert count("resnet110", shortcut=shortcut).parameters == count("resnet110").parameters
 
 
-def test_one_layer_skips_leave_the_layers_as_they_are() -> None:
+def test_one_layer_skips_have_the_same_layers() -> None:
     """2016 Table 3's "ResNet-110 (1-layer skip)" has the same 109 convolutions, so the same parameters."""
     counted = count("resnet110", layers=1, depths=(36, 36, 36))
     assert (counted.depth, counted.parameters, counted.convolutions) == (110, 1_727_962, 109)

@@ -1,4 +1,4 @@
-"""Digits, CIFAR-10, the hold-out, order and augmentation."""
+"""Digits, CIFAR-10, the hold-out, the order of images and augmentation."""
 
 from __future__ import annotations
 
@@ -10,23 +10,24 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from residuum.data import cifar, dataset, digits, sources
-from residuum.data.augment import Augmentation
-from residuum.data.loader import Loader, order
-from residuum.errors import DataError, UsageError
-from residuum.preprocessing import Preprocessing, centre_statistics
-from residuum.runtime import pick_engine, seed_for
+from resnetlab.data import cifar, dataset, digits, sources
+from resnetlab.data.augment import Augmentation
+from resnetlab.data.sampler import TrainLoader, step_indices
+from resnetlab.device import select_device
+from resnetlab.errors import DataError, UsageError
+from resnetlab.preprocessing import Preprocessing, pixel_statistics
+from resnetlab.random import seed_for
 
 
 def test_digits_split_is_fixed_and_stratified() -> None:
-    data = digits.load()
+    data = digits.load_digits()
     assert (len(data.train), len(data.test)) == (1437, 360)
     assert data.classes == tuple("0123456789")
     assert data.train.images.shape == (1437, 8, 8, 1) and data.train.images.dtype == torch.uint8
     everything = torch.bincount(torch.cat([data.train.labels, data.test.labels]))
     shares = torch.bincount(data.test.labels) / everything
     assert (shares - 360 / 1797).abs().max() < 1 / everything.min()
-    assert data.fingerprint == digits.load().fingerprint == "0e12daac1825a1dc"
+    assert data.fingerprint == digits.load_digits().fingerprint == "0e12daac1825a1dc"
 
 
 @given(
@@ -41,7 +42,7 @@ def test_hold_out_is_a_partition_in_proportion(sizes: list[int], share: float, s
     count = max(1, min(n - 1, round(share * n)))
     if n < 2:
         return
-    rest, chosen = dataset.stratified(labels, count, seed)
+    rest, chosen = dataset.split_stratified(labels, count, seed)
     assert len(chosen) == count
     assert torch.equal(torch.cat([rest, chosen]).sort().values, torch.arange(n))
     taken = torch.bincount(labels[chosen], minlength=len(sizes))
@@ -49,18 +50,18 @@ def test_hold_out_is_a_partition_in_proportion(sizes: list[int], share: float, s
 
 
 def test_hold_out_of_everything_is_refused() -> None:
-    with pytest.raises(DataError, match="cannot hold out 10 of 10 pictures; hold out at least 1 and fewer than all"):
-        dataset.stratified(torch.zeros(10, dtype=torch.long), 10)
+    with pytest.raises(DataError, match="cannot hold out 10 of 10 images; hold out at least 1 and fewer than all"):
+        dataset.split_stratified(torch.zeros(10, dtype=torch.long), 10)
 
 
 @given(n=st.integers(1, 50), batch=st.integers(1, 60), seed=st.integers(0, 5))
 @settings(max_examples=60, deadline=None)
-def test_order_shows_every_picture_once_an_epoch(n: int, batch: int, seed: int) -> None:
+def test_step_indices_cover_every_image_once_per_epoch(n: int, batch: int, seed: int) -> None:
     steps = -(-3 * n // batch)
-    stream = torch.cat([order(seed, n, batch, step) for step in range(steps)])
+    stream = torch.cat([step_indices(seed, n, batch, step) for step in range(steps)])
     for epoch in range(3):
         assert torch.equal(stream[epoch * n : (epoch + 1) * n].sort().values, torch.arange(n))
-    assert torch.equal(order(seed, n, batch, 2), order(seed, n, batch, 2))
+    assert torch.equal(step_indices(seed, n, batch, 2), step_indices(seed, n, batch, 2))
 
 
 def test_seeds_are_the_same_on_every_machine() -> None:
@@ -70,9 +71,9 @@ def test_seeds_are_the_same_on_every_machine() -> None:
 
 @pytest.mark.parametrize("flip", [False, True])
 @pytest.mark.parametrize("pad_with", ["mean", "black"])
-def test_augmentation_equals_cropping_one_picture_at_a_time(pad_with: str, flip: bool) -> None:
+def test_augmentation_equals_cropping_one_image_at_a_time(pad_with: str, flip: bool) -> None:
     pixels = torch.randint(256, (64, 9, 7, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
-    mean, std = centre_statistics(pixels, per_pixel=True, divide=True)
+    mean, std = pixel_statistics(pixels, per_pixel=True, divide=True)
     preprocessing = Preprocessing(3, (9, 7), 9, mean, std)
     out = Augmentation(2, pad_with, flip)(pixels, preprocessing, seed=5, step=3)
     assert out.shape == (64, 3, 9, 7) and out.is_contiguous(memory_format=torch.channels_last)
@@ -83,17 +84,19 @@ def test_augmentation_equals_cropping_one_picture_at_a_time(pad_with: str, flip:
             for dy in range(5)
             for dx in range(5)
             for mirrored in ((False, True) if flip else (False,))
-            if torch.allclose(out[i], _one(pixels[i], preprocessing, pad_with, dy, dx, mirrored), atol=1e-5)
+            if torch.allclose(out[i], _augment_one(pixels[i], preprocessing, pad_with, dy, dx, mirrored), atol=1e-5)
         ]
-        assert matches, f"picture {i} is no crop of itself"
+        assert matches, f"image {i} is no crop of itself"
         seen.add(matches[0])
-    assert len(seen) > 20  # the draws differ between pictures
+    assert len(seen) > 20  # the draws differ between images
     assert not torch.equal(out, Augmentation(2, pad_with, flip)(pixels, preprocessing, seed=5, step=4))
     assert torch.equal(out, Augmentation(2, pad_with, flip)(pixels, preprocessing, seed=5, step=3))
 
 
-def _one(image: torch.Tensor, p: Preprocessing, pad_with: str, dy: int, dx: int, mirrored: bool) -> torch.Tensor:
-    """The same in numpy, for one picture."""
+def _augment_one(
+    image: torch.Tensor, p: Preprocessing, pad_with: str, dy: int, dx: int, mirrored: bool
+) -> torch.Tensor:
+    """The same augmentation in numpy, for one image."""
     h, w = p.size
     x = image.numpy().astype(np.float64)
     mean, std = p.mean.numpy().astype(np.float64), p.std.numpy().astype(np.float64)
@@ -110,23 +113,23 @@ def _one(image: torch.Tensor, p: Preprocessing, pad_with: str, dy: int, dx: int,
 def test_statistics_equal_a_float64_computation() -> None:
     images = torch.randint(256, (5000, 4, 3, 3), dtype=torch.uint8)
     x = images.double() / 255
-    mean, std = centre_statistics(images, per_pixel=False, divide=True)
+    mean, std = pixel_statistics(images, per_pixel=False, divide=True)
     torch.testing.assert_close(mean.double(), x.mean((0, 1, 2)), rtol=0, atol=1e-7)
     torch.testing.assert_close(std.double(), x.std((0, 1, 2), unbiased=False), rtol=0, atol=1e-7)
-    mean, std = centre_statistics(images, per_pixel=True, divide=False)
+    mean, std = pixel_statistics(images, per_pixel=True, divide=False)
     torch.testing.assert_close(mean.double(), x.mean(0), rtol=0, atol=1e-7)
     assert torch.equal(std, torch.ones(3))
 
 
 def test_a_batch_is_a_function_of_the_step() -> None:
-    data = digits.load()
-    mean, std = centre_statistics(data.train.images, False, True)
+    data = digits.load_digits()
+    mean, std = pixel_statistics(data.train.images, False, True)
     preprocessing = Preprocessing(1, (8, 8), 8, mean, std)
-    loader = Loader(data.train, preprocessing, Augmentation(0), 32, 7, pick_engine("fp32", "cpu"))
+    loader = TrainLoader(data.train, preprocessing, Augmentation(0), 32, 7, select_device("fp32", "cpu"))
     batch = loader.batch(40)
-    where = order(7, 1437, 32, 40)
-    assert torch.equal(batch.labels, data.train.labels[where])
-    assert torch.equal(batch.pictures, preprocessing.normalise(data.train.images[where]))
+    indices = step_indices(7, 1437, 32, 40)
+    assert torch.equal(batch.labels, data.train.labels[indices])
+    assert torch.equal(batch.images, preprocessing.normalise(data.train.images[indices]))
 
 
 def _write_cifar(folder: Path, monkeypatch: pytest.MonkeyPatch, n: int = 20) -> np.ndarray:
@@ -144,7 +147,7 @@ def _write_cifar(folder: Path, monkeypatch: pytest.MonkeyPatch, n: int = 20) -> 
 def test_cifar_reads_every_pixel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     records = _write_cifar(tmp_path / cifar.FOLDER, monkeypatch)
     for place in (tmp_path, tmp_path / cifar.FOLDER):
-        data = cifar.load(place)
+        data = cifar.load_cifar(place)
         assert data.train.images.shape == (100, 32, 32, 3) and data.train.images.dtype == torch.uint8
         assert data.classes[3] == "cat" and len(data.test) == 20
         record = records[57]
@@ -155,7 +158,7 @@ def test_cifar_reads_every_pixel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_real_cifar(cifar10_dir: Path) -> None:
-    data = sources.load("cifar10", cifar10_dir)
+    data = sources.load_dataset("cifar10", cifar10_dir)
     assert (len(data.train), len(data.test)) == (50_000, 10_000)
     assert torch.bincount(data.train.labels).tolist() == [5000] * 10
     assert torch.bincount(data.test.labels).tolist() == [1000] * 10
@@ -167,37 +170,37 @@ def test_damaged_cifar_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(
         DataError, match=r"CIFAR-10 is not under .*: put the binary version's folder cifar-10-batches-bin"
     ):
-        sources.load("cifar10", tmp_path)
+        sources.load_dataset("cifar10", tmp_path)
     _write_cifar(tmp_path / cifar.FOLDER, monkeypatch)
     file = tmp_path / cifar.FOLDER / "data_batch_3.bin"
     whole = file.read_bytes()
     file.write_bytes(whole[:-1])
     with pytest.raises(DataError, match=r"data_batch_3.bin has 61,459 bytes, not a whole number of 3,073-byte records"):
-        sources.load("cifar10", tmp_path)
+        sources.load_dataset("cifar10", tmp_path)
     file.write_bytes(whole[:-3073])
     with pytest.raises(
-        DataError, match=r"data_batch_3.bin has 19 pictures, the published file 20: it ends early or is an"
+        DataError, match=r"data_batch_3.bin has 19 images, the published file 20: it ends early or is an"
     ):
-        sources.load("cifar10", tmp_path)
+        sources.load_dataset("cifar10", tmp_path)
     file.unlink()
     with pytest.raises(DataError, match=r"data_batch_3.bin cannot be read"):
-        sources.load("cifar10", tmp_path)
+        sources.load_dataset("cifar10", tmp_path)
     file.write_bytes(bytes([11]) + whole[1:])
     with pytest.raises(DataError, match=r"has the label 11, but batches.meta.txt names 10 classes"):
-        sources.load("cifar10", tmp_path)
+        sources.load_dataset("cifar10", tmp_path)
     file.write_bytes(whole)
     meta = tmp_path / cifar.FOLDER / "batches.meta.txt"
     meta.write_bytes(b"airplane\n\xff\xfe\x80\n")
-    with pytest.raises(DataError, match=r"batches.meta.txt is damaged: it is no text in UTF-8; unpack"):
-        sources.load("cifar10", tmp_path)
+    with pytest.raises(DataError, match=r"batches.meta.txt is damaged: it is not valid UTF-8; unpack"):
+        sources.load_dataset("cifar10", tmp_path)
     meta.write_text("cat\ncat\n")
     with pytest.raises(DataError, match=r"batches.meta.txt names 2 classes, some twice or too few"):
-        sources.load("cifar10", tmp_path)
+        sources.load_dataset("cifar10", tmp_path)
 
 
 def test_unknown_data_set(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="unknown data set 'digts'; did you mean 'digits'"):
-        sources.load("digts", tmp_path)
+        sources.load_dataset("digts", tmp_path)
     for empty in ("", " "):  # as from an unset variable; not the folder that one happens to stand in
         with pytest.raises(UsageError, match="the data set's name is empty; give a folder"):
-            sources.load(sources.located(empty, tmp_path), tmp_path)
+            sources.load_dataset(sources.resolve_data_path(empty, tmp_path), tmp_path)

@@ -1,11 +1,10 @@
-"""Every kind of picture becomes upright RGB, by either decoder; what cannot be read is named."""
+"""Every kind of image becomes upright RGB, by either decoder; what cannot be read is named."""
 
 from __future__ import annotations
 
 import contextlib
 import io
 import struct
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -13,20 +12,20 @@ import pytest
 import torch
 from PIL import Image, PngImagePlugin
 
-import residuum
-from pictures import photo
-from residuum.data import decode
-from residuum.data.decode import decode_pixels
-from residuum.errors import DataError
-from residuum.models.bundle import Bundle
-from residuum.preprocessing import MOST, Preprocessing
+import resnetlab
+from images import photo, png_bomb
+from resnetlab.data import decode
+from resnetlab.data.decode import decode_pixels
+from resnetlab.errors import DataError
+from resnetlab.models.model_file import TrainedModel
+from resnetlab.preprocessing import MAX_RESIZED_PIXELS, Preprocessing
 
 FLOWERS = Path(__file__).resolve().parents[2] / "shared" / "data" / "flowers"
 
 
-def encoded(picture: Image.Image, format: str, **options: object) -> bytes:
+def encoded(image: Image.Image, format: str, **options: object) -> bytes:
     file = io.BytesIO()
-    picture.save(file, format, **options)  # type: ignore[arg-type]
+    image.save(file, format, **options)  # type: ignore[arg-type]
     return file.getvalue()
 
 
@@ -36,7 +35,7 @@ def decoder(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setattr(decode, "simplejpeg", None)
     else:
         pytest.importorskip("simplejpeg")
-    assert decode.decoder() == request.param
+    assert decode.jpeg_decoder() == request.param
     return str(request.param)
 
 
@@ -53,26 +52,26 @@ def near(a: np.ndarray, b: Image.Image, levels: float = 4) -> bool:
 
 @pytest.mark.usefixtures("decoder")
 def test_every_mode_becomes_rgb() -> None:
-    picture = photo(1)
-    grey = picture.convert("L")
+    image = photo(1)
+    grey = image.convert("L")
     assert near(pixels(encoded(grey, "JPEG", quality=95)), grey)
     assert near(pixels(encoded(grey, "PNG")), grey, 0.01)
-    assert near(pixels(encoded(picture, "JPEG", quality=95)), picture)
-    assert near(pixels(encoded(picture.convert("CMYK"), "JPEG", quality=95)), picture)
-    assert near(pixels(encoded(picture.convert("P"), "PNG")), picture.convert("P"), 0.01)
-    assert near(pixels(encoded(picture.convert("YCbCr"), "TIFF")), picture)
+    assert near(pixels(encoded(image, "JPEG", quality=95)), image)
+    assert near(pixels(encoded(image.convert("CMYK"), "JPEG", quality=95)), image)
+    assert near(pixels(encoded(image.convert("P"), "PNG")), image.convert("P"), 0.01)
+    assert near(pixels(encoded(image.convert("YCbCr"), "TIFF")), image)
     one = grey.convert("1")
     assert near(pixels(encoded(one, "PNG")), one, 0.01)
 
 
 @pytest.mark.usefixtures("decoder")
-def test_transparency_is_laid_on_white() -> None:
-    picture = photo(2, 8, 8)
+def test_transparency_is_composited_on_white() -> None:
+    image = photo(2, 8, 8)
     alpha = Image.new("L", (8, 8), 255)
     alpha.paste(0, (0, 0, 4, 8))
-    picture.putalpha(alpha)
-    shown = pixels(encoded(picture, "PNG"))
-    assert (shown[:, :4] == 255).all() and np.array_equal(shown[:, 4:], np.asarray(picture)[:, 4:, :3])
+    image.putalpha(alpha)
+    result = pixels(encoded(image, "PNG"))
+    assert (result[:, :4] == 255).all() and np.array_equal(result[:, 4:], np.asarray(image)[:, 4:, :3])
     palette = Image.new("P", (2, 1))
     palette.putpalette([10, 20, 30, 40, 50, 60])
     palette.putdata([0, 1])
@@ -89,8 +88,8 @@ def test_16_bits_are_scaled_not_clipped() -> None:
 def test_an_animation_gives_its_first_frame() -> None:
     first, second = Image.new("RGB", (4, 4), (250, 0, 0)), Image.new("RGB", (4, 4), (0, 0, 250))
     for format in ("GIF", "WEBP"):
-        shown = pixels(encoded(first, format, save_all=True, append_images=[second]))
-        assert shown[0, 0, 0] > 230 and shown[0, 0, 2] < 20
+        result = pixels(encoded(first, format, save_all=True, append_images=[second]))
+        assert result[0, 0, 0] > 230 and result[0, 0, 2] < 20
 
 
 @pytest.mark.usefixtures("decoder")
@@ -124,18 +123,6 @@ def test_both_decoders_give_the_same_pixels(monkeypatch: pytest.MonkeyPatch) -> 
         assert np.array_equal(a.numpy(), decode_pixels(content, "x").numpy())
 
 
-def bomb() -> bytes:
-    """A PNG whose header claims 20,000 x 20,000 pixels."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = struct.pack(">IIBBBBB", 20_000, 20_000, 8, 2, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(99))) + chunk(b"IEND", b"")
-    )
-
-
 def jpeg_bomb() -> bytes:
     content = encoded(photo(1), "JPEG")
     start = content.index(b"\xff\xc0") + 5
@@ -148,11 +135,11 @@ def jpeg_bomb() -> bytes:
     [
         (encoded(photo(1), "JPEG")[:-300], "a b.jpg is damaged: image file is truncated"),
         (encoded(photo(1), "PNG")[:-900], "a b.jpg is damaged: "),
-        (bomb(), "a b.jpg claims more than 89,478,485 pixels; make it smaller"),
+        (png_bomb(), "a b.jpg claims more than 89,478,485 pixels; make it smaller"),
         (jpeg_bomb(), "a b.jpg claims more than 89,478,485 pixels; make it smaller"),
-        (b"", "a b.jpg is not a picture that can be read"),
-        (b"\xff\xd8\xff", "a b.jpg is not a picture that can be read"),
-        (b"hello", "a b.jpg is not a picture that can be read"),
+        (b"", "a b.jpg is not an image that can be read"),
+        (b"\xff\xd8\xff", "a b.jpg is not an image that can be read"),
+        (b"hello", "a b.jpg is not an image that can be read"),
     ],
     ids=["truncated jpeg", "truncated png", "bomb", "jpeg bomb", "empty", "three bytes", "text"],
 )
@@ -162,12 +149,12 @@ def test_what_cannot_be_read_is_named(content: bytes, sentence: str) -> None:
 
 
 @pytest.mark.usefixtures("decoder")
-def test_one_pixel_is_a_picture() -> None:
+def test_one_pixel_is_an_image() -> None:
     assert pixels(encoded(Image.new("RGB", (1, 1), (1, 2, 3)), "PNG")).tolist() == [[[1, 2, 3]]]
 
 
 class Awkward(Exception):
-    """Not one that anybody expects."""
+    """An error type that nobody expects."""
 
 
 @pytest.mark.usefixtures("decoder")
@@ -201,25 +188,22 @@ def test_scrambled_files_are_read_or_named(format: str, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("width", [1, 400_000])
-def test_a_very_narrow_picture_takes_little_memory(width: int) -> None:
+def test_a_very_narrow_image_takes_little_memory(width: int) -> None:
     values = np.arange(400_000, dtype=np.uint8)[None].repeat(3, 0).T[None]  # (1, 400000, 3)
-    picture = Image.fromarray(values if width > 1 else values.transpose(1, 0, 2).copy())
-    assert picture.width == width
+    image = Image.fromarray(values if width > 1 else values.transpose(1, 0, 2).copy())
+    assert image.width == width
     preprocessing = Preprocessing(3, (224, 224), 256, torch.zeros(3), torch.ones(3))
-    whole, shown = preprocessing.resized(picture, 256), preprocessing(picture)
-    assert max(whole.size) == MOST // 256 and min(whole.size) == 256
-    assert shown.shape == (224, 224, 3)
-    assert set(shown.unique().tolist()) <= {
-        63,
-        64,
-    }  # what is left of it is pixels 199,999 and 200,000, enlarged 256 times
+    resized, cropped = preprocessing.resize_image(image, 256), preprocessing(image)
+    assert max(resized.size) == MAX_RESIZED_PIXELS // 256 and min(resized.size) == 256
+    assert cropped.shape == (224, 224, 3)
+    assert set(cropped.unique().tolist()) <= {63, 64}  # the crop is pixels 199,999 and 200,000, enlarged 256 times
 
 
-def test_a_pillow_picture_is_predicted_like_its_file(tmp_path: Path) -> None:
-    net = residuum.build("resnet8", classes=3)
+def test_a_pillow_image_is_predicted_like_its_file(tmp_path: Path) -> None:
+    net = resnetlab.build("resnet8", classes=3)
     preprocessing = Preprocessing(3, (32, 32), 32, torch.full((3,), 0.5), torch.full((3,), 0.2))
-    Bundle(net, ("a", "b", "c"), preprocessing).save(tmp_path / "m.safetensors")
-    model = residuum.load(tmp_path / "m.safetensors", device="cpu")
+    TrainedModel(net, ("a", "b", "c"), preprocessing).save(tmp_path / "m.safetensors")
+    model = resnetlab.load(tmp_path / "m.safetensors", device="cpu")
     turned = Image.Exif()
     turned[0x0112] = 6
     alpha = photo(2, 40, 30)
@@ -235,11 +219,11 @@ def test_a_pillow_picture_is_predicted_like_its_file(tmp_path: Path) -> None:
     }
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
-        with Image.open(io.BytesIO(content)) as picture:
-            assert model.predict(picture).top == model.predict(tmp_path / name).top, name
-            raw = preprocessing(picture)
+        with Image.open(io.BytesIO(content)) as image:
+            assert model.predict(image).top == model.predict(tmp_path / name).top, name
+            raw = preprocessing(image)
         assert not torch.equal(raw, preprocessing(decode.decode(tmp_path / name))) or name == "four.jpg", name
-    with pytest.raises(DataError, match="the picture is damaged: image file is truncated"):
+    with pytest.raises(DataError, match="the image is damaged: image file is truncated"):
         model.predict(Image.open(io.BytesIO(files["turned.jpg"][:-200])))
 
 
@@ -255,21 +239,21 @@ XMP = (
 
 
 @pytest.mark.usefixtures("decoder")
-def test_a_rotation_is_found_wherever_it_stands() -> None:
-    picture, exif = photo(3, 60, 40), Image.Exif()
+def test_a_rotation_is_found_in_any_segment() -> None:
+    image, exif = photo(3, 60, 40), Image.Exif()
     exif[0x0112] = 6
-    turned = picture.transpose(Image.Transpose.ROTATE_270)
-    plain = encoded(picture, "JPEG", quality=95)
-    far = encoded(picture, "JPEG", quality=95, exif=exif)
+    turned = image.transpose(Image.Transpose.ROTATE_270)
+    plain = encoded(image, "JPEG", quality=95)
+    far = encoded(image, "JPEG", quality=95, exif=exif)
     for number in (2, 1):
         far = segment(far, 0xE2, b"ICC_PROFILE\0" + bytes([number, 2]) + bytes(60_000))
-    for content in (segment(plain, 0xE1, XMP), far, segment(far, 0xFE, b"a remark")):
+    for content in (segment(plain, 0xE1, XMP), far, segment(far, 0xFE, b"a comment")):
         assert near(pixels(content), turned)
-    assert near(pixels(segment(plain, 0xE2, bytes(60_000))), picture)
+    assert near(pixels(segment(plain, 0xE2, bytes(60_000))), image)
 
 
 @pytest.mark.usefixtures("decoder")
-def test_a_transparent_colour_is_laid_on_white() -> None:
+def test_a_transparent_colour_is_composited_on_white() -> None:
     left = np.zeros((4, 6, 3), np.uint8)
     left[:, 3:] = 200
     for content in (
@@ -277,8 +261,8 @@ def test_a_transparent_colour_is_laid_on_white() -> None:
         encoded(Image.fromarray(left[..., 0]), "PNG", transparency=0),
         encoded(Image.fromarray(left[..., 0].astype(np.uint16) * 256), "PNG", transparency=0),
     ):
-        shown = pixels(content)
-        assert (shown[:, :3] == 255).all() and (shown[:, 3:] == 200).all()
+        result = pixels(content)
+        assert (result[:, :3] == 255).all() and (result[:, 3:] == 200).all()
 
 
 @pytest.mark.usefixtures("decoder")
@@ -287,7 +271,7 @@ def test_a_transparent_colour_is_laid_on_white() -> None:
 )
 def test_values_without_a_known_white_are_refused(values: np.ndarray) -> None:
     with pytest.raises(
-        DataError, match=r"^x has 32 bits a value, and does not say which of them is white; save it with 8"
+        DataError, match=r"^x has 32 bits per value and does not define which value is white; save it with 8"
     ):
         pixels(encoded(Image.fromarray(values), "TIFF"))
 

@@ -1,4 +1,4 @@
-"""The documents: their links and pictures are there, and nothing in them waits to be filled in."""
+"""The documents: their links and images exist, and they contain no placeholders."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ PAGES = sorted([*REPOSITORY.glob("*.md"), *(REPOSITORY / "docs").glob("*.md")])
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_lead_somewhere_and_nothing_is_left_open(page: Path) -> None:
+def test_links_exist_and_no_placeholders_are_left(page: Path) -> None:
     text = page.read_text()
     for target in re.findall(r"\]\(([^)#]+)\)", text):
         if "://" not in target:
-            assert (page.parent / target).exists(), f"{page.name} links to {target}, which is not there"
+            assert (page.parent / target).exists(), f"{page.name} links to {target}, which does not exist"
     assert not re.findall(r"\b(?:TODO|FIXME|XXX|TBD|[A-Z]+_[A-Z_]+_?LINE|RESULT_LINE|COMMIT_[A-Z]+)\b", text)

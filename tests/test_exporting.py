@@ -1,8 +1,9 @@
-"""Files for other programs, made and read back by the programs themselves."""
+"""Exported files, read back with the programs that they are for."""
 
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,25 +17,25 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pictures import photo
-from residuum.cli.main import run
-from residuum.data import digits
-from residuum.errors import ModelFileError, UsageError
-from residuum.models.bundle import Bundle, load_bundle
-from residuum.models.resnet import build
-from residuum.models.samples import Samples
-from residuum.preprocessing import Preprocessing, picture_of, pixels_of
-from residuum.use import exporting
-from residuum.use.engines import BOUNDS
-from residuum.use.resizing import Resize
+from images import photo
+from resnetlab.cli.main import run_command
+from resnetlab.data import digits
+from resnetlab.errors import ModelFileError, UsageError, missing_package
+from resnetlab.inference import export
+from resnetlab.inference.backends import PARITY_BOUNDS
+from resnetlab.inference.resizing import Resize
+from resnetlab.models.model_file import TrainedModel, load_trained_model
+from resnetlab.models.reference_images import ReferenceImages
+from resnetlab.models.resnet import build
+from resnetlab.preprocessing import Preprocessing, pil_to_tensor, tensor_to_pil
 
 CLASSES = ("null", "eins", "zwei", "drei", "vier", "fünf", "sechs", "sieben", "acht", "neun")
-DIGITS = digits.load()
+DIGITS = digits.load_digits()
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A network with a per-pixel mean and a temperature, whose scores differ from picture to picture."""
+    """A network with a per-pixel mean and a temperature, whose scores differ from image to image."""
     torch.manual_seed(0)
     net: Any = build("resnet8", classes=10, channels=1, seed=0)
     train, test = DIGITS.train.images, DIGITS.test.images
@@ -47,24 +48,24 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         x = prepared.normalise(train[chosen])
         torch.nn.functional.cross_entropy(net(x), DIGITS.train.labels[chosen]).backward()
         optimizer.step()
-    samples = Samples(test[:16], DIGITS.test.labels[:16], train[:64])
+    samples = ReferenceImages(test[:16], DIGITS.test.labels[:16], train[:64])
     file = tmp_path_factory.mktemp("model") / "m.safetensors"
-    Bundle(net.eval(), CLASSES, prepared, 1.7, samples=samples).save(file)
+    TrainedModel(net.eval(), CLASSES, prepared, 1.7, reference_images=samples).save(file)
     return file
 
 
 def by_hand(model: Path, pixels: Tensor) -> np.ndarray:
     """(x / 255 - mean) / std, the network, / temperature, softmax: in fp64 and with BN as it stands."""
-    bundle = load_bundle(model)
-    x = (pixels.double() / 255 - bundle.preprocessing.mean) / bundle.preprocessing.std
+    loaded = load_trained_model(model)
+    x = (pixels.double() / 255 - loaded.preprocessing.mean) / loaded.preprocessing.std
     with torch.no_grad():
-        logits = bundle.net.double()(x.permute(0, 3, 1, 2))
+        logits = loaded.net.double()(x.permute(0, 3, 1, 2))
     return torch.softmax(logits / 1.7, 1).numpy()
 
 
-def asked(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, Any, str]:
+def run_json(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, Any, str]:
     capsys.readouterr()
-    code = run([str(a) for a in arguments])
+    code = run_command([str(a) for a in arguments])
     out, err = capsys.readouterr()
     assert "Traceback" not in err
     return code, json.loads(out) if out else None, err
@@ -75,23 +76,23 @@ FRESH = DIGITS.test.images[20:25]
 
 def test_onnx(model: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     out = tmp_path / "m.onnx"
-    code, proof, _ = asked(capsys, "export", model, "--to", "onnx", "--out", out, "--json")
-    assert code == 0 and proof["top1_agreement"] == 1.0 and proof["largest_difference"] < 1e-5 and proof["n"] == 16
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["m.onnx", "m.onnx.json", "m.onnx.proof.json"]
+    code, parity, _ = run_json(capsys, "export", model, "--to", "onnx", "--out", out, "--json")
+    assert code == 0 and parity["top1_agreement"] == 1.0 and parity["largest_difference"] < 1e-5 and parity["n"] == 16
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m.onnx", "m.onnx.json", "m.onnx.parity.json"]
     turned = [list(n.attribute[0].ints) for n in onnx.load(out).graph.node if n.op_type == "Transpose"]
     assert [1, 0] not in turned  # in float64, before a product: ONNX Runtime 1.24 and 1.25 refuse such a file
-    beside = json.loads((tmp_path / "m.onnx.proof.json").read_text())
-    assert beside.items() <= proof.items() and [b["batch"] for b in beside["batches"]] == [1, 7]
+    beside = json.loads((tmp_path / "m.onnx.parity.json").read_text())
+    assert beside.items() <= parity.items() and [b["batch"] for b in beside["batches"]] == [1, 7]
     session = onnxruntime.InferenceSession(str(out), providers=["CPUExecutionProvider"])
     for n in (1, 2, 5):
         (scores,) = session.run(["scores"], {"pixels": FRESH[:n].numpy()})
         assert np.abs(scores - by_hand(model, FRESH[:n])).max() < 1e-5
-    assert proof["sizes"] == 5
-    prepared = load_bundle(model).preprocessing
+    assert parity["sizes"] == 5
+    prepared = load_trained_model(model).preprocessing
     for size in ((13, 20), (31, 9), (5, 5)):  # any size, resized as Pillow does
-        large = pixels_of(picture_of(FRESH[0]).resize(size))
+        large = pil_to_tensor(tensor_to_pil(FRESH[0]).resize(size))
         (scores,) = session.run(["scores"], {"pixels": large[None].numpy()})
-        assert np.abs(scores - by_hand(model, prepared(picture_of(large))[None])).max() < 1e-5
+        assert np.abs(scores - by_hand(model, prepared(tensor_to_pil(large))[None])).max() < 1e-5
     properties = {p.key: p.value for p in onnx.load(str(out)).metadata_props}
     assert tuple(json.loads(properties["classes"])) == CLASSES
     described = json.loads((tmp_path / "m.onnx.json").read_text())
@@ -102,25 +103,25 @@ def test_onnx(model: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -
     ("size", "resize", "interpolation"),
     [((32, 32), 32, "bilinear"), ((24, 40), 48, "bilinear"), ((32, 32), 36, "bicubic"), ((32, 32), 20, "bilinear")],
 )
-def test_resizing_as_arithmetic_is_pillows(size: tuple[int, int], resize: int, interpolation: str) -> None:
-    """To the bit, but for tall pictures, whose rows some of Pillow's versions resize first."""
+def test_tensor_resize_equals_pillows(size: tuple[int, int], resize: int, interpolation: str) -> None:
+    """Bit-identical except for tall images, whose rows some versions of Pillow resize first."""
     prepared = Preprocessing(3, size, resize, torch.zeros(3), torch.ones(3), interpolation)
     resized = Resize(prepared)
     for i, (w, h) in enumerate(((60, 45), (45, 60), (200, 133), (32, 32), (9, 7), (1, 1), (700, 12), (17, 39))):
-        pixels = pixels_of(photo(i, w, h).convert("RGB"))
-        apart = (resized(pixels[None])[0].int() - prepared(picture_of(pixels)).int()).abs()
+        pixels = pil_to_tensor(photo(i, w, h).convert("RGB"))
+        apart = (resized(pixels[None])[0].int() - prepared(tensor_to_pil(pixels)).int()).abs()
         assert apart.max() <= (3 if h > 2 * w else 0), (w, h)
 
 
 def test_torch(model: Path, tmp_path: Path) -> None:
     out = tmp_path / "m.pt2"
-    assert run(["export", str(model), "--to", "torch", "--out", str(out)]) == 0
+    assert run_command(["export", str(model), "--to", "torch", "--out", str(out)]) == 0
     files = {"classes": ""}
     module: Any = torch.export.load(str(out), extra_files=files).module()
     for n in (1, 5):
         assert np.abs(module(FRESH[:n]).detach().numpy() - by_hand(model, FRESH[:n])).max() < 1e-5
-    large = pixels_of(picture_of(FRESH[0]).resize((30, 19)))
-    expected = by_hand(model, load_bundle(model).preprocessing(picture_of(large))[None])
+    large = pil_to_tensor(tensor_to_pil(FRESH[0]).resize((30, 19)))
+    expected = by_hand(model, load_trained_model(model).preprocessing(tensor_to_pil(large))[None])
     assert np.abs(module(large[None]).detach().numpy() - expected).max() < 1e-5
     assert tuple(json.loads(files["classes"])) == CLASSES
 
@@ -131,59 +132,59 @@ def test_openvino_in_int8(model: Path, capsys: pytest.CaptureFixture[str], tmp_p
         Image.fromarray(DIGITS.test.images[i, :, :, 0].numpy()).save(tmp_path / f"{i:02}.png")
     arguments = (
         *("export", model, "--to", "openvino", "--precision", "int8"),
-        *("--pictures", tmp_path, "--out", out, "--json"),
+        *("--images", tmp_path, "--out", out, "--json"),
     )
-    code, proof, err = asked(capsys, *arguments)
+    code, parity, err = run_json(capsys, *arguments)
     assert code == 0, err
-    assert proof["precision"] == "int8" and proof["bound"] == {"top1_agreement": 0.9, "largest_difference": 0.3}
+    assert parity["precision"] == "int8" and parity["bound"] == {"top1_agreement": 0.9, "largest_difference": 0.3}
     read = openvino.Core().read_model(out)
     assert "FakeQuantize" in {op.get_type_name() for op in read.get_ops()}
-    assert tuple(json.loads(read.get_rt_info(["residuum", "classes"]).astype(str))) == CLASSES
+    assert tuple(json.loads(read.get_rt_info(["resnetlab", "classes"]).astype(str))) == CLASSES
     compiled = openvino.compile_model(read, "CPU")
     for size in ((8, 8), (20, 15)):
-        pixels = torch.stack([pixels_of(picture_of(one).resize(size)) for one in FRESH])
-        ours = torch.stack([load_bundle(model).preprocessing(picture_of(one)) for one in pixels])
+        pixels = torch.stack([pil_to_tensor(tensor_to_pil(one).resize(size)) for one in FRESH])
+        ours = torch.stack([load_trained_model(model).preprocessing(tensor_to_pil(one)) for one in pixels])
         assert (compiled([pixels.numpy()])[0].argmax(1) == by_hand(model, ours).argmax(1)).mean() >= 0.8
 
 
-def test_onnx_in_int8_is_calibrated_on_other_pictures_than_it_is_proved_on(
+def test_onnx_int8_is_calibrated_on_other_images_than_it_is_checked_on(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for i in range(40):
         Image.fromarray(DIGITS.test.images[i, :, :, 0].numpy()).save(tmp_path / f"{i:02}.png")
-    (tmp_path / "bad.png").write_text("no picture")
+    (tmp_path / "bad.png").write_text("no image")
     seen = {}
-    whole = exporting.export_whole
+    original = export.export_model
 
-    def watched(bundle: Bundle, to: str, precision: str, out: Path, check: Tensor, training: Tensor) -> Any:
+    def record(model: TrainedModel, to: str, precision: str, out: Path, check: Tensor, training: Tensor) -> Any:
         seen.update(check=check, training=training)
-        return whole(bundle, to, precision, out, check, training)
+        return original(model, to, precision, out, check, training)
 
-    monkeypatch.setattr(exporting, "export_whole", watched)
+    monkeypatch.setattr(export, "export_model", record)
     out = tmp_path / "m.onnx"
-    arguments = ("export", model, "--to", "onnx", "--precision", "int8", "--pictures", tmp_path, "--out", out, "--json")
-    code, proof, err = asked(capsys, *arguments)
+    arguments = ("export", model, "--to", "onnx", "--precision", "int8", "--images", tmp_path, "--out", out, "--json")
+    code, parity, err = run_json(capsys, *arguments)
     assert code == 0, err
-    prepared = load_bundle(model).preprocessing
-    kept = {prepared(picture_of(x)).numpy().tobytes() for x in seen["check"]}
-    learnt = {x.numpy().tobytes() for x in seen["training"]}
-    assert proof["n"] == len(seen["check"]) == len(seen["training"]) == 20 and not kept & learnt
+    prepared = load_trained_model(model).preprocessing
+    checked = {prepared(tensor_to_pil(x)).numpy().tobytes() for x in seen["check"]}
+    calibrated = {x.numpy().tobytes() for x in seen["training"]}
+    assert parity["n"] == len(seen["check"]) == len(seen["training"]) == 20 and not checked & calibrated
     assert "QuantizeLinear" in {node.op_type for node in onnx.load(str(out)).graph.node}
 
 
 def test_disagreement_fails_and_leaves_no_file(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    wrong = load_bundle(model)
+    wrong = load_trained_model(model)
     wrong.net.fc.bias.data[3] += 2.0
-    right = exporting.resizing
-    monkeypatch.setattr(exporting, "resizing", lambda _, __: right(wrong, exporting.Whole(wrong)))
+    right = export.resizing
+    monkeypatch.setattr(export, "resizing", lambda _, __: right(wrong, export.InferenceModule(wrong)))
     out = tmp_path / "m.pt2"
     out.write_text("an older one")
-    code, document, err = asked(capsys, "export", model, "--to", "torch", "--out", out, "--json")
+    code, document, err = run_json(capsys, "export", model, "--to", "torch", "--out", out, "--json")
     assert code == 1 and document is None and "was not written: top-1 agrees on" in err and "within 0.001" in err
     assert [p.name for p in tmp_path.iterdir()] == ["m.pt2"] and out.read_text() == "an older one"
-    assert BOUNDS["fp32"] == (1.0, 1e-3)
+    assert PARITY_BOUNDS["fp32"] == (1.0, 1e-3)
 
 
 @pytest.mark.parametrize(
@@ -193,9 +194,9 @@ def test_disagreement_fails_and_leaves_no_file(
         (["--to", "torch", "--precision", "int8"], 2, "--to torch writes fp32, not int8"),
         (["--to", "onnx", "--precision", "int9"], 2, "unknown precision 'int9'"),
         (["--to", "onnx", "--out", "m.txt"], 2, "a file for onnx ends in .onnx"),
-        (["--to", "torchvision", "--json"], 2, "--to torchvision takes --out alone"),
-        (["--to", "onnx", "--data", "digits", "--pictures", "."], 2, "give --data or --pictures, not both"),
-        (["--to", "onnx", "--pictures", "nowhere"], 1, "nowhere is no folder"),
+        (["--to", "torchvision", "--json"], 2, "--to torchvision takes only --out"),
+        (["--to", "onnx", "--data", "digits", "--images", "."], 2, "give --data or --images, not both"),
+        (["--to", "onnx", "--images", "nowhere"], 1, "nowhere is no folder"),
         (["--to", "torch", "--out", "nowhere/m.pt2"], 1, "cannot write nowhere/m.pt2"),
     ],
 )
@@ -204,27 +205,25 @@ def test_wrong_requests(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
-    given, _, err = asked(capsys, "export", model, *arguments)
+    given, _, err = run_json(capsys, "export", model, *arguments)
     assert given == code and sentence in err and not list(tmp_path.iterdir())
 
 
-def test_a_model_without_pictures_says_so(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_model_without_images(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bare = tmp_path / "bare.safetensors"
-    replace(load_bundle(model), samples=None).save(bare)
-    code, _, err = asked(capsys, "export", bare, "--to", "torch")
-    assert code == 2 and "holds no pictures to prove the export on" in err and "--pictures FOLDER" in err
+    replace(load_trained_model(model), reference_images=None).save(bare)
+    code, _, err = run_json(capsys, "export", bare, "--to", "torch")
+    assert code == 2 and "has no images to check the export on" in err and "--images FOLDER" in err
     (tmp_path / "none").mkdir()
-    code, _, err = asked(capsys, "export", bare, "--to", "torch", "--pictures", tmp_path / "none")
-    assert code == 1 and "holds no picture that can be read" in err
-    with pytest.raises(UsageError, match="calibrated on pictures that are not those of the proof"):
-        exporting.export_whole(load_bundle(model), "onnx", "int8", tmp_path / "m.onnx", FRESH, FRESH[:0])
-    with pytest.raises(ModelFileError, match="is not there"):
-        load_bundle(tmp_path / "m.onnx")
+    code, _, err = run_json(capsys, "export", bare, "--to", "torch", "--images", tmp_path / "none")
+    assert code == 1 and "has no readable image" in err
+    with pytest.raises(UsageError, match="calibrated on other images than those of the parity check"):
+        export.export_model(load_trained_model(model), "onnx", "int8", tmp_path / "m.onnx", FRESH, FRESH[:0])
+    with pytest.raises(ModelFileError, match="does not exist"):
+        load_trained_model(tmp_path / "m.onnx")
 
 
 def test_a_missing_package_is_named(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exporting, "find_spec", lambda name: None if name == "onnxscript" else name)
-    with pytest.raises(
-        UsageError, match=r"needs the package onnxscript; install it with: pip install 'residuum\[onnx\]'"
-    ):
-        exporting.check_request("onnx", "fp32", Path("m.onnx"))
+    monkeypatch.setattr(export, "find_spec", lambda name: None if name == "onnxscript" else name)
+    with pytest.raises(UsageError, match=re.escape(str(missing_package("--to onnx", "onnxscript", "onnx")))):
+        export.check_export_request("onnx", "fp32", Path("m.onnx"))

@@ -1,4 +1,4 @@
-"""Files over HTTP: what is kept of them between processes, what is asked again, and what servers do wrong."""
+"""Files over HTTP: what is kept between processes, what is requested again, and faulty servers."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from pictures import folder, photo
-from residuum.data import pack, remote
-from residuum.errors import DataError, RunError
-from server import Server
-from test_shards import files, load, packed
-from test_shards import tar as made
-from test_shards_elsewhere import members
+from http_server import FileServer
+from images import folder, photo
+from resnetlab.data import download, pack
+from resnetlab.errors import DataError, RunError
+from shard_files import files, load, members, packed
+from shard_files import tar as made
 
 OLD, NEW = bytes(3000), bytes(range(250)) * 12  # two versions of one file, of one length
 
@@ -28,59 +27,59 @@ class Changing(dict[str, bytes]):
 
 
 @pytest.mark.parametrize("careless", [False, True], ids=["If-Range", "Content-Range and ETag"])
-def test_a_dropped_file_is_gone_on_with_only_if_it_is_the_same(
+def test_a_dropped_file_is_resumed_only_if_it_is_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, careless: bool
 ) -> None:
-    with Server({"a.tar": NEW}, drop_after=2000, tags=True) as server:
-        assert remote.download(server.url + "a.tar", tmp_path / "same").read_bytes() == NEW
-        assert [part for _, part in server.asked] == [None, "bytes=2000-"]
-    monkeypatch.setattr(remote, "PAUSES", (0.0,) * 3)
-    with Server(Changing({"a.tar": OLD}), drop_after=2000, tags=True, careless=careless) as server:
-        assert remote.download(server.url + "a.tar", tmp_path / "changed").read_bytes() == NEW
+    with FileServer({"a.tar": NEW}, drop_after=2000, etags=True) as server:
+        assert download.download_file(server.url + "a.tar", tmp_path / "same").read_bytes() == NEW
+        assert [part for _, part in server.requests] == [None, "bytes=2000-"]
+    monkeypatch.setattr(download, "PAUSES", (0.0,) * 3)
+    with FileServer(Changing({"a.tar": OLD}), drop_after=2000, etags=True, ignore_if_range=careless) as server:
+        assert download.download_file(server.url + "a.tar", tmp_path / "changed").read_bytes() == NEW
 
 
 @pytest.mark.parametrize("tags", [True, False])
-def test_what_another_process_left_is_gone_on_with_where_its_version_is_known(tmp_path: Path, tags: bool) -> None:
-    with Server({"a.tar": OLD}, drop_after=100, tags=tags) as server:
+def test_what_another_process_left_is_resumed_if_its_version_is_known(tmp_path: Path, tags: bool) -> None:
+    with FileServer({"a.tar": OLD}, drop_after=100, etags=tags) as server:
         url = server.url + "a.tar"
         with pytest.raises(DataError, match="dropped after 300 of 3,000"):
-            remote.download(url, tmp_path / "a")
+            download.download_file(url, tmp_path / "a")
         with pytest.raises(DataError, match=f"dropped after {600 if tags else 300} of 3,000"):
-            remote.download(url, tmp_path / "a")
-    with Server({"a.tar": NEW}, tags=tags) as server:
-        assert remote.download(server.url + "a.tar", tmp_path / "a").read_bytes() == NEW
-    assert remote.is_whole(tmp_path / "a")
+            download.download_file(url, tmp_path / "a")
+    with FileServer({"a.tar": NEW}, etags=tags) as server:
+        assert download.download_file(server.url + "a.tar", tmp_path / "a").read_bytes() == NEW
+    assert download.is_complete(tmp_path / "a")
 
 
-def test_an_answer_of_untold_length_that_is_cut(tmp_path: Path) -> None:
+def test_a_truncated_response_without_a_length(tmp_path: Path) -> None:
     content = made(tmp_path / "s" / "x-0.tar", members()).read_bytes()
     ended = len(content.rstrip(b"\0")) // 512 * 512 + 512  # where the blocks that end the archive begin
-    with Server({"x-0.tar": content}, drop_after=ended, ranges=False, lengths=False) as server:
-        said = rf"{server.url}x-0.tar cannot be fetched: the connection was dropped after {ended:,} bytes, or .* \(3 attempts"
-        with pytest.raises(DataError, match=said):
+    with FileServer({"x-0.tar": content}, drop_after=ended, ranges=False, lengths=False) as server:
+        error = rf"{server.url}x-0.tar cannot be fetched: the connection was dropped after {ended:,} bytes, or .* \(3 attempts"
+        with pytest.raises(DataError, match=error):
             load(server.url + "x-0.tar", tmp_path / "data")
-    with Server({"x-0.tar": content}, drop_after=len(content) * 2 // 3, tags=True, lengths=False) as server:
+    with FileServer({"x-0.tar": content}, drop_after=len(content) * 2 // 3, etags=True, lengths=False) as server:
         assert load(server.url + "x-0.tar", tmp_path / "data").classes == ("a", "b")
-        assert server.asked[-1] == ("x-0.tar", f"bytes={len(content) * 2 // 3}-")
+        assert server.requests[-1] == ("x-0.tar", f"bytes={len(content) * 2 // 3}-")
 
 
-def test_nothing_is_asked_of_what_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "PAUSES", (0.0,))
+def test_complete_shards_need_no_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(download, "PAUSES", (0.0,))
     served = {
         f"x-{i}.tar": made(tmp_path / "s" / f"x-{i}.tar", members("01", start=20 * i)).read_bytes() for i in (0, 1)
     }
     served["classes.txt"] = b"cat\ndog\n"
-    with Server(served, tags=True) as server:
+    with FileServer(served, etags=True) as server:
         one, both = server.url + "x-0.tar", server.url + "x-{0..1}.tar"
         assert load(one, tmp_path / "data").classes == ("cat", "dog")
         asked = ["x-0.index.json", "x-0.tar", "classes.txt"]
-        assert [name for name, _ in server.asked] == asked
+        assert [name for name, _ in server.requests] == asked
         load(one, tmp_path / "data")
-        assert [name for name, _ in server.asked] == asked
-        load(both, tmp_path / "data")  # x-0.tar is asked after, and has not changed
-        assert [name for name, _ in server.asked[3:]] == ["x-0.tar", "x-1.index.json", "x-1.tar", "classes.txt"]
+        assert [name for name, _ in server.requests] == asked
+        load(both, tmp_path / "data")  # x-0.tar is validated, and has not changed
+        assert [name for name, _ in server.requests[3:]] == ["x-0.tar", "x-1.index.json", "x-1.tar", "classes.txt"]
         (kept,) = (tmp_path / "data").rglob("x-1.tar")
-        kept.write_bytes(kept.read_bytes()[:700])  # it is no longer as it arrived
+        kept.write_bytes(kept.read_bytes()[:700])  # no longer complete
         load(both, tmp_path / "data")
         assert kept.read_bytes() == served["x-1.tar"]
     assert load(both, tmp_path / "data").classes == ("cat", "dog")  # the server is down
@@ -91,37 +90,40 @@ def test_nothing_is_asked_of_what_is_known(tmp_path: Path, monkeypatch: pytest.M
 def test_shards_of_two_packings_are_not_mixed(tmp_path: Path) -> None:
     root, out = packed(tmp_path, {"train": 3, "val": 3}, per_shard=100)
     served = files(out)
-    with Server(served, tags=True) as server:
+    with FileServer(served, etags=True) as server:
         before = load(server.url + "train-000000.tar", tmp_path / "data")
         photo(77).save(root / "train" / "alpha" / "new.jpg")
-        pack.pack(load(root), tmp_path / "again", per_shard=100)
+        pack.pack_shards(load(root), tmp_path / "again", per_shard=100)
         served.update(files(tmp_path / "again"))
-        assert len(load(server.url + "{train,val}-000000.tar", tmp_path / "data").train) == len(before.whole or ()) + 1
+        assert (
+            len(load(server.url + "{train,val}-000000.tar", tmp_path / "data").train)
+            == len(before.all_images or ()) + 1
+        )
 
 
-def test_an_address_that_expired_is_said_without_its_signature(tmp_path: Path) -> None:
-    with Server({}, absent=403) as server, pytest.raises(DataError) as told:
+def test_an_expired_address_is_reported_without_its_signature(tmp_path: Path) -> None:
+    with FileServer({}, missing_status=403) as server, pytest.raises(DataError) as caught:
         load(server.url + "x-0.tar?X-Signature=secret", tmp_path / "data")
-    assert str(told.value) == (
+    assert str(caught.value) == (
         f"{server.url}x-0.tar cannot be fetched: the server says 403 Forbidden: it is not there, or the address may not be "
         "read (a signed one may have expired)."
     )
 
 
-def test_a_full_disk_is_no_matter_of_the_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_not_retried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> Callable[..., object]:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with Server({"a.tar": OLD}) as server:
-        monkeypatch.setattr(remote, "open", full, raising=False)
+    with FileServer({"a.tar": OLD}) as server:
+        monkeypatch.setattr(download, "open", full, raising=False)
         with pytest.raises(RunError, match="no space left to write"):
-            remote.download(server.url + "a.tar", tmp_path / "a")
-        assert len(server.asked) == 1
+            download.download_file(server.url + "a.tar", tmp_path / "a")
+        assert len(server.requests) == 1
 
 
 def test_a_quarantine_that_empties_a_class_of_shards(tmp_path: Path) -> None:
     root = folder(tmp_path / "d", {"train": 3, "val": 2})
-    pack.pack(load(root), tmp_path / "s")
+    pack.pack_shards(load(root), tmp_path / "s")
     (tmp_path / "bad.txt").write_text("".join(f"train/alpha/bild {i}.jpg\n" for i in range(3)))
-    with pytest.raises(DataError, match=rf"the quarantine list leaves no picture of class alpha in {tmp_path / 's'}"):
+    with pytest.raises(DataError, match=rf"the quarantine list leaves no image of class alpha in {tmp_path / 's'}"):
         load(tmp_path / "s", quarantine=str(tmp_path / "bad.txt"))

@@ -1,4 +1,4 @@
-"""Folders of class folders: what is read, what is held out, what is refused, and that workers change nothing."""
+"""Folders of class folders: reading, hold-out, refusals, and the same batches for any number of workers."""
 
 from __future__ import annotations
 
@@ -20,58 +20,58 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-import residuum
-from pictures import NAMES, folder, photo
-from residuum.cli import console
-from residuum.cli.main import run
-from residuum.data import check, sources
-from residuum.data.augment import VALUES, VECTORS, Augmentation
-from residuum.data.crops import DRAWS, Crop
-from residuum.data.dataset import Split
-from residuum.data.loader import Loader, order
-from residuum.data.reading import Views
-from residuum.data.statistics import statistics
-from residuum.data.stored import Names, Reading, Stored, quarantine_line
-from residuum.errors import DataError, RunError, UsageError
-from residuum.preprocessing import Preprocessing
-from residuum.runtime import pick_engine
+import resnetlab
+from images import NAMES, folder, photo
+from resnetlab.cli import console
+from resnetlab.cli.main import run_command
+from resnetlab.data import check, sources
+from resnetlab.data.augment import PCA_VALUES, PCA_VECTORS, Augmentation
+from resnetlab.data.crops import NUM_DRAWS, Crop
+from resnetlab.data.dataset import MemorySplit
+from resnetlab.data.disk_split import DiskSplit, FileNames, ReadOptions, quarantine_line
+from resnetlab.data.prefetch import PreprocessedSplit
+from resnetlab.data.sampler import TrainLoader, step_indices
+from resnetlab.data.statistics import compute_statistics
+from resnetlab.device import select_device
+from resnetlab.errors import DataError, RunError, UsageError
+from resnetlab.preprocessing import Preprocessing
+from tiny_runs import TINY_PHOTOS
 
 FLOWERS = Path(__file__).resolve().parents[2] / "shared" / "data" / "flowers"
 SHAPE = Preprocessing(3, (24, 24), 32, torch.zeros(3), torch.ones(3))
-ENGINE = pick_engine("fp32", "cpu")
-TINY = {"net": "resnet8", "size": 16, "resize": 20, "batch": 6, "steps": 8, "device": "cpu", "precision": "fp32"}
+ENGINE = select_device("fp32", "cpu")
 
 
 def load(root: Path, **reading: object) -> sources.Dataset:
-    return sources.load(str(root), Path("data"), Reading(**reading))  # type: ignore[arg-type]
+    return sources.load_dataset(str(root), Path("data"), ReadOptions(**reading))  # type: ignore[arg-type]
 
 
-def loader(split: object, crop: Crop, **values: object) -> Loader:
-    return Loader(split, SHAPE, Augmentation(flip=True, colour=True), 6, 3, ENGINE, crop, **values)  # type: ignore[arg-type]
+def loader(split: object, crop: Crop, **values: object) -> TrainLoader:
+    return TrainLoader(split, SHAPE, Augmentation(flip=True, colour=True), 6, 3, ENGINE, crop, **values)  # type: ignore[arg-type]
 
 
 def test_splits_classes_and_names(tmp_path: Path) -> None:
-    data = load(folder(tmp_path / "my pictures", {"train": 4, "val": 2, "test": 3}))
+    data = load(folder(tmp_path / "my images", {"train": 4, "val": 2, "test": 3}))
     assert data.classes == tuple(sorted(NAMES))
-    assert (len(data.train), len(data.test), data.val and len(data.val), data.judged) == (12, 9, 6, "test")
+    assert (len(data.train), len(data.test), data.val and len(data.val), data.evaluated_split) == (12, 9, 6, "test")
     assert data.train.names[5] == os.path.join("train", "größe ß", "bild 1.jpg")
     assert data.train.labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
-    assert data.train.pictures([0])[0].dtype == torch.uint8 and data.train.pictures([0])[0].shape == (41, 51, 3)
-    assert data.fingerprint == load(tmp_path / "my pictures").fingerprint
-    photo(99).save(tmp_path / "my pictures" / "test" / "alpha" / "one more.jpg")
-    assert data.fingerprint != load(tmp_path / "my pictures").fingerprint
+    assert data.train.read_images([0])[0].dtype == torch.uint8 and data.train.read_images([0])[0].shape == (41, 51, 3)
+    assert data.fingerprint == load(tmp_path / "my images").fingerprint
+    photo(99).save(tmp_path / "my images" / "test" / "alpha" / "one more.jpg")
+    assert data.fingerprint != load(tmp_path / "my images").fingerprint
 
 
-def test_val_is_judged_where_there_is_no_test(tmp_path: Path) -> None:
+def test_val_is_evaluated_where_there_is_no_test(tmp_path: Path) -> None:
     data = load(folder(tmp_path / "d"))
-    assert data.judged == "val" and data.val is None and set(data.splits) == {"train", "val"}
+    assert data.evaluated_split == "val" and data.val is None and set(data.splits) == {"train", "val"}
 
 
 @pytest.mark.parametrize("split", ["", "train"])
 def test_a_hold_out_is_drawn_by_name(tmp_path: Path, split: str) -> None:
     root = folder(tmp_path / "d", {split: 20})
     data = load(root)
-    assert data.judged == "held-out" and set(data.splits) == {"train", "held-out", "all"}
+    assert data.evaluated_split == "held-out" and set(data.splits) == {"train", "held-out", "all"}
     assert (len(data.train), len(data.test)) == (48, 12)
     assert torch.bincount(data.test.labels).tolist() == [4, 4, 4]
     assert not set(data.train.names) & set(data.test.names)
@@ -101,17 +101,17 @@ def test_the_same_name_in_two_unicode_forms_is_one_class(tmp_path: Path) -> None
 
 REFUSED = {
     "different classes: only in train": lambda d: shutil.rmtree(d / "val" / "alpha"),
-    "holds no picture; put some there, or remove it": lambda d: [f.unlink() for f in (d / "train" / "alpha").iterdir()],
+    "holds no image; put some there, or remove it": lambda d: [f.unlink() for f in (d / "train" / "alpha").iterdir()],
     "has one class only, alpha; a classifier needs two or more": lambda d: [
         shutil.rmtree(d / s / n) for s in ("train", "val") for n in NAMES[1:]
     ],
     "beside them extra; put class folders inside the splits": lambda d: (d / "extra").mkdir(),
-    "holds no class folders with pictures: its 1 pictures lie in no class folder": lambda d: (
+    "holds no class folders with images: its 1 images are in no class folder": lambda d: (
         shutil.rmtree(d / "train"),
         shutil.rmtree(d / "val"),
         photo(1).save(d / "a.jpg"),
     ),
-    "holds no class folders with pictures: it is empty of pictures": lambda d: (
+    "holds no class folders with images: it is empty of images": lambda d: (
         shutil.rmtree(d / "train"),
         shutil.rmtree(d / "val"),
     ),
@@ -133,15 +133,15 @@ def test_the_difference_of_classes_is_listed(tmp_path: Path) -> None:
         load(root)
 
 
-def test_files_beside_class_folders_are_told(tmp_path: Path) -> None:
+def test_files_beside_class_folders_are_reported(tmp_path: Path) -> None:
     root = folder(tmp_path / "d", {"train": 2, "val": 1})
     (root / "train" / ".DS_Store").write_text("")
-    (root / "train" / "alpha" / "notes.txt").write_text("no picture")
+    (root / "train" / "alpha" / "notes.txt").write_text("no image")
     (root / "train" / "alpha" / ".thumbs").mkdir()
     shutil.copy(root / "train" / "alpha" / "bild 0.jpg", root / "train" / "alpha" / ".thumbs")
     assert len(load(root).train) == 6
     photo(1).save(root / "train" / "loose.png")
-    with pytest.warns(UserWarning, match=r"1 pictures beside the class folders of .* belong to no class.*loose.png"):
+    with pytest.warns(UserWarning, match=r"1 images beside the class folders of .* belong to no class.*loose.png"):
         assert len(load(root).train) == 6
 
 
@@ -152,20 +152,20 @@ def test_links_are_followed_and_rings_end(tmp_path: Path) -> None:
     photo(7).save(elsewhere / "x.png")
     (root / "train" / "alpha" / "more").symlink_to(elsewhere)
     (elsewhere / "ring").symlink_to(root / "train" / "alpha")
-    (elsewhere / "others").symlink_to(root)  # with the pictures of other classes and splits
+    (elsewhere / "others").symlink_to(root)  # with the images of other classes and splits
     (root / "train" / "alpha" / "nowhere.jpg").symlink_to(tmp_path / "gone.jpg")
     data = load(root)
     assert sorted(data.train.names) == sorted(
         [f"train/{name}/bild {i}.jpg" for name in NAMES for i in range(2)]
         + ["train/alpha/more/x.png", "train/alpha/nowhere.jpg"]
     )
-    place = data.train.names.index("train/alpha/nowhere.jpg")  # counted, and told by name when it is read
+    place = data.train.names.index("train/alpha/nowhere.jpg")  # counted, and reported when it is read
     with pytest.raises(DataError, match=r"nowhere.jpg is not there"):
-        data.train.pictures([place])
+        data.train.read_images([place])
 
 
 def as_nobody(work: Callable[[], object]) -> str:
-    """What `work` says when it fails, done by a child that is not root, who may read everything."""
+    """The error of `work` in a child process without root's permission to read everything."""
     reader, writer = os.pipe()
     if (child := os.fork()) == 0:
         try:
@@ -173,57 +173,57 @@ def as_nobody(work: Callable[[], object]) -> str:
                 os.setgroups([])
                 os.setgid(65534)
                 os.setuid(65534)
-            said = str(work())
+            message = str(work())
         except BaseException as error:
-            said = f"{type(error).__name__}: {error}"
-        os.write(writer, said.encode())
+            message = f"{type(error).__name__}: {error}"
+        os.write(writer, message.encode())
         os._exit(0)
     os.close(writer)
     with open(reader, encoding="utf-8") as file:
-        said = file.read()
+        message = file.read()
     os.waitpid(child, 0)
-    return said
+    return message
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork:DeprecationWarning")
 def test_without_permission() -> None:
-    with tempfile.TemporaryDirectory() as place:  # tmp_path lies in a folder that others may not enter
+    with tempfile.TemporaryDirectory() as place:  # tmp_path is in a folder that others may not enter
         os.chmod(place, 0o755)
         root = folder(Path(place) / "d", {"train": 2, "val": 1})
         data = load(root)
         (root / "train" / "alpha" / "bild 0.jpg").chmod(0)
-        said = as_nobody(lambda: data.train.pictures([0]))
-        assert re.match(r"DataError: .*bild 0.jpg cannot be read: no permission", said), said
-        assert as_nobody(lambda: len(data.train.pictures([1]))) == "1"
+        message = as_nobody(lambda: data.train.read_images([0]))
+        assert re.match(r"DataError: .*bild 0.jpg cannot be read: no permission", message), message
+        assert as_nobody(lambda: len(data.train.read_images([1]))) == "1"
         (root / "val" / "alpha").chmod(0)
-        said = as_nobody(lambda: load(root))
-        assert re.match(r"DataError: .*alpha cannot be read \(Permission denied\); give yourself permission", said), (
-            said
-        )
+        message = as_nobody(lambda: load(root))
+        assert re.match(
+            r"DataError: .*alpha cannot be read \(Permission denied\); give yourself permission", message
+        ), message
         (root / "val" / "alpha").chmod(0o755)
         (root / "list.txt").write_text("")
         (root / "list.txt").chmod(0)
-        said = as_nobody(lambda: load(root, quarantine=str(root / "list.txt")))
-        assert re.match(r"DataError: the quarantine list .* cannot be read \(Permission denied\)", said), said
+        message = as_nobody(lambda: load(root, quarantine=str(root / "list.txt")))
+        assert re.match(r"DataError: the quarantine list .* cannot be read \(Permission denied\)", message), message
 
 
 @given(st.lists(st.text(st.characters(codec="utf-8")) | st.just("\udcff"), max_size=20))
-def test_names_are_kept(names: list[str]) -> None:
-    kept = Names(names)
+def test_file_names_round_trip(names: list[str]) -> None:
+    kept = FileNames(names)
     assert list(kept) == names and len(kept) == len(names) and kept[:3] == names[:3]
 
 
 def batches(split: object, crop: Crop, workers: int, first: int, last: int) -> list[torch.Tensor]:
-    assert isinstance(split, Stored)
-    own = loader(replace(split, reading=Reading(workers=workers)), crop)
+    assert isinstance(split, DiskSplit)
+    own = loader(replace(split, read_options=ReadOptions(workers=workers)), crop)
     try:
-        return [own.batch(step).pictures for step in range(first, last)]
+        return [own.batch(step).images for step in range(first, last)]
     finally:
         own.close()
 
 
 @pytest.mark.parametrize("kind", ["centre", "scale", "resized"])
-def test_any_number_of_workers_and_any_start_give_the_same_bits(tmp_path: Path, kind: str) -> None:
+def test_any_number_of_workers_and_any_start_are_bit_identical(tmp_path: Path, kind: str) -> None:
     split = load(folder(tmp_path / "d", {"train": 5, "val": 1})).train
     crop = Crop(kind, (26, 40))
     whole = batches(split, crop, 0, 0, 6)
@@ -234,16 +234,16 @@ def test_any_number_of_workers_and_any_start_give_the_same_bits(tmp_path: Path, 
     assert not torch.equal(whole[0], whole[5])
 
 
-def test_pictures_in_memory_are_cropped_as_those_on_disk(tmp_path: Path) -> None:
+def test_images_in_memory_are_cropped_as_those_on_disk(tmp_path: Path) -> None:
     split = load(folder(tmp_path / "d", {"train": 5, "val": 1})).train
-    pictures = torch.stack([picture[:40, :50] for picture in split.pictures(range(15))])
-    for i, (name, picture) in enumerate(zip(split.names, pictures, strict=True)):
-        Image.fromarray(picture.numpy()).save((tmp_path / "d" / name).with_suffix(".png"))
+    images = torch.stack([image[:40, :50] for image in split.read_images(range(15))])
+    for i, (name, image) in enumerate(zip(split.names, images, strict=True)):
+        Image.fromarray(image.numpy()).save((tmp_path / "d" / name).with_suffix(".png"))
         (tmp_path / "d" / name).unlink()
         assert i < 15
     same = load(tmp_path / "d").train
     crop = Crop("scale", (26, 40))
-    a, b = (loader(s, crop).batch(4).pictures for s in (same, Split(pictures, split.labels)))
+    a, b = (loader(s, crop).batch(4).images for s in (same, MemorySplit(images, split.labels)))
     assert torch.equal(a, b)
 
 
@@ -251,11 +251,11 @@ def test_pictures_in_memory_are_cropped_as_those_on_disk(tmp_path: Path) -> None
     height=st.integers(1, 3000),
     width=st.integers(1, 3000),
     kind=st.sampled_from(["scale", "resized"]),
-    draws=st.lists(st.floats(0, 1, exclude_max=True), min_size=DRAWS, max_size=DRAWS),
+    draws=st.lists(st.floats(0, 1, exclude_max=True), min_size=NUM_DRAWS, max_size=NUM_DRAWS),
 )
 @settings(max_examples=200, deadline=None)
-def test_boxes_lie_inside(height: int, width: int, kind: str, draws: list[float]) -> None:
-    top, left, h, w = Crop(kind).box(height, width, 224, draws)
+def test_crop_boxes_are_inside_the_image(height: int, width: int, kind: str, draws: list[float]) -> None:
+    top, left, h, w = Crop(kind).compute_box(height, width, 224, draws)
     assert 0 <= top <= top + h <= height and 0 <= left <= left + w <= width and h > 0 and w > 0
     if kind == "scale":
         assert h == w and abs(h - 224 * min(height, width) / np.clip(min(height, width) * 224 / h, 256, 480)) <= 1
@@ -263,15 +263,15 @@ def test_boxes_lie_inside(height: int, width: int, kind: str, draws: list[float]
         assert 0.06 <= h * w / (height * width) <= 1
 
 
-def test_a_box_shows_what_resizing_the_whole_picture_shows() -> None:
+def test_a_crop_equals_resizing_the_image_first() -> None:
     """2015's form: resize the shorter side, then crop; only the box is resized here, its borders on whole pixels."""
-    picture = photo(3, 500, 375)
-    pixels = torch.from_numpy(np.asarray(picture).copy())
-    draws = [0.25, 0.5, 0.4] + [0.5] * (DRAWS - 3)
+    image = photo(3, 500, 375)
+    pixels = torch.from_numpy(np.asarray(image).copy())
+    draws = [0.25, 0.5, 0.4] + [0.5] * (NUM_DRAWS - 3)
     shown = Crop("scale")(pixels, 224, draws)
     shorter = 256 + int(0.4 * 225)
-    top, left, side, _ = Crop("scale").box(375, 500, 224, draws)
-    whole = picture.resize((round(500 * shorter / 375), shorter), Image.Resampling.BILINEAR)
+    top, left, side, _ = Crop("scale").compute_box(375, 500, 224, draws)
+    whole = image.resize((round(500 * shorter / 375), shorter), Image.Resampling.BILINEAR)
     y, x = round(top * shorter / 375), round(left * shorter / 375)
     expected = np.asarray(whole.crop((x, y, x + 224, y + 224))).astype(int)
     assert np.abs(shown.numpy().astype(int) - expected).mean() < 1.5
@@ -282,22 +282,22 @@ def test_colour_moves_along_the_principal_components() -> None:
     pixels = torch.full((4000, 1, 1, 3), 128, dtype=torch.uint8)
     plain = replace(SHAPE, size=(1, 1))
     moved = Augmentation(colour=True)(pixels, plain, 0, 0) - Augmentation()(pixels, plain, 0, 0)
-    vectors = torch.tensor(VECTORS)
-    along = moved.flatten(1) @ vectors / (0.1 * torch.tensor(VALUES))
+    vectors = torch.tensor(PCA_VECTORS)
+    along = moved.flatten(1) @ vectors / (0.1 * torch.tensor(PCA_VALUES))
     assert along.std(0).tolist() == pytest.approx([1, 1, 1], abs=0.05)
     assert (vectors.T @ vectors - torch.eye(3)).abs().max() < 1e-3
     grey = Preprocessing(1, (1, 1), 1, torch.zeros(1), torch.ones(1))
-    with pytest.raises(UsageError, match="colour=true needs pictures of three channels"):
+    with pytest.raises(UsageError, match="colour=true needs images of three channels"):
         Augmentation(colour=True)(torch.zeros(1, 1, 1, 1, dtype=torch.uint8), grey, 0, 0)
 
 
-def test_the_mean_is_that_of_the_pictures_as_the_network_sees_them(tmp_path: Path) -> None:
+def test_the_mean_is_that_of_the_images_as_the_network_sees_them(tmp_path: Path) -> None:
     split = load(folder(tmp_path / "d", {"train": 5, "val": 1})).train
-    pixels = torch.cat([p for p, _ in Views(split, SHAPE).batches(4)]).double() / 255
-    measured = statistics(split, SHAPE, per_pixel=False)
+    pixels = torch.cat([p for p, _ in PreprocessedSplit(split, SHAPE).batches(4)]).double() / 255
+    measured = compute_statistics(split, SHAPE, per_pixel=False)
     torch.testing.assert_close(measured.mean.double(), pixels.mean((0, 1, 2)), rtol=0, atol=1e-6)
     torch.testing.assert_close(measured.std.double(), pixels.std((0, 1, 2), unbiased=False), rtol=0, atol=1e-6)
-    assert statistics(split, SHAPE, per_pixel=True).mean.shape == (24, 24, 3)
+    assert compute_statistics(split, SHAPE, per_pixel=True).mean.shape == (24, 24, 3)
 
 
 def cut(root: Path, name: str) -> Path:
@@ -306,42 +306,42 @@ def cut(root: Path, name: str) -> Path:
     return file
 
 
-def test_a_bad_picture_stops_or_is_left_out(tmp_path: Path) -> None:
+def test_a_bad_image_stops_or_is_left_out(tmp_path: Path) -> None:
     root = folder(tmp_path / "d", {"train": 5, "val": 3})
     cut(root, "train/alpha/bild 2.jpg")
     split = load(root).train
     own = loader(split, Crop("scale", (26, 40)))
     with pytest.raises(
-        DataError, match=r"bild 2.jpg is damaged: .*; mend or remove it, or go on without it: --on-bad-image skip"
+        DataError, match=r"bild 2.jpg is damaged: .*; fix or remove it, or go on without it: --on-bad-image skip"
     ):
         [own.batch(step) for step in range(3)]
     for workers in (0, 2):
         skipping = load(root, on_bad="skip", workers=workers).train
-        assert isinstance(skipping, Stored)
+        assert isinstance(skipping, DiskSplit)
         own = loader(skipping, Crop("scale", (26, 40)))
-        shown = [own.batch(step) for step in range(5)]  # 15 pictures, two epochs
+        shown = [own.batch(step) for step in range(5)]  # 15 images, two epochs
         sizes = [len(batch.labels) for batch in shown]
         own.close()
         assert sum(sizes) == 28 and list(skipping.skipped) == ["train/alpha/bild 2.jpg"]
     bad = next(step for step in range(5) if sizes[step] < 6)  # the others are shown as if nothing were amiss
-    where = order(3, 15, 6, bad)
+    where = step_indices(3, 15, 6, bad)
     position = [i for i, p in enumerate(where.tolist()) if split.names[p] == "train/alpha/bild 2.jpg"]
     photo(50).save(root / "train" / "alpha" / "bild 2.jpg")
-    mended = loader(load(root).train, Crop("scale", (26, 40))).batch(bad).pictures
+    fixed = loader(load(root).train, Crop("scale", (26, 40))).batch(bad).images
     kept = [i for i in range(6) if i not in position]
-    assert torch.equal(mended[kept], shown[bad].pictures)
+    assert torch.equal(fixed[kept], shown[bad].images)
 
 
-def test_a_run_that_a_picture_stopped_goes_on_without_it(tmp_path: Path) -> None:
+def test_a_run_that_a_image_stopped_goes_on_without_it(tmp_path: Path) -> None:
     root = folder(tmp_path / "d", {"train": 6, "val": 4})
     cut(root, "val/alpha/bild 1.jpg")  # met at the end
-    values = TINY | {"data": str(root), "steps": 1}
-    whole = residuum.train("photos", out=tmp_path / "whole", on_bad_image="skip", **values)  # type: ignore[arg-type]
+    values = TINY_PHOTOS | {"data": str(root), "steps": 1}
+    whole = resnetlab.train("photos", out=tmp_path / "whole", on_bad_image="skip", **values)  # type: ignore[arg-type]
     with pytest.raises(DataError, match=r"bild 1.jpg is damaged.*--on-bad-image skip"):
-        residuum.train("photos", out=tmp_path / "run", **values)  # type: ignore[arg-type]
-    assert run(["train", "--resume", str(tmp_path / "run"), "--seed", "5", "--on-bad-image", "skip"]) == 1
+        resnetlab.train("photos", out=tmp_path / "run", **values)  # type: ignore[arg-type]
+    assert run_command(["train", "--resume", str(tmp_path / "run"), "--seed", "5", "--on-bad-image", "skip"]) == 1
     assert 'on_bad_image = "stop"' in (tmp_path / "run" / "recipe.toml").read_text()
-    assert run(["train", "--resume", str(tmp_path / "run"), "--on-bad-image", "skip"]) == 0
+    assert run_command(["train", "--resume", str(tmp_path / "run"), "--on-bad-image", "skip"]) == 0
     for name in ("model.safetensors", "recipe.toml", "skipped.json"):
         assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     assert whole.n == 11
@@ -351,24 +351,24 @@ def test_training_reports_what_it_skips(tmp_path: Path) -> None:
     root = folder(tmp_path / "d", {"train": 6, "val": 4})
     cut(root, "train/alpha/bild 2.jpg")
     cut(root, "val/alpha/bild 1.jpg")
-    values = TINY | {"data": str(root)}
+    values = TINY_PHOTOS | {"data": str(root)}
     with pytest.raises(DataError, match=r"bild 2.jpg is damaged"):
-        residuum.train("photos", out=tmp_path / "stop", **values)  # type: ignore[arg-type]
+        resnetlab.train("photos", out=tmp_path / "stop", **values)  # type: ignore[arg-type]
     assert not (tmp_path / "stop").exists()
-    said: list[str] = []
-    result = residuum.train("photos", out=tmp_path / "run", on_bad_image="skip", say=said.append, **values)  # type: ignore[arg-type]
+    message: list[str] = []
+    result = resnetlab.train("photos", out=tmp_path / "run", on_bad_image="skip", report=message.append, **values)  # type: ignore[arg-type]
     assert result.n == 11 and result.split == "val"
     assert set(json.loads((tmp_path / "run" / "skipped.json").read_text())) == {
         "train/alpha/bild 2.jpg", "val/alpha/bild 1.jpg"}  # fmt: skip
-    assert any("2 pictures could not be read and were left out" in sentence for sentence in said)
-    judged = residuum.evaluate(result.model, str(root), on_bad_image="skip", device="cpu", precision="fp32")
-    assert (judged.n, list(judged.judgement.skipped), judged.split) == (11, ["val/alpha/bild 1.jpg"], "val")
-    assert judged.top1_error == result.top1_error
+    assert any("2 images could not be read and were left out" in sentence for sentence in message)
+    evaluated = resnetlab.evaluate(result.model, str(root), on_bad_image="skip", device="cpu", precision="fp32")
+    assert (evaluated.n, list(evaluated.metrics.skipped), evaluated.split) == (11, ["val/alpha/bild 1.jpg"], "val")
+    assert evaluated.top1_error == result.top1_error
     with pytest.raises(DataError, match=r"bild 1.jpg is damaged"):
-        residuum.evaluate(result.model, str(root), device="cpu")
+        resnetlab.evaluate(result.model, str(root), device="cpu")
 
 
-def test_quarantined_pictures_are_left_out(tmp_path: Path) -> None:
+def test_quarantined_images_are_left_out(tmp_path: Path) -> None:
     root = folder(tmp_path / "d", {"train": 6, "val": 4})
     (tmp_path / "list.txt").write_text("# unreadable\ntrain/alpha/bild 2.jpg\n")
     data = load(root, quarantine=str(tmp_path / "list.txt"))
@@ -377,48 +377,48 @@ def test_quarantined_pictures_are_left_out(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"the quarantine list .* cannot be read"):
         load(root, quarantine=str(tmp_path / "none.txt"))
     (tmp_path / "list.txt").write_text("".join(f"val/alpha/bild {i}.jpg\n" for i in range(4)))
-    with pytest.raises(DataError, match="leaves no picture of class alpha"):
+    with pytest.raises(DataError, match="leaves no image of class alpha"):
         load(root, quarantine=str(tmp_path / "list.txt"))
 
 
 def test_a_run_on_a_folder_is_resumed_to_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     folder(tmp_path / "d", {"": 10})
-    values = TINY | {"data": "d", "record_every": 2, "checkpoint_minutes": 0, "held_out": 6}
-    result = residuum.train("photos", out="run", workers=2, **values)  # type: ignore[arg-type]
-    drawn = json.loads((tmp_path / "run" / "drawn.json").read_text())
-    assert len(drawn["held-out"]) == 6 and len(drawn["judged while training"]) == 6 and result.split == "held-out"
+    values = TINY_PHOTOS | {"data": "d", "log_every": 2, "checkpoint_minutes": 0, "val_images": 6}
+    result = resnetlab.train("photos", out="run", workers=2, **values)  # type: ignore[arg-type]
+    drawn = json.loads((tmp_path / "run" / "holdout.json").read_text())
+    assert len(drawn["held-out"]) == 6 and len(drawn["evaluated while training"]) == 6 and result.split == "held-out"
     shutil.copytree("run", "again")
     for gone in ("model.safetensors", "result.json", "checkpoints/step-00000008.safetensors"):
         (tmp_path / "again" / gone).unlink()
     monkeypatch.chdir(tmp_path / "d")  # paths in the recipe start where the run was started
-    from residuum.training import loop
+    from resnetlab.training import train
 
-    loop.resume(tmp_path / "again", device="cpu")
+    train.resume(tmp_path / "again", device="cpu")
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == (
         tmp_path / "run" / "model.safetensors"
     ).read_bytes()
     photo(200).save(tmp_path / "d" / "alpha" / "new.jpg")
     (tmp_path / "again" / "result.json").unlink()
     with pytest.raises(RunError, match="was made with another recipe or other data"):
-        loop.resume(tmp_path / "again", device="cpu")
+        train.resume(tmp_path / "again", device="cpu")
 
 
-def test_a_folder_the_model_did_not_learn_from_is_judged_whole(tmp_path: Path) -> None:
+def test_a_folder_the_model_did_not_learn_from_is_evaluated_whole(tmp_path: Path) -> None:
     own, other = folder(tmp_path / "own", {"": 10}), folder(tmp_path / "other", {"": 4})
     for i, file in enumerate(other.rglob("*.jpg")):
-        photo(300 + i, 70, 50).save(file)  # the names are the same, the pictures are not
-    result = residuum.train("photos", data=own, out=tmp_path / "run", **TINY)  # type: ignore[arg-type]
-    assert residuum.evaluate(result.model, own, device="cpu").split == "held-out"
-    judged = residuum.evaluate(result.model, str(other), device="cpu")
-    assert (judged.split, judged.n) == ("all", 12)
+        photo(300 + i, 70, 50).save(file)  # the names are the same, the images are not
+    result = resnetlab.train("photos", data=own, out=tmp_path / "run", **TINY_PHOTOS)  # type: ignore[arg-type]
+    assert resnetlab.evaluate(result.model, own, device="cpu").split == "held-out"
+    evaluated = resnetlab.evaluate(result.model, str(other), device="cpu")
+    assert (evaluated.split, evaluated.n) == ("all", 12)
     shutil.move(other, tmp_path / "third" / "val")
-    judged = residuum.evaluate(result.model, str(tmp_path / "third"), device="cpu")
-    assert (judged.split, judged.n) == ("val", 12)
+    evaluated = resnetlab.evaluate(result.model, str(tmp_path / "third"), device="cpu")
+    assert (evaluated.split, evaluated.n) == ("val", 12)
     with pytest.raises(UsageError, match="unknown split 'train'; known: test, val"):
-        residuum.evaluate(result.model, str(tmp_path / "third"), split="train", device="cpu")
+        resnetlab.evaluate(result.model, str(tmp_path / "third"), split="train", device="cpu")
     with pytest.raises(DataError, match="has no train folder"):
-        residuum.train("photos", data=str(tmp_path / "third"), **TINY)  # type: ignore[arg-type]
+        resnetlab.train("photos", data=str(tmp_path / "third"), **TINY_PHOTOS)  # type: ignore[arg-type]
 
 
 def test_flowers(tmp_path: Path) -> None:
@@ -426,17 +426,17 @@ def test_flowers(tmp_path: Path) -> None:
         pytest.skip("the flowers are not there: ../shared/data, beside the repository, is missing")
     data = load(FLOWERS)
     assert data.classes == ("daisy", "dandelion", "roses", "sunflowers", "tulips")
-    assert (len(data.train), len(data.test), data.judged) == (240, 80, "val")
-    result = residuum.train("photos", data=str(FLOWERS), out=tmp_path / "run", **(TINY | {"steps": 2}))  # type: ignore[arg-type]
+    assert (len(data.train), len(data.test), data.evaluated_split) == (240, 80, "val")
+    result = resnetlab.train("photos", data=str(FLOWERS), out=tmp_path / "run", **(TINY_PHOTOS | {"steps": 2}))  # type: ignore[arg-type]
     assert result.n == 80 and (tmp_path / "run" / "report.html").stat().st_size > 10_000
 
 
 def test_splits_in_any_case_and_under_other_names(tmp_path: Path) -> None:
     root = folder(tmp_path / "d", {"Train": 4, "Test": 2})
     data = load(root)
-    assert (data.classes, data.judged, len(data.train)) == (NAMES, "test", 12) and data.train.names[0].startswith(
-        "Train"
-    )
+    assert (data.classes, data.evaluated_split, len(data.train)) == (NAMES, "test", 12) and data.train.names[
+        0
+    ].startswith("Train")
     for i, name in enumerate(("training", "training_set", "Train Data", "trainset")):
         other = folder(tmp_path / f"e{i}", {name: 4, "validation": 2})
         with pytest.raises(
@@ -446,7 +446,7 @@ def test_splits_in_any_case_and_under_other_names(tmp_path: Path) -> None:
             load(other)
     assert load(folder(tmp_path / "f", {"": 5}, ("Train", "Ship"))).classes == ("Ship", "Train")  # vehicles
     folder(tmp_path / "d" / "train", {"": 2})
-    with pytest.raises(DataError, match="holds Train and train; put the pictures of both into train"):
+    with pytest.raises(DataError, match="holds Train and train; put the images of both into train"):
         load(root)
 
 
@@ -454,9 +454,9 @@ def test_a_quarantine_list_takes_any_name(tmp_path: Path) -> None:
     names = ("#dog", "cat", "two\nlines", 'a "quote', "a\x85b\u2028c", '"q"')
     root = folder(tmp_path / "d", {"": 5}, names)
     listed = [f"{name}/bild 1.jpg" for name in names]
-    text = "# a remark\r\n" + "".join(f"{quarantine_line(name)}\r\n" for name in listed)
+    text = "# a comment\r\n" + "".join(f"{quarantine_line(name)}\r\n" for name in listed)
     (tmp_path / "list.txt").write_bytes(text.encode())
-    whole = load(root, quarantine=str(tmp_path / "list.txt")).whole
+    whole = load(root, quarantine=str(tmp_path / "list.txt")).all_images
     assert whole is not None and len(whole) == 24 and not set(listed) & set(whole.names)
 
 
@@ -464,25 +464,25 @@ def test_the_check_quarantines_from_a_folder_called_by_a_hash(tmp_path: Path) ->
     root = folder(tmp_path / "d", {"": 5}, ("#dog", "cat"))
     (root / "#dog" / "bild 1.jpg").write_bytes(b"")
     bad = tmp_path / "bad.txt"
-    assert run(["data", "check", str(root), "--quarantine", str(bad), "--no-timing", "--workers", "0"]) == 1
-    whole = load(root, quarantine=str(bad)).whole
+    assert run_command(["data", "check", str(root), "--quarantine", str(bad), "--no-timing", "--workers", "0"]) == 1
+    whole = load(root, quarantine=str(bad)).all_images
     assert whole is not None and "#dog/bild 1.jpg" not in whole.names and len(whole) == 9
 
 
-def test_pictures_of_other_kinds_are_read_or_told(tmp_path: Path) -> None:
+def test_images_of_other_kinds_are_read_or_reported(tmp_path: Path) -> None:
     root = folder(tmp_path / "d", {"": 5})
     shutil.copy(root / "alpha" / "bild 0.jpg", root / "alpha" / "from a browser.jfif")
     photo(77).save(root / "alpha" / "new.avif")
     shutil.copy(root / "alpha" / "bild 0.jpg", root / "alpha" / "no suffix")
-    (root / "alpha" / "notes.txt").write_text("no picture")
+    (root / "alpha" / "notes.txt").write_text("no image")
     with pytest.warns(
         UserWarning, match="1 files in the class folders of .* such as alpha/no suffix; save them as JPEG"
     ):
         data = load(root)
-    assert data.whole is not None and len(data.whole) == 17
+    assert data.all_images is not None and len(data.all_images) == 17
     for name in ("alpha/from a browser.jfif", "alpha/new.avif"):
-        assert data.whole.pictures([list(data.whole.names).index(name)])[0].shape[2] == 3
-    assert [(p.kind, Path(p.file).name) for p in check.strays(data)] == [("stray", "no suffix")]
+        assert data.all_images.read_images([list(data.all_images.names).index(name)])[0].shape[2] == 3
+    assert [(p.kind, Path(p.file).name) for p in check.find_unexpected_files(data)] == [("stray", "no suffix")]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
@@ -490,7 +490,9 @@ def test_names_in_another_encoding_are_refused(tmp_path: Path, capsys: pytest.Ca
     place = folder(tmp_path / "f", {"": 3}, ("a", "b\x1b[31m")) / "a"
     os.rename(os.fsencode(place / "bild 0.jpg"), os.fsencode(place) + b"/caf\xe9\n.jpg")
     with pytest.raises(DataError, match=r"/a/caf\\udce9\\n.jpg' is not in UTF-8; rename it \(convmv"):
-        sources.load(str(tmp_path / "f"), tmp_path)
+        sources.load_dataset(str(tmp_path / "f"), tmp_path)
     os.remove(os.fsencode(place) + b"/caf\xe9\n.jpg")
-    console.print_table("", ("class",), [(name,) for name in sources.load(str(tmp_path / "f"), tmp_path).classes])
+    console.print_table(
+        "", ("class",), [(name,) for name in sources.load_dataset(str(tmp_path / "f"), tmp_path).classes]
+    )
     assert capsys.readouterr().out.split() == ["class", "a", r"b\x1b[31m"]  # a name moves no cursor

@@ -1,4 +1,4 @@
-"""A model goes to a hub on loopback and comes back the same; the card says what the file says."""
+"""Models are uploaded to a local hub and downloaded unchanged; the card has the file's metadata."""
 
 from __future__ import annotations
 
@@ -15,56 +15,56 @@ from typing import Any
 import pytest
 import torch
 
-from residuum.cli.main import run
-from residuum.errors import ModelFileError
-from residuum.models.bundle import Bundle, load_bundle
-from residuum.models.resnet import build
-from residuum.preprocessing import Preprocessing
-from residuum.use import hub
+from resnetlab.cli.main import run_command
+from resnetlab.errors import ModelFileError
+from resnetlab.inference import hub
+from resnetlab.models.model_file import TrainedModel, load_trained_model
+from resnetlab.models.resnet import build
+from resnetlab.preprocessing import Preprocessing
 
 
-def bundle(**changes: Any) -> Bundle:
+def make_model(**changes: Any) -> TrainedModel:
     net = build("resnet8", classes=3, seed=0).eval()
     values = {
         "recipe": {"net": "resnet8", "lr": 0.1, "milestones": [3, 4], "data": "photos"},
         "metrics": {"test": {"top1_error": 0.0417, "n": 1200}, "published": {"top1_error": 0.1}},
         "data": {"name": "/home/me/flowers", "fingerprint": "0"},
-        "versions": {"residuum": "0.1.0"},
+        "versions": {"resnetlab": "0.1.0"},
         "temperature": 1.25,
         "calibration": {"data": "flowers", "split": "held_out", "n": 77, "protocol": "1crop"},
     }
     shape = Preprocessing(3, (16, 20), 18, torch.zeros(3), torch.ones(3))
-    return Bundle(net, ("rose", "<script>|x|", "größe"), shape, **values | changes)
+    return TrainedModel(net, ("rose", "<script>|x|", "größe"), shape, **values | changes)
 
 
-def test_a_folder_comes_back_the_same_with_a_card(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    bundle().save(tmp_path / "model.safetensors")
-    assert run(["push", str(tmp_path / "model.safetensors"), str(tmp_path / "out")]) == 0
+def test_a_folder_is_loaded_unchanged_and_has_a_card(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_model().save(tmp_path / "model.safetensors")
+    assert run_command(["push", str(tmp_path / "model.safetensors"), str(tmp_path / "out")]) == 0
     assert capsys.readouterr().out == f"{tmp_path / 'out' / 'README.md'}\n"
     again = hub.from_pretrained(tmp_path / "out")
-    assert again.classes == bundle().classes and again.calibration == bundle().calibration
+    assert again.classes == make_model().classes and again.calibration == make_model().calibration
     assert all(
         torch.equal(a, b)
-        for a, b in zip(again.net.state_dict().values(), bundle().net.state_dict().values(), strict=True)
+        for a, b in zip(again.net.state_dict().values(), make_model().net.state_dict().values(), strict=True)
     )
     numbers = f"{sum(p.numel() for p in again.net.parameters()):,} parameters"
     card = (tmp_path / "out" / "README.md").read_text()
-    assert card.startswith("---\nlibrary_name: residuum\n")
+    assert card.startswith("---\nlibrary_name: resnetlab\n")
     for words in (
-        "# resnet8 on flowers", numbers, "16x20 pixels", "| test | 1,200 | 4.17 % |", "divided by 1.25, fitted on 77 pictures",
-        "- milestones: 3, 4", "residuum 0.1.0", 'residuum.load("hf:OWNER/NAME")', r"\<script\>\|x\|",
+        "# resnet8 on flowers", numbers, "16x20 pixels", "| test | 1,200 | 4.17 % |", "divided by 1.25, fitted on 77 images",
+        "- milestones: 3, 4", "resnetlab 0.1.0", 'resnetlab.load("hf:OWNER/NAME")', r"\<script\>\|x\|",
     ):  # fmt: skip
         assert words in card, words
     assert "<script>" not in card and "/home/me" not in card
 
 
-def test_a_card_of_a_model_that_says_little() -> None:
-    card = hub.card(bundle(recipe={}, metrics={}, data={}, versions={}, calibration={}), "a/b")
-    assert "# residual network" in card and "not calibrated" in card and "No figure was measured" in card
+def test_the_card_of_a_model_with_little_metadata() -> None:
+    card = hub.make_model_card(make_model(recipe={}, metrics={}, data={}, versions={}, calibration={}), "a/b")
+    assert "# residual network" in card and "not calibrated" in card and "It was not evaluated" in card
 
 
 class Hub:
-    """As much of the hub's protocol as pushing and pulling need; files are kept in memory."""
+    """The part of the hub's protocol that upload and download need; files are in memory."""
 
     def __init__(self) -> None:
         self.files: dict[str, bytes] = {}
@@ -73,7 +73,7 @@ class Hub:
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
 
-            def answer(self, content: bytes, **headers: str) -> None:
+            def reply(self, content: bytes, **headers: str) -> None:
                 self.send_response(200)
                 for name, value in {"Content-Length": str(len(content)), **headers}.items():
                     self.send_header(name.replace("_", "-"), value)
@@ -84,9 +84,9 @@ class Hub:
             def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
                 if self.path == "/api/repos/create":
-                    said: Any = {"url": outer.url + "me/flowers"}
+                    document: Any = {"url": outer.url + "me/flowers"}
                 elif "/preupload/" in self.path:
-                    said = {
+                    document = {
                         "files": [
                             {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False}
                             for f in json.loads(body)["files"]
@@ -97,22 +97,22 @@ class Hub:
                     for line in lines:
                         if line["key"] == "file":
                             outer.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
-                    said = {
+                    document = {
                         "commitUrl": f"{outer.url}me/flowers/commit/{'c' * 40}",
                         "commitOid": "c" * 40,
                         "commitMessage": "x",
                         "success": True,
                     }
                 else:
-                    said = {}
-                self.answer(json.dumps(said).encode(), Content_Type="application/json")
+                    document = {}
+                self.reply(json.dumps(document).encode(), Content_Type="application/json")
 
             def do_GET(self) -> None:
                 name = self.path.rpartition("/")[2]
                 if "/resolve/" in self.path and name in outer.files:
-                    return self.answer(outer.files[name], ETag=f'"{name}"', X_Repo_Commit="c" * 40)
+                    return self.reply(outer.files[name], ETag=f'"{name}"', X_Repo_Commit="c" * 40)
                 if self.path.startswith("/api/"):
-                    return self.answer(b'{"id": "me/flowers", "sha": "%s", "siblings": []}' % (b"c" * 40))
+                    return self.reply(b'{"id": "me/flowers", "sha": "%s", "siblings": []}' % (b"c" * 40))
                 self.send_response(404)
                 self.send_header("X-Error-Code", "EntryNotFound")
                 self.send_header("Content-Length", "0")
@@ -138,60 +138,58 @@ def server() -> Iterator[Hub]:
 
 def command(hub: Hub, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Python, or our command, in a process of its own: the hub's library reads its address when it is imported."""
-    arguments = arguments if arguments[0] == "-c" else ("-m", "residuum", *arguments)
+    arguments = arguments if arguments[0] == "-c" else ("-m", "resnetlab", *arguments)
     environment = {"HF_ENDPOINT": hub.url.rstrip("/"), "HF_HOME": str(folder / "hf"), "HF_TOKEN": "hf_x",
                    "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "PATH": "/usr/bin:/bin"}  # fmt: skip
     return subprocess.run([sys.executable, *arguments], env=environment, cwd=folder, capture_output=True, text=True)
 
 
-def test_what_is_pushed_is_pulled(server: Hub, tmp_path: Path) -> None:
+def test_upload_and_download(server: Hub, tmp_path: Path) -> None:
     pytest.importorskip("huggingface_hub")
-    bundle().save(tmp_path / "model.safetensors")
+    make_model().save(tmp_path / "model.safetensors")
     done = command(server, tmp_path, "push", "model.safetensors", "hf:me/flowers")
     assert done.returncode == 0, done.stderr
     assert set(server.files) == {"model.safetensors", "README.md"}
-    assert 'residuum.load("hf:me/flowers")' in server.files["README.md"].decode()
+    assert 'resnetlab.load("hf:me/flowers")' in server.files["README.md"].decode()
     done = command(server, tmp_path, "import", "hf:me/flowers", "--out", "again.safetensors")
     assert done.returncode == 0, done.stderr
-    assert load_bundle(tmp_path / "again.safetensors").classes == bundle().classes
+    assert load_trained_model(tmp_path / "again.safetensors").classes == make_model().classes
 
 
 MIXIN = """
-import torch, residuum
+import torch, resnetlab
 from pathlib import Path
-from residuum.models.bundle import load_bundle
-from residuum.use.hub_mixin import HubModel
+from resnetlab.models.model_file import load_trained_model
+from resnetlab.inference.hub_mixin import HubModel
 x = torch.rand(2, 3, 16, 20)
-model = HubModel(load_bundle(Path("model.safetensors"))).eval()
+model = HubModel(load_trained_model(Path("model.safetensors"))).eval()
 model.save_pretrained("folder")
 model.push_to_hub("me/flowers")
 for again in (HubModel.from_pretrained("folder"), HubModel.from_pretrained("me/flowers")):
-    assert torch.equal(again.eval()(x), model(x)) and again.bundle.classes == model.bundle.classes
+    assert torch.equal(again.eval()(x), model(x)) and again.model.classes == model.model.classes
 """
 
 
-def test_the_hubs_own_mixin_pushes_and_pulls(server: Hub, tmp_path: Path) -> None:
+def test_the_hub_librarys_mixin(server: Hub, tmp_path: Path) -> None:
     pytest.importorskip("huggingface_hub")
-    bundle().save(tmp_path / "model.safetensors")
+    make_model().save(tmp_path / "model.safetensors")
     done = command(server, tmp_path, "-c", MIXIN)
     assert done.returncode == 0, done.stderr
     assert set(server.files) == {"model.safetensors", "README.md"}
     assert sorted(p.name for p in (tmp_path / "folder").iterdir()) == ["README.md", "model.safetensors"]
-    assert 'residuum.load("hf:me/flowers")' in server.files["README.md"].decode()
+    assert 'resnetlab.load("hf:me/flowers")' in server.files["README.md"].decode()
 
 
-def test_what_cannot_be_pushed_is_said(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    bundle().save(tmp_path / "model.safetensors")
+def test_invalid_uploads(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    make_model().save(tmp_path / "model.safetensors")
     file = str(tmp_path / "model.safetensors")
     for to, words in (
-        ("hf:flowers", "'flowers' is no name of a repository"),
-        ("hf:../x/y", "is no name of a repository"),
+        ("hf:flowers", "'flowers' is not a repository name"),
+        ("hf:../x/y", "is not a repository name"),
     ):
-        assert run(["push", file, to]) == 2
+        assert run_command(["push", file, to]) == 2
         assert words in capsys.readouterr().err
-    assert run(["push", file, str(tmp_path / "x"), "--private"]) == 2
+    assert run_command(["push", file, str(tmp_path / "x"), "--private"]) == 2
     capsys.readouterr()
     huggingface_hub = pytest.importorskip("huggingface_hub")
 
@@ -200,4 +198,4 @@ def test_what_cannot_be_pushed_is_said(
 
     monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", offline)
     with pytest.raises(ModelFileError, match=r"me/x could not be pushed \(no network\)"):
-        hub.push(bundle(), "me/x")
+        hub.push_to_hub(make_model(), "me/x")

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from residuum.cli.main import app
-from test_readme import FIRST
+from readme import FIRST
+from resnetlab.cli.main import app
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 LINES = (REPOSITORY / "Dockerfile").read_text().splitlines()
@@ -38,7 +38,7 @@ def test_the_command_is_serve_and_its_options_are_known() -> None:
     (entry,), (command,) = instructions("ENTRYPOINT"), instructions("CMD")
     pytest.importorskip("fastapi")
     arguments = [*json.loads(entry), *json.loads(command)]
-    assert arguments.pop(0) == "residuum"
+    assert arguments.pop(0) == "resnetlab"
     _, bound, _ = app.parse_args(arguments, print_error=False, exit_on_error=False)
     assert bound.arguments["host"] == "0.0.0.0" and str(bound.arguments["port"]) == instructions("EXPOSE")[0]
 

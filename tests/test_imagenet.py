@@ -9,18 +9,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pictures import photo
-from residuum.cli.main import run
-from residuum.data import sources
-from residuum.data.dataset import Dataset
-from residuum.errors import DataError
+from images import photo
+from resnetlab.cli.main import run_command
+from resnetlab.data import sources
+from resnetlab.data.dataset import Dataset
+from resnetlab.errors import DataError
 
-# none of the 1,000 classes, whose names are known without a file
+# not among the 1,000 classes, whose names are known without a file
 SYNSETS = ("n91440764", "n91443537", "n92012849", "n93126707")
 NAMES = ("tench, Tinca tinca", "goldfish", "crane", "crane")
-SHOWN = ("crane (n92012849)", "crane (n93126707)", "goldfish", "tench, Tinca tinca")
-TRUTH = (3, 0, 0, 2, 1, 3, 1, 2)  # the class of each picture of val/, by the order of SYNSETS
-IDS = (7, 2, 9, 4)  # the devkit's numbers of SYNSETS: in no order that one could guess
+CLASSES = ("crane (n92012849)", "crane (n93126707)", "goldfish", "tench, Tinca tinca")
+TRUTH = (3, 0, 0, 2, 1, 3, 1, 2)  # the class of each image of val/, by the order of SYNSETS
+IDS = (7, 2, 9, 4)  # the devkit's numbers of SYNSETS: in arbitrary order
 
 
 def imagenet(root: Path) -> Path:
@@ -74,7 +74,7 @@ LISTS: dict[str, Callable[[Path], object]] = {
 
 
 def load(root: Path) -> Dataset:
-    return sources.load(str(root), Path("data"))
+    return sources.load_dataset(str(root), Path("data"))
 
 
 @pytest.mark.parametrize("form", LISTS)
@@ -83,12 +83,12 @@ def test_a_flat_val_by_its_list(tmp_path: Path, form: str) -> None:
     LISTS[form](root)
     (root / "LOC_synset_mapping.txt").write_text(MAPPING)
     data = load(root)
-    assert data.classes == SHOWN and data.judged == "val" and len(data.train) == 12
+    assert data.classes == CLASSES and data.evaluated_split == "val" and len(data.train) == 12
     assert list(data.test.names) == [f"val/{name(i)}" for i in range(len(TRUTH))]
     expected = [{"n91440764": 3, "n91443537": 2, "n92012849": 0, "n93126707": 1}[SYNSETS[c]] for c in TRUTH]
     assert data.test.labels.tolist() == expected
-    assert data.test.pictures([2])[0].shape == (45, 60, 3)
-    assert run(["data", "check", str(root), "--no-timing", "--workers", "0"]) == 0  # none of them is a stray
+    assert data.test.read_images([2])[0].shape == (45, 60, 3)
+    assert run_command(["data", "check", str(root), "--no-timing", "--workers", "0"]) == 0  # none of them is a stray
 
 
 CLASSES: dict[str, str] = {
@@ -106,12 +106,12 @@ def test_class_names_beside(tmp_path: Path, file: str) -> None:
     LISTS["val.txt of synsets"](root)
     assert load(root).classes == SYNSETS
     (root / file).write_text(CLASSES[file])
-    assert load(root).classes == SHOWN
+    assert load(root).classes == CLASSES
     (root / file).write_text(CLASSES[file].replace("n91443537", "n99999999"))
     with pytest.raises(DataError, match=rf"{file} does not name the class folders n91443537; add a line"):
         load(root)
     (root / file).write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(DataError, match=rf"{file} is no text in UTF-8"):
+    with pytest.raises(DataError, match=rf"{file} is not valid UTF-8"):
         load(root)
 
 
@@ -121,14 +121,14 @@ def changed(file: str, old: str, new: str) -> Callable[[Path], object]:
 
 KIT = "ILSVRC2012_devkit_t12/data/ILSVRC2012_validation_ground_truth.txt"
 FAULTS: dict[str, tuple[str, Callable[[Path], object], str]] = {
-    "a picture gone": (
+    "an image gone": (
         "val.txt of synsets", lambda d: (d / "val" / name(3)).unlink(),
-        r"val.txt names pictures that are not in .*val: ILSVRC2012_val_00000004.JPEG; unpack it again"),
-    "a picture more": (
+        r"val.txt names images that are not in .*val: ILSVRC2012_val_00000004.JPEG; unpack it again"),
+    "an image more": (
         "val.txt of synsets", lambda d: photo(1).save(d / "val" / "new.JPEG"),
         r"val.txt gives no class for new.JPEG in .*val; add a line for each"),
     "a line that is none": (
-        "val.txt of synsets", changed("val.txt", ".JPEG n91440764", ".JPEG"), r'val.txt, line 6: .* is not "picture class"'),
+        "val.txt of synsets", changed("val.txt", ".JPEG n91440764", ".JPEG"), r'val.txt, line 6: .* is not "image class"'),
     "two classes": (
         "val.txt of synsets", changed("val.txt", name(3), name(4)),
         r"val.txt gives ILSVRC2012_val_00000005.JPEG two classes, n91443537 and n92012849; remove"),
@@ -137,29 +137,29 @@ FAULTS: dict[str, tuple[str, Callable[[Path], object], str]] = {
         r"hold different classes: only in train none, only in val n99999999"),
     "numbers without names": (
         "val.txt of numbers", lambda d: (d / "synset_words.txt").unlink(),
-        r"val.txt has numbers for classes, and no file beside it says which they are; put LOC_synset_mapping.txt there"),
+        r"val.txt has numbers for classes, and no file beside it lists the classes; put LOC_synset_mapping.txt there"),
     "a number out of range": (
         "val.txt of numbers", changed("val.txt", "\t3", "\t44"),
         r"val.txt, line \d: class 44 is out of range; .*synset_words.txt names 4"),
     "kaggle's gone": (
         "kaggle", lambda d: (d / "val" / name(3)).unlink(),
-        r"LOC_val_solution.csv names pictures that are not in .*val: ILSVRC2012_val_00000004; unpack"),
+        r"LOC_val_solution.csv names images that are not in .*val: ILSVRC2012_val_00000004; unpack"),
     "a devkit too short": (
         "devkit", lambda d: photo(1).save(d / "val" / name(8)),
         r"ground_truth.txt gives no class for ILSVRC2012_val_00000009.JPEG"),
     "a devkit too long": (
         "devkit", lambda d: (d / "val" / name(3)).unlink(),
-        r"ground_truth.txt names pictures that are not in .*val: number 4; unpack"),
-    "a number of no class": ("devkit", changed(KIT, "7\n", "5\n"), r"ground_truth.txt, line 2: '5' is no class of meta.mat"),
+        r"ground_truth.txt names images that are not in .*val: number 4; unpack"),
+    "a number of no class": ("devkit", changed(KIT, "7\n", "5\n"), r"ground_truth.txt, line 2: '5' is not a class of meta.mat"),
     "no meta.mat": (
-        "devkit", lambda d: (d / KIT).with_name("meta.mat").unlink(), r"meta.mat is not there, and says which classes"),
+        "devkit", lambda d: (d / KIT).with_name("meta.mat").unlink(), r"meta.mat is not there, but it defines the classes"),
     "a damaged meta.mat": (
         "devkit", lambda d: (d / KIT).with_name("meta.mat").write_bytes(b"x" * 200), r"meta.mat cannot be read \("),
     "a name without a number": (
         "devkit", lambda d: photo(1).save(d / "val" / "dog.JPEG"), r"by the numbers in their names; dog.JPEG has none"),
     "no list at all": (
         "val.txt of synsets", lambda d: (d / "val.txt").unlink(),
-        r"val holds no class folders with pictures: its 8 pictures lie in no class folder; .*val.txt"),
+        r"val holds no class folders with images: its 8 images are in no class folder; .*val.txt"),
 }  # fmt: skip
 
 

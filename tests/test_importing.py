@@ -1,4 +1,4 @@
-"""Weights of other programs: every layout on disk, equal answers, nothing guessed in silence, nothing executed."""
+"""Weights of other programs: every layout on disk, equal outputs, assumptions reported, no code executed."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ import torchvision
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-import residuum
-from residuum.cli.main import run
-from residuum.errors import ModelFileError, ResiduumError, UsageError
-from residuum.models.bundle import Bundle, load_bundle
-from residuum.models.resnet import ResNet, build
-from residuum.preprocessing import Preprocessing
-from residuum.use.classes import class_names, of_data_set
-from residuum.use.export import export
-from residuum.use.importing import Given, import_weights
+import resnetlab
+from resnetlab.cli.main import run_command
+from resnetlab.errors import ModelFileError, ResNetLabError, UsageError
+from resnetlab.inference.classes import dataset_class_names, parse_class_names
+from resnetlab.inference.import_model import ImportOptions, import_weights
+from resnetlab.inference.state_dict_export import export_state_dict
+from resnetlab.models.model_file import TrainedModel, load_trained_model
+from resnetlab.models.resnet import ResNet, build
+from resnetlab.preprocessing import Preprocessing
 
 FIVE = "a,b,c,d,e"
 PREPARED: dict[str, Any] = {"mean": (0.49, 0.48, 0.45), "std": (0.25, 0.24, 0.26)}
 
 
-def shaken(net: nn.Module) -> Any:
-    """The network with every value random in float32, statistics and affine ones too; in eval mode."""
+def randomise(net: nn.Module) -> Any:
+    """Sets BN statistics and affine parameters to random values; eval mode."""
     draw = torch.Generator().manual_seed(0)
     for module in net.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -40,38 +40,40 @@ def shaken(net: nn.Module) -> Any:
     return net.eval()
 
 
-def plainly(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def clone_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in state.items()}
 
 
-def without_counts(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value for name, value in plainly(state).items() if not name.endswith("num_batches_tracked")}
+def drop_counters(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value for name, value in clone_state(state).items() if not name.endswith("num_batches_tracked")}
 
 
-def prefixed(prefix: str) -> Callable[[Mapping[str, Tensor]], dict[str, Tensor]]:
-    return lambda state: {prefix + name: value for name, value in plainly(state).items()}
+def add_prefix(prefix: str) -> Callable[[Mapping[str, Tensor]], dict[str, Tensor]]:
+    return lambda state: {prefix + name: value for name, value in clone_state(state).items()}
 
 
-def called(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name.replace("fc.", "linear.").replace("downsample", "shortcut"): v for name, v in plainly(state).items()}
+def rename_like_cifar(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {
+        name.replace("fc.", "linear.").replace("downsample", "shortcut"): v for name, v in clone_state(state).items()
+    }
 
 
 LAYOUTS: dict[str, tuple[str, Callable[[Mapping[str, Tensor]], Any]]] = {
-    "a state_dict": ("w.pth", plainly),
-    "counts missing": ("w.pt", without_counts),
+    "a state_dict": ("w.pth", clone_state),
+    "counts missing": ("w.pt", drop_counters),
     "under state_dict, in module.": (
         "w.th",
-        lambda s: {"state_dict": prefixed("module.")(s), "best_prec1": 91.7, "epoch": 3},
+        lambda s: {"state_dict": add_prefix("module.")(s), "best_prec1": 91.7, "epoch": 3},
     ),
-    "under model": ("w.pth", lambda s: {"model": plainly(s), "optimizer": {"state": {}, "lr": [0.1]}}),
-    "under net": ("w.pt", lambda s: {"net": prefixed("_orig_mod.module.")(s), "acc": 93.0}),
-    "under model_ema": ("w.pth", lambda s: {"model_ema": plainly(s)}),
-    "nested twice": ("w.pth", lambda s: {"model": {"state_dict": plainly(s)}}),
-    "backbone.": ("w.bin", prefixed("backbone.")),
-    "within another network": ("w.ckpt", lambda s: {"state_dict": prefixed("module.encoder_q.")(s)}),
-    "linear and shortcut": ("w.pth", called),
-    "safetensors": ("w.safetensors", plainly),
-    "npz": ("w.npz", plainly),
+    "under model": ("w.pth", lambda s: {"model": clone_state(s), "optimizer": {"state": {}, "lr": [0.1]}}),
+    "under net": ("w.pt", lambda s: {"net": add_prefix("_orig_mod.module.")(s), "acc": 93.0}),
+    "under model_ema": ("w.pth", lambda s: {"model_ema": clone_state(s)}),
+    "nested twice": ("w.pth", lambda s: {"model": {"state_dict": clone_state(s)}}),
+    "backbone.": ("w.bin", add_prefix("backbone.")),
+    "within another network": ("w.ckpt", lambda s: {"state_dict": add_prefix("module.encoder_q.")(s)}),
+    "linear and shortcut": ("w.pth", rename_like_cifar),
+    "safetensors": ("w.safetensors", clone_state),
+    "npz": ("w.npz", clone_state),
 }
 
 
@@ -85,10 +87,10 @@ def write(path: Path, content: Any) -> Path:
     return path
 
 
-def same(bundle: Bundle, other: nn.Module, size: int, channels: int = 3) -> None:
+def assert_same(model: TrainedModel, other: nn.Module, size: int, channels: int = 3) -> None:
     x = torch.randn(2, channels, size, size + 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     with torch.no_grad():
-        expected, found = other.double()(x), bundle.net.double()(x)
+        expected, found = other.double()(x), model.net.double()(x)
     assert expected.std(0).min() > 0
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
 
@@ -97,10 +99,12 @@ def same(bundle: Bundle, other: nn.Module, size: int, channels: int = 3) -> None
 def test_torchvisions_networks_in_every_layout(layout: str, tmp_path: Path) -> None:
     """Written to a file, imported, saved as a model file, loaded: equal logits in float64."""
     name, arranged = LAYOUTS[layout]
-    other = shaken(torchvision.models.resnet18(num_classes=5))
-    bundle, _ = import_weights(write(tmp_path / name, arranged(other.state_dict())), Given(classes=FIVE, **PREPARED))
-    bundle.save(tmp_path / "model.safetensors")
-    same(load_bundle(tmp_path / "model.safetensors"), other, 75)
+    other = randomise(torchvision.models.resnet18(num_classes=5))
+    model, _ = import_weights(
+        write(tmp_path / name, arranged(other.state_dict())), ImportOptions(classes=FIVE, **PREPARED)
+    )
+    model.save(tmp_path / "model.safetensors")
+    assert_same(load_trained_model(tmp_path / "model.safetensors"), other, 75)
 
 
 @pytest.mark.parametrize("layout", ["a state_dict", "safetensors"])
@@ -109,28 +113,30 @@ def test_torchvisions_networks_in_every_layout(layout: str, tmp_path: Path) -> N
 )
 def test_other_networks(source: str, name: str, layout: str, tmp_path: Path) -> None:
     make = torchvision.models.get_model if source == "torchvision" else timm.create_model
-    other = shaken(make(name, num_classes=5))
+    other = randomise(make(name, num_classes=5))
     file, arranged = LAYOUTS[layout]
     path = write(tmp_path / file, arranged(other.state_dict()))
-    bundle, _ = import_weights(
-        path, Given(classes=FIVE, source=source if source == "torchvision" else f"{source}:{name}")
+    model, _ = import_weights(
+        path, ImportOptions(classes=FIVE, source=source if source == "torchvision" else f"{source}:{name}")
     )
-    same(bundle, other, 70)
-    assert bundle.preprocessing.mean.tolist() == pytest.approx([0.485, 0.456, 0.406])  # known of the source
+    assert_same(model, other, 70)
+    assert model.preprocessing.mean.tolist() == pytest.approx([0.485, 0.456, 0.406])  # known of the source
 
 
 def test_caffes_values_under_torchvisions_names(tmp_path: Path) -> None:
-    """Converted files keep BGR and the max-pool, which names do not tell: --source caffe and --input bgr do."""
-    net = shaken(build("resnet50", depths=(1, 1, 1, 1), classes=5, maxpool="ceil", conv1_bias=True, seed=0))
-    state = plainly(net.state_dict())
+    """Converted files keep BGR and the max-pool, which names do not determine: --source caffe and --channel-order bgr do."""
+    net = randomise(build("resnet50", depths=(1, 1, 1, 1), classes=5, maxpool="ceil", conv1_bias=True, seed=0))
+    state = clone_state(net.state_dict())
     state["conv1.weight"] = state["conv1.weight"].flip(1)
     torch.save(state, tmp_path / "w.pth")
     given: dict[str, Any] = {"classes": FIVE, "mean": [0.4], "std": [1 / 255]}
-    bundle, _ = import_weights(tmp_path / "w.pth", Given(source="caffe", input="bgr", **given))
-    assert bundle.spec == net.spec
-    same(bundle, net, 70)
-    changes = {"stride_site": "first", "maxpool": "ceil"}
-    same(import_weights(tmp_path / "w.pth", Given(changes=changes, input="bgr", **given))[0], net, 70)
+    model, _ = import_weights(tmp_path / "w.pth", ImportOptions(source="caffe", channel_order="bgr", **given))
+    assert model.spec == net.spec
+    assert_same(model, net, 70)
+    changes = {"stride_in": "first", "maxpool": "ceil"}
+    assert_same(
+        import_weights(tmp_path / "w.pth", ImportOptions(changes=changes, channel_order="bgr", **given))[0], net, 70
+    )
 
 
 def test_caffes_max_pool_is_not_torchvisions() -> None:
@@ -142,10 +148,13 @@ def test_caffes_max_pool_is_not_torchvisions() -> None:
     assert caffe(x)[0, 0, 0, :2].tolist() == [2, 4] and other(x)[0, 0, 0, :2].tolist() == [1, 3]
 
 
-def test_option_a_and_where_its_zeros_stand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """akamaster's files: `linear`, in `module.`, zeros centred; said aloud. The specification decides what is computed."""
-    net = shaken(build("resnet20", zeros="centre", seed=0))
-    write(tmp_path / "r20.th", {"state_dict": called(prefixed("module.")(net.state_dict())), "best_prec1": 91.7})
+def test_option_a_and_the_place_of_its_zeros(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """akamaster's files: `linear`, in `module.`, zeros centred; reported. The specification decides what is computed."""
+    net = randomise(build("resnet20", zero_pad="centre", seed=0))
+    write(
+        tmp_path / "r20.th",
+        {"state_dict": rename_like_cifar(add_prefix("module.")(net.state_dict())), "best_prec1": 91.7},
+    )
     out = tmp_path / "m.safetensors"
     arguments = [
         "import",
@@ -157,50 +166,51 @@ def test_option_a_and_where_its_zeros_stand(tmp_path: Path, capsys: pytest.Captu
         "--std",
         "0.25,0.24,0.26",
     ]
-    assert run([*arguments, "--out", str(out), "--json"]) == 0
-    said, err = capsys.readouterr()
-    about = json.loads(said)
-    assert about["specification"]["zeros"] == "centre" and about["specification"]["depths"] == [3, 3, 3]
+    assert run_command([*arguments, "--out", str(out), "--json"]) == 0
+    out_text, err = capsys.readouterr()
+    about = json.loads(out_text)
+    assert about["specification"]["zero_pad"] == "centre" and about["specification"]["depths"] == [3, 3, 3]
     assert about["classes"][0] == "airplane" and about["preprocessing"]["size"] == [32, 32]
-    assert "ASSUMED" in err and "--set zeros=" in err and "shortcut=none" in err
-    same(load_bundle(out), net, 32)
-    assert run([*arguments, "--out", str(out), "--set", "zeros=append"]) == 0
-    assert load_bundle(out).spec.zeros == "append" and "zeros              append" in capsys.readouterr().out
+    assert "ASSUMED" in err and "--set zero_pad=" in err and "shortcut=none" in err
+    assert_same(load_trained_model(out), net, 32)
+    assert run_command([*arguments, "--out", str(out), "--set", "zero_pad=append"]) == 0
+    assert load_trained_model(out).spec.zero_pad == "append" and "zeros              append" in capsys.readouterr().out
 
 
 def test_a_network_with_projections_on_cifar(tmp_path: Path) -> None:
     """kuangliu's layout: option B called shortcut, `linear`, four stages from width 64."""
-    net = shaken(build("resnet18", stem="cifar", classes=10, widths=(8, 16, 32, 64), seed=0))
-    write(tmp_path / "w.pth", {"net": called(net.state_dict()), "acc": 95.0, "epoch": 1})
-    bundle, notes = import_weights(tmp_path / "w.pth", Given(classes="cifar10", **PREPARED))
-    assert bundle.spec == net.spec and not any("zeros" in note for note in notes)
+    net = randomise(build("resnet18", stem="cifar", classes=10, widths=(8, 16, 32, 64), seed=0))
+    write(tmp_path / "w.pth", {"net": rename_like_cifar(net.state_dict()), "acc": 95.0, "epoch": 1})
+    model, notes = import_weights(tmp_path / "w.pth", ImportOptions(classes="cifar10", **PREPARED))
+    assert model.spec == net.spec and not any("zero_pad" in note for note in notes)
 
 
 @pytest.mark.parametrize(("name", "given", "sentence"), [
     ("resnet50", {"classes": FIVE, **PREPARED}, "where the bottlenecks have their stride: give --source torchvision"),
-    ("resnet18", {"classes": FIVE}, "does not say how its pictures were prepared: give --mean and --std"),
+    ("resnet18", {"classes": FIVE}, "does not contain its preprocessing: give --mean and --std"),
     ("resnet18", {"classes": FIVE, "mean": [0.5]}, "give --std, in units of [0, 1]"),
     ("resnet18", PREPARED, "does not name its 5 classes: give --classes"),
     ("resnet18", {"classes": "cifar10", **PREPARED}, "gives 10 names, but the network has 5 classes"),
     ("resnet18", {"classes": "cifar11", **PREPARED}, "is neither a data set"),
     ("resnet18", {"classes": "a,b,c,d,a", **PREPARED}, "every class needs a name of its own"),
-    ("resnet18", {"classes": FIVE, "mean": [1, 2], "std": [1]}, "--mean takes 3 numbers, one a channel, or one for all, not 2"),
+    ("resnet18", {"classes": FIVE, "mean": [1, 2], "std": [1]}, "--mean takes 3 numbers, one per channel, or one for all"),
     ("resnet18", {"classes": FIVE, "mean": [0], "std": [0]}, "above 0"),
     ("resnet18", {"classes": FIVE, "source": "torchvison"}, "did you mean 'torchvision'?"),
-    ("resnet18", {"classes": FIVE, **PREPARED, "size": 224, "resize": 200}, "--resize 200 must be at least --size 224"),
-    ("resnet18", {"classes": FIVE, **PREPARED, "input": "grb"}, "unknown order of channels 'grb'"),
+    ("resnet18", {"classes": FIVE, **PREPARED, "image_size": 224, "eval_resize": 200},
+     "--eval-resize 200 must be at least --image-size 224"),
+    ("resnet18", {"classes": FIVE, **PREPARED, "channel_order": "grb"}, "unknown channel order 'grb'"),
 ])  # fmt: skip
-def test_what_must_be_given(name: str, given: dict[str, Any], sentence: str, tmp_path: Path) -> None:
+def test_missing_and_invalid_options(name: str, given: dict[str, Any], sentence: str, tmp_path: Path) -> None:
     with torch.device("meta"):
         meta = torchvision.models.get_model(name, num_classes=5).state_dict()
     torch.save({k: torch.zeros(v.shape) for k, v in meta.items()}, tmp_path / "w.pth")
     with pytest.raises(UsageError) as error:
-        import_weights(tmp_path / "w.pth", Given(**given))
+        import_weights(tmp_path / "w.pth", ImportOptions(**given))
     assert sentence in str(error.value)
 
 
-def test_tensors_that_do_not_fit_are_named(tmp_path: Path) -> None:
-    good = plainly(build("resnet8", seed=0).state_dict())
+def test_tensors_that_do_not_match_are_named(tmp_path: Path) -> None:
+    good = clone_state(build("resnet8", seed=0).state_dict())
     wrong = {
         "missing layer2.0.bn1.running_var": {k: v for k, v in good.items() if k != "layer2.0.bn1.running_var"},
         "not expected layer1.0.bn1.wait (nearest expected: layer1.0.bn1.weight)": {
@@ -214,11 +224,11 @@ def test_tensors_that_do_not_fit_are_named(tmp_path: Path) -> None:
     for sentence, state in wrong.items():
         torch.save(state, tmp_path / "w.pth")
         with pytest.raises(ModelFileError) as error:
-            import_weights(tmp_path / "w.pth", Given(classes="cifar10", **PREPARED))
+            import_weights(tmp_path / "w.pth", ImportOptions(classes="cifar10", **PREPARED))
         assert sentence in str(error.value)
     torch.save(timm.create_model("resnet26d").state_dict(), tmp_path / "w.pth")
     with pytest.raises(ModelFileError, match="of a known layout"):
-        import_weights(tmp_path / "w.pth", Given(classes="imagenet", source="timm"))
+        import_weights(tmp_path / "w.pth", ImportOptions(classes="imagenet", source="timm"))
 
 
 class Malicious:
@@ -231,14 +241,14 @@ class Malicious:
         return (Path.touch, (self.trace,))
 
 
-def test_a_malicious_file_is_refused_and_not_executed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_malicious_file_is_rejected_and_not_executed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     trace = tmp_path / "executed"
     torch.save({"state_dict": {"conv1.weight": torch.zeros(1)}, "args": Malicious(trace)}, tmp_path / "zip.pth")
     (tmp_path / "plain.pt").write_bytes(pickle.dumps(Malicious(trace)))
     torch.save({"a": Malicious(trace)}, tmp_path / "old.th", _use_new_zipfile_serialization=False)
     np.savez(tmp_path / "array.npz", a=np.array([Malicious(trace)], dtype=object))
     for name in ("zip.pth", "plain.pt", "old.th", "array.npz"):
-        code = run(
+        code = run_command(
             [
                 "import",
                 str(tmp_path / name),
@@ -255,14 +265,14 @@ def test_a_malicious_file_is_refused_and_not_executed(tmp_path: Path, capsys: py
         err = capsys.readouterr().err
         assert code == 1 and "could execute code, so it is refused" in err and err.count("\n") == 1, err
         assert not trace.exists() and not (tmp_path / "m").exists()
-    with open(tmp_path / "plain.pt", "rb") as file:  # it would have
+    with open(tmp_path / "plain.pt", "rb") as file:  # loading it carelessly does
         pickle.load(file)
     assert trace.exists()
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors", ".npz"])
-def test_empty_cut_and_missing_files(suffix: str, tmp_path: Path) -> None:
-    whole = write(tmp_path / f"w{suffix}", plainly(build("resnet8", seed=0).state_dict())).read_bytes()
+def test_empty_truncated_and_missing_files(suffix: str, tmp_path: Path) -> None:
+    whole = write(tmp_path / f"w{suffix}", clone_state(build("resnet8", seed=0).state_dict())).read_bytes()
     file = tmp_path / f"bad{suffix}"
     for content, sentence in (
         (b"", "is empty"),
@@ -271,119 +281,119 @@ def test_empty_cut_and_missing_files(suffix: str, tmp_path: Path) -> None:
     ):
         file.write_bytes(content)
         with pytest.raises(ModelFileError) as error:
-            import_weights(file, Given(classes="cifar10", **PREPARED))
+            import_weights(file, ImportOptions(classes="cifar10", **PREPARED))
         assert sentence in str(error.value)
     file.unlink()
-    with pytest.raises(ModelFileError, match="is not there"):
-        import_weights(file, Given())
+    with pytest.raises(ModelFileError, match="does not exist"):
+        import_weights(file, ImportOptions())
     with pytest.raises(ModelFileError, match="is a folder"):
-        import_weights(tmp_path, Given())
+        import_weights(tmp_path, ImportOptions())
 
 
-def test_several_sets_of_weights_are_chosen_from(tmp_path: Path) -> None:
-    one, other = (plainly(build("resnet8", seed=seed).state_dict()) for seed in (0, 1))
+def test_choosing_between_several_sets_of_weights(tmp_path: Path) -> None:
+    one, other = (clone_state(build("resnet8", seed=seed).state_dict()) for seed in (0, 1))
     torch.save({"model": one, "model_ema": other}, tmp_path / "w.pth")
     with pytest.raises(UsageError, match="several sets of weights: model, model_ema; choose one with --key model"):
-        import_weights(tmp_path / "w.pth", Given(classes="cifar10", **PREPARED))
-    bundle, _ = import_weights(tmp_path / "w.pth", Given(classes="cifar10", key="model_ema", **PREPARED))
-    assert torch.equal(bundle.net.conv1.weight, other["conv1.weight"])
+        import_weights(tmp_path / "w.pth", ImportOptions(classes="cifar10", **PREPARED))
+    model, _ = import_weights(tmp_path / "w.pth", ImportOptions(classes="cifar10", key="model_ema", **PREPARED))
+    assert torch.equal(model.net.conv1.weight, other["conv1.weight"])
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_what_is_exported_comes_back_whole(suffix: str, tmp_path: Path) -> None:
+def test_exports_are_imported_unchanged(suffix: str, tmp_path: Path) -> None:
     """Specification, classes, a per-pixel mean and the temperature too, with nothing given."""
-    net: ResNet = shaken(build("resnet8", zeros="centre", seed=0))
-    before = Bundle(
+    net: ResNet = randomise(build("resnet8", zero_pad="centre", seed=0))
+    before = TrainedModel(
         net,
-        of_data_set("cifar10"),
+        dataset_class_names("cifar10"),
         Preprocessing(3, (32, 32), 32, torch.rand(32, 32, 3), torch.ones(3)),
         temperature=1.3,
     )
-    export(before, "torchvision", tmp_path / f"w{suffix}")
-    after, _ = import_weights(tmp_path / f"w{suffix}", Given())
+    export_state_dict(before, "torchvision", tmp_path / f"w{suffix}")
+    after, _ = import_weights(tmp_path / f"w{suffix}", ImportOptions())
     after.save(tmp_path / "m.safetensors")
-    after = load_bundle(tmp_path / "m.safetensors")
+    after = load_trained_model(tmp_path / "m.safetensors")
     assert (after.spec, after.classes, after.temperature) == (before.spec, before.classes, 1.3)
     assert torch.equal(after.preprocessing.mean, before.preprocessing.mean)
     assert all(torch.equal(value, net.state_dict()[name]) for name, value in after.net.state_dict().items())
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_torchvision_and_timm_load_what_is_exported(suffix: str, tmp_path: Path) -> None:
-    net: ResNet = shaken(build("resnet50v1.5", classes=5, seed=0))
-    bundle = Bundle(net, tuple("abcde"), Preprocessing(3, (224, 224), 256, torch.zeros(3), torch.ones(3)))
+def test_torchvision_and_timm_load_exports(suffix: str, tmp_path: Path) -> None:
+    net: ResNet = randomise(build("resnet50v1.5", classes=5, seed=0))
+    model = TrainedModel(net, tuple("abcde"), Preprocessing(3, (224, 224), 256, torch.zeros(3), torch.ones(3)))
     path = tmp_path / f"w{suffix}"
-    assert export(bundle, "torchvision", path) == []
+    assert export_state_dict(model, "torchvision", path) == []
     from safetensors.torch import load_file
 
     state = load_file(path) if suffix == ".safetensors" else torch.load(path, weights_only=True)
     for other in (torchvision.models.resnet50(num_classes=5), timm.create_model("resnet50", num_classes=5)):
         other.load_state_dict(state, strict=True)
-        same(bundle, other.eval(), 65)
+        assert_same(model, other.eval(), 65)
 
 
-def test_what_others_would_compute_differently_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    v1 = Bundle(build("resnet50", depths=(1, 1, 1, 1), classes=5, maxpool="ceil", seed=0), tuple("abcde"),
+def test_differences_to_other_libraries_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    v1 = TrainedModel(build("resnet50", depths=(1, 1, 1, 1), classes=5, maxpool="ceil", seed=0), tuple("abcde"),
                 Preprocessing(3, (224, 224), 256, torch.zeros(3), torch.ones(3)))  # fmt: skip
     v1.save(tmp_path / "m.safetensors")
-    assert run(["export", str(tmp_path / "m.safetensors"), "--to", "torchvision"]) == 0
+    assert run_command(["export", str(tmp_path / "m.safetensors"), "--to", "torchvision"]) == 0
     out, err = capsys.readouterr()
     assert Path(out.strip()).is_file() and "the stride is in the first 1x1" in err and "Caffe's alignment" in err
     for arguments, sentence in (
         (["--to", "torchvison"], "did you mean 'torchvision'?"),
         (["--to", "torchvision", "--out", "x.zip"], ".pth"),
     ):
-        assert run(["export", str(tmp_path / "m.safetensors"), *arguments]) == 2
+        assert run_command(["export", str(tmp_path / "m.safetensors"), *arguments]) == 2
         assert sentence in capsys.readouterr().err
 
 
-def test_publishers_names(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_published_names(monkeypatch: pytest.MonkeyPatch) -> None:
     """With what they download put in their place: weights, preprocessing, classes and published figures come along."""
-    other = shaken(torchvision.models.resnet18())
+    other = randomise(torchvision.models.resnet18())
     monkeypatch.setattr(torchvision.models._api.WeightsEnum, "get_state_dict", lambda self, **_: other.state_dict())
-    model = residuum.load("torchvision:resnet18.IMAGENET1K_V1", device="cpu")
+    model = resnetlab.load("torchvision:resnet18.IMAGENET1K_V1", device="cpu")
     assert (
         model.preprocessing.resize == 256 and model.preprocessing.size == (224, 224) and len(set(model.classes)) == 1000
     )
     assert model.metrics["published"]["top1_error"] == pytest.approx(0.30242)
-    same(model, other, 70)
-    made = shaken(timm.create_model("resnet18.a1_in1k"))
+    assert_same(model, other, 70)
+    made = randomise(timm.create_model("resnet18.a1_in1k"))
     monkeypatch.setattr(timm, "create_model", lambda name, pretrained: made)
-    model = residuum.load("timm:resnet18.a1_in1k", device="cpu")
+    model = resnetlab.load("timm:resnet18.a1_in1k", device="cpu")
     assert model.preprocessing.interpolation == "bicubic" and model.recipe["source"] == "timm:resnet18.a1_in1k"
-    same(model, made, 70)
+    assert_same(model, made, 70)
 
 
 def test_a_repository_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """timm's layout, weights and config.json; and a model file of ours."""
     import huggingface_hub
 
-    other = shaken(timm.create_model("resnet26", num_classes=5))
-    save_file(plainly(other.state_dict()), tmp_path / "model.safetensors")
+    other = randomise(timm.create_model("resnet26", num_classes=5))
+    save_file(clone_state(other.state_dict()), tmp_path / "model.safetensors")
     about = {"mean": [0.5] * 3, "std": [0.25] * 3, "crop_pct": 0.95, "input_size": [3, 224, 224], "interpolation": "bicubic",
              "label_names": list("abcde")}  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps({"architecture": "resnet26", "pretrained_cfg": about}))
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repository, name: str(tmp_path / name))
-    model = residuum.load("hf:somebody/resnet26", device="cpu")
-    same(model, other, 70)
+    model = resnetlab.load("hf:somebody/resnet26", device="cpu")
+    assert_same(model, other, 70)
     assert (model.classes, model.preprocessing.resize) == (tuple("abcde"), 235)
     assert model.preprocessing.interpolation == "bicubic" and model.preprocessing.std.tolist() == [0.25] * 3
     model.save(tmp_path / "model.safetensors")
-    assert residuum.load("hf:somebody/ours", device="cpu").classes == model.classes
+    assert resnetlab.load("hf:somebody/ours", device="cpu").classes == model.classes
 
 
 @pytest.mark.parametrize(("name", "sentence"), [
-    ("torchvision:resnet18.IMAGENET1K_V1", "could not be downloaded (no route to host); where there is no network"),
+    ("torchvision:resnet18.IMAGENET1K_V1", "could not be downloaded (no route to host); without a network"),
     ("timm:resnet18.a1_in1k", "could not be downloaded (no route to host)"),
     ("hf:timm/resnet18.a1_in1k", "could not be downloaded (no route to host)"),
     ("torchvision:resnet18.IMAGENET1K_V9", "unknown weights of torchvision's resnet18 'IMAGENET1K_V9'; did you mean"),
-    ("torchvision:resnut", "torchvision's resnut is none of the networks of the papers; take one of resnet18"),
-    ("torchvision:vgg16", "none of the networks of the papers"),
-    ("torchvision:wide_resnet50_2", "none of the networks of the papers"),
-    ("timm:resnetaa50.a1h_in1k", "timm's resnetaa50 is none of the networks of the papers"),
-    ("timm:resnetblur50.bt_in1k", "none of the networks of the papers"),
+    ("torchvision:resnut", "torchvision's resnut is not one of the papers' networks; use one of resnet18"),
+    ("torchvision:vgg16", "not one of the papers' networks"),
+    ("torchvision:wide_resnet50_2", "not one of the papers' networks"),
+    ("timm:resnetaa50.a1h_in1k", "timm's resnetaa50 is not one of the papers' networks"),
+    ("timm:resnetblur50.bt_in1k", "not one of the papers' networks"),
 ])  # fmt: skip
-def test_without_a_network_it_says_what_to_do(name: str, sentence: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_messages_without_a_network(name: str, sentence: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def offline(*_: Any, **__: Any) -> Any:
         raise OSError("no route to host")
 
@@ -393,12 +403,12 @@ def test_without_a_network_it_says_what_to_do(name: str, sentence: str, monkeypa
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", offline)
     monkeypatch.setattr(timm, "create_model", offline)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
-    with pytest.raises(ResiduumError) as error:
-        residuum.load(name)
+    with pytest.raises(ResNetLabError) as error:
+        resnetlab.load(name)
     assert sentence in str(error.value)
 
 
 def test_class_names(tmp_path: Path) -> None:
     (tmp_path / "names").write_text("a\nb\n\nc\n")
-    assert class_names(str(tmp_path / "names"), 3) == class_names("a, b,c", 3) == ("a", "b", "c")
-    assert len(class_names("cifar100", 100)) == 100 and len(class_names("imagenet", 1000)) == 1000
+    assert parse_class_names(str(tmp_path / "names"), 3) == parse_class_names("a, b,c", 3) == ("a", "b", "c")
+    assert len(parse_class_names("cifar100", 100)) == 100 and len(parse_class_names("imagenet", 1000)) == 1000

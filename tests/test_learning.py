@@ -1,4 +1,4 @@
-"""What recipes ask of a network and its optimizer beyond the papers, each against a computation by hand or torch's own."""
+"""Training features beyond the papers, each checked against a computation by hand or torch's own."""
 
 from __future__ import annotations
 
@@ -9,52 +9,40 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-import residuum
-from residuum.errors import UsageError
-from residuum.models.bundle import Bundle
-from residuum.models.resnet import assemble, build
-from residuum.models.spec import specification
-from residuum.preprocessing import Preprocessing
-from residuum.tasks.network import _take_over
-from residuum.training.average import Average
-from residuum.training.checkpoint import Learner, State
-from residuum.training.optim import SGD
-from residuum.training.parts import TreeMean
-from residuum.training.recipe import Recipe
-from residuum.training.recipes import modern, paper_imagenet, quick
-from residuum.training.running import prepare_task
-from residuum.training.schedule import learning_rate
-from residuum.training.step import train_step
-from residuum.world import World
-
-TINY = {"net": "resnet8", "size": 8, "batch": 32, "precision": "fp32", "threads": 1}
+import resnetlab
+from resnetlab.distributed import World
+from resnetlab.errors import UsageError
+from resnetlab.models.model_file import TrainedModel
+from resnetlab.models.resnet import build, build_from_spec
+from resnetlab.models.spec import get_specification
+from resnetlab.preprocessing import Preprocessing
+from resnetlab.tasks.starting_network import _copy_weights
+from resnetlab.training.average import WeightAverage
+from resnetlab.training.checkpoint import RunState
+from resnetlab.training.micro_batches import TreeMean
+from resnetlab.training.optim import SGD
+from resnetlab.training.recipes import modern, paper_imagenet, quick
+from resnetlab.training.schedule import learning_rate
+from resnetlab.training.step import train_step
+from tiny_runs import make_train_state, tiny
 
 
-def tiny(**values: object) -> Recipe:
-    return replace(quick().shrunk(20), **(TINY | values))  # type: ignore[arg-type]
-
-
-def learner(recipe: Recipe) -> Learner:
-    task, recipe = prepare_task(recipe, Path("data"), "cpu", lambda _: None)
-    return Learner.fresh(task, recipe)
-
-
-def test_a_step_in_parts_is_the_mean_over_them() -> None:
-    """Each part has BN's statistics of its own; gradients and moving averages are their mean."""
-    whole = learner(tiny(bn_batch=8))
+def test_a_step_is_the_mean_over_its_micro_batches() -> None:
+    """Each micro-batch has its own BN statistics; gradients and moving averages are their mean."""
+    whole = make_train_state(tiny(bn_batch=8))
     hand = build("resnet8", channels=1, classes=10)
     hand.load_state_dict(whole.task.net.state_dict())
-    parts = whole.task.parts(0)
+    parts = whole.task.micro_batches(0)
     assert [len(part.labels) for part in parts] == [8, 8, 8, 8]
     before = hand.bn1.running_mean.clone()
     moved = []
     for part in parts:
         hand.bn1.running_mean.copy_(before)
-        (F.cross_entropy(hand(part.pictures), part.labels) / 4).backward()
+        (F.cross_entropy(hand(part.images), part.labels) / 4).backward()
         moved.append(hand.bn1.running_mean.clone())
     norm = torch.cat([p.grad.flatten() for p in hand.parameters() if p.grad is not None]).norm()
     made = train_step(whole, parts, 0.1)
-    torch.testing.assert_close(made.norm, norm)
+    torch.testing.assert_close(made.grad_norm, norm)
     torch.testing.assert_close(whole.task.net.bn1.running_mean, torch.stack(moved).mean(0))
     assert int(whole.task.net.bn1.num_batches_tracked) == 1
     for ours, theirs in zip(whole.task.net.parameters(), hand.parameters(), strict=True):
@@ -63,7 +51,7 @@ def test_a_step_in_parts_is_the_mean_over_them() -> None:
         torch.testing.assert_close(ours.detach(), expected, rtol=1e-4, atol=1e-6)
 
 
-def test_the_mean_over_parts_is_a_balanced_tree() -> None:
+def test_the_mean_over_micro_batches_is_a_balanced_tree() -> None:
     values = torch.randn(8, 1000, generator=torch.Generator().manual_seed(0))
     mean = TreeMean(World())
     for value in values:
@@ -77,18 +65,18 @@ def test_clipping_equals_torch() -> None:
     x = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     for net in (ours, theirs):
         F.cross_entropy(net(x), torch.tensor([0, 1, 2, 3])).backward()
-    norm = SGD(ours, quick()).clip(0.5)
+    norm = SGD(ours, quick()).clip_grad_norm(0.5)
     torch.testing.assert_close(norm, torch.nn.utils.clip_grad_norm_(theirs.parameters(), 0.5))
     for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad)
 
 
-def test_the_trunk_learns_more_slowly() -> None:
+def test_the_backbone_has_a_smaller_learning_rate() -> None:
     net = build("resnet8", seed=0)
     before = {k: v.clone() for k, v in net.named_parameters()}
     for p in net.parameters():
         p.grad = torch.ones_like(p)
-    SGD(net, replace(quick(), weight_decay=0.0, trunk_lr=0.1)).step(0.5)
+    SGD(net, replace(quick(), weight_decay=0.0, backbone_lr_scale=0.1)).step(0.5)
     for name, p in net.named_parameters():
         torch.testing.assert_close(
             before[name] - p, torch.full_like(p, 0.5 if name.startswith("fc.") else 0.05), rtol=1e-4, atol=1e-6
@@ -97,7 +85,7 @@ def test_the_trunk_learns_more_slowly() -> None:
 
 def test_the_average_is_a_moving_one_and_gives_the_weights_back() -> None:
     net = build("resnet8", seed=0)
-    average = Average(net, 0.75)
+    average = WeightAverage(net, 0.75)
     expected = net.fc.weight.detach().clone()
     for step in range(1, 60):
         net.fc.weight.data.add_(1.0)
@@ -106,10 +94,10 @@ def test_the_average_is_a_moving_one_and_gives_the_weights_back() -> None:
         expected = decay * expected + (1 - decay) * net.fc.weight.detach()
     torch.testing.assert_close(average.tensors["fc.weight"], expected)
     last = net.fc.weight.detach().clone()
-    with average.in_place():
+    with average.swap_in():
         assert torch.equal(net.fc.weight, average.tensors["fc.weight"])
     assert torch.equal(net.fc.weight, last)
-    assert modern().shrunk(1251).ema == pytest.approx(0.98, abs=1e-3)  # the window shrinks with the run
+    assert modern().rescale(1251).ema_decay == pytest.approx(0.98, abs=1e-3)  # the window shrinks with the run
 
 
 def test_cosine_linear_and_plateau_rates() -> None:
@@ -125,24 +113,26 @@ def test_cosine_linear_and_plateau_rates() -> None:
     )
 
 
-def test_a_plateau_is_patience_judgements_without_a_new_lowest_error() -> None:
-    state = State()
+def test_a_plateau_is_patience_evaluations_without_a_new_lowest_error() -> None:
+    state = RunState()
     drops = []
     for error in (0.5, 0.4, 0.4, 0.41, 0.39, 0.4, 0.4, 0.4, 0.4):
-        state.judged(error, patience=2)
-        drops.append(state.drops)
+        state.update_plateau(error, patience=2)
+        drops.append(state.lr_drops)
     assert drops == [0, 0, 0, 1, 1, 1, 2, 2, 3]
 
 
-def test_precise_statistics_are_the_mean_over_training_batches(tmp_path: Path) -> None:
-    from residuum.training.average import precise_statistics
+def test_reestimated_bn_statistics_are_the_mean_over_training_batches(tmp_path: Path) -> None:
+    from resnetlab.training.average import reestimate_bn_statistics
 
-    made = learner(tiny(bn_batch=16, precise_bn=3))
+    made = make_train_state(tiny(bn_batch=16, precise_bn=3))
     net, recipe = made.task.net, made.recipe
-    precise_statistics(made.task, recipe)
+    reestimate_bn_statistics(made.task, recipe)
     with torch.no_grad():
         maps = [
-            net.conv1(part.pictures) for step in range(recipe.steps, recipe.steps + 3) for part in made.task.parts(step)
+            net.conv1(part.images)
+            for step in range(recipe.steps, recipe.steps + 3)
+            for part in made.task.micro_batches(step)
         ]
     torch.testing.assert_close(
         net.bn1.running_mean, torch.stack([m.mean((0, 2, 3)) for m in maps]).mean(0), atol=1e-6, rtol=1e-4
@@ -153,40 +143,40 @@ def test_precise_statistics_are_the_mean_over_training_batches(tmp_path: Path) -
 
 
 def test_fine_tuning_takes_over_what_fits(tmp_path: Path) -> None:
-    first = residuum.train(tiny(steps=2, milestones=()), out=tmp_path / "first", device="cpu")
-    theirs = residuum.load(first.model)
-    said: list[str] = []
+    first = resnetlab.train(tiny(steps=2, milestones=()), out=tmp_path / "first", device="cpu")
+    theirs = resnetlab.load(first.model)
+    messages: list[str] = []
     again = tiny(
         start_from=first.model, net="", steps=1, milestones=(), lr=1e-30, normalise="as start_from", frozen_bn=True
     )
-    result = residuum.train(again, out=tmp_path / "again", device="cpu", say=said.append)
-    assert any("head and all: it knows the same 10 classes" in sentence for sentence in said)
-    ours = residuum.load(result.model)
+    result = resnetlab.train(again, out=tmp_path / "again", device="cpu", report=messages.append)
+    assert any("with its head: it has the same 10 classes" in sentence for sentence in messages)
+    ours = resnetlab.load(result.model)
     assert torch.equal(ours.preprocessing.mean, theirs.preprocessing.mean)
     for (name, a), b in zip(ours.net.state_dict().items(), theirs.net.state_dict().values(), strict=True):
         assert torch.equal(a, b), name  # BN's statistics too: they are frozen
     assert ours.recipe["net"] == "resnet20" and ours.recipe["specification"] == {"depths": [1, 1, 1]}
     with pytest.raises(UsageError, match="holds resnet20, not the resnet14 that is asked for; leave out --net"):
-        residuum.train(replace(again, net="resnet14"), out=tmp_path / "other", device="cpu")
-    with pytest.raises(UsageError, match="which network is it to start from"):
-        residuum.train("finetune", data="digits", out=tmp_path / "none", device="cpu")
+        resnetlab.train(replace(again, net="resnet14"), out=tmp_path / "other", device="cpu")
+    with pytest.raises(UsageError, match="the recipe has no network of its own"):
+        resnetlab.train("finetune", data="digits", out=tmp_path / "none", device="cpu")
 
 
 def test_a_new_head_for_other_classes_and_the_old_one_in_another_order() -> None:
     old = build("resnet8", classes=3, seed=1)
-    bundle = Bundle(old, ("cat", "dog", "fox"), Preprocessing(3, (8, 8), 8, torch.zeros(3), torch.ones(3)))
+    bundle = TrainedModel(old, ("cat", "dog", "fox"), Preprocessing(3, (8, 8), 8, torch.zeros(3), torch.ones(3)))
     net = build("resnet8", classes=3, seed=2)
-    assert "head and all" in _take_over(net, bundle, ("fox", "cat", "dog"), "m")
+    assert "with its head" in _copy_weights(net, bundle, ("fox", "cat", "dog"), "m")
     assert torch.equal(net.fc.weight, old.fc.weight[[2, 0, 1]]) and torch.equal(net.conv1.weight, old.conv1.weight)
     wider = build("resnet8", classes=4, seed=2)
     head = wider.fc.weight.clone()
-    assert "with a new head: it knows 3 classes (cat, dog, fox), the data 4" in _take_over(
+    assert "with a new head: it has 3 classes (cat, dog, fox), the data 4" in _copy_weights(
         wider, bundle, tuple("abcd"), "m"
     )
     assert torch.equal(wider.fc.weight, head) and torch.equal(wider.conv1.weight, old.conv1.weight)
 
 
-def test_recomputed_maps_change_no_bit_and_count_no_picture_twice() -> None:
+def test_recomputed_maps_change_no_bit_and_count_no_image_twice() -> None:
     """The second forward pass of a group of blocks must leave BN's moving averages as the first one left them."""
     plain, spare = (build("resnet20", seed=0).train() for _ in range(2))
     spare.recompute = True
@@ -207,7 +197,7 @@ def test_stochastic_depth_leaves_out_f_and_keeps_the_mean() -> None:
     x = torch.rand(4000, 16, 2, 2, generator=torch.Generator().manual_seed(0))
     block.eval()
     shortcut, whole = x.relu(), block(x)
-    block.drop = 0.25
+    block.drop_path = 0.25
     assert torch.equal(block(x), whole)  # nothing is left out when it only answers
     for module in block.modules():
         module.training = module is block  # drops, with BN as in eval mode
@@ -218,9 +208,9 @@ def test_stochastic_depth_leaves_out_f_and_keeps_the_mean() -> None:
 
 
 def test_a_zero_last_bn_makes_every_block_its_shortcut() -> None:
-    net = assemble(specification("resnet20"), seed=0, zero_last_bn=True).eval()
+    net = build_from_spec(get_specification("resnet20"), seed=0, zero_last_bn=True).eval()
     x = torch.rand(2, 16, 8, 8)
     for name, block in list(net.blocks())[:3]:
         assert torch.equal(block(x), x), name
-    with pytest.raises(UsageError, match="needs an F that ends in BN, which order 'preact' has not"):
-        assemble(specification("preresnet20"), zero_last_bn=True)
+    with pytest.raises(UsageError, match="needs an F that ends in BN, but activation order 'preact' does not"):
+        build_from_spec(get_specification("preresnet20"), zero_last_bn=True)

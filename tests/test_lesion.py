@@ -1,4 +1,4 @@
-"""A network without a block, or with blocks in another place, against the same network put together by hand."""
+"""Networks with removed or swapped blocks, compared with the same network assembled by hand."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from residuum.errors import UsageError
-from residuum.models.fold import folded
-from residuum.models.lesion import blocks, movable, swapped, without
-from residuum.models.resnet import ResNet, build
+from resnetlab.errors import UsageError
+from resnetlab.models.fold import fold_batchnorm
+from resnetlab.models.lesion import movable_blocks, removable_blocks, remove_blocks, swap_blocks
+from resnetlab.models.resnet import ResNet, build
 
 
-def trained_looking(name: str, **changes: object) -> tuple[ResNet, Tensor]:
-    """A network in eval mode whose BN has statistics of its own, and pictures for it."""
+def randomised(name: str, **changes: object) -> tuple[ResNet, Tensor]:
+    """A network in eval mode with random BN statistics, and images."""
     net = build(name, classes=5, seed=0, **changes)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -25,7 +25,7 @@ def trained_looking(name: str, **changes: object) -> tuple[ResNet, Tensor]:
 
 
 def forward(net: ResNet, x: Tensor, order: list[str]) -> Tensor:
-    """The network by hand: the blocks of a list, one after the other."""
+    """Runs the listed blocks of a network one after the other."""
     named = dict(net.blocks())
     x = F.relu(net.bn1(net.conv1(x)))
     for name in order:
@@ -37,72 +37,75 @@ def forward(net: ResNet, x: Tensor, order: list[str]) -> Tensor:
 
 @pytest.mark.parametrize("name", ["plain20", "resnet20", "preresnet20"])
 @torch.no_grad()
-def test_a_block_that_keeps_the_shape_is_passed_by(name: str) -> None:
-    net, x = trained_looking(name)
+def test_removing_blocks_that_keep_the_shape(name: str) -> None:
+    net, x = randomised(name)
     everything = [block for block, _ in net.blocks()]
     for block in ("layer1.1", "layer3.2"):
         rest = [other for other in everything if other != block]
-        torch.testing.assert_close(without(net, block)(x), forward(net, x, rest))
+        torch.testing.assert_close(remove_blocks(net, block)(x), forward(net, x, rest))
     torch.testing.assert_close(
-        without(net, ["layer1.1", "layer2.1"])(x),
+        remove_blocks(net, ["layer1.1", "layer2.1"])(x),
         forward(net, x, [b for b in everything if b not in ("layer1.1", "layer2.1")]),
     )
-    assert torch.equal(net(x), forward(net, x, everything))  # the network itself stayed as it was
+    assert torch.equal(net(x), forward(net, x, everything))  # the network itself is unchanged
 
 
 @torch.no_grad()
-def test_a_block_that_changes_the_shape_leaves_its_shortcut() -> None:
-    net, x = trained_looking("resnet8")
+def test_removing_a_block_that_changes_the_shape_leaves_its_shortcut() -> None:
+    net, x = randomised("resnet8")
     named = dict(net.blocks())
     y = named["layer1.0"](F.relu(net.bn1(net.conv1(x))))
     y = F.pad(y[:, :, ::2, ::2], (0, 0, 0, 0, 0, 16))  # option A
-    torch.testing.assert_close(without(net, "layer2.0")(x), net.fc(named["layer3.0"](y).mean((2, 3))))
+    torch.testing.assert_close(remove_blocks(net, "layer2.0")(x), net.fc(named["layer3.0"](y).mean((2, 3))))
 
 
 @pytest.mark.parametrize(
-    "changes", [{"shortcut": "exclusive-gate"}, {"shortcut": "constant"}, {"order": "bn-after-add"}]
+    "changes", [{"shortcut": "exclusive-gate"}, {"shortcut": "constant"}, {"activation_order": "bn-after-add"}]
 )
 @torch.no_grad()
-def test_every_shortcut_and_order_goes_on_without_f(changes: dict[str, object]) -> None:
-    net, x = trained_looking("resnet8", **changes)
-    silent, _ = trained_looking("resnet8", **changes)
-    block = dict(silent.blocks())["layer3.0"]
+def test_removing_blocks_with_every_shortcut_and_order(changes: dict[str, object]) -> None:
+    net, x = randomised("resnet8", **changes)
+    zeroed, _ = randomised("resnet8", **changes)
+    block = dict(zeroed.blocks())["layer3.0"]
     block.conv2.weight.zero_()
-    if silent.spec.order == "original":  # F is zero only where its last BN says zero too
+    if zeroed.spec.activation_order == "original":  # F is zero only if its last BN outputs zero
         block.bn2.running_mean.zero_()
-    torch.testing.assert_close(without(net, "layer3.0")(x), silent(x))
+    torch.testing.assert_close(remove_blocks(net, "layer3.0")(x), zeroed(x))
 
 
 @torch.no_grad()
 def test_swapped_blocks_run_in_the_other_order() -> None:
-    net, x = trained_looking("resnet20")
+    net, x = randomised("resnet20")
     order = [name for name, _ in net.blocks()]
     i, j = order.index("layer2.1"), order.index("layer2.2")
     order[i], order[j] = order[j], order[i]
-    twin = swapped(net, [("layer2.1", "layer2.2")])
-    torch.testing.assert_close(twin(x), forward(net, x, order))
-    assert not torch.allclose(twin(x), net(x))
+    changed = swap_blocks(net, [("layer2.1", "layer2.2")])
+    torch.testing.assert_close(changed(x), forward(net, x, order))
+    assert not torch.allclose(changed(x), net(x))
 
 
 @torch.no_grad()
-def test_a_twin_shares_the_weights_and_can_be_folded() -> None:
-    net, x = trained_looking("resnet8")
-    twin = without(net, "layer1.0")
-    assert twin.conv1.weight is net.conv1.weight and twin.bn1.running_mean is net.bn1.running_mean
-    torch.testing.assert_close(folded(twin)(x), twin(x), atol=1e-4, rtol=1e-4)
+def test_a_copy_shares_the_weights_and_can_be_folded() -> None:
+    net, x = randomised("resnet8")
+    changed = remove_blocks(net, "layer1.0")
+    assert changed.conv1.weight is net.conv1.weight and changed.bn1.running_mean is net.bn1.running_mean
+    torch.testing.assert_close(fold_batchnorm(changed)(x), changed(x), atol=1e-4, rtol=1e-4)
 
 
-def test_which_blocks_can_go_and_which_can_move() -> None:
-    assert blocks(build("plain20")) == [f"layer{i}.{j}" for i in (1, 2, 3) for j in range(3) if i == 1 or j]
-    assert len(blocks(build("resnet20"))) == 9
-    assert movable(build("resnet20"))[:2] == [["layer1.0", "layer1.1", "layer1.2"], ["layer2.1", "layer2.2"]]
-    assert movable(build("preresnet20"))[0] == ["layer1.1", "layer1.2"]  # the first one's activation is the stem's
+def test_removable_and_movable_blocks() -> None:
+    assert removable_blocks(build("plain20")) == [f"layer{i}.{j}" for i in (1, 2, 3) for j in range(3) if i == 1 or j]
+    assert len(removable_blocks(build("resnet20"))) == 9
+    assert movable_blocks(build("resnet20"))[:2] == [["layer1.0", "layer1.1", "layer1.2"], ["layer2.1", "layer2.2"]]
+    assert movable_blocks(build("preresnet20"))[0] == [
+        "layer1.1",
+        "layer1.2",
+    ]  # the first one's activation is the stem's
 
 
-def test_what_cannot_be_left_out_is_said() -> None:
+def test_invalid_removals_and_swaps() -> None:
     with pytest.raises(UsageError, match=r"unknown block 'layer1\.7'; did you mean 'layer1\.0'"):
-        without(build("resnet8"), "layer1.7")
+        remove_blocks(build("resnet8"), "layer1.7")
     with pytest.raises(UsageError, match=r"layer2\.0 changes its input's shape"):
-        without(build("plain8"), "layer2.0")
+        remove_blocks(build("plain8"), "layer2.0")
     with pytest.raises(UsageError, match="cannot change places"):
-        swapped(build("resnet20"), [("layer1.1", "layer2.1")])
+        swap_blocks(build("resnet20"), [("layer1.1", "layer2.1")])

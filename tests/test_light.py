@@ -1,4 +1,4 @@
-"""`import residuum` and `residuum --help` are light: what is heavy is imported where it is used."""
+"""`import resnetlab` and `resnetlab --help` are light: what is heavy is imported where it is used."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import runpy
 import sys
 sys.argv[1:] = {arguments}
 try:
-    runpy.run_module("residuum", run_name="__main__")
+    runpy.run_module("resnetlab", run_name="__main__")
 except SystemExit as end:
     assert not end.code, end.code
 """
@@ -30,7 +30,7 @@ def loaded_by(code: str) -> tuple[list[str], str]:
 
 
 def test_importing_the_package_is_light() -> None:
-    assert loaded_by("import residuum") == ([], "")
+    assert loaded_by("import resnetlab") == ([], "")
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"]], ids=" ".join)
@@ -45,5 +45,5 @@ def test_what_is_heavy_would_be_seen() -> None:
 
 
 def test_the_command_is_the_package_run_as_a_module() -> None:
-    (command,) = entry_points(group="console_scripts", name="residuum")
-    assert command.value == "residuum.cli.main:main"
+    (command,) = entry_points(group="console_scripts", name="resnetlab")
+    assert command.value == "resnetlab.cli.main:main"

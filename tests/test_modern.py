@@ -10,18 +10,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import residuum
-from pictures import photo
-from residuum.data.augment import Augmentation
-from residuum.data.dataset import Split
-from residuum.data.loader import Loader
-from residuum.data.mixing import Mixing, box, neighbours
-from residuum.data.trivial import OPERATIONS, STRENGTHS, trivial_augment
-from residuum.errors import UsageError
-from residuum.preprocessing import Preprocessing, picture_of
-from residuum.runtime import pick_engine
+import resnetlab
+from images import photo
+from resnetlab.data.augment import Augmentation
+from resnetlab.data.dataset import MemorySplit
+from resnetlab.data.mixing import Mixing, cutmix_box, find_partners
+from resnetlab.data.sampler import TrainLoader
+from resnetlab.data.trivial_augment import OPERATIONS, STRENGTHS, trivial_augment
+from resnetlab.device import select_device
+from resnetlab.errors import UsageError
+from resnetlab.preprocessing import Preprocessing, tensor_to_pil
 
-ENGINE = pick_engine("fp32", "cpu")
+ENGINE = select_device("fp32", "cpu")
 PLAIN = Preprocessing(3, (32, 24), 32, torch.full((3,), 0.5), torch.full((3,), 0.25))
 TORCHVISION = {  # its names of the operations
     "identity": "Identity", "shear x": "ShearX", "shear y": "ShearY", "translate x": "TranslateX", "translate y": "TranslateY",
@@ -46,31 +46,31 @@ def test_trivial_augment_is_torchvisions(name: str, mode: str) -> None:
         for sign in (-1, 1) if signed else (1,):
             value = sign * float(values[strength]) if values is not None else 0.0
             expected = theirs._apply_image_or_video_transform(
-                picture_of(pixels), TORCHVISION[name], value, interpolation=v2.InterpolationMode.NEAREST, fill={}
+                tensor_to_pil(pixels), TORCHVISION[name], value, interpolation=v2.InterpolationMode.NEAREST, fill={}
             )
             shown = trivial_augment(pixels, (which, (strength + 0.5) / STRENGTHS, 0.25 if sign < 0 else 0.75))
             apart = np.abs(shown.squeeze(-1).numpy().astype(int) - np.asarray(expected).astype(int))
             assert apart.max() <= int(name == "brightness"), (strength, sign)  # its strengths are rounded to float32
 
 
-def modern(n: int = 40, share: int = 16, **values: object) -> Loader:
+def modern(n: int = 40, share: int = 16, **values: object) -> TrainLoader:
     images = torch.stack([torch.from_numpy(np.array(photo(i, 24, 32))) for i in range(n)])
     mixing = values.pop("mixing", Mixing())
     augmentation = Augmentation(**values)  # type: ignore[arg-type]
     labels = torch.arange(n) % 5
-    return Loader(Split(images, labels), PLAIN, augmentation, share, 3, ENGINE, mixing=mixing, classes=5)  # type: ignore[arg-type]
+    return TrainLoader(MemorySplit(images, labels), PLAIN, augmentation, share, 3, ENGINE, mixing=mixing, num_classes=5)  # type: ignore[arg-type]
 
 
 def test_trivial_augment_is_drawn_by_step_and_position_alone() -> None:
-    plain, changed = modern(), modern(trivial=True)
+    plain, changed = modern(), modern(trivial_augment=True)
     before = torch.get_rng_state()
     batch = changed.batch(5)
     assert torch.equal(torch.get_rng_state(), before)  # the process's own generator is left alone
-    assert torch.equal(batch.pictures, modern(trivial=True).batch(5).pictures)
+    assert torch.equal(batch.images, modern(trivial_augment=True).batch(5).images)
     assert torch.equal(batch.labels, plain.batch(5).labels)
-    same = [torch.equal(a, b) for a, b in zip(batch.pictures, plain.batch(5).pictures, strict=True)]
+    same = [torch.equal(a, b) for a, b in zip(batch.images, plain.batch(5).images, strict=True)]
     assert 0 <= sum(same) < 8  # identity, or a strength of 0
-    assert batch.pictures.is_contiguous(memory_format=torch.channels_last)
+    assert batch.images.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_erasing() -> None:
@@ -125,10 +125,10 @@ def test_cutmix_shows_the_neighbour_in_a_box_of_its_share(step: int) -> None:
 
 
 def test_cutmix_box_is_torchvisions() -> None:
-    assert box(224, 224, 0.25, 0.5, 0.5) == (56, 56, 112, 112)
-    assert box(224, 224, 0.25, 0.0, 0.999) == (0, 167, 56, 57)  # cut at the edges
-    assert box(10, 10, 0.0, 0.3, 0.3)[2:] == (0, 0)
-    assert box(10, 10, 1.0, 0.5, 0.5) == (0, 0, 10, 10)
+    assert cutmix_box(224, 224, 0.25, 0.5, 0.5) == (56, 56, 112, 112)
+    assert cutmix_box(224, 224, 0.25, 0.0, 0.999) == (0, 167, 56, 57)  # cut at the edges
+    assert cutmix_box(10, 10, 0.0, 0.3, 0.3)[2:] == (0, 0)
+    assert cutmix_box(10, 10, 1.0, 0.5, 0.5) == (0, 0, 10, 10)
 
 
 def test_both_take_turns() -> None:
@@ -142,15 +142,15 @@ def test_both_take_turns() -> None:
     assert not Mixing() and Mixing(mixup=0.1)
 
 
-def test_a_picture_without_its_neighbour_stays_as_it_is() -> None:
+def test_a_image_without_its_neighbour_stays_as_it_is() -> None:
     x, labels, positions = torch.rand(4, 1, 2, 2), torch.arange(4), torch.tensor([1, 4, 5, 6])
-    assert neighbours(positions).tolist() == [0, 2, 1, 3]
+    assert find_partners(positions).tolist() == [0, 2, 1, 3]
     mixed, targets = Mixing(mixup=1.0)(x, labels, 4, 0, 0, positions)
     assert torch.allclose(mixed[[0, 3]], x[[0, 3]]) and torch.equal(targets[[0, 3]], torch.eye(4)[[0, 3]])
     assert not torch.allclose(mixed[1:3], x[1:3])
 
 
-def test_the_label_is_the_class_that_a_picture_shows_most() -> None:
+def test_the_label_is_the_class_that_a_image_shows_most() -> None:
     plain = modern().batch(0)
     assert torch.equal(plain.targets, plain.labels)
     for step in range(8):
@@ -161,8 +161,8 @@ def test_the_label_is_the_class_that_a_picture_shows_most() -> None:
 def test_training_with_all_of_it(tmp_path: Path) -> None:
     values = {"net": "resnet8", "steps": 12, "device": "cpu", "precision": "fp32", "batch": 16}
     modern_values = {"trivial_augment": True, "erasing": 0.25, "mixup": 0.2, "cutmix": 1.0, "label_smoothing": 0.1}
-    a = residuum.train("quick", out=tmp_path / "a", **values, **modern_values)  # type: ignore[arg-type]
-    b = residuum.train("quick", out=tmp_path / "b", **values, **modern_values)  # type: ignore[arg-type]
+    a = resnetlab.train("quick", out=tmp_path / "a", **values, **modern_values)  # type: ignore[arg-type]
+    b = resnetlab.train("quick", out=tmp_path / "b", **values, **modern_values)  # type: ignore[arg-type]
     assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()
     assert a.top1_error == b.top1_error < 1
     text = (tmp_path / "a" / "recipe.toml").read_text()
@@ -170,10 +170,10 @@ def test_training_with_all_of_it(tmp_path: Path) -> None:
 
 
 def test_the_loss_is_cross_entropy_with_soft_targets_and_smoothing() -> None:
-    from residuum.tasks import classify
-    from residuum.training import loop, recipes, running
+    from resnetlab.tasks import classification
+    from resnetlab.training import recipes, run, train
 
-    recipe = loop.adapt(
+    recipe = train.override_recipe(
         recipes.quick(),
         data=None,
         net="resnet8",
@@ -181,11 +181,11 @@ def test_the_loss_is_cross_entropy_with_soft_targets_and_smoothing() -> None:
         seed=None,
         values={"mixup": "1", "label_smoothing": "0.1"},
     )
-    task, _ = running.prepare_task(recipe, Path("data"), "cpu", lambda _: None)
-    assert isinstance(task, classify.Classify)
-    (batch,) = task.parts(0)
+    task, _ = run.prepare_task(recipe, Path("data"), "cpu", lambda _: None)
+    assert isinstance(task, classification.ClassificationTask)
+    (batch,) = task.micro_batches(0)
     loss, wrong = task.loss(batch)
-    logits = task.net(batch.pictures).double()
+    logits = task.net(batch.images).double()
     smooth = 0.9 * batch.targets + 0.1 / 10
     expected = -(smooth * torch.log_softmax(logits, 1)).sum(1).mean()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)

@@ -16,11 +16,11 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from residuum.models.resnet import ResNet
-from residuum.models.spec import known_names, specification
+from resnetlab.models.resnet import ResNet
+from resnetlab.models.spec import get_specification, list_network_names
 
 
-def allocated(make: Callable[[], nn.Module]) -> Any:
+def to_empty(make: Callable[[], nn.Module]) -> Any:
     """A network in float64 whose values are not set yet."""
     with torch.device("meta"):
         net = make().double()
@@ -28,7 +28,7 @@ def allocated(make: Callable[[], nn.Module]) -> Any:
 
 
 def ours(name: str, **changes: Any) -> ResNet:
-    return cast(ResNet, allocated(lambda: ResNet(specification(name, **changes))))
+    return cast(ResNet, to_empty(lambda: ResNet(get_specification(name, **changes))))
 
 
 def theirs(source: str, name: str) -> nn.Module:
@@ -36,7 +36,7 @@ def theirs(source: str, name: str) -> nn.Module:
         "torchvision": lambda: torchvision.models.get_model(name, weights=None),
         "timm": lambda: timm.create_model(name, pretrained=False),
     }
-    return cast(nn.Module, allocated(makers[source]))
+    return cast(nn.Module, to_empty(makers[source]))
 
 
 def random_state(net: nn.Module, seed: int = 0) -> dict[str, Tensor]:
@@ -55,7 +55,7 @@ def random_state(net: nn.Module, seed: int = 0) -> dict[str, Tensor]:
     return {name: value(name, old) for name, old in net.state_dict().items()}
 
 
-def pictures(*shape: int) -> Tensor:
+def images(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
 
@@ -84,14 +84,14 @@ def assert_same(net: nn.Module, other: nn.Module, x: Tensor) -> None:
         ("timm", "resnet50", "resnet50v1.5"),
     ],
 )
-def test_weights_move_both_ways(source: str, name: str, our_name: str) -> None:
+def test_weights_are_exchanged_in_both_directions(source: str, name: str, our_name: str) -> None:
     """Their state loads into ours and ours into theirs, strictly, and both compute the same."""
     net, other = ours(our_name), theirs(source, name)
     assert list(net.state_dict()) == list(other.state_dict())
     state = random_state(other)
     other.load_state_dict(state, strict=True)
     net.load_state_dict(other.state_dict(), strict=True)
-    assert_same(net, other, pictures(2, 3, 75, 66))
+    assert_same(net, other, images(2, 3, 75, 66))
     with torch.no_grad():
         for value in other.state_dict().values():
             value.zero_()
@@ -105,7 +105,7 @@ def test_weights_move_both_ways(source: str, name: str, our_name: str) -> None:
 def test_v15_differs_by_stride_only(name: str) -> None:
     """In the first unit of a later stage v1 has the stride in the first 1x1, v1.5 in the 3x3; the states are alike."""
     with torch.device("meta"):
-        first, moved = ResNet(specification(name)), ResNet(specification(f"{name}v1.5"))
+        first, moved = ResNet(get_specification(name)), ResNet(get_specification(f"{name}v1.5"))
     assert {k: v.shape for k, v in first.state_dict().items()} == {k: v.shape for k, v in moved.state_dict().items()}
     modules = dict(moved.named_modules())
     differing = {}
@@ -124,7 +124,7 @@ def test_v1_is_torchvision_with_its_strides_moved() -> None:
     net, moved = ours("resnet50"), ours("resnet50v1.5")
     for each in (net, moved, other):
         each.load_state_dict(state)
-    x = pictures(2, 3, 70, 75)
+    x = images(2, 3, 70, 75)
     with torch.no_grad():
         assert not torch.allclose(net.eval()(x), moved.eval()(x))
     for stage in (other.layer2, other.layer3, other.layer4):
@@ -161,7 +161,7 @@ def test_cifar_nets(name: str, n: int, residual: bool, train: bool) -> None:
     net = ours(name)
     state = random_state(net)
     net.load_state_dict(state)
-    x = pictures(4, 3, 32, 32)
+    x = images(4, 3, 32, 32)
     with torch.no_grad():
         expected = cifar_net(state, x, n, residual, train)
         assert expected.std(0).min() > 0
@@ -190,7 +190,7 @@ FIRST_UNITS = {
 }
 
 
-def spelt_out(words: str, prefix: str = "") -> list[str]:
+def expand_keys(words: str, prefix: str = "") -> list[str]:
     keys = []
     for word in words.split():
         is_bn = word.rpartition(".")[2].startswith("bn") or word.endswith("downsample.1")
@@ -202,24 +202,24 @@ def spelt_out(words: str, prefix: str = "") -> list[str]:
 @pytest.mark.parametrize("name", KEYS)
 def test_keys(name: str) -> None:
     with torch.device("meta"):
-        assert list(ResNet(specification(name)).state_dict()) == spelt_out(KEYS[name])
+        assert list(ResNet(get_specification(name)).state_dict()) == expand_keys(KEYS[name])
 
 
 @pytest.mark.parametrize("name", FIRST_UNITS)
 def test_keys_of_the_first_unit(name: str) -> None:
     with torch.device("meta"):
-        keys = list(ResNet(specification(name)).state_dict())
-    assert [key for key in keys if key.startswith("layer1.0.")] == spelt_out(FIRST_UNITS[name], "layer1.0.")
+        keys = list(ResNet(get_specification(name)).state_dict())
+    assert [key for key in keys if key.startswith("layer1.0.")] == expand_keys(FIRST_UNITS[name], "layer1.0.")
     assert ("bn_last.weight" in keys) == name.startswith("pre")
 
 
 @pytest.mark.parametrize("shortcut", ["exclusive-gate", "shortcut-gate"])
 def test_keys_of_a_gated_unit(shortcut: str) -> None:
     with torch.device("meta"):
-        keys = list(ResNet(specification("resnet8", shortcut=shortcut)).state_dict())
+        keys = list(ResNet(get_specification("resnet8", shortcut=shortcut)).state_dict())
     unit = [key for key in keys if key.startswith("layer2.0.")]
     assert unit == [
-        *spelt_out("conv1 bn1 conv2 bn2", "layer2.0."),
+        *expand_keys("conv1 bn1 conv2 bn2", "layer2.0."),
         *(f"layer2.0.junction.conv.{e}" for e in ("weight", "bias")),
     ]
 
@@ -227,14 +227,16 @@ def test_keys_of_a_gated_unit(shortcut: str) -> None:
 @pytest.mark.parametrize("name", ["resnet20", "resnet18", "resnet34", "resnet50"])
 def test_plain_and_option_a_have_the_same_parameters(name: str) -> None:
     with torch.device("meta"):
-        plain, a, b = (ResNet(specification(name, shortcut=shortcut)).state_dict() for shortcut in ("none", "A", "B"))
+        plain, a, b = (
+            ResNet(get_specification(name, shortcut=shortcut)).state_dict() for shortcut in ("none", "A", "B")
+        )
     assert [(k, v.shape) for k, v in plain.items()] == [(k, v.shape) for k, v in a.items()]
     assert all(".downsample." in key for key in b.keys() - a.keys()) and b.keys() > a.keys()
 
 
 def test_every_bn_is_caffes() -> None:
     """eps 1e-5, as in the released models; 0.1 of the new batch enters the running statistics."""
-    for name in [*known_names()[:3], "preresnet50", "resnet50v1.5"]:
+    for name in [*list_network_names()[:3], "preresnet50", "resnet50v1.5"]:
         with torch.device("meta"):
-            norms = [m for m in ResNet(specification(name)).modules() if isinstance(m, nn.BatchNorm2d)]
+            norms = [m for m in ResNet(get_specification(name)).modules() if isinstance(m, nn.BatchNorm2d)]
         assert {(m.eps, m.momentum, m.affine, m.track_running_stats) for m in norms} == {(1e-5, 0.1, True, True)}

@@ -1,4 +1,4 @@
-"""Evaluation under several processes: every picture counts once, and the figures are the same to the bit."""
+"""Evaluation under several processes: every image counts once, and the figures are bit-identical."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from typing import Any
 import pytest
 import torch
 
-from pictures import NAMES, folder
-from residuum.cli.main import run
-from residuum.errors import UsageError
-from residuum.evaluation.evaluate import evaluate
-from residuum.models.bundle import Bundle, load_bundle
-from residuum.models.resnet import build
-from residuum.preprocessing import Preprocessing
-from residuum.training.recipes import quick
-from residuum.training.running import prepare_task
-from residuum.world import World
+from images import NAMES, folder
+from resnetlab.cli.main import run_command
+from resnetlab.distributed import World
+from resnetlab.errors import UsageError
+from resnetlab.evaluation.evaluate import evaluate
+from resnetlab.models.model_file import TrainedModel, load_trained_model
+from resnetlab.models.resnet import build
+from resnetlab.preprocessing import Preprocessing
+from resnetlab.training.recipes import quick
+from resnetlab.training.run import prepare_task
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -34,7 +34,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("model") / "model.safetensors"
     net: Any = build("resnet8", classes=10, seed=0)
     net.fc.weight.data.mul_(5)
-    Bundle(net, CLASSES, Preprocessing(3, (32, 32), 32, torch.full((3,), 0.5), torch.full((3,), 0.25))).save(path)
+    TrainedModel(net, CLASSES, Preprocessing(3, (32, 32), 32, torch.full((3,), 0.5), torch.full((3,), 0.25))).save(path)
     return path
 
 
@@ -45,7 +45,7 @@ def free_port() -> int:
 
 
 def take_part(rank: int, size: int, port: int, model: Path, data: str, data_dir: Path, out: Path) -> None:
-    """What torchrun gives a process, and what the process then says."""
+    """Evaluates as one of torchrun's processes."""
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     asked: list[int] = []
@@ -62,7 +62,7 @@ def take_part(rank: int, size: int, port: int, model: Path, data: str, data_dir:
 
 
 def figures(size: int, model: Path, data_dir: Path, place: Path, data: str = "cifar10") -> list[dict[str, Any]]:
-    """What each of `size` processes found."""
+    """The figures of each of `size` processes."""
     context, port = multiprocessing.get_context("fork"), free_port()
     outs = [place / f"{rank}-of-{size}.json" for rank in range(size)]
     workers = [
@@ -78,7 +78,7 @@ def figures(size: int, model: Path, data_dir: Path, place: Path, data: str = "ci
 
 
 def test_one_two_and_three_processes_find_the_same(model: Path, cifar10_dir: Path, tmp_path: Path) -> None:
-    """All 10,000 test pictures of CIFAR-10, none twice, though 10,000 is no multiple of 3."""
+    """All 10,000 test images of CIFAR-10, none twice, though 10,000 is no multiple of 3."""
     ((alone,), *others) = (figures(size, model, cifar10_dir, tmp_path) for size in (1, 2, 3))
     assert alone["n"] == 10_000 and sum(map(sum, alone["confusion"])) == 10_000
     assert [sum(row) for row in alone["confusion"]] == [1000] * 10
@@ -88,16 +88,16 @@ def test_one_two_and_three_processes_find_the_same(model: Path, cifar10_dir: Pat
         assert all(found == alone for found in group)
 
 
-def test_processes_know_why_each_picture_was_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_know_why_each_image_was_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also of those that another process could not read; and they count none twice."""
-    monkeypatch.setattr("residuum.evaluation.scores.BATCH", 4)  # so that every process has some
+    monkeypatch.setattr("resnetlab.evaluation.scores.BATCH", 4)  # so that every process has some
     root = folder(tmp_path / "d", {"train": 1, "val": 7})
     for i, name in enumerate(NAMES):
-        (root / "val" / name / f"bad {i}.jpg").write_bytes(b"" if i else b"no picture")
+        (root / "val" / name / f"bad {i}.jpg").write_bytes(b"" if i else b"no image")
     net: Any = build("resnet8", classes=3, seed=0)
     model = tmp_path / "m.safetensors"
     prepared = Preprocessing(3, (16, 16), 16, torch.full((3,), 0.5), torch.ones(3))
-    Bundle(net, tuple(sorted(NAMES)), prepared).save(model)
+    TrainedModel(net, tuple(sorted(NAMES)), prepared).save(model)
     ((alone,), *others) = (figures(size, model, tmp_path, tmp_path, str(root)) for size in (1, 2, 3))
     assert alone["n"] == 21 and len(alone["skipped"]) == 3
     assert "could not be read" not in alone["skipped"].values()
@@ -111,33 +111,33 @@ def test_processes_know_why_each_picture_was_skipped(tmp_path: Path, monkeypatch
 def test_a_trained_cifar_net_goes_out_and_comes_back_with_the_same_errors(cifar10_dir: Path, tmp_path: Path) -> None:
     """100 steps of the paper's recipe, then through torchvision's names and back, on the command line with nothing given."""
     cifar, again = ["--data-dir", str(cifar10_dir)], tmp_path / "again.safetensors"
-    assert run(["train", "cifar10", "--recipe", "paper-cifar", "--steps", "100", *cifar, "--out", str(tmp_path / "run"),
-                "--set", "held_out=1000"]) == 0  # fmt: skip
+    assert run_command(["train", "cifar10", "--recipe", "paper-cifar", "--steps", "100", *cifar, "--out", str(tmp_path / "run"),
+                "--set", "val_images=1000"]) == 0  # fmt: skip
     model = tmp_path / "run" / "model.safetensors"
     found = []
-    assert run(["export", str(model), "--to", "torchvision", "--out", str(tmp_path / "w.pth")]) == 0
-    assert run(["import", str(tmp_path / "w.pth"), "--out", str(again)]) == 0
+    assert run_command(["export", str(model), "--to", "torchvision", "--out", str(tmp_path / "w.pth")]) == 0
+    assert run_command(["import", str(tmp_path / "w.pth"), "--out", str(again)]) == 0
     for path, out in ((model, tmp_path / "one"), (again, tmp_path / "two")):
-        assert run(["evaluate", str(path), "--data", "cifar10", *cifar, "--out", str(out)]) == 0
+        assert run_command(["evaluate", str(path), "--data", "cifar10", *cifar, "--out", str(out)]) == 0
         found.append(json.loads((out / "evaluation.json").read_text()))
         assert found[-1].pop("model") == str(path)
     assert found[0] == found[1] and found[0]["n"] == 10_000 and found[0]["top1_error"] < 0.75
     assert found[0]["calibration"][0]["n"] == 1000
-    assert load_bundle(again).preprocessing.mean.shape == (32, 32, 3)
+    assert load_trained_model(again).preprocessing.mean.shape == (32, 32, 3)
 
 
 def test_processes_do_not_share_one_device() -> None:
-    with pytest.raises(UsageError, match="take a device each; give its kind, not 'cpu:0': --device cpu"):
+    with pytest.raises(UsageError, match="take one device each; give its kind, not 'cpu:0': --device cpu"):
         prepare_task(quick(), Path("data"), "cpu:0", lambda _: None, world=World(1, 2))
 
 
 @pytest.mark.slow
 def test_torchrun(model: Path, cifar10_dir: Path) -> None:
-    """The same through the command line: one document, by the first process."""
+    """The same through the command line: one JSON document, from the first process."""
     command = ["evaluate", str(model), "--data", "cifar10", "--data-dir", str(cifar10_dir), "--device", "cpu", "--json"]
     found = []
     for launcher in (["-m"], ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3", "-m"]):
-        done = subprocess.run([sys.executable, *launcher, "residuum", *command], capture_output=True, text=True)
+        done = subprocess.run([sys.executable, *launcher, "resnetlab", *command], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         found.append(json.loads(done.stdout))
     assert found[0] == found[1] and found[0]["n"] == 10_000

@@ -1,4 +1,4 @@
-"""The README's commands run, and those that install or test are the ones that .ci/run and scripts/check use."""
+"""The README's commands run; those that install or test are the ones that .ci/run and scripts/check use."""
 
 from __future__ import annotations
 
@@ -13,30 +13,13 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-import pictures
-
-REPOSITORY = Path(__file__).resolve().parents[1]
-README = REPOSITORY / "README.md"
-UV = r"(?:(?:\.tools/bin/)?uv run (?:--\S+ )*)?"  # how a command may begin
-FIRST = "python3 -m pip install -q --target .tools 'uv>=0.13,<1' && .tools/bin/uv run --no-dev residuum train"
-SECOND = ".tools/bin/uv run pytest"
-
-
-def blocks(language: str) -> list[str]:
-    """The README's code blocks of a language."""
-    return re.findall(rf"^```{language}\n(.*?)^```", README.read_text(), re.DOTALL | re.MULTILINE)
-
-
-def commands() -> list[str]:
-    """All commands of the README's sh blocks, continued lines and `&&` taken apart."""
-    lines = "".join(blocks("sh")).replace("\\\n", "").splitlines()
-    parts = (part.strip() for line in lines if not line.startswith("#") for part in line.split(" && "))
-    return [part for part in parts if part]
+import images
+from readme import FIRST, REPOSITORY, SECOND, UV, blocks, commands
 
 
 def runnable(command: str) -> str | None:
-    """A `residuum` command line as this Python runs it, training cut to 20 steps, studies to 3; None for any other."""
-    ours, n = re.subn(rf"^{UV}residuum(?!\S)", f"{shlex.quote(sys.executable)} -m residuum", command)
+    """A `resnetlab` command line as this Python runs it, training cut to 20 steps, studies to 3; None for any other."""
+    ours, n = re.subn(rf"^{UV}resnetlab(?!\S)", f"{shlex.quote(sys.executable)} -m resnetlab", command)
     if not n:
         return None
     if " study " in ours:  # the smallest runs, of the smallest networks
@@ -47,8 +30,8 @@ def runnable(command: str) -> str | None:
     return re.sub(r"(?<= )train(?!\S)", f"train --steps {steps}", re.sub(r" --steps[ =]\S+", "", ours), count=1)
 
 
-def bring_pictures(text: str, folder: Path) -> None:
-    """Pictures to read are the repository's or else the reader's own, here stand-ins. What an option names is written."""
+def add_images(text: str, folder: Path) -> None:
+    """Adds the images that commands read: the repository's, or generated ones. Images after an option are outputs."""
     for option, name in re.findall(r"(--\S+ )?([\w./-]+\.(?:png|jpe?g))\b", text):
         if option or (folder / name).exists():
             continue
@@ -59,13 +42,13 @@ def bring_pictures(text: str, folder: Path) -> None:
             Image.linear_gradient("L").resize((32, 32)).convert("RGB").save(folder / name)
 
 
-def bring_photos(folder: Path) -> None:
-    """A folder of class folders, as the reader has it."""
+def add_photos(folder: Path) -> None:
+    """A folder of class folders, like a reader's own."""
     if not (folder / "photos").exists():
-        pictures.folder(folder / "photos", {"": 10}, ("daisy", "tulips"))
+        images.folder(folder / "photos", {"": 10}, ("daisy", "tulips"))
 
 
-def bring_cifar10(command: str, folder: Path, cifar10: Path) -> None:
+def add_cifar10(command: str, folder: Path, cifar10: Path) -> None:
     """Puts CIFAR-10 where the command will look for it."""
     place = re.search(r"--data-dir[ =](\S+)", command)
     link = folder / (place[1] if place else "data")
@@ -82,36 +65,38 @@ def run(command: str | list[str], folder: Path) -> None:
 
 @pytest.mark.timeout(900)  # it starts a process for every command
 def test_the_readme_runs(tmp_path: Path, subtests: pytest.Subtests, request: pytest.FixtureRequest) -> None:
-    """Every `residuum` command in order, then the Python, in one folder: what one writes the next may read."""
+    """Every `resnetlab` command in order, then the Python, in one folder: what one writes the next may read."""
     for command in commands():
         if (ours := runnable(command)) is None:
             continue
         with subtests.test(command):
             if "cifar10" in command:
-                bring_cifar10(command, tmp_path, request.getfixturevalue("cifar10_dir"))
+                add_cifar10(command, tmp_path, request.getfixturevalue("cifar10_dir"))
             if "photos" in command:
-                bring_photos(tmp_path)
-            bring_pictures(command, tmp_path)
+                add_photos(tmp_path)
+            add_images(command, tmp_path)
             run(ours, tmp_path)
     with subtests.test("the Python"):
         program = "\n".join(blocks("python"))
-        bring_pictures(program, tmp_path)
+        add_images(program, tmp_path)
         run([sys.executable, "-c", program], tmp_path)
 
 
 def test_every_command_is_known() -> None:
-    """None is passed over in silence: it is run, or it installs or tests, or it is a script of the repository."""
+    """No command is skipped silently: it is run, it installs or tests, or it is a script of the repository."""
     assert FIRST in "".join(blocks("sh"))
     assert SECOND in commands()
     for command in commands():
-        if runnable(command) or re.match(rf"{UV}(pytest|(\S+ -m )?pip install|uv add|git clone|cd)\b", command):
+        if runnable(command) or re.match(
+            rf"{UV}(pytest|(\S+ -m )?pip install|(\.tools/bin/)?uv (add|sync)|git clone|cd)\b", command
+        ):
             continue
         assert os.access(REPOSITORY / command.split()[0], os.X_OK), f"how is this to be tested? {command}"
 
 
 @pytest.fixture
 def clone(tmp_path: Path) -> Path:
-    """A bare checkout in which python3 and uv only write down how they were called; `uv run mypy` fails if told to."""
+    """A bare checkout in which python3 and uv only record how they were called; the tool named by $BROKEN fails."""
     for script in (".ci/run", "scripts/check"):
         (tmp_path / script).parent.mkdir(parents=True)
         shutil.copy(REPOSITORY / script, tmp_path / script)
@@ -147,13 +132,13 @@ def test_ci_installs_and_tests_as_the_readme_says(clone: Path) -> None:
 
 
 @pytest.mark.parametrize("tool", ["ruff", "mypy", "pytest"])
-def test_what_fails_is_not_swallowed(tool: str, clone: Path) -> None:
+def test_failures_are_not_swallowed(tool: str, clone: Path) -> None:
     code, calls = call(clone, ".ci/run", BROKEN=tool)
     assert code != 0
     assert f"run {tool}" in calls[-1]
 
 
-def test_check_mends_only_when_asked(clone: Path) -> None:
+def test_check_fixes_only_when_asked(clone: Path) -> None:
     assert call(clone, "scripts/check") == (1, [])  # there is no uv
     call(clone, ".ci/run")
     code, calls = call(clone, "scripts/check", "--fix")

@@ -1,4 +1,4 @@
-"""Imports that would go wrong in silence: damaged and foreign files, networks that only look like ours, malicious caches."""
+"""Imports that could fail silently: damaged and foreign files, networks that only look like ours, malicious caches."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-import residuum
-from pictures import folder
-from residuum.cli.main import run
-from residuum.data import imagenet
-from residuum.data.folder import load as load_folder
-from residuum.data.stored import Reading
-from residuum.errors import ModelFileError, ResiduumError, UsageError
-from residuum.models.bundle import Bundle, load_bundle
-from residuum.models.importers import PLAIN, infer
-from residuum.models.resnet import ResNet, build
-from residuum.models.states import State
-from residuum.preprocessing import Preprocessing
-from residuum.use.classes import of_data_set
-from residuum.use.download import download
-from residuum.use.importing import Given, import_weights
+import resnetlab
+from images import folder
+from resnetlab.cli.main import run_command
+from resnetlab.data import imagenet
+from resnetlab.data.disk_split import ReadOptions
+from resnetlab.data.folder import load_folder
+from resnetlab.errors import ModelFileError, ResNetLabError, UsageError
+from resnetlab.inference.classes import dataset_class_names
+from resnetlab.inference.download import download_model
+from resnetlab.inference.import_model import ImportOptions, import_weights
+from resnetlab.models.import_weights import SUPPORTED, infer_specification
+from resnetlab.models.model_file import TrainedModel, load_trained_model
+from resnetlab.models.resnet import ResNet, build
+from resnetlab.models.state_dicts import StateDictFile
+from resnetlab.preprocessing import Preprocessing
 
 GIVEN: dict[str, Any] = {"classes": "cifar10", "mean": [0.5], "std": [0.25]}
 ON_COMMAND = ["--classes", "cifar10", "--mean", "0.5", "--std", "0.25"]
@@ -41,7 +41,7 @@ def state(name: str = "resnet8", **changes: Any) -> dict[str, Tensor]:
 
 
 class Malicious:
-    """A pickle of this runs a command when it is loaded carelessly."""
+    """A pickle of this runs a command when it is loaded without weights_only."""
 
     def __init__(self, trace: Path) -> None:
         self.trace = trace
@@ -53,16 +53,16 @@ class Malicious:
 def test_a_malicious_file_in_torchs_cache_is_not_executed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Whoever can write there could otherwise run what they like in whoever loads torchvision's weights."""
+    """Otherwise anyone with write access could run code in a process that loads torchvision's weights."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     weights = torchvision.models.ResNet18_Weights.IMAGENET1K_V1
     cache, trace = tmp_path / "hub" / "checkpoints", tmp_path / "executed"
     cache.mkdir(parents=True)
     for zipped in (True, False):
         torch.save({"a": Malicious(trace)}, cache / Path(weights.url).name, _use_new_zipfile_serialization=zipped)
-        assert run(["import", f"torchvision:resnet18.{weights.name}", "--out", str(tmp_path / "m")]) == 1
+        assert run_command(["import", f"torchvision:resnet18.{weights.name}", "--out", str(tmp_path / "m")]) == 1
         err = capsys.readouterr().err
-        assert "(it asks for " in err and "); reading it could execute code, so it is refused" in err
+        assert "(it requires " in err and "); reading it could execute code, so it is refused" in err
         assert err.count("\n") == 1
         assert not trace.exists() and not (tmp_path / "m").exists()
     torch.load(cache / Path(weights.url).name, weights_only=False)  # it would have
@@ -136,7 +136,7 @@ def caffe() -> dict[str, np.ndarray]:
 
 def test_caffes_nets_compute_what_caffe_does(caffe: dict[str, np.ndarray], tmp_path: Path) -> None:
     np.savez(tmp_path / "w.npz", **caffe)  # type: ignore[arg-type]
-    bundle, notes = import_weights(tmp_path / "w.npz", Given(classes="a,b,c,d,e", mean=[0.4], std=[1 / 255]))
+    bundle, notes = import_weights(tmp_path / "w.npz", ImportOptions(classes="a,b,c,d,e", mean=[0.4], std=[1 / 255]))
     assert bundle.spec.depths == (3, 12, 2) and bundle.spec.conv1_bias and bundle.spec.maxpool == "ceil"
     assert "BGR to RGB" in " ".join(notes)
     rgb = torch.randn(2, 3, 75, 70, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -159,7 +159,7 @@ def test_a_caffe_net_that_lacks_a_unit_is_no_shallower_net(
     rest: Any = {name: value for name, value in caffe.items() if f"{unit}_" not in name}
     np.savez(tmp_path / "w.npz", **rest)
     with pytest.raises(ModelFileError) as error:
-        import_weights(tmp_path / "w.npz", Given(classes="a,b,c,d,e", mean=[0.4], std=[1]))
+        import_weights(tmp_path / "w.npz", ImportOptions(classes="a,b,c,d,e", mean=[0.4], std=[1]))
     assert sentence in str(error.value)
 
 
@@ -190,22 +190,22 @@ def test_option_a_with_centred_zeros_computes_what_the_public_code_does(tmp_path
             around = 1.0 if name.endswith(("weight", "running_var")) else 0.0
             value.copy_(around + torch.rand(value.shape, generator=draw) - 0.5)
     torch.save({"state_dict": {f"module.{name}": value for name, value in tensors.items()}}, tmp_path / "r.th")
-    bundle, _ = import_weights(tmp_path / "r.th", Given(**GIVEN, source="akamaster"))
+    bundle, _ = import_weights(tmp_path / "r.th", ImportOptions(**GIVEN, source="akamaster"))
     x = torch.randn(2, 3, 32, 32, generator=draw, dtype=torch.float64)
     expected = akamaster(tensors, x, 14)
     with torch.no_grad():
         torch.testing.assert_close(bundle.net.double()(x), expected, rtol=1e-10, atol=1e-10)
-        other = build("resnet14", zeros="append")
+        other = build("resnet14", zero_pad="append")
         other.load_state_dict(bundle.net.state_dict())
         assert not torch.allclose(other.eval().double()(x), expected, rtol=1e-3)
 
 
-@pytest.mark.parametrize("name", PLAIN["timm"])
+@pytest.mark.parametrize("name", SUPPORTED["timm"])
 def test_timms_plain_networks_are_those_that_ours_compute(name: str) -> None:
-    """Kernels, strides and paddings of every convolution, and which kinds of layers there are; on no memory."""
+    """Kernels, strides and paddings of every convolution, and the types of layers, on the meta device."""
     with torch.device("meta"):
         other: Any = timm.create_model(name)
-        spec, _ = infer(State(other.state_dict()), f"timm:{name}")
+        spec, _ = infer_specification(StateDictFile(other.state_dict()), f"timm:{name}")
         ours = ResNet(spec)
     shapes = [
         {n: (m.kernel_size, m.stride, m.padding) for n, m in net.named_modules() if isinstance(m, torch.nn.Conv2d)}
@@ -218,106 +218,104 @@ def test_timms_plain_networks_are_those_that_ours_compute(name: str) -> None:
     assert kinds <= layers | pools | {"ResNet", "Sequential", "BasicBlock", "Bottleneck"}
 
 
-def test_what_only_looks_like_timms_network_is_not_taken_for_it(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_networks_that_only_look_like_timms_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """resnetaa50 has a ResNet-50's tensors; so a file from timm needs its network's name, and its preprocessing is assumed."""
     torch.save(timm.create_model("resnet18").state_dict(), tmp_path / "w.pth")
     out = tmp_path / "m.safetensors"
     command = ["import", str(tmp_path / "w.pth"), "--out", str(out), "--source"]
     for source, sentence in (
         ("timm", "which of timm's networks is it? resnetaa50, resnetblur50 and their kin have the same tensors"),
-        ("timm:resnetblur18", "timm's resnetblur18 is none of the networks of the papers; take one of resnet18"),
-        ("caffe:resnet50", "caffe's resnet50 is none of the networks"),
+        ("timm:resnetblur18", "timm's resnetblur18 is not one of the papers' networks; use one of resnet18"),
+        ("caffe:resnet50", "caffe's resnet50 is not one of the papers' networks"),
         ("tim", "did you mean 'timm'"),
     ):
-        assert run([*command, source]) == 2 and sentence in capsys.readouterr().err and not out.exists()
-    assert run([*command, "timm:resnet18.a1_in1k"]) == 0
+        assert run_command([*command, source]) == 2 and sentence in capsys.readouterr().err and not out.exists()
+    assert run_command([*command, "timm:resnet18.a1_in1k"]) == 0
     err = capsys.readouterr().err
     for sentence in (
         "mean 0.485,0.456,0.406 and std 0.229,0.224,0.225",
-        "ASSUMED pictures: shorter side 256, bilinear, centre 224x224", "ASSUMED from source timm: ImageNet's"):  # fmt: skip
+        "ASSUMED images: shorter side 256, bilinear, centre 224x224", "ASSUMED from source timm: ImageNet's"):  # fmt: skip
         assert sentence in err
-        assert any(sentence in note for note in load_bundle(out).recipe["notes"])
-    given = ["--mean", "0.5", "--std", "0.5", "--interpolation", "bicubic", "--size", "224", "--resize", "235",
+        assert any(sentence in note for note in load_trained_model(out).recipe["notes"])
+    given = ["--mean", "0.5", "--std", "0.5", "--interpolation", "bicubic", "--image-size", "224", "--eval-resize", "235",
              "--classes", "imagenet"]  # fmt: skip
-    assert run([*command, "timm:resnet18", *given]) == 0
+    assert run_command([*command, "timm:resnet18", *given]) == 0
     assert "ASSUMED" not in capsys.readouterr().err
 
 
-def offline_weights(monkeypatch: pytest.MonkeyPatch) -> Any:
+def use_offline_weights(monkeypatch: pytest.MonkeyPatch) -> Any:
     other = torchvision.models.resnet18().eval()
     monkeypatch.setattr(torchvision.models._api.WeightsEnum, "get_state_dict", lambda self, **_: other.state_dict())
     return other
 
 
-def test_what_is_given_stands_in_the_publishers_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    offline_weights(monkeypatch)
+def test_given_options_override_the_publishers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_offline_weights(monkeypatch)
     names = tmp_path / "names"
     names.write_text("\n".join(f"class {i}" for i in range(1000)))
     name = "torchvision:resnet18.IMAGENET1K_V1"
     out = tmp_path / "m.safetensors"
-    given = ["--classes", str(names), "--mean", "0.1,0.2,0.3", "--size", "288", "--set", "maxpool=ceil"]
-    assert run(["import", name, *given, "--out", str(out)]) == 0
-    made = load_bundle(out)
+    given = ["--classes", str(names), "--mean", "0.1,0.2,0.3", "--image-size", "288", "--set", "maxpool=ceil"]
+    assert run_command(["import", name, *given, "--out", str(out)]) == 0
+    made = load_trained_model(out)
     assert made.classes[:2] == ("class 0", "class 1") and made.preprocessing.mean.tolist() == pytest.approx(
         [0.1, 0.2, 0.3]
     )
     assert (made.preprocessing.size, made.preprocessing.resize, made.spec.maxpool) == ((288, 288), 329, "ceil")
     assert "published" not in made.metrics and made.preprocessing.std.tolist() == pytest.approx([0.229, 0.224, 0.225])
-    for wrong in ({"input": "bgr"}, {"key": "model"}, {"source": "timm"}):
+    for wrong in ({"channel_order": "bgr"}, {"key": "model"}, {"source": "timm"}):
         with pytest.raises(UsageError, match=f"leave out --{next(iter(wrong))}"):
-            download(name, Given(**wrong))
+            download_model(name, ImportOptions(**wrong))
 
 
-def test_a_publishers_name_stands_wherever_a_model_file_does(
+def test_a_publishers_name_works_wherever_a_model_file_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    offline_weights(monkeypatch)
+    use_offline_weights(monkeypatch)
     monkeypatch.chdir(tmp_path)
     name = "torchvision:resnet18.IMAGENET1K_V1"
-    root = folder(tmp_path / "imagenet", {"train": 1, "val": 1}, tuple(imagenet.names())[:3])
-    picture = str(next((root / "val").rglob("*.jpg")))
-    assert run(["inspect", name, "--json"]) == 0
+    root = folder(tmp_path / "imagenet", {"train": 1, "val": 1}, tuple(imagenet.imagenet_class_names())[:3])
+    image = str(next((root / "val").rglob("*.jpg")))
+    assert run_command(["inspect", name, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["parameters"] == 11_689_512
-    assert run(["predict", name, picture, "--json", "--top", "1"]) == 0
-    assert json.loads(capsys.readouterr().out)["predictions"][0]["top"][0]["class"] in of_data_set("imagenet")
-    assert run(["export", name, "--to", "torchvision"]) == 0
+    assert run_command(["predict", name, image, "--json", "--top", "1"]) == 0
+    assert json.loads(capsys.readouterr().out)["predictions"][0]["top"][0]["class"] in dataset_class_names("imagenet")
+    assert run_command(["export", name, "--to", "torchvision"]) == 0
     assert (tmp_path / "resnet18.IMAGENET1K_V1.pth").is_file()
     capsys.readouterr()
-    assert run(["evaluate", name, "--data", str(root)]) == 1
+    assert run_command(["evaluate", name, "--data", str(root)]) == 1
     assert "the data and the model name different classes: only in the data none" in capsys.readouterr().err
-    monkeypatch.setattr("residuum.data.labels.imagenet.names", dict)
-    assert run(["evaluate", name, "--data", str(root), "--save-temperature", "--fit-temperature", "1"]) == 2
+    monkeypatch.setattr("resnetlab.data.labels.imagenet.names", dict)
+    assert run_command(["evaluate", name, "--data", str(root), "--save-temperature", "--fit-temperature", "1"]) == 2
     assert "import what is downloaded" in capsys.readouterr().err
 
 
-def test_a_publishers_model_is_judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With ten classes given for its outputs: the whole way through `residuum evaluate`."""
+def test_a_publishers_model_is_evaluated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through the whole of `resnetlab evaluate`."""
     other = torchvision.models.resnet18(num_classes=3).eval()
     monkeypatch.setattr(torchvision.models._api.WeightsEnum, "get_state_dict", lambda self, **_: other.state_dict())
-    monkeypatch.setattr(imagenet, "names", lambda: {f"n{i}": f"name {i}" for i in range(3)})
+    monkeypatch.setattr(imagenet, "imagenet_class_names", lambda: {f"n{i}": f"name {i}" for i in range(3)})
     root = folder(tmp_path / "d", {"train": 1, "val": 2}, ("n0", "n1", "n2"))
     name = "torchvision:resnet18.IMAGENET1K_V1"
-    assert run(["evaluate", name, "--data", str(root), "--device", "cpu", "--out", str(tmp_path / "out")]) == 0
+    assert run_command(["evaluate", name, "--data", str(root), "--device", "cpu", "--out", str(tmp_path / "out")]) == 0
     document = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert document["n"] == 6 and document["model"] == name and document["published"] is None
 
 
 def test_imagenet_has_one_name_for_each_class(tmp_path: Path) -> None:
     """A folder by numbers in WordNet, and weights from torchvision or timm, name the same classes the same."""
-    table = imagenet.names()
-    assert len(set(table.values())) == len(table) == 1000 and of_data_set("imagenet") == tuple(table.values())
+    table = imagenet.imagenet_class_names()
+    assert len(set(table.values())) == len(table) == 1000 and dataset_class_names("imagenet") == tuple(table.values())
     published = torchvision.models.ResNet50_Weights.IMAGENET1K_V2.meta["categories"]
     assert sum(a == b for a, b in zip(table.values(), published, strict=True)) >= 998
     assert list(table) == timm.data.ImageNetInfo().label_names()
     root = folder(tmp_path / "d", {"train": 2, "val": 1}, ("n01440764", "n02012849", "n03126707"))
     expected = tuple(sorted(table[number] for number in ("n01440764", "n02012849", "n03126707")))
-    assert load_folder(root, Reading()).classes == expected
+    assert load_folder(root, ReadOptions()).classes == expected
     (root / "LOC_synset_mapping.txt").write_text("n01440764 tench, Tinca\nn02012849 crane\nn03126707 crane\n")
-    assert load_folder(root, Reading()).classes == expected  # ImageNet's own file does not change them
+    assert load_folder(root, ReadOptions()).classes == expected  # ImageNet's own file does not change them
     (root / "classes.txt").write_text("n01440764 fish\nn02012849 bird\nn03126707 machine\n")
-    assert load_folder(root, Reading()).classes == ("bird", "fish", "machine")  # a person's does
+    assert load_folder(root, ReadOptions()).classes == ("bird", "fish", "machine")  # a user's does
 
 
 @pytest.mark.parametrize(("spoil", "sentence"), [
@@ -342,14 +340,14 @@ def test_tensors_that_cannot_be_weights(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     torch.save(spoil(state()), tmp_path / "w.pth")
-    assert run(["import", str(tmp_path / "w.pth"), *ON_COMMAND, "--out", str(tmp_path / "m")]) == 1
+    assert run_command(["import", str(tmp_path / "w.pth"), *ON_COMMAND, "--out", str(tmp_path / "m")]) == 1
     err = capsys.readouterr().err
-    assert sentence in err and err.count("residuum: ") == 1 and "Traceback" not in err
+    assert sentence in err and err.count("resnetlab: ") == 1 and "Traceback" not in err
     assert not (tmp_path / "m").exists()
 
 
 def exported() -> dict[str, Any]:
-    bundle = Bundle(build("resnet8", seed=0), of_data_set("cifar10"),
+    bundle = TrainedModel(build("resnet8", seed=0), dataset_class_names("cifar10"),
                     Preprocessing(3, (32, 32), 32, torch.zeros(3), torch.ones(3)))  # fmt: skip
     prepared = bundle.preprocessing.to_json()
     return {"specification": bundle.spec.to_json(), "classes": list(bundle.classes), "preprocessing": prepared,
@@ -364,52 +362,53 @@ def exported() -> dict[str, Any]:
         {"temperature": -1.0}, {"temperature": None}, {"preprocessing": exported()["preprocessing"] | {"size": [20_000, 2]}},
         {"classes": [1] * 10}, {"data": []})),
 ], ids=range(14))  # fmt: skip
-def test_foreign_words_beside_the_tensors(about: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """What `residuum export` writes there may be damaged, or another program's."""
-    save_file(state(), tmp_path / "w.safetensors", {"residuum-export": about})
+def test_foreign_metadata(about: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The metadata that `resnetlab export` writes may be damaged, or another program's."""
+    save_file(state(), tmp_path / "w.safetensors", {"resnetlab-export": about})
     torch_state: Any = build("resnet8", seed=0).state_dict()
-    torch_state._metadata["residuum"] = about
+    torch_state._metadata["resnetlab"] = about
     torch.save(torch_state, tmp_path / "w.pth")
     for name in ("w.safetensors", "w.pth"):
-        assert run(["import", str(tmp_path / name), "--out", str(tmp_path / "m")]) == 1
+        assert run_command(["import", str(tmp_path / name), "--out", str(tmp_path / "m")]) == 1
         err = capsys.readouterr().err
-        assert err.count("residuum: ") == 1 and "Traceback" not in err and not (tmp_path / "m").exists()
+        assert err.count("resnetlab: ") == 1 and "Traceback" not in err and not (tmp_path / "m").exists()
 
 
-def test_words_beside_the_tensors_that_are_right(tmp_path: Path) -> None:
-    save_file(state(), tmp_path / "w.safetensors", {"residuum-export": json.dumps(exported())})
-    assert import_weights(tmp_path / "w.safetensors", Given())[0].classes == of_data_set("cifar10")
+def test_valid_metadata(tmp_path: Path) -> None:
+    save_file(state(), tmp_path / "w.safetensors", {"resnetlab-export": json.dumps(exported())})
+    assert import_weights(tmp_path / "w.safetensors", ImportOptions())[0].classes == dataset_class_names("cifar10")
 
 
 @pytest.mark.parametrize(("changes", "given", "sentence"), [
-    ({"channels": 4}, [], "pictures have 1 channel or 3, not 4"),
-    ({}, ["--size", "20000"], "must lie between 1 and 16,384 pixels"),
-    ({}, ["--size", "0"], "must be at least --size 0, which is cut from it, and that at least 1"),
-    ({}, ["--resize", "20000"], "must lie between 1 and 16,384 pixels"),
+    ({"channels": 4}, [], "images have 1 channel or 3, not 4"),
+    ({}, ["--image-size", "20000"], "must lie between 1 and 16,384 pixels"),
+    ({}, ["--image-size", "0"], "must be at least --image-size 0, which is cropped from it, and that at least 1"),
+    ({}, ["--eval-resize", "20000"], "must lie between 1 and 16,384 pixels"),
 ])  # fmt: skip
-def test_what_would_make_a_useless_model_is_refused(
+def test_imports_that_would_make_a_useless_model_are_refused(
     changes: dict[str, Any], given: list[str], sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     torch.save(state(**changes), tmp_path / "w.pth")
-    assert run(["import", str(tmp_path / "w.pth"), *ON_COMMAND, *given, "--out", str(tmp_path / "m")]) in (1, 2)
+    assert run_command(["import", str(tmp_path / "w.pth"), *ON_COMMAND, *given, "--out", str(tmp_path / "m")]) in (1, 2)
     assert sentence in capsys.readouterr().err and not (tmp_path / "m").exists()
 
 
-def test_means_come_in_the_order_of_the_input(tmp_path: Path) -> None:
+def test_means_are_in_the_channel_order_of_the_input(tmp_path: Path) -> None:
     torch.save(state(), tmp_path / "w.pth")
     given = {"classes": "cifar10", "mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
-    made = {order: import_weights(tmp_path / "w.pth", Given(input=order, **given))[0] for order in ("rgb", "bgr")}  # type: ignore[arg-type]
+    made = {
+        order: import_weights(tmp_path / "w.pth", ImportOptions(channel_order=order, **given))[0]
+        for order in ("rgb", "bgr")
+    }  # type: ignore[arg-type]
     bgr = torch.randint(256, (2, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    with (
-        torch.no_grad()
-    ):  # the network shown BGR as it was trained, and the imported one shown the same pictures as RGB
+    with torch.no_grad():  # the network on BGR as it was trained, and the imported one on the same images as RGB
         expected = made["rgb"].net(made["rgb"].preprocessing.normalise(bgr))
         found = made["bgr"].net(made["bgr"].preprocessing.normalise(bgr.flip(3)))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_labels_of_a_repository_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They stand beside timm's own description or in it, may have commas, and may be ImageNet's numbers."""
+    """They are in timm's own description or beside it, may contain commas, and may be ImageNet's synset numbers."""
     import huggingface_hub
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repository, name: str(tmp_path / name))
@@ -421,24 +420,24 @@ def test_labels_of_a_repository_on_the_hub(tmp_path: Path, monkeypatch: pytest.M
     ):
         config = {"architecture": "resnet18", "pretrained_cfg": about, "label_names": labels}
         (tmp_path / "config.json").write_text(json.dumps(config))
-        assert residuum.load("hf:somebody/net", device="cpu").classes == expected
+        assert resnetlab.load("hf:somebody/net", device="cpu").classes == expected
     for config, sentence in (
-        ({"architecture": "resnetaa50", "pretrained_cfg": about}, "none of the networks of the papers"),
-        ({"architecture": "resnet18"}, "has no config.json as timm writes it"),
+        ({"architecture": "resnetaa50", "pretrained_cfg": about}, "not one of the papers' networks"),
+        ({"architecture": "resnet18"}, "has no config.json of timm's"),
         ({"architecture": "resnet18", "pretrained_cfg": {"mean": [0.5]}}, "is not timm's"),
-        ([], "has no config.json as timm writes it"),
+        ([], "has no config.json of timm's"),
     ):
         (tmp_path / "config.json").write_text(json.dumps(config))
-        with pytest.raises(ResiduumError, match=sentence):
-            residuum.load("hf:somebody/net", device="cpu")
+        with pytest.raises(ResNetLabError, match=sentence):
+            resnetlab.load("hf:somebody/net", device="cpu")
 
 
-def test_a_mistake_of_ours_is_no_download_that_failed(monkeypatch: pytest.MonkeyPatch) -> None:
-    offline_weights(monkeypatch)
+def test_our_own_errors_are_not_reported_as_failed_downloads(monkeypatch: pytest.MonkeyPatch) -> None:
+    use_offline_weights(monkeypatch)
 
     def wrong(*_: Any) -> Any:
-        raise AssertionError("a mistake")
+        raise AssertionError("a bug")
 
-    monkeypatch.setattr("residuum.use.download.assembled", wrong)
-    with pytest.raises(AssertionError, match="a mistake"):
-        download("torchvision:resnet18.IMAGENET1K_V1")
+    monkeypatch.setattr("resnetlab.inference.download.assembled", wrong)
+    with pytest.raises(AssertionError, match="a bug"):
+        download_model("torchvision:resnet18.IMAGENET1K_V1")

@@ -16,10 +16,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from residuum.evaluation import figures
-from residuum.evaluation.metrics import Judgement, wilson
-from residuum.training import curves, report
-from residuum.training.curves import rate_changes, series
+from resnetlab.evaluation import figures
+from resnetlab.evaluation.metrics import ClassificationMetrics, wilson_interval
+from resnetlab.training import curves, report
+from resnetlab.training.curves import curve_points, learning_rate_changes
 
 SPEED = {"images_per_second": 900.0, "seconds": 3.2}
 TRAIN = [
@@ -62,31 +62,33 @@ class Page(HTMLParser):
         return [attributes for name, attributes in self.elements if name == tag]
 
 
-def judgement(confusion: list[list[int]], classes: tuple[str, ...] | None = None) -> Judgement:
-    """A judgement with this confusion matrix; the later a picture, the surer the network is."""
+def evaluation(confusion: list[list[int]], classes: tuple[str, ...] | None = None) -> ClassificationMetrics:
+    """Metrics with this confusion matrix; the later an image, the more confident the network."""
     counts = torch.tensor(confusion)
     k = len(counts)
     pairs = [(i, j) for i in range(k) for j in range(k) for _ in range(int(counts[i, j]))]
     labels, predicted = torch.tensor(pairs).T
     logits = torch.nn.functional.one_hot(predicted, k) * torch.linspace(2, 6, len(pairs))[:, None]
-    return Judgement(classes or tuple(f"class {i}" for i in range(k)), logits.softmax(1), labels, loss=0.1234)
+    return ClassificationMetrics(
+        classes or tuple(f"class {i}" for i in range(k)), logits.softmax(1), labels, loss=0.1234
+    )
 
 
-def pictures(n: int, channels: int = 1, side: int = 8) -> Tensor:
+def random_images(n: int, channels: int = 1, side: int = 8) -> Tensor:
     return torch.randint(
         0, 256, (n, side, side, channels), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
     )
 
 
-def render(judged: Judgement, images: Tensor | None = None, **changes: Any) -> str:
+def render(evaluated: ClassificationMetrics, images: Tensor | None = None, **changes: Any) -> str:
     held_out = changes.pop("held_out_error", 0.05)
     result = {
         "run": "runs/digits",
         "model": "runs/my digits/model.safetensors",
-        "top1_error": judged.top1_error,
-        "top5_error": judged.top5_error,
+        "top1_error": evaluated.top1_error,
+        "top5_error": evaluated.top5_error,
         "held_out_error": held_out,
-        "n": judged.n,
+        "n": evaluated.n,
         "split": "test",
         "steps": 100,
         "seconds": 14.23,
@@ -96,34 +98,34 @@ def render(judged: Judgement, images: Tensor | None = None, **changes: Any) -> s
     recipe = {"name": "quick", "data": "digits", "batch": 64, "lr": 0.1, "milestones": [50]}
     values = {
         "title": "resnet14 on digits",
-        "recipe": recipe | {"held_out": 0 if held_out is None else 144},
+        "recipe": recipe | {"val_images": 0 if held_out is None else 144},
         "differences": [],
         "budget": None,
         "metrics": TRAIN + HELD_OUT if held_out is not None else TRAIN,
-        "judgement": judged,
-        "images": pictures(judged.n) if images is None else images,
+        "evaluation": evaluated,
+        "images": random_images(evaluated.n) if images is None else images,
         "environment": {"torch": "2.11.0", "gpu": None},
         "result": result,
     }
-    return report.render(**values | changes)
+    return report.render_report(**values | changes)
 
 
-USUAL = judgement([[97, 2, 1], [0, 100, 0], [5, 0, 95]])  # 8 of 300 wrong
+USUAL = evaluation([[97, 2, 1], [0, 100, 0], [5, 0, 95]])  # 8 of 300 wrong
 
 
-def test_says_what_was_found() -> None:
+def test_shows_the_results() -> None:
     text = Page(render(USUAL)).text
     assert "resnet14 on digits: 2.7 % test error" in text  # the title
-    assert "8 of 300 test pictures are wrong; 95 % interval 1.4 to 5.2 % ." in text
-    assert [round(100 * v, 1) for v in wilson(8 / 300, 300)] == [1.4, 5.2]
-    for tile in ("parameters 174,970", "steps 100 of 64 pictures", "time 14.2 s", "images a second 2,731"):
+    assert "8 of 300 test images are wrong; 95 % interval 1.4 to 5.2 % ." in text
+    assert [round(100 * v, 1) for v in wilson_interval(8 / 300, 300)] == [1.4, 5.2]
+    for tile in ("parameters 174,970", "steps 100 of 64 images", "time 14.2 s", "images a second 2,731"):
         assert tile in text
-    assert "held-out error 5.0 % 144 pictures not trained on" in text
+    assert "held-out error 5.0 % 144 images not trained on" in text
     assert "read once, after the last step, with the weights of that step; nothing was chosen on it." in text
     assert "cross entropy 0.1234" in text
     assert "class 2 5 of 100 5.0 % class 0" in text  # the table of classes
     assert "class 2 class 0 5 of 100 class 0 class 1 2 of 100 class 0 class 2 1 of 100" in text  # the confused pairs
-    assert "residuum predict 'runs/my digits/model.safetensors' PICTURE..." in text
+    assert "resnetlab predict 'runs/my digits/model.safetensors' IMAGE..." in text
 
 
 def test_needs_nothing_but_itself() -> None:
@@ -205,10 +207,10 @@ def test_a_loss_of_zero_and_one_that_is_not_finite() -> None:
     assert "nan" not in " ".join(svg["viewbox"] or "" for svg in Page(render(USUAL, metrics=odd)).all("svg"))
 
 
-def test_says_when_nothing_was_held_out() -> None:
+def test_notes_that_nothing_was_held_out() -> None:
     text = Page(render(USUAL, held_out_error=None)).text
     assert "Nothing was held out of the training split, and nothing was chosen." in text
-    assert "held-out error none every training picture was trained on" in text
+    assert "held-out error none every training image was trained on" in text
     assert (
         "held out of the training split" in Page(render(USUAL)).text.split("Top-1 error by step")[1][:200]
     )  # the legend
@@ -216,8 +218,8 @@ def test_says_when_nothing_was_held_out() -> None:
 
 
 def test_no_mistakes() -> None:
-    page = Page(render(judgement([[7, 0], [0, 0]])))  # and no picture at all of the second class
-    assert "0.0 % test error" in page.text and "None: all 7 test pictures are right." in page.text
+    page = Page(render(evaluation([[7, 0], [0, 0]])))  # and no image at all of the second class
+    assert "0.0 % test error" in page.text and "None: all 7 test images are correct." in page.text
     assert "class 1 0 of 0 – –" in page.text
     assert not page.all("img")
 
@@ -225,7 +227,7 @@ def test_no_mistakes() -> None:
 def test_two_hundred_classes() -> None:
     confusion = torch.eye(200, dtype=torch.long) * 9
     confusion[150, 7] = 4
-    page = Page(render(judgement(confusion.tolist())))
+    page = Page(render(evaluation(confusion.tolist())))
     assert len(page.all("svg")) == 4  # the curves; no matrix of 200 classes
     assert "class 150 class 7 4 of 13" in page.text and "The 24 of 200 classes with the highest error" in page.text
     assert "class 199 0 of 9 0.0 % –" in page.text  # folded away, not left out
@@ -234,7 +236,7 @@ def test_two_hundred_classes() -> None:
 def test_hostile_names() -> None:
     confusion = (torch.eye(4, dtype=torch.long) * 3 + 1).tolist()
     html = render(
-        judgement(confusion, HOSTILE), title=HOSTILE[0], environment={"cpu": HOSTILE[0]}, recipe={"name": HOSTILE[1]}
+        evaluation(confusion, HOSTILE), title=HOSTILE[0], environment={"cpu": HOSTILE[0]}, recipe={"name": HOSTILE[1]}
     )
     html.encode()  # can be written
     page = Page(html)
@@ -244,27 +246,27 @@ def test_hostile_names() -> None:
 
 
 @pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB"), (2, "L"), (4, "L")])
-def test_pictures_are_shown_as_they_are(channels: int, mode: str) -> None:
-    image = pictures(1, channels)[0]
-    shown = Image.open(io.BytesIO(b64decode(figures.picture_uri(image).partition("base64,")[2])))
+def test_images_are_shown_as_they_are(channels: int, mode: str) -> None:
+    image = random_images(1, channels)[0]
+    shown = Image.open(io.BytesIO(b64decode(figures.image_uri(image).partition("base64,")[2])))
     assert shown.mode == mode and shown.size == (8, 8)
     expected = image if channels == 3 else image[..., 0]
     assert list(shown.tobytes()) == expected.flatten().tolist()
 
 
-def test_large_pictures_are_made_small() -> None:
-    uri = figures.picture_uri(pictures(1, 3, side=600)[0])
+def test_large_images_are_made_small() -> None:
+    uri = figures.image_uri(random_images(1, 3, side=600)[0])
     assert uri.startswith("data:image/jpeg;base64,")
     assert Image.open(io.BytesIO(b64decode(uri.partition("base64,")[2]))).size == (256, 256)
 
 
-def test_the_surest_mistakes_come_first() -> None:
-    worst = figures.mistakes(USUAL, pictures(300), limit=4)
+def test_the_most_confident_mistakes_come_first() -> None:
+    worst = figures.worst_mistakes(USUAL, random_images(300), limit=4)
     assert [(m.true, m.predicted) for m in worst] == [("class 2", "class 0")] * 4
     assert [m.index for m in worst] == [204, 203, 202, 201]
     assert worst[0].confidence == pytest.approx(float(USUAL.scores[204, 0]))
     assert worst[0].true_confidence == pytest.approx(float(USUAL.scores[204, 2]))
-    assert worst[0].uri == figures.picture_uri(pictures(300)[204]) and worst[0].small
+    assert worst[0].uri == figures.image_uri(random_images(300)[204]) and worst[0].small
 
 
 def test_the_matrix_has_every_count() -> None:
@@ -277,15 +279,18 @@ def test_the_matrix_has_every_count() -> None:
 
 def test_long_curves_are_averaged() -> None:
     lines = [{"step": s, "error": float(s % 2)} for s in range(1, 2001)]
-    points = series(lines, "error")
+    points = curve_points(lines, "error")
     assert len(points) == 500 and points[0] == (4.0, 0.5) and points[-1] == (2000.0, 0.5)
 
 
 def test_the_learning_rate_changes_at_its_milestone() -> None:
-    assert rate_changes(TRAIN, [50]) == [(0.0, 0.1), (50.0, 0.01)]
-    assert rate_changes([line | {"step": line["step"] + 3} for line in TRAIN], [55]) == [(0.0, 0.1), (55.0, 0.01)]
-    assert rate_changes(TRAIN, []) == [(0.0, 0.1), (50.0, 0.01)]  # the end of a warm-up
-    assert rate_changes([], [50]) == []
+    assert learning_rate_changes(TRAIN, [50]) == [(0.0, 0.1), (50.0, 0.01)]
+    assert learning_rate_changes([line | {"step": line["step"] + 3} for line in TRAIN], [55]) == [
+        (0.0, 0.1),
+        (55.0, 0.01),
+    ]
+    assert learning_rate_changes(TRAIN, []) == [(0.0, 0.1), (50.0, 0.01)]  # the end of a warm-up
+    assert learning_rate_changes([], [50]) == []
 
 
 @pytest.mark.parametrize(
@@ -293,10 +298,10 @@ def test_the_learning_rate_changes_at_its_milestone() -> None:
     [(14.23, "14.2 s"), (60, "1 min 0 s"), (192.4, "3 min 12 s"), (3599.7, "1 h 0 min"), (7980, "2 h 13 min")],
 )
 def test_durations(seconds: float, text: str) -> None:
-    assert report.duration(seconds).replace("\u00a0", " ") == text
+    assert report.format_long_duration(seconds).replace("\u00a0", " ") == text
 
 
-def test_a_readers_own_style_has_no_say() -> None:
+def test_the_users_matplotlibrc_is_ignored() -> None:
     import matplotlib
 
     html = render(USUAL)

@@ -1,4 +1,4 @@
-"""Nothing is lost: runs really killed, at several moments, go on to the same bits; full disks and signals are survived."""
+"""Resume: runs really killed at several moments continue bit-identically, also after full disks and signals."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from pathlib import Path
 
 import pytest
 
-from residuum.cli.main import run
-from residuum.errors import RunError
-from residuum.records import Run, read_metrics
-from residuum.training import loop
+from resnetlab.cli.main import run_command
+from resnetlab.errors import RunError
+from resnetlab.run_folder import RunFolder, read_metrics
+from resnetlab.training import train as training
 from runs import assert_same, figures
 
 SETTINGS = (
-    "--steps", "30", "--net", "resnet8", "--set", "size=8", "--set", "batch=32", "--set", "record_every=3",
-    "--set", "judge_every=10", "--set", "checkpoint_minutes=0", "--set", "shortcut=dropout", "--device", "cpu",
+    "--steps", "30", "--net", "resnet8", "--set", "image_size=8", "--set", "batch=32", "--set", "log_every=3",
+    "--set", "eval_every=10", "--set", "checkpoint_minutes=0", "--set", "shortcut=dropout", "--device", "cpu",
 )  # fmt: skip
 
 
 def command(*arguments: str, driver: str = "") -> list[str]:
     """The command line in a process of its own; `driver` is code that runs in it first."""
-    code = f"{driver}\nfrom residuum.cli.main import main\nmain({list(arguments)!r})"
+    code = f"{driver}\nfrom resnetlab.cli.main import main\nmain({list(arguments)!r})"
     return [sys.executable, "-c", code]
 
 
@@ -50,11 +50,11 @@ Resumed = Callable[..., subprocess.CompletedProcess[str]]
 
 @pytest.fixture
 def resumed(capsys: pytest.CaptureFixture[str]) -> Resumed:
-    """The same in this process, where nothing is killed: starting one takes longer than the run."""
+    """Resumes in this process, where nothing is killed: starting another takes longer than the run."""
 
     def call(out: Path, *more: str) -> subprocess.CompletedProcess[str]:
         capsys.readouterr()
-        code = run(["train", "--resume", str(out), *more])
+        code = run_command(["train", "--resume", str(out), *more])
         return subprocess.CompletedProcess(more, code, *capsys.readouterr())
 
     return call
@@ -83,7 +83,7 @@ def lines_written(run: Path) -> int:
 
 
 @pytest.mark.parametrize("lines", [pytest.param(1, marks=pytest.mark.slow), 7])
-def test_killed_at_any_moment_ends_in_the_same_bits(lines: int, tmp_path: Path, undisturbed: Path) -> None:
+def test_killed_at_any_moment_is_bit_identical(lines: int, tmp_path: Path, undisturbed: Path) -> None:
     out = tmp_path / "run"
     with train(out) as process:
         wait_until(lambda: lines_written(out) >= lines, process)
@@ -127,7 +127,7 @@ def test_killed_inside_a_checkpoints_writing(tmp_path: Path, undisturbed: Path) 
 
 
 def test_signals_save_first(tmp_path: Path) -> None:
-    """Nothing else would save for an hour, so the step that is gone on from was saved because of the signal."""
+    """Nothing else would save for an hour, so the step resumed from was saved because of the signal."""
     out = tmp_path / "run"
     settings = tuple("checkpoint_minutes=60" if s == "checkpoint_minutes=0" else s for s in SETTINGS)
     settings = tuple("3000" if s == "30" else s for s in settings)
@@ -141,7 +141,7 @@ def test_signals_save_first(tmp_path: Path) -> None:
     again = command("train", "--resume", str(out))
     with subprocess.Popen(again, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) as process:
         wait_until(
-            lambda: any(line["step"] > first + 300 for line in read_metrics(Run(out))), process
+            lambda: any(line["step"] > first + 300 for line in read_metrics(RunFolder(out))), process
         )  # a line may be half written
         process.terminate()
         _, stderr = process.communicate()
@@ -153,8 +153,8 @@ def test_signals_save_first(tmp_path: Path) -> None:
 
 
 def stopped_at(run: Path, stderr: str) -> int:
-    """The step that the message names, after a look at its checkpoint."""
-    assert "which is saved; go on with: residuum train --resume" in stderr
+    """The step that the message names; asserts that its checkpoint exists."""
+    assert "which is saved; go on with: resnetlab train --resume" in stderr
     assert "Traceback" not in stderr
     step = int(stderr.rsplit("stopped at step ", 1)[1].split(", which")[0].replace(",", ""))
     assert (run / "checkpoints" / f"step-{step:08d}.safetensors").is_file()
@@ -170,7 +170,7 @@ def test_a_finished_run_is_left_alone(tmp_path: Path, undisturbed: Path, resumed
 
 
 def unfinished(tmp_path: Path, undisturbed: Path) -> Path:
-    """A copy of the run as it stood before its end."""
+    """A copy of the run before its end."""
     run = tmp_path / "run"
     shutil.copytree(undisturbed, run)
     for name in ("model.safetensors", "result.json", "report.html"):
@@ -186,7 +186,7 @@ def test_a_checkpoint_cut_in_half_falls_back_to_the_one_before(
     last.write_bytes(last.read_bytes()[: last.stat().st_size // 2])
     done = resumed(run)
     assert done.returncode == 0, done.stderr
-    assert "step-00000030.safetensors is not a whole safetensors file" in done.stderr
+    assert "step-00000030.safetensors is not a complete safetensors file" in done.stderr
     assert "Going on from the checkpoint before it." in done.stderr and "going on from step 29" in done.stderr
     assert_same(run, undisturbed)
 
@@ -199,7 +199,7 @@ def test_a_flipped_bit_in_a_checkpoint_is_noticed(tmp_path: Path, undisturbed: P
     last.write_bytes(content)
     done = resumed(run)
     assert done.returncode == 0, done.stderr
-    assert "is damaged: its contents do not fit its own digest" in done.stderr
+    assert "is damaged: its contents do not match its digest" in done.stderr
     assert "going on from step 29" in done.stderr
     assert_same(run, undisturbed)
 
@@ -210,7 +210,7 @@ def test_a_finished_run_without_all_its_parts_is_finished_again(tmp_path: Path, 
     (run / "report.html").unlink()
     (run / "model.safetensors").write_bytes(b"")
     (run / "metrics.jsonl").write_bytes((run / "metrics.jsonl").read_bytes() + b'{"step": 1}\n5\n\xff\n')
-    loop.resume(run)
+    training.resume(run)
     assert (run / "report.html").stat().st_size > 10_000
     assert_same(run, undisturbed)
 
@@ -220,7 +220,7 @@ def test_stray_files_do_not_cost_a_checkpoint(tmp_path: Path, undisturbed: Path)
     for name in ("step-best.safetensors", "step-final.safetensors"):
         (run / "checkpoints" / name).write_bytes(b"mine")
     (run / "checkpoints" / "step-00000030.safetensors").unlink()
-    loop.resume(run)
+    training.resume(run)
     assert {p.name for p in (run / "checkpoints").iterdir()} == {
         "step-00000029.safetensors", "step-00000030.safetensors", "step-best.safetensors",
         "step-final.safetensors"}  # fmt: skip
@@ -230,7 +230,7 @@ def test_a_run_killed_at_its_very_start_leaves_its_folder_usable(tmp_path: Path)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / ".lock").touch()
     (tmp_path / "run" / ".recipe.toml.123.tmp").write_text("na")
-    Run.create(tmp_path / "run", "digits")
+    RunFolder.create(tmp_path / "run", "digits")
 
 
 def test_a_resume_with_the_runs_own_values_is_no_other_recipe(
@@ -247,7 +247,7 @@ def test_only_damaged_checkpoints_are_an_error_and_nothing_is_lost(tmp_path: Pat
     for file in (run / "checkpoints").iterdir():
         file.write_bytes(b"")
     with pytest.raises(RunError, match=r"every checkpoint in .* is damaged; start a new run"):
-        loop.resume(run)
+        training.resume(run)
     assert figures(run) == figures(undisturbed)
 
 
@@ -259,7 +259,7 @@ def test_a_run_is_not_resumed_with_another_recipe_or_data(tmp_path: Path, undist
     recipe = run / "recipe.toml"
     recipe.write_text(recipe.read_text().replace("lr = 0.1", "lr = 0.3", 1))
     with pytest.raises(RunError, match="was made with another recipe or other data"):
-        loop.resume(run)
+        training.resume(run)
     assert figures(run) == figures(undisturbed)
 
 
@@ -280,11 +280,11 @@ def test_a_full_disk_keeps_what_was_written(tmp_path: Path) -> None:
         [*namespace, script, "sh", *arguments], text=True, capture_output=True, cwd=tmp_path, env=environment
     )
     assert done.returncode == 1, done.stderr
-    assert "residuum: no space left to write" in done.stderr and "Traceback" not in done.stderr
+    assert "resnetlab: no space left to write" in done.stderr and "Traceback" not in done.stderr
     assert "recipe.toml" in done.stdout and "step-00000001.safetensors" in done.stdout and ".tmp" not in done.stdout
 
 
 def test_no_permission_for_the_run_folder(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["train", "--out", "/proc/nowhere/run"]) == 1
-    said = capsys.readouterr().err
-    assert "cannot write /proc/nowhere/run" in said or "no permission to write" in said
+    assert run_command(["train", "--out", "/proc/nowhere/run"]) == 1
+    messages = capsys.readouterr().err
+    assert "cannot write /proc/nowhere/run" in messages or "no permission to write" in messages

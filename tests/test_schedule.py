@@ -8,10 +8,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from residuum.errors import RunError, UsageError
-from residuum.training.recipe import Recipe
-from residuum.training.recipes import RECIPES, budget, changes, paper_cifar, quick, recipe
-from residuum.training.schedule import learning_rate
+from resnetlab.errors import RunError, UsageError
+from resnetlab.training.recipe import Recipe
+from resnetlab.training.recipes import (
+    RECIPES,
+    describe_budget,
+    describe_changes,
+    find_classification_recipe,
+    paper_cifar,
+    quick,
+)
+from resnetlab.training.schedule import learning_rate
 
 
 @pytest.mark.parametrize(
@@ -38,20 +45,20 @@ def test_warmup_by_training_error_ends_where_it_was_measured() -> None:
 
 
 @given(steps=st.integers(1, 200_000))
-def test_shrinking_keeps_the_schedule_in_proportion(steps: int) -> None:
-    full, short = paper_cifar(), paper_cifar().shrunk(steps)
+def test_rescaling_keeps_the_schedule_in_proportion(steps: int) -> None:
+    full, short = paper_cifar(), paper_cifar().rescale(steps)
     assert short.steps == steps
     for ours, theirs in zip(short.milestones, full.milestones, strict=False):
         assert abs(ours / steps - theirs / full.steps) <= 1 / steps
     assert short.warmup_steps == max(1, round(400 * steps / full.steps))
-    assert short.record_every >= 1 and short.judge_every >= 1
-    assert (budget(short) is None) == (steps == full.steps)
+    assert short.log_every >= 1 and short.eval_every >= 1
+    assert (describe_budget(short) is None) == (steps == full.steps)
 
 
 def test_a_short_run_is_labelled() -> None:
-    assert budget(paper_cifar().shrunk(2000)) == "2,000 of the 64,000 steps of paper-cifar (3.1%)"
-    assert budget(paper_cifar()) is None
-    assert budget(quick()) is None
+    assert describe_budget(paper_cifar().rescale(2000)) == "2,000 of the 64,000 steps of paper-cifar (3.1%)"
+    assert describe_budget(paper_cifar()) is None
+    assert describe_budget(quick()) is None
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -81,12 +88,12 @@ def test_toml_round_trip() -> None:
         ("batch", "many", "batch takes a whole number, not 'many'."),
         ("lr", "x", "lr takes a number, not 'x'."),
         ("flip", "perhaps", "flip takes true or false, not 'perhaps'."),
-        ("milestones", "a,b", "milestones takes whole numbers with commas between, not 'a,b'."),
-        ("batch", "1", "batch must be 2 or more: batch normalisation needs more than one picture."),
+        ("milestones", "a,b", "milestones takes whole numbers separated by commas, not 'a,b'."),
+        ("batch", "1", "batch must be 2 or more: batch normalisation needs more than one image."),
         ("batch", "0", "batch must be from 1 to 1,048,576, not 0."),
         ("bn_batch", "48", "bn_batch 48 does not divide the batch of 64; the nearest that does is 32."),
         ("schedule", "cosin", "unknown schedule 'cosin'; did you mean 'cosine'?"),
-        ("ema", "1", "ema must be from 0 to below 1, not 1.0."),
+        ("ema_decay", "1", "ema_decay must be from 0 to below 1, not 1.0."),
         ("weight_decay", "inf", "weight_decay must be 0 or more, not inf."),
         ("momentum", "5", "momentum must be from 0 to below 1, not 5.0."),
         ("milestones", "-5,3", "milestones must be steps from 1 up, not [-5, 3]."),
@@ -104,19 +111,19 @@ def test_wrong_values_are_named(key: str, text: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("key", "value"), [("data", 3), ("batch", 64.5), ("specification", 3), ("flip", 1), ("seed", "0")]
 )
-def test_a_damaged_recipe_is_told(key: str, value: object) -> None:
+def test_a_damaged_recipe_is_reported(key: str, value: object) -> None:
     with pytest.raises(RunError, match=f"recipe.toml cannot be used: {key} must be"):
         Recipe.from_values(quick().to_json() | {key: value})
 
 
 def test_unknown_recipe() -> None:
     with pytest.raises(UsageError, match="unknown recipe 'paper-cifr'; did you mean 'paper-cifar'"):
-        recipe("paper-cifr")
+        find_classification_recipe("paper-cifr")
 
 
-def test_changes_are_told_beside_the_named_recipe_of_the_same_length() -> None:
+def test_changes_are_relative_to_the_named_recipe_of_the_same_length() -> None:
     resolved = replace(paper_cifar(), precision="bf16")
-    assert changes(resolved, "bf16") == []
-    assert changes(resolved.shrunk(2000), "bf16") == []
-    assert changes(resolved.shrunk(2000).with_values({"lr": "0.2"}), "bf16") == ["lr = 0.2 (not 0.1)"]
-    assert changes(replace(resolved, precision="fp32"), "bf16") == ["precision = 'fp32' (not 'bf16')"]
+    assert describe_changes(resolved, "bf16") == []
+    assert describe_changes(resolved.rescale(2000), "bf16") == []
+    assert describe_changes(resolved.rescale(2000).with_values({"lr": "0.2"}), "bf16") == ["lr = 0.2 (not 0.1)"]
+    assert describe_changes(replace(resolved, precision="fp32"), "bf16") == ["precision = 'fp32' (not 'bf16')"]

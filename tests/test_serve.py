@@ -1,4 +1,4 @@
-"""The service as people and programs meet it: a process of its own on loopback, good requests and bad ones."""
+"""The service in a process of its own on loopback: good requests and bad ones."""
 
 from __future__ import annotations
 
@@ -10,9 +10,7 @@ import json
 import re
 import signal
 import socket
-import struct
 import threading
-import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,10 +21,10 @@ import schemathesis
 import torch
 from PIL import Image
 
-from pictures import photo
-from residuum.cli.main import run
-from residuum.use.predict import load
-from serving import CLASSES, Running, service, small_model
+from images import photo, png_bomb
+from resnetlab.cli.main import run_command
+from resnetlab.inference.predict import load
+from service import CLASSES, RunningService, service_process, write_classifier
 
 pytest.importorskip("fastapi", reason="the extra `serve` is not installed")
 
@@ -41,17 +39,19 @@ LIMITS = ("--max-body-mb", "1", "--max-pixels", "1000000", "--timeout", "4", "--
 
 @pytest.fixture(scope="module")
 def model_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small_model(tmp_path_factory.mktemp("model") / "model.safetensors")
+    return write_classifier(tmp_path_factory.mktemp("model") / "model.safetensors")
 
 
 @pytest.fixture(scope="module")
-def running(model_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    """With an engine that was asked for, and a folder of pictures that it is held to."""
-    pictures, engine = tmp_path_factory.mktemp("pictures"), ("--engine", "torch", "--precision", "fp32")
+def running(model_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningService]:
+    """With a given backend, checked against a folder of images."""
+    images, backend = tmp_path_factory.mktemp("images"), ("--backend", "torch", "--precision", "fp32")
     for i in range(4):
-        (pictures / f"{i}.jpg").write_bytes(jpeg(i))
-    with service(model_file, tmp_path_factory.mktemp("service"), *LIMITS, *engine, "--pictures", str(pictures)) as it:
-        assert it.engine.startswith("torch fp32 (as asked; top-1 agrees on 100.0%") and "2 check" in it.engine
+        (images / f"{i}.jpg").write_bytes(jpeg(i))
+    with service_process(
+        model_file, tmp_path_factory.mktemp("service"), *LIMITS, *backend, "--images", str(images)
+    ) as it:
+        assert it.backend.startswith("torch fp32 (as requested; top-1 agrees on 100.0%") and "2 check" in it.backend
         yield it
         assert list(it.folder.iterdir()) == []  # nothing was written by any request
 
@@ -82,42 +82,44 @@ def sentence(content: Any) -> str:
     return str(text)
 
 
-def still_up(running: Running) -> None:
-    assert running.ask("GET", "/healthz")[0] == 200
+def still_up(running: RunningService) -> None:
+    assert running.request("GET", "/healthz")[0] == 200
     assert running.post(jpeg())[0] == 200
 
 
-def test_predictions_are_the_models(running: Running, model_file: Path) -> None:
+def test_predictions_equal_the_models(running: RunningService, model_file: Path) -> None:
     model = load(model_file)
     status, answer = running.post(jpeg(3), path="/predict?top=2")
     assert status == 200
-    (said,) = answer["predictions"]
+    (prediction,) = answer["predictions"]
     expected = model.predict(jpeg(3), top=2).to_json()["top"]
-    assert [each["class"] for each in said["top"]] == [each["class"] for each in expected]
-    assert [each["score"] for each in said["top"]] == pytest.approx([each["score"] for each in expected], abs=1e-5)
+    assert [each["class"] for each in prediction["top"]] == [each["class"] for each in expected]
+    assert [each["score"] for each in prediction["top"]] == pytest.approx(
+        [each["score"] for each in expected], abs=1e-5
+    )
 
 
-def test_many_pictures_of_a_form_keep_their_order(running: Running, model_file: Path) -> None:
+def test_many_images_of_a_form_keep_their_order(running: RunningService, model_file: Path) -> None:
     model = load(model_file)
-    body, kind = form([("picture", f"{i}.jpg", jpeg(i)) for i in range(5)])
+    body, kind = form([("image", f"{i}.jpg", jpeg(i)) for i in range(5)])
     status, answer = running.post(body, kind)
     assert status == 200
-    for i, said in enumerate(answer["predictions"]):
-        assert said["image"] == f"{i}.jpg"
-        assert said["top"][0]["score"] == pytest.approx(model.predict(jpeg(i)).top[0][1], abs=1e-5)
+    for i, prediction in enumerate(answer["predictions"]):
+        assert prediction["image"] == f"{i}.jpg"
+        assert prediction["top"][0]["score"] == pytest.approx(model.predict(jpeg(i)).top[0][1], abs=1e-5)
 
 
-def test_one_bad_picture_among_good_ones_is_a_row_with_its_error(running: Running) -> None:
-    body, kind = form([("picture", "a.jpg", jpeg()), ("picture", "b.jpg", b"text"), ("picture", "c.jpg", jpeg())])
+def test_one_bad_image_among_good_ones_is_a_row_with_its_error(running: RunningService) -> None:
+    body, kind = form([("image", "a.jpg", jpeg()), ("image", "b.jpg", b"text"), ("image", "c.jpg", jpeg())])
     status, answer = running.post(body, kind)
     assert status == 200
     good, bad, other = answer["predictions"]
-    assert good["top"] == other["top"] and set(bad) == {"image", "error"} and "not a picture" in bad["error"]
-    body, kind = form([("picture", "b.jpg", b"text"), ("picture", "c.jpg", b"")])
+    assert good["top"] == other["top"] and set(bad) == {"image", "error"} and "not an image" in bad["error"]
+    body, kind = form([("image", "b.jpg", b"text"), ("image", "c.jpg", b"")])
     assert running.post(body, kind)[0] == 415
 
 
-def test_explanations_name_every_block_and_bring_a_heat_map(running: Running) -> None:
+def test_explanations_have_every_block_and_a_heat_map(running: RunningService) -> None:
     status, answer = running.post(jpeg(), path="/explain?top=3")
     assert status == 200
     assert [each["block"] for each in answer["blocks"]] == ["layer1.0", "layer2.0", "layer3.0"]
@@ -129,51 +131,51 @@ def test_explanations_name_every_block_and_bring_a_heat_map(running: Running) ->
 
     with Image.open(io.BytesIO(b64decode(answer["heat"].removeprefix("data:image/png;base64,")))) as heat:
         assert heat.format == "PNG" and min(heat.size) >= 256
-    body, kind = form([("picture", "a", jpeg()), ("picture", "b", jpeg())])
+    body, kind = form([("image", "a", jpeg()), ("image", "b", jpeg())])
     assert running.post(body, kind, "/explain")[0] == 422
     assert running.post(b"text", "image/png", "/explain")[0] == 415
 
 
-def test_about_the_model_and_no_paths_of_the_machine(running: Running) -> None:
-    status, _, content = running.ask("GET", "/model")
+def test_the_model_is_described_without_paths_of_the_machine(running: RunningService) -> None:
+    status, _, content = running.request("GET", "/model")
     about = json.loads(content)
     assert status == 200 and about["classes"] == list(CLASSES) and about["name"] == "resnet8 on photos"
     assert about["limits"]["body_bytes"] == 1_000_000 and not about["calibrated"]
-    assert about["engine"] == "torch fp32"
+    assert about["backend"] == "torch fp32"
 
 
-def test_every_key_stands_in_the_documents(running: Running) -> None:
+def test_every_key_is_documented(running: RunningService) -> None:
     known = (
-        (Path(__file__).parents[1] / "docs" / "json.md").read_text().split("## `residuum serve`")[1].split("\n## ")[0]
+        (Path(__file__).parents[1] / "docs" / "json.md").read_text().split("## `resnetlab serve`")[1].split("\n## ")[0]
     )
-    about = json.loads(running.ask("GET", "/model")[2])
+    about = json.loads(running.request("GET", "/model")[2])
     explained = running.post(jpeg(), path="/explain")[1]
     metrics = re.findall(
-        r"^# TYPE (\w+) (?!gauge)|^# TYPE (residuum_in_flight) ", running.ask("GET", "/metrics")[2].decode(), re.M
+        r"^# TYPE (\w+) (?!gauge)|^# TYPE (resnetlab_in_flight) ", running.request("GET", "/metrics")[2].decode(), re.M
     )
     names = {name or other for name, other in metrics}
     for key in [*about, *about["limits"], *explained, *(name for name in names if not name.endswith("_created"))]:
         assert f"`{key}`" in known, key
 
 
-def test_metrics_count(running: Running) -> None:
+def test_metrics_count(running: RunningService) -> None:
     def value(name: str) -> float:
-        text = running.ask("GET", "/metrics")[2].decode()
+        text = running.request("GET", "/metrics")[2].decode()
         found = re.search(rf"^{re.escape(name)} (\S+)$", text, re.MULTILINE)
         return float(found[1]) if found else 0.0
 
-    before, failed = value("residuum_pictures_total"), value('residuum_requests_total{path="/predict",status="415"}')
+    before, failed = value("resnetlab_images_total"), value('resnetlab_requests_total{path="/predict",status="415"}')
     running.post(jpeg())
     running.post(b"text", "text/plain")
-    assert value("residuum_pictures_total") == before + 1
-    assert value('residuum_requests_total{path="/predict",status="415"}') == failed + 1
-    assert value("residuum_in_flight") == 0
-    assert running.ask("GET", "/metrics")[1]["content-type"].startswith("text/plain")
+    assert value("resnetlab_images_total") == before + 1
+    assert value('resnetlab_requests_total{path="/predict",status="415"}') == failed + 1
+    assert value("resnetlab_in_flight") == 0
+    assert running.request("GET", "/metrics")[1]["content-type"].startswith("text/plain")
 
 
 @pytest.mark.parametrize("path", ["/", "/docs", "/page.css", "/page.js", "/views.js", "/style.css", "/openapi.json"])
-def test_pages_come_from_here_alone(running: Running, path: str) -> None:
-    status, headers, content = running.ask("GET", path)
+def test_pages_load_nothing_from_elsewhere(running: RunningService, path: str) -> None:
+    status, headers, content = running.request("GET", path)
     assert status == 200
     policy = headers["content-security-policy"]
     assert (
@@ -187,21 +189,6 @@ def test_pages_come_from_here_alone(running: Running, path: str) -> None:
         assert all(word in content.decode() for word in ("POST /predict", "GET /metrics", "multipart/form-data", "429"))
 
 
-def bomb() -> bytes:
-    """A PNG of 2 kB that says it has 40,000 x 40,000 pixels."""
-
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-    header = struct.pack(">IIBBBBB", 40_000, 40_000, 8, 2, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", header)
-        + chunk(b"IDAT", zlib.compress(b"\0" * 1000))
-        + chunk(b"IEND", b"")
-    )
-
-
 def png(width: int, height: int) -> bytes:
     buffer = io.BytesIO()
     Image.new("L", (width, height)).save(buffer, "PNG")
@@ -210,30 +197,30 @@ def png(width: int, height: int) -> bytes:
 
 POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n(%pipe%touch hacked) (w) file\nshowpage\n%%EOF\n"
 BAD = {
-    "text": (b"just text", "image/png", 415, "not a picture"),
-    "text as text": (b"just text", "text/plain", 415, "text/plain is no type of a picture"),
+    "text": (b"just text", "image/png", 415, "not an image"),
+    "text as text": (b"just text", "text/plain", 415, "text/plain is not an image type"),
     "json": (b"{}", "application/json", 415, "send image/jpeg"),
     "nothing": (b"", "image/jpeg", 400, "the body is empty"),
     "cut short": (jpeg()[: len(jpeg()) // 2], "image/jpeg", 422, "damaged"),
     "cut in its header": (png(9, 9)[:20], "image/png", 422, "damaged"),
-    "a bomb": (bomb(), "image/png", 413, "more than 1,000,000 pixels"),
+    "a bomb": (png_bomb(40_000), "image/png", 413, "more than 1,000,000 pixels"),
     "many pixels": (png(1001, 1000), "image/png", 413, "more than 1,000,000"),
-    "postscript": (POSTSCRIPT, "image/jpeg", 415, "not a picture"),
+    "postscript": (POSTSCRIPT, "image/jpeg", 415, "not an image"),
     "a large body": (b"x" * 1_000_001, "image/jpeg", 413, "larger than 1 MB"),
     "no boundary": (b"abc", "multipart/form-data", 400, "form cannot be read"),
     "no form": (b"abc", "multipart/form-data; boundary=XX", 400, "form"),
-    "an empty form": (b"--XX--\r\n", "multipart/form-data; boundary=XX", 422, "holds no picture"),
-    "a form cut short": (form([("picture", "a", jpeg())])[0][:-20], "multipart/form-data; boundary=XX", 400, "cut short"),
+    "an empty form": (b"--XX--\r\n", "multipart/form-data; boundary=XX", 422, "contains no image"),
+    "a form cut short": (form([("image", "a", jpeg())])[0][:-20], "multipart/form-data; boundary=XX", 400, "cut short"),
     "an unknown field": (*form([("file", "a", jpeg())]), 422, "unknown field 'file'"),
-    "an empty part": (*form([("picture", "a", b"")]), 400, "the picture is empty"),
-    "too many parts": (*form([("picture", "a", b"x")] * 65), 413, "64 pictures"),
+    "an empty part": (*form([("image", "a", b"")]), 400, "the image is empty"),
+    "too many parts": (*form([("image", "a", b"x")] * 65), 413, "64 images"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("path", ["/predict", "/explain"])
 @pytest.mark.parametrize(("body", "kind", "status", "words"), BAD.values(), ids=BAD)
 def test_bad_bodies_get_their_status_and_a_sentence(
-    running: Running, body: bytes, kind: str, status: int, words: str, path: str
+    running: RunningService, body: bytes, kind: str, status: int, words: str, path: str
 ) -> None:
     found, content = running.post(body, kind, path)
     assert (found, words in sentence(content)) == (status, True), content
@@ -244,8 +231,8 @@ def test_bad_bodies_get_their_status_and_a_sentence(
     ("method", "path", "status", "words"),
     [
         ("GET", "/nothing", 404, "nothing at this address"),
-        ("GET", "/predict", 405, "GET is not answered"),
-        ("POST", "/healthz", 405, "POST is not answered"),
+        ("GET", "/predict", 405, "GET is not supported"),
+        ("POST", "/healthz", 405, "POST is not supported"),
         ("POST", "/predict?top=0", 422, "top"),
         ("POST", "/predict?top=many", 422, "top"),
         ("POST", "/predict?tpo=3", 422, "tpo"),
@@ -254,18 +241,20 @@ def test_bad_bodies_get_their_status_and_a_sentence(
         ("GET", "/%2e%2e/%2e%2e/etc/passwd", 404, "nothing"),
     ],
 )
-def test_bad_addresses_get_a_sentence(running: Running, method: str, path: str, status: int, words: str) -> None:
-    found, _, content = running.ask(method, path, jpeg() if method == "POST" else None, {"content-type": "image/jpeg"})
+def test_bad_addresses_get_a_sentence(running: RunningService, method: str, path: str, status: int, words: str) -> None:
+    found, _, content = running.request(
+        method, path, jpeg() if method == "POST" else None, {"content-type": "image/jpeg"}
+    )
     assert found == status and words in sentence(json.loads(content))
 
 
-def test_a_picture_of_one_pixel_is_a_picture(running: Running) -> None:
+def test_an_image_of_one_pixel_is_accepted(running: RunningService) -> None:
     assert running.post(png(1, 1), "image/png")[0] == 200
     assert running.post(png(1, 1), "application/octet-stream", "/explain")[0] == 200
     assert running.post(png(20_000, 1), "image/png")[0] == 200
 
 
-def test_a_browsers_avif_is_a_picture(running: Running) -> None:
+def test_avif_as_browsers_save_it_is_accepted(running: RunningService) -> None:
     buffer = io.BytesIO()
     photo(1, 40, 30).save(buffer, "AVIF")
     assert running.post(buffer.getvalue(), "image/avif")[0] == 200
@@ -274,13 +263,13 @@ def test_a_browsers_avif_is_a_picture(running: Running) -> None:
 @pytest.mark.parametrize(
     "name", ["../../../tmp/hacked.png", "/etc/passwd", "C:\\\\x.png", "a\x01b", "😀" * 300, "<b>x</b>"]
 )
-def test_file_names_are_words_alone(running: Running, name: str) -> None:
-    status, answer = running.post(*form([("picture", name, jpeg())]))
+def test_file_names_are_only_echoed(running: RunningService, name: str) -> None:
+    status, answer = running.post(*form([("image", name, jpeg())]))
     assert status == 200 and len(answer["predictions"][0]["image"]) <= 200
     assert not Path("/tmp/hacked.png").exists()
 
 
-def test_a_hundred_megabytes_are_not_kept(running: Running) -> None:
+def test_a_hundred_megabytes_are_not_kept(running: RunningService) -> None:
     """Neither when they are declared, nor when they come piece by piece."""
 
     def memory() -> int:
@@ -300,51 +289,51 @@ def test_a_hundred_megabytes_are_not_kept(running: Running) -> None:
             for _ in range(1600):
                 link.sendall(b"10000\r\n" + b"x" * 65536 + b"\r\n")
         except OSError:
-            pass  # it hung up, as it may
+            pass  # it hung up, which is allowed
         else:
-            pytest.fail("it listened to all of it")
+            pytest.fail("it read all of it")
     assert memory() - before < 40_000  # kB
     still_up(running)
 
 
 @pytest.mark.parametrize(("others", "length", "status"), [(0, 500, 413), (16 * 100 - 60, 100, 429)])
-def test_a_body_that_is_refused_is_read_to_its_end_and_not_held(others: int, length: int, status: int) -> None:
-    """So that its sender hears why; with what other requests hold beside it there may be no room either."""
+def test_a_refused_body_is_read_to_its_end_but_not_buffered(others: int, length: int, status: int) -> None:
+    """So its sender gets the reason; bodies of other requests may have filled the buffer too."""
     from starlette.requests import Request
 
-    from residuum.use.serve.limits import Gate, Limits, Refusal
+    from resnetlab.serve.limits import Limits, RequestError, RequestGate
 
-    gate, left, held = Gate(Limits(max_body=100)), [bytes(50)] * (length // 50), []
-    gate.held = others
+    gate, left, held = RequestGate(Limits(max_body=100)), [bytes(50)] * (length // 50), []
+    gate.buffered = others
 
     async def receive() -> dict[str, Any]:
-        held.append(gate.held)
+        held.append(gate.buffered)
         return {"type": "http.request", "body": left.pop(), "more_body": bool(left)}
 
     async def ask() -> None:
         head = [(b"content-length", str(length).encode())]
-        async with gate.body(Request({"type": "http", "headers": head}, receive)):
-            pytest.fail("it was let in")
+        async with gate.read_body(Request({"type": "http", "headers": head}, receive)):
+            pytest.fail("it was admitted")
 
-    with pytest.raises(Refusal) as refused:
+    with pytest.raises(RequestError) as refused:
         asyncio.run(ask())
-    assert (refused.value.status, refused.value.hang_up, left, gate.held) == (status, False, [], others)
+    assert (refused.value.status, refused.value.hang_up, left, gate.buffered) == (status, False, [], others)
     assert max(held) == (others if status == 413 else others + 50)
 
 
-def test_a_head_without_end_is_refused(running: Running) -> None:
+def test_a_head_without_end_is_refused(running: RunningService) -> None:
     with socket.create_connection(("127.0.0.1", running.port), timeout=60) as link:
         link.sendall(b"GET / HTTP/1.1\r\nHost: x\r\nX: " + b"a" * 100_000)
         assert b" 400 " in link.recv(4096)
 
 
-def test_a_body_that_never_ends_is_given_up(running: Running) -> None:
+def test_a_body_that_never_ends_times_out(running: RunningService) -> None:
     with socket.create_connection(("127.0.0.1", running.port), timeout=60) as link:
         link.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: 1000\r\n\r\nabc")
         assert b" 408 " in link.recv(4096)
 
 
-def test_a_hundred_slow_clients_do_not_keep_others_waiting(running: Running) -> None:
+def test_a_hundred_slow_clients_do_not_keep_others_waiting(running: RunningService) -> None:
     links = [socket.create_connection(("127.0.0.1", running.port), timeout=60) for _ in range(100)]
     try:
         for i, link in enumerate(links):
@@ -362,7 +351,7 @@ def test_a_hundred_slow_clients_do_not_keep_others_waiting(running: Running) -> 
     still_up(running)
 
 
-def test_memory_stays_flat(running: Running) -> None:
+def test_memory_stays_flat(running: RunningService) -> None:
     """A short version; 10,000 requests are in docs/log.md."""
 
     def ask(requests: int) -> int:
@@ -379,33 +368,33 @@ def test_memory_stays_flat(running: Running) -> None:
     assert ask(300) - before < 6_000  # kB; 20 kB a request would not pass
 
 
-def test_who_hangs_up_is_forgotten(running: Running) -> None:
+def test_clients_that_hang_up_leave_nothing_behind(running: RunningService) -> None:
     for cut in (10, len(jpeg())):
         for _ in range(10):
             with socket.create_connection(("127.0.0.1", running.port), timeout=60) as link:
                 head = f"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/jpeg\r\nContent-Length: {len(jpeg())}\r\n\r\n"
                 link.sendall(head.encode() + jpeg()[:cut])
-    while b"residuum_in_flight 0.0" not in running.ask("GET", "/metrics")[2]:
+    while b"resnetlab_in_flight 0.0" not in running.request("GET", "/metrics")[2]:
         pass
     still_up(running)
 
 
-def test_an_answer_that_takes_too_long_is_given_up(model_file: Path) -> None:
+def test_an_answer_that_takes_too_long_times_out(model_file: Path) -> None:
     """A model that works for seconds, in this process."""
     from fastapi.testclient import TestClient
 
-    from residuum.use.serve.answering import Classifies
-    from residuum.use.serve.app import make_app
-    from residuum.use.serve.limits import Limits
-    from residuum.use.serve.service import Service
+    from resnetlab.serve.app import make_app
+    from resnetlab.serve.limits import Limits
+    from resnetlab.serve.models import ServedClassifier
+    from resnetlab.serve.service import Service
 
     held = threading.Event()
 
     def scores(pixels: torch.Tensor) -> torch.Tensor:
         held.wait(60)
-        raise MemoryError("an engine's own words")
+        raise MemoryError("a backend's own message")
 
-    app = make_app(Service(Classifies(load(model_file), scores), Limits(timeout=0.3)))
+    app = make_app(Service(ServedClassifier(load(model_file), scores), Limits(timeout=0.3)))
     with TestClient(app, raise_server_exceptions=False) as client:
         answer = client.post("/predict", content=jpeg(), headers={"content-type": "image/jpeg"})
         assert answer.status_code == 503 and "retry-after" in answer.headers
@@ -417,103 +406,110 @@ def test_an_answer_that_takes_too_long_is_given_up(model_file: Path) -> None:
         assert client.get("/healthz").status_code == 200
 
 
-def test_of_a_request_that_nobody_waits_for_no_more_pictures_are_decoded(model_file: Path) -> None:
-    """Else a form of 64 large pictures would hold a thread for minutes after its 503."""
+def test_decoding_stops_when_the_request_timed_out(model_file: Path) -> None:
+    """Otherwise a form of 64 large images would block a thread for minutes after its 503."""
     from fastapi.testclient import TestClient
 
-    from residuum.use.serve.answering import Classifies
-    from residuum.use.serve.app import make_app
-    from residuum.use.serve.limits import Limits
-    from residuum.use.serve.service import Service
+    from resnetlab.serve.app import make_app
+    from resnetlab.serve.limits import Limits
+    from resnetlab.serve.models import ServedClassifier
+    from resnetlab.serve.service import Service
 
-    held, answering = threading.Event(), Classifies(load(model_file))
+    held, served = threading.Event(), ServedClassifier(load(model_file))
     prepared: list[Image.Image] = []
 
-    def prepare(picture: Image.Image) -> torch.Tensor:
-        prepared.append(picture)
+    def prepare(image: Image.Image) -> torch.Tensor:
+        prepared.append(image)
         held.wait(60)
-        return answering.model.preprocessing(picture)
+        return served.model.preprocessing(image)
 
-    answering.prepare = prepare
-    with TestClient(make_app(Service(answering, Limits(timeout=0.2)))) as client:
-        body, kind = form([("picture", f"{i}.jpg", jpeg(i)) for i in range(5)])
+    served.prepare = prepare
+    with TestClient(make_app(Service(served, Limits(timeout=0.2)))) as client:
+        body, kind = form([("image", f"{i}.jpg", jpeg(i)) for i in range(5)])
         assert client.post("/predict", content=body, headers={"content-type": kind}).status_code == 503
         held.set()
     assert len(prepared) <= 1  # the threads have ended; none where the machine was so busy that not even one was begun
 
 
-def test_memory_of_large_pictures_goes_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The C library would keep it; that of others is kept for the next."""
-    from residuum.use.serve import bodies
-    from residuum.use.serve.limits import Limits
+def test_memory_of_large_images_is_returned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The C library would keep it; memory of smaller images is reused."""
+    from resnetlab.serve import uploads
+    from resnetlab.serve.limits import Limits
 
     given: list[torch.device] = []
-    monkeypatch.setattr(bodies, "give_back_memory", given.append)
-    monkeypatch.setattr(bodies, "LARGE", 1000)
+    monkeypatch.setattr(uploads, "release_memory", given.append)
+    monkeypatch.setattr(uploads, "LARGE", 1000)
     for side, times in ((30, 0), (40, 1)):
-        assert bodies.opened("image/png", png(side, side), lambda picture: picture, Limits())[0].refusal is None
+        assert uploads.decode_uploads("image/png", png(side, side), lambda image: image, Limits())[0].error is None
         assert len(given) == times
 
 
-def test_full_collections_leave_what_was_there_before_serving_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_collections_skip_objects_from_before_serving(monkeypatch: pytest.MonkeyPatch) -> None:
     import uvicorn
     from fastapi import FastAPI
 
-    from residuum.use.serve.process import serve
+    from resnetlab.serve.process import run_server
 
     frozen: list[int] = []
     monkeypatch.setattr(uvicorn.Server, "run", lambda self, sockets: frozen.append(gc.get_freeze_count()))
-    serve(FastAPI(), "127.0.0.1", 0, 1.0, lambda address: None)
+    run_server(FastAPI(), "127.0.0.1", 0, 1.0, lambda address: None)
     assert frozen[0] > 10_000 and gc.get_freeze_count() == 0
 
 
-def test_requests_gather_too_many_are_refused_and_sigterm_finishes_the_rest(model_file: Path, tmp_path: Path) -> None:
+def test_requests_are_batched_too_many_are_refused_and_sigterm_finishes_the_rest(
+    model_file: Path, tmp_path: Path
+) -> None:
     """With a long latency, requests are in flight until it has passed."""
     options = ("--latency-ms", "2500", "--max-in-flight", "4")
-    with service(model_file, tmp_path, *options) as it, ThreadPoolExecutor(4) as pool:
+    with service_process(model_file, tmp_path, *options) as it, ThreadPoolExecutor(4) as pool:
         assert [status for status, _ in pool.map(lambda i: it.post(jpeg(i)), range(4))] == [200] * 4
-        text = it.ask("GET", "/metrics")[2].decode()
-        batches = re.search(r"^residuum_batch_pictures_count (\S+)$", text, re.MULTILINE)
-        assert "residuum_pictures_total 4.0" in text and batches and float(batches[1]) < 4
+        text = it.request("GET", "/metrics")[2].decode()
+        batches = re.search(r"^resnetlab_batch_images_count (\S+)$", text, re.MULTILINE)
+        assert "resnetlab_images_total 4.0" in text and batches and float(batches[1]) < 4
 
-        waiting = [pool.submit(it.ask, "POST", "/predict", jpeg(i), {"content-type": "image/jpeg"}) for i in range(4)]
-        while b"residuum_in_flight 4.0" not in it.ask("GET", "/metrics")[2]:
+        waiting = [
+            pool.submit(it.request, "POST", "/predict", jpeg(i), {"content-type": "image/jpeg"}) for i in range(4)
+        ]
+        while b"resnetlab_in_flight 4.0" not in it.request("GET", "/metrics")[2]:
             pass
-        status, headers, content = it.ask("POST", "/predict", jpeg(), {"content-type": "image/jpeg"})
+        status, headers, content = it.request("POST", "/predict", jpeg(), {"content-type": "image/jpeg"})
         assert (status, headers["retry-after"]) == (429, "1") and "4 requests" in sentence(json.loads(content))
 
         it.process.send_signal(signal.SIGTERM)
         for each in waiting:
             status, headers, _ = each.result()
-            assert (status, headers["connection"]) == (200, "close")  # else the client sends its next one in vain
+            assert (status, headers["connection"]) == (
+                200,
+                "close",
+            )  # otherwise the client sends its next request in vain
         assert it.process.wait(60) == 0
         with pytest.raises(ConnectionRefusedError):
-            it.ask("GET", "/healthz")
+            it.request("GET", "/healthz")
 
 
-def test_what_the_command_refuses(model_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_options_are_refused(model_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         for arguments, words in (
             (["--port", port], f"cannot listen on 127.0.0.1:{port}"),
-            (["--port", "70000"], "--port must lie between"),
+            (["--port", "70000"], "--port must be between"),
             (["--host", "192.0.2.1"], "cannot listen on"),
             (["--max-batch", "0"], "--max-batch must be above 0"),
             (["--timeout", "nan"], "--timeout must be above 0"),
-            (["--latency-ms", "-1"], "--latency-ms must lie between"),
-            (["--engine", "opnvino"], "unknown engine 'opnvino'; did you mean 'openvino'?"),
+            (["--latency-ms", "-1"], "--latency-ms must be between"),
+            (["--backend", "opnvino"], "unknown backend 'opnvino'; did you mean 'openvino'?"),
         ):
-            assert run(["serve", str(model_file), *arguments]) == 2
+            assert run_command(["serve", str(model_file), *arguments]) == 2
             assert words in capsys.readouterr().err
-    assert run(["serve", str(model_file), "--pictures", "nowhere"]) == 1
-    assert "nowhere is no folder; --pictures takes a folder of pictures." in capsys.readouterr().err
+    assert run_command(["serve", str(model_file), "--images", "nowhere"]) == 1
+    assert "nowhere is not a folder; --images takes a folder of images." in capsys.readouterr().err
 
 
 def schema(port: int) -> Any:
     return schemathesis.openapi.from_url(f"http://127.0.0.1:{port}/openapi.json")
 
 
-def test_whatever_is_sent_is_answered_as_the_openapi_document_says(running: Running) -> None:
+def test_answers_are_as_the_openapi_document_says(running: RunningService) -> None:
     """Schemathesis makes requests from the document, right ones and wrong ones; the answers must be what it promises."""
     from hypothesis import HealthCheck, given, settings
 

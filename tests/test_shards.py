@@ -1,8 +1,7 @@
-"""Tar shards: packed, read back in the folder's order, from a disk or a server, and what is wrong with them said."""
+"""Tar shards: packing, reading back in the folder's order from a disk or a server, and errors that name the fault."""
 
 from __future__ import annotations
 
-import io
 import json
 import tarfile
 from dataclasses import replace
@@ -12,71 +11,70 @@ import pytest
 import torch
 from PIL import Image
 
-import residuum
-from pictures import folder, photo
-from residuum.cli.main import run
-from residuum.data import pack, remote, shards, sources, tars
-from residuum.data.augment import Augmentation
-from residuum.data.crops import Crop
-from residuum.data.dataset import Dataset
-from residuum.data.loader import Loader
-from residuum.data.stored import Reading, Stored
-from residuum.errors import DataError, RunError, UsageError
-from residuum.preprocessing import Preprocessing
-from residuum.runtime import pick_engine
-from server import Server
+import resnetlab
+from http_server import FileServer
+from images import folder
+from resnetlab.cli.main import run_command
+from resnetlab.data import download, pack, shards, tar_index
+from resnetlab.data.augment import Augmentation
+from resnetlab.data.crops import Crop
+from resnetlab.data.dataset import Dataset
+from resnetlab.data.disk_split import DiskSplit, ReadOptions
+from resnetlab.data.sampler import TrainLoader
+from resnetlab.device import select_device
+from resnetlab.errors import DataError, RunError, UsageError
+from resnetlab.preprocessing import Preprocessing
+from shard_files import files, jpeg, load, packed, tar
 
 FLOWERS = Path(__file__).resolve().parents[2] / "shared" / "data" / "flowers"
 
 
-def load(data: Path | str, data_dir: Path = Path("data"), **reading: object) -> Dataset:
-    return sources.load(str(data), data_dir, Reading(**reading))  # type: ignore[arg-type]
-
-
-def packed(tmp_path: Path, splits: dict[str, int] | None = None, **values: int) -> tuple[Path, Path]:
-    root = folder(tmp_path / "my d", splits)
-    pack.pack(load(root), tmp_path / "s", **({"per_shard": 5} | values))
-    return root, tmp_path / "s"
-
-
 def batch(data: Dataset) -> torch.Tensor:
     shape = Preprocessing(3, (24, 24), 32, torch.zeros(3), torch.ones(3))
-    own = Loader(data.train, shape, Augmentation(flip=True), 6, 3, pick_engine("fp32", "cpu"), Crop("scale", (26, 40)))
+    own = TrainLoader(
+        data.train, shape, Augmentation(flip=True), 6, 3, select_device("fp32", "cpu"), Crop("scale", (26, 40))
+    )
     try:
-        return own.batch(7).pictures
+        return own.batch(7).images
     finally:
         own.close()
 
 
 @pytest.mark.parametrize("splits", [None, {"": 12}, {"train": 5, "val": 2, "test": 3}])
 @pytest.mark.parametrize("with_index", [True, False])
-def test_the_same_pictures_in_the_same_order(tmp_path: Path, splits: dict[str, int] | None, with_index: bool) -> None:
+def test_the_same_images_in_the_same_order(tmp_path: Path, splits: dict[str, int] | None, with_index: bool) -> None:
     root, out = packed(tmp_path, splits)
     if not with_index:
         for file in out.glob("*.index.json"):
             file.unlink()
     ours, theirs = load(out), load(root)
     assert ours.fingerprint == theirs.fingerprint  # class names, labels, names, sizes, and their order
-    assert (ours.classes, ours.judged, list(ours.splits)) == (theirs.classes, theirs.judged, list(theirs.splits))
+    assert (ours.classes, ours.evaluated_split, list(ours.splits)) == (
+        theirs.classes,
+        theirs.evaluated_split,
+        list(theirs.splits),
+    )
     for split in ours.splits:
         a, b = ours.splits[split], theirs.splits[split]
         assert list(a.names) == list(b.names)
-        assert all(torch.equal(x, y) for x, y in zip(a.pictures(range(len(a))), b.pictures(range(len(b))), strict=True))
+        assert all(
+            torch.equal(x, y) for x, y in zip(a.read_images(range(len(a))), b.read_images(range(len(b))), strict=True)
+        )
     assert torch.equal(batch(ours), batch(theirs))
     assert torch.equal(batch(load(out, workers=2)), batch(theirs))
 
 
-def test_another_seed_puts_them_elsewhere_and_changes_nothing_else(tmp_path: Path) -> None:
+def test_another_seed_changes_only_the_order_in_the_shards(tmp_path: Path) -> None:
     root, out = packed(tmp_path)
-    pack.pack(load(root), tmp_path / "t", per_shard=5, seed=1)
-    pack.pack(load(root), tmp_path / "u", per_shard=5)
+    pack.pack_shards(load(root), tmp_path / "t", per_shard=5, seed=1)
+    pack.pack_shards(load(root), tmp_path / "u", per_shard=5)
     assert load(out).fingerprint == load(tmp_path / "t").fingerprint
     for file in out.glob("*"):
         assert file.read_bytes() == (tmp_path / "u" / file.name).read_bytes()
         assert file.read_bytes() != (tmp_path / "t" / file.name).read_bytes()
 
 
-def test_webdatasets_form(tmp_path: Path) -> None:
+def test_the_webdataset_format(tmp_path: Path) -> None:
     root, out = packed(tmp_path)
     assert sorted(f.name for f in out.glob("*.tar")) == [f"train-00000{i}.tar" for i in range(5)] + [
         f"val-00000{i}.tar" for i in range(2)]  # fmt: skip
@@ -91,28 +89,24 @@ def test_webdatasets_form(tmp_path: Path) -> None:
 
 def test_resizing(tmp_path: Path) -> None:
     _, out = packed(tmp_path, resize=42)
-    sizes = [min(picture.shape[:2]) for picture in load(out).train.pictures(range(24))]
+    sizes = [min(image.shape[:2]) for image in load(out).train.read_images(range(24))]
     assert max(sizes) == 42 and min(sizes) < 42
     with pytest.raises(RunError, match="is not empty; choose another folder for the shards"):
-        pack.pack(load(tmp_path / "my d"), out)
+        pack.pack_shards(load(tmp_path / "my d"), out)
     with pytest.raises(UsageError, match="per_shard must be 1 or more"):
-        pack.pack(load(tmp_path / "my d"), tmp_path / "x", per_shard=0)
-    with pytest.raises(DataError, match="digits lies in memory"):
-        pack.pack(load("digits"), tmp_path / "y")
+        pack.pack_shards(load(tmp_path / "my d"), tmp_path / "x", per_shard=0)
+    with pytest.raises(DataError, match="digits is in memory"):
+        pack.pack_shards(load("digits"), tmp_path / "y")
 
 
 def test_patterns() -> None:
-    assert list(shards.expand("a/{train,val}-{08..10}.tar")) == [
+    assert list(shards.expand_braces("a/{train,val}-{08..10}.tar")) == [
         f"a/{split}-{n}.tar" for split in ("train", "val") for n in ("08", "09", "10")]  # fmt: skip
-    assert list(shards.expand("one.tar")) == ["one.tar"]
+    assert list(shards.expand_braces("one.tar")) == ["one.tar"]
     with pytest.raises(DataError, match="a range in braces must rise"):
-        list(shards.expand("x-{3..1}.tar"))
+        list(shards.expand_braces("x-{3..1}.tar"))
     with pytest.raises(DataError, match="braces inside braces"):
-        list(shards.expand("{train-{0..1},val-0}.tar"))
-
-
-def files(out: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in out.iterdir()}
+        list(shards.expand_braces("{train-{0..1},val-0}.tar"))
 
 
 @pytest.mark.parametrize("with_index", [True, False])
@@ -120,25 +114,29 @@ def test_a_server_gives_them_too(tmp_path: Path, with_index: bool) -> None:
     root, out = packed(tmp_path)
     served = {name: content for name, content in files(out).items() if with_index or name.endswith(".tar")}
     largest = max(map(len, served.values()))
-    with Server(served, drop_after=largest * 2 // 3, ranges=True) as server:  # the largest take two attempts
+    with FileServer(served, drop_after=largest * 2 // 3, ranges=True) as server:  # the largest take two attempts
         pattern = server.url + "train-{000000..000004}.tar"
         data = load(pattern, tmp_path / "data")
-        assert data.judged == "held-out" and len(data.whole or ()) == 24  # train alone: a fifth of it is held out
-        assert any(wanted for _, wanted in server.asked), "nothing was dropped"
-        asked = list(server.asked)
+        assert (
+            data.evaluated_split == "held-out" and len(data.all_images or ()) == 24
+        )  # train alone: a fifth of it is held out
+        assert any(wanted for _, wanted in server.requests), "nothing was dropped"
+        asked = list(server.requests)
         load(pattern, tmp_path / "data")
-        assert server.asked == asked  # fetched once
+        assert server.requests == asked  # fetched once
         both = load(server.url + "{train,val}-{000000..000001}.tar", tmp_path / "data")
-        assert both.judged == "val" and len(both.train) == 10
+        assert both.evaluated_split == "val" and len(both.train) == 10
     assert load(root).classes == data.classes
 
 
 def test_a_server_that_always_drops_is_reported_with_the_url(tmp_path: Path) -> None:
     _, out = packed(tmp_path)
-    with Server({n: c for n, c in files(out).items() if n.endswith(".tar")}, drop_after=1000, ranges=False) as server:
+    with FileServer(
+        {n: c for n, c in files(out).items() if n.endswith(".tar")}, drop_after=1000, ranges=False
+    ) as server:
         with pytest.raises(DataError, match=rf"{server.url}train-000000.tar cannot be fetched: .* dropped after 1,000"):
             load(server.url + "train-000000.tar", tmp_path / "data")
-        assert [name for name, _ in server.asked].count("train-000000.tar") == 3
+        assert [name for name, _ in server.requests].count("train-000000.tar") == 3
         with pytest.raises(DataError, match=r"other-000000.tar cannot be fetched: the server says 404"):
             load(server.url + "other-000000.tar", tmp_path / "data")
 
@@ -147,35 +145,19 @@ def test_training_on_signed_shards_equals_training_on_the_folder(tmp_path: Path)
     root, out = packed(tmp_path, per_shard=100)
     here = tmp_path / "data"
     values = {"net": "resnet8", "size": 16, "resize": 20, "batch": 6, "steps": 3, "device": "cpu", "precision": "fp32"}
-    a = residuum.train("photos", data=str(root), out=tmp_path / "a", **values)  # type: ignore[arg-type]
-    with Server({f"{name}?sig=secret": content for name, content in files(out).items()}) as server:
+    a = resnetlab.train("photos", data=str(root), out=tmp_path / "a", **values)  # type: ignore[arg-type]
+    with FileServer({f"{name}?sig=secret": content for name, content in files(out).items()}) as server:
         url = server.url + "{train,val}-000000.tar"
-        b = residuum.train("photos", data=f"{url}?sig=secret", data_dir=here, out=tmp_path / "b", **values)  # type: ignore[arg-type]
-    one, two = residuum.load(a.model), residuum.load(b.model)
+        b = resnetlab.train("photos", data=f"{url}?sig=secret", data_dir=here, out=tmp_path / "b", **values)  # type: ignore[arg-type]
+    one, two = resnetlab.load(a.model), resnetlab.load(b.model)
     assert all(
         torch.equal(x, y) for x, y in zip(one.net.state_dict().values(), two.net.state_dict().values(), strict=True)
     )
-    judged = residuum.evaluate(a.model, f"{url}?sig=secret", data_dir=here, device="cpu")
-    assert a.top1_error == b.top1_error and (judged.split, judged.data) == ("val", url)
-    assert two.recipe["data"] == url  # what is given away has no signature; recipe.toml has it, to go on with
+    evaluated = resnetlab.evaluate(a.model, f"{url}?sig=secret", data_dir=here, device="cpu")
+    assert a.top1_error == b.top1_error and (evaluated.split, evaluated.data) == ("val", url)
+    assert two.recipe["data"] == url  # published files have no signature; recipe.toml has it, to resume
     assert all(b"secret" not in Path(file).read_bytes() for file in (b.model, b.report))
     assert "sig=secret" in (tmp_path / "b" / "recipe.toml").read_text()
-
-
-def tar(path: Path, members: dict[str, bytes] | list[tuple[str, bytes]]) -> Path:
-    path.parent.mkdir(exist_ok=True)
-    with tarfile.open(path, "w") as file:
-        for name, content in members.items() if isinstance(members, dict) else members:
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            file.addfile(member, io.BytesIO(content))
-    return path
-
-
-def jpeg(seed: int) -> bytes:
-    file = io.BytesIO()
-    photo(seed).save(file, "JPEG")
-    return file.getvalue()
 
 
 def test_shards_made_elsewhere(tmp_path: Path) -> None:
@@ -183,7 +165,7 @@ def test_shards_made_elsewhere(tmp_path: Path) -> None:
                for kind, content in (("jpg", jpeg(i)), ("cls", str(i % 2).encode()), ("txt", b"a caption"))}  # fmt: skip
     path = tar(tmp_path / "s" / "shard-0.tar", members)
     data = load(path)
-    assert data.classes == ("0", "1") and data.judged == "held-out" and len(data.train) == 10
+    assert data.classes == ("0", "1") and data.evaluated_split == "held-out" and len(data.train) == 10
     (tmp_path / "s" / "classes.txt").write_text("cat\ndog\n")
     assert load(path).classes == ("cat", "dog") and load(path).train.names[0].startswith("n/0")
     named = {
@@ -203,7 +185,7 @@ def test_a_tar_that_ends_early(tmp_path: Path, with_index: bool, cut: int) -> No
     if with_index:
         shard.write_bytes(content[:-cut])
     else:
-        tars.index_of(shard).unlink()
+        tar_index.index_path(shard).unlink()
         shard.write_bytes(
             content[: len(content.rstrip(b"\0")) // 512 * 512 + 512 - cut // 700 * 512]
         )  # the last blocks and more
@@ -211,7 +193,7 @@ def test_a_tar_that_ends_early(tmp_path: Path, with_index: bool, cut: int) -> No
         load(out)
 
 
-def test_what_is_wrong_with_shards_is_said(tmp_path: Path) -> None:
+def test_faults_in_shards_are_named(tmp_path: Path) -> None:
     one = {
         f"{i}.{kind}": content for i in range(4) for kind, content in (("jpg", jpeg(i)), ("cls", str(i % 2).encode()))
     }
@@ -227,10 +209,10 @@ def test_what_is_wrong_with_shards_is_said(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"9 in .*a-1.tar has no class: there is neither 9.cls nor"):
         load(tmp_path / "s")
     tar(tmp_path / "s" / "a-1.tar", {"9.jpg": jpeg(9), "9.png": jpeg(9), "9.cls": b"1"})
-    with pytest.raises(DataError, match=r"a-1.tar has two pictures of the key 9"):
+    with pytest.raises(DataError, match=r"a-1.tar has two images of the key 9"):
         load(tmp_path / "s")
     (tmp_path / "s" / "a-1.tar").write_bytes(b"no tar at all")
-    with pytest.raises(DataError, match=r"a-1.tar ends early or is no tar"):
+    with pytest.raises(DataError, match=r"a-1.tar ends early or is not a tar"):
         load(tmp_path / "s")
     with pytest.raises(DataError, match=r"gone-0.tar is not there; give the shards as a pattern"):
         load(tmp_path / "s" / "gone-{0..2}.tar")
@@ -238,8 +220,8 @@ def test_what_is_wrong_with_shards_is_said(tmp_path: Path) -> None:
 
 def test_shards_of_different_class_lists(tmp_path: Path) -> None:
     a, b = folder(tmp_path / "a", {"": 5}, ("cat", "dog")), folder(tmp_path / "b", {"": 5}, ("cat", "cow"))
-    pack.pack(load(a), tmp_path / "s")
-    pack.pack(load(b), tmp_path / "t")
+    pack.pack_shards(load(a), tmp_path / "s")
+    pack.pack_shards(load(b), tmp_path / "t")
     for file in (tmp_path / "t").iterdir():
         file.rename(tmp_path / "s" / file.name.replace("000000", "000001"))
     with pytest.raises(
@@ -250,25 +232,25 @@ def test_shards_of_different_class_lists(tmp_path: Path) -> None:
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = folder(tmp_path / "d")
-    assert run(["data", "pack", str(root), str(tmp_path / "s"), "--per-shard", "20"]) == 0
+    assert run_command(["data", "pack", str(root), str(tmp_path / "s"), "--per-shard", "20"]) == 0
     assert f"3 shards in {tmp_path / 's'}" in capsys.readouterr().out
-    assert run(["data", "check", str(tmp_path / "s"), "--no-timing", "--workers", "0"]) == 0
+    assert run_command(["data", "check", str(tmp_path / "s"), "--no-timing", "--workers", "0"]) == 0
     Image.new("RGB", (40, 40), "red").save(root / "train" / "alpha" / "red.png")
     (root / "train" / "alpha" / "gone.jpg").symlink_to(root / "nowhere")
-    assert run(["data", "pack", str(root), str(tmp_path / "t")]) == 1
+    assert run_command(["data", "pack", str(root), str(tmp_path / "t")]) == 1
     assert "gone.jpg is not there" in capsys.readouterr().err
     assert not list((tmp_path / "t").glob("*.tar"))
-    assert run(["data", "pack", "--help"]) == 0
-    assert "Example: residuum data pack photos shards" in " ".join(capsys.readouterr().out.split())
+    assert run_command(["data", "pack", "--help"]) == 0
+    assert "Example: resnetlab data pack photos shards" in " ".join(capsys.readouterr().out.split())
 
 
 def photographs(data: Dataset, workers: int = 0) -> list[torch.Tensor]:
-    assert isinstance(data.train, Stored)
-    split = replace(data.train, reading=Reading(workers=workers))
+    assert isinstance(data.train, DiskSplit)
+    split = replace(data.train, read_options=ReadOptions(workers=workers))
     shape = Preprocessing(3, (64, 64), 64, torch.zeros(3), torch.ones(3))
-    own = Loader(split, shape, Augmentation(flip=True), 16, 1, pick_engine("fp32", "cpu"), Crop("resized"))
+    own = TrainLoader(split, shape, Augmentation(flip=True), 16, 1, select_device("fp32", "cpu"), Crop("resized"))
     try:
-        return [own.batch(step).pictures for step in (13, 14, 15)]  # the end of an epoch of 240, and the next
+        return [own.batch(step).images for step in (13, 14, 15)]  # the end of an epoch of 240, and the next
     finally:
         own.close()
 
@@ -277,27 +259,27 @@ def test_flowers_from_a_folder_from_shards_and_from_a_server(tmp_path: Path) -> 
     if not FLOWERS.is_dir():
         pytest.skip("the flowers are not there: ../shared/data, beside the repository, is missing")
     theirs, out = load(FLOWERS), tmp_path / "shards"
-    assert len(pack.pack(theirs, out, per_shard=50)) == 7
+    assert len(pack.pack_shards(theirs, out, per_shard=50)) == 7
     expected = photographs(theirs)
     ours = load(out)
-    assert (ours.fingerprint, ours.classes, ours.judged) == (theirs.fingerprint, theirs.classes, "val")
+    assert (ours.fingerprint, ours.classes, ours.evaluated_split) == (theirs.fingerprint, theirs.classes, "val")
     for split in ("train", "val"):
         a, b = ours.splits[split], theirs.splits[split]
-        assert isinstance(a, Stored) and isinstance(b, Stored) and list(a.names) == list(b.names)
+        assert isinstance(a, DiskSplit) and isinstance(b, DiskSplit) and list(a.names) == list(b.names)
         assert torch.equal(a.labels, b.labels)
         for i in range(len(a)):  # the very bytes
-            assert a.source.read(int(a.where[i])) == b.source.read(int(b.where[i]))
+            assert a.source.read(int(a.indices[i])) == b.source.read(int(b.indices[i]))
     assert all(map(torch.equal, photographs(ours), expected)) and all(map(torch.equal, photographs(ours, 4), expected))
     served = files(out)
-    with Server(served, drop_after=max(map(len, served.values())) * 2 // 3) as server:
+    with FileServer(served, drop_after=max(map(len, served.values())) * 2 // 3) as server:
         names = ",".join(name.removesuffix(".tar") for name in sorted(served) if name.endswith(".tar"))
         fetched = load(server.url + "{" + names + "}.tar", tmp_path / "data")
-        assert any(wanted for _, wanted in server.asked), "nothing was dropped"
+        assert any(wanted for _, wanted in server.requests), "nothing was dropped"
     assert fetched.fingerprint == theirs.fingerprint and all(map(torch.equal, photographs(fetched), expected))
-    with Server(served, drop_after=100_000, ranges=False) as server:
+    with FileServer(served, drop_after=100_000, ranges=False) as server:
         pattern = server.url + "train-{000000..000004}.tar"
         with pytest.raises(
             DataError, match=rf"{server.url}train-000000.tar cannot be fetched: .* dropped after 100,000 of"
         ):
             load(pattern, tmp_path / "other")
-        assert [name for name, _ in server.asked].count("train-000000.tar") == 1 + len(remote.PAUSES)
+        assert [name for name, _ in server.requests].count("train-000000.tar") == 1 + len(download.PAUSES)

@@ -1,4 +1,4 @@
-"""Shards of other writers and of servers with faults: a sentence each, and nothing lost."""
+"""Shards of other writers and of faulty servers: each fault is named, and nothing is lost."""
 
 from __future__ import annotations
 
@@ -7,23 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from residuum.data import shards, sources, tars
-from residuum.errors import DataError
-from server import Server
-from test_shards import jpeg, load, tar
-
-
-def members(classes: str = "ab", each: int = 5, start: int = 0) -> dict[str, bytes]:
-    return {
-        f"{start + i}.{kind}": content
-        for i in range(each * len(classes))
-        for kind, content in (("jpg", jpeg(start + i)), ("cls", classes[i % len(classes)].encode()))
-    }
+from http_server import FileServer
+from resnetlab.data import shards, sources, tar_index
+from resnetlab.errors import DataError
+from shard_files import jpeg, load, members, tar
 
 
 @pytest.mark.parametrize("about", [{"class": None}, {"class": ["a"]}, {"class": True}, {"class": 1.5},
                                    {"class": "a", "name": None}, {"class": "a", "name": 3}])  # fmt: skip
-def test_json_that_says_no_class(tmp_path: Path, about: object) -> None:
+def test_json_without_a_class(tmp_path: Path, about: object) -> None:
     tar(tmp_path / "s" / "x-0.tar", members() | {"77.jpg": jpeg(77), "77.json": json.dumps(about).encode()})
     with pytest.raises(DataError, match=r"the class of 77 in .*x-0.tar cannot be read"):
         load(tmp_path / "s")
@@ -35,7 +27,7 @@ def test_json_that_says_no_class(tmp_path: Path, about: object) -> None:
 def test_a_damaged_index(tmp_path: Path, sample: list[object]) -> None:
     path = tar(tmp_path / "s" / "x-0.tar", members())
     values = {"bytes": path.stat().st_size, "classes": ["a", "b"], "samples": [sample]}
-    tars.index_of(path).write_text(json.dumps(values))
+    tar_index.index_path(path).write_text(json.dumps(values))
     with pytest.raises(DataError, match=r"the index .*x-0.index.json cannot be read"):
         load(tmp_path / "s")
 
@@ -43,7 +35,7 @@ def test_a_damaged_index(tmp_path: Path, sample: list[object]) -> None:
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        ({"77.jp2": jpeg(7), "77.cls": b"a"}, "77 in .* has a class and no picture"),
+        ({"77.jp2": jpeg(7), "77.cls": b"a"}, "77 in .* has a class and no image"),
         ({"77.jpg": jpeg(7), "77.json": b'{"class": "b", "name": "1.jpg"}'}, "two samples have the name 1.jpg"),
     ],
 )
@@ -73,12 +65,12 @@ def test_splits_of_different_classes(tmp_path: Path) -> None:
 def test_class_folders_go_before_a_tar_beside_them(tmp_path: Path) -> None:
     (tmp_path / "cat").mkdir()
     tar(tmp_path / "backup.tar", {"readme": b"hi"})
-    assert not shards.is_pattern(str(tmp_path))
+    assert not shards.is_shard_pattern(str(tmp_path))
 
 
 def test_signed_addresses(tmp_path: Path) -> None:
     path = tar(tmp_path / "s" / "x-0.tar", members("01"))
-    with Server({"s/x-0.tar?sig=a/b": path.read_bytes(), "s/classes.txt?sig=a/b": b"cat\ndog\n"}) as server:
+    with FileServer({"s/x-0.tar?sig=a/b": path.read_bytes(), "s/classes.txt?sig=a/b": b"cat\ndog\n"}) as server:
         assert load(server.url + "s/x-0.tar?sig=a/b", tmp_path / "data").classes == ("cat", "dog")
     assert sources.short_name(server.url + "s/x-0.tar?sig=a/b") == "s"
 
@@ -86,7 +78,7 @@ def test_signed_addresses(tmp_path: Path) -> None:
 def test_half_a_shard_is_not_kept(tmp_path: Path) -> None:
     content = tar(tmp_path / "s" / "x-0.tar", members()).read_bytes()
     served = {"x-0.tar": content[: len(content) // 2]}
-    with Server(served) as server:
+    with FileServer(served) as server:
         with pytest.raises(DataError, match=rf"{server.url}x-0.tar did not arrive whole"):
             load(server.url + "x-0.tar", tmp_path / "data")
         served["x-0.tar"] = content

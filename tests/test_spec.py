@@ -1,4 +1,4 @@
-"""Names and specifications: what they stand for, what they refuse and say, what they become when built."""
+"""Names and specifications: their values, their errors, and the networks that are built from them."""
 
 from __future__ import annotations
 
@@ -14,18 +14,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from residuum.errors import ModelFileError, UsageError
-from residuum.models.resnet import ResNet, SmallPictureWarning, assemble, build, initialise
-from residuum.models.spec import CIFAR_PAPER, IMAGENET, Specification, known_names, parse_changes, specification
-from residuum.nn import shortcuts
-from residuum.nn.blocks import ORDERS
+from resnetlab.errors import ModelFileError, UsageError
+from resnetlab.models.resnet import ResNet, SmallImageWarning, build, build_from_spec, init_weights
+from resnetlab.models.spec import (
+    CIFAR_DEPTHS,
+    IMAGENET_DEPTHS,
+    Specification,
+    get_specification,
+    list_network_names,
+    parse_changes,
+)
+from resnetlab.nn import shortcuts
+from resnetlab.nn.blocks import ACTIVATION_ORDERS
 
 # Names.
 
 
-@pytest.mark.parametrize("name", known_names())
+@pytest.mark.parametrize("name", list_network_names())
 def test_every_known_name_builds_and_its_depth_is_its_number(name: str) -> None:
-    spec = specification(name)
+    spec = get_specification(name)
     number = int(name.removesuffix("v1.5").lstrip("abcdefghijklmnopqrstuvwxyz"))
     assert spec.depth == number
     with torch.device("meta"):
@@ -36,10 +43,10 @@ def test_every_known_name_builds_and_its_depth_is_its_number(name: str) -> None:
 
 
 def test_the_known_names() -> None:
-    assert (CIFAR_PAPER, tuple(IMAGENET)) == ((20, 32, 44, 56, 110, 1202), (18, 34, 50, 101, 152, 200))
+    assert (CIFAR_DEPTHS, tuple(IMAGENET_DEPTHS)) == ((20, 32, 44, 56, 110, 1202), (18, 34, 50, 101, 152, 200))
     depths = {18, 20, 32, 34, 44, 50, 56, 101, 110, 152, 164, 200, 1001, 1202}
     names = {f"{prefix}{depth}" for prefix in ("resnet", "plain", "preresnet") for depth in depths}
-    assert set(known_names()) == names | {f"resnet{depth}v1.5" for depth in (50, 101, 152, 200)}
+    assert set(list_network_names()) == names | {f"resnet{depth}v1.5" for depth in (50, 101, 152, 200)}
 
 
 CIFAR20 = Specification(block="basic", depths=(3, 3, 3), widths=(16, 32, 64), stem="cifar", shortcut="A", classes=10)
@@ -53,39 +60,42 @@ RESNET50 = Specification(
     [
         ("resnet20", CIFAR20),
         ("plain20", replace(CIFAR20, shortcut="none")),
-        ("preresnet20", replace(CIFAR20, order="preact")),
+        ("preresnet20", replace(CIFAR20, activation_order="preact")),
         ("resnet8", replace(CIFAR20, depths=(1, 1, 1))),
-        ("preresnet26", replace(CIFAR20, depths=(4, 4, 4), order="preact")),
+        ("preresnet26", replace(CIFAR20, depths=(4, 4, 4), activation_order="preact")),
         ("resnet1202", replace(CIFAR20, depths=(200, 200, 200))),
         ("resnet164", replace(CIFAR20, block="bottleneck", depths=(18, 18, 18), shortcut="B")),
-        ("preresnet1001", replace(CIFAR20, block="bottleneck", depths=(111, 111, 111), shortcut="B", order="preact")),
+        (
+            "preresnet1001",
+            replace(CIFAR20, block="bottleneck", depths=(111, 111, 111), shortcut="B", activation_order="preact"),
+        ),
         ("resnet34", replace(RESNET50, block="basic")),
         ("plain18", replace(RESNET50, block="basic", depths=(2, 2, 2, 2), shortcut="none")),
         ("resnet50", RESNET50),
-        ("resnet50v1.5", replace(RESNET50, stride_site="3x3")),
+        ("resnet50v1.5", replace(RESNET50, stride_in="3x3")),
         ("resnet101", replace(RESNET50, depths=(3, 4, 23, 3))),
-        ("resnet152v1.5", replace(RESNET50, depths=(3, 8, 36, 3), stride_site="3x3")),
-        ("preresnet200", replace(RESNET50, depths=(3, 24, 36, 3), order="preact")),
-        ("preresnet164v1.5", replace(specification("preresnet164"), stride_site="3x3")),
+        ("resnet152v1.5", replace(RESNET50, depths=(3, 8, 36, 3), stride_in="3x3")),
+        ("preresnet200", replace(RESNET50, depths=(3, 24, 36, 3), activation_order="preact")),
+        ("preresnet164v1.5", replace(get_specification("preresnet164"), stride_in="3x3")),
     ],
 )
-def test_what_names_stand_for(name: str, spec: Specification) -> None:
-    assert specification(name) == spec
+def test_specifications_of_names(name: str, spec: Specification) -> None:
+    assert get_specification(name) == spec
 
 
-def test_what_stands_where_the_papers_are_silent() -> None:
+def test_defaults_that_the_papers_leave_open() -> None:
     """The defaults are recorded in docs/differences.md, and in every model file."""
-    assert specification("resnet18").to_json() == {
+    assert get_specification("resnet18").to_json() == {
         "block": "basic",
         "depths": [2, 2, 2, 2],
         "widths": [64, 128, 256, 512],
         "stem": "imagenet",
         "shortcut": "B",
-        "order": "original",
-        "stride_site": "first",
+        "activation_order": "original",
+        "stride_in": "first",
         "layers": 2,
-        "zeros": "append",
-        "boundary": "shared",
+        "zero_pad": "append",
+        "preact_transition": "shared",
         "shortcut_scale": 0.5,
         "residual_scale": 0.5,
         "gate_bias": -6.0,
@@ -97,10 +107,10 @@ def test_what_stands_where_the_papers_are_silent() -> None:
     }
 
 
-def test_changes_have_the_last_word() -> None:
-    spec = specification("plain20", shortcut="A", order="preact", classes=3, depths=[1, 2, 3])
-    assert spec == replace(CIFAR20, order="preact", classes=3, depths=(1, 2, 3))
-    assert hash(spec) == hash(specification("preresnet20", classes=3, depths=(1, 2, 3)))
+def test_changes_override_the_name() -> None:
+    spec = get_specification("plain20", shortcut="A", activation_order="preact", classes=3, depths=[1, 2, 3])
+    assert spec == replace(CIFAR20, activation_order="preact", classes=3, depths=(1, 2, 3))
+    assert hash(spec) == hash(get_specification("preresnet20", classes=3, depths=(1, 2, 3)))
 
 
 @pytest.mark.parametrize(
@@ -111,17 +121,21 @@ def test_changes_have_the_last_word() -> None:
         ("resnet050", {}, "unknown network 'resnet050'; did you mean 'resnet50'?"),
         ("preactresnet18", {}, "unknown network 'preactresnet18'; did you mean 'preresnet18'?"),
         ("resnet50v15", {}, "unknown network 'resnet50v15'; did you mean 'resnet50v1.5'?"),
-        ("vgg", {}, "unknown network 'vgg'; known: " + ", ".join(known_names()) + "."),
-        ("resnet18v1.5", {}, "'resnet18v1.5': v1.5 moves a bottleneck's stride, and depth 18 has none; use resnet18."),
+        ("vgg", {}, "unknown network 'vgg'; known: " + ", ".join(list_network_names()) + "."),
+        (
+            "resnet18v1.5",
+            {},
+            "'resnet18v1.5': v1.5 moves a bottleneck's stride, and depth 18 has no bottlenecks; use resnet18.",
+        ),
         ("resnet20", {"shorcut": "B"}, "unknown key of a network's specification 'shorcut'; did you mean 'shortcut'?"),
-        ("resnet20", {"order": "pre-act"}, "unknown order 'pre-act'; did you mean 'preact'?"),
-        ("resnet20", {"zeros": "center"}, "unknown zeros 'center'; did you mean 'centre'?"),
+        ("resnet20", {"activation_order": "pre-act"}, "unknown activation_order 'pre-act'; did you mean 'preact'?"),
+        ("resnet20", {"zero_pad": "center"}, "unknown zero_pad 'center'; did you mean 'centre'?"),
         ("resnet20", {"stem": "x"}, "unknown stem 'x'; known: cifar, imagenet."),
         ("resnet20", {"block": "bottlenek"}, "unknown block 'bottlenek'; did you mean 'bottleneck'?"),
         ("resnet20", {"classes": 0}, "classes must be a whole number from 1 up, not 0."),
         ("resnet20", {"channels": 1.5}, "channels must be a whole number from 1 up, not 1.5."),
         ("resnet20", {"layers": True}, "layers must be a whole number from 1 up, not True."),
-        ("resnet50", {"layers": 5}, "a bottleneck has three layers, so layers=5 has no use in it; leave it out."),
+        ("resnet50", {"layers": 5}, "a bottleneck always has three layers, so layers=5 has no effect; leave it out."),
         ("resnet20", {"depths": 3}, "depths must be whole numbers from 1 up, one for each stage, not 3."),
         ("resnet20", {"depths": ()}, "depths must be whole numbers from 1 up, one for each stage, not ()."),
         (
@@ -137,20 +151,20 @@ def test_changes_have_the_last_word() -> None:
         (
             "resnet20",
             {"widths": (8, 16)},
-            "depths (3, 3, 3) and widths (8, 16) must be as many; give one of each a stage.",
+            "depths (3, 3, 3) and widths (8, 16) differ in length; give one of each per stage.",
         ),
         (
             "resnet20",
             {"widths": (8, 4, 8)},
-            "widths (8, 4, 8) shrink, but shortcut 'A' only adds channels; take 'B'.",
+            "widths (8, 4, 8) shrink, but shortcut 'A' only adds channels; use 'B'.",
         ),
-        ("resnet20", {"shortcut_dropout": 1.0}, "shortcut_dropout must lie in [0, 1), not 1.0."),
+        ("resnet20", {"shortcut_dropout": 1.0}, "shortcut_dropout must be in [0, 1), not 1.0."),
         ("resnet20", {"gate_bias": "-6"}, "gate_bias must be a finite number, not '-6'."),
         ("resnet20", {"shortcut_scale": math.inf}, "shortcut_scale must be a finite number, not inf."),
     ],
 )
-def test_what_a_wrong_name_key_or_value_says(name: str, changes: dict[str, Any], sentence: str) -> None:
-    for make in (specification, build):
+def test_messages_for_wrong_names_keys_and_values(name: str, changes: dict[str, Any], sentence: str) -> None:
+    for make in (get_specification, build):
         with pytest.raises(UsageError) as error:
             make(name, **changes)
         assert str(error.value) == sentence
@@ -159,20 +173,20 @@ def test_what_a_wrong_name_key_or_value_says(name: str, changes: dict[str, Any],
 @pytest.mark.parametrize(
     ("depth", "low", "high"), [(21, 20, 26), (5, 8, 14), (25, 20, 26), (48, 44, 56), (149, 140, 146), (163, 158, 170)]
 )
-def test_a_depth_between_names_the_nearest(depth: int, low: int, high: int) -> None:
-    """50, 152, 164 and 200 have 6n+2 layers too, but their names stand for other nets: they are no advice."""
+def test_an_invalid_depth_suggests_the_nearest(depth: int, low: int, high: int) -> None:
+    """50, 152, 164 and 200 have 6n+2 layers too, but are names of other nets, so they are not suggested."""
     with pytest.raises(UsageError) as error:
-        specification(f"plain{depth}")
+        get_specification(f"plain{depth}")
     assert str(error.value) == (
         f"unknown network 'plain{depth}': CIFAR nets have 6n+2 layers, so the nearest depths are {low} and {high}; "
         "ImageNet nets have 18, 34, 50, 101, 152, 200."
     )
-    assert (specification(f"plain{low}").depth, specification(f"plain{high}").depth) == (low, high)
+    assert (get_specification(f"plain{low}").depth, get_specification(f"plain{high}").depth) == (low, high)
 
 
 def test_changes_given_as_text() -> None:
     pairs = {"depths": "1, 2,3", "classes": "7", "gate_bias": "-3", "shortcut": "exclusive-gate"}
-    spec = specification("resnet20", **parse_changes(pairs))
+    spec = get_specification("resnet20", **parse_changes(pairs))
     assert spec == replace(CIFAR20, depths=(1, 2, 3), classes=7, gate_bias=-3.0, shortcut="exclusive-gate")
 
 
@@ -189,7 +203,7 @@ def widths_and_depths(shrinking: bool) -> st.SearchStrategy[dict[str, Any]]:
 @st.composite
 def specifications(draw: st.DrawFn) -> Specification:
     """Any valid specification of a small network."""
-    shortcut = draw(st.sampled_from(shortcuts.NAMES))
+    shortcut = draw(st.sampled_from(shortcuts.SHORTCUTS))
     block = draw(st.sampled_from(["basic", "bottleneck"]))
     numbers = st.floats(-10, 10)
     return Specification(
@@ -197,11 +211,11 @@ def specifications(draw: st.DrawFn) -> Specification:
         block=block,
         stem=draw(st.sampled_from(["cifar", "imagenet"])),
         shortcut=shortcut,
-        order=draw(st.sampled_from(list(ORDERS))),
-        stride_site=draw(st.sampled_from(["first", "3x3"])),
+        activation_order=draw(st.sampled_from(list(ACTIVATION_ORDERS))),
+        stride_in=draw(st.sampled_from(["first", "3x3"])),
         layers=2 if block == "bottleneck" else draw(st.integers(1, 3)),
-        zeros=draw(st.sampled_from(["append", "centre"])),
-        boundary=draw(st.sampled_from(["shared", "raw"])),
+        zero_pad=draw(st.sampled_from(["append", "centre"])),
+        preact_transition=draw(st.sampled_from(["shared", "raw"])),
         shortcut_scale=draw(numbers),
         residual_scale=draw(numbers),
         gate_bias=draw(numbers),
@@ -220,8 +234,8 @@ def test_json_round_trip(spec: Specification) -> None:
 @given(specifications(), st.integers(33, 70), st.integers(33, 70), st.booleans())
 @settings(max_examples=50, deadline=None)
 def test_every_valid_specification_is_a_network(spec: Specification, height: int, width: int, train: bool) -> None:
-    net = assemble(spec, seed=0).train(train)
-    with warnings.catch_warnings(action="ignore", category=SmallPictureWarning), torch.no_grad():
+    net = build_from_spec(spec, seed=0).train(train)
+    with warnings.catch_warnings(action="ignore", category=SmallImageWarning), torch.no_grad():
         x = torch.linspace(-2, 2, 2 * spec.channels * height * width).view(2, spec.channels, height, width).sin()
         maps, logits = net.features(x), net(x)
     assert logits.shape == (2, spec.classes) and logits.isfinite().all()
@@ -235,12 +249,12 @@ def test_every_valid_specification_is_a_network(spec: Specification, height: int
             {"shortcuts": "A", "activation": "relu"},
             (
                 "the specification has unknown keys ['activation', 'shortcuts']; "
-                "it was written by a newer version of residuum."
+                "it was written by a newer version of resnetlab."
             ),
         ),
         (
-            {"order": "postact"},
-            "the specification cannot be used: unknown order 'postact'; did you mean 'preact'?",
+            {"activation_order": "postact"},
+            "the specification cannot be used: unknown activation_order 'postact'; did you mean 'preact'?",
         ),
         (
             {"depths": 3},
@@ -260,16 +274,16 @@ def test_json_with_a_key_missing() -> None:
     del values["stem"]
     with pytest.raises(ModelFileError, match="'stem'"):
         Specification.from_json(values)
-    assert Specification.from_json({k: v for k, v in CIFAR20.to_json().items() if k != "zeros"}) == CIFAR20
+    assert Specification.from_json({k: v for k, v in CIFAR20.to_json().items() if k != "zero_pad"}) == CIFAR20
 
 
-# Pictures of any kind.
+# Images of any kind.
 
 
 @pytest.mark.parametrize("name", ["resnet8", "preresnet8", "resnet18"])
 @pytest.mark.parametrize("channels", [1, 3, 4, 7])
 @pytest.mark.parametrize("size", [(33, 47), (32, 32), (65, 101)])
-def test_pictures_of_any_size_and_channels(name: str, channels: int, size: tuple[int, int]) -> None:
+def test_images_of_any_size_and_channels(name: str, channels: int, size: tuple[int, int]) -> None:
     if name == "resnet18":
         size = (size[0] + 65, size[1] + 65)
     net = build(name, channels=channels, classes=5, seed=0).eval()
@@ -283,21 +297,21 @@ def test_pictures_of_any_size_and_channels(name: str, channels: int, size: tuple
 
 
 @pytest.mark.parametrize(("size", "left"), [((64, 64), "2x2"), ((28, 28), "1x1"), ((200, 33), "7x2")])
-def test_small_pictures_in_an_imagenet_net(size: tuple[int, int], left: str) -> None:
+def test_small_images_in_an_imagenet_net(size: tuple[int, int], left: str) -> None:
     sentence = (
-        f"pictures of {size[0]}x{size[1]} pixels in a network with ImageNet's 7x7 stem, "
-        f"which leaves them {left} at the end; take a CIFAR net such as resnet20 or resnet56 instead."
+        f"images of {size[0]}x{size[1]} pixels in a network with ImageNet's 7x7 stem, "
+        f"which leaves them {left} at the end; use a CIFAR net such as resnet20 or resnet56 instead."
     )
     net = build("resnet18", classes=2, seed=0).eval()
-    with pytest.warns(SmallPictureWarning) as caught:
+    with pytest.warns(SmallImageWarning) as caught:
         last = net.features(torch.zeros(1, 3, *size))["C5"]
     assert [str(w.message) for w in caught] == [sentence]
     assert f"{last.shape[2]}x{last.shape[3]}" == left
 
 
-def test_the_warning_knows_how_many_stages_there_are() -> None:
+def test_the_small_image_warning_depends_on_the_number_of_stages() -> None:
     net = build("resnet18", depths=(1, 1), widths=(4, 8), seed=0).eval()
-    with pytest.warns(SmallPictureWarning, match="leaves them 6x8 at the end"):
+    with pytest.warns(SmallImageWarning, match="leaves them 6x8 at the end"):
         assert net.features(torch.zeros(1, 3, 41, 63))["C3"].shape[2:] == (6, 8)
 
 
@@ -339,10 +353,10 @@ def test_fan_in_and_fan_out_differ_where_channels_do() -> None:
 @pytest.mark.parametrize("shortcut", ["B", "exclusive-gate"])
 def test_every_value_is_set(name: str, shortcut: str) -> None:
     """Nothing is left of what stood there before; the values that are not random are the papers'."""
-    net = assemble(specification(name, shortcut=shortcut, gate_bias=-4.0, depths=(1, 1), widths=(16, 32)))
+    net = build_from_spec(get_specification(name, shortcut=shortcut, gate_bias=-4.0, depths=(1, 1), widths=(16, 32)))
     for value in net.state_dict().values():
         value.fill_(math.nan if value.is_floating_point() else 99)
-    initialise(net, seed=0)
+    init_weights(net, seed=0)
     for key, value in net.state_dict().items():
         kind, _, entry = key.rpartition(".")
         if entry in ("running_mean", "num_batches_tracked") or (entry == "bias" and "junction" not in kind):

@@ -1,4 +1,4 @@
-"""A study that is stopped, in whatever way, goes on where it stood."""
+"""A study that is stopped, in whatever way, is resumed."""
 
 from __future__ import annotations
 
@@ -16,43 +16,43 @@ ARGUMENTS = ["study", "degradation", "--depths", "8", "--seeds", "1", "--steps",
 
 def start(folder: Path) -> subprocess.Popen[str]:
     process = subprocess.Popen(
-        [sys.executable, "-m", "residuum", *ARGUMENTS],
+        [sys.executable, "-m", "resnetlab", *ARGUMENTS],
         cwd=folder,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
-    while process.poll() is None and not learning(folder):
+    while process.poll() is None and not runs_with_steps(folder):
         time.sleep(0.1)
     return process
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda s: s.name)
-def test_a_stopped_study_goes_on(signum: signal.Signals, tmp_path: Path) -> None:
+def test_a_stopped_study_is_resumed(signum: signal.Signals, tmp_path: Path) -> None:
     process = start(tmp_path)
     workers = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
     process.send_signal(signum)
     _, err = process.communicate()
     if signum == signal.SIGKILL:
         assert process.returncode == -signal.SIGKILL
-        while any(alive(pid) for pid in workers):  # they notice, save and end by themselves
+        while any(alive(pid) for pid in workers):  # they notice, save and exit by themselves
             time.sleep(0.1)
     else:
         assert process.returncode == 128 + signum
         assert "stopped; every run is saved" in err and "Traceback" not in err
-    begun = learning(tmp_path)
+    begun = runs_with_steps(tmp_path)
     saved = {path.parents[1].name for path in tmp_path.glob("runs/studies/*/checkpoints/*.safetensors")}
     assert begun and begun <= saved
     again = subprocess.run(
-        [sys.executable, "-m", "residuum", *ARGUMENTS, "--json"], cwd=tmp_path, capture_output=True, text=True
+        [sys.executable, "-m", "resnetlab", *ARGUMENTS, "--json"], cwd=tmp_path, capture_output=True, text=True
     )
     assert again.returncode == 0, again.stderr
     assert len(json.loads(again.stdout)["rows"]) == 4
     assert {path.parent.name for path in tmp_path.glob("runs/studies/*/result.json")} >= begun
 
 
-def learning(folder: Path) -> set[str]:
+def runs_with_steps(folder: Path) -> set[str]:
     """The runs that have made some steps."""
     return {path.parent.name for path in folder.glob("runs/studies/*/metrics.jsonl") if path.stat().st_size}
 

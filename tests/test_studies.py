@@ -1,4 +1,4 @@
-"""Studies: verdict rules by hand, plans, runs that are kept and reused, and what a study writes."""
+"""Studies: verdict rules by hand, plans, runs that are reused, and the files of a study."""
 
 from __future__ import annotations
 
@@ -12,33 +12,34 @@ from pathlib import Path
 
 import pytest
 
-import pictures
-from residuum.cli.main import run
-from residuum.errors import DataError, RunError, UsageError
-from residuum.models import probing
-from residuum.models.bundle import load_bundle
-from residuum.models.probing import Signal
-from residuum.models.resnet import build
-from residuum.studies import (
-    block_depth,
+import images
+from resnetlab.cli.main import run_command
+from resnetlab.errors import DataError, RunError, UsageError
+from resnetlab.models import probes
+from resnetlab.models.model_file import load_trained_model
+from resnetlab.models.probes import LayerSignal
+from resnetlab.models.resnet import build
+from resnetlab.studies import (
     catalogue,
-    convergence,
-    degradation,
     gradients,
     lesion,
     report,
     responses,
     runs,
-    sample,
     verdicts,
     workers,
 )
-from residuum.studies.cost import agrees
-from residuum.studies.pace import Pace
-from residuum.studies.runs import Place
-from residuum.studies.setting import PAPER_PASSES, Setting, check_depth
-from residuum.studies.study import Told, carry_out, make
-from residuum.studies.verdicts import beside_paper, compare, mean_sd, tally
+from resnetlab.studies.block_depth import BlockDepth
+from resnetlab.studies.convergence import Convergence
+from resnetlab.studies.cost import agrees
+from resnetlab.studies.cost_estimate import CostEstimate
+from resnetlab.studies.degradation import Degradation
+from resnetlab.studies.probe_images import load_probe_batch, select_probe_images
+from resnetlab.studies.runs import StudyRun
+from resnetlab.studies.setting import PAPER_EPOCHS, Setting, check_depth
+from resnetlab.studies.study import find_missing, run_studies
+from resnetlab.studies.variants import network_trials
+from resnetlab.studies.verdicts import compare_by_seed, compare_with_paper, mean_sd, tally
 
 
 def setting(**changes: object) -> Setting:
@@ -48,8 +49,8 @@ def setting(**changes: object) -> Setting:
 # -- rules -------------------------------------------------------------------------------------------------------------
 
 
-def test_a_comparison_is_the_one_a_hand_makes() -> None:
-    c = compare({0: 0.3, 1: 0.5, 2: 0.4, 7: 0.9}, {0: 0.1, 1: 0.2, 2: 0.3})  # seed 7 has no partner
+def test_a_comparison_equals_a_hand_computation() -> None:
+    c = compare_by_seed({0: 0.3, 1: 0.5, 2: 0.4, 7: 0.9}, {0: 0.1, 1: 0.2, 2: 0.3})  # seed 7 has no partner
     assert (c.wins, c.losses, c.n) == (3, 0, 3)
     assert c.mean == pytest.approx(0.2)
     half = 4.302653 * 0.1 / math.sqrt(3)  # differences 0.2, 0.3, 0.1: sd 0.1; t of 2 degrees of freedom
@@ -69,7 +70,7 @@ def test_a_comparison_is_the_one_a_hand_makes() -> None:
     ],
 )
 def test_no_verdict_is_stronger_than_its_evidence(differences: list[float], strength: str) -> None:
-    c = compare(dict(enumerate(differences)), dict.fromkeys(range(9), 0.0))
+    c = compare_by_seed(dict(enumerate(differences)), dict.fromkeys(range(9), 0.0))
     assert c.strength == strength
     assert c.reversed.strength == "not shown"  # the contrary is not shown by what does not show it
 
@@ -86,17 +87,17 @@ def test_no_verdict_is_stronger_than_its_evidence(differences: list[float], stre
         ([], "there is no seed in which both plain56 and plain20 have a figure"),
     ],
 )
-def test_a_tally_says_in_how_many_seeds(differences: list[float], words: str) -> None:
-    c = compare(dict(enumerate(differences)), dict.fromkeys(range(9), 0.0))
+def test_a_tally_counts_seeds(differences: list[float], words: str) -> None:
+    c = compare_by_seed(dict(enumerate(differences)), dict.fromkeys(range(9), 0.0))
     assert tally(c, "plain56", "plain20", larger="trains worse than", smaller="trains better than") == words
 
 
 def test_the_papers_figure_is_compared_only_at_its_length() -> None:
-    assert beside_paper([0.08, 0.09], 0.0875, 0.02) == "not comparable: 2 % of the paper's passes"
-    assert beside_paper([0.08, 0.09], 0.0875, 1.0) == "within two standard deviations of the paper"
-    assert beside_paper([0.10, 0.101], 0.0875, 1.0).startswith("1.30 points above the paper, more than two")
-    assert beside_paper([0.08], 0.0875, 1.0) == "0.75 points below the paper, one seed: no verdict"
-    assert beside_paper([], 0.0875, 1.0) == "no run ended with a figure"
+    assert compare_with_paper([0.08, 0.09], 0.0875, 0.02) == "not comparable: 2 % of the paper's epochs"
+    assert compare_with_paper([0.08, 0.09], 0.0875, 1.0) == "within two standard deviations of the paper"
+    assert compare_with_paper([0.10, 0.101], 0.0875, 1.0).startswith("1.30 points above the paper, more than two")
+    assert compare_with_paper([0.08], 0.0875, 1.0) == "0.75 points below the paper, one seed: no verdict"
+    assert compare_with_paper([], 0.0875, 1.0) == "no run ended with a figure"
     assert mean_sd([1.0, 2.0, 3.0]) == (2.0, 1.0) and mean_sd([1.0]) == (1.0, None)
 
 
@@ -105,18 +106,18 @@ def test_the_papers_figure_is_compared_only_at_its_length() -> None:
 
 def test_the_paper_budget_on_cifar_is_the_papers_own_recipe(cifar10_dir: Path) -> None:
     base = setting(data="cifar10", data_dir=cifar10_dir, budget="paper").base
-    assert (base.steps, base.milestones, base.held_out, base.batch) == (64_000, (32_000, 48_000), 0, 128)
+    assert (base.steps, base.milestones, base.val_images, base.batch) == (64_000, (32_000, 48_000), 0, 128)
     quick = setting(data="cifar10", data_dir=cifar10_dir, budget="quick")
     assert quick.base.steps == 1280 and quick.share == pytest.approx(0.02)
-    assert pytest.approx(163.84) == PAPER_PASSES
+    assert pytest.approx(163.84) == PAPER_EPOCHS
 
 
 def test_a_plan_has_every_depth_kind_and_seed_once() -> None:
-    trials = degradation.plan(setting(seeds=3, depths=(14, 8, 8)))
+    trials = Degradation().plan(setting(seeds=3, depths=(14, 8, 8)))
     assert [t.label for t in trials[::3]] == ["plain8", "resnet8", "plain14", "resnet14"]
     assert len({t.recipe.key for t in trials}) == 12
     assert {t.recipe.threads for t in trials} == {1}
-    (deep,) = degradation.network(setting(), "resnet110", 110)
+    (deep,) = network_trials(setting(), "resnet110", 110)
     assert deep.recipe.warmup == "train-error"
 
 
@@ -128,14 +129,14 @@ def test_a_plan_has_every_depth_kind_and_seed_once() -> None:
         (2, "depth 2 is not 6n+2; the nearest are 8 and 14."),
     ],
 )
-def test_a_depth_that_is_none_gets_the_nearest_two(depth: int, sentence: str) -> None:
+def test_an_unknown_depth_gets_the_nearest_two(depth: int, sentence: str) -> None:
     with pytest.raises(UsageError) as error:
         check_depth(depth)
     assert str(error.value) == sentence
 
 
-def test_no_seeds_are_not_the_usual_number_of_them(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["study", "cost", "--seeds", "0"]) == 2
+def test_zero_seeds_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(["study", "cost", "--seeds", "0"]) == 2
     assert "--seeds must be from 1 to 1,000, not 0" in capsys.readouterr().err
 
 
@@ -151,35 +152,37 @@ def test_a_data_set_too_small_to_split_is_refused(tmp_path: Path) -> None:
 
 
 def test_convergence_compares_the_18_layer_nets_on_a_folder(tmp_path: Path) -> None:
-    here = setting(data=str(pictures.folder(tmp_path, {"train": 10, "val": 3})))
-    own = convergence.STUDY.settle(here)
-    plain, residual = convergence.STUDY.plan(own)
+    here = setting(data=str(images.folder(tmp_path, {"train": 10, "val": 3})))
+    own = Convergence().adapt(here)
+    plain, residual = Convergence().plan(own)
     assert (plain.recipe.net, residual.recipe.net) == ("plain18", "resnet18")
-    assert (residual.recipe.name, residual.recipe.size, residual.recipe.batch) == ("photos", 224, 32)
+    assert (residual.recipe.name, residual.recipe.image_size, residual.recipe.batch) == ("photos", 224, 32)
     assert own.share == pytest.approx(20 * 32 / 30 / (600_000 * 256 / 1_281_167))  # of 2015 §3.4's passes
-    for twins in (here, setting(depths=(14,))):  # chosen depths, and small pictures, have the nets of 6n+2 layers
-        own = convergence.STUDY.settle(replace(twins, depths=(14,)))
-        assert [t.recipe.net for t in convergence.STUDY.plan(own)] == ["plain14", "resnet14"]
+    for twins in (here, setting(depths=(14,))):  # chosen depths, and small images, have the nets of 6n+2 layers
+        own = Convergence().adapt(replace(twins, depths=(14,)))
+        assert [t.recipe.net for t in Convergence().plan(own)] == ["plain14", "resnet14"]
 
 
 # -- runs --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def studied(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, object]]:
+def study_folder(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, object]]:
     """A folder in which the smallest study was made from the command line, and the rows it wrote."""
-    folder = tmp_path_factory.mktemp("studied")
+    folder = tmp_path_factory.mktemp("study_folder")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr("sys.argv", ["residuum", "study", "degradation"])
-        patch.setattr(workers, "seats", lambda device, wanted: ["cpu"])  # a second process would import all again
+        patch.setattr("sys.argv", ["resnetlab", "study", "degradation"])
+        patch.setattr(
+            workers, "worker_devices", lambda device, num_runs: ["cpu"]
+        )  # a second process would import all again
         arguments = ["study", "degradation", "--steps", "4", "--seeds", "1", "--depths", "8,14", "--out", "out"]
-        assert run([*arguments, "--device", "cpu"]) == 0
+        assert run_command([*arguments, "--device", "cpu"]) == 0
     return folder, json.loads((folder / "out" / "rows.json").read_text())
 
 
-def test_a_study_writes_its_rows_and_one_page(studied: tuple[Path, dict[str, object]]) -> None:
-    folder, document = studied
+def test_a_study_writes_its_rows_and_one_page(study_folder: tuple[Path, dict[str, object]]) -> None:
+    folder, document = study_folder
     rows = document["rows"]
     assert isinstance(rows, list) and len(rows) == 8
     assert {"study", "what", "figure", "mean", "sd", "n", "paper", "paper_source", "budget", "verdict"} <= rows[
@@ -194,8 +197,8 @@ def test_a_study_writes_its_rows_and_one_page(studied: tuple[Path, dict[str, obj
     assert "http://" not in page.replace("http://www.w3.org", "") and "https://" not in page
 
 
-def test_the_rows_are_what_the_runs_say(studied: tuple[Path, dict[str, object]]) -> None:
-    folder, document = studied
+def test_the_rows_equal_the_runs_results(study_folder: tuple[Path, dict[str, object]]) -> None:
+    folder, document = study_folder
     for row in document["rows"]:  # type: ignore[attr-defined]
         (made,) = (folder / "runs" / "studies").glob(f"{row['what']}-seed0-*")
         result = json.loads((made / "result.json").read_text())
@@ -204,56 +207,55 @@ def test_the_rows_are_what_the_runs_say(studied: tuple[Path, dict[str, object]])
         assert row["mean"] == (result["top1_error"] if row["figure"] == "test error" else last["error"])
 
 
-def test_runs_are_kept_and_used_again(
-    studied: tuple[Path, dict[str, object]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_finished_runs_are_reused(
+    study_folder: tuple[Path, dict[str, object]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder, document = studied
+    folder, document = study_folder
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(workers, "carry_out", None)  # no run is made
-    assert run(["study", "degradation", "--steps", "4", "--seeds", "1", "--depths", "8,14", "--json"]) == 0
+    monkeypatch.setattr(workers, "make_runs", None)  # no run is made
+    assert run_command(["study", "degradation", "--steps", "4", "--seeds", "1", "--depths", "8,14", "--json"]) == 0
     out, err = capsys.readouterr()
     assert json.loads(out)["rows"] == document["rows"]
     assert "all 4 runs are there already" in err
 
 
-def test_runs_of_other_code_are_told_apart(
-    studied: tuple[Path, dict[str, object]], monkeypatch: pytest.MonkeyPatch
+def test_runs_of_other_code_are_not_mixed_in(
+    study_folder: tuple[Path, dict[str, object]],
 ) -> None:
-    folder, _ = studied
+    folder, _ = study_folder
     here = setting(steps=4, depths=(8, 14))
-    (trial, *_) = degradation.plan(here)
-    place = Place(folder / "runs" / "studies", trial.recipe, here.source.fingerprint)
-    assert place.finished and not place.others
-    other = replace(place, code="0" * 8)
-    assert not other.finished and other.others == [place.folder]
-    said: list[str] = []
-    monkeypatch.setattr(workers, "carry_out", lambda *_: None)
-    make([other, place], here, False, Told(said.append))
-    assert said[0] == "runs that another version of the code made, left alone and not mixed in: 1."
+    (trial, *_) = Degradation().plan(here)
+    study_run = StudyRun(folder / "runs" / "studies", trial.recipe, here.source.fingerprint)
+    assert study_run.finished and not study_run.others
+    other = replace(study_run, code="0" * 8)
+    assert not other.finished and other.others == [study_run.folder]
+    reports: list[str] = []
+    assert find_missing([other, study_run], reports.append) == [other]
+    assert reports == ["runs made by another version of the code are left alone and not mixed in: 1."]
 
 
-def test_the_version_follows_the_code_not_its_words() -> None:
-    from residuum.studies.version import _meaning
+def test_the_code_hash_ignores_comments_and_docstrings() -> None:
+    from resnetlab.studies.code_version import _dump_code
 
-    assert _meaning('def f():\n    """One."""\n    return 1  # one\n') == _meaning("def f():\n    return (1)\n")
-    assert _meaning("def f():\n    return 1\n") != _meaning("def f():\n    return 2\n")
+    assert _dump_code('def f():\n    """One."""\n    return 1  # one\n') == _dump_code("def f():\n    return (1)\n")
+    assert _dump_code("def f():\n    return 1\n") != _dump_code("def f():\n    return 2\n")
 
 
-def test_a_diverged_run_is_a_finding(tmp_path: Path) -> None:
+def test_a_diverged_run_is_a_result(tmp_path: Path) -> None:
     here = setting(steps=4)
     (trial,) = here.trials("plain8", "plain8", lr=1e30)
-    place = Place(tmp_path, trial.recipe, here.source.fingerprint)
-    place.make(Path("data"), "cpu", lambda _: None)
-    outcome = runs.Outcome(trial, place.folder)
-    assert place.finished and "not finite" in (outcome.diverged or "") and outcome.training_error is None
-    place.make(Path("data"), "cpu", lambda _: None)  # and is not made again
+    study_run = StudyRun(tmp_path, trial.recipe, here.source.fingerprint)
+    study_run.make(Path("data"), "cpu", lambda _: None)
+    outcome = runs.RunOutcome(trial, study_run.folder)
+    assert study_run.finished and "not finite" in (outcome.diverged or "") and outcome.training_error is None
+    study_run.make(Path("data"), "cpu", lambda _: None)  # and is not made again
 
 
-def test_a_run_that_fails_stops_the_plan_with_its_sentence(tmp_path: Path) -> None:
+def test_a_failed_run_stops_the_plan_with_its_error(tmp_path: Path) -> None:
     here = setting(steps=4)
     (trial,) = here.trials("plain8", "plain8", data=str(tmp_path / "nowhere"))
     with pytest.raises(RunError, match="nowhere is not there"):
-        workers.carry_out([Place(tmp_path, trial.recipe, "0" * 16)], Path("data"), ["cpu"], lambda job, step: None)
+        workers.make_runs([StudyRun(tmp_path, trial.recipe, "0" * 16)], Path("data"), ["cpu"], lambda index, step: None)
 
 
 @pytest.mark.parametrize(
@@ -276,13 +278,13 @@ def test_bad_requests_get_one_sentence(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert run(["study", *arguments]) == 2
+    assert run_command(["study", *arguments]) == 2
     assert sentence in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
 
 
 def test_the_catalogue_lists_every_study() -> None:
-    assert [s.name for s in catalogue.chosen("all")] == list(catalogue.STUDIES)
+    assert [s.name for s in catalogue.select_studies("all")] == list(catalogue.STUDIES)
     assert verdicts.percent(0.02) == "2 %" and verdicts.percent(1.0) == "100 %"
 
 
@@ -290,26 +292,26 @@ def test_the_catalogue_lists_every_study() -> None:
 
 
 @pytest.fixture(scope="module")
-def everything(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, object]]]:
+def all_studies(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, object]]]:
     """All studies with the smallest runs, in one process; the folder, and the rows."""
-    folder = tmp_path_factory.mktemp("everything")
+    folder = tmp_path_factory.mktemp("all_studies")
     here = setting(steps=3, depths=(8,))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(workers, "carry_out", in_this_process)
-        done = carry_out(catalogue.chosen("all"), here, root=folder / "runs")
-    report.write(done, folder / "out", "residuum study all")
+        patch.setattr(workers, "make_runs", make_runs_here)
+        outputs = run_studies(catalogue.select_studies("all"), here, root=folder / "runs")
+    report.write_study(outputs, folder / "out", "resnetlab study all")
     return folder, json.loads((folder / "out" / "rows.json").read_text())["rows"]
 
 
-def in_this_process(
-    places: Sequence[Place], data_dir: Path, devices: Sequence[str], progress: Callable[[int, int], None]
+def make_runs_here(
+    runs: Sequence[StudyRun], data_dir: Path, devices: Sequence[str], on_step: Callable[[int, int], None]
 ) -> None:
-    for job, place in enumerate(places):
-        place.make(data_dir, "cpu", lambda p, job=job: progress(job, p.step))  # type: ignore[misc]
+    for index, planned in enumerate(runs):
+        planned.make(data_dir, "cpu", lambda p, index=index: on_step(index, p.step))  # type: ignore[misc]
 
 
-def test_all_studies_make_one_report_and_share_runs(everything: tuple[Path, list[dict[str, object]]]) -> None:
-    folder, rows = everything
+def test_all_studies_make_one_report_and_share_runs(all_studies: tuple[Path, list[dict[str, object]]]) -> None:
+    folder, rows = all_studies
     assert {row["study"] for row in rows} == set(catalogue.STUDIES)
     assert all(row["verdict"] for row in rows)
     assert len(list((folder / "runs").glob("plain8-seed0-*"))) == 1  # degradation, convergence, responses, … share it
@@ -321,16 +323,16 @@ def test_all_studies_make_one_report_and_share_runs(everything: tuple[Path, list
     assert len(ids) == len(set(ids))
 
 
-def test_rows_of_different_studies_agree_on_what_they_share(everything: tuple[Path, list[dict[str, object]]]) -> None:
-    _, rows = everything
+def test_rows_of_different_studies_agree_on_what_they_share(all_studies: tuple[Path, list[dict[str, object]]]) -> None:
+    _, rows = all_studies
     found = {row["study"]: row["mean"] for row in rows if row["what"] == "resnet8" and row["figure"] == "test error"}
     assert set(found) >= {"degradation", "depth", "convergence"} and len(set(found.values())) == 1
     identity = [row for row in rows if row["study"] == "gradients" and "x_L - x_l" in str(row["figure"])]
     assert [row["verdict"] == "exact in float64" for row in identity] == [False, True]  # resnet8, preresnet8
 
 
-def test_counts_stand_beside_the_papers(everything: tuple[Path, list[dict[str, object]]]) -> None:
-    _, rows = everything
+def test_counts_are_compared_with_the_papers(all_studies: tuple[Path, list[dict[str, object]]]) -> None:
+    _, rows = all_studies
     counted = {(row["what"], row["figure"]): row for row in rows if row["study"] == "cost"}
     assert counted["resnet50", "multiply-adds"]["mean"] == 3_857_973_248
     assert counted["vgg19", "multiply-adds"]["mean"] == 19_632_062_464  # 19.6e9 in the paper
@@ -344,16 +346,22 @@ def test_a_count_agrees_where_it_rounds_or_truncates() -> None:
     assert not agrees(4_089_184_256, 3.8e9) and not agrees(272_474, 0.26e6) and not agrees(3_900_000_000, 3.8e9)
 
 
-def test_health_is_a_rule() -> None:
-    flat = [Signal("a", 1.0, 1.0), Signal("b", 1.0, 2.0), Signal("c", 1.0, 3.0)]
-    assert gradients.healthy(flat) == [True] * 3
-    assert gradients.healthy([*flat, Signal("d", 0.001, 2.0), Signal("e", 1.0, 0.0)])[3:] == [False, False]
-    assert gradients.healthy([*flat, Signal("d", 1.0, 2.0), Signal("e", 1.0, 500.0)])[3:] == [True, False]
-    assert gradients.sick([gradients.Flow(flat, [*flat, Signal("d", 0.0, 2.0)])]) == 1
+def test_health_follows_a_rule() -> None:
+    flat = [LayerSignal("a", 1.0, 1.0), LayerSignal("b", 1.0, 2.0), LayerSignal("c", 1.0, 3.0)]
+    assert gradients.healthy_layers(flat) == [True] * 3
+    assert gradients.healthy_layers([*flat, LayerSignal("d", 0.001, 2.0), LayerSignal("e", 1.0, 0.0)])[3:] == [
+        False,
+        False,
+    ]
+    assert gradients.healthy_layers([*flat, LayerSignal("d", 1.0, 2.0), LayerSignal("e", 1.0, 500.0)])[3:] == [
+        True,
+        False,
+    ]
+    assert gradients.count_unhealthy([gradients.SignalFlow(flat, [*flat, LayerSignal("d", 0.0, 2.0)])]) == 1
 
 
 @pytest.mark.parametrize(
-    ("whole", "single", "words"),
+    ("intact", "single", "verdict"),
     [
         (0.1, {"a": 0.2, "b": 0.3}, "net's error rises smoothly in 3 of 3 seeds."),  # half way to 0.9 is 0.5
         (0.1, {"a": 0.9, "b": 0.3}, "net collapses without one block in 3 of 3 seeds."),
@@ -361,42 +369,42 @@ def test_health_is_a_rule() -> None:
         (0.8, {"a": 0.9}, "net has learnt too little to lose much: its error is above 45% in 3 of 3 seeds."),
     ],
 )
-def test_what_a_lesion_does_is_said_by_a_rule(whole: float, single: dict[str, float], words: str) -> None:
-    harm = lesion.Harm(whole, single, {}, {})
-    assert lesion.fate(dict.fromkeys(range(3), harm), "net", 0.9) == words
+def test_the_effect_of_lesions_follows_a_rule(intact: float, single: dict[str, float], verdict: str) -> None:
+    errors = lesion.LesionErrors(intact, single, {}, {})
+    assert lesion.lesion_verdict(dict.fromkeys(range(3), errors), "net", 0.9) == verdict
 
 
-def test_a_lesion_is_the_same_in_every_process() -> None:
+def test_lesions_are_reproducible() -> None:
     net = build("resnet14", seed=0)
-    first, again = ([(kind, which) for kind, which, _ in lesion.lesions(net, 0)] for _ in range(2))
+    first, again = ([(kind, which) for kind, which, _ in lesion.generate_lesions(net, 0)] for _ in range(2))
     assert first == again and first[:6] == [("single", name) for name, _ in net.blocks()]
     assert {kind for kind, _ in first} == {"single", "several", "swaps"}
 
 
-def test_responses_are_read_from_the_trained_nets(everything: tuple[Path, list[dict[str, object]]]) -> None:
-    folder, rows = everything
+def test_responses_are_measured_in_the_trained_nets(all_studies: tuple[Path, list[dict[str, object]]]) -> None:
+    folder, rows = all_studies
     (row,) = (r for r in rows if r["study"] == "responses" and r["what"] == "resnet8")
     here = setting(steps=3, depths=(8,))
-    place = Place(folder / "runs", degradation.plan(here)[1].recipe, here.source.fingerprint)
-    bundle = load_bundle(place.folder / "model.safetensors")
-    x, _ = sample.inputs(bundle, sample.pictures(here, responses.PICTURES))
-    layers = probing.responses(bundle.net, x)
+    study_run = StudyRun(folder / "runs", Degradation().plan(here)[1].recipe, here.source.fingerprint)
+    bundle = load_trained_model(study_run.folder / "model.safetensors")
+    x, _ = load_probe_batch(bundle, select_probe_images(here, responses.IMAGES))
+    layers = probes.measure_responses(bundle.net, x)
     assert row["mean"] == pytest.approx(sum(layers.values()) / len(layers))
 
 
-def test_shares_of_blocks_keep_the_number_of_layers() -> None:
+def test_block_depths_keep_the_number_of_layers() -> None:
     here = setting(depths=(56,))
     depths = {
-        v.label: here.spec(here.trials(v.label, v.net, v.values)[0].recipe).depth for v in block_depth.variants(here)
+        v.label: here.spec(here.trials(v.label, v.net, v.values)[0].recipe).depth for v in BlockDepth().variants(here)
     }
     assert depths == {"plain": 56, "F of 1": 56, "F of 2": 56, "F of 3": 56}
-    assert [v.label for v in block_depth.variants(setting(depths=(14,)))] == ["plain", "F of 1", "F of 2"]
+    assert [v.label for v in BlockDepth().variants(setting(depths=(14,)))] == ["plain", "F of 1", "F of 2"]
 
 
 def test_a_plan_costs_more_than_a_part_of_it() -> None:
     here = setting(steps=10, depths=(8, 14))
-    pace = Pace(here)
-    short, long = (pace.run(here.trials("x", f"resnet{depth}")[0].recipe) for depth in (8, 56))
+    estimate = CostEstimate(here)
+    short, long = (estimate.run(here.trials("x", f"resnet{depth}")[0].recipe) for depth in (8, 56))
     assert 0 < short < long
-    plan = [Place(Path("nowhere"), trial.recipe, "0" * 16) for trial in degradation.plan(here)]
-    assert pace.left(plan, 1) > pace.left(plan, 2) > pace.left(plan[:1], 2) > 0
+    plan = [StudyRun(Path("nowhere"), trial.recipe, "0" * 16) for trial in Degradation().plan(here)]
+    assert estimate.remaining(plan, 1) > estimate.remaining(plan, 2) > estimate.remaining(plan[:1], 2) > 0

@@ -1,6 +1,6 @@
-"""Nothing is lost in company: several processes, killed and stopped for real, end in the bits of one that nobody disturbed.
+"""Several processes, really killed and stopped, end bit-identical to one undisturbed process.
 
-The recipe has everything in it that a checkpoint must hold: bf16, parts, the average, clipping, plateaus, stochastic depth.
+The recipe uses everything that a checkpoint must hold: bf16, micro-batches, the average, clipping, plateaus, stochastic depth.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from residuum.cli.main import run as cli
-from residuum.errors import UsageError
-from residuum.training import loop
-from residuum.training.parts import parts_of
-from residuum.training.recipes import paper_cifar, paper_imagenet
-from residuum.world import GONE, World
+from resnetlab.cli.main import run_command as cli
+from resnetlab.distributed import PROCESS_GONE, World
+from resnetlab.errors import UsageError
+from resnetlab.training import train
+from resnetlab.training.micro_batches import count_micro_batches
+from resnetlab.training.recipes import paper_cifar, paper_imagenet
 from runs import assert_same
 
 VALUES = {
-    "size": 8, "batch": 32, "bn_batch": 8, "record_every": 3, "judge_every": 3, "checkpoint_minutes": 0, "schedule": "plateau",
-    "patience": 1, "ema": 0.9, "clip_norm": 1.0, "stochastic_depth": 0.3, "label_smoothing": 0.1, "precise_bn": 3,
+    "image_size": 8, "batch": 32, "bn_batch": 8, "log_every": 3, "eval_every": 3, "checkpoint_minutes": 0,
+    "schedule": "plateau", "patience": 1, "ema_decay": 0.9, "clip_norm": 1.0, "stochastic_depth": 0.3, "label_smoothing": 0.1, "precise_bn": 3,
     "zero_init_last_bn": True, "mixup": 0.2, "recompute": True, "precision": "bf16", "threads": 1,
 }  # fmt: skip
 SETTINGS = [part for key, value in VALUES.items() for part in ("--set", f"{key}={str(value).lower()}")]
-COMMAND = [sys.executable, "-m", "residuum", "train", "digits", "--net", "resnet8", "--device", "cpu", *SETTINGS]
+COMMAND = [sys.executable, "-m", "resnetlab", "train", "digits", "--net", "resnet8", "--device", "cpu", *SETTINGS]
 STEPS = 30
 
 
@@ -97,30 +97,30 @@ def test_all_ranks_stop_at_one_step_and_one_process_goes_on(tmp_path: Path, undi
         os.kill(process_of_rank(1, process.pid), signal.SIGTERM)
         _, stderr = process.communicate()
     assert process.returncode == 143, stderr
-    assert "Traceback" not in stderr and stderr.count(f"go on with: residuum train --resume {out}") >= 1
+    assert "Traceback" not in stderr and stderr.count(f"go on with: resnetlab train --resume {out}") >= 1
     assert not (out / "model.safetensors").exists()
     said: list[str] = []
-    loop.resume(out, say=said.append)
+    train.resume(out, report=said.append)
     assert any("going on from step" in sentence for sentence in said)
     assert_same(out, undisturbed)
 
 
 @pytest.mark.slow
-def test_processes_need_no_name_of_their_machine_and_speak_once_of_what_all_see(tmp_path: Path) -> None:
-    """As in a container, whose name may lead nowhere; and the loss is not finite for any of them."""
+def test_processes_need_no_host_name_and_report_a_common_error_once(tmp_path: Path) -> None:
+    """As in a container, whose host name may not resolve; and the loss is not finite in any process."""
     (tmp_path / "sitecustomize.py").write_text("import socket\nsocket.getfqdn = lambda *_: 'pod.invalid'\n")
     command = [*COMMAND, "--steps", "9", "--set", "lr=1e30", "--out", str(tmp_path / "run"), "--procs", "2"]
     done = subprocess.run(
         command, env=os.environ | {"PYTHONPATH": str(tmp_path)}, text=True, capture_output=True, timeout=200
     )
     assert done.returncode == 1 and done.stderr.count("the loss is not finite at step") == 1, done.stderr
-    assert GONE not in done.stderr and "Traceback" not in done.stderr
+    assert PROCESS_GONE not in done.stderr and "Traceback" not in done.stderr
 
 
 @pytest.mark.slow
 @needs_proc
-def test_plain_torchrun_ends_in_the_same_bits(tmp_path: Path, undisturbed: Path) -> None:
-    """Four processes, by torch's own command, which is all that several machines need."""
+def test_plain_torchrun_is_bit_identical(tmp_path: Path, undisturbed: Path) -> None:
+    """Four processes started by torchrun, which is all that several machines need."""
     out = tmp_path / "run"
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4", "-m"]
     command = [*launcher, *COMMAND[2:], "--steps", str(STEPS), "--out", str(out)]
@@ -130,14 +130,14 @@ def test_plain_torchrun_ends_in_the_same_bits(tmp_path: Path, undisturbed: Path)
 
 
 @pytest.mark.slow
-def test_a_kill_of_one_process_alone_loses_nothing_either(tmp_path: Path, undisturbed: Path) -> None:
+def test_a_kill_of_the_only_process_loses_nothing(tmp_path: Path, undisturbed: Path) -> None:
     out = tmp_path / "run"
     command = [*COMMAND, "--steps", str(STEPS), "--out", str(out)]
     with subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         wait_until(lambda: last_step(out) >= 7, process)
         process.kill()
     assert last_step(out) < STEPS
-    loop.resume(out)
+    train.resume(out)
     assert_same(out, undisturbed)
 
 
@@ -145,7 +145,7 @@ SLOW_TO_READ = """
 import time
 from datetime import timedelta
 import torch
-from residuum.world import processes
+from resnetlab.distributed import processes
 begin = torch.distributed.init_process_group
 torch.distributed.init_process_group = lambda backend, timeout: begin(backend, timeout=timedelta(seconds=2))
 with processes() as world:
@@ -156,8 +156,8 @@ with processes() as world:
 
 
 @pytest.mark.slow
-def test_processes_wait_for_the_first_one_to_read_as_long_as_it_takes(tmp_path: Path) -> None:
-    """Longer than for a step, in which a process that says nothing is gone."""
+def test_processes_wait_while_the_first_one_reads(tmp_path: Path) -> None:
+    """Longer than during a step, in which a silent process counts as gone."""
     (tmp_path / "program.py").write_text(SLOW_TO_READ)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(tmp_path / "program.py")]
     done = subprocess.run(command, text=True, capture_output=True)
@@ -165,16 +165,16 @@ def test_processes_wait_for_the_first_one_to_read_as_long_as_it_takes(tmp_path: 
 
 
 def test_the_batch_must_divide() -> None:
-    assert parts_of(paper_cifar(), World()) == 2 and parts_of(paper_cifar(), World(1, 2)) == 1
+    assert count_micro_batches(paper_cifar(), World()) == 2 and count_micro_batches(paper_cifar(), World(1, 2)) == 1
     assert (
-        parts_of(paper_imagenet(), World(0, 8)) == 1
-        and parts_of(replace(paper_cifar(), bn_sync=True), World(0, 4)) == 2
+        count_micro_batches(paper_imagenet(), World(0, 8)) == 1
+        and count_micro_batches(replace(paper_cifar(), bn_sync=True), World(0, 4)) == 2
     )
-    assert parts_of(replace(paper_cifar(), bn_batch=0), World(0, 4)) == 1
+    assert count_micro_batches(replace(paper_cifar(), bn_batch=0), World(0, 4)) == 1
     with pytest.raises(
-        UsageError, match="batch 128 in parts of 64 cannot be shared evenly by 3 processes, only by 1 or 2;"
+        UsageError, match="batch 128 in micro-batches of 64 cannot be shared evenly by 3 processes, only by 1 or 2;"
     ):
-        parts_of(paper_cifar(), World(0, 3))
+        count_micro_batches(paper_cifar(), World(0, 3))
 
 
 def test_more_processes_than_there_are_cores(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -184,14 +184,14 @@ def test_more_processes_than_there_are_cores(capsys: pytest.CaptureFixture[str],
 
 
 def take_part(rank: int, port: int, out: Path) -> None:
-    """Synchronised BN in one of two processes: forward and backward over its half of the pictures."""
-    from residuum.nn.sync import synchronise
-    from residuum.world import processes
+    """Synchronised BN in one of two processes: forward and backward over its half of the images."""
+    from resnetlab.distributed import join_process_group
+    from resnetlab.nn.batchnorm import convert_sync_batchnorm
 
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    with processes() as world:
-        net, x = bn_net(), pictures()
-        synchronise(net, world)
+    with join_process_group() as world:
+        net, x = bn_net(), images()
+        convert_sync_batchnorm(net, world)
         half = x[4 * rank : 4 * rank + 4].clone().requires_grad_()
         net(half).square().sum().backward()
         torch.save([half.grad, *(p.grad for p in net.parameters()), *net.buffers()], out)
@@ -202,12 +202,12 @@ def bn_net() -> torch.nn.Module:
     return torch.nn.Sequential(torch.nn.Conv2d(3, 5, 3), torch.nn.BatchNorm2d(5), torch.nn.Conv2d(5, 4, 3)).train()
 
 
-def pictures() -> torch.Tensor:
+def images() -> torch.Tensor:
     return torch.randn(8, 3, 9, 9, generator=torch.Generator().manual_seed(1))
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
-def test_synchronised_statistics_are_those_of_all_pictures(tmp_path: Path) -> None:
+def test_synchronised_statistics_are_those_of_all_images(tmp_path: Path) -> None:
     import multiprocessing
     import socket
 
@@ -223,7 +223,7 @@ def test_synchronised_statistics_are_those_of_all_pictures(tmp_path: Path) -> No
     for worker in workers:
         worker.join(100)
         assert worker.exitcode == 0
-    net, x = bn_net(), pictures().requires_grad_()
+    net, x = bn_net(), images().requires_grad_()
     net(x).square().sum().backward()
     a, b = (torch.load(out) for out in outs)
     torch.testing.assert_close(torch.cat([a[0], b[0]]), x.grad, rtol=1e-4, atol=1e-5)

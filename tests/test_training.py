@@ -13,23 +13,23 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-import residuum
-from residuum.errors import DivergedError, RunError, UsageError
-from residuum.models.resnet import build
-from residuum.records import Run, read_metrics
-from residuum.runtime import pick_engine
-from residuum.tasks import classify
-from residuum.training.checkpoint import Learner
-from residuum.training.optim import SGD
-from residuum.training.recipe import Recipe
-from residuum.training.recipes import quick
-from residuum.training.step import train_step
+import resnetlab
+from resnetlab.device import select_device
+from resnetlab.errors import DivergedError, RunError, UsageError
+from resnetlab.models.resnet import build
+from resnetlab.run_folder import RunFolder, read_metrics
+from resnetlab.tasks import classification
+from resnetlab.training.checkpoint import TrainState
+from resnetlab.training.optim import SGD
+from resnetlab.training.recipe import Recipe
+from resnetlab.training.recipes import quick
+from resnetlab.training.step import train_step
 
-TINY = {"net": "resnet8", "size": 8, "batch": 32, "record_every": 5, "judge_every": 10, "checkpoint_minutes": 0}
+TINY = {"net": "resnet8", "image_size": 8, "batch": 32, "log_every": 5, "eval_every": 10, "checkpoint_minutes": 0}
 
 
 def tiny(**values: object) -> Recipe:
-    return replace(quick().shrunk(20), **(TINY | {"precision": "fp32"} | values))  # type: ignore[arg-type]
+    return replace(quick().rescale(20), **(TINY | {"precision": "fp32"} | values))  # type: ignore[arg-type]
 
 
 def test_sgd_equals_torch_to_the_bit() -> None:
@@ -69,14 +69,13 @@ def test_weight_decay_reaches_only_what_it_should() -> None:
 
 def test_one_step_equals_a_hand_computation(tmp_path: Path) -> None:
     recipe = tiny()
-    engine = pick_engine("fp32", "cpu")
-    task = prepared(recipe, engine)
-    (batch,) = task.parts(0)
+    task = prepare(recipe)
+    (batch,) = task.micro_batches(0)
     hand = build("resnet8", channels=1, classes=10)
     hand.load_state_dict(task.net.state_dict())
-    loss = F.cross_entropy(hand(batch.pictures), batch.labels)
+    loss = F.cross_entropy(hand(batch.images), batch.labels)
     loss.backward()
-    measured, wrong, norm = train_step(Learner.fresh(task, recipe), [batch], lr=0.1)
+    measured, wrong, norm = train_step(TrainState.create(task, recipe), [batch], lr=0.1)
     torch.testing.assert_close(measured, loss.detach())
     assert 0 <= float(wrong) <= 1
     gradient = torch.cat([p.grad.flatten() for p in hand.parameters() if p.grad is not None])
@@ -87,14 +86,14 @@ def test_one_step_equals_a_hand_computation(tmp_path: Path) -> None:
         torch.testing.assert_close(ours.detach(), expected, rtol=1e-5, atol=1e-6)
 
 
-def prepared(recipe: Recipe, engine: object) -> classify.Classify:
-    from residuum.training.running import prepare_task
+def prepare(recipe: Recipe) -> classification.ClassificationTask:
+    from resnetlab.training.run import prepare_task
 
     return prepare_task(recipe, Path("data"), "cpu", lambda text: None)[0]
 
 
 def test_a_run_writes_its_folder(tmp_path: Path) -> None:
-    result = residuum.train(tiny(), out=tmp_path / "run", device="cpu")
+    result = resnetlab.train(tiny(), out=tmp_path / "run", device="cpu")
     names = {p.name for p in (tmp_path / "run").iterdir()}
     assert names >= {
         "recipe.toml",
@@ -109,7 +108,7 @@ def test_a_run_writes_its_folder(tmp_path: Path) -> None:
         "step-00000019.safetensors",
         "step-00000020.safetensors",
     ]
-    lines = read_metrics(Run(tmp_path / "run"))
+    lines = read_metrics(RunFolder(tmp_path / "run"))
     assert [(line["kind"], line["step"]) for line in lines] == [
         ("train", 5), ("train", 10), ("held_out", 10), ("train", 15), ("train", 20), ("held_out", 20)]  # fmt: skip
     assert json.loads((tmp_path / "run" / "result.json").read_text()) == json.loads(json.dumps(result.to_json()))
@@ -117,33 +116,33 @@ def test_a_run_writes_its_folder(tmp_path: Path) -> None:
     assert result.budget == "20 of the 600 steps of quick (3.3%)"
     environment = json.loads((tmp_path / "run" / "environment.json").read_text())
     assert environment["torch"] == torch.__version__
-    model = residuum.load(result.model)
+    model = resnetlab.load(result.model)
     assert model.metrics["test"]["top1_error"] == result.top1_error
     assert model.recipe["net"] == "resnet8" and model.classes == tuple("0123456789")
-    judged = residuum.evaluate(model, "digits", precision="fp32", device="cpu")
-    assert judged.top1_error == result.top1_error and judged.n == 360
+    evaluated = resnetlab.evaluate(model, "digits", precision="fp32", device="cpu")
+    assert evaluated.top1_error == result.top1_error and evaluated.n == 360
 
 
 def test_json_keys_of_train_are_a_contract(tmp_path: Path) -> None:
-    result = residuum.train(tiny(steps=1, milestones=()), out=tmp_path / "run", device="cpu")
+    result = resnetlab.train(tiny(steps=1, milestones=()), out=tmp_path / "run", device="cpu")
     assert set(result.to_json()) == {
         "run", "model", "report", "split", "n", "top1_error", "top1_interval", "top5_error", "held_out_error", "steps",
         "seconds", "images_per_second", "parameters", "budget"}  # fmt: skip
 
 
 def test_training_on_everything_holds_nothing_out(tmp_path: Path) -> None:
-    said: list[str] = []
-    result = residuum.train(
-        tiny(held_out=0, steps=2, milestones=()), out=tmp_path / "run", device="cpu", say=said.append
+    messages: list[str] = []
+    result = resnetlab.train(
+        tiny(val_images=0, steps=2, milestones=()), out=tmp_path / "run", device="cpu", report=messages.append
     )
     assert result.held_out_error is None
-    assert "1,437 pictures to train on, 0 held out" in said[0]
+    assert "1,437 images to train on, 0 held out" in messages[0]
 
 
 def test_warmup_by_training_error_is_measured_and_ends(tmp_path: Path) -> None:
-    recipe = tiny(warmup="train-error", warmup_lr=0.02, warmup_error=0.85, steps=60, milestones=(), record_every=5)
-    residuum.train(recipe, out=tmp_path / "run", device="cpu")
-    train = [line for line in read_metrics(Run(tmp_path / "run")) if line["kind"] == "train"]
+    recipe = tiny(warmup="train-error", warmup_lr=0.02, warmup_error=0.85, steps=60, milestones=(), log_every=5)
+    resnetlab.train(recipe, out=tmp_path / "run", device="cpu")
+    train = [line for line in read_metrics(RunFolder(tmp_path / "run")) if line["kind"] == "train"]
     ends = next(i for i, line in enumerate(train) if line["error"] < 0.85)
     assert [line["lr"] for line in train] == [0.02] * (ends + 1) + [0.1] * (len(train) - ends - 1)
     assert ends < len(train) - 1, "the warm-up never ended"
@@ -153,7 +152,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
     with pytest.raises(
         DivergedError, match=r"the loss is not finite at step \d+ \(learning rate 1e\+30\); try a tenth"
     ) as error:
-        residuum.train(tiny(lr=1e30, milestones=()), out=tmp_path / "run", device="cpu")
+        resnetlab.train(tiny(lr=1e30, milestones=()), out=tmp_path / "run", device="cpu")
     assert "--set lr=1e+29" in str(error.value)
     for checkpoint in (tmp_path / "run" / "checkpoints").glob("step-*"):
         assert int(checkpoint.stem[5:]) < 20
@@ -161,15 +160,15 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
 
 def test_two_runs_never_share_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert [Run.create(None, "digits").path.name for _ in range(3)] == ["digits", "digits-2", "digits-3"]
+    assert [RunFolder.create(None, "digits").path.name for _ in range(3)] == ["digits", "digits-2", "digits-3"]
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("precious")
     with pytest.raises(RunError, match=r"is not empty; choose another --out"):
-        Run.create(tmp_path / "mine", "digits")
+        RunFolder.create(tmp_path / "mine", "digits")
     with pytest.raises(RunError, match=r"is a file; --out names a folder"):
-        Run.create(tmp_path / "mine" / "thesis.txt", "digits")
-    run = Run(tmp_path / "runs" / "digits")
-    with run.held(), pytest.raises(RunError, match="another process is training in"), run.held():
+        RunFolder.create(tmp_path / "mine" / "thesis.txt", "digits")
+    run = RunFolder(tmp_path / "runs" / "digits")
+    with run.lock(), pytest.raises(RunError, match="another process is training in"), run.lock():
         pass
 
 
@@ -177,24 +176,24 @@ def test_bad_values_leave_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.chdir(tmp_path)
     for values in ({"net": "resnt20"}, {"normalise": "mean"}, {"init": "he"}, {"shortcut": "D"}, {"precision": "fp8"}):
         with pytest.raises(UsageError):
-            residuum.train("quick", device="cpu", **values)
-    with pytest.raises(UsageError, match="device 'cuda:7' is not here"):
-        residuum.train("quick", device="cuda:7")
+            resnetlab.train("quick", device="cpu", **values)
+    with pytest.raises(UsageError, match="device 'cuda:7' is not available"):
+        resnetlab.train("quick", device="cuda:7")
     assert not (tmp_path / "runs").exists()
 
 
-def test_bf16_is_chosen_by_the_hardware() -> None:
+def test_bf16_is_selected_by_the_hardware() -> None:
     flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     expected = "bf16" if any(flag in flags.split() for flag in ("avx512_bf16", "amx_bf16", "bf16")) else "fp32"
-    assert pick_engine("auto", "cpu").precision == expected
-    assert pick_engine("fp32", "cpu").precision == "fp32"
+    assert select_device("auto", "cpu").precision == expected
+    assert select_device("fp32", "cpu").precision == "fp32"
 
 
-def test_a_run_gives_the_process_back_as_it_was(tmp_path: Path) -> None:
+def test_a_run_restores_the_process_state(tmp_path: Path) -> None:
     before, state = torch.get_num_threads(), torch.get_rng_state()
     torch.set_num_threads(2)
     try:
-        residuum.train(tiny(steps=2, milestones=(), threads=1), out=tmp_path / "run", device="cpu")
+        resnetlab.train(tiny(steps=2, milestones=(), threads=1), out=tmp_path / "run", device="cpu")
         assert torch.get_num_threads() == 2
         assert torch.equal(torch.get_rng_state(), state)
     finally:
@@ -205,9 +204,9 @@ def test_a_run_gives_the_process_back_as_it_was(tmp_path: Path) -> None:
 def test_a_steps_memory_is_kept_for_the_next() -> None:
     script = """
 import resource, sys, torch
-from residuum.runtime import pick_engine
+from resnetlab.device import select_device
 if sys.argv[1] == "picked":
-    pick_engine("fp32", "cpu", 1)
+    select_device("fp32", "cpu", 1)
 def faults(steps):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(steps):

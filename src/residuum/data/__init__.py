@@ -1,1 +1,0 @@
-"""Pictures and labels: where they come from, in which order, and how they are augmented."""

@@ -1,1 +1,0 @@
-"""Judging networks: metrics, and the protocols of evaluation."""

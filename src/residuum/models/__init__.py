@@ -1,1 +1,0 @@
-"""Networks: their specification, their assembly, their costs, and the model file."""

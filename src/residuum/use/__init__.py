@@ -1,1 +1,0 @@
-"""From a model file to answers: prediction, explanation, export, service."""

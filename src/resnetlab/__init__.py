@@ -1,0 +1,42 @@
+"""ResNetLab: residual networks, their recipes and experiments, and classifiers for your own images.
+
+    import resnetlab
+    net = resnetlab.build("resnet20", classes=10)              # an nn.Module
+    result = resnetlab.train(data="digits")                    # a run folder with a model and a report
+    model = resnetlab.load(result.model)                       # network + classes + preprocessing
+    model.predict("three.png", top=3)
+    resnetlab.evaluate(model, "digits")
+
+The names below are loaded when first used, so that importing the package is cheap.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.2.0.dev0"  # the only place; pyproject.toml reads it
+__all__ = ["__version__", "build", "evaluate", "load", "train"]
+
+if TYPE_CHECKING:
+    from resnetlab.evaluation.evaluate import evaluate
+    from resnetlab.inference.predict import load
+    from resnetlab.models.resnet import build
+    from resnetlab.training.train import train
+
+_MODULES = {
+    "build": "resnetlab.models.resnet",
+    "evaluate": "resnetlab.evaluation.evaluate",
+    "load": "resnetlab.inference.predict",
+    "train": "resnetlab.training.train",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module 'resnetlab' has no attribute {name!r}; it has {', '.join(__all__)}")
+    return getattr(import_module(_MODULES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,163 @@
+"""`resnetlab data check` and `resnetlab data pack`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import Parameter
+
+from resnetlab.cli import console
+from resnetlab.errors import DataError
+
+if TYPE_CHECKING:
+    from resnetlab.data.check import CheckReport
+    from resnetlab.data.dataset import Dataset
+
+MAX_PRINTED = 50  # problems; --json lists all
+
+
+def check(
+    data: str,
+    /,
+    *,
+    data_dir: Path = Path("data"),
+    quarantine: Path | None = None,
+    workers: int | None = None,
+    timing: bool = True,
+    json: Annotated[bool, Parameter(negative="")] = False,
+) -> None:
+    """Decode every image and report unreadable or suspicious files, copies, leaks between splits, class counts and speed.
+
+    Example: `resnetlab data check photos --quarantine bad.txt`
+
+    The exit code is 1 if there is a problem.
+
+    Parameters
+    ----------
+    data
+        A folder of class folders, or a data set's name.
+    data_dir
+        The folder of archives and downloads.
+    quarantine
+        Write the names of images to leave out of training into this file: the unreadable ones, and copies. Use it with
+        `resnetlab train DATA --quarantine FILE`.
+    workers
+        Processes that decode; by default as many as there are cores.
+    timing
+        Measure the speed of loading, and the share of a ResNet-18 training step that waits for it.
+    json
+        Print the report as one JSON document.
+    """
+    from resnetlab.data.check import CheckReport, Problem, check_dataset, find_unexpected_files
+
+    try:
+        source = _load_source(data, data_dir)
+    except DataError as error:
+        report, speed = CheckReport(data, problems=[Problem("layout", data, str(error))]), None
+        quarantine = None  # no image was checked: an existing list stays as it is
+    else:
+        with console.ProgressBar("images") as bar:
+            report = check_dataset(source, (os.cpu_count() or 1) if workers is None else workers, bar.update)
+        report.problems += find_unexpected_files(source)
+        speed = _measure_loading(source) if timing and report.readable == report.images else None
+    if quarantine is not None:
+        _write_quarantine(quarantine, report)
+    if json:
+        console.print_json(report.to_json() | {"loading": speed})
+    else:
+        _print_report(report, speed)
+    if n := len(report.problems):
+        raise DataError(f"{n:,} problem{'s' * (n > 1)} found in {data}.")
+
+
+def pack(
+    data: str,
+    out: Path,
+    /,
+    *,
+    per_shard: int = 1000,
+    seed: int = 0,
+    resize: int = 0,
+) -> None:
+    """Pack a folder of class folders into tar shards in WebDataset format, each with an index.
+
+    Example: `resnetlab data pack photos shards --resize 256`
+
+    Train on them with `resnetlab train shards`, or from a server with `resnetlab train 'http://…/train-{000000..000009}.tar'`.
+
+    Parameters
+    ----------
+    data
+        A folder of class folders.
+    out
+        A new folder for the shards.
+    per_shard
+        Images in a shard.
+    seed
+        Of the images' order in the shards; training does not depend on it.
+    resize
+        Resize images with a longer shorter side to this many pixels, written as JPEG; 0 keeps every file's bytes.
+    """
+    from resnetlab.data.pack import pack_shards
+
+    with console.ProgressBar("images") as bar:
+        source = _load_source(data, Path("data"))
+        written = pack_shards(source, out, per_shard=per_shard, seed=seed, resize=resize, on_progress=bar.update)
+    print(f"{len(written):,} shards in {out}")
+
+
+def _load_source(data: str, data_dir: Path) -> Dataset:
+    """Loads the data set without the warning about images that `find_unexpected_files` reports."""
+    import warnings
+
+    from resnetlab.data import sources
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*beside the class folders", UserWarning)
+        return sources.load_dataset(data, data_dir)
+
+
+def _measure_loading(source: Dataset) -> dict[str, float] | None:
+    from resnetlab.data.disk_split import DiskSplit
+    from resnetlab.training import recipes, timing
+
+    split = source.train if len(source.train) else source.test
+    return (
+        timing.time_data_loading(split, recipes.photos(), len(source.classes)) if isinstance(split, DiskSplit) else None
+    )
+
+
+def _write_quarantine(path: Path, report: CheckReport) -> None:
+    from resnetlab.data.disk_split import quarantine_line
+    from resnetlab.run_folder import write_atomically
+
+    head = (
+        f"# {len(report.quarantine):,} images of {report.data} to leave out: resnetlab train DATA --quarantine {path}\n"
+    )
+    text = head + "".join(f"{quarantine_line(name)}\n" for name in report.quarantine)
+    write_atomically(path, text.encode("utf-8", "surrogateescape"))
+    console.log(f"{path}: {len(report.quarantine):,} images for training to leave out")
+
+
+def _print_report(report: CheckReport, speed: dict[str, float] | None) -> None:
+    print(f"{report.data}: {report.images:,} images, {report.readable:,} can be read")
+    if report.shorter_sides:
+        low, middle, high = report.shorter_sides
+        print(f"shorter side   {low:,} to {high:,} pixels, median {middle:,.0f}")
+        print(f"kinds          {', '.join(f'{kind} {n:,}' for kind, n in report.kinds.items())}")
+    if speed is not None:
+        words = f"{speed['images_per_second']:,.0f} images/s in one process"
+        print(f"loading        {words}, {speed['share_of_step']:.1%} of a ResNet-18 step that waits for it")
+    splits = list(report.classes)
+    names = list(dict.fromkeys(name for counts in report.classes.values() for name in counts))
+    if names:
+        print()
+        rows = [(name, *(f"{report.classes[split][name]:,}" for split in splits)) for name in names]
+        console.print_table("", ("class", *splits), rows, right=tuple(range(1, len(splits) + 1)))
+    if report.problems:
+        print()
+        console.print_table("", ("kind", "file", "detail"), report.problems[:MAX_PRINTED])
+        if (rest := len(report.problems) - MAX_PRINTED) > 0:
+            print(f"and {rest:,} more: --json lists all")

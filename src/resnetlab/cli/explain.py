@@ -1,0 +1,130 @@
+"""`resnetlab explain`."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Parameter
+
+from resnetlab.cli import console
+from resnetlab.errors import DataError, UsageError
+
+if TYPE_CHECKING:
+    from resnetlab.inference.explain import Explanation
+
+
+def explain(
+    model: str,
+    /,
+    *images: Path,
+    out: Path = Path("explained"),
+    top: int = 5,
+    json: Annotated[bool, Parameter(negative="")] = False,
+    precision: str = "fp32",
+    device: str = "auto",
+) -> None:
+    """Explain predictions for images: where the model looked, and what each residual block did for the prediction.
+
+    Example: `resnetlab explain runs/digits/model.safetensors three.png --out explained`
+
+    Each image gives two files: NAME.heat.png, the heat map (Grad-CAM) over the image, and NAME.blocks.svg, a figure with
+    how much each block adds to its shortcut and the prediction without it.
+
+    Parameters
+    ----------
+    model
+        A model file, or a publisher's name such as torchvision:resnet50.IMAGENET1K_V2.
+    images
+        Images, or folders of images.
+    out
+        Folder for the files.
+    top
+        How many classes to name for each image.
+    json
+        Print the figures as one JSON document.
+    precision
+        fp32, bf16 or auto.
+    device
+        cpu, cuda, cuda:1, … ; auto takes a GPU where there is one.
+    """
+    from resnetlab.data.decode import decode, find_image_files
+    from resnetlab.inference.explain import explain as explain_image
+    from resnetlab.inference.predict import load
+
+    if not images:
+        raise UsageError("explain needs images: files or folders.")
+    if top < 1:
+        raise UsageError(f"--top must be 1 or more, not {top}.")
+    loaded, files = load(model, precision=precision, device=device), list(find_image_files(images))
+    documents: list[dict[str, Any]] = []
+    taken: set[str] = set()
+    with console.ProgressBar("blocks") as bar:
+        for done, file in enumerate(files):
+            try:
+                pixels = loaded.preprocessing(decode(file))
+            except DataError as error:
+                documents.append({"image": str(file), "error": str(error)})
+                continue
+            explanation = explain_image(
+                loaded,
+                pixels,
+                top=top,
+                progress=lambda block, blocks, done=done: bar.update(done * blocks + block, len(files) * blocks),  # type: ignore[misc]
+            )
+            written = _write_files(explanation, file, out, taken)
+            documents.append({"image": str(file)} | written | explanation.to_json())
+    if json:
+        console.print_json({"explanations": documents})
+    else:
+        _print_explanations(documents)
+    if failed := sum("error" in document for document in documents):
+        raise DataError(f"{failed} of {len(files)} images could not be read.")
+
+
+def _write_files(explanation: Explanation, file: Path, out: Path, taken: set[str]) -> dict[str, str]:
+    """Writes the two files of an image and returns their paths. Images of the same name get different ones."""
+    from resnetlab.inference.explain_figure import draw_explanation
+    from resnetlab.run_folder import write_atomically, write_error
+
+    stem, n = file.stem, 1
+    while stem in taken:
+        n += 1
+        stem = f"{file.stem}-{n}"
+    taken.add(stem)
+    try:
+        out.mkdir(parents=True, exist_ok=True)  # only now, so that no empty folder is left where no image can be read
+    except OSError as error:
+        raise write_error(out, error) from error
+    png = io.BytesIO()
+    explanation.overlay.save(png, "PNG")
+    heat, blocks = out / f"{stem}.heat.png", out / f"{stem}.blocks.svg"
+    write_atomically(heat, png.getvalue())
+    write_atomically(blocks, draw_explanation(explanation, file.name))
+    return {"heat": str(heat), "figure": str(blocks)}
+
+
+def _print_explanations(documents: list[dict[str, Any]]) -> None:
+    """Prints a line for each image: the prediction, the block that matters most, and those that change the prediction."""
+    rows = []
+    for document in documents:
+        if "error" in document:
+            rows.append((document["image"], document["error"], "", ""))
+            continue
+        top = document["top"][0]
+        removable = [b for b in document["blocks"] if b["score_without"] is not None]
+        changing = [b["block"] for b in removable if b["answer_without"] != top["class"]]
+        needed = min(removable, key=lambda b: b["score_without"], default=None)
+        rows.append(
+            (
+                document["image"],
+                f"{top['class']} {top['score']:.1%}",
+                f"{needed['block']} ({needed['score_without']:.1%} without it)" if needed else "–",
+                ", ".join(changing) or "none",
+            )
+        )
+    console.print_table("", ("image", "answer", "needs most", "another answer without"), rows)
+    for document in documents:
+        if "figure" in document:
+            print(console.escape_control(document["figure"]))

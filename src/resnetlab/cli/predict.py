@@ -1,0 +1,205 @@
+"""`resnetlab predict`."""
+
+from __future__ import annotations
+
+import csv
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from cyclopts import Parameter
+
+from resnetlab.cli import console
+from resnetlab.errors import DataError, UsageError
+
+if TYPE_CHECKING:
+    from resnetlab.inference.predict import ImageInput, Model, Prediction
+
+FEW_IMAGES = 64  # torch predicts these sooner than another backend is built
+
+
+def predict(
+    model: str,
+    /,
+    *images: Annotated[str, Parameter(allow_leading_hyphen=True)],  # "-" is standard input
+    top: int = 5,
+    format: Literal["table", "csv", "json", "jsonl"] | None = None,
+    json: Annotated[bool, Parameter(negative="")] = False,
+    backend: str = "auto",
+    precision: str = "auto",
+    calibrate: Path | None = None,
+    device: str = "auto",
+) -> None:
+    """Classify images: the classes with the highest scores, for files, folders or standard input (-).
+
+    Example: `resnetlab predict runs/digits/model.safetensors three.png --top 3`
+
+    An image that cannot be read gives a line with the reason; the others are still predicted, and the exit code is 1.
+
+    Parameters
+    ----------
+    model
+        A model file, or a published name such as torchvision:resnet50.IMAGENET1K_V2.
+    images
+        Images, folders of images (of any number: they stream), or - for one image on standard input.
+    top
+        How many classes to show for each image.
+    format
+        table, csv (one line for each image and rank), json (one document) or jsonl (one JSON object a line).
+    json
+        The same as --format json.
+    backend
+        torch, onnxruntime or openvino; auto takes the fastest installed one that agrees with torch on the model's check
+        images, or torch in fp32 for at most 64 images. It is reported on standard error.
+    precision
+        fp32, bf16 or int8; auto is bf16 if the hardware supports it and the backend agrees, else fp32.
+    calibrate
+        A folder of images to calibrate int8 on, instead of the training images in the model file.
+    device
+        cpu, cuda, cuda:1, … ; auto takes a GPU if there is one. On a GPU the backend is torch.
+    """
+    from resnetlab.inference.backends import check_backend_request
+    from resnetlab.inference.predict import load
+
+    if options := [image for image in images if image.startswith("-") and image != "-"]:
+        raise UsageError(f"unknown option {options[0]}; `resnetlab predict --help` lists the options.")
+    if not images:
+        raise UsageError("predict needs images: files, folders, or - for standard input.")
+    if not all(image.strip() for image in images):
+        raise UsageError(
+            "the name of an image is empty; give a file, a folder (. is this one), or - for standard input."
+        )
+    if images.count("-") > 1:
+        raise UsageError("- stands for one image on standard input; give it once.")
+    if top < 1:
+        raise UsageError(f"--top must be 1 or more, not {top}.")
+    if json and format not in (None, "json"):
+        raise UsageError(f"--json and --format {format} contradict each other; give one of them.")
+    check_backend_request(backend, precision)
+    if calibrate is not None and not calibrate.is_dir():
+        raise DataError(f"{calibrate} is not a folder; --calibrate takes a folder of images.")
+    loaded = load(model, device=device)
+    inputs = _expand_inputs(images)
+    first = list(islice(inputs, FEW_IMAGES + 1))
+    console.log(f"backend: {_select_model_backend(loaded, backend, precision, calibrate, first)}")
+    with console.ProgressBar("images") as bar:
+        predictions = loaded.named_predictions(chain(first, inputs), top=top)
+        if len(first) > FEW_IMAGES:
+            predictions = _with_progress(predictions, bar)
+        done, failed, reason = _print_predictions(predictions, "json" if json else format or "table")
+    if failed:
+        raise DataError(f"{failed:,} of {done:,} images could not be read. The first: {reason}")
+
+
+def _expand_inputs(images: Sequence[str]) -> Iterator[tuple[str, ImageInput | DataError]]:
+    """Yields (name, image or error) of all inputs; folders are listed lazily."""
+    from resnetlab.data.decode import list_images
+
+    for image in images:
+        if image == "-":
+            yield image, sys.stdin.buffer.read()
+            continue
+        for found in list_images(Path(image)):
+            yield (image if isinstance(found, DataError) else str(found)), found
+
+
+def _select_model_backend(
+    model: Model,
+    backend: str,
+    precision: str,
+    calibrate: Path | None,
+    first: Sequence[tuple[str, ImageInput | DataError]],
+) -> str:
+    """Selects the model's backend and returns its description; `first` are the first images."""
+    from resnetlab.data.decode import find_image_files
+
+    few = len(first) <= FEW_IMAGES and model.device_config.device.type == "cpu"
+    if backend == "auto" and few and precision != "int8":
+        precision = "fp32" if precision == "auto" else precision
+        model.select_backend("torch", precision)
+        return f"torch {precision} (for {FEW_IMAGES} images or fewer building another takes longer than it saves)"
+    images = [image for _, image in first[:16] if not isinstance(image, DataError)]
+    calibration = list(islice(find_image_files([calibrate]), 256)) if calibrate is not None else ()
+    return model.select_backend(backend, precision, images, calibration)
+
+
+def _with_progress(predictions: Iterator[Prediction], bar: console.ProgressBar) -> Iterator[Prediction]:
+    for done, prediction in enumerate(predictions, 1):
+        if done % 64 == 0:
+            bar.update(done, None)
+        yield prediction
+
+
+def _print_predictions(predictions: Iterator[Prediction], format: str) -> tuple[int, int, str | None]:
+    """Prints predictions as they come; returns their number, the number of errors, and the first error."""
+    done = failed = 0
+    reason = None
+    write, end = {"table": _table_writer, "csv": _csv_writer, "json": _json_writer, "jsonl": _jsonl_writer}[format]()
+    for p in predictions:
+        done += 1
+        if p.error is not None:
+            failed, reason = failed + 1, reason or p.error
+        write(p)
+        if done % 64 == 0:
+            sys.stdout.flush()
+    end()
+    return done, failed, reason
+
+
+Writer = tuple["Callable[[Prediction], object]", Callable[[], object]]  # writes a prediction; ends the output
+
+
+def _csv_writer() -> Writer:
+    writer = csv.writer(sys.stdout)
+    writer.writerow(("image", "rank", "class", "score", "error"))
+
+    def write(p: Prediction) -> None:
+        rows = (
+            [(p.name, "", "", "", p.error)] if p.error else [(p.name, i, c, s, "") for i, (c, s) in enumerate(p.top, 1)]
+        )
+        writer.writerows(rows)
+
+    return write, lambda: None
+
+
+def _json_writer() -> Writer:
+    from json import dumps
+
+    separator = '{\n  "predictions": ['
+
+    def write(p: Prediction) -> None:
+        nonlocal separator
+        print(f"{separator}\n    {dumps(p.to_json(), allow_nan=False)}", end="")
+        separator = ","
+
+    return write, lambda: print("\n  ]\n}" if separator == "," else separator + "]\n}")
+
+
+def _jsonl_writer() -> Writer:
+    from json import dumps
+
+    return lambda p: print(dumps(p.to_json(), allow_nan=False)), lambda: None
+
+
+def _table_writer() -> Writer:
+    """The first hundred rows determine the column widths; later ones are printed as they come."""
+    rows: list[tuple[str, str]] = []
+    width = 0
+
+    def begin() -> None:
+        nonlocal width
+        width = max((len(name) for name, _ in rows), default=0)
+        console.print_table("", ("image", "classes and scores"), rows)
+
+    def write(p: Prediction) -> None:
+        row = (p.name, p.error or "  ".join(f"{name} {score:.1%}" for name, score in p.top))
+        if width:
+            print(f"{row[0]:<{width}}  {row[1]}")
+            return
+        rows.append(row)
+        if len(rows) == 100:
+            begin()
+
+    return write, lambda: None if width else begin()

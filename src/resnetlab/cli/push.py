@@ -1,0 +1,45 @@
+"""`resnetlab push`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from resnetlab.errors import UsageError
+
+
+def push(
+    model: Path,
+    to: str,
+    /,
+    *,
+    private: Annotated[bool, Parameter(negative="")] = False,
+) -> None:
+    """Upload a model file, with a card written from its metadata, to the Hugging Face hub or into a folder.
+
+    Example: `resnetlab push runs/photos/model.safetensors hf:me/flowers`
+
+    The name can then be used like a model file: `resnetlab predict hf:me/flowers image.jpg`. Uploading needs the extra `hub`.
+
+    Parameters
+    ----------
+    model
+        A model file.
+    to
+        hf:OWNER/NAME, or a folder to review first.
+    private
+        Create a private repository.
+    """
+    from resnetlab.inference import hub
+    from resnetlab.models.model_file import load_trained_model
+
+    trained = load_trained_model(model)
+    if to.startswith("hf:"):
+        print(hub.push_to_hub(trained, to.removeprefix("hf:"), private))
+        return
+    if private:
+        raise UsageError("--private is for the hub: give hf:OWNER/NAME.")
+    hub.save_pretrained(trained, Path(to))
+    print(Path(to) / "README.md")

@@ -1,0 +1,145 @@
+"""`resnetlab study`."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Parameter
+
+from resnetlab.cli import console
+
+if TYPE_CHECKING:
+    from resnetlab.studies.setting import Setting
+    from resnetlab.studies.study import StudyOutput
+
+
+def study(
+    name: str | None = None,
+    /,
+    *,
+    data: str = "digits",
+    budget: str = "quick",
+    seeds: int | None = None,
+    depths: Annotated[str | None, Parameter(help="Depths of the networks, separated by commas, such as 20,56.")] = None,
+    steps: int | None = None,
+    yes: Annotated[bool, Parameter(negative="")] = False,
+    data_dir: Path = Path("data"),
+    device: str = "auto",
+    out: Path | None = None,
+    json: Annotated[bool, Parameter(negative="")] = False,
+) -> None:
+    """Repeat one of the papers' experiments: its runs, a table beside the paper's numbers, figures, and a verdict.
+
+    Without a name: the list of studies, each with its question and its cost here. `all` makes them all, in one report.
+    Runs are kept in runs/studies and reused by every study that needs them; a study that was stopped is resumed.
+
+    Example: `resnetlab study degradation --data cifar10 --budget quick --seeds 3 --data-dir data`
+
+    Parameters
+    ----------
+    name
+        A study, or all.
+    data
+        digits, cifar10, cifar100, or a folder of class folders.
+    budget
+        smoke (does it run), quick (a first look) or paper (the paper's own length); the cost is reported before it starts.
+    seeds
+        Runs of each network; by default 1, 3 and 5 for the three budgets.
+    steps
+        Length of each run, in place of the budget's.
+    yes
+        Start even if it takes more than a day.
+    data_dir
+        Folder of the archives.
+    device
+        cpu, cuda, cuda:1, …; several networks learn at once, one on each core or several on each GPU.
+    out
+        Folder for report.html, rows.csv and rows.json; by default runs/study-NAME-DATA-BUDGET.
+    json
+        Print the rows as one JSON document.
+    """
+    from resnetlab.data import sources
+    from resnetlab.studies import catalogue, report
+    from resnetlab.studies.setting import SEEDS, Setting
+    from resnetlab.studies.study import Callbacks, run_studies
+
+    num_seeds = SEEDS.get(budget, 1) if seeds is None else seeds
+    setting = Setting(data, data_dir, budget, num_seeds, _parse_depths(depths), device, steps)
+    if name is None:
+        return _print_catalogue(setting, json)
+    studies = catalogue.select_studies(name)
+    with console.ProgressBar(f"study {name}") as bar:
+        outputs = run_studies(studies, setting, yes=yes, callbacks=Callbacks(console.log, bar.update, bar.update))
+    folder = out or Path("runs") / f"study-{name}-{sources.short_name(data)}-{f'{steps}-steps' if steps else budget}"
+    command = shlex.join(["resnetlab", *sys.argv[1:]])
+    report.write_study(outputs, folder, command)
+    console.log(f"report: {folder / 'report.html'}")
+    if json:
+        rows = [row for output in outputs for row in output.rows]
+        return console.print_json({"report": str(folder / "report.html"), "rows": rows})
+    return _print_studies(outputs)
+
+
+def _parse_depths(text: str | None) -> tuple[int, ...]:
+    from resnetlab.models.spec import parse_value
+
+    return () if text is None else tuple(parse_value("--depths", text, "tuple[int, ...]"))
+
+
+def _print_studies(outputs: list[StudyOutput]) -> None:
+    """Prints the tables and verdicts."""
+    from resnetlab.studies.report import describe_study_budget, format_budget, format_figure
+
+    for output in outputs:
+        rows = [
+            (
+                row["what"],
+                row["figure"],
+                format_figure(row["mean"], row["unit"])
+                + (f" ± {format_figure(row['sd'], row['unit'])}" if row["sd"] is not None else ""),
+                str(row["n"]),
+                _format_paper(row, format_figure),
+                format_budget(row["budget"]),
+                row["verdict"],
+            )
+            for row in output.rows
+        ]
+        columns = ("what", "figure", "mean ± sd", "n", "paper", "budget", "verdict")
+        console.print_table(output.study.name, columns, rows, right=(2, 3))
+        print()
+        print(output.result.answer, output.result.details)
+        if output.outcomes:
+            seeds = output.setting.seeds
+            print(f"Budget: {describe_study_budget(output.setting)}, {seeds} seed{'s' * (seeds > 1)}.")
+        print()
+
+
+def _format_paper(row: dict[str, Any], format_figure: Callable[[float | None, str], str]) -> str:
+    """The paper's number and its table."""
+    if row["paper"] is None:
+        return row["paper_source"] or ""
+    return f"{format_figure(row['paper'], row['unit'])}, {row['paper_source']}"
+
+
+def _print_catalogue(setting: Setting, json: bool) -> None:
+    """Prints the studies and their costs."""
+    from resnetlab.studies.catalogue import estimate_costs
+    from resnetlab.studies.study import format_estimate
+
+    rows = estimate_costs(setting)
+    if json:
+        return console.print_json({"rows": rows})
+    columns = ("study", "question", "in the papers", "quick", "paper")
+    cells = []
+    for row in rows:
+        times = (format_estimate(row["seconds"][budget]) for budget in ("quick", "paper"))
+        cells.append((row["study"], row["question"], row["place"], *times))
+    console.print_table("", columns, cells, right=(3, 4))
+    print(
+        f"\nTimes are for {setting.data} on this machine, from a few timed steps, without the runs that are finished."
+    )
+    return None

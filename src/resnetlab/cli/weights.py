@@ -1,0 +1,182 @@
+"""`resnetlab import` and `resnetlab export`: weights from and for other programs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from resnetlab.cli import console
+from resnetlab.errors import UsageError
+
+
+def import_(
+    file: str,
+    /,
+    *,
+    out: Path = Path("model.safetensors"),
+    source: str | None = None,
+    classes: str | None = None,
+    mean: str | None = None,
+    std: str | None = None,
+    image_size: int | None = None,
+    eval_resize: int | None = None,
+    interpolation: str | None = None,
+    channel_order: str = "rgb",
+    set_: Annotated[tuple[str, ...], Parameter(name="--set", negative="", consume_multiple=False)] = (),
+    key: str | None = None,
+    json: Annotated[bool, Parameter(negative="")] = False,
+) -> None:
+    """Convert published weights to a model file; what the weights do not contain must be given or known from their source.
+
+    Example: `resnetlab import resnet20.th --classes cifar10 --mean 0.49,0.48,0.45 --std 0.25,0.24,0.26 --out model.safetensors`
+
+    Parameters
+    ----------
+    file
+        A weight file (.pth, .pt, .th, .safetensors, .npz), or a published name to download: torchvision:resnet50.IMAGENET1K_V2,
+        timm:resnet50.a1_in1k, hf:OWNER/REPOSITORY. The options then replace the publisher's values.
+    out
+        The model file to write.
+    source
+        The publisher: torchvision, timm with the network's name (timm:resnet50), caffe (the paper's authors) or akamaster.
+    classes
+        Names in the order of the outputs: a data set (digits, cifar10, cifar100, imagenet), a file, one per line, or a list.
+    mean
+        Mean of the images, in units of [0, 1], one number per channel, in the order of --channel-order.
+    std
+        Standard deviation, likewise.
+    image_size
+        Side of the input in pixels; 32 or 224 by default.
+    eval_resize
+        Shorter side before the centre crop, in pixels; by default the same (CIFAR nets) or 256 for 224.
+    interpolation
+        Of that resize: bilinear or bicubic.
+    channel_order
+        Channel order that the weights were trained on: rgb or bgr. Weights, --mean and --std are converted to RGB.
+    set_
+        One value of the network's specification, key=value, such as stride_in=3x3 or zero_pad=centre.
+    key
+        Which state dict to read from a file with several, such as model_ema.
+    json
+        Print specification, classes and preprocessing as one JSON document.
+    """
+    from resnetlab.inference.download import download_model, get_scheme
+    from resnetlab.inference.import_model import ImportOptions, import_weights
+
+    given = ImportOptions(
+        source=source,
+        classes=classes,
+        mean=_parse_channel_values("mean", mean),
+        std=_parse_channel_values("std", std),
+        image_size=image_size,
+        eval_resize=eval_resize,
+        interpolation=interpolation,
+        channel_order=channel_order,
+        changes=console.parse_pairs(set_),
+        key=key,
+    )
+    model, notes = download_model(file, given) if get_scheme(file) else import_weights(Path(file), given)
+    for note in notes:
+        console.log(note)
+    model.save(out)
+    document = {
+        "model": str(out),
+        "specification": model.spec.to_json(),
+        "classes": list(model.classes),
+        "preprocessing": model.preprocessing.to_json(),
+        "notes": notes,
+    }
+    if json:
+        return console.print_json(document)
+    for name, value in model.spec.to_json().items():
+        print(f"{name:<18} {value}")
+    preprocessing = model.preprocessing.to_json()
+    for name in ("mean", "std"):
+        preprocessing[name] = preprocessing[name] and ",".join(f"{value:g}" for value in preprocessing[name])
+    print(f"{'preprocessing':<18} {', '.join(f'{name} {value}' for name, value in preprocessing.items())}")
+    print(f"{'model':<18} {out}")
+    return None
+
+
+def _parse_channel_values(key: str, text: str | None) -> list[float] | None:
+    try:
+        return None if text is None else [float(part) for part in text.split(",")]
+    except ValueError:
+        raise UsageError(f"--{key} takes comma-separated numbers, such as 0.49,0.48,0.45, not {text!r}.") from None
+
+
+def export(
+    model: str,
+    /,
+    *,
+    to: str,
+    out: Path | None = None,
+    precision: str = "fp32",
+    data: str | None = None,
+    images: Path | None = None,
+    data_dir: Path = Path("data"),
+    json: Annotated[bool, Parameter(negative="")] = False,
+) -> None:
+    """Write a model for other programs: ONNX, torch.export or OpenVINO, checked on real images; or torchvision's weights.
+
+    Example: `resnetlab export runs/digits/model.safetensors --to onnx --out digits.onnx`
+
+    The file takes uint8 images (batch, height, width, channels) of any size and returns calibrated scores; see FILE.json.
+    It is compared with the network on real images, in batches of 1 and 7; FILE.parity.json has the result. Beyond the bound
+    (fp32: a score differs by 0.001, or another best class; int8: by 0.3, or another best class on more than 10 %) no file is
+    written, and the exit code is 1.
+
+    Parameters
+    ----------
+    model
+        A model file, or a published name such as torchvision:resnet50.IMAGENET1K_V2.
+    to
+        onnx, torch (.pt2) or openvino; or torchvision: a state_dict under its names, which torchvision and timm load.
+    out
+        The file to write; by default the model's name with .onnx, .pt2, .xml or .pth (also .safetensors).
+    precision
+        fp32 or int8 (onnx, openvino). int8 is calibrated on other images than those of the check.
+    data
+        A data set: its evaluated split is for the check, its training split for int8; by default images in the model file.
+    images
+        A folder of images for the same: every second one is for int8, the others for the check.
+    data_dir
+        Folder of the data sets' archives.
+    json
+        Print the parity report as one JSON document.
+    """
+    from resnetlab.inference.download import get_scheme, load_or_download
+
+    suffixes = {"onnx": ".onnx", "torch": ".pt2", "openvino": ".xml"}
+    if data is not None and images is not None:
+        raise UsageError("give --data or --images, not both.")
+    stem = Path(model.split(":")[1].replace("/", "-")) if get_scheme(model) else Path(model).with_suffix("")
+    out = out or stem.with_name(stem.name + suffixes.get(to, ".pth"))
+    if to not in suffixes:
+        from resnetlab.inference.state_dict_export import export_state_dict
+
+        if json or precision != "fp32" or data is not None or images is not None:
+            raise UsageError(
+                f"--to {to} takes only --out; --precision, --data, --images and --json are for the other formats."
+            )
+        for note in export_state_dict(load_or_download(model), to, out):
+            console.log(f"resnetlab: note: {note}")
+        print(out)
+        return None
+    from resnetlab.inference.export import check_export_request, export_model
+    from resnetlab.inference.export_images import load_export_images
+
+    check_export_request(to, precision, out)
+    trained = load_or_download(model)
+    check_images, calibration_images = load_export_images(trained, data, images, data_dir)
+    parity = export_model(trained, to, precision, out, check_images, calibration_images)
+    if json:
+        return console.print_json({"model": model, "file": str(out), "to": to, **parity.to_json()})
+    print(f"{out}: {parity.agreement}, on {parity.n} images, with the network in torch fp32")
+    for size, seconds in parity.seconds.items():
+        eager = parity.torch_seconds[size]
+        ratio = eager / seconds
+        print(f"batch {size}: {1e3 * seconds:.2f} ms; torch fp32 {1e3 * eager:.2f} ms, {ratio:.2f} times as long")
+    return None

@@ -1,0 +1,115 @@
+"""Images with boxes or masks, divided into splits, and the check that rejects invalid annotations."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, Protocol, TypeVar
+
+from resnetlab.data.disk_split import ON_BAD
+from resnetlab.errors import DataError, unknown_name_error
+from resnetlab.random import seed_for
+
+HELD_OUT_FRACTION = 0.2  # of data without a split to evaluate on
+
+
+class AnnotatedItem(Protocol):
+    """An image with its annotation."""
+
+    @property
+    def name(self) -> str:
+        """The image file's path inside the data's folder."""
+
+    def update_hash(self, digest: Any) -> None:
+        """Adds the annotation to a hash."""
+
+
+P = TypeVar("P", bound=AnnotatedItem)
+
+
+@dataclass(frozen=True)
+class AnnotatedDataset(Generic[P]):
+    """Annotated images that share their classes.
+
+    Attributes:
+        evaluated_split: the name of `test`: "test", "val", or "held-out" if it was drawn from all images.
+        val: evaluated while training; may be empty.
+        skipped: name -> reason, of what was left out.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    train: tuple[P, ...]
+    val: tuple[P, ...]
+    test: tuple[P, ...]
+    evaluated_split: str
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of classes, names and annotations, the first 16 hex digits."""
+        digest = hashlib.sha256("\n".join(self.classes).encode(errors="surrogateescape"))
+        for split in (self.train, self.val, self.test):
+            for image in split:
+                digest.update(image.name.encode(errors="surrogateescape"))
+                image.update_hash(digest)
+        return digest.hexdigest()[:16]
+
+    @property
+    def splits(self) -> dict[str, tuple[P, ...]]:
+        """The splits that are not empty, by the names that people give."""
+        return {k: v for k, v in {"train": self.train, "val": self.val, self.evaluated_split: self.test}.items() if v}
+
+
+def arrange_annotated_splits(
+    name: str, classes: tuple[str, ...], splits: dict[str, list[P]], skipped: dict[str, str]
+) -> AnnotatedDataset[P]:
+    """The data set of splits named "train", "val", "test", "trainval", or "" for images without a split.
+
+    Where there is no split to evaluate on, a fifth of the images is held out, chosen by name.
+    """
+    if "trainval" in splits and "test" in splits:  # 2015, appendix A: trained on both, evaluated on test
+        return AnnotatedDataset(name, classes, tuple(splits["trainval"]), (), tuple(splits["test"]), "test", skipped)
+    if "train" not in splits and (only := splits.get("", splits.get("trainval"))) is not None:
+        train, test = hold_out_images(only, max(1, round(HELD_OUT_FRACTION * len(only))))
+        return AnnotatedDataset(name, classes, train, (), test, "held-out", skipped)
+    evaluated = next((split for split in ("test", "val") if split in splits), None)
+    if evaluated is None:
+        return arrange_annotated_splits(name, classes, {"": splits["train"]}, skipped)
+    train, test = tuple(splits.get("train", [])), tuple(splits[evaluated])
+    val = tuple(splits.get("val", [])) if evaluated == "test" else ()
+    return AnnotatedDataset(name, classes, train, val, test, evaluated, skipped)
+
+
+def hold_out_images(images: Sequence[P], count: int) -> tuple[tuple[P, ...], tuple[P, ...]]:
+    """(rest, held out): `count` images chosen by a hash of their names, the same on every machine.
+
+    Raises DataError if nothing would be left.
+    """
+    if not 0 < count < len(images):
+        raise DataError(f"cannot hold out {count:,} of {len(images):,} images; hold out fewer, or give more.")
+    chosen = set(sorted(range(len(images)), key=lambda i: seed_for(0, "held-out", images[i].name))[:count])
+    return (
+        tuple(p for i, p in enumerate(images) if i not in chosen),
+        tuple(p for i, p in enumerate(images) if i in chosen),
+    )
+
+
+@dataclass
+class AnnotationChecker:
+    """Handles invalid boxes, masks and images: stops at them, or leaves them out and lists them."""
+
+    on_bad: str
+    option: str = "--on-bad-box"
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.on_bad not in ON_BAD:
+            raise unknown_name_error(self.option.strip("-").replace("-", "_"), self.on_bad, ON_BAD)
+
+    def reject(self, what: str, why: str) -> None:
+        """Raises DataError, or lists it as skipped; `what` names the file, and the place in it."""
+        if self.on_bad == "stop":
+            raise DataError(f"{what}: {why}; fix it, or go on without it: {self.option} skip.")
+        self.skipped[what] = why

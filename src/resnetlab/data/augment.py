@@ -1,0 +1,138 @@
+"""Augmentation of whole batches, a function of (seed, step, position): pad, random crop, flip (2015 §4.2), colour, erasing."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from resnetlab.device import to_device
+from resnetlab.errors import UsageError, unknown_name_error
+from resnetlab.preprocessing import Preprocessing
+from resnetlab.random import make_generator
+
+PADDINGS = ("mean", "black")
+# Principal components of RGB values in ImageNet (AlexNet, fb.resnet.torch): rows are R, G, B in [0, 1].
+PCA_VECTORS = ((-0.5675, 0.7192, 0.4009), (-0.5808, -0.0045, -0.8140), (-0.5836, -0.6948, 0.4203))
+PCA_VALUES = (0.2175, 0.0188, 0.0045)
+# Random erasing's share of the image's area and ratio of height to width, as in torchvision.
+ERASED_AREA, ERASED_RATIO, ERASING_TRIES = (0.02, 0.33), (0.3, 3.3), 10
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Settings of the augmentation.
+
+    Attributes:
+        pad: pixels added on each side before a crop of the original size is taken; 0 does not crop.
+        pad_with: "mean" (zeros after the mean is subtracted) or "black" (zeros before); the paper does not specify it.
+        flip: mirror half of the images.
+        colour: add to every pixel of an image a mixture of the principal components of RGB, with weights N(0, 0.1) times
+            their eigenvalues (AlexNet's colour augmentation; 2015 §3.4).
+        trivial_augment: one random operation per image (data.trivial_augment); the loader applies it, image by image.
+        erasing: share of images in which a random rectangle is replaced by the mean (Zhong et al. 2020, arXiv 1708.04896).
+    """
+
+    pad: int = 0
+    pad_with: str = "mean"
+    flip: bool = False
+    colour: bool = False
+    trivial_augment: bool = False
+    erasing: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.pad_with not in PADDINGS:
+            raise unknown_name_error("pad_with", self.pad_with, PADDINGS)
+        if not 0 <= self.erasing <= 1:
+            raise UsageError(f"erasing must be a share of images from 0 to 1, not {self.erasing}.")
+
+    def __call__(
+        self,
+        pixels: Tensor,
+        preprocessing: Preprocessing,
+        seed: int,
+        step: int,
+        positions: tuple[Tensor, int] | None = None,
+    ) -> Tensor:
+        """uint8 (B, h, w, C) -> float32 (B, C, h, w), channels last, augmented and normalised.
+
+        Args:
+            positions: (int64 (B,), size) if these are only some of the step's `size` images; each gets the augmentation that
+                it gets among all of them.
+        """
+        _, h, w, channels = pixels.shape
+        own, b = positions or (slice(None), len(pixels))
+        draw = make_generator(seed, "augment", step)
+        shifts = torch.randint(2 * self.pad + 1, (2, b), generator=draw)[:, own]
+        flips = (torch.rand(b, generator=draw) < 0.5 if self.flip else torch.zeros(b, dtype=torch.bool))[own]
+        x = self._crop_and_flip(pixels, preprocessing, shifts, flips)
+        if self.colour:
+            if channels != 3:
+                raise UsageError("colour=true needs images of three channels; set colour=false.")
+            weights = 0.1 * torch.randn(b, 3, generator=draw) * torch.tensor(PCA_VALUES)
+            offset = weights @ torch.tensor(PCA_VECTORS).T / preprocessing.std  # of all images: a part must round alike
+            x = x + to_device(offset[own], x.device)[:, :, None, None]  # (B, 3, 1, 1)
+        if self.erasing:
+            erased = _draw_rectangles(b, h, w, self.erasing, make_generator(seed, "erase", step))[own]
+            x = x.masked_fill(to_device(erased, x.device)[:, None], 0)
+        return x
+
+    def _crop_and_flip(self, pixels: Tensor, preprocessing: Preprocessing, shifts: Tensor, flips: Tensor) -> Tensor:
+        """Pads, crops, mirrors and normalises; float32 (B, C, h, w)."""
+        if not self.pad:
+            if preprocessing.mean.ndim == 1 and pixels.device.type == "cpu":  # mirroring bytes is faster, and equal
+                flipped = [x.flip(1) if flip else x for x, flip in zip(pixels, flips.tolist(), strict=True)]
+                return preprocessing.normalise(flipped)
+            x = preprocessing.normalise(pixels)
+            mirrored = to_device(flips.nonzero().flatten(), x.device)
+            x[mirrored] = x[mirrored].flip(3)
+            return x
+        rows = _source_rows(
+            to_device(shifts, pixels.device), to_device(flips, pixels.device), pixels.shape[1:3], self.pad
+        )
+        if self.pad_with == "black":
+            return preprocessing.normalise(_gather_pixels(self._pad(pixels), rows))
+        x = preprocessing.normalise(pixels).permute(0, 2, 3, 1)  # (B, h, w, C)
+        return _gather_pixels(self._pad(x), rows).permute(0, 3, 1, 2)
+
+    def _pad(self, x: Tensor) -> Tensor:
+        return F.pad(x, (0, 0, self.pad, self.pad, self.pad, self.pad))
+
+
+def _draw_rectangles(b: int, h: int, w: int, share: float, draw: torch.Generator) -> Tensor:
+    """Random erasing's rectangles in a `share` of b images; bool (b, h, w)."""
+    chosen, y, x = torch.rand(3, b, 1, generator=draw)  # (b, 1) each
+    areas = h * w * (ERASED_AREA[0] + (ERASED_AREA[1] - ERASED_AREA[0]) * torch.rand(b, ERASING_TRIES, generator=draw))
+    low, high = (math.log(ratio) for ratio in ERASED_RATIO)
+    ratios = torch.exp(low + (high - low) * torch.rand(b, ERASING_TRIES, generator=draw))
+    heights, widths = (areas * ratios).sqrt().round(), (areas / ratios).sqrt().round()
+    fits = (heights < h) & (widths < w)
+    first = fits.int().argmax(1, keepdim=True)  # the first try that fits, as in torchvision
+    height, width = heights.gather(1, first), widths.gather(1, first)  # (b, 1)
+    top, left = (y * (h - height + 1)).floor(), (x * (w - width + 1)).floor()
+    rows, columns = torch.arange(h), torch.arange(w)
+    in_rows, in_columns = (rows >= top) & (rows < top + height), (columns >= left) & (columns < left + width)
+    chosen = fits.any(1, keepdim=True) & (chosen < share)
+    erased: Tensor = in_rows[:, :, None] & in_columns[:, None] & chosen.view(b, 1, 1)
+    return erased
+
+
+def _source_rows(shifts: Tensor, flips: Tensor, size: tuple[int, ...], pad: int) -> Tensor:
+    """For each output pixel, its row in the padded batch viewed as (B * H' * W', C); (B, h, w)."""
+    h, w = size
+    height, width = h + 2 * pad, w + 2 * pad
+    device = flips.device
+    columns = torch.arange(w, device=device).expand(len(flips), w)
+    columns = torch.where(flips[:, None], w - 1 - columns, columns) + shifts[1][:, None]  # (B, w)
+    rows = torch.arange(h, device=device) + shifts[0][:, None]  # (B, h)
+    first = torch.arange(len(flips), device=device) * height * width
+    return first[:, None, None] + rows[:, :, None] * width + columns[:, None, :]
+
+
+def _gather_pixels(x: Tensor, rows: Tensor) -> Tensor:
+    """(B, H', W', C) -> (B, h, w, C): one index_select over whole pixels, faster than B crops."""
+    channels = x.shape[-1]
+    return x.reshape(-1, channels).index_select(0, rows.flatten()).view(*rows.shape, channels)

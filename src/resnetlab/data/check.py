@@ -1,0 +1,370 @@
+"""Checks a data set: decodes every image in full and reports problems by file name.
+
+Memory holds less than a kilobyte per image, whatever its size. Kinds of problems:
+
+    unreadable       the file is missing, damaged, not an image, or implausibly large
+    suspicious       it can be read, but is damaged (for JPEGs only the extra `fast` finds that), tiny, very narrow, of one
+                     colour, has another format's suffix, or Pillow warns of it
+    duplicate        the same bytes as another image of the same split and class
+    near-duplicate   nearly the same image (resized, compressed again), likewise
+    conflict         the same or nearly the same image in another class
+    leak             the same or nearly the same image in another split
+    stray            an image beside the class folders
+    layout           the folder cannot be read as a data set at all
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from resnetlab.data.dataset import Dataset, Split
+from resnetlab.data.decode import decode, find_damage
+from resnetlab.data.disk_split import DiskSplit, FileSource
+from resnetlab.data.prefetch import prefetch
+from resnetlab.errors import DataError
+
+MIN_SIDE = 16  # pixels: an image with a smaller side is reported
+MAX_RATIO = 10  # of the longer to the shorter side: more is reported
+MIN_DEVIATION = 2.0  # grey levels: an image with less is of one colour
+GRADIENT_STEP = 4  # grey levels: a smaller step is noise, which compressing a plain border again changes
+THUMBNAIL_SIDE = 16  # pixels
+SUFFIXES = {
+    "JPEG": (".jpg", ".jpeg", ".jfif"),
+    "PNG": (".png",),
+    "GIF": (".gif",),
+    "WEBP": (".webp",),
+    "BMP": (".bmp",),
+}
+
+CHUNK = 32  # images that a worker checks at once
+MAX_DISTANCE = 8  # of 128 gradient bits: near copies differ in no more
+MIN_CORRELATION = 0.995  # of the thumbnails of near copies
+BLOCK = 2048  # images compared at once
+BANDS = MAX_DISTANCE + 1  # near copies agree in all bits of at least one of so many bands
+
+
+@dataclass(frozen=True)
+class ImageInfo:
+    """Properties of an image that can be read.
+
+    Attributes:
+        kind: format and mode of the file, "JPEG RGB".
+        size: (width, height) in pixels, upright.
+        content_hash: hash of the file's bytes (or of the pixels in memory).
+        gradient_bits: a 128-bit difference hash: where the image gets brighter, to the right and downwards, on a grid of
+            8 x 8; near copies differ in few bits. None for an image of one colour or of few pixels, which resembles many.
+        suspicious: what is suspicious, in words.
+        thumbnail: if there are gradient bits, the image in THUMBNAIL_SIDE x THUMBNAIL_SIDE grey levels, one byte each.
+    """
+
+    kind: str
+    size: tuple[int, int]
+    content_hash: bytes
+    gradient_bits: int | None
+    suspicious: tuple[str, ...] = ()
+    thumbnail: bytes = b""
+
+
+class Problem(NamedTuple):
+    """Something to fix."""
+
+    kind: str
+    file: str
+    detail: str
+
+
+class CheckedImage(NamedTuple):
+    """One image of the data set."""
+
+    split: str
+    name: str  # as in a quarantine list
+    file: str  # as in messages
+    label: str
+    info: ImageInfo | None
+
+
+@dataclass
+class CheckReport:
+    """The result of `check_dataset`.
+
+    Attributes:
+        images: how many were checked; `readable` of them could be read.
+        classes: split -> class -> how many images.
+        kinds: "JPEG RGB" -> how many.
+        shorter_sides: smallest, median and largest shorter side, in pixels; None if no image could be read.
+        quarantine: names of images to leave out of training: the unreadable ones, and of every group of copies all but one;
+            of copies in two splits the training images, of copies in two classes all training images.
+    """
+
+    data: str
+    images: int = 0
+    readable: int = 0
+    problems: list[Problem] = field(default_factory=list)
+    classes: dict[str, dict[str, int]] = field(default_factory=dict)
+    kinds: dict[str, int] = field(default_factory=dict)
+    shorter_sides: tuple[int, float, int] | None = None
+    quarantine: list[str] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        """A plain dictionary; keys as in docs/json.md."""
+        return {
+            "data": self.data,
+            "images": self.images,
+            "readable": self.readable,
+            "problems": [problem._asdict() for problem in self.problems],
+            "classes": self.classes,
+            "kinds": self.kinds,
+            "shorter_sides": list(self.shorter_sides) if self.shorter_sides else None,
+        }
+
+
+def check_dataset(
+    data: Dataset, workers: int = 0, on_progress: Callable[[int, int], None] = lambda done, total: None
+) -> CheckReport:
+    """Checks every image of a data set.
+
+    Args:
+        workers: processes that decode.
+        on_progress: called with the number of checked images and of all images.
+    """
+    splits = {name: split for name, split in data.splits.items() if name != "all"}
+    report = CheckReport(data.name, images=sum(map(len, splits.values())))
+    report.classes = {name: _count_classes(split, data.classes) for name, split in splits.items()}
+    readable, kinds, sides = [], Counter[str](), []
+    for image, problem in _check_images(splits, data.classes, workers):
+        if problem is not None:
+            report.problems.append(problem)
+            report.quarantine.append(image.name)
+        elif image.info is not None:
+            readable.append(image)
+            kinds[image.info.kind] += 1
+            sides.append(min(image.info.size))
+            report.problems += [Problem("suspicious", image.file, words) for words in image.info.suspicious]
+        on_progress(len(readable) + len(report.quarantine), report.images)
+    report.readable, report.kinds = len(readable), dict(kinds.most_common())
+    report.shorter_sides = (min(sides), median(sides), max(sides)) if sides else None
+    for first, second, near in find_copies(readable):
+        report.problems.append(_describe_copy(first, second, near))
+        report.quarantine += _names_to_quarantine(first, second)
+    report.quarantine = list(dict.fromkeys(report.quarantine))
+    return report
+
+
+def _count_classes(split: Split, classes: tuple[str, ...]) -> dict[str, int]:
+    counts = split.labels.bincount(minlength=len(classes)).tolist()
+    return dict(zip(classes, counts, strict=True))
+
+
+@dataclass(frozen=True, eq=False)
+class _ChunkCheck:
+    """Checks CHUNK images from an index on. Picklable, so that workers can run it."""
+
+    split: Split
+
+    def __call__(self, start: int) -> list[ImageInfo | str]:
+        return [self._check(i) for i in range(start, min(start + CHUNK, len(self.split)))]
+
+    def _check(self, i: int) -> ImageInfo | str:
+        if not isinstance(self.split, DiskSplit):
+            return check_pixels(self.split.read_images([i])[0])
+        index = int(self.split.indices[i])
+        try:
+            return check_file(self.split.source.read(index), self.split.source.display_name(index))
+        except DataError as error:
+            return str(error)
+
+
+def _check_images(
+    splits: dict[str, Split], classes: tuple[str, ...], workers: int
+) -> Iterator[tuple[CheckedImage, Problem | None]]:
+    """Yields every image, with a problem if it cannot be read."""
+    for name, split in splits.items():
+        starts = range(0, len(split), CHUNK)
+        names, labels = split.names, split.labels.tolist()
+        results = (result for chunk in prefetch(_ChunkCheck(split), starts, workers) for result in chunk)
+        for i, result in enumerate(results):
+            file = split.source.display_name(int(split.indices[i])) if isinstance(split, DiskSplit) else names[i]
+            info = result if isinstance(result, ImageInfo) else None
+            image = CheckedImage(name, names[i], file, classes[labels[i]], info)
+            yield image, Problem("unreadable", file, result) if isinstance(result, str) else None
+
+
+def check_file(content: bytes, name: str) -> ImageInfo:
+    """Decodes an encoded image in full; raises DataError if it cannot be read."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        image = decode(content, name)
+        try:
+            with Image.open(io.BytesIO(content)) as header:
+                kind, mode = header.format or "?", header.mode
+                header.getexif()
+        except Exception as error:  # the pixels are intact, but the metadata are not
+            raise DataError(f"{name} is damaged: {error}") from error
+    suspicious = [
+        f"Pillow says: {str(w.message).strip()}" for w in caught if not issubclass(w.category, DeprecationWarning)
+    ]
+    if (damage := find_damage(content, kind)) is not None:
+        suspicious.append(f"it is damaged, though it can be read: {damage}")
+    suffix = os.path.splitext(name)[1].lower()
+    if kind in SUFFIXES and suffix and suffix not in SUFFIXES[kind]:
+        suspicious.append(f"it is a {kind} file but is called {suffix}")
+    return _describe_image(image, f"{kind} {mode}", content, suspicious)
+
+
+def check_pixels(pixels: Tensor) -> ImageInfo:
+    """Checks a decoded image, uint8 (H, W, C)."""
+    array = np.ascontiguousarray(pixels.squeeze(-1).numpy())
+    image = Image.fromarray(array)
+    return _describe_image(image, f"pixels {image.mode}", array.tobytes(), [])
+
+
+def _describe_image(image: Image.Image, kind: str, content: bytes, suspicious: list[str]) -> ImageInfo:
+    width, height = image.size
+    content_hash = hashlib.blake2b(content, digest_size=16).digest()
+    if min(width, height) < MIN_SIDE and not kind.startswith("pixels"):
+        suspicious.append(f"it is tiny: {width}x{height} pixels")
+    if max(width, height) > MAX_RATIO * min(width, height):
+        suspicious.append(f"it is very narrow: {width}x{height} pixels")
+    if min(width, height) < MIN_SIDE:  # too few pixels to distinguish similarity from chance
+        return ImageInfo(kind, image.size, content_hash, None, tuple(suspicious))
+    grey = image.convert("L")
+    across = np.asarray(grey.resize((9, 8), Image.Resampling.BOX), dtype=np.int16)
+    down = np.asarray(grey.resize((8, 9), Image.Resampling.BOX), dtype=np.int16)
+    if across.std() < MIN_DEVIATION:
+        if np.asarray(grey).std() < MIN_DEVIATION:
+            suspicious.append("it is of one colour")
+        return ImageInfo(kind, image.size, content_hash, None, tuple(suspicious))
+    bits = np.concatenate([(np.diff(across) > GRADIENT_STEP).ravel(), (np.diff(down, axis=0) > GRADIENT_STEP).ravel()])
+    gradient_bits = int.from_bytes(np.packbits(bits).tobytes(), "big")
+    thumbnail = grey.resize((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.BOX).tobytes()
+    return ImageInfo(kind, image.size, content_hash, gradient_bits, tuple(suspicious), thumbnail)
+
+
+def find_copies(images: list[CheckedImage]) -> Iterator[tuple[CheckedImage, CheckedImage, bool]]:
+    """Yields (first, copy, whether only nearly) of images that show the same: each copy once, with the first of its group."""
+    first_with: dict[bytes, CheckedImage] = {}
+    hashed: list[CheckedImage] = []
+    infos: list[ImageInfo] = []
+    for image in images:
+        assert image.info is not None
+        if (first := first_with.setdefault(image.info.content_hash, image)) is not image:
+            yield first, image, False
+        elif image.info.gradient_bits is not None:
+            hashed.append(image)
+            infos.append(image.info)
+    firsts = find_near_copies([info.gradient_bits or 0 for info in infos], [info.thumbnail for info in infos])
+    for i, first_index in enumerate(firsts.tolist()):
+        if first_index != i:
+            yield hashed[first_index], hashed[i], True
+
+
+def find_near_copies(gradient_bits: Sequence[int], thumbnails: Sequence[bytes]) -> NDArray[np.int64]:
+    """For each image the index of the first that is nearly the same, int64 (N,): its own index if there is no other.
+
+    Two are nearly the same if at most MAX_DISTANCE of their 128 gradient bits differ and their thumbnails correlate: the bits
+    alone are no proof, since a shared background makes most of them equal. Only images that agree in a whole band of bits are
+    compared; the most informative bits are distributed over all bands, so that none consists of background.
+    """
+    first = np.arange(len(gradient_bits))
+    if not len(gradient_bits):
+        return first
+    packed = np.frombuffer(b"".join(s.to_bytes(16, "big") for s in gradient_bits), np.uint8).reshape(-1, 16)
+    bits = np.unpackbits(packed, axis=1)
+    halves = np.array([(b >> 64, b & (2**64 - 1)) for b in gradient_bits], dtype=np.uint64)
+    pixels = np.frombuffer(b"".join(thumbnails), np.uint8).reshape(len(gradient_bits), -1)
+    by_information = np.argsort(np.abs(bits.mean(0) - 0.5), kind="stable")
+    for band in range(BANDS):
+        keys = np.packbits(bits[:, by_information[band::BANDS]], axis=1)  # (N, 2)
+        number = keys.astype(np.int64) @ (256 ** np.arange(keys.shape[1]))
+        order = np.argsort(number, kind="stable")  # indices stay ascending within a group
+        for group in np.split(order, np.flatnonzero(np.diff(number[order])) + 1):
+            for start in range(0, len(group), BLOCK):
+                later = group[start : start + BLOCK]
+                for before in range(0, start + 1, BLOCK):
+                    earlier = group[before : before + BLOCK]
+                    np.minimum.at(first, *_near_pairs(later, earlier, pixels, halves))
+    return first
+
+
+def _near_pairs(
+    later: NDArray[np.int64], earlier: NDArray[np.int64], pixels: NDArray[np.uint8], halves: NDArray[np.uint64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Indices of near copies among `later`, and for each the index of an image among `earlier` that it is a copy of."""
+    if len(later) == len(earlier) == 1 and later[0] == earlier[0]:
+        return later[:0], later[:0]
+    one, other = np.nonzero(_standardize(pixels[later]) @ _standardize(pixels[earlier]).T >= MIN_CORRELATION)
+    one, other = later[one], earlier[other]
+    near = (other < one) & (_count_bits(halves[one] ^ halves[other]).sum(1) <= MAX_DISTANCE)
+    return one[near], other[near]
+
+
+def _standardize(thumbnails: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Vectors of mean 0 and length 1, so that their products are correlations."""
+    x = thumbnails.astype(np.float32)
+    x -= x.mean(1, keepdims=True)
+    x /= np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-6)
+    return x
+
+
+def _count_bits(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """How many bits of each number are set."""
+    fives, threes = (np.uint64(0x1111111111111111 * n) for n in (5, 3))
+    x = x - (x >> np.uint64(1) & fives)
+    x = (x & threes) + (x >> np.uint64(2) & threes)
+    x = x + (x >> np.uint64(4)) & np.uint64(0x0F0F0F0F0F0F0F0F)
+    return (x * np.uint64(0x0101010101010101)) >> np.uint64(56)
+
+
+def _describe_copy(first: CheckedImage, second: CheckedImage, near: bool) -> Problem:
+    words = f"{'nearly ' if near else ''}the same image as {first.file}"
+    if first.split != second.split:
+        return Problem("leak", second.file, f"{words}, which is in {first.split}")
+    if first.label != second.label:
+        return Problem("conflict", second.file, f"{words}, which is of class {first.label}, not {second.label}")
+    return Problem("near-duplicate" if near else "duplicate", second.file, words)
+
+
+def _names_to_quarantine(first: CheckedImage, second: CheckedImage) -> list[str]:
+    """Which of two copies to leave out of training."""
+    both = first.split != second.split or first.label != second.label
+    return [image.name for image in ((first, second) if both else (second,)) if image.split == "train"]
+
+
+def find_unexpected_files(data: Dataset) -> list[Problem]:
+    """Images beside the class folders of a folder, and files inside them that may be images of an unsupported kind."""
+    from resnetlab.data import folder
+
+    split = data.train if len(data.train) else data.test
+    if not isinstance(split, DiskSplit) or not isinstance(split.source, FileSource):
+        return []
+    root = Path(data.name)
+    split_folders = folder.find_split_folders(root).values()
+    flat = {name for split in data.splits.values() for name in split.names if name.count(os.sep) == 1}
+    loose = [
+        os.path.join(place, name)
+        for place in dict.fromkeys([root, *split_folders])
+        for name in folder.find_loose_images(place)
+        if os.path.relpath(os.path.join(place, name), root) not in flat
+    ]
+    unsupported = [
+        os.path.join(place, name) for place in split_folders for name in folder.find_unsupported_files(place)
+    ]
+    kind = "it is of a kind that is not read, or has no suffix; save it as JPEG or PNG"
+    return [
+        *(Problem("stray", file, "it is beside the class folders and belongs to no class") for file in loose),
+        *(Problem("stray", file, kind) for file in unsupported),
+    ]

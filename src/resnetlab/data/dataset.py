@@ -1,0 +1,149 @@
+"""Data sets: splits of images with labels and names, and class names.
+
+Every split, in memory or on disk (data.disk_split), has `labels`, `names`, `len()`, `subset(indices)` and
+`read_images(indices)`: decoded images, uint8 (H, W, C), each at its own size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, Self
+
+import torch
+from torch import Tensor
+
+from resnetlab.errors import DataError
+from resnetlab.random import seed_for
+
+
+class Split(Protocol):
+    """A split: images with labels and names."""
+
+    @property
+    def labels(self) -> Tensor:
+        """int64 (N,), positions in the data set's `classes`."""
+
+    @property
+    def names(self) -> Sequence[str]:
+        """One per image: the file's path below the data set's folder, or "test/12"."""
+
+    def __len__(self) -> int: ...
+
+    def subset(self, indices: Tensor) -> Self:
+        """The images at `indices`, in that order."""
+
+    def with_labels(self, labels: Tensor) -> Self:
+        """The same images with other labels."""
+
+    def read_images(self, indices: Sequence[int]) -> list[Tensor]:
+        """Decoded images, uint8 (H, W, C), each at its own size; raises DataError for one that cannot be read."""
+
+    def update_hash(self, digest: Any) -> None:
+        """Updates a hash with the contents of the split."""
+
+
+@dataclass(frozen=True, eq=False)
+class MemorySplit:
+    """Images of one size, held in memory.
+
+    Attributes:
+        images: uint8 (N, H, W, C).
+        labels: int64 (N,), positions in the data set's `classes`.
+        name: prefix of the images' names: "test" gives "test/0", "test/1", …
+        indices: the images' numbers, int64 (N,); None counts from 0.
+    """
+
+    images: Tensor
+    labels: Tensor
+    name: str = "images"
+    indices: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def names(self) -> Sequence[str]:
+        numbers = range(len(self)) if self.indices is None else self.indices.tolist()
+        return [f"{self.name}/{i}" for i in numbers]
+
+    def subset(self, indices: Tensor) -> MemorySplit:
+        numbers = indices if self.indices is None else self.indices[indices]
+        return MemorySplit(self.images[indices], self.labels[indices], self.name, numbers)
+
+    def with_labels(self, labels: Tensor) -> MemorySplit:
+        return MemorySplit(self.images, labels, self.name, self.indices)
+
+    def read_images(self, indices: Sequence[int]) -> list[Tensor]:
+        return [self.images[i] for i in indices]
+
+    def update_hash(self, digest: Any) -> None:
+        digest.update(self.labels.numpy().tobytes())
+        digest.update(self.images.numpy().data)
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """Splits of the same classes for training, validation and testing.
+
+    Attributes:
+        train: empty if the data are for evaluation only.
+        test: evaluated once, at the end of a run.
+        val: evaluated while training; None if the data have no such split.
+        evaluated_split: the name of `test` in the source: "test", "val", or "held-out" if it was drawn from all images.
+        all_images: all images, if `test` was drawn from them.
+        fingerprint: SHA-256 of the classes and the contents of the splits, the first 16 hex digits.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    train: Split
+    test: Split
+    val: Split | None = None
+    evaluated_split: str = "test"
+    all_images: Split | None = None
+    fingerprint: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        digest = hashlib.sha256("\n".join(self.classes).encode(errors="surrogateescape"))
+        for split in (self.train, self.test, *([self.val] if self.val is not None else [])):
+            split.update_hash(digest)
+        object.__setattr__(self, "fingerprint", digest.hexdigest()[:16])
+
+    @property
+    def splits(self) -> dict[str, Split]:
+        """The splits that have images, by name."""
+        splits = {"train": self.train, "val": self.val, self.evaluated_split: self.test, "all": self.all_images}
+        return {name: split for name, split in splits.items() if split is not None and len(split)}
+
+
+def split_stratified(labels: Tensor, count: int, seed: int = 0, names: Sequence[str] = ()) -> tuple[Tensor, Tensor]:
+    """Splits positions into (rest, chosen), `count` chosen in proportion to the classes, the same on every machine.
+
+    Args:
+        labels: int64 (N,).
+        count: how many to choose, from 1 to N - 1.
+        seed: another seed chooses others.
+        names: if given, the choice depends on the images' names instead of their positions, so that adding an image
+            changes it little.
+
+    Returns:
+        Two ascending int64 tensors of positions.
+
+    Raises:
+        DataError: no image would be left.
+    """
+    n = len(labels)
+    if not 0 < count < n:
+        raise DataError(f"cannot hold out {count:,} of {n:,} images; hold out at least 1 and fewer than all.")
+    sizes = torch.bincount(labels)
+    quotas = sizes * count // n
+    remainders = sizes * count % n  # the largest remainders get one more, until `count` is reached
+    quotas[torch.argsort(remainders, descending=True, stable=True)[: count - int(quotas.sum())]] += 1
+    keys = torch.tensor([seed_for(seed, "stratified", names[i] if names else i) for i in range(n)])
+    shuffled = torch.argsort(keys)
+    chosen = [shuffled[labels[shuffled] == c][: int(q)] for c, q in enumerate(quotas)]
+    mask = torch.zeros(n, dtype=torch.bool)
+    mask[torch.cat(chosen)] = True
+    return torch.nonzero(~mask).flatten(), torch.nonzero(mask).flatten()

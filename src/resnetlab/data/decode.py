@@ -1,0 +1,252 @@
+"""Decodes image files of any kind to 8-bit grey or RGB, upright."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import threading
+import warnings
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+try:  # the extra "fast": the same pixels, faster
+    import simplejpeg
+except ImportError:
+    simplejpeg = None
+
+from resnetlab.errors import DataError
+
+ORIENTATION = 0x0112  # an EXIF tag
+JPEG, EXIF = b"\xff\xd8\xff", b"Exif\0\0"  # their first bytes
+SIXTEEN_BIT_FORMATS = ("PNG", "PPM")  # Pillow may hold their 16 bits in 32
+SUFFIXES = frozenset(
+    {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jfif", ".avif"}
+)
+
+
+def jpeg_decoder() -> str:
+    """The library that decodes JPEGs in `decode_pixels`."""
+    return "pillow" if simplejpeg is None else "simplejpeg"
+
+
+def decode_pixels(content: bytes, name: str) -> Tensor:
+    """The image in `content`, upright, as uint8 (H, W, 3); raises DataError as `decode` does.
+
+    Plain JPEGs are decoded by simplejpeg if it is installed; it and Pillow use libjpeg-turbo and give the same pixels. Special
+    cases (CMYK, a rotation in EXIF or XMP, damage) are left to Pillow.
+    """
+    if simplejpeg is not None and content[:3] == JPEG and not _may_be_rotated(content):
+        with contextlib.suppress(ValueError):  # damaged, or not what its header says: `decode` finds the message
+            if (array := _decode_strictly(content)) is not None:
+                return torch.from_numpy(array)
+    image = decode(content, name)
+    return torch.from_numpy(np.array(image if image.mode == "RGB" else image.convert("RGB")))
+
+
+def find_damage(content: bytes, kind: str) -> str | None:
+    """Describes the damage of an image that can be read nevertheless; None if none is found.
+
+    libjpeg decodes past damaged data, and only simplejpeg reports it; Pillow checks a PNG's checksums and end only in `verify`.
+
+    Args:
+        kind: Pillow's name of the format.
+    """
+    try:
+        if kind == "JPEG" and simplejpeg is not None:
+            _decode_strictly(content)
+        elif kind == "PNG":
+            with Image.open(io.BytesIO(content)) as image:
+                image.verify()
+    except Exception as error:  # the decoders raise errors of many types
+        return str(error) or type(error).__name__
+    return None
+
+
+def _decode_strictly(content: bytes) -> NDArray[np.uint8] | None:
+    """A JPEG's pixels as stored, (H, W, 3); None for colour spaces and sizes that are left to Pillow.
+
+    Raises ValueError if anything in it is damaged.
+    """
+    height, width, colours, _ = simplejpeg.decode_jpeg_header(content)
+    limit = Image.MAX_IMAGE_PIXELS
+    if colours not in ("YCbCr", "RGB", "Gray", "GRAY") or (limit is not None and height * width > limit):
+        return None
+    array: NDArray[np.uint8] = simplejpeg.decode_jpeg(content, colorspace="RGB")
+    return array
+
+
+def _may_be_rotated(content: bytes) -> bool:
+    """Whether a JPEG has EXIF, or XMP with an orientation, in any of the segments before its pixels."""
+    at = 2
+    while at + 4 <= len(content) and content[at] == 0xFF:
+        kind = content[at + 1]
+        if kind == 0xDA:  # the pixels begin
+            return False
+        end = at + 2 + int.from_bytes(content[at + 2 : at + 4], "big")
+        if kind == 0xFF:  # a fill byte
+            end = at + 1
+        elif kind == 0xE1 and (content[at + 4 : at + 10] == EXIF or content.find(b"Orientation", at, end) >= 0):
+            return True
+        at = end
+    return True  # not a JPEG's usual form
+
+
+def decode(source: Path | bytes, name: str | None = None) -> Image.Image:
+    """The image in a file or in bytes, as mode L or RGB, turned upright by its EXIF orientation.
+
+    Transparency is composited on white, 16-bit values are scaled to 8 bits, an animation gives its first frame.
+
+    Raises:
+        DataError: the file is missing, empty, truncated, not an image, implausibly large, or has 32-bit or floating-point
+            values without a known range; the message names it.
+    """
+    name = name or (str(source) if isinstance(source, Path) else "the image")
+    if isinstance(source, Path) and source.is_dir():
+        raise DataError(f"{name} is a folder, not an image.")
+    with _name_errors(name), Image.open(source if isinstance(source, Path) else io.BytesIO(source)) as image:
+        return _upright(image)
+
+
+def convert_image(image: Image.Image) -> Image.Image:
+    """Converts a Pillow image of any mode as `decode` does; raises DataError if it cannot be loaded."""
+    with _name_errors("the image"):
+        return _upright(image)
+
+
+class _WarningFilters:
+    """Sets the warning filters for decoding; several threads may be inside, which `warnings` alone does not allow.
+
+    The filters belong to the whole process: the first thread that enters sets them, and the last one restores the old ones.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._inside, self._before = threading.Lock(), 0, warnings.catch_warnings()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._inside += 1
+            if self._inside == 1:
+                self._before = warnings.catch_warnings()
+                self._before.__enter__()
+                warnings.simplefilter("ignore")  # `data check` reports suspicious but readable files
+                warnings.simplefilter("error", Image.DecompressionBombWarning)
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                self._before.__exit__(None, None, None)
+
+
+_warning_filters = _WarningFilters()
+
+
+@contextlib.contextmanager
+def _name_errors(name: str) -> Iterator[None]:
+    """Turns whatever Pillow raises inside into a DataError that names the image."""
+    try:
+        with _warning_filters:
+            yield
+    except FileNotFoundError:
+        raise DataError(f"{name} is not there.") from None
+    except PermissionError:
+        raise DataError(f"{name} cannot be read: no permission.") from None
+    except UnidentifiedImageError:
+        raise DataError(f"{name} is not an image that can be read ({', '.join(sorted(SUFFIXES))}).") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise DataError(f"{name} claims more than {Image.MAX_IMAGE_PIXELS:,} pixels; make it smaller.") from None
+    except DataError as error:
+        raise DataError(f"{name} {error}") from None
+    except Exception as error:  # the decoders of some thirty formats raise errors of many types
+        raise DataError(f"{name} is damaged: {error or type(error).__name__}") from error
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    image.load()
+    if image.mode == "F" or (image.mode == "I" and image.format not in SIXTEEN_BIT_FORMATS):
+        raise DataError("has 32 bits per value and does not define which value is white; save it with 8 or 16 bits.")
+    rotated = image.getexif().get(ORIENTATION, 1) != 1  # exif_transpose copies even an image that needs no rotation
+    return _to_eight_bits(ImageOps.exif_transpose(image) if rotated else image)
+
+
+def _to_eight_bits(image: Image.Image) -> Image.Image:
+    """Converts any Pillow mode to L or RGB."""
+    clear = image.info.get("transparency")  # a value or a colour; for a palette, one or many alphas
+    if image.mode in ("L", "RGB") and clear is None:
+        return image
+    if image.mode.startswith("I"):  # 16 bits per value; Pillow's own conversion would clip it at 255
+        values = np.asarray(image).astype(np.int64)
+        values = np.where(values == clear, 65535, values) if isinstance(clear, int) else values
+        return Image.fromarray((values.clip(0, 65535) >> 8).astype(np.uint8))
+    if image.mode in ("LA", "La"):
+        image = image.convert("RGBA")
+    if image.mode in ("RGBA", "RGBa", "PA") or clear is not None:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("L" if image.mode == "1" else "RGB")
+
+
+def find_image_files(paths: Iterable[Path]) -> Iterator[Path]:
+    """Yields the files among `paths` and every image below the folders among them, sorted within each folder.
+
+    Raises DataError for a folder without an image, or one that cannot be read.
+    """
+    for path in paths:
+        for found in list_images(path):
+            if isinstance(found, DataError):
+                raise found
+            yield found
+
+
+def list_images(path: Path) -> Iterator[Path | DataError]:
+    """Yields a file itself, or the images below a folder in the order of their paths, reading one folder at a time.
+
+    A folder that cannot be read yields an error. As in data sets, links are followed, except to a folder above, and hidden
+    files and folders are left out.
+    """
+    if not path.is_dir():
+        yield path
+        return
+    found = False
+    for file in _walk_folder(path, resolve_ancestors(path)):
+        found = True
+        yield file
+    if not found:
+        yield DataError(f"{path} holds no image ({', '.join(sorted(SUFFIXES))}).")
+
+
+def resolve_ancestors(folder: Path) -> frozenset[str]:
+    """The folders above a folder, with and without links resolved: following a link to one would leave the folder."""
+    parents = {*Path(os.path.abspath(folder)).parents, *Path(os.path.realpath(folder)).parents}
+    return frozenset(map(os.path.realpath, parents))
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder is hidden or made by the system: .DS_Store, ._1.jpg, .git, __MACOSX."""
+    return name.startswith((".", "__MACOSX"))
+
+
+def _walk_folder(folder: Path, parents: frozenset[str]) -> Iterator[Path | DataError]:
+    real = os.path.realpath(folder)
+    if real in parents:
+        return
+    try:
+        with os.scandir(folder) as entries:
+            found = sorted(
+                (e.name, e.is_dir(), e.is_file() or e.is_symlink()) for e in entries if not is_hidden(e.name)
+            )
+    except OSError as error:
+        yield DataError(f"{folder} cannot be read ({error.strerror}); give yourself permission to read it.")
+        return
+    for name, is_folder, is_file in found:
+        if is_folder:
+            yield from _walk_folder(folder / name, parents | {real})
+        elif is_file and os.path.splitext(name)[1].lower() in SUFFIXES:
+            yield folder / name

@@ -1,0 +1,178 @@
+"""A split whose images are on disk and decoded on access; memory holds only names, sizes and labels."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from resnetlab.data.decode import decode_pixels
+from resnetlab.errors import DataError, unknown_name_error
+
+ON_BAD = ("stop", "skip")
+
+
+class FileNames(Sequence[str]):
+    """Many names in two arrays: worker processes share them, while reading a list would copy it page by page."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        encoded = [name.encode("utf-8", "surrogateescape") for name in names]  # a name need not be UTF-8
+        self._text = np.frombuffer(b"".join(encoded), np.uint8)
+        self._ends: NDArray[np.int64] = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __getitem__(self, i: Any) -> Any:
+        if isinstance(i, slice):
+            return [self[k] for k in range(*i.indices(len(self)))]
+        if not -len(self) <= i < len(self):
+            raise IndexError(i)
+        start, end = self._ends[i % len(self)], self._ends[i % len(self) + 1]
+        return self._text[start:end].tobytes().decode("utf-8", "surrogateescape")
+
+
+class ImageSource(Protocol):
+    """A source of encoded images."""
+
+    @property
+    def names(self) -> Sequence[str]:
+        """One per image."""
+
+    @property
+    def sizes(self) -> NDArray[np.int64]:
+        """Bytes of each image; -1 if unknown."""
+
+    def read(self, i: int) -> bytes:
+        """The encoded image; raises a DataError that names it if it cannot be read."""
+
+    def display_name(self, i: int) -> str:
+        """The image's name in messages."""
+
+
+@dataclass(frozen=True, eq=False)
+class FileSource:
+    """Image files below a folder."""
+
+    root: Path
+    names: Sequence[str]
+    sizes: NDArray[np.int64]
+
+    def read(self, i: int) -> bytes:
+        try:
+            return (self.root / self.names[i]).read_bytes()
+        except FileNotFoundError:
+            raise DataError(f"{self.display_name(i)} is not there.") from None
+        except PermissionError:
+            raise DataError(f"{self.display_name(i)} cannot be read: no permission.") from None
+        except OSError as error:
+            raise DataError(f"{self.display_name(i)} cannot be read ({error.strerror or error}).") from error
+
+    def display_name(self, i: int) -> str:
+        return str(self.root / self.names[i])
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """How images on disk are read.
+
+    Attributes:
+        on_bad: "stop" at an unreadable image, or "skip" it: it is left out, counted and listed.
+        quarantine: a file of image names, one per line (`quarantine_line`), that are left out from the start.
+        workers: processes that decode while the network computes; 0 decodes in this one. The results are the same.
+    """
+
+    on_bad: str = "stop"
+    quarantine: str = ""
+    workers: int = 0
+
+    def __post_init__(self) -> None:
+        if self.on_bad not in ON_BAD:
+            raise unknown_name_error("on_bad_image", self.on_bad, ON_BAD)
+
+    def read_quarantine(self) -> frozenset[str]:
+        """The names in the quarantine file; raises DataError if it cannot be read."""
+        if not self.quarantine:
+            return frozenset()
+        try:
+            text = Path(self.quarantine).read_bytes().decode("utf-8-sig", "surrogateescape")
+        except OSError as error:
+            raise DataError(
+                f"the quarantine list {self.quarantine} cannot be read ({error.strerror}); make it with "
+                "`resnetlab data check DATA --quarantine FILE`."
+            ) from error
+        # a line that starts with "#" may be a name in a class folder "#dog"; a comment matches no image and does no harm
+        return frozenset(_unquote(line.removesuffix("\r")) for line in text.split("\n"))
+
+
+def quarantine_line(name: str) -> str:
+    """An image's name as a line of a quarantine list: unchanged, or as a JSON string if it would not be one line."""
+    return json.dumps(name) if name.startswith('"') or "\n" in name or "\r" in name else name
+
+
+def _unquote(line: str) -> str:
+    if not line.startswith('"'):
+        return line
+    try:
+        return str(json.loads(line))
+    except ValueError:
+        return line
+
+
+@dataclass(frozen=True, eq=False)
+class DiskSplit:
+    """Images on disk.
+
+    Attributes:
+        where: positions in `source`, int64 (N,).
+        labels: int64 (N,), positions in the data set's `classes`.
+        skipped: name -> reason, of the images that were skipped so far because they could not be read.
+    """
+
+    source: ImageSource
+    indices: Tensor
+    labels: Tensor
+    read_options: ReadOptions = field(default_factory=ReadOptions)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def names(self) -> Sequence[str]:
+        return [self.source.names[i] for i in self.indices.tolist()]
+
+    def name(self, i: int) -> str:
+        """names[i], without building the list of all names."""
+        return self.source.names[int(self.indices[i])]
+
+    def subset(self, indices: Tensor) -> DiskSplit:
+        return replace(self, indices=self.indices[indices], labels=self.labels[indices])
+
+    def with_labels(self, labels: Tensor) -> DiskSplit:
+        return replace(self, labels=labels)
+
+    def read_images(self, indices: Sequence[int]) -> list[Tensor]:
+        places = (int(self.indices[i]) for i in indices)
+        return [decode_pixels(self.source.read(i), self.source.display_name(i)) for i in places]
+
+    def without_skipped(self) -> DiskSplit:
+        """The split without the images that were skipped."""
+        if not self.skipped:
+            return self
+        readable = [k for k, i in enumerate(self.indices.tolist()) if self.source.names[i] not in self.skipped]
+        return self.subset(torch.tensor(readable, dtype=torch.long))
+
+    def update_hash(self, digest: Any) -> None:
+        """Hashes labels, names and sizes in bytes: reading every file would take too long at the start of a run."""
+        digest.update(self.labels.numpy().tobytes())
+        for i in self.indices.tolist():
+            name = self.source.names[i].encode("utf-8", "surrogateescape")
+            digest.update(b"%d %s\n" % (int(self.source.sizes[i]), name))

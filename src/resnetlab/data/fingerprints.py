@@ -1,0 +1,100 @@
+"""Fingerprints by which a model recognises the images of its training run, whatever else of the data has changed.
+
+An image's fingerprint is a hash of its name below the data set's folder and its size in bytes. A model file stores those of
+the images that its run saw (in training, or in evaluations while training) and of those that the run held out to the end. So
+quarantining an image, or adding, removing or resizing one, does not make the other training images look new.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from resnetlab.data.dataset import Dataset, Split
+from resnetlab.data.disk_split import DiskSplit
+
+MIN_SAME_SIZE = (
+    0.1  # of the images with a known name must have the known size, or it is another folder with equal names
+)
+INSIDE = "train/"  # a folder's own train/ may be given as the data
+
+Fingerprints = NDArray[np.uint32]  # (N, 2): hash of the name, size in bytes
+
+
+class SeenImages(NamedTuple):
+    """Which images a model knows; both bool (N,). `seen` in training, `held_out` to the end of its run."""
+
+    seen: Tensor
+    held_out: Tensor
+
+
+def record_fingerprints(seen: Iterable[Split], held_out: Iterable[Split], before: Mapping[str, Any]) -> dict[str, str]:
+    """The fingerprints of splits on disk for a model file; splits in memory never change, so the data's hash suffices.
+
+    Args:
+        before: the data entry of the model that training started from: the images that it saw count as seen.
+    """
+    old = [_decode(str(before["seen"]))] if before.get("seen") else []
+    parts = {"seen": [*old, *map(_fingerprint, seen)], "kept": [*map(_fingerprint, held_out)]}
+    return {key: _encode(np.concatenate(arrays)) for key, arrays in parts.items() if sum(map(len, arrays))}
+
+
+def match_fingerprints(about: Mapping[str, Any], data: Dataset, images: Split) -> SeenImages:
+    """Which images of a data set the model knows whose file has the data entry `about`."""
+    seen, held_out = (
+        _match(_decode(str(about[key])), images) if key in about else np.zeros(len(images), bool)
+        for key in ("seen", "kept")
+    )
+    if about.get("fingerprint") == data.fingerprint:
+        trained_on = set(data.train.names)
+        seen |= np.array([name in trained_on for name in images.names], bool)
+    return SeenImages(torch.from_numpy(seen), torch.from_numpy(held_out & ~seen))
+
+
+def same_name_count(about: Mapping[str, Any], images: Split) -> int:
+    """How many images have the name but not the size of a seen one, if too few sizes agree for the same folder."""
+    if "seen" not in about:
+        return 0
+    seen = _decode(str(about["seen"]))
+    return int((np.isin(_fingerprint(images)[:, 0], seen[:, 0]) & ~_match(seen, images)).sum())
+
+
+def _fingerprint(split: Split, prefix: str = "") -> Fingerprints:
+    if not isinstance(split, DiskSplit):
+        return np.empty((0, 2), np.uint32)
+    names = [_hash_name(prefix + name) for name in split.names]
+    return np.stack([np.array(names, np.uint32), split.source.sizes[split.indices.numpy()].astype(np.uint32)], 1)
+
+
+def _hash_name(name: str) -> int:
+    digest = hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=4).digest()
+    return int.from_bytes(digest, "little")
+
+
+def _match(known: Fingerprints, images: Split) -> NDArray[np.bool_]:
+    """Which images are among the known ones, bool (N,): by name alone if enough sizes show that it is the same folder."""
+    found = np.zeros(len(images), bool)
+    size_of = dict(known.tolist())
+    if not isinstance(images, DiskSplit):
+        return found
+    for prefix in ("", INSIDE):
+        own = _fingerprint(images, prefix)
+        same_name = np.isin(own[:, 0], known[:, 0])
+        same_size = np.array([size_of.get(name) == size for name, size in own.tolist()], bool)
+        found |= same_name if same_size.sum() > MIN_SAME_SIZE * same_name.sum() else same_name & same_size
+    return found
+
+
+def _encode(fingerprints: Fingerprints) -> str:
+    return base64.b64encode(np.unique(fingerprints, axis=0).astype("<u4").tobytes()).decode()
+
+
+def _decode(text: str) -> Fingerprints:
+    return np.frombuffer(base64.b64decode(text), "<u4").reshape(-1, 2).astype(np.uint32)

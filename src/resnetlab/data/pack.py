@@ -1,0 +1,114 @@
+"""Writes tar shards in WebDataset format, each with an index (data.shards reads them)."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from resnetlab.data.dataset import Dataset
+from resnetlab.data.decode import decode
+from resnetlab.data.disk_split import DiskSplit
+from resnetlab.data.tar_index import FORMAT, index_path
+from resnetlab.errors import DataError, RunError, UsageError
+from resnetlab.random import make_generator
+from resnetlab.run_folder import write_atomically, write_error
+
+QUALITY = 95  # of JPEGs that are written because the image was resized
+
+
+def pack_shards(
+    data: Dataset,
+    out: Path,
+    *,
+    per_shard: int = 1000,
+    seed: int = 0,
+    resize: int = 0,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Path]:
+    """Writes the images of a data set into out/train-000000.tar, …; those of a folder without splits into out/all-….
+
+    Args:
+        per_shard: images in a shard.
+        seed: of the images' order in the shards (training does not depend on it).
+        resize: images with a longer shorter side are resized to it and written as JPEG; 0 keeps every file's bytes.
+
+    Raises:
+        DataError: an image cannot be read, or the data are in memory.
+        RunError: `out` is not empty or cannot be written.
+        UsageError: a number is too small.
+    """
+    if per_shard < 1 or resize < 0:
+        raise UsageError(f"per_shard must be 1 or more and resize 0 or more, not {per_shard} and {resize}.")
+    splits = {"all": data.all_images} if data.all_images is not None else data.splits
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if any(out.iterdir()):
+            raise RunError(f"{out} is not empty; choose another folder for the shards.")
+    except OSError as error:
+        raise write_error(out, error) from error
+    total, done, written = sum(len(split) for split in splits.values() if split is not None), 0, []
+    for name, split in splits.items():
+        if not isinstance(split, DiskSplit):
+            raise DataError(f"{data.name} is in memory; shards are packed from images in folders.")
+        order = torch.randperm(len(split), generator=make_generator(seed, "pack", name)).tolist()
+        for number, start in enumerate(range(0, len(order), per_shard)):
+            tar = out / f"{name}-{number:06d}.tar"
+            part = order[start : start + per_shard]
+            _write_shard(tar, split, part, data.classes, resize)
+            written.append(tar)
+            done += len(part)
+            on_progress(done, total)
+    return written
+
+
+def _write_shard(tar: Path, split: DiskSplit, part: list[int], classes: tuple[str, ...], resize: int) -> None:
+    """Writes one shard and its index; each appears only when it is complete."""
+    unfinished = tar.with_name(f".{tar.name}.part")
+    samples = []
+    try:
+        with tarfile.open(unfinished, "w", format=tarfile.PAX_FORMAT) as file:
+            for i in part:
+                index_in_source = int(split.indices[i])
+                name, label = split.source.names[index_in_source], int(split.labels[i])
+                content, suffix = split.source.read(index_in_source), os.path.splitext(name)[1].lower()
+                if resize:
+                    content, suffix = _resize_image(content, suffix, split.source.display_name(index_in_source), resize)
+                key = f"{i:08d}"
+                offset = _add_member(file, key + suffix, content)
+                _add_member(file, key + ".cls", str(label).encode())
+                _add_member(file, key + ".json", json.dumps({"name": name, "class": classes[label]}).encode())
+                samples.append([key, name, classes[label], offset, len(content)])
+        index = {"format": FORMAT, "bytes": unfinished.stat().st_size, "classes": classes, "samples": samples}
+        os.replace(unfinished, tar)
+    except OSError as error:
+        raise write_error(tar, error) from error
+    finally:
+        unfinished.unlink(missing_ok=True)
+    write_atomically(index_path(tar), json.dumps(index) + "\n")
+
+
+def _add_member(file: tarfile.TarFile, name: str, content: bytes) -> int:
+    """Adds a member without date or owner and returns the offset of its content."""
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    file.addfile(member, io.BytesIO(content))
+    return file.offset - (len(content) + 511) // 512 * 512
+
+
+def _resize_image(content: bytes, suffix: str, name: str, side: int) -> tuple[bytes, str]:
+    """Resizes an image to a shorter side of `side`, as JPEG; returns its own bytes if it is not larger."""
+    image = decode(content, name)
+    if min(image.size) <= side:
+        return content, suffix
+    scale = side / min(image.size)
+    width, height = (max(side, round(length * scale)) for length in image.size)
+    file = io.BytesIO()
+    image.resize((width, height), Image.Resampling.BILINEAR).save(file, "JPEG", quality=QUALITY)
+    return file.getvalue(), ".jpg"

@@ -1,0 +1,192 @@
+"""Tar shards in WebDataset format: DATA is a brace pattern, local or over HTTP, or a folder of tars.
+
+A sample is the files of one key (the path up to the first dot of its last part): an image, and its class in `key.cls` (a
+number, or a name) or `key.json` ({"class": name, "name": …}). The shards' names give the splits, train-000000.tar and
+val-000000.tar; shards with other names are one split. Samples are in the order of their keys, however the shards were
+shuffled. data.tar_index reads one shard's samples; data.remote_shards downloads shards once.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from resnetlab.data import download, remote_shards
+from resnetlab.data.dataset import Dataset
+from resnetlab.data.disk_split import DiskSplit, FileNames, ReadOptions
+from resnetlab.data.folder import SPLITS, arrange_splits
+from resnetlab.data.remote_shards import is_url
+from resnetlab.data.tar_index import TarIndex, read_index
+from resnetlab.errors import DataError
+
+
+@dataclass(frozen=True, eq=False)
+class ShardSource:
+    """Images inside tars: the image i is `sizes[i]` bytes of `tars[shard[i]]` from `offsets[i]` on."""
+
+    tars: tuple[Path, ...]
+    names: Sequence[str]
+    sizes: NDArray[np.int64]
+    shard: NDArray[np.int64]
+    offsets: NDArray[np.int64]
+
+    def read(self, i: int) -> bytes:
+        tar = self.tars[self.shard[i]]
+        try:
+            with open(tar, "rb") as file:
+                file.seek(int(self.offsets[i]))
+                content = file.read(int(self.sizes[i]))
+        except OSError as error:
+            raise DataError(f"{tar} cannot be read ({error.strerror or error}).") from error
+        if len(content) < self.sizes[i]:
+            raise DataError(f"{tar} ends early, inside {self.names[i]}; copy or pack it again.")
+        return content
+
+    def display_name(self, i: int) -> str:
+        return f"{self.tars[self.shard[i]]}/{self.names[i]}"
+
+
+def is_shard_pattern(data: str) -> bool:
+    """Whether DATA is a pattern or a folder of tar shards."""
+    if is_url(data) or data.endswith(".tar"):
+        return True
+    if not Path(data).is_dir() or not any(Path(data).glob("*.tar")):
+        return False
+    return not any(
+        p.is_dir() and not p.name.startswith(".") for p in Path(data).iterdir()
+    )  # class folders take precedence
+
+
+def load_shards(data: str, data_dir: Path, read_options: ReadOptions) -> Dataset:
+    """Loads tar shards; raises DataError if one is missing, damaged or of other classes, or a key occurs twice."""
+    places = sorted(map(str, Path(data).glob("*.tar"))) if Path(data).is_dir() else list(expand_braces(data))
+    if is_url(data):
+        tars, data = (
+            remote_shards.fetch_shards(places, data_dir),
+            download.strip_query(data),
+        )  # no signature in messages
+    else:
+        tars = [_require_file(place) for place in places]
+    indices = {tar: read_index(tar) for tar in tars}
+    classes = _shard_classes(indices, places[0], tars[0])
+    if len(classes) < 2:
+        raise DataError(f"{data} has one class only, {classes[0]}; a classifier needs two or more.")
+    groups: dict[str, list[Path]] = {}
+    for tar in tars:
+        stem = re.sub(r"[-_.]?\d*\.tar$", "", tar.name)
+        groups.setdefault(stem if stem in SPLITS else "", []).append(tar)
+    if "" in groups and len(groups) > 1:
+        raise DataError(
+            f"{data} mixes shards called train, val or test with others; name all of them by their split, or none."
+        )
+    if all(index.classes is None for index in indices.values()):
+        _require_same_labels(groups, indices)
+    splits = {split: _make_shard_split(paths, indices, classes, read_options) for split, paths in groups.items()}
+    return arrange_splits(data, classes, splits)
+
+
+def _require_same_labels(groups: dict[str, list[Path]], indices: dict[Path, TarIndex]) -> None:
+    """Raises DataError if splits of shards that list no classes have different ones."""
+    found = {split: {str(s.label) for tar in tars for s in indices[tar].samples} for split, tars in groups.items()}
+    for (one, first), (two, second) in itertools.combinations(found.items(), 2):
+        if first != second:
+            only = [", ".join(sorted(a - b)) or "none" for a, b in ((first, second), (second, first))]
+            raise DataError(
+                f"the shards called {one} and {two} hold different classes: only in {one} {only[0]}, only in {two} {only[1]}; "
+                "give both the same classes."
+            )
+
+
+def expand_braces(pattern: str) -> Iterator[str]:
+    """train-{000..002}.tar -> train-000.tar, train-001.tar, train-002.tar; {train,val} lists; several braces multiply."""
+    parts = re.split(r"\{([^{}]*)\}", pattern)
+    choices: list[list[str]] = []
+    for i, part in enumerate(parts):
+        if i % 2 == 0:
+            choices.append([part])
+        elif numbers := re.fullmatch(r"(\d+)\.\.(\d+)", part):
+            first, last = numbers.groups()
+            choices.append([str(n).zfill(len(first)) for n in range(int(first), int(last) + 1)])
+        else:
+            choices.append(part.split(","))
+    if any(c in part for part in parts[::2] for c in "{}"):
+        raise DataError(f"{pattern} has an unmatched brace, or braces inside braces, which are not supported.")
+    if not all(choices):
+        raise DataError(f"{pattern} names no shard: a range in braces must rise, such as {{000000..000009}}.")
+    return map("".join, itertools.product(*choices))
+
+
+def _require_file(place: str) -> Path:
+    if not Path(place).is_file():
+        raise DataError(f"{place} is not there; give the shards as a pattern such as train-{{000000..000009}}.tar.")
+    return Path(place)
+
+
+def _shard_classes(indices: dict[Path, TarIndex], place: str, tar: Path) -> tuple[str, ...]:
+    """The class names that all shards share; `place` is the address or path of the first shard, `tar` its local file."""
+    known = {index.classes: tar for tar, index in indices.items()}
+    if len(known) > 1:
+        (one, first), (two, second) = list(known.items())[:2]
+        only = [", ".join(sorted(set(a or ()) - set(b or ()))) or "none" for a, b in ((one, two), (two, one))]
+        raise DataError(
+            f"{first} and {second} have different class lists: only in the first {only[0]}, only in the second {only[1]}; "
+            "pack them together."
+        )
+    if (classes := next(iter(known))) is not None:
+        return classes
+    labels = {sample.label for index in indices.values() for sample in index.samples}
+    if all(isinstance(label, str) for label in labels):
+        return tuple(sorted(map(str, labels)))
+    if any(isinstance(label, str) for label in labels):
+        raise DataError(f"some samples in {tar.parent} have numbers and some have names for classes; pack them again.")
+    return _read_class_list(place, tar) or tuple(map(str, range(max(map(int, labels)) + 1)))
+
+
+def _read_class_list(place: str, tar: Path) -> tuple[str, ...]:
+    """The lines of classes.txt beside the shards; () if it is missing."""
+    file = tar.with_name(remote_shards.CLASSES)
+    try:
+        content = remote_shards.fetch_class_list(place, tar) if is_url(place) else file.read_bytes()
+        lines = content.decode().splitlines()
+    except FileNotFoundError:
+        return ()
+    except (OSError, ValueError) as error:
+        raise DataError(f"the class names in {file} cannot be read ({error}); fix the file, or remove it.") from error
+    return tuple(line.strip() for line in lines if line.strip())
+
+
+def _make_shard_split(
+    tars: list[Path], indices: dict[Path, TarIndex], classes: tuple[str, ...], read_options: ReadOptions
+) -> DiskSplit:
+    """A split of the samples of some shards, in the order of their keys."""
+    rows = [(sample, number) for number, tar in enumerate(tars) for sample in indices[tar].samples]
+    rows.sort(key=lambda row: row[0].key)
+    for (one, a), (two, b) in itertools.pairwise(rows):
+        if one.key == two.key:
+            raise DataError(f"two samples have the key {one.key}, in {tars[a]} and {tars[b]}; pack them together.")
+    label_of: dict[str | int, int] = {name: i for i, name in enumerate(classes)}
+    label_of |= {i: i for i in range(len(classes))}
+    for sample, number in rows:
+        if sample.label not in label_of:
+            raise DataError(
+                f"{sample.name} in {tars[number]} is of class {sample.label}, but there are {len(classes)} classes, counted "
+                "from 0; fix its label, or the list of classes."
+            )
+    names = sorted(sample.name for sample, _ in rows)
+    if twice := [one for one, two in itertools.pairwise(names) if one == two]:
+        raise DataError(f"two samples have the name {twice[0]}, in {tars[0].parent}; give each a name of its own.")
+    quarantined = read_options.read_quarantine()
+    kept = [i for i, (sample, _) in enumerate(rows) if sample.name not in quarantined]
+    numbers = np.array([[number, sample.offset, sample.size] for sample, number in rows], dtype=np.int64).reshape(-1, 3)
+    source = ShardSource(tuple(tars), FileNames(s.name for s, _ in rows), numbers[:, 2], numbers[:, 0], numbers[:, 1])
+    labels = torch.tensor([label_of[sample.label] for sample, _ in rows])
+    if emptied := set(labels.tolist()) - set(labels[kept].tolist()):
+        raise DataError(f"the quarantine list leaves no image of class {classes[min(emptied)]} in {tars[0].parent}.")
+    return DiskSplit(source, torch.tensor(kept, dtype=torch.long), labels[kept], read_options)

@@ -1,0 +1,76 @@
+"""Loads a data set by its name, folder or pattern of shards."""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+from pathlib import Path
+
+from resnetlab.data import cifar, digits, download, folder, shards
+from resnetlab.data.dataset import Dataset
+from resnetlab.data.disk_split import ReadOptions
+from resnetlab.data.remote_shards import is_url
+from resnetlab.errors import DataError, UsageError, unknown_name_error
+
+BUILTIN_NAMES = ("digits", "cifar10", "cifar100")
+
+
+def is_builtin(data: str) -> bool:
+    """Whether DATA is a data set's name, not a path or an address."""
+    return data in BUILTIN_NAMES
+
+
+def strip_signature(data: str) -> str:
+    """DATA for files and messages: without the query of an address, which may contain a signature."""
+    return download.strip_query(data) if is_url(data) else data
+
+
+def short_name(data: str) -> str:
+    """A folder name for runs on the data: "digits", or the last part of a path."""
+    data = strip_signature(data)
+    if is_builtin(data):
+        return data
+    if shards.is_shard_pattern(data) and not Path(data).is_dir():
+        return re.sub(r"\W+", "-", data.rsplit("/", 2)[-2] if data.count("/") > 1 else "shards").strip("-") or "shards"
+    return Path(data).resolve().name or "photos"
+
+
+def resolve_data_path(data: str, start: Path) -> str:
+    """DATA with a relative path resolved against the folder `start`."""
+    return data if is_builtin(data) or "://" in data or not data.strip() else str(start / data)
+
+
+def load_dataset(name: str, data_dir: Path, read_options: ReadOptions | None = None) -> Dataset:
+    """Loads a data set by name, from a folder of class folders, or from tar shards.
+
+    Args:
+        name: "digits", "cifar10", "cifar100", a path, or a pattern of tar shards.
+        data_dir: the folder of archives and downloads.
+        read_options: how images on disk are read.
+
+    Raises UsageError for an unknown name, DataError if the files are missing or damaged.
+    """
+    read_options = read_options or ReadOptions()
+    if not name.strip():
+        raise UsageError(
+            f"the data set's name is empty; give a folder of class folders, or one of {', '.join(BUILTIN_NAMES)}."
+        )
+    if name == "digits":
+        return digits.load_digits()
+    if name in cifar.VERSIONS:
+        return _load_cifar(name, data_dir.resolve())
+    if shards.is_shard_pattern(name):
+        return shards.load_shards(name, data_dir, read_options)
+    path = Path(name)
+    if path.is_dir():
+        return folder.load_folder(path, read_options)
+    if path.exists():
+        raise DataError(f"{name} is a file; give the folder that holds the class folders.")
+    if "/" in name:
+        raise DataError(f"{name} is not there; give a folder of class folders, or one of {', '.join(BUILTIN_NAMES)}.")
+    raise unknown_name_error("data set", name, BUILTIN_NAMES)
+
+
+@lru_cache(maxsize=1)  # several runs in one process read the files once
+def _load_cifar(name: str, data_dir: Path) -> Dataset:
+    return cifar.load_cifar(data_dir, name)

@@ -1,0 +1,118 @@
+"""Lists the samples of a tar shard, from the index beside it (NAME.index.json, written by data.pack) or the tar's headers."""
+
+from __future__ import annotations
+
+import json
+import os
+import tarfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from resnetlab.data.decode import SUFFIXES
+from resnetlab.errors import DataError
+
+FORMAT = 1
+
+
+class TarSample(NamedTuple):
+    """One image: `size` bytes of a tar from `offset` on. `label` is a number if the shard does not name the class."""
+
+    key: str
+    name: str
+    label: str | int
+    offset: int
+    size: int
+
+
+class TarIndex(NamedTuple):
+    """The content of a shard; `classes` is None if the shard does not list them."""
+
+    samples: list[TarSample]
+    classes: tuple[str, ...] | None
+
+
+def index_path(tar: Path) -> Path:
+    """The path of a shard's index."""
+    return tar.with_name(tar.name.removesuffix(".tar") + ".index.json")
+
+
+def read_index(tar: Path) -> TarIndex:
+    """The content of a shard, from the index beside it or from the tar itself."""
+    file = index_path(tar)
+    if not file.is_file():
+        return scan_tar(tar)
+    try:
+        values = json.loads(file.read_text())
+        index = TarIndex([TarSample(*sample) for sample in values["samples"]], tuple(values["classes"]))
+        length = int(values["bytes"])
+        for sample in index.samples:
+            _validate(sample, length)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"the index {file} cannot be read ({error}); remove it, or pack the shards again.") from error
+    if (found := tar.stat().st_size) != length:
+        raise DataError(
+            f"{tar} has {found:,} bytes, its index says {length:,}: it ends early or is another; copy it again."
+        )
+    return index
+
+
+def _validate(sample: TarSample, length: int) -> TarSample:
+    """Returns the sample; raises ValueError if a value is impossible in a tar of `length` bytes."""
+    key, name, label, offset, size = sample
+    if not (isinstance(key, str) and isinstance(name, str)):
+        raise ValueError(f"the key and the name must be text, not {key!r} and {name!r}")
+    if type(label) not in (str, int) or label == "":
+        raise ValueError(f"the class must be a name or a number, not {label!r}")
+    if not (type(offset) is type(size) is int and 0 <= offset <= offset + size <= length):
+        raise ValueError(f"{name} cannot be at {offset!r} with {size!r} bytes")
+    return sample
+
+
+def scan_tar(tar: Path) -> TarIndex:
+    """The content of a shard without an index, from the tar's headers."""
+    images: dict[str, tuple[int, int, str]] = {}
+    about: dict[str, dict[str, Any]] = {}
+    try:
+        with tarfile.open(tar, "r:") as file:
+            for member in file:
+                folder, _, last = member.name.rpartition("/")
+                stem, _, kind = last.partition(".")
+                key = f"{folder}/{stem}" if folder else stem
+                if not member.isfile():
+                    continue
+                if os.path.splitext(last)[1].lower() in SUFFIXES:
+                    if key in images:
+                        raise DataError(f"{tar} has two images of the key {key}; give each sample a key of its own.")
+                    images[key] = (member.offset_data, member.size, member.name)
+                elif kind in ("cls", "json"):
+                    if kind in about.setdefault(key, {}):
+                        raise DataError(f"{tar} has two files {member.name}; give each sample a key of its own.")
+                    about[key][kind] = file.extractfile(member).read()  # type: ignore[union-attr]
+            ended = file.offset
+    except (tarfile.TarError, OSError) as error:
+        raise DataError(f"{tar} ends early or is not a tar ({error}); copy or pack it again.") from error
+    last_byte = max((offset + size for offset, size, _ in images.values()), default=0)
+    if not images or tar.stat().st_size < max(last_byte, ended) + 512:  # a complete tar ends with empty blocks
+        raise DataError(f"{tar} ends early or holds no image; copy or pack it again.")
+    if orphans := sorted(set(about) - set(images)):
+        raise DataError(
+            f"{orphans[0]} in {tar} has a class and no image that is read ({len(orphans):,} such); links inside a tar are not "
+            f"followed, and images end in {', '.join(sorted(SUFFIXES))}."
+        )
+    return TarIndex([_make_sample(tar, key, place, about.get(key, {})) for key, place in images.items()], None)
+
+
+def _make_sample(tar: Path, key: str, place: tuple[int, int, str], about: dict[str, bytes]) -> TarSample:
+    offset, size, name = place
+    try:
+        values = json.loads(about.get("json", b"{}"))
+        text = about.get("cls", b"").decode().strip()
+        cls: str | int = int(text) if text.removeprefix("-").isdecimal() else text
+        label = values.get("class", cls)
+        if type(label) is type(cls) and cls not in ("", label):
+            raise ValueError(f"{key}.cls says {cls}, {key}.json {label}")
+        if label != "":
+            return _validate(TarSample(key, values.get("name", name), label, offset, size), tar.stat().st_size)
+    except (ValueError, AttributeError) as error:
+        raise DataError(f"the class of {key} in {tar} cannot be read ({error}); pack it again.") from error
+    raise DataError(f"{key} in {tar} has no class: there is neither {key}.cls nor a class in {key}.json.")

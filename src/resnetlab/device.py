@@ -1,0 +1,201 @@
+"""The device a run computes on: its kind, precision, memory format and number of threads."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import os
+import platform
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from resnetlab.distributed import World
+from resnetlab.errors import UsageError, unknown_name_error
+
+PRECISIONS = ("auto", "bf16", "fp32")
+
+
+@dataclass(frozen=True)
+class DeviceConfig:
+    """Device, precision, memory format and threads of one run, selected once and recorded in the run folder."""
+
+    device: torch.device
+    precision: str  # "bf16" (autocast) or "fp32"
+    threads: int  # of the CPU
+    reason: str  # why this precision, and why compiled or not; printed at the start of a run
+    world: World = field(default_factory=World)  # the processes that share the work
+    compiled: bool = False  # by torch.compile, for training
+    cuda_graph: bool = False  # replay training steps from a CUDA graph where that is bit-identical
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        """channels_last: convolutions are faster in it on CPUs and GPUs alike."""
+        return torch.channels_last
+
+    def place(self, net: nn.Module) -> nn.Module:
+        """Moves a network to the device and the memory format."""
+        return net.to(self.device).to(memory_format=self.memory_format)
+
+    def forward_fn(self, net: nn.Module) -> Callable[[Tensor], Tensor]:
+        """The forward function for training, compiled by torch.compile if `compiled`.
+
+        Its first call raises UsageError if the network cannot be compiled on this machine.
+        """
+        if not self.compiled:
+            return net
+        compiled = torch.compile(net, dynamic=False)
+        from torch._dynamo.exc import TorchDynamoException
+
+        def forward(x: Tensor) -> Tensor:
+            try:
+                return cast(Tensor, compiled(x))
+            except TorchDynamoException as error:
+                reason = str(error).strip().splitlines()[0]
+                raise UsageError(f"torch cannot compile the network here ({reason}); use --compile off.") from error
+
+        return forward
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """The autocast context for forward passes."""
+        if self.precision == "fp32":
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16)
+
+    def __str__(self) -> str:
+        threads = f", {self.threads} thread{'s' * (self.threads > 1)}" if self.device.type == "cpu" else ""
+        mode = ", compiled" * self.compiled + ", CUDA graph" * self.cuda_graph
+        return f"{self.device}{threads}, {self.precision}, channels_last{mode} ({self.reason})"
+
+
+def select_device(precision: str = "auto", device: str = "auto", threads: int = 0) -> DeviceConfig:
+    """Selects device and precision; "auto" takes a GPU if there is one, and bf16 if the hardware computes it.
+
+    Sets the number of CPU threads for the whole process; 0 keeps torch's own number, one per core.
+
+    Raises UsageError for an unknown precision or a missing device.
+    """
+    if precision not in PRECISIONS:
+        raise unknown_name_error("precision", precision, PRECISIONS)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        selected = torch.device(device)
+        float(torch.ones(1, device=selected))
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UsageError(f"device {device!r} is not available; use --device cpu, or auto.") from error
+    if threads:
+        torch.set_num_threads(threads)
+    threads = torch.get_num_threads()
+    if selected.type == "cpu":
+        _keep_freed_memory()
+    automatic = default_precision(selected)
+    if selected.type == "cuda":  # deterministic, and fp32 without TF32
+        torch.backends.cudnn.deterministic = True
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    if precision != "auto":
+        return DeviceConfig(selected, precision, threads, "as asked")
+    return DeviceConfig(
+        selected, automatic, threads, f"this hardware {'computes' if automatic == 'bf16' else 'does not compute'} bf16"
+    )
+
+
+@functools.cache
+def _keep_freed_memory() -> None:
+    """Makes glibc keep freed memory for the next step, for the whole process.
+
+    Otherwise every large activation goes back to the system when freed and the next step allocates it again, with a page
+    fault per 4 KiB: 340,000 faults per step of ResNet-50 at batch 32, a fifth of its time. Only glibc has these options.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    if mallopt is not None:
+        largest = 2**31 - 1
+        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: blocks up to 1 GiB come from the heap
+        mallopt(-1, largest)  # M_TRIM_THRESHOLD: the heap does not shrink
+
+
+def release_memory(device: torch.device) -> None:
+    """Returns cached free memory to the system."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif trim := getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None:
+        trim(0)
+
+
+def default_precision(device: torch.device) -> str:
+    """The precision that "auto" selects on a device."""
+    return "bf16" if _computes_bf16(device) else "fp32"
+
+
+@contextlib.contextmanager
+def preserve_process_state() -> Iterator[None]:
+    """Restores torch's number of threads and its random generator on exit: a run sets both."""
+    threads, state = torch.get_num_threads(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.set_rng_state(state)
+
+
+def _computes_bf16(device: torch.device) -> bool:
+    """Whether the device has instructions for bf16 products rather than emulating them."""
+    if device.type == "cuda":
+        with torch.cuda.device(device):  # torch checks the current device
+            return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    if device.type != "cpu":
+        return False
+    try:  # Linux lists the usable instructions; elsewhere fp32 is the safe choice
+        flags = Path("/proc/cpuinfo").read_text().split()
+    except OSError:
+        return False
+    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(flags)
+
+
+@contextlib.contextmanager
+def eval_mode(net: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients; the former mode is restored on exit."""
+    before = net.training
+    net.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        net.train(before)
+
+
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """Copies a tensor to a device without waiting for the device's queue: a GPU copies from pinned memory asynchronously."""
+    if device.type == "cuda" and x.device.type == "cpu":
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)
+
+
+def environment(device: torch.device | None = None) -> dict[str, object]:
+    """Versions and hardware, as written to every run folder; the GPU is `device`, or the current one."""
+    from importlib.metadata import version
+
+    from resnetlab import __version__
+
+    gpu = device if device is not None and device.type == "cuda" else None
+    cpu = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return {
+        "resnetlab": __version__,
+        "torch": torch.__version__,
+        "torchvision": version("torchvision"),
+        "numpy": version("numpy"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu": cpu,
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name(gpu) if torch.cuda.is_available() else None,
+    }

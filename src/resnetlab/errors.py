@@ -1,0 +1,78 @@
+"""The errors that a user can cause. Each message says what is wrong and what to do next.
+
+ResNetLabError            exit code 1
+├── UsageError           exit code 2: an unknown name, key, option or value
+├── DataError            images, labels or archives that cannot be read
+├── ModelFileError       a model file or checkpoint that is missing, damaged or not of this program
+├── RunError             a run folder that cannot be written, continued or shared
+└── DivergedError        a loss that is no longer finite
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterable
+
+
+class ResNetLabError(Exception):
+    """Base of all errors that the command line prints as one sentence."""
+
+    exit_code = 1
+
+
+class UsageError(ResNetLabError, ValueError):
+    """An unknown name, key, option or value."""
+
+    exit_code = 2
+
+
+class DataError(ResNetLabError):
+    """Images, labels or archives that cannot be read."""
+
+
+class ModelFileError(ResNetLabError):
+    """A model file or checkpoint that is missing, damaged or not of this program."""
+
+
+class RunError(ResNetLabError):
+    """A run folder that cannot be written, continued or shared."""
+
+
+class DivergedError(ResNetLabError):
+    """A loss that is no longer finite."""
+
+
+def unknown_name_error(kind: str, given: str, known: Iterable[str]) -> UsageError:
+    """The error for an unknown name; its message suggests the nearest known one, or lists them all."""
+    names = list(known)
+    near = difflib.get_close_matches(given, names, n=1, cutoff=0.6)
+    hint = f"did you mean {near[0]!r}?" if near else "known: " + ", ".join(names) + "."
+    return UsageError(f"unknown {kind} {given!r}; {hint}")
+
+
+def missing_package(what: str, package: str | None, extra: str) -> UsageError:
+    """The error for `what` (an option, a command, a file), which needs a package that an extra of ours installs."""
+    return UsageError(f"{what} needs the package {package}; install it with: {install_hint(extra)}")
+
+
+def install_hint(extra: str) -> str:
+    """The command that installs an extra of this package from the place that the package itself was installed from."""
+    from importlib.metadata import PackageNotFoundError, distribution
+    from urllib.parse import urlsplit
+    from urllib.request import url2pathname
+
+    name = __name__.partition(".")[0]
+    try:
+        package = distribution(name)
+        installer, origin = package.read_text("INSTALLER") or "", package.read_text("direct_url.json") or "{}"
+    except PackageNotFoundError:  # run from its source
+        installer, origin = "", "{}"
+    install = "uv pip install" if installer.strip() == "uv" else "pip install"
+    source = json.loads(origin)
+    url = source.get("url", "")
+    if source.get("dir_info", {}).get("editable"):
+        return f"{install} -e '{url2pathname(urlsplit(url).path)}[{extra}]'"
+    if vcs := source.get("vcs_info"):
+        url = f"{vcs['vcs']}+{url}@{vcs['commit_id']}"
+    return f"{install} '{name}[{extra}]" + (f" @ {url}'" if url else "'")

@@ -1,0 +1,1 @@
+"""Evaluating networks: metrics, and the protocols of evaluation."""

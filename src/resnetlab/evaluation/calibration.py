@@ -1,0 +1,73 @@
+"""Confidence calibration: temperature scaling and the reliability diagram (Guo et al. 2017)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+BINS = 15
+MIN_TEMPERATURE, MAX_TEMPERATURE = 0.05, 20.0
+
+
+class Bin(NamedTuple):
+    """Predictions with a confidence in (low, high]: their number, mean confidence and accuracy."""
+
+    low: float
+    high: float
+    n: int
+    confidence: float | None  # None where the bin is empty
+    accuracy: float | None
+
+
+def reliability_bins(scores: Tensor, labels: Tensor) -> list[Bin]:
+    """The predictions by confidence, in BINS equal bins; scores are softmax (N, classes), labels int64 (N,)."""
+    confidence, predicted = scores.double().max(1)
+    correct = (predicted == labels).double()
+    index = (confidence * BINS).ceil().long().clamp(1, BINS) - 1
+    n = torch.bincount(index, minlength=BINS)
+    sums = [torch.zeros(BINS, dtype=torch.float64).index_add_(0, index, value) for value in (confidence, correct)]
+    means = [(total / n.clamp_min(1)).tolist() for total in sums]
+    columns = zip(n.tolist(), *means, strict=True)
+    return [Bin(i / BINS, (i + 1) / BINS, k, c if k else None, a if k else None) for i, (k, c, a) in enumerate(columns)]
+
+
+def describe_calibration(temperature: float, calibration: Mapping[str, Any], protocol: str) -> str:
+    """A sentence on the source of a temperature, and on its limits for scores by `protocol`."""
+    if not calibration:
+        if temperature == 1:
+            return "uncalibrated: no temperature was fitted, so scores may be overconfident"
+        return f"temperature {temperature:.3f}; the model file does not say what it was fitted on"
+    about = dict.fromkeys(("data", "split", "n", "protocol"), "?") | dict(calibration)
+    n = f"{about['n']:,}" if isinstance(about["n"], int) else about["n"]
+    images = f"{n} images ({str(about['split']).replace('_', '-')} of {about['data']})"
+    text = f"temperature {temperature:.3f}, fitted on {images} by {about['protocol']}"
+    if str(about["split"]).endswith("train"):
+        text += ", which the network may have been trained on, so scores may be overconfident"
+    return text + (f"; used here for {protocol}, for which it was not fitted" if about["protocol"] != protocol else "")
+
+
+def fit_temperature(log_scores: Tensor, labels: Tensor) -> float:
+    """The temperature with the lowest mean cross entropy of held-out images; logits are divided by it.
+
+    The true class counts as (N + 1) / (N + 2) and the others share the rest, as in Platt (1999), so that N correct
+    images do not make a network infinitely confident. Cross entropy is convex in 1 / temperature, so its slope is bisected.
+
+    Args:
+        log_scores: logits up to a constant for each image, (N, classes).
+        labels: int64 (N,).
+    """
+    n, classes = log_scores.shape
+    if n == 0 or classes == 1:
+        return 1.0
+    z = log_scores.double()
+    targets = torch.full_like(z, 1 / (n + 2) / (classes - 1))
+    targets[torch.arange(n), labels] = (n + 1) / (n + 2)
+    low, high = 1 / MAX_TEMPERATURE, 1 / MIN_TEMPERATURE  # of 1 / temperature
+    for _ in range(60):
+        middle = (low + high) / 2
+        slope = float((((middle * z).softmax(1) - targets) * z).sum(1).mean())
+        low, high = (low, middle) if slope > 0 else (middle, high)
+    return 2 / (low + high)

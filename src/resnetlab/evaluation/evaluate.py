@@ -1,0 +1,356 @@
+"""One model or several on one split: every image once, by one protocol."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from resnetlab.data import sources
+from resnetlab.data.dataset import MemorySplit, Split
+from resnetlab.data.disk_split import DiskSplit, ReadOptions
+from resnetlab.data.prefetch import PreprocessedSplit
+from resnetlab.device import DeviceConfig, select_device
+from resnetlab.distributed import World, join_process_group
+from resnetlab.errors import DataError, DivergedError, UsageError
+from resnetlab.evaluation.calibration import describe_calibration, fit_temperature
+from resnetlab.evaluation.comparison import Comparison, compare_models
+from resnetlab.evaluation.metrics import ClassificationMetrics
+from resnetlab.evaluation.protocols import ONE_CROP, Protocol, parse_protocol
+from resnetlab.evaluation.published import find_published
+from resnetlab.evaluation.scores import SKIPPED, Member, predict_scores
+from resnetlab.evaluation.split_selection import describe_overlap, pick_split, select_calibration_images
+from resnetlab.models.model_file import TrainedModel, load_trained_model
+from resnetlab.models.resnet import ResNet
+from resnetlab.preprocessing import Preprocessing
+
+Model = TrainedModel | str | Path
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """The result of one model, or of several as an ensemble, on a split.
+
+    Attributes:
+        metrics: of the model, or of the ensemble.
+        weights: of the models in the ensemble; they add up to 1.
+        members: the metrics of each model where there are several.
+        protocol_options: what the protocol leaves open, as applied to each model.
+        trained_models: the models with the temperatures that were used.
+        notes: sentences on evaluated images that a model saw in training, or may have seen.
+    """
+
+    metrics: ClassificationMetrics
+    models: tuple[str, ...]
+    weights: tuple[float, ...]
+    members: tuple[ClassificationMetrics, ...]
+    data: str
+    split: str
+    protocol: Protocol
+    protocol_options: tuple[dict[str, Any], ...]
+    trained_models: tuple[TrainedModel, ...]
+    images: Split
+    notes: tuple[str, ...] = ()
+
+    @property
+    def n(self) -> int:
+        return self.metrics.n
+
+    @property
+    def top1_error(self) -> float:
+        return self.metrics.top1_error
+
+    @property
+    def top5_error(self) -> float:
+        return self.metrics.top5_error
+
+    def to_json(self) -> dict[str, Any]:
+        """The figures as a plain dictionary; keys as in docs/json.md."""
+        about = {
+            "model": self.models[0] if len(self.models) == 1 else list(self.models),
+            "data": self.data,
+            "split": self.split,
+            "protocol": str(self.protocol),
+            "protocol_options": list(self.protocol_options),
+            "notes": list(self.notes),
+        }
+        scaling = {
+            "temperature": [model.temperature for model in self.trained_models],
+            "calibration": [dict(model.calibration) or None for model in self.trained_models],
+        }
+        figures = about | self.metrics.to_json() | scaling
+        n = self.n + len(self.metrics.skipped)
+        known = None
+        if len(self.models) == 1:
+            known = find_published(self.trained_models[0], self.data, self.split, self.protocol, n)
+        if self.metrics.skipped:
+            figures["skipped"] = dict(self.metrics.skipped)
+        figures["published"] = known.to_json() if known else None
+        if self.members:
+            figures["members"] = [
+                {"model": name, "weight": weight} | _summarise(each)
+                for name, weight, each in zip(self.models, self.weights, self.members, strict=True)
+            ]
+            figures["comparisons"] = [each.to_json() for each in self.comparisons]
+        return figures
+
+    @property
+    def calibration(self) -> list[str]:
+        """Of each model, a sentence on how its scores were calibrated."""
+        return [
+            describe_calibration(each.temperature, each.calibration, str(self.protocol)) for each in self.trained_models
+        ]
+
+    @cached_property
+    def comparisons(self) -> list[Comparison]:
+        """Every two members, and every member with the ensemble."""
+        results = [*zip(self.models, self.members, strict=True), ("ensemble", self.metrics)] if self.members else []
+        return [compare_models(a, b, name_a, name_b) for (name_a, a), (name_b, b) in combinations(results, 2)]
+
+
+def evaluate_network(
+    net: ResNet,
+    split: Split,
+    preprocessing: Preprocessing,
+    classes: tuple[str, ...],
+    device_config: DeviceConfig,
+    *,
+    temperature: float = 1.0,
+    world: World | None = None,
+    on_progress: Callable[[int], None] = lambda done: None,
+) -> ClassificationMetrics:
+    """Evaluates a network on every image of a split, one crop each.
+
+    Args:
+        split: images of any size; those on disk are decoded batch by batch.
+        world: the processes that share the images; each returns the same.
+        on_progress: called with the number of images done so far.
+    """
+    member = Member.from_network(net, preprocessing, device_config, temperature=temperature)
+    all_scores = predict_scores([member], split, device_config, world=world, on_progress=on_progress)
+    ((labels, scores),), skipped = drop_skipped(split, split.labels, all_scores)
+    return replace(ClassificationMetrics.from_scores(classes, scores, labels), skipped=skipped)
+
+
+def drop_skipped(
+    split: Split, labels: Tensor, scores: Sequence[Tensor]
+) -> tuple[list[tuple[Tensor, Tensor]], dict[str, str]]:
+    """Labels and scores of the readable images, for each model; and the names of the others with the reasons.
+
+    Raises DataError where none could, DivergedError where scores are not finite.
+    """
+    if not all(bool(each.isfinite().all()) for each in scores):
+        raise DivergedError(
+            "the network's scores are not finite: its training went wrong; try a tenth of the learning rate."
+        )
+    readable = (scores[0] != SKIPPED).all(1)
+    if bool(readable.all()):
+        return [(labels, each) for each in scores], {}
+    if not bool(readable.any()):
+        raise DataError("no image can be read; fix them: resnetlab data check.")
+    reasons = split.skipped if isinstance(split, DiskSplit) else {}
+    names = split.subset(torch.nonzero(~readable).flatten()).names
+    return [(labels[readable], each[readable]) for each in scores], {
+        n: reasons.get(n, "could not be read") for n in names
+    }
+
+
+def prepare_split(split: Split, preprocessing: Preprocessing) -> Split:
+    """A split in memory with its images resized and cropped for the network; a split on disk as it is."""
+    shape = (*preprocessing.size, preprocessing.channels)
+    if not isinstance(split, MemorySplit) or tuple(split.images.shape[1:]) == shape:
+        return split
+    pixels = [pixels for pixels, _ in PreprocessedSplit(split, preprocessing).batches(256)]
+    return replace(split, images=torch.cat(pixels)) if pixels else split
+
+
+def evaluate(
+    model: Model | Sequence[Model],
+    data: str | Path,
+    *,
+    protocol: str = "1crop",
+    weights: Sequence[float] | None = None,
+    split: str = "test",
+    fit_on: str | None = None,
+    names: Sequence[str] | None = None,
+    data_dir: str | Path = "data",
+    on_bad_image: str = "stop",
+    quarantine: str | Path = "",
+    precision: str = "auto",
+    device: str = "auto",
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Evaluation:
+    """Evaluates a model, or several as an ensemble, on a data set; `.to_json()` of the result gives its figures.
+
+    Under torchrun the processes share the images, and each returns the same.
+
+    Args:
+        model: what `resnetlab.load` returned, or the path of a model file; or several of them, whose scores are averaged.
+        data: a data set's name ("digits", "cifar10"), a folder of class folders, or a pattern of tar shards.
+        protocol: how images are shown, see resnetlab.evaluation.protocols ("10crop", "multiscale:224,256,384,480,640").
+        weights: of the members, in proportion; None for equal ones.
+        split: "train", or "test": the split that the data are evaluated on, whatever its name (`Evaluation.split`); of a folder
+            without val/ and test/, the images that the models' own runs held out.
+        fit_on: fit each model's temperature first, on this split, or on so many images of the evaluated split ("1000"), which
+            are then not evaluated; `Evaluation.trained_models` have it.
+        names: of the models; by default their paths.
+        data_dir: folder of the archives.
+        on_bad_image: "stop" at an image that cannot be read, or "skip" it (`Evaluation.metrics.skipped` lists it).
+        quarantine: a file that lists images to leave out, as in training.
+        progress: called with images done and images in all.
+
+    Raises:
+        DataError: the models and the data name different classes, the split is empty or without labels, or the archive is
+            missing or damaged.
+        ModelFileError: a model file is missing or damaged.
+        UsageError: an unknown data set, split or protocol; weights that are not one a model; a crop larger than the image; a
+            temperature fitted on images that are evaluated, or that the model was trained on.
+    """
+    parsed = parse_protocol(protocol)
+    given: list[Model] = [model] if isinstance(model, Model) else list(model)
+    weights = _normalise_weights(weights, len(given))
+    trained = [each if isinstance(each, TrainedModel) else load_trained_model(Path(each)) for each in given]
+    options = tuple(parsed.to_json(model.preprocessing) for model in trained)
+    classes = trained[0].classes
+    names = _default_names(given) if names is None else list(names)
+    columns = [_class_columns(each.classes, classes, name, names[0]) for each, name in zip(trained, names, strict=True)]
+    source = sources.load_dataset(str(data), Path(data_dir), ReadOptions(on_bad_image, str(quarantine)))
+    data = sources.strip_signature(str(data))  # figures are shared, so addresses lose their signatures
+    split, images = pick_split(source, split, trained)
+    _labels_by_name(images, source.classes, classes)
+    if fit_on is not None:
+        images, held_out, about = select_calibration_images(fit_on, source, split, images, trained)
+    labels = _labels_by_name(images, source.classes, classes)
+    notes = describe_overlap(source, images, trained, names)
+    with join_process_group() as world:
+        device_config = select_device(precision, device)
+        if fit_on is not None:
+            held_out_labels = _labels_by_name(held_out, source.classes, classes)
+            trained = fit_temperatures(
+                trained, columns, held_out, held_out_labels, device_config, world, {"data": data, **about}
+            )
+        all_members = [
+            Member.from_network(
+                each.net, each.preprocessing, device_config, columns=order, temperature=each.temperature
+            )
+            for each, order in zip(trained, columns, strict=True)
+        ]
+        all_scores = predict_scores(
+            all_members,
+            images,
+            device_config,
+            protocol=parsed,
+            world=world,
+            on_progress=lambda done: progress(done, len(images)),
+        )
+    results, skipped = drop_skipped(images, labels, all_scores)
+    if skipped:
+        images = images.subset(torch.tensor([i for i, name in enumerate(images.names) if name not in skipped]))
+    members = [ClassificationMetrics.from_scores(classes, scores, truth) for truth, scores in results]
+    mean = torch.stack([w * scores for w, (_, scores) in zip(weights, results, strict=True)]).sum(0)
+    metrics = ClassificationMetrics.from_scores(classes, mean, results[0][0]) if len(members) > 1 else members[0]
+    return Evaluation(
+        metrics=replace(metrics, split=split, skipped=skipped),
+        models=tuple(names),
+        weights=weights,
+        members=tuple(members) if len(members) > 1 else (),
+        data=data,
+        split=split,
+        protocol=parsed,
+        protocol_options=options,
+        trained_models=tuple(trained),
+        images=images,
+        notes=tuple(notes),
+    )
+
+
+def fit_temperatures(
+    models: Sequence[TrainedModel],
+    columns: Sequence[Tensor],
+    split: Split,
+    labels: Tensor,
+    device_config: DeviceConfig,
+    world: World,
+    about: dict[str, Any],
+) -> list[TrainedModel]:
+    """Copies of the models with the temperatures that fit a split best, one crop for each image."""
+    members = [
+        Member.from_network(model.net, model.preprocessing, device_config, columns=order)
+        for model, order in zip(models, columns, strict=True)
+    ]
+    results, skipped = drop_skipped(split, labels, predict_scores(members, split, device_config, world=world))
+    calibrated = []
+    for model, (truth, scores) in zip(models, results, strict=True):
+        log_scores = ClassificationMetrics.from_scores(models[0].classes, scores, truth).log_scores
+        calibrated.append(copy.copy(model))
+        calibrated[-1].temperature = fit_temperature(log_scores, truth)
+        calibrated[-1].calibration = about | {"n": len(split) - len(skipped), "protocol": str(ONE_CROP)}
+    return calibrated
+
+
+def _summarise(metrics: ClassificationMetrics) -> dict[str, Any]:
+    figures = metrics.to_json()
+    return {key: figures[key] for key in ("top1_error", "top1_interval", "top5_error", "loss", "calibration_error")}
+
+
+def _default_names(models: Sequence[Model]) -> list[str]:
+    return [f"model {i}" if isinstance(each, TrainedModel) else str(each) for i, each in enumerate(models, 1)]
+
+
+def _normalise_weights(weights: Sequence[float] | None, n: int) -> tuple[float, ...]:
+    """Weights that add up to 1."""
+    if n == 0:
+        raise UsageError("evaluate needs at least one model.")
+    if weights is None:
+        return (1 / n,) * n
+    if len(weights) != n or not all(0 < w < float("inf") for w in weights):
+        raise UsageError(f"weights are {n} numbers above 0, one for each model, not {', '.join(map(str, weights))}.")
+    return tuple(w / sum(weights) for w in weights)
+
+
+def _class_columns(own: tuple[str, ...], classes: tuple[str, ...], name: str, first: str) -> Tensor:
+    """The position of each of `classes` among a model's own; raises DataError where the names differ."""
+    if differing := _describe_differences(own, classes, name, first):
+        raise DataError(
+            f"the members of an ensemble name different classes: {differing}; take models of the same classes."
+        )
+    return torch.tensor([own.index(each) for each in classes])
+
+
+def _labels_by_name(split: Split, data: tuple[str, ...], model: tuple[str, ...]) -> Tensor:
+    """Labels as positions in the model's classes, matched by name.
+
+    Raises DataError where the names differ, an image has no label, or there is no image.
+    """
+    labels = split.labels
+    if not len(split):
+        raise DataError("there is no image to evaluate; give a split that holds some.")
+    if len(labels) != len(split) or int(labels.min()) < 0:
+        raise DataError(
+            "the images have no labels and cannot be evaluated; `resnetlab predict` takes images without labels."
+        )
+    if differing := _describe_differences(data, model, "the data", "the model"):
+        raise DataError(
+            f"the data and the model name different classes: {differing}; evaluate on data with the model's classes."
+        )
+    return torch.tensor([model.index(name) for name in data])[labels]
+
+
+def _describe_differences(one: tuple[str, ...], other: tuple[str, ...], one_name: str, other_name: str) -> str:
+    """The names that are in one list of classes only; empty where both have the same names."""
+    only = sorted(set(one) - set(other)), sorted(set(other) - set(one))
+    if not any(only):
+        return ""
+    return f"only in {one_name} {_format_list(only[0])}, only in {other_name} {_format_list(only[1])}"
+
+
+def _format_list(names: list[str]) -> str:
+    shown = ", ".join(names[:8]) or "none"
+    return shown + (f" and {len(names) - 8} more" if len(names) > 8 else "")

@@ -1,0 +1,247 @@
+"""Parts of a page about predictions: the confusion matrix, the classes, the mistakes; and figures as inline SVG.
+
+Every function is pure: equal input gives equal text. Figures name their colours by role, as CSS variables of pages/style.css,
+and so follow the reader's light or dark mode.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import unicodedata
+from base64 import b64encode
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from resnetlab.data.prefetch import PreprocessedSplit
+from resnetlab.evaluation.metrics import ClassificationMetrics
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from PIL import Image
+
+MAX_MATRIX = 12  # classes; with more, the table of the most confused pairs is clearer
+CELL = 44  # pixels on a side
+MAX_IMAGE = 256  # pixels on a side; larger ones are resized to it
+
+# Colours to draw with in matplotlib. Each is a placeholder for a role, whose colour the page decides.
+INK, MUTED, LINE, TRAIN, HELD_OUT, CARD = (f"#0000f{i}" for i in range(6))
+_ROLES = {INK: "--ink", MUTED: "--muted", LINE: "--line", TRAIN: "--train", HELD_OUT: "--held-out", CARD: "--card"}
+SERIES = tuple(f"#0000e{i}" for i in range(7))  # for several curves in one figure
+_ROLES |= {colour: f"--series-{i}" for i, colour in enumerate(SERIES)}
+_STYLE: Any = {
+    "svg.fonttype": "none",  # text stays text, in the reader's fonts: no glyph can be missing here
+    "text.parse_math": False,
+    "text.color": INK,
+    "font.size": 12,
+    "lines.markersize": 4.5,
+    "axes.facecolor": "none",
+    "axes.edgecolor": LINE,
+    "axes.labelcolor": MUTED,
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.spines.left": False,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "grid.color": LINE,
+    "xtick.color": LINE,
+    "xtick.labelcolor": MUTED,
+    "ytick.major.size": 0,
+    "ytick.minor.size": 0,
+    "ytick.labelcolor": MUTED,
+}
+
+
+@dataclass(frozen=True)
+class ClassRow:
+    """One class of a split: its images, how many of them are wrong, and the class most often predicted instead."""
+
+    name: str
+    n: int
+    wrong: int
+    taken_for: str | None  # None where nothing is wrong
+
+    @property
+    def error(self) -> float | None:
+        """The class's top-1 error; None where the split has no image of it."""
+        return self.wrong / self.n if self.n else None
+
+
+@dataclass(frozen=True)
+class ConfusedPair:
+    """How often images of one class were taken for another."""
+
+    true: str
+    predicted: str
+    count: int
+    n: int  # images of the true class
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """An image that the network got wrong, and its confidence."""
+
+    index: int  # position in the split, from 0
+    true: str
+    predicted: str
+    confidence: float  # softmax of the predicted class
+    true_confidence: float  # softmax of the true class
+    uri: str  # the image, as a data URI
+    small: bool  # enlarged without smoothing
+
+
+def class_rows(classes: Sequence[str], confusion: Tensor) -> list[ClassRow]:
+    """A row for every class, in the order of `classes`; `confusion` is int64 (classes, classes), rows are true classes."""
+    off = confusion - confusion.diag().diag()
+    most, where = off.max(1)
+    columns = zip(classes, confusion.sum(1).tolist(), off.sum(1).tolist(), most.tolist(), where.tolist(), strict=True)
+    return [ClassRow(name, n, wrong, classes[j] if count else None) for name, n, wrong, count, j in columns]
+
+
+def confused_pairs(classes: Sequence[str], confusion: Tensor, limit: int) -> list[ConfusedPair]:
+    """The pairs of classes that are confused most often, by count; at most `limit`, none of them zero."""
+    off = (confusion - confusion.diag().diag()).flatten()
+    n = confusion.sum(1)
+    order = off.argsort(descending=True, stable=True)[:limit]
+    rows = [(int(cell) // len(classes), int(cell) % len(classes), int(off[cell])) for cell in order]
+    return [ConfusedPair(classes[i], classes[j], count, int(n[i])) for i, j, count in rows if count]
+
+
+def worst_mistakes(metrics: ClassificationMetrics, images: Tensor | PreprocessedSplit, limit: int) -> list[Mistake]:
+    """The wrong images, the most confident first; at most `limit`.
+
+    Args:
+        images: uint8 (N, h, w, C), in the order of the metrics.
+    """
+    confidence, predicted = metrics.scores.max(1)
+    wrong = (predicted != metrics.labels).nonzero().flatten()
+    worst = wrong[confidence[wrong].argsort(descending=True, stable=True)][:limit].tolist()
+    small = max(images.shape[1:3]) <= 96
+    rows = [(i, int(metrics.labels[i]), int(predicted[i])) for i in worst]
+    return [
+        Mistake(
+            index=i,
+            true=metrics.classes[true],
+            predicted=metrics.classes[guess],
+            confidence=float(confidence[i]),
+            true_confidence=float(metrics.scores[i, true]),
+            uri=image_uri(images[i]),
+            small=small,
+        )
+        for i, true, guess in rows
+    ]
+
+
+def image_uri(image: Tensor) -> str:
+    """An image, uint8 (h, w, C), as a data URI: PNG where it is small, else JPEG of at most 256 pixels on a side.
+
+    One channel is grey, three are red, green and blue; of any other number the first is shown.
+    """
+    from PIL import Image
+
+    pixels = image if image.shape[-1] == 3 else image[..., 0]
+    return pil_image_uri(Image.fromarray(pixels.contiguous().cpu().numpy()))
+
+
+def pil_image_uri(image: Image.Image) -> str:
+    """A Pillow image as a data URI: PNG where it is small, else JPEG of at most 256 pixels on a side."""
+    kind = "png" if max(image.size) <= 96 else "jpeg"
+    image.thumbnail((MAX_IMAGE, MAX_IMAGE))
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **({"optimize": True} if kind == "png" else {"quality": 85}))
+    return f"data:image/{kind};base64,{b64encode(buffer.getvalue()).decode()}"
+
+
+def confusion_svg(classes: Sequence[str], confusion: Tensor) -> str:
+    """The confusion matrix as inline SVG: rows are true classes, columns predicted ones, counts in the cells.
+
+    Correct cells have one hue, wrong ones another; opacity is the share of the true class, relative to the largest.
+    """
+    names = [_shorten(name, 16) for name in classes]
+    widest = max(map(_display_width, names)) * 8  # pixels
+    slanted = widest > CELL - 4  # names that do not fit above their columns are slanted
+    overhang = widest * 7 // 10 if slanted else 0
+    left, top = max(56, widest + 16), overhang + (40 if slanted else 46)
+    side = CELL * len(names)
+    share = confusion / confusion.sum(1, keepdim=True).clamp(min=1)
+    strongest = {True: float(share.diag().max()), False: float((share - share.diag().diag()).max())}
+    parts = [f'<text class="axis" x="{left}" y="14">predicted →</text>']
+    parts.append(f'<text class="axis" x="{left - 8}" y="{top - 8}" text-anchor="end">true ↓</text>')
+    for i, name in enumerate(map(escape, names)):
+        x, y = left + i * CELL + CELL // 2, top - 8
+        place = f'transform="translate({x} {y}) rotate(-40)"' if slanted else f'x="{x}" y="{y}" text-anchor="middle"'
+        parts.append(f"<text {place}>{name}</text>")
+        parts.append(f'<text x="{left - 8}" y="{top + i * CELL + CELL // 2 + 5}" text-anchor="end">{name}</text>')
+    for i, row in enumerate(confusion.tolist()):
+        for j, count in enumerate(row):
+            strength = float(share[i, j]) / (strongest[i == j] or 1)
+            what = f"{classes[i]} taken for {classes[j]}: {count} of {sum(row)}"
+            parts.append(_cell(left + j * CELL, top + i * CELL, count, strength, i == j, what))
+    width, height = left + side + max(2, overhang - CELL // 2), top + side + 2
+    right, n = int(confusion.diag().sum()), int(confusion.sum())
+    label = f"Confusion matrix of {len(names)} classes: {right:,} of {n:,} images are on the diagonal, so are correct."
+    box = f'viewBox="0 0 {width} {height}" style="max-width: {width}px"'
+    opening = f'<svg xmlns="http://www.w3.org/2000/svg" class="matrix" {box} role="img" aria-label="{label}">'
+    return "".join([opening, *parts, "</svg>"])
+
+
+def _cell(x: int, y: int, count: int, strength: float, right: bool, what: str) -> str:
+    """One cell of the matrix, with a strength from 0 to 1; an empty one has only its outline."""
+    box = f'<rect x="{x + 1}" y="{y + 1}" width="{CELL - 2}" height="{CELL - 2}" rx="4"'
+    if not count:
+        return f'{box} class="none"/>'
+    fill = f'class="{"right" if right else "wrong"}" fill-opacity="{0.06 + 0.4 * strength:.3f}"'
+    fit = f' textLength="{CELL - 8}" lengthAdjust="spacingAndGlyphs"' if count > 9999 else ""
+    place = f'x="{x + CELL // 2}" y="{y + CELL // 2 + 5}" text-anchor="middle"{fit}'
+    return f'<g><title>{escape(what)}</title>{box} {fill}/><text class="count" {place}>{count}</text></g>'
+
+
+def _display_width(text: str) -> int:
+    """The width of a text in columns: East Asian characters count 2, combining ones 0."""
+    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
+
+
+def _shorten(text: str, width: int) -> str:
+    if _display_width(text) <= width:
+        return text
+    while _display_width(text) >= width:
+        text = text[:-1]
+    return text + "…"
+
+
+def inline_svg(draw: Callable[[Figure], None], *, width: int, height: int, name: str, label: str) -> str:
+    """A matplotlib figure as inline SVG: the page's fonts and colours, no background.
+
+    Args:
+        draw: draws on a figure in which a point is a pixel of the page, in the colours INK, MUTED, LINE, ...
+        width, height: of the figure, in pixels.
+        name: unique in the page.
+        label: the text for readers who cannot see the figure.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()  # ignores the user's matplotlibrc
+        matplotlib.rcParams.update(_STYLE | {"svg.hashsalt": name})
+        figure = Figure(figsize=(width / 72, height / 72), dpi=72)
+        figure.patch.set_visible(False)
+        draw(figure)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    body = re.sub(r"<(metadata|style)\b.*?</\1>", "", buffer.getvalue(), flags=re.DOTALL)
+    body = body[body.index(">", body.index("<svg")) + 1 :]
+    body = re.sub(r'<g id="[^"]*"', "<g", body)
+    body = re.sub(r'\bid="', f'id="{name}-', body)
+    body = re.sub(r'(?:xlink:)?href="#', f'href="#{name}-', body).replace("url(#", f"url(#{name}-")
+    body = re.sub(r"font-family: [^;\"]*", "font-family: inherit", body)
+    for colour, role in _ROLES.items():
+        body = body.replace(colour, f"var({role})")
+    body = re.sub(r"\s*\n\s*", " ", body)
+    opening = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img" aria-label="{escape(label)}">'
+    return opening + body.strip()

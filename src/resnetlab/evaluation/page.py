@@ -1,0 +1,127 @@
+"""The page of an evaluation: one self-contained HTML file (its layout is pages/evaluation.html.j2)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from resnetlab.data.dataset import Split
+from resnetlab.evaluation import figures
+from resnetlab.evaluation.calibration import reliability_bins
+from resnetlab.evaluation.evaluate import Evaluation
+from resnetlab.evaluation.metrics import ClassificationMetrics, wilson_interval
+from resnetlab.preprocessing import Preprocessing, tensor_to_pil
+from resnetlab.run_folder import write_atomically, write_error
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+    from matplotlib.figure import Figure
+
+MISTAKES = 24  # images shown at most
+PAIRS = 12  # rows of confused classes shown at most
+CLASSES = 24  # rows of classes shown at most
+UNIT = "\u00a0%"
+
+
+def load_templates() -> Environment:
+    """The templates, with their filters for numbers."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    loader = PackageLoader("resnetlab", "pages")
+    templates = Environment(
+        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    templates.filters |= {"percent": percent, "count": count}
+    return templates
+
+
+def percent(fraction: float | None, n: int = 0) -> str:
+    """A fraction in per cent, with two decimals where `n` images justify them: "0.6 %" of 360, "8.75 %" of 10,000."""
+    if fraction is None:
+        return "–"
+    return f"{100 * fraction:.{2 if n >= 1000 else 1}f}{UNIT}"
+
+
+def format_interval(low: float, high: float, n: int) -> str:
+    """An interval of fractions in per cent: "0.2 to 2.0 %"."""
+    return f"{percent(low, n).removesuffix(UNIT)} to {percent(high, n)}".replace(" ", "\u00a0")
+
+
+def count(number: float) -> str:
+    """A count with separators: "174,970"."""
+    return f"{number:,.0f}"
+
+
+class _CroppedImages:
+    """The images of a split as a model's one crop shows them, read on access."""
+
+    def __init__(self, images: Split, preprocessing: Preprocessing) -> None:
+        self._images, self._preprocessing = images, preprocessing
+        self.shape = (len(images), *preprocessing.size, preprocessing.channels)
+
+    def __getitem__(self, i: int) -> Tensor:
+        """uint8 (h, w, C)."""
+        return self._preprocessing(tensor_to_pil(self._images.read_images([i])[0]))
+
+
+def write_evaluation(evaluation: Evaluation, folder: Path) -> None:
+    """Writes evaluation.json and evaluation.html; raises RunError where there is no space or no permission."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise write_error(folder, error) from error
+    write_atomically(folder / "evaluation.json", json.dumps(evaluation.to_json(), indent=2, ensure_ascii=False) + "\n")
+    write_atomically(folder / "evaluation.html", render_evaluation(evaluation))
+
+
+def render_evaluation(evaluation: Evaluation) -> str:
+    """The page as HTML."""
+    metrics, n = evaluation.metrics, evaluation.n
+    confusion = metrics.confusion
+    rows = figures.class_rows(metrics.classes, confusion)
+    images: Any = _CroppedImages(evaluation.images, evaluation.trained_models[0].preprocessing)
+    mistakes = figures.worst_mistakes(metrics, images, MISTAKES)
+    names = evaluation.images.names
+    paths = [Path(name).name for name in evaluation.models] if len(evaluation.models) > 1 else evaluation.models
+    template = load_templates().get_template("evaluation.html.j2")
+    page = template.render(
+        title=" + ".join(paths),
+        figures=evaluation.to_json(),
+        calibration=[sentence[0].upper() + sentence[1:] for sentence in evaluation.calibration],
+        n=n,
+        interval=format_interval(*wilson_interval(metrics.top1_error, n), n),
+        wrong=int((metrics.predicted != metrics.labels).sum()),
+        matrix=figures.confusion_svg(metrics.classes, confusion) if len(rows) <= figures.MAX_MATRIX else None,
+        diagram=draw_reliability(metrics),
+        pairs=figures.confused_pairs(metrics.classes, confusion, PAIRS),
+        classes=sorted(rows, key=lambda row: -(row.error or 0))[:CLASSES],
+        total_classes=len(rows),
+        mistakes=[(names[m.index], m) for m in mistakes],
+    )
+    return page.encode(errors="replace").decode()  # a file name may not be valid UTF-8
+
+
+def draw_reliability(metrics: ClassificationMetrics) -> str:
+    """The reliability diagram as inline SVG: accuracy and number of the predictions by confidence."""
+    bins = [each for each in reliability_bins(metrics.scores, metrics.labels) if each.n]
+
+    def draw(figure: Figure) -> None:
+        top, bottom = figure.subplots(2, 1, sharex=True, gridspec_kw={"height_ratios": [3, 1]})
+        top.plot([0, 1], [0, 1], color=figures.MUTED, linewidth=1, linestyle=":")
+        accuracy, low = [b.accuracy or 0 for b in bins], [b.low for b in bins]
+        top.bar(low, accuracy, 1 / 15, align="edge", color=figures.HELD_OUT, alpha=0.35)
+        top.plot([b.confidence or 0 for b in bins], accuracy, "o-", color=figures.HELD_OUT)
+        top.set_ylim(0, 1)
+        top.set_ylabel("accuracy")
+        bottom.bar(low, [b.n / metrics.n for b in bins], 1 / 15, align="edge", color=figures.TRAIN)
+        bottom.set_xlim(0, 1)
+        bottom.set_ylabel("share")
+        bottom.set_xlabel("confidence")
+        figure.subplots_adjust(left=0.13, right=0.98, top=0.97, bottom=0.13, hspace=0.15)
+
+    error = f"{metrics.calibration_error:.4f}"
+    label = f"Reliability diagram: share of correct predictions by confidence; expected calibration error {error}."
+    return figures.inline_svg(draw, width=440, height=380, name="reliability", label=label)

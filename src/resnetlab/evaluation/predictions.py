@@ -1,0 +1,63 @@
+"""The prediction for each image, as a table for other programs."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from resnetlab.errors import UsageError, missing_package
+from resnetlab.evaluation.metrics import ClassificationMetrics
+from resnetlab.run_folder import write_atomically
+
+SUFFIXES = (".csv", ".parquet")
+
+
+def check_predictions_file(path: Path) -> None:
+    """Raises UsageError, before any work is done, for a kind of file that `write_predictions` cannot write."""
+    if path.suffix not in SUFFIXES:
+        raise UsageError(f"{path}: per-image results are written to a file that ends in {' or '.join(SUFFIXES)}.")
+    if path.suffix == ".parquet":
+        try:
+            import pyarrow.parquet  # noqa: F401 - tests whether it is installed
+        except ImportError as error:
+            raise missing_package(f"{path} (unlike a .csv file)", "pyarrow", "parquet") from error
+
+
+def tabulate_predictions(metrics: ClassificationMetrics, names: Sequence[str]) -> dict[str, list[Any]]:
+    """Columns: image, true and predicted class, whether correct, both classes' scores, and the true class's rank from 1."""
+    score, predicted = metrics.scores.max(1)
+    true_score = metrics.scores[torch.arange(metrics.n), metrics.labels]
+    rank = 1 + (metrics.scores > true_score[:, None]).sum(1)
+    return {
+        "image": list(names),
+        "true": [metrics.classes[i] for i in metrics.labels.tolist()],
+        "predicted": [metrics.classes[i] for i in predicted.tolist()],
+        "right": (predicted == metrics.labels).tolist(),
+        "score": score.double().tolist(),
+        "true_score": true_score.double().tolist(),
+        "rank": rank.tolist(),
+    }
+
+
+def write_predictions(path: Path, metrics: ClassificationMetrics, names: Sequence[str]) -> None:
+    """Writes the table as CSV or Parquet, by the file's suffix; raises RunError where there is no space or no permission."""
+    check_predictions_file(path)
+    columns = tabulate_predictions(metrics, names)
+    if path.suffix == ".csv":
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(columns)
+        writer.writerows(zip(*columns.values(), strict=True))
+        write_atomically(path, text.getvalue())
+        return
+    import pyarrow
+    import pyarrow.parquet
+
+    buffer = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table(columns), buffer)
+    write_atomically(path, buffer.getvalue())

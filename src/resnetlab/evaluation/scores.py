@@ -1,0 +1,200 @@
+"""The scores of networks for the images of a split: each image is read once and shown by a protocol.
+
+    split --read, a few at a time-->  images uint8 (H, W, C), each of its own size
+          --views, per model------->  uint8 (B, h, w, C)
+          --normalise, net--------->  softmax scores (B, classes), averaged over views
+
+Memory is bounded by a batch and the scores. Processes share whole batches, so that every batch, and with it every rounding,
+is the same for any number of processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from resnetlab.data.dataset import Split
+from resnetlab.data.disk_split import DiskSplit
+from resnetlab.device import DeviceConfig, eval_mode, to_device
+from resnetlab.distributed import World
+from resnetlab.errors import DataError
+from resnetlab.evaluation.protocols import ONE_CROP, Protocol, generate_views
+from resnetlab.models.fold import fold_batchnorm
+from resnetlab.models.resnet import ResNet
+from resnetlab.preprocessing import Preprocessing
+
+SKIPPED = -1.0  # in place of the scores of an image that cannot be read
+MAX_PIXELS = {"cpu": 2**20, "cuda": 2**24}  # of one forward pass
+BATCH = 256  # images, at most
+READ_BYTES = 2**26  # of decoded images in memory before they are resized
+
+
+@dataclass(frozen=True, eq=False)
+class Member:
+    """A network that is evaluated.
+
+    Attributes:
+        net: folded and on the device.
+        columns: for every class, the position of its logit in the network's own order.
+        temperature: logits are divided by it.
+    """
+
+    net: ResNet
+    preprocessing: Preprocessing
+    columns: Tensor
+    temperature: float = 1.0
+
+    @staticmethod
+    def from_network(
+        net: ResNet,
+        preprocessing: Preprocessing,
+        device_config: DeviceConfig,
+        *,
+        columns: Tensor | None = None,
+        temperature: float = 1.0,
+    ) -> Member:
+        """A member with a folded copy of `net`, which stays as it is."""
+        columns = torch.arange(net.spec.classes) if columns is None else columns
+        copy = fold_batchnorm(net)
+        device_config.place(copy)
+        return Member(copy, preprocessing, columns, temperature)
+
+
+@torch.inference_mode()
+def predict_scores(
+    members: Sequence[Member],
+    split: Split,
+    device_config: DeviceConfig,
+    *,
+    protocol: Protocol = ONE_CROP,
+    world: World | None = None,
+    on_progress: Callable[[int], None] = lambda done: None,
+) -> list[Tensor]:
+    """Softmax scores of every member for every image, each float32 (N, classes), in every process.
+
+    The scores of an image that cannot be read, where the split skips such images, are SKIPPED.
+
+    Args:
+        on_progress: called with the number of images that all processes have done, as far as this one knows.
+
+    Raises:
+        DataError: an image cannot be read and the split does not skip such images.
+        UsageError: the protocol's crop is larger than the image.
+    """
+    world = world or World()
+    n = len(split)
+    scores = [torch.zeros(n, len(member.columns)) for member in members]
+    counts = torch.zeros(n, dtype=torch.int32)
+    done = 0
+    batches = torch.split(torch.arange(n), _batch_size(members, device_config))
+    for i, indices in enumerate(batches):
+        done += len(indices)
+        if i % world.size != world.rank:
+            continue
+        for rows in scores:
+            rows[indices] = SKIPPED  # until they are read
+        for positions, images in _read_batches(split, indices.tolist()):
+            for rows, member in zip(scores, members, strict=True):
+                rows[positions] = score_images(member, images, protocol, device_config).float()
+        counts[indices] += 1
+        on_progress(done)
+    for rows in scores:
+        world.all_reduce_(rows)  # every row was filled by one process and is zero in the others, so the sum is exact
+    world.all_reduce_(counts)
+    if isinstance(split, DiskSplit):
+        split.skipped.update(world.merge_dicts(split.skipped))
+    if not bool((counts == 1).all()):
+        raise RuntimeError("an image was not evaluated exactly once")  # a bug, never a fault of the data
+    return scores
+
+
+def _batch_size(members: Sequence[Member], device_config: DeviceConfig) -> int:
+    """Images that are evaluated together; the same for any number of processes."""
+    h, w = max(member.preprocessing.size for member in members)
+    return max(1, min(BATCH, _max_pixels(device_config) // (h * w)))
+
+
+def _max_pixels(device_config: DeviceConfig) -> int:
+    return MAX_PIXELS.get(device_config.device.type, MAX_PIXELS["cuda"])
+
+
+def _read_batches(split: Split, indices: list[int]) -> Iterator[tuple[list[int], list[Tensor]]]:
+    """The readable images at `indices` with their positions, all together or in groups of READ_BYTES."""
+    start, size = 0, 8
+    positions: list[int] = []
+    images: list[Tensor] = []
+    while start < len(indices):
+        group = indices[start : start + size]
+        readable, new = _read_readable(split, group)
+        positions, images, start = positions + readable, images + new, start + len(group)
+        size = max(1, min(BATCH, READ_BYTES // max((image.nbytes for image in new), default=1)))
+        if images and (start == len(indices) or sum(image.nbytes for image in images) >= READ_BYTES):
+            yield positions, images
+            positions, images = [], []
+
+
+def _read_readable(split: Split, indices: list[int]) -> tuple[list[int], list[Tensor]]:
+    """The images at `indices` that can be read; raises DataError for another, unless the split skips such images."""
+    if not isinstance(split, DiskSplit):
+        return indices, split.read_images(indices)
+    readable, images = [], []
+    for i in indices:
+        try:
+            images += split.read_images([i])
+            readable.append(i)
+        except DataError as error:
+            if split.read_options.on_bad == "stop":
+                raise DataError(
+                    f"{str(error).rstrip('.')}; fix or remove it, or skip it: --on-bad-image skip."
+                ) from error
+            split.skipped[split.name(i)] = str(error)
+    return readable, images
+
+
+def score_images(member: Member, images: list[Tensor], protocol: Protocol, device_config: DeviceConfig) -> Tensor:
+    """The member's softmax scores, float64 (B, classes), for images uint8 (H, W, C): the mean over the protocol's views."""
+    total = torch.zeros(len(images), len(member.columns), dtype=torch.float64)
+    n_views = torch.zeros(len(images), dtype=torch.float64)
+    by_scores = protocol.average == "scores"
+    with eval_mode(member.net):
+        for positions, pixels, mirrored in generate_views(images, protocol, member.preprocessing):
+            batch = max(1, _max_pixels(device_config) // (pixels.shape[1] * pixels.shape[2]))
+            for rows, views in zip(torch.split(positions, batch), torch.split(pixels, batch), strict=True):
+                logits = _compute_logits(member, views, mirrored, protocol, device_config)  # (B, classes, positions)
+                values = logits.softmax(1) if by_scores else logits
+                total.index_add_(0, rows, values.mean(2))
+                n_views.index_add_(0, rows, torch.ones(len(rows), dtype=torch.float64))
+    mean = total / n_views[:, None]
+    return mean if by_scores else mean.softmax(1)
+
+
+def _compute_logits(
+    member: Member, pixels: Tensor, mirrored: bool, protocol: Protocol, device_config: DeviceConfig
+) -> Tensor:
+    """Logits of one view, divided by the temperature, in the order of the classes; float64 (B, classes, positions)."""
+    x = member.preprocessing.normalise(to_device(pixels, device_config.device))  # (B, C, h, w)
+    if mirrored:
+        x = x.flip(3)  # after the mean is subtracted, so a per-pixel mean is mirrored too, as in training
+    logits: Tensor
+    with device_config.autocast():
+        if not protocol.dense:
+            logits = member.net(x)[:, :, None]
+        elif protocol.positions == "map":
+            logits = member.net.forward_class_maps(x).float().mean((2, 3))[:, :, None]
+        else:
+            logits = member.net.forward_class_maps(x, _training_map_size(member)).flatten(2)
+    logits = logits.double().cpu()[:, member.columns]
+    return logits / member.temperature
+
+
+def _training_map_size(member: Member) -> tuple[int, int]:
+    """The height and width of the last map for an input of the training size."""
+    device = member.net.fc.weight.device
+    with torch.autocast(device.type, enabled=False):
+        last = member.net.forward_features(
+            torch.zeros(1, member.preprocessing.channels, *member.preprocessing.size, device=device)
+        )
+    return last.shape[2], last.shape[3]

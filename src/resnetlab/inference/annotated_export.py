@@ -1,0 +1,118 @@
+"""A detector or segmenter as an ONNX graph, checked against PyTorch on real images.
+
+    detect    images uint8 (H, W, 3) of any size -> boxes (n, 4) in its pixels, scores and labels (n,), 0 the first class
+    segment   images uint8 (B, h, w, 3), resized by `evaluation.segmentation.resize_bounded` -> scores (B, classes, h, w)
+
+A detector's graph contains resizing and normalisation. The exporter is PyTorch's tracing one, which torchvision's detectors
+support (the other one fails on their data-dependent shapes); it writes opset 17.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from resnetlab.errors import UsageError, missing_package
+from resnetlab.evaluation.segmentation import resize_bounded
+from resnetlab.models.annotated_model import AnnotatedModel
+from resnetlab.models.head_spec import SegmenterSpec
+from resnetlab.run_folder import write_atomically
+
+OPSET = 17
+
+
+class AnnotatedParity(NamedTuple):
+    """Agreement of the graph with PyTorch on images, and the largest difference of their outputs."""
+
+    images: int
+    agreement: float  # fraction of images with the same labels in the same order, or of pixels with the same class
+    largest_difference: float  # of box coordinates in pixels, or of scores
+
+
+class _DetectorGraph(nn.Module):
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        prediction = self.net([images.permute(2, 0, 1).float() / 255])[0]
+        return prediction["boxes"], prediction["scores"], prediction["labels"] - 1
+
+
+class _SegmenterGraph(nn.Module):
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, images: Tensor) -> Tensor:
+        return torch.softmax(self.net(images), 1)
+
+
+def export_annotated(model: AnnotatedModel, out: Path, images: Sequence[Tensor]) -> AnnotatedParity:
+    """Writes the graph, and compares it with PyTorch on images, uint8 (H, W, 3), of any sizes.
+
+    Raises:
+        UsageError: onnx or onnxruntime is not installed, or no image is given.
+        RunError: the file cannot be written.
+    """
+    try:
+        import onnx  # noqa: F401 - torch's exporter needs it
+        import onnxruntime
+    except ImportError as error:
+        raise missing_package("export", error.name, "onnx") from error
+    if not images:
+        raise UsageError("export compares the graph with PyTorch on images; give one or more.")
+    is_detector = model.task == "detect"
+    net: nn.Module = (_DetectorGraph(model.net) if is_detector else _SegmenterGraph(model.net)).eval()
+    inputs = list(images) if is_detector else [_resize(model, p)[None] for p in images]
+    outputs = ["boxes", "scores", "labels"] if is_detector else ["scores"]
+    dynamic_axes: dict[str, Any] = (
+        {"images": {0: "height", 1: "width"}, **{name: {0: "n"} for name in outputs}}
+        if is_detector
+        else {
+            name: {0: "batch", 1 + (name == "scores"): "h", 2 + (name == "scores"): "w"}
+            for name in ("images", "scores")
+        }
+    )
+    with TemporaryDirectory() as folder, warnings.catch_warnings(), torch.inference_mode():
+        warnings.simplefilter("ignore")  # of the tracer, about code that torchvision has made safe to trace
+        file = Path(folder) / "graph.onnx"
+        torch.onnx.export(
+            net, (inputs[0],), file, dynamo=False, opset_version=OPSET, input_names=["images"], output_names=outputs,
+            dynamic_axes=dynamic_axes,
+        )  # fmt: skip
+        graph = file.read_bytes()
+    write_atomically(out, graph)
+    session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
+    total_agreement, largest = 0.0, 0.0
+    for image in inputs:
+        theirs = [torch.from_numpy(value) for value in session.run(None, {"images": image.numpy()})]
+        with torch.inference_mode():
+            ours = net(image)
+        agreement, difference = (_compare_boxes if is_detector else _compare_maps)(ours, theirs)
+        total_agreement, largest = total_agreement + agreement, max(largest, difference)
+    return AnnotatedParity(len(inputs), total_agreement / len(inputs), largest)
+
+
+def _resize(model: AnnotatedModel, pixels: Tensor) -> Tensor:
+    spec = cast(SegmenterSpec, model.head_spec)
+    return resize_bounded(pixels, spec.image_size, spec.longest)
+
+
+def _compare_boxes(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> tuple[float, float]:
+    """Whether both have the same labels in the same order, and the largest difference of their boxes."""
+    if ours[2].shape != theirs[2].shape or not torch.equal(ours[2], theirs[2]):
+        return 0.0, 0.0
+    return 1.0, float((ours[0] - theirs[0]).abs().max()) if len(ours[0]) else 0.0
+
+
+def _compare_maps(ours: Tensor, theirs: Sequence[Tensor]) -> tuple[float, float]:
+    """The fraction of pixels with the same class, and the largest difference of scores."""
+    agreement = (ours.argmax(1) == theirs[0].argmax(1)).float().mean()
+    return float(agreement), float((ours - theirs[0]).abs().max())

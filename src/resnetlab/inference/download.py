@@ -1,0 +1,179 @@
+"""Downloads published models by name.
+
+torchvision:resnet50.IMAGENET1K_V2     torchvision's weights
+timm:resnet50.a1_in1k                  timm's weights
+hf:OWNER/REPOSITORY                    a repository on the Hugging Face hub: a model file of ours, or timm's layout
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import sys
+from collections.abc import Mapping
+from contextlib import redirect_stdout
+from dataclasses import replace
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any, cast
+
+from resnetlab.data import imagenet
+from resnetlab.errors import ModelFileError, UsageError, missing_package, unknown_name_error
+from resnetlab.inference.import_model import ImportOptions, import_state_dict
+from resnetlab.models.import_weights import SUPPORTED
+from resnetlab.models.model_file import TrainedModel, load_trained_model
+from resnetlab.models.state_dicts import parse_state_dict, read_state_dict, unsafe_pickle_error
+
+SCHEMES = ("torchvision", "timm", "hf")
+FAILURES = (OSError, EOFError, HTTPException, RuntimeError)  # of torch's and timm's downloads
+ImportResult = tuple[TrainedModel, list[str]]
+
+
+def get_scheme(name: str) -> str | None:
+    """The publisher that a name begins with, or None if it is a path."""
+    head, colon, _ = name.partition(":")
+    return head if colon and head in SCHEMES else None
+
+
+def load_or_download(name: str | Path) -> TrainedModel:
+    """Loads a model file, or downloads a published name; raises as `load_trained_model` and `download_model`."""
+    return download_model(str(name))[0] if get_scheme(str(name)) else load_trained_model(Path(name))
+
+
+def download_model(name: str, given: ImportOptions | None = None) -> ImportResult:
+    """Downloads a published model; also returns notes on what was found, known and assumed.
+
+    Args:
+        given: options that replace the publisher's.
+
+    Raises:
+        ModelFileError: the download failed, or is not a residual network that can be built.
+        UsageError: the publisher has no such model, or the package that downloads it is not installed.
+    """
+    scheme, _, rest = name.partition(":")
+    given = given or ImportOptions()
+    given.reject(("key", "source", "channel_order"), f"{name} determines its weights and their input")
+    try:
+        with redirect_stdout(sys.stderr):  # torch prints its progress
+            model, notes = {"torchvision": _download_torchvision, "timm": _download_timm, "hf": _download_hf}[scheme](
+                rest, given
+            )
+    except ImportError as error:
+        raise missing_package(name, error.name, "hub") from error
+    except pickle.UnpicklingError as error:
+        raise unsafe_pickle_error(f"the download for {name} (or the file in torch's cache)", error) from error
+    except FAILURES as error:
+        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        raise ModelFileError(
+            f"{name} could not be downloaded ({reason}); without a network, download the weights elsewhere and use: "
+            "resnetlab import FILE"
+        ) from error
+    if "notes" in model.recipe:
+        model = replace(model, recipe={"source": name, "notes": notes})
+    return model, [f"downloaded: {name}", *notes]
+
+
+def _download_torchvision(rest: str, given: ImportOptions) -> ImportResult:
+    from torchvision.models import get_model_weights
+
+    net, _, which = rest.partition(".")
+    _check_supported(net, "torchvision")
+    weights = get_model_weights(net)
+    which = which or "DEFAULT"
+    if which not in weights.__members__:
+        raise unknown_name_error(f"weights of torchvision's {net}", which, weights.__members__)
+    entry: Any = weights[which]
+    transforms = entry.transforms()
+    known = ImportOptions(
+        source="torchvision",
+        mean=transforms.mean,
+        std=transforms.std,
+        image_size=transforms.crop_size[0],
+        eval_resize=transforms.resize_size[0],
+        interpolation=transforms.interpolation.value,
+        classes=tuple(imagenet.imagenet_class_names().values()),
+    )
+    tensors = entry.get_state_dict(progress=False, check_hash=True, weights_only=True)
+    model, notes = import_state_dict(parse_state_dict(tensors, rest), given.merge_over(known), rest)
+    published = entry.meta.get("_metrics", {}).get("ImageNet-1K", {})
+    errors = {f"top{k}_error": round(1 - published[f"acc@{k}"] / 100, 5) for k in (1, 5) if f"acc@{k}" in published}
+    if errors and not given.given_values:  # they were measured with the publisher's preprocessing
+        model.metrics = {"published": {"protocol": "1crop", "split": "val", "data": "imagenet", **errors}}
+    return model, notes
+
+
+def _download_timm(rest: str, given: ImportOptions) -> ImportResult:
+    import timm
+
+    _check_supported(rest.split(".")[0], "timm")
+    try:
+        net = timm.create_model(rest, pretrained=True)
+    except RuntimeError as error:
+        if not any(part in str(error) for part in ("Unknown model", "Invalid pretrained tag", "No pretrained weights")):
+            raise
+        raise UsageError(f"timm has no {rest!r}; for example timm:resnet50.a1_in1k") from error
+    config: Any = net.pretrained_cfg
+    return _import_timm(net.state_dict(), config, rest, rest, given)
+
+
+def _import_timm(
+    tensors: Mapping[str, Any], config: Mapping[str, Any], net: str, where: str, given: ImportOptions
+) -> ImportResult:
+    """Imports a network in timm's layout with timm's pretrained_cfg (crop_pct = image size / resize)."""
+    try:
+        size = int(config.get("input_size", (3, 224, 224))[1])
+        known = ImportOptions(
+            source=f"timm:{net}",
+            mean=[float(v) for v in config["mean"]],
+            std=[float(v) for v in config["std"]],
+            image_size=size,
+            eval_resize=int(size / config.get("crop_pct", 0.875)),
+            interpolation=config.get("interpolation", "bilinear"),
+        )
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+        raise ModelFileError(
+            f"{where}: its preprocessing configuration is not timm's ({type(error).__name__}: {error}); download the weights "
+            f"and give it yourself: resnetlab import FILE --source timm:{net} --mean … --std …"
+        ) from error
+    if names := config.get("label_names"):
+        class_names = imagenet.imagenet_class_names()
+        known = replace(known, classes=tuple(class_names.get(str(name), str(name)) for name in names))
+    return import_state_dict(parse_state_dict(tensors, where), given.merge_over(known), where)
+
+
+def _download_hf(rest: str, given: ImportOptions) -> ImportResult:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    failures = cast("tuple[type[Exception], ...]", HfHubHTTPError.__bases__)  # of the hub library's HTTP client
+    try:
+        file = Path(hf_hub_download(rest, "model.safetensors"))
+        try:
+            model = load_trained_model(file)
+        except ModelFileError as error:
+            if "made by other software" not in str(error):
+                raise
+        else:
+            given.reject(list(given.given_values), f"hf:{rest} is a model file, which needs no options")
+            return model, []
+        config_file = Path(hf_hub_download(rest, "config.json"))
+    except HFValidationError as error:
+        raise UsageError(f"hf:{rest} is not a repository name; for example hf:timm/resnet50.a1_in1k") from error
+    except failures as error:
+        raise OSError(str(error)) from error
+    try:
+        config = json.loads(config_file.read_text())
+        architecture, pretrained_cfg = str(config["architecture"]), dict(config["pretrained_cfg"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ModelFileError(f"hf:{rest} has no config.json of timm's; use a repository of timm's.") from error
+    _check_supported(architecture, "timm")
+    names = {"label_names": config["label_names"]} if config.get("label_names") else {}
+    return _import_timm(read_state_dict(file).tensors, pretrained_cfg | names, architecture, rest, given)
+
+
+def _check_supported(net: str, publisher: str) -> None:
+    """Raises UsageError for a network that ours does not reproduce."""
+    if net not in SUPPORTED[publisher]:
+        raise UsageError(
+            f"{publisher}'s {net} is not one of the papers' networks; use one of {', '.join(SUPPORTED[publisher])}."
+        )

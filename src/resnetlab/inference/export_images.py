@@ -1,0 +1,106 @@
+"""Images for the parity check of an exported file, and others to calibrate int8 on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import cycle, islice
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from resnetlab.data import sources
+from resnetlab.data.dataset import Split
+from resnetlab.data.decode import decode, list_images
+from resnetlab.data.prefetch import preprocess_image
+from resnetlab.errors import DataError, UsageError
+from resnetlab.models.model_file import TrainedModel
+from resnetlab.models.reference_images import exclude_images, spread_positions
+from resnetlab.preprocessing import Preprocessing, pil_to_tensor, tensor_to_pil
+
+MAX_IMAGES = 256  # of each kind
+MAX_VALUES = 2**28  # limit for all images at their own sizes
+STRETCHES = ((1.0, 1.0), (1.5, 1.5), (1.2, 1.0), (2.5, 2.5), (1.3, 1.6))  # (height, width), of the network's input size
+
+
+def load_export_images(
+    model: TrainedModel, data: str | None, folder: Path | None, data_dir: Path
+) -> tuple[list[Tensor], Tensor | None]:
+    """Loads images for the parity check, each uint8 (H, W, C), and other images for int8, uint8 (n, h, w, C).
+
+    Check images have their own sizes; those of the model file have the network's and are stretched to several.
+
+    Args:
+        data: a data set; its evaluated split is for the check, its training split for int8. Classes do not matter.
+        folder: a folder of images; every second one is for int8.
+
+    Raises:
+        DataError: the data cannot be read, or has no image.
+        UsageError: neither is given, and the model file has no images.
+    """
+    preprocessing = model.preprocessing
+    if data is not None:
+        source = sources.load_dataset(data, data_dir)
+        check = list(_read_check_images(source.test, preprocessing))
+        calibration = list(_read_check_images(source.train, preprocessing))
+    elif folder is not None:
+        if not folder.is_dir():
+            raise DataError(f"{folder} is not a folder; --images takes a folder of images.")
+        images = list(_read_folder(folder, preprocessing))
+        check, calibration = images[::2], images[1::2]
+    elif model.reference_images is not None:
+        return _stretch(model.reference_images.check), model.reference_images.training
+    else:
+        raise UsageError(
+            "the model file has no images to check the export on (it was not trained here); give some: --data DATA or "
+            "--images FOLDER"
+        )
+    if not check:
+        raise DataError(f"{data or folder} has no readable image; the export is checked on real images.")
+    return check, exclude_images(_resize_and_crop(calibration, preprocessing), _resize_and_crop(check, preprocessing))
+
+
+def _read_check_images(split: Split, preprocessing: Preprocessing) -> Iterator[Tensor]:
+    total = 0
+    for i in spread_positions(len(split), MAX_IMAGES, 1):
+        try:
+            image = _to_pixels(tensor_to_pil(split.read_images([i])[0]), preprocessing)
+        except DataError:
+            continue
+        if (total := total + image.numel()) > MAX_VALUES:
+            return
+        yield image
+
+
+def _read_folder(folder: Path, preprocessing: Preprocessing) -> Iterator[Tensor]:
+    total = 0
+    for found in islice(list_images(folder), 2 * MAX_IMAGES):
+        try:
+            if isinstance(found, DataError):
+                continue
+            image = _to_pixels(decode(found), preprocessing)
+        except DataError:
+            continue
+        if (total := total + image.numel()) > 2 * MAX_VALUES:
+            return
+        yield image
+
+
+def _to_pixels(image: Image.Image, preprocessing: Preprocessing) -> Tensor:
+    return pil_to_tensor(image.convert("L" if preprocessing.channels == 1 else "RGB"))
+
+
+def _stretch(images: Tensor) -> list[Tensor]:
+    """Resizes images, uint8 (n, h, w, C), to several heights and widths."""
+    stretched = []
+    for image, (tall, wide) in zip(images, cycle(STRETCHES), strict=False):
+        h, w, _ = image.shape
+        stretched.append(pil_to_tensor(tensor_to_pil(image).resize((max(1, round(wide * w)), max(1, round(tall * h))))))
+    return stretched
+
+
+def _resize_and_crop(images: Sequence[Tensor], preprocessing: Preprocessing) -> Tensor:
+    """Resizes and crops images to the network's input, uint8 (n, h, w, C)."""
+    empty = torch.empty(0, *preprocessing.size, preprocessing.channels, dtype=torch.uint8)
+    return torch.cat([empty, *(preprocess_image(preprocessing, image)[None] for image in images)])

@@ -1,0 +1,151 @@
+"""Uploads a model file to the Hugging Face hub, with a model card written from its metadata.
+
+Wherever a model file is expected, `hf:OWNER/NAME` downloads it (inference/download.py).
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from pathlib import Path
+from typing import Any, cast
+
+from resnetlab.errors import ModelFileError, UsageError, missing_package
+from resnetlab.models.cost import count_parameters
+from resnetlab.models.model_file import TrainedModel, load_trained_model
+from resnetlab.run_folder import write_atomically, write_error
+
+MAX_CLASSES = 40  # listed in the card
+
+
+def save_pretrained(model: TrainedModel, folder: Path, name: str = "OWNER/NAME") -> None:
+    """Writes `model.safetensors` and its card, README.md, into a folder.
+
+    Args:
+        name: the repository that the card refers to.
+
+    Raises RunError if the folder cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise write_error(folder, error) from error
+    model.save(folder / "model.safetensors")
+    write_atomically(folder / "README.md", make_model_card(model, name))
+
+
+def from_pretrained(folder: Path) -> TrainedModel:
+    """Loads the model of a folder that `save_pretrained` wrote; raises ModelFileError as `load_trained_model`."""
+    return load_trained_model(folder / "model.safetensors")
+
+
+def push_to_hub(model: TrainedModel, name: str, private: bool = False) -> str:
+    """Uploads a model and its card to a repository, which is created if necessary; returns its address.
+
+    The token is that of `hf auth login`, or HF_TOKEN in the environment.
+
+    Raises:
+        UsageError: the name is invalid, or huggingface-hub is not installed.
+        ModelFileError: there is no network, no permission, or the hub refuses.
+    """
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise UsageError(f"{name!r} is not a repository name; for example hf:me/flowers.")
+    try:
+        from huggingface_hub import HfApi
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+    except ImportError as error:
+        raise missing_package("push", error.name, "hub") from error
+    failures = cast("tuple[type[Exception], ...]", (*HfHubHTTPError.__bases__, OSError))  # of the HTTP client
+    api = HfApi()
+    try:
+        address = str(api.create_repo(name, private=private, exist_ok=True))
+        with tempfile.TemporaryDirectory() as folder:
+            save_pretrained(model, Path(folder), name)
+            api.upload_folder(repo_id=name, folder_path=folder, commit_message="Upload a model of resnetlab")
+    except HFValidationError as error:
+        raise UsageError(f"{name!r} is not a repository name; for example hf:me/flowers.") from error
+    except LocalTokenNotFoundError as error:
+        raise ModelFileError("the hub needs a token: run hf auth login, or set HF_TOKEN.") from error
+    except failures as error:
+        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        raise ModelFileError(
+            f"{name} could not be pushed ({reason}); check the network and `hf auth whoami`."
+        ) from error
+    return address
+
+
+def make_model_card(model: TrainedModel, name: str) -> str:
+    """Writes the model card, as Markdown, from the model file's metadata."""
+    recipe, data = model.recipe, str(model.data.get("name", "")).rstrip("/").rpartition("/")[2]
+    net = str(recipe.get("net", "residual network"))
+    title = f"{net} on {data}" if data else net
+    spec, preprocessing = model.spec, model.preprocessing
+    h, w = preprocessing.size
+    class_names = ", ".join(_escape(each) for each in model.classes[:MAX_CLASSES])
+    more = ", …" if len(model.classes) > MAX_CLASSES else ""
+    calibration = (
+        f"Scores are calibrated: logits are divided by {model.temperature:.4g}, fitted on {_escape(model.calibration['n'])} "
+        f"images of {_escape(model.calibration['data'])} ({_escape(model.calibration['split'])})."
+        if model.calibration
+        else "Scores are not calibrated."
+    )
+    description = (
+        f"A residual network of {count_parameters(model.net):,} parameters: {spec.block} blocks "
+        f"{'-'.join(map(str, spec.depths))}, activation order {spec.activation_order}, shortcut {spec.shortcut}, for images "
+        f"of {h}x{w} pixels and {preprocessing.channels} channels."
+    )
+    lines = [
+        "---",
+        "library_name: resnetlab",
+        "pipeline_tag: image-classification",
+        "tags:\n- resnet\n- image-classification",
+        "---",
+        "",
+        f"# {_escape(title)}",
+        "",
+        description,
+        "",
+        f"{len(model.classes):,} classes: {class_names}{more}",
+        "",
+        "## Use",
+        "",
+        "```python",
+        "import resnetlab",
+        "",
+        f'model = resnetlab.load("hf:{name}")',
+        'print(model.predict("image.jpg", top=3))',
+        "```",
+        "",
+        "## Evaluation",
+        "",
+        *_format_metrics(model.metrics),
+        "",
+        calibration,
+        "",
+        "## Training",
+        "",
+        *(f"- {_escape(key)}: {_escape(value)}" for key, value in recipe.items()),
+        "",
+        f"Made with {', '.join(f'{_escape(k)} {_escape(v)}' for k, v in model.versions.items()) or 'resnetlab'}.",
+        "",
+    ]
+    return "\n".join(lines).encode(errors="replace").decode()
+
+
+def _format_metrics(metrics: Any) -> list[str]:
+    rows = [
+        f"| {_escape(split)} | {values['n']:,} | {100 * values['top1_error']:.2f} % |"
+        for split, values in metrics.items()
+        if {"n", "top1_error"} <= set(values)
+    ]
+    if not rows:
+        return ["It was not evaluated with resnetlab."]
+    return ["| split | images | top-1 error |", "|---|---|---|", *rows]
+
+
+def _escape(value: Any) -> str:
+    """Formats a metadata value as one line, with Markdown's characters escaped."""
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_escape, value)) or "none"
+    text = " ".join(str(value).split())
+    return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", text)

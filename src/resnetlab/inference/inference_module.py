@@ -1,0 +1,66 @@
+"""The network with normalisation, temperature and softmax in one module, which is exported and run by other backends.
+
+uint8 (B, h, w, C)  --normalise, network, / temperature, softmax-->  float32 (B, classes)
+
+Backends get images that Pillow has resized and cropped. Exported files put `inference.resizing` before this module, so that
+they take images of any size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from resnetlab.device import eval_mode
+from resnetlab.models.fold import fold_batchnorm
+from resnetlab.models.model_file import TrainedModel
+
+
+class InferenceModule(nn.Module):
+    """Computes calibrated scores of images; BN is folded into the convolutions."""
+
+    scale: Tensor
+    shift: Tensor
+    temperature: Tensor
+
+    def __init__(self, model: TrainedModel) -> None:
+        super().__init__()
+        preprocessing = model.preprocessing
+        self.net = fold_batchnorm(model.net).cpu()
+        shift = preprocessing.mean / preprocessing.std  # (C,) or (h, w, C)
+        shift = shift[:, None, None] if shift.ndim == 1 else shift.permute(2, 0, 1)  # (C, 1, 1) or (C, h, w)
+        # channels first: runtimes are slow if the innermost dimension is only as long as the number of channels
+        self.register_buffer("scale", (1 / (255 * preprocessing.std))[:, None, None])  # (C, 1, 1)
+        self.register_buffer("shift", shift)
+        self.register_buffer("temperature", torch.tensor(float(model.temperature)))
+        self.eval()
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        x = pixels.permute(0, 3, 1, 2).to(torch.float32) * self.scale - self.shift  # (B, C, h, w)
+        logits = self.net(x)
+        return torch.softmax(logits / self.temperature, 1)
+
+
+def export_program(module: nn.Module, shape: Sequence[int], dynamic: Sequence[str]) -> torch.export.ExportedProgram:
+    """Exports a module of images with torch.export.
+
+    Args:
+        shape: (h, w, C) of an image.
+        dynamic: names of the leading dimensions that are dynamic: "batch", or "batch", "height" and "width".
+    """
+    example = torch.zeros(2, *shape, dtype=torch.uint8)  # a batch of one would become a constant
+    dims = {axis: torch.export.Dim(name, min=1, max=65_536) for axis, name in enumerate(dynamic)}
+    with torch.no_grad():
+        return torch.export.export(module.eval(), (example,), dynamic_shapes=(dims,))
+
+
+def compute_reference_scores(model: TrainedModel, pixels: Tensor) -> Tensor:
+    """Scores (B, classes) of the unfolded network in fp32, for images uint8 (B, h, w, C)."""
+    device = next(model.net.parameters()).device
+    with eval_mode(model.net):
+        logits = torch.cat(
+            [model.net(model.preprocessing.normalise(x.to(device))).cpu() for x in torch.split(pixels, 16)]
+        )
+    return torch.softmax(logits.float() / model.temperature, 1)

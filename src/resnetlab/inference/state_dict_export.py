@@ -1,0 +1,71 @@
+"""Exports a model's state dict with torchvision's names."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save as save_safetensors
+
+from resnetlab.errors import UsageError, unknown_name_error
+from resnetlab.models.model_file import TrainedModel
+from resnetlab.models.spec import Specification
+from resnetlab.run_folder import write_atomically
+
+TARGETS = ("torchvision",)
+SUFFIXES = (".pth", ".safetensors")
+
+
+def export_state_dict(model: TrainedModel, target: str, out: Path) -> list[str]:
+    """Writes a `state_dict` that torchvision and timm load strictly; returns notes on what they compute differently.
+
+    Classes, preprocessing, training data and so on are in the metadata of the .safetensors file, or of the state dict itself,
+    where PyTorch ignores it and `resnetlab import` reads it.
+
+    Raises:
+        UsageError: an unknown target or suffix.
+        RunError: the file cannot be written.
+    """
+    if target not in TARGETS:
+        raise unknown_name_error("target", target, ("onnx", "torch", "openvino", *TARGETS))
+    if out.suffix not in SUFFIXES:
+        raise UsageError(f"--out {out}: the file must end in {' or '.join(SUFFIXES)}.")
+    preprocessing = model.preprocessing
+    metadata = json.dumps({
+        "specification": model.spec.to_json(),
+        "classes": list(model.classes),
+        "preprocessing": preprocessing.to_json() | {"mean": preprocessing.mean.tolist()},
+        "temperature": float(model.temperature),
+        "calibration": dict(model.calibration),
+        "data": dict(model.data),
+    })  # fmt: skip
+    state: Any = model.net.state_dict()
+    for key, value in state.items():
+        state[key] = value.detach().cpu().contiguous()
+    if out.suffix == ".safetensors":
+        write_atomically(out, save_safetensors(dict(state), metadata={"format": "pt", "resnetlab-export": metadata}))
+    else:
+        state._metadata["resnetlab"] = metadata
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        write_atomically(out, buffer.getvalue())
+    return list(list_differences(model.spec))
+
+
+def list_differences(spec: Specification) -> list[str]:
+    """Lists why torchvision's and timm's networks would compute something else with these weights."""
+    notes = []
+    if spec.stem != "imagenet":
+        notes.append("torchvision and timm have no CIFAR nets: the names are theirs, the network is not.")
+    if spec.block == "bottleneck" and spec.stride_in == "first":
+        notes.append(
+            "the stride is in the first 1x1; torchvision's and timm's networks load these weights and compute something else."
+        )
+    if spec.maxpool == "ceil":
+        notes.append("the max-pool has Caffe's alignment; torchvision's and timm's networks compute something else.")
+    if spec.shortcut != "B" or spec.activation_order != "original" or spec.conv1_bias:
+        notes.append("torchvision and timm have no such network; only a network with the same layers loads it.")
+    return notes

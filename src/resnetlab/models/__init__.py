@@ -1,0 +1,1 @@
+"""Networks: specification, construction, costs, and the model file."""

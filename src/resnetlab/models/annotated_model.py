@@ -1,0 +1,118 @@
+"""A detector's or segmenter's model file: a classifier's (`models.model_file`) with the head's values."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from resnetlab.errors import ModelFileError, ResNetLabError
+from resnetlab.models.head_spec import DetectorSpec, HeadSpec, SegmenterSpec
+from resnetlab.models.model_file import read_safetensors, write_safetensors
+from resnetlab.models.resnet import ResNet
+from resnetlab.models.spec import Specification
+
+FORMAT = 1
+HEAD_SPECS: dict[str, type[HeadSpec]] = {"detect": DetectorSpec, "segment": SegmenterSpec}
+
+
+@dataclass(eq=False)
+class AnnotatedModel:
+    """A detector or segmenter with all that belongs to it (the content of its model file).
+
+    Attributes:
+        task: "detect" or "segment".
+        net: of `models.detection` or `models.segmentation`.
+        spec: of the backbone.
+        head_spec: the specification of the head.
+        classes: names; a segmenter's begin with the background, a detector's exclude it.
+        recipe, metrics, data, versions: as in `models.model_file`.
+    """
+
+    task: str
+    net: nn.Module
+    spec: Specification
+    head_spec: HeadSpec
+    classes: tuple[str, ...]
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    metrics: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    data: Mapping[str, str] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+    def save(self, path: Path) -> None:
+        """Writes the model file, atomically."""
+        about = {
+            "format": FORMAT,
+            "task": self.task,
+            "specification": self.spec.to_json(),
+            self.task: self.head_spec.to_json(),
+            "classes": list(self.classes),
+            "recipe": self.recipe,
+            "metrics": self.metrics,
+            "data": self.data,
+            "versions": self.versions,
+        }
+        write_safetensors(path, self.net.state_dict(), about)
+
+
+def build_annotated_net(net: ResNet, head_spec: HeadSpec, classes: int, *, seed: int = 0, **training: Any) -> nn.Module:
+    """Builds a detector or segmenter on a classifier's network, which becomes part of it.
+
+    Args:
+        training: values that only training uses; see `detection.build_detector`.
+    """
+    if isinstance(head_spec, DetectorSpec):
+        from resnetlab.models.detection import build_detector
+
+        detector: nn.Module = build_detector(net, head_spec, classes, seed=seed, **training)
+        return detector
+    assert isinstance(head_spec, SegmenterSpec)
+    from resnetlab.models.segmentation import SegmentationNet
+
+    return SegmentationNet(net, head_spec, classes, seed=seed)
+
+
+def read_task(path: Path) -> str:
+    """The task of a model file, read from its header alone; "classify" if it has no other, or cannot be read."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            task = json.loads((file.metadata() or {}).get("resnetlab", "{}")).get("task")
+    except (OSError, SafetensorError, ValueError, AttributeError):
+        return "classify"  # reading the whole file raises the error
+    return str(task) if task in HEAD_SPECS else "classify"
+
+
+def load_annotated(path: Path, task: str) -> AnnotatedModel:
+    """Reads a model file of a task.
+
+    Raises ModelFileError if it is missing, damaged, foreign, of another task, or its tensors do not fit its own values.
+    """
+    tensors, about = read_safetensors(path, "model file")
+    actual = about.get("task", "classify")
+    if actual != task:
+        kinds = {"classify": "a classifier", "detect": "a detector", "segment": "a segmenter"}
+        raise ModelFileError(f"{path} is {kinds.get(actual, 'something else')}, and {kinds[task]} is needed here.")
+    if about.get("format") != FORMAT:
+        raise ModelFileError(f"{path} has format {about.get('format')}, this version reads {FORMAT}; update resnetlab.")
+    try:
+        spec = Specification.from_json(about["specification"])
+        head_spec = HEAD_SPECS[task].from_json(about[task])
+        classes = tuple(map(str, about["classes"]))
+        with torch.device("meta"):
+            body = ResNet(spec)
+        net = build_annotated_net(body.to_empty(device="cpu"), head_spec, len(classes))
+        net.load_state_dict(tensors)
+        if not all(bool(v.isfinite().all()) for v in tensors.values()):
+            raise ModelFileError("some of its weights are not finite; train it again")
+    except ResNetLabError as error:
+        raise ModelFileError(f"{path}: {error}") from error
+    except (KeyError, RuntimeError, TypeError) as error:
+        raise ModelFileError(f"{path} does not fit its own values: {error}") from error
+    rest = {key: about.get(key, {}) for key in ("recipe", "metrics", "data", "versions")}
+    return AnnotatedModel(task=task, net=net.eval(), spec=spec, head_spec=head_spec, classes=classes, **rest)

@@ -1,0 +1,269 @@
+"""Builds and initialises a network from its specification.
+
+Attribute names are torchvision's (`conv1`, `bn1`, `layer1.0.conv1`, `layer2.0.downsample.0`, `fc`), so that a `state_dict`
+can be exchanged in both directions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from resnetlab.errors import UsageError
+from resnetlab.models.spec import Specification, get_specification
+from resnetlab.nn import shortcuts
+from resnetlab.nn.blocks import (
+    ACTIVATION_ORDERS,
+    Block,
+    ConvLayer,
+    ShortcutOptions,
+    make_basic_layers,
+    make_bottleneck_layers,
+)
+
+
+class SmallImageWarning(UserWarning):
+    """Images of 64 px or less are fed to a network with ImageNet's stem."""
+
+
+class ResNet(nn.Module):
+    """A residual (or plain) network: stem, stages of blocks, global average pool, fully connected layer (2015 §3.3, §4.2).
+
+    Shapes: (B, channels, H, W) -> logits (B, classes). H and W may be any size; a stage of stride 2 halves it, rounded up.
+
+    Attributes:
+        recompute: in training, keep only the maps between groups of about √n of the n blocks and recompute the others in the
+            backward pass (gradient checkpointing, Chen et al. 2016, arXiv 1604.06174).
+    """
+
+    recompute = False
+
+    def __init__(self, spec: Specification) -> None:
+        super().__init__()
+        self.spec = spec
+        order = ACTIVATION_ORDERS[spec.activation_order]
+        width = spec.widths[0]
+        if spec.stem == "imagenet":
+            self.conv1 = nn.Conv2d(spec.channels, width, 7, stride=2, padding=3, bias=spec.conv1_bias)
+            # 3x3 windows of stride 2: torchvision pads one pixel on each side, Caffe only at the far edge
+            padding = {"padding": 1} if spec.maxpool == "padded" else {"ceil_mode": True}
+            self.maxpool: nn.Module | None = nn.MaxPool2d(3, stride=2, **padding)
+        else:
+            self.conv1 = nn.Conv2d(spec.channels, width, 3, padding=1, bias=spec.conv1_bias)
+            self.maxpool = None
+        self.bn1 = nn.BatchNorm2d(width)
+        c_in = width
+        for i, blocks in enumerate(_make_stages(spec), 1):
+            self.add_module(f"layer{i}", nn.Sequential(*blocks))
+            c_in = spec.out_widths[i - 1]
+        # A pre-activated net ends with one extra activation, before pooling (2016, appendix).
+        self.bn_last = nn.BatchNorm2d(c_in) if "b" in order.before else None
+        self.fc = nn.Linear(c_in, spec.classes)
+
+    @property
+    def stages(self) -> list[nn.Sequential]:
+        """The stages in forward order."""
+        return [cast(nn.Sequential, getattr(self, f"layer{i}")) for i in range(1, len(self.spec.depths) + 1)]
+
+    def blocks(self) -> Iterator[tuple[str, Block]]:
+        """Every block with its name, in forward order."""
+        for i, stage in enumerate(self.stages, 1):
+            for j, block in enumerate(stage):
+                yield f"layer{i}.{j}", cast(Block, block)
+
+    def features(self, x: Tensor, last: str | None = None) -> dict[str, Tensor]:
+        """Feature maps of the stem ("C1") and of each stage ("C2", …); the last one is the classifier's input before pooling.
+
+        Args:
+            last: the deepest map to compute, by default all. `models.backbone.levels` gives their channels and strides.
+        """
+        if self.maxpool is not None and min(x.shape[-2:]) <= 64:
+            _warn_small_image(x, 2 ** (len(self.spec.depths) + 1))
+        x = F.relu(self.bn1(self.conv1(x)), inplace=True)  # (B, width, H', W')
+        maps = {"C1": x}
+        if self.maxpool is not None:
+            x = self.maxpool(x)
+        for i in range(1, len(self.spec.depths) + 1):
+            if last in maps:
+                return maps
+            stage = cast(nn.Sequential, self.get_submodule(f"layer{i}"))
+            x = maps[f"C{i + 1}"] = self._checkpoint_groups(stage, x) if self.recompute and self.training else stage(x)
+        if ACTIVATION_ORDERS[self.spec.activation_order].preactivated:
+            x = F.relu(x if self.bn_last is None else self.bn_last(x))
+            maps[f"C{len(self.spec.depths) + 1}"] = x
+        return maps
+
+    def _checkpoint_groups(self, stage: nn.Sequential, x: Tensor) -> Tensor:
+        """Runs a stage, storing only the maps between groups of blocks for the backward pass."""
+        from torch.utils.checkpoint import checkpoint
+
+        size = max(1, round(math.sqrt(sum(self.spec.depths))))
+        for start in range(0, len(stage), size):
+            group = stage[start : start + size]
+            contexts = partial(_recompute_contexts, group)
+            x = checkpoint(group, x, use_reentrant=False, context_fn=contexts)
+        return x
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """The last feature map, before pooling; (B, C, h, w)."""
+        return self.features(x)[f"C{len(self.spec.depths) + 1}"]
+
+    def forward_class_maps(self, x: Tensor, window: tuple[int, int] = (1, 1)) -> Tensor:
+        """Logits at every position, with the fully connected layer as a 1x1 convolution; (B, classes, h', w').
+
+        The last map is first averaged over `window` positions with stride 1. With the map size of training images the result
+        is the network's logits for every crop of that size (2015 §4.1, fully convolutional); (1, 1) does not average.
+        """
+        last = self.forward_features(x)
+        if window != (1, 1):
+            last = F.avg_pool2d(last, window, stride=1)
+        return F.conv2d(last, self.fc.weight[:, :, None, None], self.fc.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        last = self.forward_features(x)
+        return cast(Tensor, self.fc(last.mean((2, 3))))  # (B, C, h, w) -> (B, C) -> (B, classes)
+
+
+def _recompute_contexts(net: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Contexts for the forward pass and for its recomputation."""
+    return contextlib.nullcontext(), _frozen_bn_statistics(net)
+
+
+@contextlib.contextmanager
+def _frozen_bn_statistics(net: nn.Module) -> Iterator[None]:
+    """BN uses batch statistics as in training, without updating its running statistics a second time."""
+    modules = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
+    before = [(m.momentum, m.num_batches_tracked) for m in modules]
+    for module in modules:
+        module.momentum, module.num_batches_tracked = 0.0, None
+    try:
+        yield
+    finally:
+        for module, (momentum, count) in zip(modules, before, strict=True):
+            module.momentum, module.num_batches_tracked = momentum, count
+
+
+def _make_stages(spec: Specification) -> Iterator[list[Block]]:
+    """The blocks of each stage."""
+    order = ACTIVATION_ORDERS[spec.activation_order]
+    options = ShortcutOptions(
+        name=spec.shortcut,
+        zero_pad=spec.zero_pad,
+        scale=spec.shortcut_scale,
+        residual_scale=spec.residual_scale,
+        gate_bias=spec.gate_bias,
+        dropout=spec.shortcut_dropout,
+    )
+    c_in = spec.widths[0]
+    for stage, (depth, width, c_out) in enumerate(zip(spec.depths, spec.widths, spec.out_widths, strict=True)):
+        blocks = []
+        for i in range(depth):
+            stride = 2 if stage > 0 and i == 0 else 1
+            reshapes = c_in != c_out or stride != 1
+            first_activation = "done" if stage == i == 0 else _place_first_activation(spec, reshapes)
+            blocks.append(Block(_make_layers(spec, c_in, width, stride), order, options, first_activation))
+            c_in = c_out
+        yield blocks
+
+
+def _make_layers(spec: Specification, c_in: int, width: int, stride: int) -> list[ConvLayer]:
+    if spec.block == "bottleneck":
+        return make_bottleneck_layers(c_in, width, stride, spec.stride_in)
+    return make_basic_layers(c_in, width, stride, spec.layers)
+
+
+def _place_first_activation(spec: Specification, reshapes: bool) -> str:
+    """Whether a pre-activated unit shares its first activation with the shortcut (2016, appendix)."""
+    projects = spec.shortcut in shortcuts.PROJECT_EVERYWHERE or (spec.shortcut == "B" and reshapes)
+    return "shared" if projects or (reshapes and spec.preact_transition == "shared") else "inside"
+
+
+def _warn_small_image(x: Tensor, stride: int) -> None:
+    height, width = x.shape[-2:]
+    warnings.warn(
+        f"images of {height}x{width} pixels in a network with ImageNet's 7x7 stem, which leaves them "
+        f"{math.ceil(height / stride)}x{math.ceil(width / stride)} at the end; "
+        "use a CIFAR net such as resnet20 or resnet56 instead.",
+        SmallImageWarning,
+        stacklevel=3,
+    )
+
+
+def build(name: str, *, init: str = "fan_in", seed: int | None = None, **changes: Any) -> ResNet:
+    """Builds and initialises a network by name.
+
+    Args:
+        name: a name of `resnetlab.models.spec`, such as "resnet20", "plain34", "preresnet164" or "resnet50v1.5".
+        init: "fan_in" or "fan_out", the n of He et al.'s N(0, sqrt(2/n)) (arXiv 1502.01852).
+        seed: of the initialisation; by default torch's global generator is used.
+        **changes: any value of the specification, such as classes=10, channels=1, shortcut="C" or activation_order="preact".
+
+    Returns:
+        A network in training mode, float32 (B, channels, H, W) -> logits (B, classes); its `spec` is its specification.
+
+    Raises:
+        UsageError: an unknown name, key or value (the message suggests the nearest known one).
+    """
+    return build_from_spec(get_specification(name, **changes), init=init, seed=seed)
+
+
+def build_from_spec(
+    spec: Specification, *, init: str = "fan_in", seed: int | None = None, zero_last_bn: bool = False
+) -> ResNet:
+    """Builds and initialises the network of a specification."""
+    with torch.device("meta"):
+        net = ResNet(spec)
+    init_weights(net.to_empty(device="cpu"), init, seed, zero_last_bn)
+    return net
+
+
+def init_weights(net: ResNet, init: str = "fan_in", seed: int | None = None, zero_last_bn: bool = False) -> None:
+    """Initialises every parameter and statistic of a network.
+
+    Convolutions: N(0, sqrt(2/n)), n = k²·C_in ("fan_in") or k²·C_out ("fan_out"). BN: weight 1, bias 0, mean 0, variance 1.
+    fc: uniform in ±1/sqrt(C), bias 0. Gates: bias b_g of the specification (2016 §3.1).
+
+    Args:
+        zero_last_bn: set the weight of F's last BN to 0, so that every block starts as its shortcut (Goyal et al. 2017 §5.1).
+
+    Raises UsageError for an invalid `init` or seed, or for `zero_last_bn` if F does not end in BN.
+    """
+    if (
+        zero_last_bn and ACTIVATION_ORDERS[net.spec.activation_order].last != "b"
+    ):  # a ReLU after it would let no gradient through
+        raise UsageError(
+            f"zero_init_last_bn needs an F that ends in BN, but activation order {net.spec.activation_order!r} does not."
+        )
+    if init not in ("fan_in", "fan_out"):
+        raise UsageError(f"init must be 'fan_in' or 'fan_out', not {init!r}.")
+    if seed is not None and (not isinstance(seed, int) or not 0 <= seed < 2**63):
+        raise UsageError(f"seed must be a whole number from 0 to 2^63 - 1, not {seed!r}.")
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode=init, nonlinearity="relu", generator=generator)  # type: ignore[arg-type]
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.BatchNorm2d):
+            module.reset_running_stats()
+            nn.init.ones_(module.weight)
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Linear):
+            bound = 1 / math.sqrt(module.in_features)
+            nn.init.uniform_(module.weight, -bound, bound, generator=generator)
+            nn.init.zeros_(module.bias)
+    for module in net.modules():
+        if isinstance(module, shortcuts.GatedShortcut):
+            nn.init.constant_(cast(Tensor, module.conv.bias), module.initial_bias)
+    if zero_last_bn:
+        for _, block in net.blocks():
+            nn.init.zeros_(cast(Tensor, block.get_submodule(f"bn{block.num_convs}").weight))

@@ -1,0 +1,230 @@
+"""The specification of a network, and the names that stand for specifications.
+
+| name                      | what it is                                                           | source                |
+|---------------------------|----------------------------------------------------------------------|-----------------------|
+| `resnet20` … `resnet1202` | CIFAR nets of depth 6n+2, basic blocks, option A                     | 2015 §4.2             |
+| `resnet164`, `resnet1001` | CIFAR nets of depth 9n+2, bottlenecks, option B                      | 2016, appendix        |
+| `resnet18` … `resnet200`  | ImageNet nets, option B, stride in the first 1x1                     | 2015 Table 1; 2016 §5 |
+| `resnet50v1.5` …          | the same with the stride in the 3x3, as torchvision, timm, fb.resnet | not in the papers     |
+| `plain…`                  | the same without shortcuts                                           | 2015 §3.3             |
+| `preresnet…`              | full pre-activation                                                  | 2016 §4.1             |
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+from resnetlab.errors import ModelFileError, UsageError, unknown_name_error
+from resnetlab.nn import shortcuts
+from resnetlab.nn.blocks import ACTIVATION_ORDERS
+
+
+@dataclass(frozen=True, kw_only=True)
+class Specification:
+    """Everything that determines a network's layers.
+
+    docs/differences.md lists the defaults for what the papers leave open.
+    """
+
+    block: str  # "basic" (3x3 convolutions) or "bottleneck" (1x1, 3x3, 1x1)
+    depths: tuple[int, ...]  # blocks in each stage
+    widths: tuple[int, ...]  # channels of the 3x3 convolutions in each stage
+    stem: str  # "cifar" (3x3, stride 1) or "imagenet" (7x7, stride 2, then a 3x3 max-pool of stride 2)
+    shortcut: str = "A"  # nn.shortcuts.SHORTCUTS
+    activation_order: str = "original"  # nn.blocks.ACTIVATION_ORDERS
+    stride_in: str = "first"  # where a bottleneck has its stride: "first" (1x1) or "3x3"
+    layers: int = 2  # convolutions in F of a basic block
+    zero_pad: str = "append"  # where option A puts its zero channels: "append" or "centre"
+    # the shortcut's input in pre-activated units that change shape without a projection: "shared" activation or "raw" x
+    preact_transition: str = "shared"
+    shortcut_scale: float = 0.5  # `constant`: factor of x
+    residual_scale: float = 0.5  # `constant`: factor of F
+    gate_bias: float = -6.0  # gates: initial bias b_g
+    shortcut_dropout: float = 0.5  # `dropout`: rate
+    maxpool: str = "padded"  # of the ImageNet stem: "padded" (1 pixel, as torchvision) or "ceil" (none, as Caffe)
+    conv1_bias: bool = False  # the released Caffe ResNet-50 has one
+    channels: int = 3  # of the input images
+    classes: int = 1000
+
+    def __post_init__(self) -> None:
+        choices: dict[str, tuple[str, ...]] = {
+            "block": ("basic", "bottleneck"),
+            "stem": ("cifar", "imagenet"),
+            "shortcut": shortcuts.SHORTCUTS,
+            "activation_order": tuple(ACTIVATION_ORDERS),
+            "stride_in": ("first", "3x3"),
+            "zero_pad": ("append", "centre"),
+            "preact_transition": ("shared", "raw"),
+            "maxpool": ("padded", "ceil"),
+        }
+        for key, known in choices.items():
+            if getattr(self, key) not in known:
+                raise unknown_name_error(key, str(getattr(self, key)), known)
+        for key in ("depths", "widths"):
+            value = getattr(self, key)
+            if not isinstance(value, list | tuple) or not value or not all(map(_is_count, value)):
+                raise UsageError(f"{key} must be whole numbers from 1 up, one for each stage, not {value!r}.")
+            object.__setattr__(self, key, tuple(value))
+        if len(self.depths) != len(self.widths):
+            raise UsageError(
+                f"depths {self.depths} and widths {self.widths} differ in length; give one of each per stage."
+            )
+        pads = self.shortcut not in ("none", "B", *shortcuts.PROJECT_EVERYWHERE)
+        if pads and list(self.widths) != sorted(self.widths):
+            raise UsageError(
+                f"widths {self.widths} shrink, but shortcut {self.shortcut!r} only adds channels; use 'B'."
+            )
+        for key in ("layers", "channels", "classes"):
+            if not _is_count(value := getattr(self, key)):
+                raise UsageError(f"{key} must be a whole number from 1 up, not {value!r}.")
+        for key in ("shortcut_scale", "residual_scale", "gate_bias", "shortcut_dropout"):
+            value = getattr(self, key)
+            if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+                raise UsageError(f"{key} must be a finite number, not {value!r}.")
+        if self.block == "bottleneck" and self.layers != 2:
+            raise UsageError(
+                f"a bottleneck always has three layers, so layers={self.layers} has no effect; leave it out."
+            )
+        if sum(self.depths) * self.layers > 100_000:
+            raise UsageError(
+                f"{sum(self.depths):,} blocks of {self.layers} layers are too many; the limit is 100,000 layers."
+            )
+        if not isinstance(self.conv1_bias, bool):
+            raise UsageError(f"conv1_bias must be true or false, not {self.conv1_bias!r}.")
+        if not 0 <= self.shortcut_dropout < 1:
+            raise UsageError(f"shortcut_dropout must be in [0, 1), not {self.shortcut_dropout}.")
+
+    @property
+    def out_widths(self) -> tuple[int, ...]:
+        """Output channels of each stage."""
+        return tuple(4 * w if self.block == "bottleneck" else w for w in self.widths)
+
+    @property
+    def depth(self) -> int:
+        """Layers as the papers count them: convolutions and the fully connected layer, without projections."""
+        return 2 + sum(self.depths) * (3 if self.block == "bottleneck" else self.layers)
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON dictionary, as in the model file."""
+        return asdict(self) | {"depths": list(self.depths), "widths": list(self.widths)}
+
+    @staticmethod
+    def from_json(values: Mapping[str, Any]) -> Specification:
+        """Reads what `to_json` wrote; raises ModelFileError for keys or values that this version does not know."""
+        known = {f.name for f in fields(Specification)}
+        if unknown_keys := sorted(set(values) - known):
+            raise ModelFileError(
+                f"the specification has unknown keys {unknown_keys}; it was written by a newer version of resnetlab."
+            )
+        try:
+            return Specification(**values)
+        except (TypeError, UsageError) as error:
+            raise ModelFileError(f"the specification cannot be used: {error}") from error
+
+
+def _is_count(value: Any) -> bool:
+    """Whether a value is an integer from 1 to 10 million."""
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= 10_000_000
+
+
+IMAGENET_DEPTHS = {  # depth: (block, blocks in each stage), 2015 Table 1; 200: 2016 §5
+    18: ("basic", (2, 2, 2, 2)),
+    34: ("basic", (3, 4, 6, 3)),
+    50: ("bottleneck", (3, 4, 6, 3)),
+    101: ("bottleneck", (3, 4, 23, 3)),
+    152: ("bottleneck", (3, 8, 36, 3)),
+    200: ("bottleneck", (3, 24, 36, 3)),
+}
+CIFAR_BOTTLENECK = (164, 1001)  # 9n+2, 2016 appendix; every other 6n+2 is a basic net
+CIFAR_DEPTHS = (20, 32, 44, 56, 110, 1202)  # 2015 Table 6
+
+_PREFIXES = {"resnet": {}, "plain": {"shortcut": "none"}, "preresnet": {"activation_order": "preact"}}
+_NAME = re.compile(r"(preresnet|resnet|plain)([1-9][0-9]*)(v1\.5)?")
+
+
+def list_network_names() -> list[str]:
+    """Lists the names of the papers' networks (other depths of 6n+2 are valid names too)."""
+    depths = sorted({*CIFAR_DEPTHS, *CIFAR_BOTTLENECK, *IMAGENET_DEPTHS})
+    names = [f"{prefix}{depth}" for prefix in _PREFIXES for depth in depths]
+    return names + [f"resnet{depth}v1.5" for depth, (block, _) in IMAGENET_DEPTHS.items() if block == "bottleneck"]
+
+
+def get_specification(name: str, **changes: Any) -> Specification:
+    """The specification of a network name, with any of its values changed.
+
+    >>> get_specification("resnet34", shortcut="C", classes=10).depth
+    34
+
+    Raises UsageError for an unknown name (the message suggests the nearest), an unknown key or a value out of range.
+    """
+    match = _NAME.fullmatch(name)
+    if not match:
+        raise unknown_name_error("network", name, list_network_names())
+    prefix, depth, v15 = match[1], int(match[2]), match[3]
+    known = [f.name for f in fields(Specification)]
+    for key in changes:
+        if key not in known:
+            raise unknown_name_error("key of a network's specification", key, known)
+    base = _imagenet_specification(depth) if depth in IMAGENET_DEPTHS else _cifar_specification(name, depth)
+    if v15:
+        if base.block != "bottleneck":
+            raise UsageError(
+                f"{name!r}: v1.5 moves a bottleneck's stride, and depth {depth} has no bottlenecks; use {prefix}{depth}."
+            )
+        base = replace(base, stride_in="3x3")
+    return replace(base, **(_PREFIXES[prefix] | changes))
+
+
+def _imagenet_specification(depth: int) -> Specification:
+    block, depths = IMAGENET_DEPTHS[depth]
+    return Specification(block=block, depths=depths, widths=(64, 128, 256, 512), stem="imagenet", shortcut="B")
+
+
+def _cifar_specification(name: str, depth: int) -> Specification:
+    widths = (16, 32, 64)
+    if depth in CIFAR_BOTTLENECK:
+        n = (depth - 2) // 9
+        return Specification(block="bottleneck", depths=(n,) * 3, widths=widths, stem="cifar", shortcut="B", classes=10)
+    n, rest = divmod(depth - 2, 6)
+    if rest or n < 1:
+        others = {*IMAGENET_DEPTHS, *CIFAR_BOTTLENECK}  # their names are those of other networks
+        basic = [d for d in range(max(8, 6 * n - 10), 6 * n + 21, 6) if d not in others]
+        low, high = sorted(sorted(basic, key=lambda d: abs(d - depth))[:2])
+        raise UsageError(
+            f"unknown network {name!r}: CIFAR nets have 6n+2 layers, so the nearest depths are {low} and {high}; "
+            f"ImageNet nets have {', '.join(map(str, IMAGENET_DEPTHS))}."
+        )
+    return Specification(block="basic", depths=(n,) * 3, widths=widths, stem="cifar", classes=10)
+
+
+def parse_changes(pairs: Mapping[str, str]) -> dict[str, Any]:
+    """Parses changes to a specification, as in `--set key=value`.
+
+    Raises UsageError for an unknown key (the message suggests the nearest) or a value of the wrong type.
+    """
+    kinds = {f.name: str(f.type) for f in fields(Specification)}
+    for key in pairs:
+        if key not in kinds:
+            raise unknown_name_error("key of a network's specification", key, kinds)
+    return {key: parse_value(key, text, kinds[key]) for key, text in pairs.items()}
+
+
+def parse_value(key: str, text: str, kind: str) -> Any:
+    """Parses a value as a dataclass field's annotated type `kind`; raises UsageError if it is invalid."""
+    try:
+        if kind == "bool":
+            return {"true": True, "false": False}[text.lower()]
+        if kind == "int":
+            return int(text)
+        if kind == "float":
+            return float(text)
+        if kind.startswith("tuple"):
+            return tuple(int(part) for part in text.strip("[]() ").split(",") if part.strip())
+        return text
+    except (KeyError, ValueError):
+        kinds = {"bool": "true or false", "int": "a whole number", "float": "a number"}
+        raise UsageError(f"{key} takes {kinds.get(kind, 'whole numbers separated by commas')}, not {text!r}.") from None

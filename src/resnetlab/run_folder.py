@@ -1,0 +1,253 @@
+"""The run folder: its files, written so that they survive a crash in the middle of writing.
+
+runs/<name>/
+  recipe.toml          complete and resolved: every value that determines the result
+  environment.json     versions and hardware
+  metrics.jsonl        one JSON object a line: training and held-out figures by step
+  checkpoints/         the last two, by step
+  model.safetensors    the trained model (models.model_file)
+  result.json          the figures `resnetlab train` ends with
+  report.html          the same as a page
+  tensorboard/         events, if TensorBoard is installed
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import tomllib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from resnetlab.errors import RunError
+
+
+def write_error(path: Path, error: OSError) -> RunError:
+    """The error for a file that could not be written."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return RunError(f"no space left to write {path}; free some, then go on with: resnetlab train --resume RUN")
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return RunError(f"no permission to write {path}; allow it, or choose another folder with --out.")
+    return RunError(f"cannot write {path}: {error.strerror or error}; fix that, or choose another folder with --out.")
+
+
+def write_atomically(path: Path, content: bytes | str) -> None:
+    """Writes a file so that a crash leaves either the old content or the new, never a part (write, fsync, rename).
+
+    Raises RunError if there is no space or no permission; the old file remains, and no partial file.
+    """
+    data = content.encode() if isinstance(content, str) else content
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise write_error(path, error) from error
+
+
+def _sync_folder(folder: Path) -> None:
+    """Flushes a folder to disk: only then is a rename in it durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _is_temporary(path: Path) -> bool:
+    return path.name.startswith(".") and path.name.endswith(".tmp")
+
+
+class RunFolder:
+    """One run folder, locked by one process at a time."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @staticmethod
+    def create(path: Path | None, name: str) -> RunFolder:
+        """Creates a new folder: `path`, or the first free one of runs/<name>, runs/<name>-2, …
+
+        Raises RunError if the folder is not empty or cannot be created.
+        """
+        try:
+            if path is not None:
+                path.mkdir(parents=True, exist_ok=True)
+                run = RunFolder(path)
+                run.check_empty()
+                return run
+            Path("runs").mkdir(exist_ok=True)
+            number = 1
+            while True:
+                candidate = Path("runs") / (name if number == 1 else f"{name}-{number}")
+                with contextlib.suppress(FileExistsError):
+                    candidate.mkdir()  # exclusive: two runs started at once get two folders
+                    return RunFolder(candidate)
+                number += 1
+        except FileExistsError as error:
+            raise RunError(f"{path or 'runs'} is a file; --out names a folder for the run.") from error
+        except OSError as error:
+            raise write_error(path or Path("runs"), error) from error
+
+    @staticmethod
+    def open(path: Path) -> RunFolder:
+        """An existing run folder. Raises RunError if `path` is not one."""
+        if path.is_file():
+            raise RunError(f"{path} is a file; --resume takes the run's folder.")
+        if not (path / "recipe.toml").is_file():
+            raise RunError(
+                f"{path} is not a run folder (it has no recipe.toml); --resume takes a folder that `resnetlab train` made."
+            )
+        return RunFolder(path)
+
+    def check_empty(self) -> None:
+        """Raises RunError if the folder holds anything but what a process killed at its very start leaves."""
+        if any(p.name != ".lock" and not _is_temporary(p) for p in self.path.iterdir()):
+            raise RunError(
+                f"{self.path} is not empty; choose another --out, "
+                f"or continue that run with: resnetlab train --resume {self.path}"
+            )
+
+    def remove_temporary_files(self) -> None:
+        """Removes temporary files of a process that was killed while writing; call it with the lock held."""
+        for folder in (self.path, self.checkpoints):
+            for file in folder.iterdir() if folder.is_dir() else ():
+                if _is_temporary(file):
+                    with contextlib.suppress(OSError):
+                        file.unlink()
+
+    @property
+    def model(self) -> Path:
+        return self.path / "model.safetensors"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.html"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Locks the folder for this process. Raises RunError if another process is training in it."""
+        try:
+            file = open(self.path / ".lock", "w")  # noqa: SIM115 - closed below, which also releases the lock
+        except OSError as error:
+            raise write_error(self.path, error) from error
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.close()
+            raise RunError(
+                f"another process is training in {self.path}; wait for it, or choose another --out."
+            ) from error
+        except OSError:  # the file system has no locks, as some network ones: go on without
+            pass
+        try:
+            yield
+        finally:
+            file.close()
+
+    def write_json(self, name: str, value: Mapping[str, Any]) -> None:
+        """Writes a JSON file into the folder, atomically."""
+        write_atomically(self.path / name, json.dumps(value, indent=2) + "\n")
+
+    def read_json(self, name: str) -> dict[str, Any] | None:
+        """Reads a JSON file of the folder; None if it does not exist."""
+        try:
+            value = json.loads((self.path / name).read_text())
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise RunError(f"{self.path / name} cannot be read ({error}); remove it or start a new run.") from error
+        return value if isinstance(value, dict) else None
+
+    def read_recipe(self) -> dict[str, Any]:
+        """Reads the values in recipe.toml."""
+        file = self.path / "recipe.toml"
+        try:
+            return tomllib.loads(file.read_text())
+        except (OSError, ValueError) as error:
+            raise RunError(f"{file} cannot be read ({error}); start a new run.") from error
+
+
+LINE_KEYS = {  # kind of a line in metrics.jsonl -> the keys that it must have
+    "train": {"step", "loss", "error", "lr", "images_per_second", "seconds"},  # and gradient_norm, share_waiting
+    "held_out": {"step"},
+}
+
+
+class MetricsLog:
+    """metrics.jsonl: one JSON object per line, appended and flushed; also TensorBoard events if that is installed."""
+
+    def __init__(self, run: RunFolder, step: int) -> None:
+        """Opens the file to continue after `step`; removes lines of later steps, which a killed process left."""
+        self._path = run.path / "metrics.jsonl"
+        if self._path.is_dir():
+            raise RunError(f"{self._path} is a folder where the run's figures should go; move it away.")
+        kept = [line for line in read_metrics(run) if line["step"] <= step]
+        write_atomically(self._path, "".join(json.dumps(line) + "\n" for line in kept))
+        try:
+            self._file = open(self._path, "a")  # noqa: SIM115 - closed by close()
+        except OSError as error:
+            raise write_error(self._path, error) from error
+        self._board = _open_tensorboard(run.path / "tensorboard", step)
+
+    def write(self, kind: str, step: int, **figures: float) -> None:
+        """Appends the figures of one step."""
+        try:
+            self._file.write(json.dumps({"kind": kind, "step": step, **figures}) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise write_error(self._path, error) from error
+        if self._board is not None:
+            for key, value in figures.items():
+                self._board.add_scalar(f"{kind}/{key}", value, step)
+
+    def sync(self) -> None:
+        """Flushes all lines to disk, before a checkpoint that relies on them."""
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise write_error(self._path, error) from error
+
+    def close(self) -> None:
+        """Closes the files."""
+        with contextlib.suppress(OSError):
+            self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def read_metrics(run: RunFolder) -> list[dict[str, Any]]:
+    """Reads the lines of metrics.jsonl; invalid ones, such as one cut off by a crash, are skipped."""
+    lines = []
+    with contextlib.suppress(FileNotFoundError):
+        for text in (run.path / "metrics.jsonl").read_text(errors="replace").splitlines():
+            with contextlib.suppress(ValueError):
+                line = json.loads(text)
+                if isinstance(line, dict) and LINE_KEYS.get(str(line.get("kind")), {""}) <= line.keys():
+                    lines.append(line)
+    return lines
+
+
+def _open_tensorboard(folder: Path, step: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    try:
+        return SummaryWriter(str(folder), purge_step=step + 1)
+    except OSError as error:
+        raise write_error(folder, error) from error

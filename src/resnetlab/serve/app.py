@@ -1,0 +1,186 @@
+"""The routes, and what every answer gets: headers, a count, and one sentence for an error."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from importlib.resources import files
+from typing import Annotated, Any
+
+from fastapi import FastAPI, Query
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse, Response
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from resnetlab import __version__
+from resnetlab.evaluation.page import load_templates
+from resnetlab.serve.limits import RequestError
+from resnetlab.serve.schemas import (
+    ERROR_ANSWERS,
+    REQUEST_BODY,
+    EmptyQuery,
+    ExplainAnswer,
+    ExplainQuery,
+    HealthAnswer,
+    ModelAnswer,
+    PredictAnswer,
+    PredictQuery,
+)
+from resnetlab.serve.service import Service
+
+HEADERS = {
+    "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cache-control": "no-store",
+}
+_HEADERS = [(name.encode(), value.encode()) for name, value in HEADERS.items()]
+STATIC = {
+    "/": ("serve/index.html", "text/html"),
+    "/page.css": ("serve/page.css", "text/css"),
+    "/page.js": ("serve/page.js", "text/javascript"),
+    "/views.js": ("serve/views.js", "text/javascript"),
+    "/style.css": ("style.css", "text/css"),
+}
+
+
+def make_app(service: Service) -> FastAPI:
+    """The ASGI application of a service."""
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        async with service.running():
+            yield
+
+    app = FastAPI(
+        title=f"ResNetLab: {service.name}",
+        version=__version__,
+        description="Predictions for images, and their explanations.",
+        docs_url=None,
+        redoc_url=None,
+        lifespan=lifespan,
+    )
+    _add_pages(app)
+    _add_routes(app, service)
+    _add_error_handlers(app)
+    app.add_middleware(_HeadersAndCounts, service=service)
+    return app
+
+
+def _add_routes(app: FastAPI, service: Service) -> None:
+    @app.post(
+        "/predict",
+        response_model=PredictAnswer,
+        response_model_exclude_none=True,
+        responses=ERROR_ANSWERS,
+        openapi_extra=REQUEST_BODY,
+    )
+    async def predict(request: Request, query: Annotated[PredictQuery, Query()]) -> Response:
+        """Classes, boxes or masks (by the model's task) of one image or several."""
+        return JSONResponse(await service.predict(request, query.top, query.score))
+
+    @app.post("/explain", response_model=ExplainAnswer, responses=ERROR_ANSWERS, openapi_extra=REQUEST_BODY)
+    async def explain(request: Request, query: Annotated[ExplainQuery, Query()]) -> Response:
+        """Explains a classifier's prediction for one image: a heat map, and the effect of leaving out each block."""
+        return JSONResponse(await service.explain(request, query.top))
+
+    unknown: dict[int | str, dict[str, Any]] = {422: ERROR_ANSWERS[422]}
+
+    @app.get("/healthz", response_model=HealthAnswer, responses=unknown)
+    async def healthz(_: Annotated[EmptyQuery, Query()]) -> Response:
+        """Whether the service is up."""
+        return JSONResponse({"status": "ok"})
+
+    @app.get("/model", response_model=ModelAnswer, responses=unknown)
+    async def model(_: Annotated[EmptyQuery, Query()]) -> Response:
+        """The model, and the service's limits."""
+        return JSONResponse(service.describe())
+
+    text: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
+
+    @app.get("/metrics", response_class=Response, responses=text | unknown)
+    async def metrics(_: Annotated[EmptyQuery, Query()]) -> Response:
+        """Counts and times in Prometheus' text format."""
+        return Response(service.counters.to_text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+def _add_pages(app: FastAPI) -> None:
+    """The page, its files and the list of operations; all are part of the package."""
+    for path, (name, kind) in STATIC.items():
+        content = files("resnetlab").joinpath("pages", name).read_bytes()
+        app.add_api_route(path, _serve_static(content, kind), methods=["GET", "HEAD"], include_in_schema=False)
+
+    @app.get("/docs", include_in_schema=False)
+    async def docs() -> HTMLResponse:
+        return HTMLResponse(load_templates().get_template("operations.html.j2").render(api=app.openapi()))
+
+
+def _serve_static(content: bytes, kind: str) -> Any:
+    async def endpoint() -> Response:
+        return Response(content, media_type=kind)
+
+    return endpoint
+
+
+def _add_error_handlers(app: FastAPI) -> None:
+    """Every error becomes {"error": one sentence}."""
+
+    @app.exception_handler(RequestError)
+    async def request_error(_: Request, error: RequestError) -> JSONResponse:
+        headers = {} if error.retry_after is None else {"retry-after": str(error.retry_after)}
+        if error.hang_up:
+            headers["connection"] = "close"
+        return JSONResponse({"error": error.sentence}, error.status, headers)
+
+    @app.exception_handler(RequestValidationError)
+    async def validation_error(_: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        location = " ".join(str(part) for part in first["loc"])[:200]
+        return JSONResponse({"error": f"{location}: {first['msg'][:1].lower()}{first['msg'][1:]}."}, 422)
+
+    @app.exception_handler(HTTPException)
+    async def http_error(request: Request, error: HTTPException) -> JSONResponse:
+        sentences = {404: "there is nothing at this address; /docs lists all addresses.",
+                     405: f"{request.method} is not supported at this address; /docs lists all operations."}  # fmt: skip
+        sentence = sentences.get(error.status_code, str(error.detail))
+        return JSONResponse({"error": sentence}, error.status_code, dict(error.headers or {}))
+
+    @app.exception_handler(ClientDisconnect)
+    async def client_disconnected(_: Request, __: ClientDisconnect) -> JSONResponse:
+        return JSONResponse({"error": "the body was not sent to its end."}, 400)  # nobody reads it
+
+    @app.exception_handler(Exception)
+    async def internal_error(_: Request, __: Exception) -> JSONResponse:  # the traceback is logged
+        return JSONResponse({"error": "the service failed; its log says why."}, 500, HEADERS)
+
+
+class _HeadersAndCounts:
+    """Middleware that adds the headers to every answer and counts it."""
+
+    def __init__(self, app: ASGIApp, service: Service) -> None:
+        self._app, self._counters = app, service.counters
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        start, status = time.perf_counter(), 500
+
+        async def send_with_headers(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message = {**message, "headers": [*message.get("headers", ()), *_HEADERS]}
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_with_headers)
+        finally:
+            route = scope.get("route")
+            path = getattr(route, "path", "other")
+            self._counters.requests.labels(path, str(status)).inc()
+            self._counters.seconds.labels(path).observe(time.perf_counter() - start)

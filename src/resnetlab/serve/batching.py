@@ -1,0 +1,103 @@
+"""Collects the images of many requests into batches, which one thread runs through the network."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+
+@dataclass(frozen=True, eq=False)
+class _PendingImage:
+    """An image in the queue."""
+
+    image: Any
+    since: float  # the event loop's clock
+    result: asyncio.Future[Any]
+
+
+class Batcher:
+    """Computes results for single images in batches.
+
+    A batch starts as soon as it is full, or when its first image has waited `latency` seconds. The queue fills while the
+    network computes, so a busy service forms full batches without waiting.
+
+    Args:
+        predict: prepared images -> a result for each; called in one thread, one batch at a time.
+        latency: seconds.
+        max_batch: most images in a batch.
+        on_batch: called with (images, seconds) of each batch.
+    """
+
+    def __init__(
+        self,
+        predict: Callable[[Sequence[Any]], Sequence[Any]],
+        latency: float,
+        max_batch: int,
+        on_batch: Callable[[int, float], None] = lambda images, seconds: None,
+    ) -> None:
+        self._predict, self._latency, self._max_batch, self._on_batch = predict, latency, max_batch, on_batch
+
+    async def __aenter__(self) -> Batcher:
+        self._loop = asyncio.get_running_loop()
+        self._queue: asyncio.Queue[_PendingImage] = asyncio.Queue()
+        self._thread = ThreadPoolExecutor(1, "network")
+        self._worker = asyncio.create_task(self._work())
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._worker.cancel()
+        await asyncio.gather(self._worker, return_exceptions=True)
+        self._thread.shutdown()
+
+    async def predict(self, images: Sequence[Any]) -> list[Any]:
+        """The result for each image; when the caller is cancelled, its images leave the queue."""
+        now = self._loop.time()
+        pending = [_PendingImage(image, now, self._loop.create_future()) for image in images]
+        for item in pending:
+            self._queue.put_nowait(item)
+        try:
+            return await asyncio.gather(*(item.result for item in pending))
+        finally:
+            for item in pending:
+                item.result.cancel()
+
+    async def _work(self) -> None:
+        while True:
+            batch = [item for item in await self._next_batch() if not item.result.done()]
+            if not batch:
+                continue
+            start = self._loop.time()
+            try:
+                images = [item.image for item in batch]
+                results = await self._loop.run_in_executor(self._thread, self._predict, images)
+            except Exception as error:  # a backend's exception is the result of these images; the next batch is tried
+                for item in batch:
+                    if not item.result.done():
+                        item.result.set_exception(error)
+                continue
+            self._on_batch(len(batch), self._loop.time() - start)
+            for item, result in zip(batch, results, strict=True):
+                if not item.result.done():
+                    item.result.set_result(result)
+
+    async def _next_batch(self) -> list[_PendingImage]:
+        """One image, and those that arrive until the batch is full or the first has waited long enough."""
+        batch = [await self._queue.get()]
+        while len(batch) < self._max_batch:
+            try:
+                batch.append(self._queue.get_nowait())
+                continue
+            except asyncio.QueueEmpty:
+                pass
+            try:
+                async with asyncio.timeout_at(batch[0].since + self._latency):
+                    batch.append(await self._queue.get())
+            except TimeoutError:
+                break
+        return batch

@@ -1,0 +1,248 @@
+"""The models that a service can serve, one class per task: each prepares images, predicts and formats its predictions.
+
+classify   the classes with the highest scores, and their explanation
+detect     boxes in pixels of the uploaded image
+segment    the share of each class, and the class of each pixel as a PNG
+"""
+
+from __future__ import annotations
+
+import io
+from base64 import b64encode
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, cast
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from resnetlab.device import DeviceConfig
+from resnetlab.errors import UsageError
+from resnetlab.evaluation.detection import Detections, predict_image_boxes
+from resnetlab.evaluation.overlays import COLOURS
+from resnetlab.evaluation.segmentation import segment_image
+from resnetlab.inference import annotated, predict
+from resnetlab.inference.explain import explain
+from resnetlab.inference.predict import Model, top_classes
+from resnetlab.models.annotated_model import AnnotatedModel, read_task
+from resnetlab.models.cost import count_parameters
+from resnetlab.models.head_spec import DetectionOptions, SegmenterSpec
+from resnetlab.models.spec import Specification
+
+MASK_OPACITY = 130  # of 255
+
+
+class ServedModel(Protocol):
+    """What the service needs of a model: `prepare` each image, `predict` batches of them, `format` each result as JSON."""
+
+    @property
+    def model(self) -> Model | AnnotatedModel: ...
+
+    @property
+    def warmup_batches(self) -> Sequence[int]:
+        """Batch sizes whose first prediction is slow."""
+
+    @property
+    def no_explanation(self) -> str | None:
+        """The sentence that says why the model cannot be explained; None where it can."""
+
+    def prepare(self, image: Image.Image) -> Any:
+        """Prepares an upright image; called in many threads."""
+
+    def predict(self, images: Sequence[Any]) -> Sequence[Any]:
+        """The network's result for each prepared image; called in one thread."""
+
+    def format(self, image: Any, result: Any, top: int | None, min_score: float | None) -> dict[str, Any]:
+        """The result as JSON; keys as in docs/json.md.
+
+        Args:
+            top: number of classes or boxes, best first; None for the task's default.
+            min_score: least score, or share of the pixels; None for the task's default.
+        """
+
+    def explain(self, image: Any, top: int | None, on_progress: Callable[[int, int], None]) -> dict[str, Any]:
+        """The explanation as JSON; only called where `no_explanation` is None."""
+
+    def describe(self) -> dict[str, Any]:
+        """The description of the model for GET /model."""
+
+
+def load_served_model(
+    name: str, backend: str, precision: str, device: str, images: Sequence[Path] = ()
+) -> tuple[ServedModel, str]:
+    """Loads a model of any task, from a file or by a publisher's name; also returns one line about its backend.
+
+    Args:
+        backend: a backend's name or "auto", as in `inference.backends.select_backend`, for classifiers; other tasks use torch.
+        precision: likewise; other tasks use fp32 by default, since bf16 rounds boxes to whole pixels.
+        images: a classifier's backend is checked against torch on every second one; int8 is calibrated on the others.
+
+    Raises:
+        ModelFileError, UsageError
+    """
+    task = read_task(Path(name))
+    if task == "classify":
+        model = predict.load(name, device=device)
+        return ServedClassifier(model), model.select_backend(backend, precision, images[::2], images[1::2])
+    if backend not in ("auto", "torch") or precision == "int8" or images:
+        raise UsageError(
+            f"a {task} model runs on torch in fp32 or bf16; leave out --backend, --precision and --images."
+        )
+    kinds: dict[str, type[ServedDetector | ServedSegmenter]] = {"detect": ServedDetector, "segment": ServedSegmenter}
+    served = kinds[task](
+        *annotated.open_annotated_model(Path(name), task, "fp32" if precision == "auto" else precision, device)
+    )
+    return served, f"torch on {served.backend}"
+
+
+class ServedClassifier:
+    """A classifier.
+
+    Args:
+        scores: uint8 (B, h, w, C) -> float32 (B, classes); the model's own by default.
+    """
+
+    no_explanation = None
+    warmup_batches = (1, 16)
+
+    def __init__(self, model: Model, scores: Callable[[Tensor], Tensor] | None = None) -> None:
+        self.model, self._scores = model, scores or model.predict_scores
+        self.prepare = model.preprocessing
+
+    def predict(self, images: Sequence[Tensor]) -> list[Tensor]:
+        return list(self._scores(torch.stack(list(images))))
+
+    def format(self, image: Tensor, result: Tensor, top: int | None, min_score: float | None) -> dict[str, Any]:
+        classes = top_classes(self.model.classes, result, top or 5)
+        return {"top": [{"class": name, "score": score} for name, score in classes if score >= (min_score or 0)]}
+
+    def explain(self, image: Tensor, top: int | None, on_progress: Callable[[int, int], None]) -> dict[str, Any]:
+        explanation = explain(self.model, image, top=top or 5, progress=on_progress)
+        return {**explanation.to_json(), "heat": _data_uri(explanation.overlay)}
+
+    def describe(self) -> dict[str, Any]:
+        model = self.model
+        return _describe("classify", model, model.spec) | {
+            "temperature": model.temperature,
+            "calibrated": bool(model.calibration),
+            "preprocessing": model.preprocessing.to_json(),
+            "backend": model.backend_name,
+        }
+
+
+class UploadedImage(NamedTuple):
+    """An image for a detector or segmenter, uint8 (h, w, 3), and (width, height) of the one that was uploaded."""
+
+    pixels: Tensor
+    size: tuple[int, int]
+
+
+class _ServedAnnotatedModel:
+    """Code shared by detectors and segmenters."""
+
+    task: str
+    no_explanation: str | None
+    warmup_batches = (1,)  # a batch is computed image by image
+
+    def __init__(self, model: AnnotatedModel, device: DeviceConfig) -> None:
+        self.model, self._device, self.backend = model, device, str(device)
+
+    def prepare(self, image: Image.Image) -> UploadedImage:
+        """Reduces images more than twice as large as the network's input, to save memory."""
+        size, limit = image.size, 2 * self.model.head_spec.longest
+        rgb = image.convert("RGB")
+        rgb.thumbnail((limit, limit), Image.Resampling.BILINEAR)
+        return UploadedImage(annotated.image_to_pixels(rgb), size)
+
+    def explain(self, image: UploadedImage, top: int | None, on_progress: Callable[[int, int], None]) -> dict[str, Any]:
+        raise NotImplementedError(self.no_explanation)
+
+    def describe(self) -> dict[str, Any]:
+        classes = range(len(self.model.classes))
+        return _describe(self.task, self.model, self.model.spec) | {
+            "head": self.model.head_spec.to_json(),
+            "colours": [self._colour(i) for i in classes],
+            "backend": self.backend,
+        }
+
+    def _colour(self, label: int) -> str:
+        return COLOURS[label % len(COLOURS)]
+
+
+class ServedDetector(_ServedAnnotatedModel):
+    """A detector."""
+
+    task = "detect"
+    no_explanation = "a detector's boxes cannot be explained; only a classifier's prediction can."
+    MIN_SCORE = 0.5  # default
+
+    def predict(self, images: Sequence[UploadedImage]) -> list[Detections]:
+        """Boxes in pixels of the uploaded images."""
+        return [self._detect(image) for image in images]
+
+    def _detect(self, image: UploadedImage) -> Detections:
+        found = predict_image_boxes(self.model.net, image.pixels, self._device, DetectionOptions())
+        (width, height), (h, w) = image.size, image.pixels.shape[:2]
+        return found._replace(boxes=found.boxes * torch.tensor([width / w, height / h] * 2))
+
+    def format(
+        self, image: UploadedImage, result: Detections, top: int | None, min_score: float | None
+    ) -> dict[str, Any]:
+        detections = result.at_least(self.MIN_SCORE if min_score is None else min_score)
+        return _size_to_json(image) | {"boxes": annotated.boxes_to_json(detections, self.model.classes)[:top]}
+
+
+class ServedSegmenter(_ServedAnnotatedModel):
+    """A segmenter."""
+
+    task = "segment"
+    no_explanation = "a segmenter's masks cannot be explained; only a classifier's prediction can."
+
+    def predict(self, images: Sequence[UploadedImage]) -> list[tuple[list[dict[str, Any]], str]]:
+        """The share of each class, largest first, and the mask as a data URI."""
+        return [self._segment(image) for image in images]
+
+    def _segment(self, image: UploadedImage) -> tuple[list[dict[str, Any]], str]:
+        mask = segment_image(self.model.net, image.pixels, cast(SegmenterSpec, self.model.head_spec), self._device)
+        shares = sorted(annotated.class_shares(mask, self.model.classes), key=lambda row: -row["share"])
+        return shares, self._draw_mask(mask)
+
+    def format(self, image: UploadedImage, result: Any, top: int | None, min_score: float | None) -> dict[str, Any]:
+        shares, mask = result
+        listed = [row for row in shares if row["share"] >= (min_score or 0)]
+        return _size_to_json(image) | {"classes": listed[:top], "mask": mask}
+
+    def _draw_mask(self, mask: Tensor) -> str:
+        """The mask as a palette PNG whose pixel values are classes; the background is transparent."""
+        png = Image.fromarray(mask.numpy().astype(np.uint8))
+        png.putpalette([int(self._colour(i)[k : k + 2], 16) for i in range(256) for k in (1, 3, 5)])
+        return _data_uri(png, transparency=bytes([0] + 255 * [MASK_OPACITY]))
+
+    def _colour(self, label: int) -> str:
+        """As in `evaluation.overlays.draw_mask`: the first colour belongs to the first class after the background."""
+        return super()._colour(label - 1)
+
+
+def _describe(task: str, model: Model | AnnotatedModel, spec: Specification) -> dict[str, Any]:
+    net = f"{spec.block} blocks {'-'.join(map(str, spec.depths))}, {spec.activation_order}, shortcut {spec.shortcut}"
+    return {
+        "task": task,
+        "net": net,
+        "classes": list(model.classes),
+        "parameters": count_parameters(model.net),
+        "metrics": dict(model.metrics),
+        "data": dict(model.data),
+        "versions": dict(model.versions),
+    }
+
+
+def _size_to_json(image: UploadedImage) -> dict[str, int]:
+    return {"width": image.size[0], "height": image.size[1]}
+
+
+def _data_uri(image: Image.Image, **options: Any) -> str:
+    png = io.BytesIO()
+    image.save(png, "PNG", **options)
+    return f"data:image/png;base64,{b64encode(png.getvalue()).decode()}"

@@ -1,0 +1,130 @@
+"""Answers requests: reads the body, decodes the images, predicts or explains, and formats the result."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import Any
+
+from starlette.requests import Request
+
+from resnetlab.serve.batching import Batcher
+from resnetlab.serve.counters import Counters
+from resnetlab.serve.limits import Limits, RequestError, RequestGate
+from resnetlab.serve.models import ServedModel
+from resnetlab.serve.uploads import Upload, decode_uploads
+
+
+class _Cancelled(Exception):
+    """Nobody waits for the explanation any more."""
+
+
+class Service:
+    """A model of any task with its queue, limits and counters."""
+
+    def __init__(self, served: ServedModel, limits: Limits) -> None:
+        self.served, self.limits, self.counters = served, limits, Counters()
+        self.gate = RequestGate(limits)
+        self._batcher = Batcher(served.predict, limits.latency, limits.max_batch, self.counters.count_batch)
+        self.counters.in_flight.set_function(lambda: self.gate.in_flight)
+
+    @property
+    def name(self) -> str:
+        """The model's name for people, such as "resnet14 on digits"; it contains no path of this machine."""
+        model = self.served.model
+        net = str(model.recipe.get("net", f"a network of {len(model.classes):,} classes"))
+        data = model.data.get("name", "").rstrip("/").rpartition("/")[2]
+        return f"{net} on {data}" if data else net
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Runs the service's threads; on exit, work in progress is finished."""
+        # explanations have a thread of their own, because one takes as long as many predictions
+        with ThreadPoolExecutor(os.cpu_count(), "decode") as self._decoders, ThreadPoolExecutor(1) as self._explainer:
+            async with self._batcher:
+                yield
+
+    async def predict(self, request: Request, top: int | None, min_score: float | None) -> dict[str, Any]:
+        """The answer to POST /predict; raises RequestError."""
+        async with self.gate.read_body(request) as body, self._admit():
+            uploads = await self._decode(request, body)
+            images = [upload.image for upload in uploads if upload.error is None]
+            if not images and uploads[0].error is not None:
+                raise uploads[0].error
+            results = iter(await self._batcher.predict(images))
+        return {
+            "predictions": [
+                {"image": upload.name, "error": upload.error.sentence}
+                if upload.error is not None
+                else {"image": upload.name, **self.served.format(upload.image, next(results), top, min_score)}
+                for upload in uploads
+            ]
+        }
+
+    async def explain(self, request: Request, top: int | None) -> dict[str, Any]:
+        """The answer to POST /explain; raises RequestError."""
+        async with self.gate.read_body(request) as body, self._admit():
+            if self.served.no_explanation is not None:
+                raise RequestError(422, self.served.no_explanation)
+            uploads = await self._decode(request, body)
+            if len(uploads) != 1:
+                raise RequestError(422, f"one image is explained at a time, not {len(uploads)}.")
+            upload = uploads[0]
+            if upload.error is not None:
+                raise upload.error
+            return {"image": upload.name, **await self._explain(upload.image, top)}
+
+    def describe(self) -> dict[str, Any]:
+        """The answer to GET /model."""
+        limits = self.limits
+        return {
+            "name": self.name,
+            **self.served.describe(),
+            "limits": {
+                "body_bytes": limits.max_body,
+                "pixels": limits.max_pixels,
+                "seconds": limits.timeout,
+                "in_flight": limits.max_in_flight,
+                "latency_seconds": limits.latency,
+                "batch": limits.max_batch,
+            },
+        }
+
+    @asynccontextmanager
+    async def _admit(self) -> AsyncIterator[None]:
+        """Counts the request as in flight, and limits the time of its answer."""
+        with self.gate.admit():
+            try:
+                async with asyncio.timeout(self.limits.timeout):
+                    yield
+            except TimeoutError:
+                raise RequestError(503, f"the answer took more than {self.limits.timeout:g} seconds.", 5) from None
+
+    async def _decode(self, request: Request, body: bytes) -> list[Upload]:
+        content_type, cancelled = request.headers.get("content-type", ""), threading.Event()
+        work = partial(decode_uploads, content_type, body, self.served.prepare, self.limits, cancelled.is_set)
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._decoders, work)
+        finally:
+            cancelled.set()
+
+    async def _explain(self, image: Any, top: int | None) -> dict[str, Any]:
+        cancelled = threading.Event()
+
+        def on_progress(done: int, total: int) -> None:
+            if cancelled.is_set():
+                raise _Cancelled
+
+        def work() -> dict[str, Any]:
+            on_progress(0, 0)
+            return self.served.explain(image, top, on_progress)
+
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._explainer, work)
+        finally:
+            cancelled.set()

@@ -1,0 +1,59 @@
+"""The table of studies, and what each costs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from resnetlab.errors import unknown_name_error
+from resnetlab.studies.block_depth import BlockDepth
+from resnetlab.studies.bottleneck import Bottleneck
+from resnetlab.studies.convergence import Convergence
+from resnetlab.studies.cost import NetworkCosts
+from resnetlab.studies.cost_estimate import CostEstimate
+from resnetlab.studies.degradation import Degradation
+from resnetlab.studies.depth import Depth
+from resnetlab.studies.gradients import Gradients
+from resnetlab.studies.lesion import Lesion
+from resnetlab.studies.orderings import Orderings
+from resnetlab.studies.protocols import Protocols
+from resnetlab.studies.responses import Responses
+from resnetlab.studies.setting import BUDGETS, SEEDS, Setting
+from resnetlab.studies.shortcut_types import ShortcutTypes
+from resnetlab.studies.shortcuts import Shortcuts
+from resnetlab.studies.study import RUNS, Study, locate_runs
+from resnetlab.studies.workers import worker_devices
+
+_STUDIES: tuple[Study, ...] = (
+    NetworkCosts(), Degradation(), Depth(), Convergence(), Shortcuts(), Bottleneck(), BlockDepth(), Orderings(), ShortcutTypes(),
+    Responses(), Gradients(), Lesion(), Protocols(),
+)  # fmt: skip
+STUDIES: dict[str, Study] = {study.name: study for study in _STUDIES}
+
+
+def select_studies(name: str) -> list[Study]:
+    """The study of a name, or all of them for "all"; raises UsageError, naming the nearest, for an unknown one."""
+    if name == "all":
+        return list(STUDIES.values())
+    if name not in STUDIES:
+        raise unknown_name_error("study", name, [*STUDIES, "all"])
+    return [STUDIES[name]]
+
+
+def estimate_costs(setting: Setting, root: Path = RUNS) -> list[dict[str, Any]]:
+    """Every study with its question, its place in the papers, and the seconds that each budget takes on this machine.
+
+    One kind of network is timed for all of them, and finished runs cost nothing.
+    """
+    estimate = CostEstimate(setting, every_kind=False)
+    rows = []
+    for study in STUDIES.values():
+        seconds = {}
+        for budget in BUDGETS:
+            own = study.adapt(replace(setting, budget=budget, seeds=SEEDS[budget]))
+            missing = [run for run in locate_runs(study.plan(own), own, root) if not run.finished]
+            processes = len(worker_devices(setting.device, len(missing)))
+            seconds[budget] = round(estimate.remaining(missing, processes)) if missing else 0
+        rows.append({"study": study.name, "question": study.question, "place": study.place, "seconds": seconds})
+    return rows

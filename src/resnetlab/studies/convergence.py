@@ -1,0 +1,94 @@
+"""Convergence: is the residual net or its plain twin ahead early on? (2015 §4.1, Fig. 4: ResNet-18 and plain-18.)"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from resnetlab.data import sources
+from resnetlab.studies import figures, paper
+from resnetlab.studies.runs import RunOutcomes
+from resnetlab.studies.setting import Setting, Trial
+from resnetlab.studies.study import Row, Study, StudyResult
+from resnetlab.studies.variants import BETTER, WORSE, error_rows, network_trials
+from resnetlab.studies.verdicts import RULE, PairedDifference, compare_by_seed, tally
+
+PARTS = {"first tenth": (0.0, 0.1), "first quarter": (0.0, 0.25), "last tenth": (0.9, 1.0)}  # of the steps
+
+
+class Convergence(Study):
+    """A plain net and its residual twin: the paper's own of 18 layers on a folder of photographs, else of 6n+2 layers."""
+
+    name = "convergence"
+    question = "Who is ahead early on, plain or residual?"
+    place = "2015 §4.1, Fig. 4"
+
+    def adapt(self, setting: Setting) -> Setting:
+        """The ImageNet nets on the user's folder, unless depths are given."""
+        return replace(setting, photographs=setting.data not in sources.BUILTIN_NAMES and not setting.depths)
+
+    def networks(self, setting: Setting) -> tuple[str, str]:
+        """The names of the plain net and the residual one."""
+        depth = 18 if setting.photographs else setting.pick_depths(smoke=(8,), quick=(20,), paper=(20,))[0]
+        return f"plain{depth}", f"resnet{depth}"
+
+    def plan(self, setting: Setting) -> list[Trial]:
+        """Both nets; those of 6n+2 layers as the study of degradation has them."""
+        return [trial for net in self.networks(setting) for trial in network_trials(setting, net, _depth(net))]
+
+    def read(self, setting: Setting, outcomes: RunOutcomes, on_progress: Callable[[int, int], None]) -> StudyResult:
+        """Training error over the first tenth, the first quarter and the last tenth, seed by seed."""
+        plain, residual = self.networks(setting)
+        rows: list[Row] = []
+        differences: dict[str, PairedDifference] = {}
+        texts: dict[str, str] = {}
+        for part, borders in PARTS.items():
+            errors = {
+                net: {o.seed: e for o in outcomes.trained(net) if (e := o.mean_training_error(*borders)) is not None}
+                for net in (plain, residual)
+            }
+            differences[part] = compare_by_seed(errors[plain], errors[residual])
+            texts[part] = tally(differences[part], plain, residual, larger=f"is {WORSE}", smaller=f"is {BETTER}")
+            for net, by_seed in errors.items():
+                values = tuple(by_seed.values())
+                rows.append(Row(net, f"training error, {part}", values, texts[part], None, setting.share))
+        for net, printed in ((plain, "plain18"), (residual, "resnet18")):
+            rows += error_rows(setting, outcomes, net, plain, paper.IMAGENET_TOP1[printed], "imagenet")[1:]
+        opening = {
+            "shown": f"{residual} is ahead early on",
+            "points to": f"These runs point to {residual} being ahead early on, no more",
+            "not shown": f"That {residual} is ahead early on is not shown at this budget",
+        }[differences["first quarter"].strength]
+        return StudyResult(
+            answer=f"{opening}: over the first quarter of the steps, {texts['first quarter']}.",
+            details=f"Over the last tenth, {texts['last tenth']}.",
+            rows=rows,
+            figures=[draw_convergence(plain, residual, outcomes)],
+            rule=RULE + " Ahead means the smaller mean training error over the first quarter of the steps.",
+            remarks=[
+                "The paper's figures are of 18 layers on ImageNet: nearly equal at the end, the residual net faster."
+            ],
+        )
+
+
+def _depth(net: str) -> int:
+    return int(net.removeprefix("plain").removeprefix("resnet"))
+
+
+def draw_convergence(plain: str, residual: str, outcomes: RunOutcomes) -> figures.StudyFigure:
+    """Both nets in one panel (2015 Fig. 4: thin training, bold held-out)."""
+    colours = dict(zip((plain, residual), figures.SERIES, strict=False))
+
+    def draw(panels: figures.Panels) -> None:
+        top = figures.plot_learning(panels[0], "error by step", {net: outcomes.of(net) for net in colours}, colours)
+        figures.set_error_axis(panels[0], 1.25 * top)
+
+    return figures.draw_study_figure(
+        "convergence",
+        "Who is ahead",
+        draw,
+        height=320,
+        legend=[*figures.colour_keys(list(colours)), *figures.LEARNING_KEYS],
+        caption="As 2015 Fig. 4, plain and residual in one panel.",
+        label=f"Error by training step of {plain} and {residual}.",
+    )

@@ -1,0 +1,85 @@
+"""The cost of a plan on this machine, from a few timed steps of small networks of each kind in it."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from resnetlab.device import preserve_process_state, select_device
+from resnetlab.models.cost import compute_cost
+from resnetlab.models.resnet import build_from_spec
+from resnetlab.models.spec import Specification, get_specification
+from resnetlab.studies.runs import StudyRun
+from resnetlab.studies.setting import Setting
+from resnetlab.training.recipe import Recipe
+
+START_UP = 4.0  # seconds until a run's first step
+FORWARD = 1 / 3  # cost of evaluating an image, as a share of a training step
+BLOCKS = (1, 3)  # in each stage of the two networks that are timed
+
+
+@dataclass
+class CostEstimate:
+    """Seconds per step of any network: two small ones of its kind are timed, and time is linear in multiply-adds."""
+
+    setting: Setting
+    every_kind: bool = True  # time each kind of network in the plan, or only one, for a rough figure
+    _kinds: dict[Specification, list[tuple[int, float]]] = field(default_factory=dict)
+
+    def step(self, recipe: Recipe) -> float:
+        """Seconds of one training step in a process with one thread."""
+        spec = self.setting.spec(recipe)
+        size = (recipe.image_size, recipe.image_size)
+        timed = spec if self.every_kind else replace(get_specification("resnet20"), channels=spec.channels)
+        kind = replace(timed, depths=(1,) * len(timed.depths))
+        if kind not in self._kinds:
+            small_nets = [replace(timed, depths=(n,) * len(timed.depths)) for n in BLOCKS]
+            with preserve_process_state():
+                self._kinds[kind] = [
+                    (recipe.batch * _multiply_adds(net, size), _time_step(net, recipe, self.setting.device))
+                    for net in small_nets
+                ]
+        (few, short), (many, long) = self._kinds[kind]
+        slope = max(0.0, (long - short) / (many - few))
+        return max(short + slope * (recipe.batch * _multiply_adds(spec, size) - few), 0.1 * short)
+
+    def run(self, recipe: Recipe) -> float:
+        """Seconds of a whole run: its steps, its evaluations, its start."""
+        step = self.step(recipe)
+        evaluated = recipe.steps // recipe.eval_every * recipe.val_images + len(self.setting.source.test)
+        return START_UP + step * recipe.steps + FORWARD * step / recipe.batch * evaluated
+
+    def remaining(self, runs: Sequence[StudyRun], processes: int) -> float:
+        """Seconds until all of these runs are finished, by so many processes at once."""
+        seconds = [self.run(r.recipe) * (1 - r.steps_done / r.recipe.steps) for r in runs if not r.finished]
+        return max([sum(seconds) / processes, *seconds])
+
+
+@cache
+def _multiply_adds(spec: Specification, size: tuple[int, int]) -> int:
+    return compute_cost(spec, size).multiply_adds
+
+
+def _time_step(spec: Specification, recipe: Recipe, device: str) -> float:
+    """Seconds of one step (forward, backward) on noise: the median of three after one to warm up."""
+    device_config = select_device(recipe.precision, device, 1)
+    net: Any = device_config.place(build_from_spec(spec, seed=0)).train()
+    images = torch.randn(recipe.batch, spec.channels, recipe.image_size, recipe.image_size, device=device_config.device)
+    images = images.contiguous(memory_format=device_config.memory_format)
+    labels = torch.zeros(recipe.batch, dtype=torch.long, device=device_config.device)
+    seconds = []
+    for _ in range(4):
+        start = time.perf_counter()
+        with device_config.autocast():
+            loss = F.cross_entropy(net(images).float(), labels)
+        loss.backward()  # type: ignore[no-untyped-call]
+        float(loss.detach())  # waits for the device
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[1:])

@@ -1,0 +1,35 @@
+"""Depth: residual nets from 20 layers to 110, and 1202 (2015 §4.2, Table 6, Fig. 6 middle and right)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from resnetlab.studies import paper
+from resnetlab.studies.runs import RunOutcomes
+from resnetlab.studies.setting import Setting
+from resnetlab.studies.variants import DEEP, SideBySide, Variant, assess_claim
+
+
+class Depth(SideBySide):
+    """Residual nets of rising depth, the deep ones with the paper's warm-up."""
+
+    name = "depth"
+    question = "Do residual networks gain from depth?"
+    place = "2015 Table 6, Fig. 6"
+    caption = "As 2015 Fig. 6 (middle and right), with the test errors of Table 6 beside."
+
+    def variants(self, setting: Setting) -> list[Variant]:
+        """Shallow to deep."""
+        depths = setting.pick_depths(smoke=(8, 14), quick=(8, 20, 32, 56), paper=(20, 32, 44, 56, 110, 1202))
+        variants = []
+        for name, depth in ((f"resnet{depth}", depth) for depth in depths):
+            changes = {"warmup": "train-error" if depth >= DEEP else setting.base.warmup}
+            variants.append(Variant(name, name, {}, paper.CIFAR10.get(name), changes))
+        return variants
+
+    def answer(self, setting: Setting, outcomes: RunOutcomes, variants: Sequence[Variant]) -> tuple[str, str]:
+        """The deepest compared with the shallowest."""
+        if len(variants) < 2:
+            return "One depth alone has nothing to be compared with; give several with --depths.", ""
+        shallow, deep = variants[0].label, variants[-1].label
+        return assess_claim(outcomes, shallow, deep, f"{deep} tests better than {shallow}")

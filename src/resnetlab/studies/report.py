@@ -1,0 +1,128 @@
+"""The files that a study writes: report.html (one file, its layout is pages/study.html.j2), rows.csv and rows.json."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from resnetlab.data import sources
+from resnetlab.device import environment
+from resnetlab.evaluation.page import load_templates
+from resnetlab.run_folder import write_atomically, write_error
+from resnetlab.studies.code_version import code_hash
+from resnetlab.studies.runs import RunOutcome
+from resnetlab.studies.setting import Setting
+from resnetlab.studies.study import StudyOutput, format_estimate
+from resnetlab.studies.verdicts import percent
+
+COLUMNS = ("study", "data", "what", "figure", "unit", "mean", "sd", "n", "values", "diverged", "paper", "paper_source",
+           "budget", "verdict")  # fmt: skip
+
+
+def write_study(outputs: Sequence[StudyOutput], folder: Path, command: str) -> None:
+    """Writes the three files; raises RunError where there is no space or no permission."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise write_error(folder, error) from error
+    rows = [row for output in outputs for row in output.rows]
+    document = {"command": command, "rows": rows, "environment": study_environment(outputs)}
+    write_atomically(folder / "rows.json", json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+    write_atomically(folder / "rows.csv", rows_to_csv(rows))
+    write_atomically(folder / "report.html", render_study(outputs, command))
+
+
+def rows_to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows as CSV; the values of all seeds are in one cell, separated by spaces."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({**row, "values": " ".join(map(repr, row["values"]))})
+    return text.getvalue()
+
+
+def study_environment(outputs: Sequence[StudyOutput]) -> dict[str, Any]:
+    """Versions and hardware: of the runs where there are any, else of this process."""
+    for outcome in (outcome for output in outputs for outcome in output.outcomes):
+        if outcome.environment:
+            local = ("data_dir", "started_in")
+            return {k: v for k, v in outcome.environment.items() if k not in local} | {"code": code_hash()}
+    return environment() | {"code": code_hash()}
+
+
+def render_study(outputs: Sequence[StudyOutput], command: str) -> str:
+    """The page as HTML: one study, or several with a front page."""
+    templates = load_templates()
+    templates.filters |= {"figure": format_figure, "share": format_budget, "estimate": format_estimate}
+    setting = outputs[0].setting
+    page = templates.get_template("study.html.j2").render(
+        title=outputs[0].study.name if len(outputs) == 1 else "all studies",
+        studies=[
+            {
+                "name": output.study.name,
+                "question": output.study.question,
+                "place": output.study.place,
+                "result": output.result,
+                "rows": output.rows,
+                "runs": [run_row(outcome) for outcome in output.outcomes],
+            }
+            for output in outputs
+        ],
+        data=sources.short_name(setting.data),
+        seeds=setting.seeds,
+        budget=budget_label(outputs),
+        command=command,
+        environment=study_environment(outputs),
+    )
+    return page.encode(errors="replace").decode()
+
+
+def budget_label(outputs: Sequence[StudyOutput]) -> str | None:
+    """The label of runs that are shorter than the paper's; None where they are not, or where nothing was trained."""
+    setting = outputs[0].setting
+    if not any(output.outcomes for output in outputs) or abs(setting.share - 1) < 0.001:
+        return None
+    return f"budget {setting.budget}: {describe_study_budget(setting)}"
+
+
+def describe_study_budget(setting: Setting) -> str:
+    """A budget in words: its steps and its share of the paper's epochs."""
+    base = setting.base
+    return f"{base.steps:,} steps of {base.batch}, {percent(setting.share)} of the paper's epochs"
+
+
+def run_row(outcome: RunOutcome) -> dict[str, Any]:
+    """One run, as the page lists it."""
+    return {
+        "label": outcome.trial.label,
+        "seed": outcome.seed,
+        "folder": outcome.folder.name,
+        "seconds": outcome.result.get("seconds"),
+        "training_error": outcome.training_error,
+        "test_error": outcome.test_error,
+        "diverged": outcome.diverged,
+    }
+
+
+def format_figure(value: float | None, unit: str) -> str:
+    """A figure by its unit: "8.75 %", "269,722", "1.81e9", "0.123"."""
+    if value is None:
+        return "–"
+    if unit == "error":
+        return f"{100 * value:.2f}\u00a0%"
+    if unit == "count":
+        return f"{value:,.0f}"
+    if value and not 1e-3 <= abs(value) < 1e4:
+        return f"{value:.2g}"
+    return f"{value:.{max(0, 2 - math.floor(math.log10(abs(value))))}f}" if value else "0"
+
+
+def format_budget(value: float | None) -> str:
+    """A budget as a share of the paper's."""
+    return "–" if value is None else percent(value).replace(" ", "\u00a0")

@@ -1,0 +1,145 @@
+"""The runs of a plan: the folder of each, how it is made or resumed, and what it ended with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from resnetlab.errors import DivergedError
+from resnetlab.models.model_file import TrainedModel, load_trained_model
+from resnetlab.run_folder import RunFolder, read_metrics
+from resnetlab.studies.code_version import code_hash
+from resnetlab.studies.setting import Trial
+from resnetlab.training import train
+from resnetlab.training.checkpoint import list_checkpoints
+from resnetlab.training.recipe import Recipe
+from resnetlab.training.result import Progress
+
+DIVERGED = "diverged.json"
+
+
+@dataclass(frozen=True)
+class StudyRun:
+    """A planned run. Its folder is named by network and seed, for people, and by the hashes of recipe, data and code."""
+
+    root: Path
+    recipe: Recipe
+    fingerprint: str
+    code: str = field(default_factory=code_hash)  # of the process that planned it, should files change meanwhile
+
+    @property
+    def folder(self) -> Path:
+        return self.root / f"{self._stem}-{self.code}"
+
+    @property
+    def _stem(self) -> str:
+        return f"{self.recipe.net}-seed{self.recipe.seed}-{self.recipe.key}-{self.fingerprint[:8]}"
+
+    @property
+    def others(self) -> list[Path]:
+        """The same run made by other versions of the code."""
+        return [path for path in sorted(self.root.glob(f"{self._stem}-*")) if path != self.folder]
+
+    @property
+    def finished(self) -> bool:
+        return any((self.folder / name).is_file() for name in ("result.json", DIVERGED))
+
+    @property
+    def steps_done(self) -> int:
+        """The step of its last checkpoint."""
+        if self.finished:
+            return self.recipe.steps
+        saved = list_checkpoints(RunFolder(self.folder))
+        return int(saved[-1].stem.removeprefix("step-")) if saved else 0
+
+    def make(self, data_dir: Path, device: str, on_progress: Callable[[Progress], None]) -> None:
+        """Makes the run, or resumes it from its last checkpoint; does nothing where it is finished.
+
+        A loss that is no longer finite is a result too, and is recorded.
+
+        Raises ResNetLabError, StopSignal: as training does.
+        """
+        if self.finished:
+            return
+        try:
+            if (self.folder / "recipe.toml").is_file():
+                train.resume(self.folder, data_dir=data_dir, device=device, workers=0, on_progress=on_progress)
+            else:
+                train.start_run(self.recipe, self.folder, data_dir, device, on_progress, workers=0)
+        except DivergedError as error:
+            RunFolder(self.folder).write_json(DIVERGED, {"message": str(error)})
+
+
+@dataclass(frozen=True)
+class RunOutcome:
+    """A finished run, as a study reads it. Errors are fractions."""
+
+    trial: Trial
+    folder: Path
+
+    @property
+    def seed(self) -> int:
+        return self.trial.recipe.seed
+
+    @cached_property
+    def diverged(self) -> str | None:
+        """The message of a run whose loss was no longer finite; None for the others."""
+        document = RunFolder(self.folder).read_json(DIVERGED)
+        return None if document is None else str(document["message"])
+
+    @cached_property
+    def result(self) -> dict[str, Any]:
+        """The figures that the run ended with; empty where it diverged."""
+        return RunFolder(self.folder).read_json("result.json") or {}
+
+    @cached_property
+    def environment(self) -> dict[str, Any]:
+        """Versions and hardware."""
+        return RunFolder(self.folder).read_json("environment.json") or {}
+
+    @cached_property
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl."""
+        return read_metrics(RunFolder(self.folder))
+
+    @cached_property
+    def training_error(self) -> float | None:
+        """Mean over the last tenth of the steps, on augmented batches; None where the run diverged."""
+        return None if self.diverged else self.mean_training_error(0.9, 1.0)
+
+    def mean_training_error(self, start: float, end: float) -> float | None:
+        """Mean over a part of the steps, given as shares of them; None where nothing was recorded there."""
+        low, high = start * self.trial.recipe.steps, end * self.trial.recipe.steps
+        errors = [line["error"] for line in self.metrics if line["kind"] == "train" and low < line["step"] <= high]
+        return sum(errors) / len(errors) if errors else None
+
+    @property
+    def test_error(self) -> float | None:
+        """Of the last iterate; None where the run diverged."""
+        return self.result.get("top1_error")
+
+    def load_model(self) -> TrainedModel:
+        """The trained network and what belongs to it."""
+        return load_trained_model(RunFolder(self.folder).model)
+
+
+@dataclass(frozen=True)
+class RunOutcomes:
+    """The finished runs of a plan, by the study's labels of their networks; in the order of seeds."""
+
+    all: tuple[RunOutcome, ...]
+
+    def of(self, label: str) -> list[RunOutcome]:
+        return sorted((o for o in self.all if o.trial.label == label), key=lambda o: o.seed)
+
+    def trained(self, label: str) -> list[RunOutcome]:
+        """Those that did not diverge."""
+        return [o for o in self.of(label) if not o.diverged]
+
+    def by_seed(self, label: str, figure: str) -> dict[int, float]:
+        """seed -> a figure ("training_error" or "test_error") of the runs that did not diverge."""
+        figures = {o.seed: getattr(o, figure) for o in self.trained(label)}
+        return {seed: value for seed, value in figures.items() if value is not None}

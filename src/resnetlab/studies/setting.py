@@ -1,0 +1,145 @@
+"""The setting of a study: data, budget, seeds, depths; and the recipe that all of its runs start from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from resnetlab.data import sources
+from resnetlab.data.dataset import Dataset
+from resnetlab.device import default_precision, select_device
+from resnetlab.errors import DataError, UsageError, unknown_name_error
+from resnetlab.models.spec import CIFAR_BOTTLENECK, IMAGENET_DEPTHS, Specification, get_specification
+from resnetlab.training.recipe import Recipe
+from resnetlab.training.recipes import find_classification_recipe
+
+PAPER_EPOCHS = 64_000 * 128 / 50_000  # of 2015 §4.2 on CIFAR-10
+IMAGENET_EPOCHS = 600_000 * 256 / 1_281_167  # of 2015 §3.4 on ImageNet
+BUDGETS = {  # name: purpose, share of the paper's epochs, steps at least
+    "smoke": ("does it run at all", 0.0, 20),
+    "quick": ("a first look", 0.02, 300),
+    "paper": ("the paper's own length", 1.0, 0),
+}
+SEEDS = {"smoke": 1, "quick": 3, "paper": 5}  # default number of runs of each network
+HELD_OUT = 2_000  # training images held out for curves, at most; a tenth where there are fewer
+EVALUATIONS = 16  # points of such a curve
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run that a study needs: the study's label for its network, and the complete recipe."""
+
+    label: str
+    recipe: Recipe
+
+
+@dataclass(frozen=True)
+class Setting:
+    """On what, how long and how often a study trains.
+
+    Attributes:
+        data: a data set's name, or a folder of class folders.
+        seeds: number of runs of each network; their seeds are 0, 1, ….
+        depths: of the networks, where the user gives them; empty takes the study's own.
+        steps: length of a run, where the user gives it; else the budget's.
+        photographs: the networks are ImageNet's, trained by the recipe `photos`; else CIFAR's.
+    """
+
+    data: str
+    data_dir: Path
+    budget: str
+    seeds: int
+    depths: tuple[int, ...] = ()
+    device: str = "auto"
+    steps: int | None = None
+    photographs: bool = False
+
+    def __post_init__(self) -> None:
+        if self.budget not in BUDGETS:
+            raise unknown_name_error("budget", self.budget, BUDGETS)
+        if not 1 <= self.seeds <= 1000:
+            raise UsageError(f"--seeds must be from 1 to 1,000, not {self.seeds}.")
+        if self.steps is not None and self.steps < 1:
+            raise UsageError(f"--steps must be 1 or more, not {self.steps}.")
+        for depth in self.depths:
+            check_depth(depth)
+        object.__setattr__(self, "depths", tuple(sorted(set(self.depths))))
+
+    @cached_property
+    def source(self) -> Dataset:
+        """The data; raises DataError where there are too few images to train on and to hold some out."""
+        source = sources.load_dataset(self.data, self.data_dir)
+        n, classes = len(source.train), len(source.classes)
+        if n < 10 * classes or not len(source.test):
+            raise DataError(
+                f"{self.data} has {n:,} images to train on and {len(source.test):,} to test on, too few to split: "
+                f"a study of {classes} classes needs {10 * classes:,} to train on and some to test on; add images."
+            )
+        return source
+
+    @cached_property
+    def base(self) -> Recipe:
+        """The recipe that every run of the study starts from: the one for the data, at the budget's length."""
+        name = "quick" if self.data == "digits" else "photos" if self.photographs else "paper-cifar"
+        full = replace(find_classification_recipe(name), data=self.data)
+        device_config = select_device(full.precision, self.device)
+        full = replace(full, threads=1, precision=default_precision(device_config.device))
+        short = full.rescale(self.steps or self._steps(full.batch))
+        if short.steps == full.steps:
+            return full
+        held_out = 0 if self.source.val is not None else min(HELD_OUT, len(self.source.train) // 10)
+        return replace(short, val_images=held_out, eval_every=max(1, short.steps // EVALUATIONS))
+
+    def _steps(self, batch: int) -> int:
+        _, share, least = BUDGETS[self.budget]
+        paper = self.paper_epochs * len(self.source.train) / batch
+        return round(min(paper, max(share * paper, least)))
+
+    @property
+    def paper_epochs(self) -> float:
+        """The paper's epochs for networks of this kind: 164 on CIFAR, 120 on ImageNet."""
+        return IMAGENET_EPOCHS if self.photographs else PAPER_EPOCHS
+
+    @property
+    def share(self) -> float:
+        """The length of a run as a share of the paper's epochs."""
+        return self.base.steps * self.base.batch / len(self.source.train) / self.paper_epochs
+
+    def spec(self, recipe: Recipe) -> Specification:
+        """The specification of a run's network."""
+        channels = 1 if self.data == "digits" else 3
+        return get_specification(
+            recipe.net, **{"channels": channels, "classes": len(self.source.classes)} | dict(recipe.specification)
+        )
+
+    def trials(self, label: str, net: str, values: Mapping[str, Any] | None = None, **changes: Any) -> list[Trial]:
+        """The runs of one network, one for each seed.
+
+        Args:
+            label: the study's label for the network.
+            net: its name.
+            values: changes to what the name stands for, such as {"shortcut": "C"}.
+            **changes: other values of the recipe.
+        """
+        one = replace(self.base, net=net, specification=dict(values or {}), **changes)
+        if one.warmup == "steps":  # a warm-up shrinks with its run
+            one = replace(one, warmup_steps=max(1, round(one.warmup_steps * min(1.0, self.share))))
+        return [Trial(label, replace(one, seed=seed)) for seed in range(self.seeds)]
+
+    def pick_depths(self, **by_budget: Sequence[int]) -> tuple[int, ...]:
+        """The depths that the user gave, or the study's for this budget."""
+        return self.depths or tuple(by_budget[self.budget])
+
+
+def check_depth(depth: int) -> None:
+    """Raises UsageError, naming the nearest two, for a depth that the CIFAR nets do not have: 6n+2."""
+    taken = {*IMAGENET_DEPTHS, *CIFAR_BOTTLENECK}  # names of other kinds of network
+    if depth % 6 == 2 and depth >= 8 and depth not in taken:
+        return
+    known = [d for d in range(8, max(20, depth) + 20, 6) if d not in taken]
+    low, high = sorted(sorted(known, key=lambda d: abs(d - depth))[:2])
+    why = "is the depth of another kind of network" if depth in taken else "is not 6n+2"
+    raise UsageError(f"depth {depth} {why}; the nearest are {low} and {high}.")

@@ -1,0 +1,122 @@
+"""The network before training: initialised, or taken from a model file with a head for other classes."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from resnetlab.errors import UsageError
+from resnetlab.models.model_file import TrainedModel, load_trained_model
+from resnetlab.models.resnet import ResNet, build_from_spec
+from resnetlab.models.spec import Specification, get_specification, list_network_names
+from resnetlab.random import seed_for
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkOptions:
+    """How a task builds its network.
+
+    Attributes:
+        name: of models.spec; "" takes the network of the model file.
+        changes: to the specification of that name.
+        init, zero_last_bn: see models.resnet.initialise.
+        stochastic_depth: share of images for which the last block's F is dropped in training; linearly less in earlier blocks.
+        recompute: keep few activations and recompute the others.
+        start_from: a model file, or "".
+        frozen_bn: BN keeps its weights and statistics.
+        seed: of the initial weights.
+    """
+
+    name: str
+    changes: Mapping[str, Any]
+    init: str = "fan_in"
+    zero_last_bn: bool = False
+    stochastic_depth: float = 0.0
+    recompute: bool = False
+    start_from: str = ""
+    frozen_bn: bool = False
+    seed: int = 0
+
+    def build(self, channels: int, classes: Sequence[str]) -> tuple[ResNet, TrainedModel | None, list[str]]:
+        """The network, the model that it starts from, and sentences on what was taken from that.
+
+        Raises:
+            UsageError: an unknown network or value, or one that differs from the model file's.
+            ModelFileError: the model file is missing or damaged.
+        """
+        start = load_trained_model(Path(self.start_from)) if self.start_from else None
+        changes = {"channels": channels, "classes": len(classes)} | dict(self.changes)
+        if start is None:
+            if not self.name:
+                raise UsageError("the recipe has no network of its own; give a model file: --start-from MODEL.")
+            spec = get_specification(self.name, **changes)
+        else:
+            spec = replace(start.spec, classes=len(classes))
+            self._compare(start.spec, spec, changes)
+        net = build_from_spec(spec, init=self.init, seed=seed_for(self.seed, "init"), zero_last_bn=self.zero_last_bn)
+        notes = [] if start is None else [_copy_weights(net, start, classes, self.start_from)]
+        net.recompute = self.recompute
+        blocks = list(net.blocks())
+        for i, (_, block) in enumerate(blocks, 1):
+            block.drop_path = self.stochastic_depth * i / len(blocks)
+        for module in net.modules() if self.frozen_bn else ():
+            if isinstance(module, nn.BatchNorm2d):
+                module.requires_grad_(False)
+        return net, start, notes
+
+    def _compare(self, theirs: Specification, spec: Specification, changes: Mapping[str, Any]) -> None:
+        """Raises UsageError if the model file holds another network than requested."""
+        if changes["channels"] != theirs.channels:
+            raise UsageError(
+                f"{self.start_from} takes images of {theirs.channels} channels, the data have {changes['channels']}; "
+                "start from another model."
+            )
+        if self.name and get_specification(self.name, **changes) != spec:
+            raise UsageError(
+                f"{self.start_from} holds {nearest_name(theirs)[0]}, not the {self.name} that is asked for; leave out --net "
+                "and the values of its specification."
+            )
+
+
+@torch.no_grad()
+def _copy_weights(net: ResNet, start: TrainedModel, classes: Sequence[str], place: str) -> str:
+    """Copies a model's weights; the head's rows are matched by class names, or stay newly initialised."""
+    state = start.net.state_dict()
+    same = set(start.classes) == set(classes)
+    for key in ("fc.weight", "fc.bias"):
+        state[key] = state[key][[start.classes.index(c) for c in classes]] if same else net.state_dict()[key]
+    net.load_state_dict(state)
+    if same:
+        return f"starting from {place}, with its head: it has the same {len(classes)} classes"
+    return (
+        f"starting from {place} with a new head: it has {len(start.classes)} classes ({_some(start.classes)}), "
+        f"the data {len(classes)} ({_some(classes)})"
+    )
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+
+
+def nearest_name(spec: Specification) -> tuple[str, dict[str, Any]]:
+    """The name nearest to a specification, and the changes to it; without channels and classes."""
+    own = asdict(spec)
+    best: tuple[str, dict[str, Any]] | None = None
+    for name in list_network_names():
+        named = asdict(get_specification(name))
+        changes = {k: v for k, v in own.items() if v != named[k] and k not in ("channels", "classes")}
+        if best is None or len(changes) < len(best[1]):
+            best = name, changes
+    assert best is not None
+    return best
+
+
+def file_digest(file: str) -> str:
+    """16 hex digits of a file's contents."""
+    return hashlib.blake2b(Path(file).read_bytes(), digest_size=8).hexdigest()

@@ -1,0 +1,95 @@
+"""The report of a detector's or segmenter's run: one self-contained HTML file (pages/annotated.html.j2)."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from resnetlab.device import default_precision
+from resnetlab.evaluation import figures
+from resnetlab.evaluation.page import load_templates
+from resnetlab.run_folder import RunFolder, read_metrics
+from resnetlab.tasks.base import Task
+from resnetlab.training import recipes
+from resnetlab.training.curves import curve_points
+from resnetlab.training.recipe import BaseRecipe
+from resnetlab.training.report import format_long_duration, format_value, recipe_rows
+from resnetlab.training.result import TrainResult
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+MAX_IMAGES = 12  # in a report
+
+
+def render_annotated_report(
+    task: Task,
+    recipe: BaseRecipe,
+    run: RunFolder,
+    result: TrainResult,
+    *,
+    title: str,
+    merit: str,
+    lead: str,
+    columns: Sequence[tuple[str, str]],
+    images: Sequence[tuple[str, str]],
+    curve: str | None,
+    caption: str,
+) -> str:
+    """Renders the report as HTML.
+
+    Args:
+        merit, lead: the headline metric, and a sentence on what was measured.
+        columns: (key, heading) of the per-class table; floats are fractions.
+        images: (name, data URI) of the first evaluated images, with predictions.
+        curve: an inline SVG beside the table, such as precision against recall.
+        caption: what the images show.
+    """
+    templates = load_templates()
+    templates.filters |= {"duration": format_long_duration, "plain": format_value}
+    differences = recipes.describe_changes(recipe, default_precision(task.device_config.device))
+    model, data = shlex.quote(result.model), shlex.quote(recipe.data)
+    page = templates.get_template("annotated.html.j2").render(
+        title=title,
+        merit=merit,
+        lead=lead,
+        result=result.to_json(),
+        columns=columns,
+        images=images,
+        curve=curve,
+        caption=caption,
+        learning=learning_curve_svg(read_metrics(run)),
+        recipe=recipe.to_json(),
+        recipe_rows=recipe_rows(recipe.to_json(), differences),
+        changed=len(differences),
+        environment=run.read_json("environment.json") or {},
+        commands=[
+            f"resnetlab {recipe.task} predict {model} IMAGE...",
+            f"resnetlab {recipe.task} evaluate {model} --data {data}",
+        ],
+    )
+    return page.encode(errors="replace").decode()  # file names that are not valid UTF-8
+
+
+def learning_curve_svg(metrics: Sequence[Mapping[str, Any]]) -> str | None:
+    """Loss by step, and a held-out metric if there is one, as inline SVG; None if no step was logged."""
+    train = [line for line in metrics if line["kind"] == "train"]
+    held_out = [line for line in metrics if line["kind"] == "held_out"]
+    if not train:
+        return None
+    metric = next((key for key in held_out[0] if key not in ("kind", "step")), "") if held_out else ""
+
+    def draw(figure: Figure) -> None:
+        axes = figure.add_axes((0.07, 0.1, 0.86, 0.84))
+        axes.plot(*zip(*curve_points(train, "loss"), strict=True), color=figures.TRAIN, linewidth=1.4)
+        axes.set_ylim(bottom=0)
+        axes.set_ylabel("loss")
+        if metric:
+            other = axes.twinx()
+            other.plot(*zip(*curve_points(held_out, metric), strict=True), "o-", color=figures.HELD_OUT)
+            other.set_ylim(0, 1)
+            other.set_ylabel(metric)
+
+    suffix = f", and {metric} on held-out images" if metric else ""
+    return figures.inline_svg(draw, width=848, height=300, name="learning", label=f"Training loss by step{suffix}.")

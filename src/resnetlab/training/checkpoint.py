@@ -1,0 +1,188 @@
+"""Checkpoints: everything that the next step depends on, in one safetensors file, written atomically; the last two are kept.
+
+Randomness needs no state (it is a function of seed and step), so a checkpoint holds the network with its BN statistics, the
+optimizer's state, the moving average of the weights, the counters of `RunState`, and the losses and errors since the last line
+of metrics.jsonl.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from resnetlab.errors import ModelFileError, RunError
+from resnetlab.models.model_file import read_safetensors, write_safetensors
+from resnetlab.random import seed_for
+from resnetlab.run_folder import RunFolder, write_error
+from resnetlab.tasks.base import Task
+from resnetlab.training.average import WeightAverage
+from resnetlab.training.micro_batches import BatchNormStatistics
+from resnetlab.training.optim import SGD
+from resnetlab.training.recipe import BaseRecipe
+
+
+@dataclass
+class RunState:
+    """The progress of a run: everything but the network and the optimizer."""
+
+    step: int = 0  # steps completed
+    warmup_end: int | None = None  # step at which the warm-up "train-error" ended
+    lr_drops: int = 0  # schedule "plateau": how often the learning rate was divided by 10
+    best: float | None = None  # lowest held-out error so far
+    bad_evaluations: int = 0  # evaluations since then, or since the learning rate was divided
+    losses: list[Tensor] = field(
+        default_factory=list
+    )  # scalars, one for each step since the last line of metrics.jsonl
+    errors: list[Tensor] = field(default_factory=list)
+    seconds: float = 0.0  # of training and evaluation
+    step_seconds: float = 0.0  # of training steps only
+
+    def update_plateau(self, error: float, patience: int) -> None:
+        """Counts an evaluation for the schedule "plateau" (2015 §3.4)."""
+        if self.best is None or error < self.best:
+            self.best, self.bad_evaluations = error, 0
+            return
+        self.bad_evaluations += 1
+        if self.bad_evaluations >= patience:
+            self.lr_drops, self.bad_evaluations = self.lr_drops + 1, 0
+
+
+_COUNTERS = [f.name for f in fields(RunState) if f.name not in ("losses", "errors")]
+
+
+@dataclass
+class TrainState:
+    """Everything that a step changes: network (in `task`), optimizer, weight average and run state."""
+
+    task: Task
+    recipe: BaseRecipe
+    optimizer: SGD
+    average: WeightAverage
+    statistics: BatchNormStatistics
+    state: RunState
+
+    @staticmethod
+    def create(task: Task, recipe: BaseRecipe) -> TrainState:
+        """The state before the first step."""
+        net = task.net
+        return TrainState(
+            task, recipe, SGD(net, recipe), WeightAverage(net, recipe.ema_decay), BatchNormStatistics(net), RunState()
+        )
+
+    def seed_network(self, micro_batch: int) -> None:
+        """Seeds what the network draws (stochastic depth): a function of the seed, the step and the micro-batch's number."""
+        torch.manual_seed(
+            seed_for(self.recipe.seed, "network", self.state.step, *([micro_batch] if micro_batch else []))
+        )
+
+    @property
+    def identity(self) -> str:
+        """Hashes of recipe and data; a checkpoint with another identity is not continued."""
+        recipe, data = self.recipe.ignoring_bad_images(), self.task.data
+        return "/".join((recipe.key, data["fingerprint"], data.get("start_from", "")))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors of a checkpoint, but for the losses and errors."""
+        return {
+            **{f"net.{k}": v for k, v in self.task.net.state_dict().items()},
+            **{f"momentum.{k}": v for k, v in self.optimizer.momentum.items()},
+            **{f"average.{k}": v for k, v in self.average.tensors.items()},
+        }
+
+
+def save_checkpoint(run: RunFolder, train_state: TrainState) -> Path:
+    """Writes checkpoints/step-<n>.safetensors and removes all but the last two.
+
+    Raises:
+        RunError: no space or no permission; earlier checkpoints remain.
+    """
+    state, tensors = train_state.state, train_state.tensors()
+    if state.losses:
+        tensors |= {"losses": torch.stack(state.losses), "errors": torch.stack(state.errors)}
+    metadata = {"identity": train_state.identity} | {name: getattr(state, name) for name in _COUNTERS}
+    try:
+        run.checkpoints.mkdir(exist_ok=True)
+    except OSError as error:
+        raise write_error(run.checkpoints, error) from error
+    path = run.checkpoints / f"step-{state.step:08d}.safetensors"
+    write_safetensors(path, tensors, metadata)
+    for old in [other for other in list_checkpoints(run) if _step_of(other) < state.step][:-1]:
+        with contextlib.suppress(OSError):  # an extra checkpoint does no harm
+            old.unlink()
+    return path
+
+
+def list_checkpoints(run: RunFolder) -> list[Path]:
+    """The run's checkpoints, oldest first."""
+    paths = [p for p in run.checkpoints.glob("step-*.safetensors") if p.stem.removeprefix("step-").isdigit()]
+    return sorted(paths, key=_step_of)
+
+
+def _step_of(path: Path) -> int:
+    return int(path.stem.removeprefix("step-"))
+
+
+def restore_checkpoint(run: RunFolder, train_state: TrainState) -> list[str]:
+    """Loads the latest intact checkpoint into the state; does nothing if there is none.
+
+    The first process reads and broadcasts, so the other processes need no access to the run folder.
+
+    Returns:
+        A sentence for every damaged checkpoint that was skipped.
+
+    Raises:
+        RunError: the checkpoint belongs to another recipe or other data, or every checkpoint is damaged.
+    """
+    world = train_state.task.device_config.world
+    skipped = _read_latest(run, train_state) if world.is_first else []
+    if world.size > 1:
+        state, device = train_state.state, train_state.task.device_config.device
+        on_cpu = replace(state, losses=[x.cpu() for x in state.losses], errors=[x.cpu() for x in state.errors])
+        state, skipped, moving = world.broadcast((on_cpu, skipped, bool(train_state.optimizer.momentum)))
+        state.losses, state.errors = [x.to(device) for x in state.losses], [x.to(device) for x in state.errors]
+        train_state.state = state
+        if moving and not world.is_first:
+            train_state.optimizer.init_state()
+        world.broadcast(None, *train_state.tensors().values())
+    return skipped
+
+
+def _read_latest(run: RunFolder, train_state: TrainState) -> list[str]:
+    skipped: list[str] = []
+    for path in reversed(list_checkpoints(run)):
+        try:
+            tensors, metadata = read_safetensors(path, "checkpoint")
+        except ModelFileError as error:
+            skipped.append(f"{error} Going on from the checkpoint before it.")
+            continue
+        if metadata.get("identity") != train_state.identity:
+            raise RunError(
+                f"{path} was made with another recipe or other data; start a new run, or put back what was changed."
+            )
+        try:
+            _apply(tensors, metadata, train_state)
+        except (KeyError, RuntimeError, TypeError) as error:
+            raise RunError(f"{path} does not fit this run's network: {error}") from error
+        return skipped
+    if skipped:
+        raise RunError(
+            f"every checkpoint in {run.checkpoints} is damaged; start a new run, this one's metrics.jsonl stays."
+        )
+    return []
+
+
+@torch.no_grad()
+def _apply(tensors: dict[str, Tensor], metadata: dict[str, Any], train_state: TrainState) -> None:
+    train_state.optimizer.init_state()
+    for name, tensor in train_state.tensors().items():
+        tensor.copy_(tensors[name])
+    device = train_state.task.device_config.device
+    unrecorded: dict[str, Any] = {
+        k: list(tensors[k].to(device).unbind()) if k in tensors else [] for k in ("losses", "errors")
+    }
+    train_state.state = RunState(**{name: metadata[name] for name in _COUNTERS}, **unrecorded)

@@ -1,0 +1,57 @@
+"""How training steps are executed: whether torch.compile pays off for a run, and whether a CUDA graph is tried."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import replace
+
+from resnetlab.device import DeviceConfig
+from resnetlab.models.cost import compute_cost
+from resnetlab.models.spec import Specification
+from resnetlab.training.recipe import Recipe
+
+# Measured on two cores with bf16 (docs/log.md) for a CIFAR net: the share of a step that compiling saves, what compiling costs,
+# and the speed without it, counting 6 operations per multiply-add. At 224 pixels it saves nothing.
+SAVED_SHARE, COMPILE_SECONDS, OPERATIONS_PER_SECOND = 0.04, 60.0, 240e9
+MAX_COMPILED_SIZE = 64  # pixels on a side
+# Recording takes the time of about ten steps. --verify-resume runs this many, so that it covers what runs do.
+MIN_GRAPH_STEPS = 25
+
+
+def choose_compilation(device_config: DeviceConfig, recipe: Recipe, spec: Specification) -> DeviceConfig:
+    """The device config with `compiled` and `cuda_graph` set from the recipe's `compile`, and the reason."""
+    if recipe.compile != "auto":
+        reason = f"compile {recipe.compile} as requested"
+        return replace(device_config, compiled=recipe.compile == "on", reason=f"{device_config.reason}; {reason}")
+    if device_config.device.type == "cuda":
+        against = _reason_against_graph(device_config, recipe)
+        reason = against or "steps are replayed if that is bit-identical"
+        return replace(device_config, cuda_graph=not against, reason=f"{device_config.reason}; {reason}")
+    against = _reason_not_to_compile(device_config, recipe, spec)
+    reason = against or "the run is long enough for compiling to pay off"
+    return replace(device_config, compiled=not against, reason=f"{device_config.reason}; {reason}")
+
+
+def _reason_not_to_compile(device_config: DeviceConfig, recipe: Recipe, spec: Specification) -> str:
+    """Why not to compile; empty if compiling pays off."""
+    if device_config.device.type != "cpu":
+        return "not compiled: its effect was not measured on this kind of device"
+    if recipe.image_size > MAX_COMPILED_SIZE:
+        return "not compiled: that saves nothing on images this large"
+    if recipe.recompute or recipe.bn_sync:
+        return "not compiled: recompute and bn_sync interrupt the graph"
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    work = 6.0 * compute_cost(spec, (recipe.image_size, recipe.image_size)).multiply_adds * recipe.batch * recipe.steps
+    if SAVED_SHARE * work / OPERATIONS_PER_SECOND < COMPILE_SECONDS:
+        return "not compiled: the run is too short for compiling to pay off"
+    return "" if compiler else "not compiled: there is no C++ compiler"
+
+
+def _reason_against_graph(device_config: DeviceConfig, recipe: Recipe) -> str:
+    """Why not to replay steps from a CUDA graph; empty if it is tried."""
+    if device_config.world.size > 1:
+        return "no CUDA graph: several processes communicate in every step"
+    if recipe.recompute:
+        return "no CUDA graph: recompute saves the random generator's state, which a graph cannot"
+    return "" if recipe.steps >= MIN_GRAPH_STEPS else "no CUDA graph: the run is too short to pay for one"

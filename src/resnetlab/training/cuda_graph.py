@@ -1,0 +1,159 @@
+"""A training step captured once in a CUDA graph and replayed: for small networks launching kernels takes longer than they do.
+
+The graph holds forward and backward of all micro-batches and their mean. The update, a handful of kernels, stays outside,
+because its learning rate changes. The graph is captured on blank images and negated weights, and used only if its replay on a
+step's own images is bit-identical to that step without a graph. So a run and its resumption end bit-identically with and
+without a graph.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from resnetlab.training.checkpoint import TrainState
+from resnetlab.training.micro_batches import BatchNormStatistics
+from resnetlab.training.step import StepOutput, apply_gradients, compute_gradients, train_step
+
+Compute = Callable[[], list[Tensor]]
+Record = Callable[[Compute], Compute]
+WARMUP_RUNS = 3  # before the capture: libraries choose their algorithms and allocate their workspaces
+
+
+class _Recording(NamedTuple):
+    micro_batches: list[Any]  # of tensors with fixed addresses, into which a step's images are copied
+    replay: Compute
+
+
+class GraphStep:
+    """`train_step`, replayed from a CUDA graph if that is bit-identical.
+
+    Args:
+        report: called once with a sentence on whether steps are replayed.
+        record: turns a function of tensors with fixed addresses into one that recomputes the same result tensors.
+    """
+
+    def __init__(self, report: Callable[[str], None], record: Record | None = None) -> None:
+        self._report, self._record = report, record
+        self._recording: _Recording | None = None
+        self._tried = False
+
+    def __call__(self, train_state: TrainState, micro_batches: Sequence[Any], lr: float) -> StepOutput:
+        if not self._tried:
+            self._tried = True
+            record = self._record or partial(record_cuda_graph, device=train_state.task.device_config.device)
+            self._recording, why = _record_step(train_state, micro_batches, record)
+            self._report(f"CUDA graph: {why or 'every step is replayed from one recording'}")
+        recording = self._recording
+        # unreadable images make a step smaller
+        if recording is None or _shapes(micro_batches) != _shapes(recording.micro_batches):
+            return train_step(train_state, micro_batches, lr)
+        return _replay_step(train_state, recording, micro_batches, lr)
+
+
+def record_cuda_graph(compute: Compute, device: torch.device) -> Compute:
+    """Captures a CUDA graph. Raises RuntimeError if something in it synchronises with the device, or memory runs out."""
+    with torch.cuda.device(device):  # cuda:1 is not the current device by default, and a stream belongs to one device
+        side, own = torch.cuda.Stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side), _fail_on_sync():
+            for _ in range(WARMUP_RUNS):
+                compute()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        # torch.cuda.graph leaves its own stream current when a capture fails; the outer context restores the former one.
+        # "thread_local" lets the loader's threads go on during the capture.
+        with torch.cuda.stream(own), torch.cuda.graph(graph, stream=own, capture_error_mode="thread_local"):
+            results = compute()
+
+    def replay() -> list[Tensor]:
+        graph.replay()
+        return results
+
+    return replay
+
+
+@contextlib.contextmanager
+def _fail_on_sync() -> Iterator[None]:
+    """Makes a synchronisation raise an error: during a capture it would leave torch's allocators in a broken state."""
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings(action="ignore"):  # torch warns that it does not detect every synchronisation
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+def _record_step(
+    train_state: TrainState, micro_batches: Sequence[Any], record: Record
+) -> tuple[_Recording | None, str]:
+    """A recording of the step, or None and the reason; network and statistics are left unchanged."""
+    buffers = [type(micro_batch)(*map(torch.zeros_like, micro_batch)) for micro_batch in micro_batches]
+    optimizer, statistics = train_state.optimizer, BatchNormStatistics(train_state.task.net)
+    statistics.save()
+
+    def compute() -> list[Tensor]:
+        optimizer.zero_grad()  # gradients are written, not accumulated
+        results = compute_gradients(train_state, buffers, lambda _: None)
+        optimizer.zero_grad()
+        return results
+
+    def run(function: Compute) -> list[Tensor]:
+        train_state.seed_network(0)
+        results = [x.clone() for x in function()] + statistics.rewind()
+        optimizer.zero_grad()
+        return results
+
+    direct = run(lambda: compute_gradients(train_state, micro_batches, train_state.seed_network))
+    try:
+        with _negated_weights(list(optimizer.parameters.values())):
+            replay = record(compute)
+        statistics.rewind()
+        _copy_tensors(buffers, micro_batches)
+        replayed = run(replay)
+    except RuntimeError as error:
+        statistics.rewind()
+        optimizer.zero_grad()
+        return None, f"not used, since recording failed ({str(error).strip().splitlines()[0]})"
+    if len(direct) != 2 + len(optimizer.parameters) + len(statistics.averages):
+        return None, "not used, since some weights get no gradient"
+    if len(replayed) != len(direct) or not all(map(torch.equal, replayed, direct)):
+        return None, "not used, since a replayed step differs from the step itself"
+    return _Recording(buffers, replay), ""
+
+
+@contextlib.contextmanager
+def _negated_weights(weights: list[Tensor]) -> Iterator[None]:
+    """Negates the weights; restores them on exit. Detects a recording that uses a cached copy of them, as autocast's."""
+    with torch.no_grad():
+        torch._foreach_neg_(weights)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            torch._foreach_neg_(weights)
+
+
+def _shapes(micro_batches: Sequence[Any]) -> list[torch.Size]:
+    return [x.shape for micro_batch in micro_batches for x in micro_batch]
+
+
+def _copy_tensors(buffers: Sequence[Any], micro_batches: Sequence[Any]) -> None:
+    for buffer, new in zip(buffers, micro_batches, strict=True):
+        for x, y in zip(buffer, new, strict=True):
+            x.copy_(y, non_blocking=True)
+
+
+def _replay_step(train_state: TrainState, recording: _Recording, micro_batches: Sequence[Any], lr: float) -> StepOutput:
+    _copy_tensors(recording.micro_batches, micro_batches)
+    train_state.seed_network(0)
+    results = recording.replay()
+    train_state.optimizer.set_grads(results[2:])
+    return apply_gradients(train_state, [x.clone() for x in results[:2]], lr)  # the next replay overwrites them

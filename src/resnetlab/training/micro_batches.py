@@ -1,0 +1,120 @@
+r"""The micro-batches of a step, and the mean over those of all processes.
+
+The rounding of a mean depends on the order of summation. Here that is a balanced tree over the micro-batches:
+
+    micro-batch  0   1   2   3   4   5   6   7        two processes hold 0 to 3 and 4 to 7
+                  \ /     \ /     \ /     \ /
+    in a process   +       +       +       +
+                    \     /         \     /
+                       +               +
+    between them        \-------------/               each sends the other its sum, and both add
+
+so one process and several are bit-identical if the number of processes, and of micro-batches in each, are powers of two
+(otherwise the last bits differ). torch's DistributedDataParallel is not used: its sums depend on the number of processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from resnetlab.distributed import World
+from resnetlab.errors import UsageError
+from resnetlab.training.recipe import Recipe
+
+
+def count_micro_batches(recipe: Recipe, world: World) -> int:
+    """The number of micro-batches in each process's share of a step.
+
+    Raises UsageError if the batch cannot be split evenly; the message says which numbers of processes can.
+    """
+    if count := _count_or_zero(recipe, world.size):
+        return count
+    possible = [str(n) for n in range(1, 2 * world.size) if _count_or_zero(recipe, n)]
+    what = f"batch {recipe.batch:,}" + (f" in micro-batches of {recipe.bn_batch:,}" if recipe.bn_batch else "")
+    raise UsageError(
+        f"{what} cannot be shared evenly by {world.size} processes, only by {' or '.join(possible)}; "
+        "change --procs, batch or bn_batch."
+    )
+
+
+def _count_or_zero(recipe: Recipe, processes: int) -> int:
+    """The number of micro-batches in a share; 0 if they would be uneven. A share has whole pairs (data.mixing)."""
+    if processes > 1 and recipe.batch % (2 * processes):
+        return 0
+    share = recipe.batch // processes
+    here = recipe.bn_batch or (recipe.batch if recipe.bn_sync else share)  # images that BN sees together
+    if recipe.bn_sync:
+        if here % processes:
+            return 0
+        here //= processes
+    return 0 if share % here else share // here
+
+
+class TreeMean:
+    """The mean of lists of tensors added one by one, over all processes."""
+
+    def __init__(self, world: World) -> None:
+        self._world, self._count = world, 0
+        self._sums: list[tuple[int, list[Tensor]]] = []  # (level in the tree, sum), of falling levels
+
+    @torch.no_grad()
+    def add(self, tensors: list[Tensor]) -> None:
+        """Adds the tensors of one micro-batch; takes them over and may modify them."""
+        level = 0
+        while self._sums and self._sums[-1][0] == level:
+            _, before = self._sums.pop()
+            torch._foreach_add_(before, tensors)
+            tensors, level = before, level + 1
+        self._sums.append((level, tensors))
+        self._count += 1
+
+    @torch.no_grad()
+    def result(self) -> list[Tensor]:
+        """The mean over all micro-batches of all processes, the same in each process."""
+        _, total = self._sums.pop()
+        while self._sums:
+            _, before = self._sums.pop()
+            torch._foreach_add_(before, total)
+            total = before
+        if self._world.size > 1:
+            flat = torch.cat([t.reshape(-1) for t in total])
+            self._world.tree_all_reduce_(flat)
+            summed = [
+                part.view(t.shape) for part, t in zip(torch.split(flat, [t.numel() for t in total]), total, strict=True)
+            ]
+            torch._foreach_copy_(total, summed)
+        if (count := self._count * self._world.size) > 1:
+            torch._foreach_mul_(total, 1 / count)
+        return total
+
+
+class BatchNormStatistics:
+    """BN's moving averages: each micro-batch updates them from their values before the step; the step ends at the mean."""
+
+    def __init__(self, net: nn.Module) -> None:
+        modules = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d) and m.running_mean is not None]
+        self.averages: list[Tensor] = [b for m in modules for b in (m.running_mean, m.running_var) if b is not None]
+        self._counts: list[Tensor] = [m.num_batches_tracked for m in modules if m.num_batches_tracked is not None]
+        self._before: list[Tensor] = []
+
+    @torch.no_grad()
+    def save(self) -> None:
+        """Saves the values before the step."""
+        self._before = [b.clone() for b in self.averages + self._counts]
+
+    @torch.no_grad()
+    def rewind(self) -> list[Tensor]:
+        """Restores the values before the step; returns those that the micro-batch led to."""
+        updated = [b.clone() for b in self.averages]
+        torch._foreach_copy_(self.averages + self._counts, self._before)
+        return updated
+
+    @torch.no_grad()
+    def set(self, averages: Sequence[Tensor]) -> None:
+        """Sets the averages at the end of a step."""
+        torch._foreach_copy_(self.averages, list(averages))
+        for count in self._counts:
+            count += 1

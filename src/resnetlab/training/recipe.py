@@ -1,0 +1,234 @@
+"""A recipe: every value that determines the result of a training run, in one frozen dataclass."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, ClassVar, Self
+
+import tomli_w
+
+from resnetlab.errors import RunError, UsageError, unknown_name_error
+from resnetlab.models.spec import Specification, parse_changes, parse_value
+
+_KINDS: dict[str, tuple[Any, str]] = {  # by the fields' annotations: type, and its name in messages
+    "str": (str, "a word"),
+    "int": (int, "a whole number"),
+    "float": ((int, float), "a number"),
+    "bool": (bool, "true or false"),
+    "tuple": ((list, tuple), "a list of whole numbers"),
+    "Mapping": (Mapping, "a table"),
+}
+_CHOICES = {  # allowed words, by field
+    "compile": ("auto", "on", "off"),
+    "schedule": ("milestones", "cosine", "plateau"),
+    "warmup": ("none", "steps", "linear", "train-error"),
+}
+_RANGES: dict[str, tuple[float, float, str]] = {  # smallest and largest value, and the range in words
+    **dict.fromkeys(("steps", "log_every", "eval_every", "patience"), (1, 10**9, "from 1 to 1,000,000,000")),
+    **dict.fromkeys(("lr", "warmup_lr", "backbone_lr_scale"), (5e-324, sys.float_info.max, "a number above 0")),
+    **dict.fromkeys(
+        ("momentum", "ema_decay", "stochastic_depth", "label_smoothing"), (0, 1 - 2**-53, "from 0 to below 1")
+    ),
+    **dict.fromkeys(
+        ("warmup_steps", "weight_decay", "checkpoint_minutes", "seed"), (0, sys.float_info.max, "0 or more")
+    ),
+    **dict.fromkeys(
+        ("val_images", "eval_resize", "bn_batch", "clip_norm", "precise_bn"), (0, sys.float_info.max, "0 or more")
+    ),
+    "batch": (1, 2**20, "from 1 to 1,048,576"),
+    "image_size": (1, 4096, "from 1 to 4,096"),
+    "threads": (0, 1024, "from 0 to 1,024"),
+    "warmup_error": (5e-324, 1, "above 0 and at most 1"),
+}
+_SPECIFICATION = tuple(f.name for f in fields(Specification) if f.name not in ("channels", "classes"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseRecipe:
+    """The values shared by all tasks: data, network, schedule, optimizer, records. Each task's recipe adds its own.
+
+    Complete and resolved: runs of equal recipes on equal data and hardware are bit-identical.
+    """
+
+    task: ClassVar[str]  # the key of the task, written into recipe.toml
+
+    name: str  # of the recipe that this one derives from
+    data: str  # data set: a name, a folder, or what else the task reads
+    net: str  # network: a name of models.spec
+    specification: Mapping[str, Any] = field(default_factory=dict)  # changes to the specification of that name
+    init: str = "fan_in"  # "fan_in" or "fan_out": n of He's N(0, sqrt(2/n))
+    batch: int  # images in a step, over all processes
+    steps: int  # length of the run
+    lr: float  # learning rate after warm-up
+    schedule: str = "milestones"  # or "cosine", or "plateau": by the held-out error
+    milestones: tuple[int, ...] = ()  # "milestones": steps at which the learning rate is divided by 10
+    patience: int = 5  # "plateau": evaluations in a row without a new lowest error, after which it is divided by 10
+    warmup: str = "none"  # "steps" (2016: a fixed number), "linear" (rising), "train-error" (2015 §4.2: until a bound)
+    warmup_lr: float = 0.01  # learning rate during warm-up; start value of "linear"
+    warmup_steps: int = 400  # length of "steps" and "linear"
+    warmup_error: float = 0.8  # bound of "train-error"
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    decay_all: bool = True  # weight decay on BN and biases too, or only on the weights of convolutions and fc
+    backbone_lr_scale: float = 1.0  # factor of the learning rate for all but the fully connected layer
+    clip_norm: float = 0.0  # largest norm of the gradient; a larger one is scaled down to it; 0 for none
+    ema_decay: float = (
+        0.0  # decay per step of a moving average of the weights, which is evaluated and saved; 0 for none
+    )
+    precision: str = "auto"  # "bf16", "fp32", or "auto": bf16 where the hardware computes it
+    threads: int = 0  # CPU threads; 0: one per core. The result's last bits depend on it, so a run keeps its number
+    log_every: int = 50  # steps between lines of metrics.jsonl
+    eval_every: int = 1000  # steps between evaluations of the held-out images
+    checkpoint_minutes: float = 1.0  # time between checkpoints; 0 writes one after every step
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            value, (kind, words) = getattr(self, f.name), _KINDS[str(f.type).split("[")[0]]
+            if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+                raise UsageError(f"{f.name} must be {words}, not {value!r}.")
+            if isinstance(value, list):
+                object.__setattr__(self, f.name, tuple(value))
+            low, high, words = _RANGES.get(f.name, (-math.inf, math.inf, ""))
+            if words and not low <= value <= high:
+                raise UsageError(f"{f.name} must be {words}, not {value}.")
+            if value not in (known := _CHOICES.get(f.name, (value,))):
+                raise unknown_name_error(f.name, value, known)
+        if not all(isinstance(m, int) and m > 0 for m in self.milestones):
+            raise UsageError(f"milestones must be steps from 1 up, not {list(self.milestones)}.")
+        if list(self.milestones) != sorted(set(self.milestones)):
+            raise UsageError(f"milestones must rise, not {list(self.milestones)}.")
+
+    def with_values(self, pairs: Mapping[str, str]) -> Self:
+        """The recipe with values given as text, as for `--set`; keys of the network's specification are allowed too.
+
+        Raises UsageError for an unknown key (suggesting the nearest) or a value of the wrong type.
+        """
+        own = {f.name: str(f.type) for f in fields(self) if f.name not in ("name", "specification")}
+        for key in pairs:
+            if key not in own and key not in _SPECIFICATION:
+                raise unknown_name_error("key", key, [*own, *_SPECIFICATION])
+        changes: dict[str, Any] = {key: parse_value(key, text, own[key]) for key, text in pairs.items() if key in own}
+        specification = parse_changes({key: text for key, text in pairs.items() if key not in own})
+        return replace(self, specification={**self.specification, **specification}, **changes)
+
+    def rescale(self, steps: int) -> Self:
+        """The recipe with its schedule rescaled to `steps`: milestones, warm-up, evaluations, the weight average's window."""
+        if steps == self.steps:
+            return self
+        share = steps / self.steps
+        return replace(
+            self,
+            steps=steps,
+            milestones=tuple(dict.fromkeys(max(1, round(m * share)) for m in self.milestones)),
+            warmup_steps=max(1, round(self.warmup_steps * share)) if self.warmup_steps else 0,
+            eval_every=max(1, round(self.eval_every * share)),
+            log_every=min(self.log_every, max(1, steps // 20)),
+            ema_decay=max(0.0, 1 - (1 - self.ema_decay) / share) if self.ema_decay else 0.0,
+        )
+
+    def ignoring_bad_images(self) -> Self:
+        """The recipe without its choice for unreadable images, which changes nothing in a run that has met none."""
+        return self
+
+    def differences(self, other: BaseRecipe) -> list[str]:
+        """The differences of this recipe from `other`, as "key = value (not value)"."""
+        ours, theirs = self.to_json(), other.to_json()
+        return [
+            f"{key} = {value!r} (not {theirs.get(key)!r})" for key, value in ours.items() if value != theirs.get(key)
+        ]
+
+    def to_json(self) -> dict[str, Any]:
+        """A plain dictionary, the task first."""
+        values = {"task": self.task} | asdict(self)
+        values["specification"] = {k: list(v) if isinstance(v, tuple) else v for k, v in self.specification.items()}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+    def to_toml(self) -> str:
+        """The text of recipe.toml."""
+        return tomli_w.dumps(self.to_json())
+
+    @classmethod
+    def from_values(cls, values: Mapping[str, Any]) -> Self:
+        """The inverse of `to_json` and `to_toml`; raises RunError if values are missing or unknown."""
+        known = {f.name for f in fields(cls)}
+        if strange := sorted(set(values) - known - {"task"}):
+            raise RunError(f"recipe.toml has unknown keys {strange}; it was written by another version of resnetlab.")
+        try:
+            return cls(**{key: value for key, value in values.items() if key != "task"})
+        except (TypeError, UsageError) as error:
+            raise RunError(f"recipe.toml cannot be used: {error}") from error
+
+    @property
+    def key(self) -> str:
+        """A hash of all values, 16 hex digits: runs with equal keys are the same run."""
+        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe(BaseRecipe):
+    """A classifier's recipe."""
+
+    task: ClassVar[str] = "classify"
+
+    image_size: int  # side of the input, in pixels
+    eval_resize: int = 0  # evaluation: the shorter side is resized to this before the centre crop; 0 for `image_size`
+    normalise: str = "per-pixel mean"  # or "per-channel mean and std"
+    val_images: int = 0  # training images held out for evaluation during training; 0 trains on all of them
+    on_bad_image: str = "stop"  # an image that cannot be read: "stop", or "skip" (left out, counted and listed)
+    quarantine: str = ""  # a file of image names, one per line, that are left out from the start
+    crop: str = "centre"  # augmentation: "centre" (none), "scale" (2015 §3.4), "resized" (random area and shape)
+    scale: tuple[int, ...] = (256, 480)  # "scale": lengths of the shorter side, uniform between
+    area: float = 0.08  # "resized": smallest share of the image
+    colour: bool = False  # augmentation: AlexNet's, along the principal components of RGB
+    pad: int = 4  # augmentation: pixels added on each side before a random crop; 0 for none
+    pad_with: str = "mean"  # "mean" (zeros after the mean is subtracted) or "black" (before)
+    flip: bool = True  # augmentation: mirror half of the images
+    trivial_augment: bool = False  # augmentation: one random change of random strength per image
+    erasing: float = 0.0  # augmentation: share of images in which a random rectangle is replaced by the mean
+    mixup: float = 0.0  # mixes neighbours in a batch and their targets, with shares from Beta(mixup, mixup); 0 for none
+    cutmix: float = 0.0  # pastes a box of the neighbour, with areas from Beta(cutmix, cutmix); 0 for none
+    label_smoothing: float = 0.0  # the share of every target that is spread evenly over all classes
+
+    start_from: str = ""  # a model file to start from; its head is kept if it has the same classes
+    frozen_bn: bool = False  # keep BN's statistics, weights and biases of start_from
+    zero_init_last_bn: bool = False  # the last BN weight of every F starts at 0, so every block starts as its shortcut
+    stochastic_depth: float = 0.0  # share of images for which the last F is dropped; linearly less in earlier blocks
+    bn_batch: int = 0  # the micro-batch that BN sees ("ghost batch"); 0: all of a process's share
+    bn_sync: bool = False  # spread that micro-batch over all processes, with synchronised BN statistics
+    precise_bn: int = (
+        0  # training batches over which BN statistics are re-estimated at the end; 0 keeps moving averages
+    )
+    compile: str = "auto"  # torch.compile: "on", "off", or "auto": if the run is long enough for it to pay off
+    recompute: bool = (
+        False  # keep activations of every √n-th block only and recompute the others: less memory, more time
+    )
+
+    def ignoring_bad_images(self) -> Self:
+        return replace(self, on_bad_image="stop")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.pad > self.image_size or self.pad < 0:
+            raise UsageError(f"pad must be from 0 to image_size ({self.image_size}), not {self.pad}.")
+        if self.batch == 1:
+            raise UsageError("batch must be 2 or more: batch normalisation needs more than one image.")
+        if 0 < self.eval_resize < self.image_size:
+            raise UsageError(
+                f"eval_resize must be 0 or at least image_size ({self.image_size}), not {self.eval_resize}."
+            )
+        if self.frozen_bn and (self.precise_bn or self.bn_sync or not self.start_from):
+            raise UsageError(
+                "frozen_bn keeps the statistics of start_from: set that, and leave out precise_bn and bn_sync."
+            )
+        if self.bn_batch and (self.bn_batch < 2 or self.batch % self.bn_batch):
+            fitting = [n for n in range(2, self.batch + 1) if self.batch % n == 0]
+            near = min(fitting, key=lambda n: abs(n - self.bn_batch))
+            raise UsageError(
+                f"bn_batch {self.bn_batch} does not divide the batch of {self.batch}; the nearest that does is {near}."
+            )

@@ -1,0 +1,299 @@
+"""The recipes: complete values, each with its paper, command, cost and expected result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, cast
+
+from resnetlab.errors import unknown_name_error
+from resnetlab.training.annotated_recipes import ANNOTATED_RECIPES
+from resnetlab.training.recipe import BaseRecipe, Recipe
+
+
+def quick() -> Recipe:
+    """A small residual network on scikit-learn's embedded digits, for the first run.
+
+    Paper: 2015 §4.2 in small (resnet14 of the 6n+2 family; images enlarged from 8x8 to 16x16); the schedule is ours.
+    Command: resnetlab train
+    Cost: about 15 s on one CPU core.
+    Expected: 0.44 % top-1 error on the 360 test digits (mean of 5 seeds; docs/log.md).
+    """
+    return Recipe(
+        name="quick",
+        data="digits",
+        net="resnet14",
+        image_size=16,
+        normalise="per-channel mean and std",
+        val_images=144,
+        pad=1,
+        pad_with="black",
+        flip=False,
+        batch=64,
+        steps=600,
+        lr=0.1,
+        milestones=(350, 500),
+        warmup="none",
+        weight_decay=5e-4,
+        threads=1,  # small layers gain little from a second thread, and lose much if another program runs
+        log_every=10,
+        eval_every=50,
+    )
+
+
+def paper_cifar() -> Recipe:
+    """The 2015 paper's CIFAR-10 training: 64k iterations of batch 128, learning rate 0.1, a tenth of it at 32k and 48k.
+
+    Paper: 2015 §4.2; BN over 64 images, as on the paper's two GPUs. For resnet110 add `--set warmup=train-error` (0.01 until
+        the training error is below 80 %).
+    Command: resnetlab train cifar10 --net resnet20 --recipe paper-cifar
+    Cost: 8.2 million images, 164 epochs. On two CPU cores resnet20 trains on 842 images/s: 2.7 h (computed).
+    Expected: top-1 test error 8.75 (resnet20), 7.51 (32), 7.17 (44), 6.97 (56), 6.61 ± 0.16 (110) % (2015 Table 6); here
+        12.83 % after an eighth of it, 22.05 % after 3.1 % (docs/log.md).
+    """
+    return Recipe(
+        name="paper-cifar",
+        data="cifar10",
+        net="resnet20",
+        image_size=32,
+        batch=128,
+        bn_batch=64,
+        steps=64_000,
+        lr=0.1,
+        milestones=(32_000, 48_000),
+    )
+
+
+def preact_cifar() -> Recipe:
+    """The 2016 paper's CIFAR training: as in 2015, with a learning rate of 0.01 in the first 400 iterations.
+
+    Paper: 2016 §3 and appendix; the median of five runs is reported. Other networks: preresnet164, preresnet1001.
+    Command: resnetlab train cifar10 --recipe preact-cifar
+    Cost: 8.2 million images, 164 epochs. On two CPU cores preresnet110 trains on 162 images/s: 14 h (computed).
+    Expected: top-1 test error 6.37 (preresnet110), 5.46 (preresnet164), 4.92 (preresnet1001) % (2016 Tables 2 and 3);
+        not run here.
+    """
+    return replace(paper_cifar(), name="preact-cifar", net="preresnet110", warmup="steps")
+
+
+def paper_imagenet() -> Recipe:
+    """The 2015 paper's ImageNet training: batch 256, learning rate 0.1, a tenth of it whenever the error stops falling.
+
+    Paper: 2015 §3.4: scale and colour augmentation, the per-pixel mean subtracted, at most 60·10⁴ iterations; BN over 32
+        images, as on its eight GPUs. What "plateaus" means is ours: five evaluations of 10,000 held-out training images in
+        a row, one every 5,000 iterations, without a new lowest error. `--set schedule=milestones --set val_images=0` drops the
+        rate at 30 and 60 epochs instead, as the 2016 paper describes it.
+    Command: resnetlab train IMAGENET --net resnet50 --recipe paper-imagenet
+    Cost: 153.6 million images, 120 epochs. Two CPU cores, at 12.4 images/s of resnet50, would take 143 days (computed): use
+        GPUs.
+    Expected: 10-crop top-1/top-5 error on the validation images 25.03/7.76 (resnet34, shortcut=A), 24.52/7.46 (resnet34),
+        22.85/6.71 (resnet50), 21.75/6.05 (resnet101), 21.43/5.71 (resnet152) % (2015 Table 3); not run here.
+    """
+    return Recipe(
+        name="paper-imagenet",
+        data="imagenet",
+        net="resnet50",
+        image_size=224,
+        eval_resize=256,
+        val_images=10_000,
+        crop="scale",
+        colour=True,
+        pad=0,
+        batch=256,
+        bn_batch=32,
+        steps=600_000,
+        lr=0.1,
+        schedule="plateau",
+        milestones=(150_137, 300_274),  # 30 and 60 epochs of 1,281,167 images, for schedule=milestones
+        eval_every=5_000,
+        precise_bn=200,
+    )
+
+
+def preact_imagenet() -> Recipe:
+    """The 2016 paper's ImageNet training: as in 2015, the learning rate divided by 10 at 30 and at 60 epochs.
+
+    Paper: 2016 §5 and appendix; that it ends at 90 epochs is fb.resnet.torch's. Evaluate with `--protocol dense:320`.
+    Command: resnetlab train IMAGENET --recipe preact-imagenet
+    Cost: 115.3 million images, 90 epochs. Two CPU cores, at 3.7 images/s of preresnet200, would take a year (computed): use
+        GPUs.
+    Expected: top-1/top-5 error of one 320x320 crop 21.1/5.5 (preresnet152), 20.7/5.3 (preresnet200) % (2016 Table 5); not run
+        here.
+    """
+    return replace(
+        paper_imagenet(),
+        name="preact-imagenet",
+        net="preresnet200",
+        val_images=0,
+        steps=450_411,
+        schedule="milestones",
+    )
+
+
+def modern() -> Recipe:
+    """Training methods from after the papers, in 100 epochs: torchvision's second recipe with a short budget.
+
+    Paper: "How to Train State-Of-The-Art Models Using TorchVision's Latest Primitives" (2021) and Wightman et al. 2021
+        (arXiv 2110.00476): cosine, linear warm-up, label smoothing, mixup or cutmix, TrivialAugment, random erasing, a moving
+        average of the weights, no decay on BN and biases, the last BN of every block starting at 0. `modern-long` has the
+        full length.
+    Command: resnetlab train IMAGENET --recipe modern
+    Cost: 128 million images, 100 epochs. Two CPU cores, at 9.1 images/s, would take 163 days (computed): use GPUs.
+    Expected: no published figure is for exactly this; resnet50v1.5 after 100 epochs of the 2021 paper's A3, in smaller images,
+        has 21.9 % top-1 error at 224. Not run here.
+    """
+    return Recipe(
+        name="modern",
+        data="imagenet",
+        net="resnet50v1.5",
+        zero_init_last_bn=True,
+        image_size=224,
+        eval_resize=232,
+        normalise="per-channel mean and std",
+        crop="resized",
+        pad=0,
+        trivial_augment=True,
+        erasing=0.1,
+        mixup=0.2,
+        cutmix=1.0,
+        label_smoothing=0.1,
+        batch=1024,
+        bn_batch=128,
+        steps=125_114,
+        lr=0.5,
+        schedule="cosine",
+        warmup="linear",
+        warmup_lr=0.005,
+        warmup_steps=6_256,  # 5 epochs
+        weight_decay=2e-5,
+        decay_all=False,
+        ema_decay=0.9998,
+        eval_every=5_000,
+    )
+
+
+def modern_long() -> Recipe:
+    """The same in 600 epochs, with stochastic depth.
+
+    Paper: as `modern`; the length is torchvision's, stochastic depth 0.05 that of Wightman et al. 2021 (A2).
+    Command: resnetlab train IMAGENET --recipe modern-long
+    Cost: 769 million images, 600 epochs: six times `modern`.
+    Expected: 19.14 % top-1 error, as torchvision reports for its resnet50 (IMAGENET1K_V2, other crops in training); not run
+        here.
+    """
+    return replace(
+        modern(), name="modern-long", steps=750_684, stochastic_depth=0.05, ema_decay=0.99998, eval_every=20_000
+    )
+
+
+def finetune() -> Recipe:
+    """Fine-tuning on your own photographs from a trained model: `resnetlab import` makes one from published weights.
+
+    Paper: neither; common practice: the backbone has a tenth of the head's learning rate, the gradient is clipped because
+        the head is new, half a cosine. With few images per class add `--set frozen_bn=true`.
+    Command: resnetlab train FOLDER --recipe finetune --start-from model.safetensors
+    Cost: 16,000 images, a quarter of `photos`. On two CPU cores resnet18 trains on 29.5 images/s: 9 min (computed).
+    Expected: depends on the model and the images; not measured yet.
+    """
+    return replace(
+        photos(),
+        name="finetune",
+        net="",
+        normalise="as start_from",
+        steps=500,
+        schedule="cosine",
+        milestones=(),
+        warmup="linear",
+        warmup_lr=0.001,
+        warmup_steps=25,
+        lr=0.02,
+        backbone_lr_scale=0.1,
+        clip_norm=5.0,
+        weight_decay=1e-4,
+        eval_every=100,
+    )
+
+
+def photos() -> Recipe:
+    """Your own photographs, in a folder of class folders: ResNet-18 at 224 pixels.
+
+    Paper: 2015 §3.4 in small: random-resized crop (fb.resnet.torch's) in place of scale augmentation; the schedule is ours.
+    Command: resnetlab train FOLDER
+    Cost: 64,000 images. On two CPU cores resnet18 trains on 29.5 images/s: 36 min (computed). Shorten it with --steps.
+    Expected: from scratch on 240 photographs of five flowers 45.00 % top-1 error (95 % interval 34.58 to 55.88 %, n = 80);
+        with so few, start from a pretrained model (--recipe finetune).
+    """
+    return Recipe(
+        name="photos",
+        data="photos",
+        net="resnet18",
+        image_size=224,
+        eval_resize=256,
+        normalise="per-channel mean and std",
+        crop="resized",
+        area=0.25,
+        pad=0,
+        batch=32,
+        steps=2_000,
+        lr=0.05,
+        milestones=(1_200, 1_700),
+        warmup="steps",
+        warmup_lr=0.01,
+        warmup_steps=100,
+        weight_decay=5e-4,
+        log_every=10,
+        eval_every=200,
+    )
+
+
+RECIPES: dict[str, Callable[[], BaseRecipe]] = {
+    "quick": quick,
+    "paper-cifar": paper_cifar,
+    "preact-cifar": preact_cifar,
+    "paper-imagenet": paper_imagenet,
+    "preact-imagenet": preact_imagenet,
+    "modern": modern,
+    "modern-long": modern_long,
+    "photos": photos,
+    "finetune": finetune,
+    **ANNOTATED_RECIPES,
+}
+# by the name of the data; "photos" for all others
+DEFAULT_RECIPES = {"digits": "quick", "cifar10": "paper-cifar", "cifar100": "paper-cifar"}
+
+
+def find_classification_recipe(name: str) -> Recipe:
+    """A classifier's recipe by name; raises UsageError if it is unknown."""
+    return cast(Recipe, find_recipe(name, Recipe.task))
+
+
+def find_recipe(name: str, task: str) -> BaseRecipe:
+    """A task's recipe by name; raises UsageError if it is unknown."""
+    known = {key: recipe for key, make in RECIPES.items() if (recipe := make()).task == task}
+    if name not in known:
+        raise unknown_name_error("recipe", name, known)
+    return known[name]
+
+
+def describe_changes(recipe: BaseRecipe, precision: str) -> list[str]:
+    """The differences of a resolved recipe from the one it is named after, rescaled to the same number of steps.
+
+    `precision` is what "auto" selects on this machine.
+    """
+    if recipe.name not in RECIPES:
+        return []
+    own = find_recipe(recipe.name, recipe.task)
+    same_length = own if own.steps == recipe.steps else own.rescale(recipe.steps)
+    resolved: dict[str, Any] = {"threads": own.threads or recipe.threads}
+    resolved["precision"] = precision if own.precision == "auto" else own.precision
+    if isinstance(recipe, Recipe) and isinstance(own, Recipe):
+        resolved["compile"] = recipe.compile if own.compile == "auto" else own.compile
+    return recipe.differences(replace(same_length, **resolved))
+
+
+def describe_budget(recipe: BaseRecipe) -> str | None:
+    """A label for a run that is shorter or longer than the recipe it is named after; None if it has the same length."""
+    full = find_recipe(recipe.name, recipe.task).steps if recipe.name in RECIPES else recipe.steps
+    if recipe.steps == full:
+        return None
+    return f"{recipe.steps:,} of the {full:,} steps of {recipe.name} ({recipe.steps / full:.1%})"

@@ -1,0 +1,74 @@
+"""The progress of a run, and its result."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Progress:
+    """The progress of a running training; errors are fractions."""
+
+    step: int
+    steps: int
+    lr: float
+    loss: float
+    error: float
+    held_out: Mapping[str, float]  # figures of the last held-out evaluation, the most important first; may be empty
+    images_per_second: float  # training steps only
+    seconds_left: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """The result of any run; figures are measured on `split` with the final weights. Each task adds its own."""
+
+    run: str
+    model: str
+    report: str
+    split: str
+    n: int
+    steps: int
+    seconds: float
+    images_per_second: float  # training steps only
+    parameters: int
+    budget: str | None  # "600 of the 64,000 steps of …" if the run is not as long as its recipe
+
+    def to_json(self) -> dict[str, Any]:
+        """A plain dictionary."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassificationResult(TrainResult):
+    """Result of a classifier, as printed by `resnetlab train --json`; errors are fractions."""
+
+    top1_error: float
+    top1_interval: tuple[float, float]  # Wilson, 95 %
+    top5_error: float
+    held_out_error: float | None  # None if nothing was held out
+
+    def __post_init__(self) -> None:
+        low, high = self.top1_interval  # a list if read from a file
+        object.__setattr__(self, "top1_interval", (low, high))
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectionResult(TrainResult):
+    """Result of a detector, as printed by `resnetlab detect train --json`; mean average precisions are fractions."""
+
+    map: float  # at IoU .5 to .95
+    map_50: float
+    voc_map: float
+    per_class: list[dict[str, Any]]  # class, n, ap, ap_50, voc_ap, voc07_ap
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentationResult(TrainResult):
+    """Result of a segmenter, as printed by `resnetlab segment train --json`; fractions."""
+
+    mean_iou: float
+    pixel_error: float
+    per_class: list[dict[str, Any]]  # class, pixels, iou

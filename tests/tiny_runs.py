@@ -1,0 +1,31 @@
+"""Recipes of small, fast runs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from resnetlab.training.checkpoint import TrainState
+from resnetlab.training.recipe import Recipe
+from resnetlab.training.recipes import quick
+from resnetlab.training.run import prepare_task
+
+TINY = {"net": "resnet8", "image_size": 8, "batch": 32, "precision": "fp32", "threads": 1}
+TINY_PHOTOS = {
+    "net": "resnet8",
+    "image_size": 16,
+    "eval_resize": 20,
+    "batch": 6,
+    "steps": 8,
+    "device": "cpu",
+    "precision": "fp32",
+}
+
+
+def tiny(**values: object) -> Recipe:
+    return replace(quick().rescale(20), **(TINY | values))  # type: ignore[arg-type]
+
+
+def make_train_state(recipe: Recipe) -> TrainState:
+    task, recipe = prepare_task(recipe, Path("data"), "cpu", lambda _: None)
+    return TrainState.create(task, recipe)
