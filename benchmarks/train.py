@@ -47,11 +47,11 @@ from resnetlab.device import environment, select_device
 from resnetlab.models.cost import compute_cost
 from resnetlab.models.spec import get_specification
 from resnetlab.preprocessing import Preprocessing
-from resnetlab.tasks.classification import ClassificationTask
 from resnetlab.training.checkpoint import TrainState
 from resnetlab.training.cuda_graph import GraphStep
 from resnetlab.training.recipes import find_classification_recipe
 from resnetlab.training.step import train_step
+from resnetlab.training.tasks.classification import ClassificationTask
 from train_cifar import plain_resnet
 
 Step = Callable[[], object]

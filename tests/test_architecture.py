@@ -21,8 +21,7 @@ LAYERS = {
     "models": {"nn"},
     "data": {"bottom"},
     "evaluation": {"models", "data"},
-    "tasks": {"evaluation"},
-    "training": {"tasks"},
+    "training": {"evaluation"},
     "studies": {"training"},
     "inference": {"evaluation"},
     "serve": {"inference"},
@@ -152,8 +151,8 @@ VIOLATIONS = {
         "resnetlab.errors:3 imports resnetlab.nn, but bottom is not above nn",
     ),
     "relative": (
-        {"tasks/__init__.py": "from ..training.loop import train"},
-        "resnetlab.tasks:1 imports resnetlab.training.loop, but tasks is not above training",
+        {"evaluation/__init__.py": "from ..training.loop import train"},
+        "resnetlab.evaluation:1 imports resnetlab.training.loop, but evaluation is not above training",
     ),
     "by a string": (
         {"training/train.py": "from importlib import import_module\nimport_module('resnetlab.cli.main')"},

@@ -29,11 +29,11 @@ from resnetlab.models.model_file import TrainedModel, load_trained_model
 from resnetlab.models.resnet import build
 from resnetlab.models.test_time import ImageScale, adjacent_scales, detect
 from resnetlab.preprocessing import Preprocessing
-from resnetlab.tasks.annotated import build_starting_network, channel_statistics
-from resnetlab.tasks.detection import choose_anchors, make_detection_sample
 from resnetlab.training import recipes, train
 from resnetlab.training.annotated_recipes import DetectionRecipe
 from resnetlab.training.result import DetectionResult
+from resnetlab.training.tasks.annotated import build_starting_network, channel_statistics
+from resnetlab.training.tasks.detection import choose_anchors, make_detection_sample
 from runs import start_command
 
 VALUES: dict[str, Any] = {

@@ -16,7 +16,6 @@ from resnetlab.models.model_file import TrainedModel
 from resnetlab.models.resnet import build, build_from_spec
 from resnetlab.models.spec import get_specification
 from resnetlab.preprocessing import Preprocessing
-from resnetlab.tasks.starting_network import _copy_weights
 from resnetlab.training.average import WeightAverage
 from resnetlab.training.checkpoint import RunState
 from resnetlab.training.micro_batches import TreeMean
@@ -24,6 +23,7 @@ from resnetlab.training.optim import SGD
 from resnetlab.training.recipes import modern, paper_imagenet, quick
 from resnetlab.training.schedule import learning_rate
 from resnetlab.training.step import train_step
+from resnetlab.training.tasks.starting_network import _copy_weights
 from tiny_runs import make_train_state, tiny
 
 

@@ -170,8 +170,8 @@ def test_training_with_all_of_it(tmp_path: Path) -> None:
 
 
 def test_the_loss_is_cross_entropy_with_soft_targets_and_smoothing() -> None:
-    from resnetlab.tasks import classification
     from resnetlab.training import recipes, run, train
+    from resnetlab.training.tasks import classification
 
     recipe = train.override_recipe(
         recipes.quick(),

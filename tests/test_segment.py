@@ -24,7 +24,7 @@ from resnetlab.evaluation.segmentation import resize_bounded
 from resnetlab.models.head_spec import SegmenterSpec
 from resnetlab.models.resnet import build
 from resnetlab.models.segmentation import SegmentationNet
-from resnetlab.tasks.segmentation import make_segmentation_sample
+from resnetlab.training.tasks.segmentation import make_segmentation_sample
 from runs import start_command
 
 NET = {"widths": (8, 8, 8, 16), "depths": (1, 1, 1, 1)}

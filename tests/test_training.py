@@ -18,12 +18,12 @@ from resnetlab.device import select_device
 from resnetlab.errors import DivergedError, RunError, UsageError
 from resnetlab.models.resnet import build
 from resnetlab.run_folder import RunFolder, read_metrics
-from resnetlab.tasks import classification
 from resnetlab.training.checkpoint import TrainState
 from resnetlab.training.optim import SGD
 from resnetlab.training.recipe import Recipe
 from resnetlab.training.recipes import quick
 from resnetlab.training.step import train_step
+from resnetlab.training.tasks import classification
 
 TINY = {"net": "resnet8", "image_size": 8, "batch": 32, "log_every": 5, "eval_every": 10, "checkpoint_minutes": 0}
 

@@ -10,12 +10,12 @@ from resnetlab.device import default_precision
 from resnetlab.evaluation import figures
 from resnetlab.evaluation.page import load_templates
 from resnetlab.run_folder import RunFolder, read_metrics
-from resnetlab.tasks.base import Task
 from resnetlab.training import recipes
 from resnetlab.training.curves import curve_points
 from resnetlab.training.recipe import BaseRecipe
 from resnetlab.training.report import format_long_duration, format_value, recipe_rows
 from resnetlab.training.result import TrainResult
+from resnetlab.training.tasks.base import Task
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

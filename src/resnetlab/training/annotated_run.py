@@ -13,11 +13,11 @@ from resnetlab.data.prefetch import default_workers
 from resnetlab.device import DeviceConfig
 from resnetlab.models.cost import count_parameters
 from resnetlab.run_folder import RunFolder
-from resnetlab.tasks.annotated import AnnotatedTask, Plan
 from resnetlab.training import recipes
 from resnetlab.training.annotated_recipes import AnnotatedRecipe
 from resnetlab.training.checkpoint import RunState
 from resnetlab.training.result import TrainResult
+from resnetlab.training.tasks.annotated import AnnotatedTask, Plan
 
 P = TypeVar("P", bound=AnnotatedItem)
 E = TypeVar("E", bound=TrainResult)

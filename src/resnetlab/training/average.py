@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from resnetlab.distributed import World
 from resnetlab.random import seed_for
-from resnetlab.tasks.classification import ClassificationTask
 from resnetlab.training.micro_batches import BatchNormStatistics, TreeMean
 from resnetlab.training.recipe import Recipe
+from resnetlab.training.tasks.classification import ClassificationTask
 
 
 def set_train_mode(net: nn.Module) -> None:

@@ -19,11 +19,11 @@ from resnetlab.errors import ModelFileError, RunError
 from resnetlab.models.model_file import read_safetensors, write_safetensors
 from resnetlab.random import seed_for
 from resnetlab.run_folder import RunFolder, write_error
-from resnetlab.tasks.base import Task
 from resnetlab.training.average import WeightAverage
 from resnetlab.training.micro_batches import BatchNormStatistics
 from resnetlab.training.optim import SGD
 from resnetlab.training.recipe import BaseRecipe
+from resnetlab.training.tasks.base import Task
 
 
 @dataclass

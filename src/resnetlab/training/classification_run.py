@@ -20,9 +20,6 @@ from resnetlab.evaluation.gradcam import make_cam_overlays
 from resnetlab.models.cost import count_parameters
 from resnetlab.nn.batchnorm import convert_sync_batchnorm
 from resnetlab.run_folder import RunFolder, read_metrics, write_atomically
-from resnetlab.tasks import classification
-from resnetlab.tasks.classification import ClassificationTask
-from resnetlab.tasks.starting_network import NetworkOptions, nearest_name
 from resnetlab.training import recipes, report
 from resnetlab.training.average import reestimate_bn_statistics
 from resnetlab.training.checkpoint import RunState
@@ -30,6 +27,9 @@ from resnetlab.training.compilation import choose_compilation
 from resnetlab.training.micro_batches import count_micro_batches
 from resnetlab.training.recipe import Recipe
 from resnetlab.training.result import ClassificationResult
+from resnetlab.training.tasks import classification
+from resnetlab.training.tasks.classification import ClassificationTask
+from resnetlab.training.tasks.starting_network import NetworkOptions, nearest_name
 
 
 def prepare(

@@ -9,11 +9,11 @@ from resnetlab.data import box_dataset, sources
 from resnetlab.device import DeviceConfig
 from resnetlab.evaluation import overlays
 from resnetlab.run_folder import RunFolder, write_atomically
-from resnetlab.tasks.detection import DetectionTask, prepare_detection_task
 from resnetlab.training import annotated_report, annotated_run
 from resnetlab.training.annotated_recipes import DetectionRecipe
 from resnetlab.training.checkpoint import RunState
 from resnetlab.training.result import DetectionResult
+from resnetlab.training.tasks.detection import DetectionTask, prepare_detection_task
 
 COLUMNS = (("class", "class"), ("n", "boxes"), ("ap_50", "AP@.5"), ("ap", "AP@[.5:.95]"), ("voc_ap", "VOC AP"))
 MIN_SCORE = 0.5  # of the boxes that the report shows

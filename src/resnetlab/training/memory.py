@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 
 from resnetlab.device import release_memory
-from resnetlab.tasks.classification import ClassificationTask
 from resnetlab.training.average import set_train_mode
 from resnetlab.training.micro_batches import count_micro_batches
 from resnetlab.training.recipe import Recipe
+from resnetlab.training.tasks.classification import ClassificationTask
 
 BATCHES_IN_MEMORY = 3  # the step's own, and those prefetched
 MAX_TRIED = 4  # micro-batches in a row, because each leaves memory more fragmented

@@ -12,8 +12,6 @@ from resnetlab.device import default_precision, select_device
 from resnetlab.distributed import World
 from resnetlab.errors import RunError, UsageError
 from resnetlab.run_folder import MetricsLog, RunFolder
-from resnetlab.tasks.base import Task
-from resnetlab.tasks.classification import ClassificationTask
 from resnetlab.training import recipes, task_table
 from resnetlab.training.checkpoint import TrainState, restore_checkpoint
 from resnetlab.training.cuda_graph import GraphStep
@@ -23,6 +21,8 @@ from resnetlab.training.recipe import BaseRecipe, Recipe
 from resnetlab.training.result import Progress, TrainResult
 from resnetlab.training.step import TrainStep, train_step
 from resnetlab.training.stopping import StopRequest, catch_stop_signals
+from resnetlab.training.tasks.base import Task
+from resnetlab.training.tasks.classification import ClassificationTask
 
 R = TypeVar("R", bound=BaseRecipe)
 

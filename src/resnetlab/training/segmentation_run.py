@@ -10,11 +10,11 @@ from resnetlab.device import DeviceConfig
 from resnetlab.evaluation import overlays
 from resnetlab.evaluation.segmentation import segment_image
 from resnetlab.run_folder import RunFolder, write_atomically
-from resnetlab.tasks.segmentation import SegmentationTask, prepare_segmentation_task
 from resnetlab.training import annotated_report, annotated_run
 from resnetlab.training.annotated_recipes import SegmentationRecipe
 from resnetlab.training.checkpoint import RunState
 from resnetlab.training.result import SegmentationResult
+from resnetlab.training.tasks.segmentation import SegmentationTask, prepare_segmentation_task
 
 COLUMNS = (("class", "class"), ("pixels", "pixels"), ("iou", "IoU"))
 

@@ -12,12 +12,12 @@ from resnetlab.errors import RunError
 from resnetlab.models.annotated_model import load_annotated
 from resnetlab.models.model_file import load_trained_model
 from resnetlab.run_folder import RunFolder
-from resnetlab.tasks.base import Task
 from resnetlab.training import classification_run, detection_run, segmentation_run
 from resnetlab.training.annotated_recipes import DetectionRecipe, SegmentationRecipe
 from resnetlab.training.checkpoint import RunState
 from resnetlab.training.recipe import BaseRecipe, Recipe
 from resnetlab.training.result import ClassificationResult, DetectionResult, SegmentationResult, TrainResult
+from resnetlab.training.tasks.base import Task
 
 # recipe, engine, data_dir, workers (None: what the machine has), started_in (where paths in the recipe start), say; what it
 # returns is the task, and the recipe with nothing left open

@@ -15,13 +15,13 @@ from resnetlab.device import environment, preserve_process_state
 from resnetlab.distributed import World, join_process_group, was_restarted
 from resnetlab.errors import ResNetLabError, RunError, UsageError
 from resnetlab.run_folder import RunFolder, write_atomically
-from resnetlab.tasks.base import Task
-from resnetlab.tasks.classification import ClassificationTask
 from resnetlab.training import recipes, task_table
 from resnetlab.training.memory import fit_micro_batches
 from resnetlab.training.recipe import BaseRecipe, Recipe
 from resnetlab.training.result import ClassificationResult, Progress, TrainResult
 from resnetlab.training.run import prepare_task, run_to_end
+from resnetlab.training.tasks.base import Task
+from resnetlab.training.tasks.classification import ClassificationTask
 
 R = TypeVar("R", bound=BaseRecipe)
 

@@ -32,7 +32,7 @@ from resnetlab.models.model_file import TrainedModel
 from resnetlab.models.reference_images import MAX_CHECK, MAX_TRAINING, ReferenceImages, spread_positions
 from resnetlab.models.resnet import ResNet
 from resnetlab.preprocessing import Preprocessing
-from resnetlab.tasks.starting_network import NetworkOptions, file_digest
+from resnetlab.training.tasks.starting_network import NetworkOptions, file_digest
 
 NORMALISATIONS = ("per-pixel mean", "per-channel mean and std", "as start_from")
 

@@ -17,7 +17,7 @@ from resnetlab.device import to_device
 from resnetlab.evaluation.segmentation import SegmentationMetrics, compute_segmentation_metrics
 from resnetlab.models.annotated_model import build_annotated_net
 from resnetlab.models.head_spec import SegmenterSpec
-from resnetlab.tasks.annotated import AnnotatedTask, Plan, prepare_data
+from resnetlab.training.tasks.annotated import AnnotatedTask, Plan, prepare_data
 
 
 class SegmentationSample(NamedTuple):

@@ -22,7 +22,7 @@ from resnetlab.evaluation.detection import (
 )
 from resnetlab.models.annotated_model import build_annotated_net
 from resnetlab.models.head_spec import DetectionOptions, DetectorSpec
-from resnetlab.tasks.annotated import AnnotatedTask, Plan, prepare_data
+from resnetlab.training.tasks.annotated import AnnotatedTask, Plan, prepare_data
 
 
 class DetectionSample(NamedTuple):
@@ -53,7 +53,10 @@ class DetectionTask(AnnotatedTask[AnnotatedImage, DetectionSample]):
         """The sum of both stages' four losses, and the fraction of regions whose class is wrong; scalars."""
         images = [to_device(s.pixels, self.device_config.device).permute(2, 0, 1) / 255 for s in batch]
         targets = [
-            {"boxes": to_device(s.boxes, self.device_config.device), "labels": to_device(s.labels, self.device_config.device)}
+            {
+                "boxes": to_device(s.boxes, self.device_config.device),
+                "labels": to_device(s.labels, self.device_config.device),
+            }
             for s in batch
         ]
         losses: dict[str, Tensor] = self.net(images, targets)
