@@ -16,7 +16,7 @@ SOURCE = Path(__file__).resolve().parents[1] / "src"
 # Every layer, and the layers directly below it. A module may import from its own layer and from all layers below.
 # A new package, or a new module beside the packages, needs an entry layer.
 LAYERS = {
-    "bottom": {"errors", "preprocessing", "run_folder", "device", "distributed", "random"},  # the modules of this layer
+    "bottom": {"errors", "preprocessing", "run_folder", "device", "distributed", "random", "formatting"},
     "nn": {"bottom"},
     "models": {"nn"},
     "data": {"bottom"},

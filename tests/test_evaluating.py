@@ -328,7 +328,7 @@ def test_parquet_holds_the_same_rows(tmp_path: Path, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(("arguments", "sentence"), [
     (["--protocol", "10crop:4"], "the model sees 8 pixels on a side, but an image with its shorter side at 4 has fewer"),
     (["--protocol", "11crop"], "unknown protocol '11crop'; did you mean"),
-    (["--weights", "a,b"], "--weights takes numbers separated by commas"),
+    (["--weights", "a,b"], "--weights takes comma-separated numbers"),
     (["--predictions", "rows.xlsx"], "ends in .csv or .parquet"),
 ])  # fmt: skip
 def test_wrong_requests(arguments: list[str], sentence: str, file: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -298,7 +298,7 @@ def test_the_learning_rate_changes_at_its_milestone() -> None:
     [(14.23, "14.2 s"), (60, "1 min 0 s"), (192.4, "3 min 12 s"), (3599.7, "1 h 0 min"), (7980, "2 h 13 min")],
 )
 def test_durations(seconds: float, text: str) -> None:
-    assert report.format_long_duration(seconds).replace("\u00a0", " ") == text
+    assert report.format_page_duration(seconds).replace("\u00a0", " ") == text
 
 
 def test_the_users_matplotlibrc_is_ignored() -> None:

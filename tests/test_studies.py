@@ -15,6 +15,7 @@ import pytest
 import images
 from resnetlab.cli.main import run_command
 from resnetlab.errors import DataError, RunError, UsageError
+from resnetlab.formatting import format_share
 from resnetlab.models import probes
 from resnetlab.models.model_file import load_trained_model
 from resnetlab.models.probes import LayerSignal
@@ -26,7 +27,6 @@ from resnetlab.studies import (
     report,
     responses,
     runs,
-    verdicts,
     workers,
 )
 from resnetlab.studies.block_depth import BlockDepth
@@ -285,7 +285,7 @@ def test_bad_requests_get_one_sentence(
 
 def test_the_catalogue_lists_every_study() -> None:
     assert [s.name for s in catalogue.select_studies("all")] == list(catalogue.STUDIES)
-    assert verdicts.percent(0.02) == "2 %" and verdicts.percent(1.0) == "100 %"
+    assert format_share(0.02) == "2 %" and format_share(1.0) == "100 %"
 
 
 # -- the other experiments ---------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from cyclopts import Parameter
 from resnetlab.cli import console, launch
 from resnetlab.cli.train import print_recipe
 from resnetlab.errors import DataError, UsageError
+from resnetlab.formatting import format_duration, format_percent
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -149,9 +150,7 @@ def _train_in_process(
 
 def print_result(result: TrainResult, rows: Sequence[tuple[str, str]]) -> None:
     """Prints the result as a table."""
-    time = (
-        f"{result.steps:,} steps in {console.format_duration(result.seconds)}, {result.images_per_second:.1f} images/s"
-    )
+    time = f"{result.steps:,} steps in {format_duration(result.seconds)}, {result.images_per_second:.1f} images/s"
     budget = [("budget", result.budget)] if result.budget else []
     for name, text in [*rows, *budget, ("trained", time), ("model", result.model), ("report", result.report)]:
         print(f"{name:<18} {text}")
@@ -240,5 +239,5 @@ def export_annotated_model(model: Path, task: str, images: Sequence[str], out: P
     if json:
         return console.print_json(figures)
     unit = "pixels" if task == "detect" else "of a score"
-    print(f"{out}: on {parity.images:,} images {console.format_percent(parity.agreement)} agreement with PyTorch,")
+    print(f"{out}: on {parity.images:,} images {format_percent(parity.agreement)} agreement with PyTorch,")
     return print(f"largest difference {parity.largest_difference:.2g} {unit}")

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from resnetlab.errors import UsageError
+from resnetlab.formatting import format_duration, format_percent
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -70,18 +71,12 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
     console.print(table)
 
 
-def format_percent(fraction: float) -> str:
-    """A fraction in per cent: 0.0827 is "8.27 %"."""
-    return f"{100 * fraction:.2f} %"
-
-
-def format_duration(seconds: float) -> str:
-    """Seconds as "42 s", "3 min 20 s" or "2 h 05 min"."""
-    if seconds < 99.5:
-        return f"{seconds:.0f} s"
-    if seconds < 5940:
-        return f"{int(seconds // 60)} min {int(seconds % 60):02d} s"
-    return f"{int(seconds // 3600)} h {int(seconds % 3600 // 60):02d} min"
+def parse_numbers(option: str, text: str, example: str) -> list[float]:
+    """Comma-separated numbers; raises UsageError, with an example, for anything else."""
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise UsageError(f"{option} takes comma-separated numbers, such as {example}, not {text!r}.") from None
 
 
 def parse_pairs(settings: Sequence[str]) -> dict[str, str]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from resnetlab.cli import annotated, console
+from resnetlab.formatting import format_percent
 
 if TYPE_CHECKING:
     from resnetlab.models.head_spec import DetectionOptions
@@ -252,6 +253,6 @@ def localise(
         return console.print_json(metrics | {"images": rows})
     print(f"{model} on the {split} split of {data}, {metrics['n']:,} images with boxes")
     return print(
-        f"localisation error {console.format_percent(metrics['localisation_error'])} (IoU with every true box below .5), "
+        f"localisation error {format_percent(metrics['localisation_error'])} (IoU with every true box below .5), "
         f"mean IoU with the nearest {metrics['mean_iou']:.3f}"
     )

@@ -9,6 +9,7 @@ from cyclopts import Parameter
 
 from resnetlab.cli import console
 from resnetlab.errors import RunError, UsageError
+from resnetlab.formatting import format_percent
 
 if TYPE_CHECKING:
     from resnetlab.evaluation.evaluate import Evaluation
@@ -89,7 +90,7 @@ def evaluate(
             [load_or_download(model) for model in models],
             data,
             protocol=protocol,
-            weights=_parse_weights(weights),
+            weights=None if weights is None else console.parse_numbers("--weights", weights, "2,1,1"),
             split=split,
             fit_on=fit_temperature,
             names=models,
@@ -125,36 +126,26 @@ def evaluate(
         _print_evaluation(evaluation)
 
 
-def _parse_weights(text: str | None) -> list[float] | None:
-    """The weights of --weights."""
-    try:
-        return None if text is None else [float(part) for part in text.split(",")]
-    except ValueError:
-        raise UsageError(f"--weights takes numbers separated by commas, such as 2,1,1, not {text!r}.") from None
-
-
 def _print_evaluation(evaluation: Evaluation) -> None:
     """Prints the figures."""
     metrics, figures = evaluation.metrics, evaluation.to_json()
     split = f"the {evaluation.split} split of {evaluation.data}"
     print(f"{' + '.join(evaluation.models)} on {split}, {metrics.n:,} images, {evaluation.protocol}")
     low, high = figures["top1_interval"]
-    print(
-        f"top-1 error {console.format_percent(metrics.top1_error)}  (95 % interval {100 * low:.2f} to {100 * high:.2f} %)"
-    )
+    print(f"top-1 error {format_percent(metrics.top1_error)}  (95 % interval {100 * low:.2f} to {100 * high:.2f} %)")
     if len(metrics.classes) > 5:
-        print(f"top-5 error {console.format_percent(metrics.top5_error)}")
-    print(f"expected calibration error {console.format_percent(metrics.calibration_error)}")
+        print(f"top-5 error {format_percent(metrics.top5_error)}")
+    print(f"expected calibration error {format_percent(metrics.calibration_error)}")
     for name, sentence in zip(evaluation.models, evaluation.calibration, strict=True):
         print(sentence if len(evaluation.models) == 1 else f"{name}: {sentence}")
     if (known := figures["published"]) is not None:
-        print(f"published: top-1 error {console.format_percent(known['top1_error'])} ({known['source']})")
+        print(f"published: top-1 error {format_percent(known['top1_error'])} ({known['source']})")
     print()
     if evaluation.members:
         _print_members(figures)
     rows = []
     for i, (c, row) in enumerate(zip(figures["per_class"], figures["confusion"], strict=True)):
-        error = "–" if c["top1_error"] is None else console.format_percent(c["top1_error"])
+        error = "–" if c["top1_error"] is None else format_percent(c["top1_error"])
         rows.append((c["class"], f"{c['n']:,}", error, _format_confused(metrics.classes, row, i)))
     console.print_table("", ("class", "n", "top-1 error", "taken for"), rows, right=(1, 2))
 
@@ -163,7 +154,7 @@ def _print_members(figures: dict[str, Any]) -> None:
     """Prints each member beside the ensemble, and the differences between every two."""
     errors = ("top1_error", "top5_error", "calibration_error")
     rows = [
-        (m["model"], f"{m['weight']:.3f}", *(console.format_percent(m[key]) for key in errors))
+        (m["model"], f"{m['weight']:.3f}", *(format_percent(m[key]) for key in errors))
         for m in [*figures["members"], figures | {"model": "the ensemble", "weight": 1.0}]
     ]
     columns = ("model", "weight", "top-1 error", "top-5 error", "calibration error")
@@ -173,7 +164,7 @@ def _print_members(figures: dict[str, Any]) -> None:
         (
             c["a"],
             c["b"],
-            console.format_percent(c["difference"]),
+            format_percent(c["difference"]),
             f"{100 * c['interval'][0]:.2f} to {100 * c['interval'][1]:.2f} %",
             f"{c['p_value']:.2g}",
         )

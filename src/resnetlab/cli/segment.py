@@ -8,6 +8,7 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from resnetlab.cli import annotated, console
+from resnetlab.formatting import format_percent
 
 
 def train(
@@ -36,7 +37,7 @@ def train(
         return console.print_json(result.to_json())
     rows = {
         f"{result.split} mean IoU": f"{result.mean_iou:.3f}",
-        "wrong pixels": console.format_percent(result.pixel_error),
+        "wrong pixels": format_percent(result.pixel_error),
     }
     annotated.print_result(result, list(rows.items()))
     return _print_mask_classes(result.per_class)
@@ -85,7 +86,7 @@ def evaluate(
     if json:
         return console.print_json(metrics)
     print(f"{model} on the {metrics['split']} split of {data}, {metrics['n']:,} images")
-    print(f"mean IoU {metrics['mean_iou']:.3f}, wrong pixels {console.format_percent(metrics['pixel_error'])}\n")
+    print(f"mean IoU {metrics['mean_iou']:.3f}, wrong pixels {format_percent(metrics['pixel_error'])}\n")
     return _print_mask_classes(metrics["per_class"])
 
 

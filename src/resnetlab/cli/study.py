@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from resnetlab.cli import console
+from resnetlab.formatting import format_estimate
 
 if TYPE_CHECKING:
     from resnetlab.studies.setting import Setting
@@ -128,7 +129,6 @@ def _format_paper(row: dict[str, Any], format_figure: Callable[[float | None, st
 def _print_catalogue(setting: Setting, json: bool) -> None:
     """Prints the studies and their costs."""
     from resnetlab.studies.catalogue import estimate_costs
-    from resnetlab.studies.study import format_estimate
 
     rows = estimate_costs(setting)
     if json:

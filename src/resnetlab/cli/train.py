@@ -9,6 +9,7 @@ from cyclopts import Parameter
 
 from resnetlab.cli import console
 from resnetlab.errors import UsageError
+from resnetlab.formatting import format_duration, format_percent
 
 if TYPE_CHECKING:
     from resnetlab.training.recipe import Recipe
@@ -200,13 +201,13 @@ def _print(result: ClassificationResult) -> None:
         (
             f"{result.split} error, top-1",
             (
-                f"{console.format_percent(result.top1_error)}  (95 % interval {100 * low:.2f} to {100 * high:.2f} %, "
+                f"{format_percent(result.top1_error)}  (95 % interval {100 * low:.2f} to {100 * high:.2f} %, "
                 f"n = {result.n:,})"
             ),
         ),
         (
             "trained",
-            f"{result.steps:,} steps in {console.format_duration(result.seconds)}, {result.images_per_second:,.0f} images/s",
+            f"{result.steps:,} steps in {format_duration(result.seconds)}, {result.images_per_second:,.0f} images/s",
         ),
         ("model", result.model),
         ("report", result.report),

@@ -68,8 +68,8 @@ def import_(
     given = ImportOptions(
         source=source,
         classes=classes,
-        mean=_parse_channel_values("mean", mean),
-        std=_parse_channel_values("std", std),
+        mean=None if mean is None else console.parse_numbers("--mean", mean, "0.49,0.48,0.45"),
+        std=None if std is None else console.parse_numbers("--std", std, "0.23,0.22,0.23"),
         image_size=image_size,
         eval_resize=eval_resize,
         interpolation=interpolation,
@@ -98,13 +98,6 @@ def import_(
     print(f"{'preprocessing':<18} {', '.join(f'{name} {value}' for name, value in preprocessing.items())}")
     print(f"{'model':<18} {out}")
     return None
-
-
-def _parse_channel_values(key: str, text: str | None) -> list[float] | None:
-    try:
-        return None if text is None else [float(part) for part in text.split(",")]
-    except ValueError:
-        raise UsageError(f"--{key} takes comma-separated numbers, such as 0.49,0.48,0.45, not {text!r}.") from None
 
 
 def export(

@@ -25,8 +25,9 @@ from torch import Tensor
 from resnetlab.data.dataset import Dataset, Split, split_stratified
 from resnetlab.data.decode import SUFFIXES, is_hidden, resolve_ancestors
 from resnetlab.data.disk_split import DiskSplit, FileNames, FileSource, ReadOptions
-from resnetlab.data.labels import DEVKIT, read_class_names, read_flat_labels, shorten_list
+from resnetlab.data.labels import DEVKIT, read_class_names, read_flat_labels
 from resnetlab.errors import DataError
+from resnetlab.formatting import format_list
 
 SPLITS = ("train", "val", "test")
 OTHER_NAMES = {"training": "train", "validation": "val", "valid": "val", "dev": "val", "testing": "test"}  # of splits
@@ -130,7 +131,7 @@ def find_split_folders(root: Path) -> dict[str, Path]:
         return {"": root}
     if others := [name for name in others if DEVKIT not in name.lower()]:
         raise DataError(
-            f"{root} holds {', '.join(found)} and beside them {shorten_list(others)}; put class folders inside the splits, "
+            f"{root} holds {', '.join(found)} and beside them {format_list(others)}; put class folders inside the splits, "
             "and call the splits train, val and test."
         )
     return found
@@ -256,7 +257,7 @@ def _folder_classes(root: Path, classes: dict[str, set[str]]) -> list[str]:
         if names != expected:
             raise DataError(
                 f"{root / first} and {root / split} hold different classes: only in {first} "
-                f"{shorten_list(sorted(expected - names))}, only in {split} {shorten_list(sorted(names - expected))}; "
+                f"{format_list(sorted(expected - names))}, only in {split} {format_list(sorted(names - expected))}; "
                 "give both the same class folders."
             )
     if len(expected) == 1:

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from resnetlab.data import imagenet
 from resnetlab.errors import DataError
+from resnetlab.formatting import format_list
 
 CLASS_FILES = (
     "classes.txt", "LOC_synset_mapping.txt", "synset_words.txt", "imagenet_class_index.json", "words.txt")  # fmt: skip
@@ -43,7 +44,7 @@ def read_class_names(root: Path, folders: Sequence[str]) -> list[str]:
     name_of |= dict(_read_class_file(file))
     if missing := [folder for folder in folders if folder not in name_of]:
         raise DataError(
-            f"{file} does not name the class folders {shorten_list(missing)}; add a line for each, or remove it."
+            f"{file} does not name the class folders {format_list(missing)}; add a line for each, or remove it."
         )
     names = [name_of[folder] for folder in folders]
     twice = {name for name in names if names.count(name) > 1}  # ImageNet has two cranes
@@ -68,20 +69,12 @@ def read_flat_labels(root: Path, split: str, images: Sequence[str]) -> list[str]
         return None
     existing = set(images)
     if missing := sorted(set(folder_of) - existing):
-        raise DataError(
-            f"{file} names images that are not in {root / split}: {shorten_list(missing)}; unpack it again."
-        )
+        raise DataError(f"{file} names images that are not in {root / split}: {format_list(missing)}; unpack it again.")
     if extra := sorted(existing - set(folder_of)):
         raise DataError(
-            f"{file} gives no class for {shorten_list(extra)} in {root / split}; add a line for each, or remove them."
+            f"{file} gives no class for {format_list(extra)} in {root / split}; add a line for each, or remove them."
         )
     return [folder_of[name] for name in images]
-
-
-def shorten_list(names: Sequence[str]) -> str:
-    """The first few of many names, for messages."""
-    shown = ", ".join(names[:8]) or "none"
-    return shown + (f" and {len(names) - 8:,} more" if len(names) > 8 else "")
 
 
 def _find_file(root: Path, names: Iterable[str]) -> Path | None:

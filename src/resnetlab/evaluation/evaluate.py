@@ -27,6 +27,7 @@ from resnetlab.evaluation.protocols import ONE_CROP, Protocol, parse_protocol
 from resnetlab.evaluation.published import find_published
 from resnetlab.evaluation.scores import SKIPPED, Member, predict_scores
 from resnetlab.evaluation.split_selection import describe_overlap, pick_split, select_calibration_images
+from resnetlab.formatting import format_list
 from resnetlab.models.model_file import TrainedModel, load_trained_model
 from resnetlab.models.resnet import ResNet
 from resnetlab.preprocessing import Preprocessing
@@ -348,9 +349,4 @@ def _describe_differences(one: tuple[str, ...], other: tuple[str, ...], one_name
     only = sorted(set(one) - set(other)), sorted(set(other) - set(one))
     if not any(only):
         return ""
-    return f"only in {one_name} {_format_list(only[0])}, only in {other_name} {_format_list(only[1])}"
-
-
-def _format_list(names: list[str]) -> str:
-    shown = ", ".join(names[:8]) or "none"
-    return shown + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+    return f"only in {one_name} {format_list(only[0])}, only in {other_name} {format_list(only[1])}"

@@ -13,6 +13,7 @@ from resnetlab.evaluation import figures
 from resnetlab.evaluation.calibration import reliability_bins
 from resnetlab.evaluation.evaluate import Evaluation
 from resnetlab.evaluation.metrics import ClassificationMetrics, wilson_interval
+from resnetlab.formatting import format_percent, unbreakable
 from resnetlab.preprocessing import Preprocessing, tensor_to_pil
 from resnetlab.run_folder import write_atomically, write_error
 
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 MISTAKES = 24  # images shown at most
 PAIRS = 12  # rows of confused classes shown at most
 CLASSES = 24  # rows of classes shown at most
-UNIT = "\u00a0%"
 
 
 def load_templates() -> Environment:
@@ -34,25 +34,18 @@ def load_templates() -> Environment:
     templates = Environment(
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    templates.filters |= {"percent": percent, "count": count}
+    templates.filters |= {"percent": format_rate, "count": "{:,.0f}".format}
     return templates
 
 
-def percent(fraction: float | None, n: int = 0) -> str:
-    """A fraction in per cent, with two decimals where `n` images justify them: "0.6 %" of 360, "8.75 %" of 10,000."""
-    if fraction is None:
-        return "–"
-    return f"{100 * fraction:.{2 if n >= 1000 else 1}f}{UNIT}"
+def format_rate(rate: float | None, n: int = 0) -> str:
+    """A rate in per cent, with two decimals where `n` images justify them: "0.6 %" of 360, "8.75 %" of 10,000."""
+    return "–" if rate is None else unbreakable(format_percent(rate, 2 if n >= 1000 else 1))
 
 
 def format_interval(low: float, high: float, n: int) -> str:
     """An interval of fractions in per cent: "0.2 to 2.0 %"."""
-    return f"{percent(low, n).removesuffix(UNIT)} to {percent(high, n)}".replace(" ", "\u00a0")
-
-
-def count(number: float) -> str:
-    """A count with separators: "174,970"."""
-    return f"{number:,.0f}"
+    return unbreakable(f"{format_rate(low, n)[:-2]} to {format_rate(high, n)}")
 
 
 class _CroppedImages:

@@ -26,8 +26,8 @@ from resnetlab.studies.study import RUNS, Study, locate_runs
 from resnetlab.studies.workers import worker_devices
 
 _STUDIES: tuple[Study, ...] = (
-    NetworkCosts(), Degradation(), Depth(), Convergence(), Shortcuts(), Bottleneck(), BlockDepth(), Orderings(), ShortcutTypes(),
-    Responses(), Gradients(), Lesion(), Protocols(),
+    NetworkCosts(), Degradation(), Depth(), Convergence(), Shortcuts(), Bottleneck(), BlockDepth(), Orderings(),
+    ShortcutTypes(), Responses(), Gradients(), Lesion(), Protocols(),
 )  # fmt: skip
 STUDIES: dict[str, Study] = {study.name: study for study in _STUDIES}
 

@@ -195,7 +195,7 @@ def draw_identities(units: dict[str, list[list[IdentityFlow]]]) -> figures.Study
 
     def draw(panels: figures.Panels) -> None:
         for axes, field, title in zip(
-            panels, ("kept", "additive"), ("|dE/dx_l| / |dE/dx_L|", "additive term / |dE/dx_L|"), strict=True
+            panels, ("gradient_ratio", "additive"), ("|dE/dx_l| / |dE/dx_L|", "additive term / |dE/dx_L|"), strict=True
         ):
             for net, each in units.items():
                 curves = torch.tensor([[getattr(u, field) for u in seed] for seed in each])

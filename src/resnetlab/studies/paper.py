@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from resnetlab.evaluation import published
+from resnetlab.models.spec import CIFAR_DEPTHS
+
 
 @dataclass(frozen=True)
 class PublishedFigure:
@@ -17,24 +20,33 @@ def _from_percent(source: str, values: dict[str, float]) -> dict[str, PublishedF
     return {key: PublishedFigure(round(value / 100, 6), source) for key, value in values.items()}
 
 
+_RESNET110 = published.CIFAR10["resnet110"]
+_TEN_CROP = {name: top1 for name, (top1, _) in published.IMAGENET["10crop"].items()}
 IMAGENET_TOP1 = _from_percent(
-    "2015 Table 2 (ImageNet, 10-crop)", {"plain18": 27.94, "resnet18": 27.88, "plain34": 28.54, "resnet34": 25.03}
+    "2015 Table 2 (ImageNet, 10-crop)",
+    {name.removesuffix("/A"): _TEN_CROP[name] for name in ("plain18", "resnet18/A", "plain34", "resnet34/A")},
 )
 CIFAR10 = _from_percent(
-    "2015 Table 6 (CIFAR-10)",
-    {"resnet20": 8.75, "resnet32": 7.51, "resnet44": 7.17, "resnet56": 6.97, "resnet110": 6.61, "resnet1202": 7.93},
+    "2015 Table 6 (CIFAR-10)", {f"resnet{depth}": published.CIFAR10[f"resnet{depth}"] for depth in CIFAR_DEPTHS}
 )
-SHORTCUTS_TOP1 = _from_percent(  # ImageNet, 10-crop
-    "2015 Table 3 (ImageNet, 34 layers)", {"plain": 28.54, "A": 25.03, "B": 24.52, "C": 24.19}
+SHORTCUTS_TOP1 = _from_percent(
+    "2015 Table 3 (ImageNet, 34 layers)",
+    {
+        "plain": _TEN_CROP["plain34"],
+        "A": _TEN_CROP["resnet34/A"],
+        "B": _TEN_CROP["resnet34"],
+        "C": _TEN_CROP["resnet34/C"],
+    },
 )
 SHORTCUT_TYPES = _from_percent(  # ResNet-110
     "2016 Table 1 (CIFAR-10, 110 layers)",
-    {"original": 6.61, "constant": 12.35, "exclusive-gate": 8.70, "shortcut-gate": 6.91, "conv": 12.22},
+    {"original": _RESNET110, "constant": 12.35, "exclusive-gate": 8.70, "shortcut-gate": 6.91, "conv": 12.22},
 )
 FAILS = PublishedFigure(None, "2016 Table 1: fails, above 20 %")  # plain and dropout, of 110 layers
 ORDERS_110 = _from_percent(
     "2016 Table 2 (CIFAR-10, 110 layers)",
-    {"original": 6.61, "bn-after-add": 8.17, "relu-before-add": 7.84, "relu-only-preact": 6.71, "preact": 6.37},
+    {"original": _RESNET110, "bn-after-add": 8.17, "relu-before-add": 7.84, "relu-only-preact": 6.71}
+    | {"preact": published.CIFAR10["preresnet110"]},
 )
 ONE_LAYER = PublishedFigure(0.0990, "2016 Table 3 (CIFAR-10, 110 layers, 1-layer skip)")
 PROTOCOLS = {  # ResNet-50 on ImageNet, top-1

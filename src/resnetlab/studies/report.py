@@ -13,12 +13,12 @@ from typing import Any
 from resnetlab.data import sources
 from resnetlab.device import environment
 from resnetlab.evaluation.page import load_templates
+from resnetlab.formatting import format_estimate, format_percent, format_share, unbreakable
 from resnetlab.run_folder import write_atomically, write_error
 from resnetlab.studies.code_version import code_hash
 from resnetlab.studies.runs import RunOutcome
 from resnetlab.studies.setting import Setting
-from resnetlab.studies.study import StudyOutput, format_estimate
-from resnetlab.studies.verdicts import percent
+from resnetlab.studies.study import StudyOutput
 
 COLUMNS = ("study", "data", "what", "figure", "unit", "mean", "sd", "n", "values", "diverged", "paper", "paper_source",
            "budget", "verdict")  # fmt: skip
@@ -94,7 +94,7 @@ def budget_label(outputs: Sequence[StudyOutput]) -> str | None:
 def describe_study_budget(setting: Setting) -> str:
     """A budget in words: its steps and its share of the paper's epochs."""
     base = setting.base
-    return f"{base.steps:,} steps of {base.batch}, {percent(setting.share)} of the paper's epochs"
+    return f"{base.steps:,} steps of {base.batch}, {format_share(setting.share)} of the paper's epochs"
 
 
 def run_row(outcome: RunOutcome) -> dict[str, Any]:
@@ -115,7 +115,7 @@ def format_figure(value: float | None, unit: str) -> str:
     if value is None:
         return "–"
     if unit == "error":
-        return f"{100 * value:.2f}\u00a0%"
+        return unbreakable(format_percent(value))
     if unit == "count":
         return f"{value:,.0f}"
     if value and not 1e-3 <= abs(value) < 1e4:
@@ -125,4 +125,4 @@ def format_figure(value: float | None, unit: str) -> str:
 
 def format_budget(value: float | None) -> str:
     """A budget as a share of the paper's."""
-    return "–" if value is None else percent(value).replace(" ", "\u00a0")
+    return "–" if value is None else unbreakable(format_share(value))

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from resnetlab.errors import UsageError
+from resnetlab.formatting import format_estimate
 from resnetlab.studies import verdicts, workers
 from resnetlab.studies.cost_estimate import CostEstimate
 from resnetlab.studies.figures import StudyFigure
@@ -233,12 +234,3 @@ class PlanProgress:
         finished = sum(now >= 1 for now in self._shares)
         text = f"{finished} of {len(self.runs)} runs  {format_estimate(left / speed)} left"
         self._on_runs(round(1000 * (1 - left / sum(self._costs))), 1000, text)
-
-
-def format_estimate(seconds: float) -> str:
-    """A rough duration: "40 s", "12 min", "3.5 h", "2.1 days"."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    if seconds < 5400:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h" if seconds < 2 * DAY else f"{seconds / DAY:.1f} days"

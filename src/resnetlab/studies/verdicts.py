@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from resnetlab.formatting import format_share
+
 FAIL = 0.2  # 2016 Table 1: a run with a larger error has failed
 SEEDS = 3  # fewer runs than this give no verdict
 
@@ -88,10 +90,10 @@ def compare_with_paper(values: list[float], printed: float | None, share: float)
     if not values:
         return "no run ended with a figure"
     if share < 0.999:
-        return f"not comparable: {percent(share)} of the paper's epochs"
+        return f"not comparable: {format_share(share)} of the paper's epochs"
     mean, sd = mean_sd(values)
     if printed is None:
-        return f"{'fails' if mean > FAIL else 'does not fail'} by the paper's measure (above {percent(FAIL)})"
+        return f"{'fails' if mean > FAIL else 'does not fail'} by the paper's measure (above {format_share(FAIL)})"
     away = f"{100 * abs(mean - printed):.2f} points {'above' if mean > printed else 'below'} the paper"
     if sd is None:
         return f"{away}, one seed: no verdict"
@@ -106,8 +108,3 @@ def mean_sd(values: list[float]) -> tuple[float, float | None]:
     if len(values) < 2:
         return mean, None
     return mean, math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1))
-
-
-def percent(share: float) -> str:
-    """A share as people write it: "2 %", "0.06 %", "100 %"."""
-    return f"{100 * share:.2g} %" if share < 0.995 else f"{100 * share:.0f} %"

@@ -13,7 +13,7 @@ from resnetlab.run_folder import RunFolder, read_metrics
 from resnetlab.training import recipes
 from resnetlab.training.curves import curve_points
 from resnetlab.training.recipe import BaseRecipe
-from resnetlab.training.report import format_long_duration, format_value, recipe_rows
+from resnetlab.training.report import format_page_duration, format_value, recipe_rows
 from resnetlab.training.result import TrainResult
 from resnetlab.training.tasks.base import Task
 
@@ -47,7 +47,7 @@ def render_annotated_report(
         caption: what the images show.
     """
     templates = load_templates()
-    templates.filters |= {"duration": format_long_duration, "plain": format_value}
+    templates.filters |= {"duration": format_page_duration, "plain": format_value}
     differences = recipes.describe_changes(recipe, default_precision(task.device_config.device))
     model, data = shlex.quote(result.model), shlex.quote(recipe.data)
     page = templates.get_template("annotated.html.j2").render(

@@ -14,6 +14,7 @@ from resnetlab.evaluation import figures
 from resnetlab.evaluation.gradcam import CamOverlay
 from resnetlab.evaluation.metrics import ClassificationMetrics, wilson_interval
 from resnetlab.evaluation.page import format_interval, load_templates
+from resnetlab.formatting import format_duration, unbreakable
 from resnetlab.training.curves import draw_curves
 
 MISTAKES = 24  # images shown at most
@@ -50,7 +51,7 @@ def render_report(
         result: the figures that the run ended with; errors are fractions, `held_out_error` None where nothing was held out.
     """
     templates = load_templates()
-    templates.filters |= {"duration": format_long_duration, "plain": format_value}
+    templates.filters |= {"duration": format_page_duration, "plain": format_value}
     confusion, n = evaluation.confusion, int(result["n"])
     rows = figures.class_rows(evaluation.classes, confusion)
     page = templates.get_template("report.html.j2").render(
@@ -88,7 +89,7 @@ def render_progress(
 ) -> str:
     """The page of an unfinished run, as HTML that reloads every half minute; arguments as for `render_report`."""
     templates = load_templates()
-    templates.filters |= {"duration": format_long_duration, "plain": format_value}
+    templates.filters |= {"duration": format_page_duration, "plain": format_value}
     train = [line for line in metrics if line["kind"] == "train"]
     held_out = [line for line in metrics if line["kind"] == "held_out"]
     return templates.get_template("running.html.j2").render(
@@ -104,14 +105,9 @@ def render_progress(
     )
 
 
-def format_long_duration(seconds: float) -> str:
-    """A duration: "14.2 s", "3 min 12 s", "2 h 13 min"."""
-    if seconds < 60:
-        return f"{seconds:.1f}\u00a0s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes}\u00a0min {rest}\u00a0s"
-    return f"{minutes // 60:,}\u00a0h {minutes % 60}\u00a0min"
+def format_page_duration(seconds: float) -> str:
+    """A duration on a page: "14.2 s", "3 min 12 s"."""
+    return unbreakable(format_duration(seconds, 1))
 
 
 def format_value(value: Any) -> str:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from resnetlab.errors import UsageError
+from resnetlab.formatting import format_list
 from resnetlab.models.model_file import TrainedModel, load_trained_model
 from resnetlab.models.resnet import ResNet, build_from_spec
 from resnetlab.models.spec import Specification, get_specification, list_network_names
@@ -95,13 +96,9 @@ def _copy_weights(net: ResNet, start: TrainedModel, classes: Sequence[str], plac
     if same:
         return f"starting from {place}, with its head: it has the same {len(classes)} classes"
     return (
-        f"starting from {place} with a new head: it has {len(start.classes)} classes ({_some(start.classes)}), "
-        f"the data {len(classes)} ({_some(classes)})"
+        f"starting from {place} with a new head: it has {len(start.classes)} classes ({format_list(start.classes, 3)}), "
+        f"the data {len(classes)} ({format_list(classes, 3)})"
     )
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
 
 
 def nearest_name(spec: Specification) -> tuple[str, dict[str, Any]]:

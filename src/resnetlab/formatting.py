@@ -1,0 +1,63 @@
+"""Numbers and lists as text for messages, tables and pages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def format_percent(fraction: float, decimals: int = 2) -> str:
+    """A fraction in per cent.
+
+    >>> format_percent(0.0827)
+    '8.27 %'
+    """
+    return f"{100 * fraction:.{decimals}f} %"
+
+
+def format_share(fraction: float) -> str:
+    """A share in per cent, with two significant digits.
+
+    >>> format_share(0.02), format_share(0.000612), format_share(1.0)
+    ('2 %', '0.061 %', '100 %')
+    """
+    return f"{100 * fraction:.2g} %" if fraction < 0.995 else format_percent(fraction, 0)
+
+
+def format_duration(seconds: float, decimals: int = 0) -> str:
+    """A duration; `decimals` are those of less than a minute.
+
+    >>> format_duration(14.23, 1), format_duration(192.4), format_duration(7980)
+    ('14.2 s', '3 min 12 s', '2 h 13 min')
+    """
+    if seconds < 60:
+        return f"{seconds:.{decimals}f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60:,} h {minutes % 60} min"
+
+
+def format_estimate(seconds: float) -> str:
+    """A rough duration, in one unit.
+
+    >>> format_estimate(40), format_estimate(700), format_estimate(12_600), format_estimate(180_000)
+    ('40 s', '12 min', '3.5 h', '2.1 days')
+    """
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 2 * 86_400 else f"{seconds / 86_400:.1f} days"
+
+
+def format_list(names: Sequence[str], limit: int = 8) -> str:
+    """The first few of many names.
+
+    >>> format_list(["a", "b", "c"], 2), format_list([])
+    ('a, b and 1 more', 'none')
+    """
+    shown = ", ".join(names[:limit]) or "none"
+    return shown + (f" and {len(names) - limit:,} more" if len(names) > limit else "")
+
+
+def unbreakable(text: str) -> str:
+    """The text with spaces at which a browser breaks no line."""
+    return text.replace(" ", "\u00a0")
