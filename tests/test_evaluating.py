@@ -226,7 +226,7 @@ SEEN = {"size": (224, 224), "resize": 256}
 
 @pytest.mark.parametrize(("name", "changes", "asked", "error"), [
     ("resnet20", {}, {}, 0.0875),
-    ("resnet20", {"zeros": "centre"}, {}, 0.0875),  # the paper does not say where they stand
+    ("resnet20", {"zero_pad": "centre"}, {}, 0.0875),  # the paper does not say where they stand
     ("preresnet164", {}, {}, 0.0546),
     ("resnet20", {"shortcut": "B"}, {}, None),
     ("resnet20", {}, {"protocol": "flip"}, None),

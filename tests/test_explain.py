@@ -112,11 +112,11 @@ def test_the_overlay_leaves_cold_parts_unchanged() -> None:
         {},
         {"shortcut": "B"},
         {"shortcut": "C"},
-        {"order": "preact"},
-        {"order": "preact", "shortcut": "B"},
+        {"activation_order": "preact"},
+        {"activation_order": "preact", "shortcut": "B"},
         {"shortcut": "exclusive-gate"},
         {"shortcut": "constant"},
-        {"order": "relu-only-preact"},
+        {"activation_order": "relu-only-preact"},
     ],
 )
 @torch.no_grad()

@@ -233,25 +233,16 @@ def evaluate(
     with join_process_group() as world:
         device_config = select_device(precision, device)
         if fit_on is not None:
-            held_out_labels = _labels_by_name(held_out, source.classes, classes)
-            trained = fit_temperatures(
-                trained, columns, held_out, held_out_labels, device_config, world, {"data": data, **about}
-            )
-        all_members = [
-            Member.from_network(
-                each.net, each.preprocessing, device_config, columns=order, temperature=each.temperature
-            )
-            for each, order in zip(trained, columns, strict=True)
-        ]
-        all_scores = predict_scores(
-            all_members,
-            images,
-            device_config,
-            protocol=parsed,
-            world=world,
-            on_progress=lambda done: progress(done, len(images)),
-        )
-    results, skipped = drop_skipped(images, labels, all_scores)
+            truth, about = _labels_by_name(held_out, source.classes, classes), {"data": data} | about
+            trained = fit_temperatures(trained, columns, held_out, truth, device_config, world, about)
+        temperatures = [each.temperature for each in trained]
+        all_members = _make_members(trained, columns, temperatures, device_config)
+
+        def on_progress(done: int) -> None:
+            progress(done, len(images))
+
+        scores = predict_scores(all_members, images, device_config, parsed, world=world, on_progress=on_progress)
+    results, skipped = drop_skipped(images, labels, scores)
     if skipped:
         images = images.subset(torch.tensor([i for i, name in enumerate(images.names) if name not in skipped]))
     members = [ClassificationMetrics.from_scores(classes, scores, truth) for truth, scores in results]
@@ -282,10 +273,7 @@ def fit_temperatures(
     about: dict[str, Any],
 ) -> list[TrainedModel]:
     """Copies of the models with the temperatures that fit a split best, one crop for each image."""
-    members = [
-        Member.from_network(model.net, model.preprocessing, device_config, columns=order)
-        for model, order in zip(models, columns, strict=True)
-    ]
+    members = _make_members(models, columns, [1.0] * len(models), device_config)
     results, skipped = drop_skipped(split, labels, predict_scores(members, split, device_config, world=world))
     calibrated = []
     for model, (truth, scores) in zip(models, results, strict=True):
@@ -294,6 +282,18 @@ def fit_temperatures(
         calibrated[-1].temperature = fit_temperature(log_scores, truth)
         calibrated[-1].calibration = about | {"n": len(split) - len(skipped), "protocol": str(ONE_CROP)}
     return calibrated
+
+
+def _make_members(
+    models: Sequence[TrainedModel],
+    columns: Sequence[Tensor],
+    temperatures: Sequence[float],
+    device_config: DeviceConfig,
+) -> list[Member]:
+    return [
+        Member.from_network(model.net, model.preprocessing, device_config, columns=order, temperature=temperature)
+        for model, order, temperature in zip(models, columns, temperatures, strict=True)
+    ]
 
 
 def _summarise(metrics: ClassificationMetrics) -> dict[str, Any]:

@@ -68,8 +68,8 @@ def predict_scores(
     members: Sequence[Member],
     split: Split,
     device_config: DeviceConfig,
-    *,
     protocol: Protocol = ONE_CROP,
+    *,
     world: World | None = None,
     on_progress: Callable[[int], None] = lambda done: None,
 ) -> list[Tensor]:
