@@ -57,9 +57,7 @@ def test_both_versions_give_the_same_images(tmp_path: Path, name: str) -> None:
     assert isinstance(a.train, sources.Dataset) is False and torch.equal(a.train.labels, b.train.labels)
     assert isinstance(binary.label, int)
     assert a.train.labels.tolist() == records[: len(a.train), binary.label].tolist()
-    assert np.array_equal(
-        a.test.read_images([1])[0][:, :, 2].ravel(), records[len(a.train) + 1, binary.labels + 2048 :]
-    )
+    assert np.array_equal(a.test.read_image(1)[:, :, 2].ravel(), records[len(a.train) + 1, binary.labels + 2048 :])
     assert a.test.names[2] == "test/2"
 
 

@@ -17,8 +17,7 @@ from PIL import Image
 import cells
 from resnetlab.cli.main import run_command as resnetlab_
 from resnetlab.data import box_dataset
-from resnetlab.data.annotated_sampler import AnnotatedSampler, AugmentationDraw, flip_boxes, flip_image
-from resnetlab.data.step_prefetch import StepPrefetcher
+from resnetlab.data.annotated_sampler import AnnotatedLoader, AugmentationDraw, flip_boxes, flip_image
 from resnetlab.distributed import World
 from resnetlab.errors import ModelFileError, UsageError
 from resnetlab.inference.localization import box_around_peak, box_overlap
@@ -264,10 +263,10 @@ def test_fixed_bn_needs_a_classifier(trained: Path, capsys: pytest.CaptureFixtur
 
 
 def test_workers_change_nothing(trained: Path) -> None:
-    steps = AnnotatedSampler(box_dataset.load_boxes(trained / "voc").train, make_detection_sample, 4, 0, "both")
-    alone, helped = StepPrefetcher(steps, 0), StepPrefetcher(steps, 1)
+    train = box_dataset.load_boxes(trained / "voc").train
+    alone, helped = (AnnotatedLoader(train, make_detection_sample, 4, 0, "both", workers=n) for n in (0, 1))
     for step in (0, 1, 5):  # the last is out of turn
-        for a, b in zip(*(it.get(step).micro_batches[0] for it in (alone, helped)), strict=True):
+        for a, b in zip(*(it.micro_batches(step)[0] for it in (alone, helped)), strict=True):
             assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
     helped.close()
 
@@ -345,14 +344,14 @@ def test_the_papers_form_and_additions_from_the_command_line(
 
 def test_micro_batches_do_not_depend_on_the_number_of_processes(trained: Path) -> None:
     train = box_dataset.load_boxes(trained / "voc").train
-    whole = AnnotatedSampler(train, make_detection_sample, 4, 0, "both", micro_batch=2)(3).micro_batches
-    samplers = [AnnotatedSampler(train, make_detection_sample, 4, 0, "both", World(rank, 2), 2) for rank in range(2)]
-    found = [part for sampler in samplers for part in sampler(3).micro_batches]
+    whole = AnnotatedLoader(train, make_detection_sample, 4, 0, "both", micro_batch=2).micro_batches(3)
+    loaders = [AnnotatedLoader(train, make_detection_sample, 4, 0, "both", World(rank, 2), 2) for rank in range(2)]
+    found = [part for loader in loaders for part in loader.micro_batches(3)]
     assert [len(part) for part in whole] == [2, 2] == [len(part) for part in found]
     for ours, theirs in zip(whole, found, strict=True):
         assert all(torch.equal(x, y) for a, b in zip(ours, theirs, strict=True) for x, y in zip(a, b, strict=True))
     with pytest.raises(UsageError, match="batch 4 in micro-batches of 2 cannot be shared evenly by 4 processes"):
-        AnnotatedSampler(train, make_detection_sample, 4, 0, "none", World(0, 4), 2)
+        AnnotatedLoader(train, make_detection_sample, 4, 0, "none", World(0, 4), 2)
     with pytest.raises(UsageError, match="bn_batch 3 does not divide the batch of 8"):
         recipes.find_recipe("boxes", "detect").with_values({"bn_batch": "3"})
 

@@ -147,23 +147,19 @@ def test_few_large_images_are_in_memory_at_a_time(monkeypatch: pytest.MonkeyPatc
 
     test, engine = digits.load_digits().test, select_device("fp32", "cpu")
     asked: list[int] = []
+    score_images = evaluating.score_images
 
-    class Large:
-        labels, names = test.labels, test.names
+    def score(member: Any, images: list[Tensor], *rest: Any) -> Tensor:
+        asked.append(len(images))
+        return score_images(member, images, *rest)
 
-        def __len__(self) -> int:
-            return len(test)
-
-        def read_images(self, indices: Any) -> list[Tensor]:
-            asked.append(len(indices))
-            return test.read_images(indices)
-
+    monkeypatch.setattr(evaluating, "score_images", score)
     member = evaluating.Member.from_network(model(0).net, GREY, engine)
-    (together,) = evaluating.predict_scores([member], Large(), engine)
+    (together,) = evaluating.predict_scores([member], test, engine)
     assert max(asked) > 100
     asked.clear()
     monkeypatch.setattr(evaluating, "READ_BYTES", 64 * 3)  # a digit has 64 bytes
-    (apart,) = evaluating.predict_scores([member], Large(), engine)
+    (apart,) = evaluating.predict_scores([member], test, engine)
     assert max(asked) == 8 and asked.count(3) > 90  # the first of each batch tell how large images are
     torch.testing.assert_close(apart, together, rtol=1e-4, atol=1e-6)
 

@@ -87,7 +87,7 @@ def test_a_flat_val_by_its_list(tmp_path: Path, form: str) -> None:
     assert list(data.test.names) == [f"val/{name(i)}" for i in range(len(TRUTH))]
     expected = [{"n91440764": 3, "n91443537": 2, "n92012849": 0, "n93126707": 1}[SYNSETS[c]] for c in TRUTH]
     assert data.test.labels.tolist() == expected
-    assert data.test.read_images([2])[0].shape == (45, 60, 3)
+    assert data.test.read_image(2).shape == (45, 60, 3)
     assert run_command(["data", "check", str(root), "--no-timing", "--workers", "0"]) == 0  # none of them is a stray
 
 

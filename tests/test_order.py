@@ -20,7 +20,7 @@ from resnetlab.data import cifar, pack, sources
 from resnetlab.data.augment import Augmentation
 from resnetlab.data.crops import Crop
 from resnetlab.data.dataset import Dataset, Split
-from resnetlab.data.disk_split import DiskSplit, ReadOptions
+from resnetlab.data.disk_split import DiskSplit
 from resnetlab.data.mixing import Mixing
 from resnetlab.data.sampler import Batch, TrainLoader, rank_positions, step_indices
 from resnetlab.data.tar_index import index_path
@@ -46,14 +46,14 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Dataset]:
 
 
 def shape(split: Split, side: int) -> Preprocessing:
-    channels = split.read_images([0])[0].shape[-1]
+    channels = split.read_image(0).shape[-1]
     return Preprocessing(channels, (side, side), side, torch.full((channels,), 0.4), torch.full((channels,), 0.3))
 
 
 def batches(split: Split, steps: range, workers: int, world: World, everything: bool) -> list[Batch]:
     if isinstance(split, DiskSplit):
-        split = replace(split, read_options=ReadOptions(workers=workers))
-    preprocessing = shape(split, 24 if isinstance(split, DiskSplit) else split.read_images([0])[0].shape[0])
+        split = replace(split, workers=workers)
+    preprocessing = shape(split, 24 if isinstance(split, DiskSplit) else split.read_image(0).shape[0])
     colour = everything and preprocessing.channels == 3
     augmentation = Augmentation(2, "mean", True, colour, trivial_augment=everything, erasing=0.5 * everything)
     crop = Crop("scale", (26, 40)) if isinstance(split, DiskSplit) else Crop()

@@ -19,7 +19,7 @@ from resnetlab.data import download, pack, shards, tar_index
 from resnetlab.data.augment import Augmentation
 from resnetlab.data.crops import Crop
 from resnetlab.data.dataset import Dataset
-from resnetlab.data.disk_split import DiskSplit, ReadOptions
+from resnetlab.data.disk_split import DiskSplit
 from resnetlab.data.sampler import TrainLoader
 from resnetlab.device import select_device
 from resnetlab.errors import DataError, RunError, UsageError
@@ -57,9 +57,7 @@ def test_the_same_images_in_the_same_order(tmp_path: Path, splits: dict[str, int
     for split in ours.splits:
         a, b = ours.splits[split], theirs.splits[split]
         assert list(a.names) == list(b.names)
-        assert all(
-            torch.equal(x, y) for x, y in zip(a.read_images(range(len(a))), b.read_images(range(len(b))), strict=True)
-        )
+        assert all(torch.equal(x, y) for x, y in ((a.read_image(i), b.read_image(i)) for i in range(len(a))))
     assert torch.equal(batch(ours), batch(theirs))
     assert torch.equal(batch(load(out, workers=2)), batch(theirs))
 
@@ -89,7 +87,7 @@ def test_the_webdataset_format(tmp_path: Path) -> None:
 
 def test_resizing(tmp_path: Path) -> None:
     _, out = packed(tmp_path, resize=42)
-    sizes = [min(image.shape[:2]) for image in load(out).train.read_images(range(24))]
+    sizes = [min(image.shape[:2]) for image in map(load(out).train.read_image, range(24))]
     assert max(sizes) == 42 and min(sizes) < 42
     with pytest.raises(RunError, match="is not empty; choose another folder for the shards"):
         pack.pack_shards(load(tmp_path / "my d"), out)
@@ -246,7 +244,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 def photographs(data: Dataset, workers: int = 0) -> list[torch.Tensor]:
     assert isinstance(data.train, DiskSplit)
-    split = replace(data.train, read_options=ReadOptions(workers=workers))
+    split = replace(data.train, workers=workers)
     shape = Preprocessing(3, (64, 64), 64, torch.zeros(3), torch.ones(3))
     own = TrainLoader(split, shape, Augmentation(flip=True), 16, 1, select_device("fp32", "cpu"), Crop("resized"))
     try:

@@ -1,4 +1,4 @@
-"""Images with boxes or masks, divided into splits, and the check that rejects invalid annotations."""
+"""Images with boxes or masks, divided into splits."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
-from resnetlab.data.disk_split import ON_BAD
-from resnetlab.errors import DataError, unknown_name_error
+from resnetlab.data.error_policy import ErrorPolicy
+from resnetlab.errors import DataError
 from resnetlab.random import seed_for
 
 HELD_OUT_FRACTION = 0.2  # of data without a split to evaluate on
@@ -35,7 +35,7 @@ class AnnotatedDataset(Generic[P]):
     Attributes:
         evaluated_split: the name of `test`: "test", "val", or "held-out" if it was drawn from all images.
         val: evaluated while training; may be empty.
-        skipped: name -> reason, of what was left out.
+        errors: handles images and annotations that cannot be used; lists those that were skipped.
     """
 
     name: str
@@ -44,7 +44,7 @@ class AnnotatedDataset(Generic[P]):
     val: tuple[P, ...]
     test: tuple[P, ...]
     evaluated_split: str
-    skipped: dict[str, str] = field(default_factory=dict)
+    errors: ErrorPolicy = field(default_factory=ErrorPolicy)
 
     @property
     def fingerprint(self) -> str:
@@ -63,23 +63,23 @@ class AnnotatedDataset(Generic[P]):
 
 
 def arrange_annotated_splits(
-    name: str, classes: tuple[str, ...], splits: dict[str, list[P]], skipped: dict[str, str]
+    name: str, classes: tuple[str, ...], splits: dict[str, list[P]], errors: ErrorPolicy
 ) -> AnnotatedDataset[P]:
     """The data set of splits named "train", "val", "test", "trainval", or "" for images without a split.
 
     Where there is no split to evaluate on, a fifth of the images is held out, chosen by name.
     """
     if "trainval" in splits and "test" in splits:  # 2015, appendix A: trained on both, evaluated on test
-        return AnnotatedDataset(name, classes, tuple(splits["trainval"]), (), tuple(splits["test"]), "test", skipped)
+        return AnnotatedDataset(name, classes, tuple(splits["trainval"]), (), tuple(splits["test"]), "test", errors)
     if "train" not in splits and (only := splits.get("", splits.get("trainval"))) is not None:
         train, test = hold_out_images(only, max(1, round(HELD_OUT_FRACTION * len(only))))
-        return AnnotatedDataset(name, classes, train, (), test, "held-out", skipped)
+        return AnnotatedDataset(name, classes, train, (), test, "held-out", errors)
     evaluated = next((split for split in ("test", "val") if split in splits), None)
     if evaluated is None:
-        return arrange_annotated_splits(name, classes, {"": splits["train"]}, skipped)
+        return arrange_annotated_splits(name, classes, {"": splits["train"]}, errors)
     train, test = tuple(splits.get("train", [])), tuple(splits[evaluated])
     val = tuple(splits.get("val", [])) if evaluated == "test" else ()
-    return AnnotatedDataset(name, classes, train, val, test, evaluated, skipped)
+    return AnnotatedDataset(name, classes, train, val, test, evaluated, errors)
 
 
 def hold_out_images(images: Sequence[P], count: int) -> tuple[tuple[P, ...], tuple[P, ...]]:
@@ -94,22 +94,3 @@ def hold_out_images(images: Sequence[P], count: int) -> tuple[tuple[P, ...], tup
         tuple(p for i, p in enumerate(images) if i not in chosen),
         tuple(p for i, p in enumerate(images) if i in chosen),
     )
-
-
-@dataclass
-class AnnotationChecker:
-    """Handles invalid boxes, masks and images: stops at them, or leaves them out and lists them."""
-
-    on_bad: str
-    option: str = "--on-bad-box"
-    skipped: dict[str, str] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if self.on_bad not in ON_BAD:
-            raise unknown_name_error(self.option.strip("-").replace("-", "_"), self.on_bad, ON_BAD)
-
-    def reject(self, what: str, why: str) -> None:
-        """Raises DataError, or lists it as skipped; `what` names the file, and the place in it."""
-        if self.on_bad == "stop":
-            raise DataError(f"{what}: {why}; fix it, or go on without it: {self.option} skip.")
-        self.skipped[what] = why

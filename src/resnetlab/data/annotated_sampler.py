@@ -9,10 +9,11 @@ from typing import Generic, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from resnetlab.data.sampler import step_indices
+from resnetlab.data.error_policy import ErrorPolicy
+from resnetlab.data.prefetch import BatchReader, Prefetcher
+from resnetlab.data.sampler import RandomStream, Sampler
 from resnetlab.distributed import World
 from resnetlab.errors import DataError, UsageError
-from resnetlab.random import make_generator
 
 FLIPS = ("none", "sideways", "both")
 
@@ -38,30 +39,9 @@ class AugmentationDraw(NamedTuple):
     left: float
 
 
-class StepSamples(NamedTuple, Generic[S]):
-    """The samples of a step that could be read, by micro-batch, and (name, reason) of the others."""
-
-    micro_batches: list[list[S]]
-    unreadable: list[tuple[str, str]]
-
-    def handle_unreadable(self, stop: bool, skipped: dict[str, str], option: str) -> list[list[S]]:
-        """The micro-batches; lists what could not be read in `skipped`.
-
-        Raises DataError for an unreadable image where `stop` is set, and for a micro-batch that is left empty.
-        """
-        if self.unreadable and stop:
-            raise DataError(
-                f"{self.unreadable[0][1].rstrip('.')}; fix or remove it, or go on without it: {option} skip."
-            )
-        skipped.update(self.unreadable)
-        if not all(self.micro_batches):
-            raise DataError(f"no image of a micro-batch can be read, such as {self.unreadable[0][1]}")
-        return self.micro_batches
-
-
-@dataclass(frozen=True, eq=False)
-class AnnotatedSampler(Generic[P, S]):
-    """The samples of step t; a value, so that it can be sent to workers.
+@dataclass(eq=False)
+class AnnotatedLoader(Generic[P, S]):
+    """The micro-batches of a training step, samples made of annotated images.
 
     Attributes:
         images: the training images.
@@ -70,6 +50,8 @@ class AnnotatedSampler(Generic[P, S]):
         flips: "none", "sideways" (half are flipped left to right) or "both" (and half upside down: microscopy has no up).
         world: the processes that share each step; this one reads the positions of its share.
         micro_batch: images that go through the network at once; 0 for all of a process's share.
+        errors: handles images that cannot be read.
+        workers: processes that read ahead.
     """
 
     images: Sequence[P]
@@ -79,25 +61,47 @@ class AnnotatedSampler(Generic[P, S]):
     flips: str
     world: World = field(default_factory=World)
     micro_batch: int = 0
+    errors: ErrorPolicy = field(default_factory=ErrorPolicy)
+    workers: int = 0
 
     def __post_init__(self) -> None:
-        divide_batch(self.batch, self.micro_batch, self.world.size)
+        self._share, self._size = divide_batch(self.batch, self.micro_batch, self.world.size)
+        start = self.world.rank * self._share
+        streams = (RandomStream("samples", 5, torch.float32),)
+        sampler = Sampler(len(self.images), self.batch, self.seed, range(start, start + self._share), streams)
+        read = _SampleReader(self.images, self.make_sample, self.flips)
+        self._prefetcher = Prefetcher(BatchReader(sampler, read, read.name_of, list), self.errors, self.workers)
 
-    def __call__(self, step: int) -> StepSamples[S]:
-        indices = step_indices(self.seed, len(self.images), self.batch, step).tolist()
-        draws = torch.rand(self.batch, 5, generator=make_generator(self.seed, "samples", step)).tolist()
-        share, size = divide_batch(self.batch, self.micro_batch, self.world.size)
-        samples: StepSamples[S] = StepSamples([[] for _ in range(share // size)], [])
-        for i in range(share):
-            position = self.world.rank * share + i
-            image, (horizontal, vertical, *crop) = self.images[indices[position]], draws[position]
-            try:
-                flips = horizontal < 0.5 and self.flips != "none", vertical < 0.5 and self.flips == "both"
-                sample = self.make_sample(image, AugmentationDraw(*flips, *crop))
-                samples.micro_batches[i // size].append(sample)
-            except DataError as error:
-                samples.unreadable.append((image.name, str(error)))
-        return samples
+    def micro_batches(self, step: int) -> list[list[S]]:
+        """This process's micro-batches of a step. Raises DataError for a micro-batch that is left empty."""
+        loaded = self._prefetcher.get(step)
+        batches: list[list[S]] = [[] for _ in range(self._share // self._size)]
+        for position, sample in zip(loaded.positions, loaded.samples, strict=True):
+            batches[position // self._size].append(sample)
+        if not all(batches):
+            raise DataError(f"no image of a micro-batch can be read, such as {next(iter(loaded.unreadable.values()))}")
+        return batches
+
+    def close(self) -> None:
+        """Stops the workers, if any."""
+        self._prefetcher.close()
+
+
+@dataclass(frozen=True, eq=False)
+class _SampleReader(Generic[P, S]):
+    """Makes the sample of an image from its random numbers. Picklable, so that workers can run it."""
+
+    images: Sequence[P]
+    make_sample: Callable[[P, AugmentationDraw], S]
+    flips: str
+
+    def __call__(self, index: int, draws: list[float]) -> S:
+        horizontal, vertical, *crop = draws
+        flips = horizontal < 0.5 and self.flips != "none", vertical < 0.5 and self.flips == "both"
+        return self.make_sample(self.images[index], AugmentationDraw(*flips, *crop))
+
+    def name_of(self, index: int) -> str:
+        return self.images[index].name
 
 
 def divide_batch(batch: int, micro_batch: int, processes: int) -> tuple[int, int]:

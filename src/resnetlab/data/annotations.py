@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resnetlab.data.annotated_dataset import AnnotationChecker
 from resnetlab.data.decode import decode_pixels
+from resnetlab.data.error_policy import ErrorPolicy
 from resnetlab.errors import DataError
 
 
@@ -59,7 +59,7 @@ class AnnotatedImage:
 
 
 def make_annotated_image(
-    checker: AnnotationChecker,
+    errors: ErrorPolicy,
     name: str,
     file: Path,
     source: str,
@@ -70,7 +70,7 @@ def make_annotated_image(
     valid: list[tuple[Sequence[float], int, bool]] = []
     for i, (box, label, ignored) in enumerate(annotations):
         if problem := find_box_error(box, size):
-            checker.reject(f"{source}, box {i + 1} of {name}", problem)
+            errors.reject(f"{source}, box {i + 1} of {name}", problem)
         else:
             valid.append((box, label, ignored))
     return AnnotatedImage(

@@ -7,9 +7,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from resnetlab.data.annotated_dataset import AnnotatedDataset, AnnotationChecker, arrange_annotated_splits
+from resnetlab.data.annotated_dataset import AnnotatedDataset, arrange_annotated_splits
 from resnetlab.data.annotations import AnnotatedImage
 from resnetlab.data.coco import read_coco_boxes
+from resnetlab.data.error_policy import ErrorPolicy
 from resnetlab.data.voc import read_voc_boxes
 from resnetlab.errors import DataError
 
@@ -25,10 +26,10 @@ def load_boxes(root: Path, on_bad: str = "stop") -> AnnotatedDataset[AnnotatedIm
     """
     if not root.is_dir():
         raise DataError(f"{root} is not a folder; give one in Pascal VOC's format or with COCO's JSON.")
-    checker = AnnotationChecker(on_bad)
+    errors = ErrorPolicy(on_bad, "--on-bad-box")
     read = read_voc_boxes if (root / "Annotations").is_dir() else read_coco_boxes
-    classes, splits = read(root, checker)
-    return arrange_annotated_splits(str(root), classes, splits, checker.skipped)
+    classes, splits = read(root, errors)
+    return arrange_annotated_splits(str(root), classes, splits, errors)
 
 
 def relabel_boxes(image: AnnotatedImage, indices: Tensor) -> AnnotatedImage:

@@ -180,7 +180,7 @@ class _ChunkCheck:
 
     def _check(self, i: int) -> ImageInfo | str:
         if not isinstance(self.split, DiskSplit):
-            return check_pixels(self.split.read_images([i])[0])
+            return check_pixels(self.split.read_image(i))
         index = int(self.split.indices[i])
         try:
             return check_file(self.split.source.read(index), self.split.source.display_name(index))

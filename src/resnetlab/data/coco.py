@@ -12,8 +12,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from resnetlab.data.annotated_dataset import AnnotationChecker
 from resnetlab.data.annotations import AnnotatedImage, make_annotated_image
+from resnetlab.data.error_policy import ErrorPolicy
 from resnetlab.errors import DataError
 
 SPLITS = ("train", "val", "test")
@@ -28,35 +28,35 @@ class CocoImage(NamedTuple):
     annotations: list[dict[str, Any]]
 
 
-def read_coco_boxes(root: Path, checker: AnnotationChecker) -> tuple[tuple[str, ...], dict[str, list[AnnotatedImage]]]:
+def read_coco_boxes(root: Path, errors: ErrorPolicy) -> tuple[tuple[str, ...], dict[str, list[AnnotatedImage]]]:
     """Classes, in the order of the categories' ids, and the images of each split."""
     files = find_coco_files(root)
     documents = {split: read_coco_document(file) for split, file in files.items()}
     classes = read_coco_classes(files, documents)
     splits = {}
     for split, file in files.items():
-        images = list_coco_images(root, file, documents[split], split, checker)
-        splits[split] = [_read_boxes(image, file, documents[split], classes, checker) for image in images]
+        images = list_coco_images(root, file, documents[split], split, errors)
+        splits[split] = [_read_boxes(image, file, documents[split], classes, errors) for image in images]
     return classes, splits
 
 
 def _read_boxes(
-    image: CocoImage, source: Path, content: dict[str, Any], classes: tuple[str, ...], checker: AnnotationChecker
+    image: CocoImage, source: Path, content: dict[str, Any], classes: tuple[str, ...], errors: ErrorPolicy
 ) -> AnnotatedImage:
     names = {c["id"]: c["name"] for c in content["categories"]}
     boxes = []
     for a in image.annotations:
         where = f"{source}, annotation {a.get('id')}"
         if (name := names.get(a.get("category_id"))) not in classes:
-            checker.reject(where, f"its category {a.get('category_id')!r} is not among the categories")
+            errors.reject(where, f"its category {a.get('category_id')!r} is not among the categories")
             continue
         try:
             x, y, w, h = (float(v) for v in a["bbox"])
         except (KeyError, TypeError, ValueError):
-            checker.reject(where, f"its bbox is {a.get('bbox')!r}, not [x, y, width, height]")
+            errors.reject(where, f"its bbox is {a.get('bbox')!r}, not [x, y, width, height]")
             continue
         boxes.append(((x, y, x + w, y + h), classes.index(name), bool(a.get("iscrowd", 0))))
-    return make_annotated_image(checker, image.name, image.file, str(source), image.size, boxes)
+    return make_annotated_image(errors, image.name, image.file, str(source), image.size, boxes)
 
 
 def find_coco_files(root: Path) -> dict[str, Path]:
@@ -121,7 +121,7 @@ def read_coco_classes(files: dict[str, Path], documents: dict[str, dict[str, Any
 
 
 def list_coco_images(
-    root: Path, source: Path, content: dict[str, Any], split: str, checker: AnnotationChecker
+    root: Path, source: Path, content: dict[str, Any], split: str, errors: ErrorPolicy
 ) -> Iterable[CocoImage]:
     """The images whose files exist; rejects missing files, and annotations of no image."""
     annotations: dict[Any, list[dict[str, Any]]] = defaultdict(list)
@@ -140,22 +140,22 @@ def list_coco_images(
         names.add(name)
         file = next((folder / name for folder in folders if (folder / name).is_file()), None)
         if file is None:
-            checker.reject(f"{source}, image {key}", f"its image {name} does not exist")
+            errors.reject(f"{source}, image {key}", f"its image {name} does not exist")
             continue
         size = (int(entry.get("height") or 0), int(entry.get("width") or 0))
         yield CocoImage(name, file, size if all(size) else (0, 0), annotations[key])
     for key in annotations:
         if key not in name_by_id:
             where = f"{source}, annotation {annotations[key][0].get('id')}"
-            checker.reject(where, f"it is for the image {key!r}, which is not among the images")
-    _reject_unlisted_images(source, names, checker)
+            errors.reject(where, f"it is for the image {key!r}, which is not among the images")
+    _reject_unlisted_images(source, names, errors)
 
 
-def _reject_unlisted_images(source: Path, names: set[str], checker: AnnotationChecker) -> None:
+def _reject_unlisted_images(source: Path, names: set[str], errors: ErrorPolicy) -> None:
     """Rejects images beside a split's own JSON (SPLIT/_annotations.coco.json) that it does not list."""
     from resnetlab.data.decode import SUFFIXES
 
     if source.name == "_annotations.coco.json":
         for file in sorted(source.parent.iterdir()):
             if file.suffix.lower() in SUFFIXES and file.name not in names:
-                checker.reject(str(file), f"{source} does not list it; list images without boxes too")
+                errors.reject(str(file), f"{source} does not list it; list images without boxes too")

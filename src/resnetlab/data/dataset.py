@@ -1,19 +1,20 @@
 """Data sets: splits of images with labels and names, and class names.
 
 Every split, in memory or on disk (data.disk_split), has `labels`, `names`, `len()`, `subset(indices)` and
-`read_images(indices)`: decoded images, uint8 (H, W, C), each at its own size.
+`read_image(i)`: a decoded image, uint8 (H, W, C), at its own size. `errors` handles images that cannot be read.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
 
+from resnetlab.data.error_policy import ErrorPolicy
 from resnetlab.errors import DataError
 from resnetlab.random import seed_for
 
@@ -29,7 +30,18 @@ class Split(Protocol):
     def names(self) -> Sequence[str]:
         """One per image: the file's path below the data set's folder, or "test/12"."""
 
+    @property
+    def errors(self) -> ErrorPolicy:
+        """Handles images that cannot be read, and lists those that were skipped so far."""
+
+    @property
+    def workers(self) -> int:
+        """Processes that decode while the network computes; 0 decodes in this one."""
+
     def __len__(self) -> int: ...
+
+    def name_of(self, i: int) -> str:
+        """names[i], without building the list of all names."""
 
     def subset(self, indices: Tensor) -> Self:
         """The images at `indices`, in that order."""
@@ -37,8 +49,11 @@ class Split(Protocol):
     def with_labels(self, labels: Tensor) -> Self:
         """The same images with other labels."""
 
-    def read_images(self, indices: Sequence[int]) -> list[Tensor]:
-        """Decoded images, uint8 (H, W, C), each at its own size; raises DataError for one that cannot be read."""
+    def read_image(self, i: int) -> Tensor:
+        """Image i, decoded, uint8 (H, W, C), at its own size; raises DataError if it cannot be read."""
+
+    def without_skipped(self) -> Self:
+        """The split without the images that were skipped."""
 
     def update_hash(self, digest: Any) -> None:
         """Updates a hash with the contents of the split."""
@@ -59,6 +74,8 @@ class MemorySplit:
     labels: Tensor
     name: str = "images"
     indices: Tensor | None = None
+    errors: ErrorPolicy = field(default_factory=ErrorPolicy)
+    workers: int = 0
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -68,15 +85,21 @@ class MemorySplit:
         numbers = range(len(self)) if self.indices is None else self.indices.tolist()
         return [f"{self.name}/{i}" for i in numbers]
 
+    def name_of(self, i: int) -> str:
+        return f"{self.name}/{i if self.indices is None else int(self.indices[i])}"
+
     def subset(self, indices: Tensor) -> MemorySplit:
         numbers = indices if self.indices is None else self.indices[indices]
-        return MemorySplit(self.images[indices], self.labels[indices], self.name, numbers)
+        return replace(self, images=self.images[indices], labels=self.labels[indices], indices=numbers)
 
     def with_labels(self, labels: Tensor) -> MemorySplit:
-        return MemorySplit(self.images, labels, self.name, self.indices)
+        return replace(self, labels=labels)
 
-    def read_images(self, indices: Sequence[int]) -> list[Tensor]:
-        return [self.images[i] for i in indices]
+    def read_image(self, i: int) -> Tensor:
+        return self.images[i]
+
+    def without_skipped(self) -> MemorySplit:
+        return self
 
     def update_hash(self, digest: Any) -> None:
         digest.update(self.labels.numpy().tobytes())

@@ -14,9 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from resnetlab.data.decode import decode_pixels
-from resnetlab.errors import DataError, unknown_name_error
-
-ON_BAD = ("stop", "skip")
+from resnetlab.data.error_policy import ErrorPolicy
+from resnetlab.errors import DataError
 
 
 class FileNames(Sequence[str]):
@@ -94,8 +93,7 @@ class ReadOptions:
     workers: int = 0
 
     def __post_init__(self) -> None:
-        if self.on_bad not in ON_BAD:
-            raise unknown_name_error("on_bad_image", self.on_bad, ON_BAD)
+        ErrorPolicy(self.on_bad)  # raises UsageError for another word
 
     def read_quarantine(self) -> frozenset[str]:
         """The names in the quarantine file; raises DataError if it cannot be read."""
@@ -133,14 +131,15 @@ class DiskSplit:
     Attributes:
         where: positions in `source`, int64 (N,).
         labels: int64 (N,), positions in the data set's `classes`.
-        skipped: name -> reason, of the images that were skipped so far because they could not be read.
+        errors: handles images that cannot be read; shared by all subsets.
+        workers: processes that decode, see `ReadOptions`.
     """
 
     source: ImageSource
     indices: Tensor
     labels: Tensor
-    read_options: ReadOptions = field(default_factory=ReadOptions)
-    skipped: dict[str, str] = field(default_factory=dict)
+    errors: ErrorPolicy = field(default_factory=ErrorPolicy)
+    workers: int = 0
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -149,8 +148,7 @@ class DiskSplit:
     def names(self) -> Sequence[str]:
         return [self.source.names[i] for i in self.indices.tolist()]
 
-    def name(self, i: int) -> str:
-        """names[i], without building the list of all names."""
+    def name_of(self, i: int) -> str:
         return self.source.names[int(self.indices[i])]
 
     def subset(self, indices: Tensor) -> DiskSplit:
@@ -159,15 +157,14 @@ class DiskSplit:
     def with_labels(self, labels: Tensor) -> DiskSplit:
         return replace(self, labels=labels)
 
-    def read_images(self, indices: Sequence[int]) -> list[Tensor]:
-        places = (int(self.indices[i]) for i in indices)
-        return [decode_pixels(self.source.read(i), self.source.display_name(i)) for i in places]
+    def read_image(self, i: int) -> Tensor:
+        index = int(self.indices[i])
+        return decode_pixels(self.source.read(index), self.source.display_name(index))
 
     def without_skipped(self) -> DiskSplit:
-        """The split without the images that were skipped."""
-        if not self.skipped:
+        if not self.errors.skipped:
             return self
-        readable = [k for k, i in enumerate(self.indices.tolist()) if self.source.names[i] not in self.skipped]
+        readable = [k for k, name in enumerate(self.names) if name not in self.errors.skipped]
         return self.subset(torch.tensor(readable, dtype=torch.long))
 
     def update_hash(self, digest: Any) -> None:

@@ -25,6 +25,7 @@ from torch import Tensor
 from resnetlab.data.dataset import Dataset, Split, split_stratified
 from resnetlab.data.decode import SUFFIXES, is_hidden, resolve_ancestors
 from resnetlab.data.disk_split import DiskSplit, FileNames, FileSource, ReadOptions
+from resnetlab.data.error_policy import ErrorPolicy
 from resnetlab.data.labels import DEVKIT, read_class_names, read_flat_labels
 from resnetlab.errors import DataError
 from resnetlab.formatting import format_list
@@ -277,4 +278,4 @@ def _make_folder_split(
     empty = set(range(len(folders))) - set(labels[kept].tolist())
     if empty:
         raise DataError(f"the quarantine list leaves no image of class {folders[min(empty)]} in {root}.")
-    return DiskSplit(source, kept, labels[kept], read_options)
+    return DiskSplit(source, kept, labels[kept], ErrorPolicy(read_options.on_bad), read_options.workers)

@@ -17,8 +17,9 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from resnetlab.data import coco
-from resnetlab.data.annotated_dataset import AnnotatedDataset, AnnotationChecker, arrange_annotated_splits
+from resnetlab.data.annotated_dataset import AnnotatedDataset, arrange_annotated_splits
 from resnetlab.data.decode import decode_pixels
+from resnetlab.data.error_policy import ErrorPolicy
 from resnetlab.data.voc import list_voc_images, read_voc_splits
 from resnetlab.errors import DataError
 
@@ -123,13 +124,13 @@ def load_masks(root: Path, on_bad: str = "stop") -> AnnotatedDataset[MaskedImage
     """
     if not root.is_dir():
         raise DataError(f"{root} is not a folder; give one in Pascal VOC's format or with COCO's JSON.")
-    checker = AnnotationChecker(on_bad, "--on-bad-mask")
+    errors = ErrorPolicy(on_bad, "--on-bad-mask")
     read = _read_voc_masks if (root / "SegmentationClass").is_dir() else _read_coco_masks
-    classes, splits = read(root, checker)
-    return arrange_annotated_splits(str(root), classes, splits, checker.skipped)
+    classes, splits = read(root, errors)
+    return arrange_annotated_splits(str(root), classes, splits, errors)
 
 
-def _read_voc_masks(root: Path, checker: AnnotationChecker) -> tuple[tuple[str, ...], dict[str, list[MaskedImage]]]:
+def _read_voc_masks(root: Path, errors: ErrorPolicy) -> tuple[tuple[str, ...], dict[str, list[MaskedImage]]]:
     folder = root / "SegmentationClass"
     masks = {file.stem: file for file in sorted(folder.glob("*.png"))}
     images = list_voc_images(root / "JPEGImages")
@@ -138,9 +139,9 @@ def _read_voc_masks(root: Path, checker: AnnotationChecker) -> tuple[tuple[str, 
     for stem in dict.fromkeys(stem for stems in splits.values() for stem in stems):
         if stem not in images:
             mask = masks.get(stem, folder / f"{stem}.png")
-            checker.reject(str(mask), f"its image {stem} is not in {root / 'JPEGImages'}")
+            errors.reject(str(mask), f"its image {stem} is not in {root / 'JPEGImages'}")
         elif stem not in masks:
-            checker.reject(str(images[stem]), f"it has no mask {folder / f'{stem}.png'}")
+            errors.reject(str(images[stem]), f"it has no mask {folder / f'{stem}.png'}")
         else:
             pairs[stem] = (images[stem], masks[stem])
     classes = _read_mask_classes(root) or _number_classes([mask for _, mask in pairs.values()])
@@ -151,9 +152,9 @@ def _read_voc_masks(root: Path, checker: AnnotationChecker) -> tuple[tuple[str, 
                 width, height = opened.size
             MaskFile(file, len(classes)).read_mask((height, width))
         except DataError as error:
-            checker.reject(str(file), str(error).removeprefix(f"{file} ").rstrip("."))
+            errors.reject(str(file), str(error).removeprefix(f"{file} ").rstrip("."))
         except OSError as error:
-            checker.reject(str(image), f"it cannot be read ({error})")
+            errors.reject(str(image), f"it cannot be read ({error})")
         else:
             valid[stem] = MaskedImage(f"JPEGImages/{image.name}", image, MaskFile(file, len(classes)))
     return classes, {split: [valid[stem] for stem in stems if stem in valid] for split, stems in splits.items()}
@@ -183,7 +184,7 @@ def _number_classes(files: list[Path]) -> tuple[str, ...]:
     return ("background", *(f"class {i}" for i in range(1, largest + 1)))
 
 
-def _read_coco_masks(root: Path, checker: AnnotationChecker) -> tuple[tuple[str, ...], dict[str, list[MaskedImage]]]:
+def _read_coco_masks(root: Path, errors: ErrorPolicy) -> tuple[tuple[str, ...], dict[str, list[MaskedImage]]]:
     files = coco.find_coco_files(root)
     documents = {split: coco.read_coco_document(file) for split, file in files.items()}
     classes = coco.read_coco_classes(files, documents)
@@ -191,14 +192,14 @@ def _read_coco_masks(root: Path, checker: AnnotationChecker) -> tuple[tuple[str,
     for split, file in files.items():
         values = {c["id"]: classes.index(str(c["name"])) + 1 for c in documents[split]["categories"]}
         splits[split] = [
-            MaskedImage(image.name, image.file, Polygons(_read_polygons(image, file, values, checker)))
-            for image in coco.list_coco_images(root, file, documents[split], split, checker)
+            MaskedImage(image.name, image.file, Polygons(_read_polygons(image, file, values, errors)))
+            for image in coco.list_coco_images(root, file, documents[split], split, errors)
         ]
     return ("background", *classes), splits
 
 
 def _read_polygons(
-    image: coco.CocoImage, source: Path, values: dict[Any, int], checker: AnnotationChecker
+    image: coco.CocoImage, source: Path, values: dict[Any, int], errors: ErrorPolicy
 ) -> tuple[tuple[int, tuple[tuple[float, ...], ...]], ...]:
     """The outlines of an image's objects, the largest object first; `values`: category id -> mask value."""
     objects = []
@@ -206,11 +207,11 @@ def _read_polygons(
         where = f"{source}, annotation {a.get('id')}"
         outlines = a.get("segmentation")
         if a.get("category_id") not in values:
-            checker.reject(where, f"its category {a.get('category_id')!r} is not among the categories")
+            errors.reject(where, f"its category {a.get('category_id')!r} is not among the categories")
         elif not isinstance(outlines, list) or not outlines:
-            checker.reject(where, "its segmentation is not a list of polygons (run lengths are not read; convert them)")
+            errors.reject(where, "its segmentation is not a list of polygons (run lengths are not read; convert them)")
         elif any(len(o) < 6 or len(o) % 2 or not all(isinstance(v, int | float) for v in o) for o in outlines):
-            checker.reject(where, "one of its polygons has fewer than three corners, or is not made of numbers")
+            errors.reject(where, "one of its polygons has fewer than three corners, or is not made of numbers")
         else:
             value = VOID if a.get("iscrowd") else values[a["category_id"]]
             shapes = tuple(tuple(float(v) for v in o) for o in outlines)

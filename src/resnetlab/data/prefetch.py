@@ -1,4 +1,4 @@
-"""Loads images of a split in batches, in this process or in workers that run ahead; both give the same batches."""
+"""Reads images in batches, in this process or in workers that run ahead; both give the same batches."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import signal
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from functools import partial
+from itertools import count
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from PIL import Image
@@ -16,7 +18,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from resnetlab.data.dataset import MemorySplit, Split
-from resnetlab.data.disk_split import DiskSplit
+from resnetlab.data.error_policy import ErrorPolicy
 from resnetlab.device import DeviceConfig
 from resnetlab.errors import DataError
 from resnetlab.preprocessing import Preprocessing
@@ -24,51 +26,74 @@ from resnetlab.preprocessing import Preprocessing
 T = TypeVar("T")
 
 
-class ImageBatch(NamedTuple):
-    """Images of one size.
+class LoadedBatch(NamedTuple, Generic[T]):
+    """What could be read of a batch.
 
     Attributes:
-        pixels: uint8 (B, h, w, C).
-        positions: their positions among the requested images, int64 (B,).
-        unreadable: (name, reason) of the other requested images.
+        samples: the samples, collated.
+        positions: their positions among the requested images.
+        unreadable: name -> reason, of the other requested images.
     """
 
-    pixels: Tensor
-    positions: Tensor
-    unreadable: list[tuple[str, str]]
+    samples: T
+    positions: list[int]
+    unreadable: dict[str, str]
 
 
-def load_batch(split: Split, indices: Sequence[int], transform: Callable[[int, Tensor], Tensor]) -> ImageBatch:
-    """Decodes the images at `indices` and applies `transform(k, pixels)` to each, k counting from 0.
+@dataclass(frozen=True, eq=False)
+class BatchReader(Generic[T]):
+    """Reads the images of a batch. Picklable, so that workers can run it.
 
-    Under "stop" it ends at the first unreadable image; the main process raises the error (`handle_unreadable`).
+    Attributes:
+        arguments: batch number -> the arguments of `read` for each image: its index, and its random numbers.
+        read: returns one sample; raises DataError if the image cannot be read.
+        name_of: index -> name of the image.
+        collate: list of samples -> samples of the batch.
     """
-    images, positions, unreadable = [], [], []
-    for k, i in enumerate(indices):
-        try:
-            image = split.read_images([i])[0]
-        except DataError as error:
-            assert isinstance(split, DiskSplit)
-            unreadable.append((split.name(i), str(error)))
-            if split.read_options.on_bad == "stop":
-                break
-            continue
-        images.append(transform(k, image))
-        positions.append(k)
-    pixels = torch.stack(images) if images else torch.empty(0, 1, 1, 1, dtype=torch.uint8)
-    return ImageBatch(pixels, torch.tensor(positions, dtype=torch.long), unreadable)
+
+    arguments: Callable[[int], Sequence[tuple[Any, ...]]]
+    read: Callable[..., Any]
+    name_of: Callable[[int], str]
+    collate: Callable[[list[Any]], T]
+
+    def __call__(self, batch: int) -> LoadedBatch[T]:
+        images, found = self.arguments(batch), ErrorPolicy("skip")  # the main process decides whether to stop
+        read = found.read_each(
+            range(len(images)), lambda k: self.read(*images[k]), lambda k: self.name_of(images[k][0])
+        )
+        samples = dict(read)
+        return LoadedBatch(self.collate(list(samples.values())), list(samples), found.skipped)
 
 
-def handle_unreadable(split: Split, batch: ImageBatch) -> ImageBatch:
-    """Returns the batch and records what was skipped. Raises DataError under "stop" if an image is unreadable."""
-    if batch.unreadable:
-        assert isinstance(split, DiskSplit)
-        if split.read_options.on_bad == "stop":
-            raise DataError(
-                f"{batch.unreadable[0][1].rstrip('.')}; fix or remove it, or go on without it: --on-bad-image skip."
-            )
-        split.skipped.update(batch.unreadable)
-    return batch
+def stack_images(images: list[Tensor]) -> Tensor:
+    """uint8 (B, h, w, C); B may be 0."""
+    return torch.stack(images) if images else torch.empty(0, 1, 1, 1, dtype=torch.uint8)
+
+
+class Prefetcher(Generic[T]):
+    """Returns what a reader reads for one step after another; a step out of order restarts the workers."""
+
+    def __init__(self, reader: BatchReader[T], errors: ErrorPolicy, workers: int, pin: bool = False) -> None:
+        """`errors` handles the images that cannot be read; `pin` returns tensors in pinned memory."""
+        self._reader, self._errors, self._workers, self._pin = reader, errors, workers, pin
+        self._results: Iterator[LoadedBatch[T]] | None = None
+        self._next = -1  # the step that `_results` yields next
+
+    def get(self, step: int) -> LoadedBatch[T]:
+        """The batch of a step. Raises DataError under "stop" if an image cannot be read."""
+        if self._results is None or step != self._next:
+            self.close()
+            self._results = prefetch(self._reader, count(step), self._workers, self._pin)
+        self._next = step + 1
+        batch = next(self._results)
+        self._errors.handle(batch.unreadable)
+        return batch
+
+    def close(self) -> None:
+        """Stops the workers, if any."""
+        results, self._results = self._results, None
+        if results is not None:
+            results.close()  # type: ignore[attr-defined]  # a generator
 
 
 def default_workers(device_config: DeviceConfig) -> int:
@@ -138,7 +163,7 @@ class PreprocessedSplit:
         return (len(self.split), *self.preprocessing.size, self.preprocessing.channels)
 
     def __getitem__(self, i: int) -> Tensor:
-        return preprocess_image(self.preprocessing, self.split.read_images([i])[0])
+        return preprocess_image(self.preprocessing, self.split.read_image(i))
 
     def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yields (pixels uint8 (B, h, w, C), labels int64 (B,)) of all images in order, without those that are skipped."""
@@ -146,27 +171,16 @@ class PreprocessedSplit:
         if isinstance(split, MemorySplit) and tuple(split.images.shape[1:]) == self.shape[1:]:
             yield from zip(torch.split(split.images, size), torch.split(split.labels, size), strict=True)
             return
-
-        workers = split.read_options.workers if isinstance(split, DiskSplit) else 0
         starts = range(0, len(split), size)
-        chunks = prefetch(_ChunkReader(split, self.preprocessing, size), starts, workers)
-        for start, batch in zip(starts, chunks, strict=True):
-            pixels, positions, _ = handle_unreadable(split, batch)
-            if len(positions):
-                yield pixels, split.labels[start + positions]
+        reader = BatchReader(partial(_list_chunk, len(split), size), self.__getitem__, split.name_of, stack_images)
+        for start, batch in zip(starts, prefetch(reader, starts, split.workers), strict=True):
+            split.errors.handle(batch.unreadable)
+            if batch.positions:
+                yield batch.samples, split.labels[start + torch.tensor(batch.positions)]
 
 
-@dataclass(frozen=True, eq=False)
-class _ChunkReader:
-    """Loads `size` images from an index on. Picklable, so that workers can run it."""
-
-    split: Split
-    preprocessing: Preprocessing
-    size: int
-
-    def __call__(self, start: int) -> ImageBatch:
-        indices = range(start, min(start + self.size, len(self.split)))
-        return load_batch(self.split, indices, lambda _, pixels: preprocess_image(self.preprocessing, pixels))
+def _list_chunk(n: int, size: int, start: int) -> list[tuple[int]]:
+    return [(i,) for i in range(start, min(start + size, n))]
 
 
 def preprocess_image(preprocessing: Preprocessing, pixels: Tensor) -> Tensor:

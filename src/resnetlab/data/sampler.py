@@ -6,11 +6,9 @@ A step's batch does not depend on the number of processes that share it: each pr
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
-from itertools import count
-from typing import NamedTuple
+from functools import cached_property, lru_cache, partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,9 +17,8 @@ from resnetlab.data import crops, trivial_augment
 from resnetlab.data.augment import Augmentation
 from resnetlab.data.crops import Crop
 from resnetlab.data.dataset import MemorySplit, Split
-from resnetlab.data.disk_split import DiskSplit
 from resnetlab.data.mixing import Mixing
-from resnetlab.data.prefetch import ImageBatch, handle_unreadable, load_batch, prefetch, preprocess_image
+from resnetlab.data.prefetch import BatchReader, Prefetcher, preprocess_image, stack_images
 from resnetlab.device import DeviceConfig, to_device
 from resnetlab.distributed import World
 from resnetlab.errors import DataError, UsageError
@@ -78,39 +75,62 @@ def _permutation(seed: int, n: int, epoch: int) -> Tensor:
     return torch.randperm(n, generator=make_generator(seed, "order", epoch))
 
 
-@dataclass(frozen=True, eq=False)
-class StepReader:
-    """Loads the pixels of a step: decoded, cropped and augmented one by one. Picklable, so that workers can run it."""
+class RandomStream(NamedTuple):
+    """Random numbers in [0, 1), `per_image` for each image of a step; `use` is part of their seed."""
 
-    split: Split
-    preprocessing: Preprocessing
-    crop: Crop
-    trivial_augment: bool
+    use: str
+    per_image: int
+    dtype: torch.dtype = torch.float64
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """The images of a step that one process takes, and their random numbers. Picklable, so that workers can run it.
+
+    Attributes:
+        n: images of the data set.
+        batch_size: images of a step, over all processes.
+        positions: the positions of the step that this process takes.
+    """
+
+    n: int
     batch_size: int
     seed: int
     positions: range
+    streams: tuple[RandomStream, ...] = ()
 
-    def __call__(self, step: int) -> ImageBatch:
-        indices = self._own(step_indices(self.seed, len(self.split), self.batch_size, step)).tolist()
-        crop_draws = self._draw("crop", step, crops.NUM_DRAWS)
-        augment_draws = self._draw("trivial", step, trivial_augment.NUM_DRAWS) if self.trivial_augment else []
+    def indices(self, step: int) -> Tensor:
+        """Indices of this process's images; int64 (len(positions),)."""
+        return self._own(step_indices(self.seed, self.n, self.batch_size, step))
 
-        def transform(k: int, pixels: Tensor) -> Tensor:
-            if self.crop.kind == "centre":
-                cropped = preprocess_image(self.preprocessing, pixels)
-            else:
-                cropped = self.crop(pixels, self.preprocessing.size[0], crop_draws[k])
-            return trivial_augment.trivial_augment(cropped, augment_draws[k]) if self.trivial_augment else cropped
+    def __call__(self, step: int) -> list[tuple[Any, ...]]:
+        """(index, random numbers of each stream) of each image."""
+        numbers = [self._own(self._draw(stream, step)).tolist() for stream in self.streams]
+        return list(zip(self.indices(step).tolist(), *numbers, strict=True))
 
-        return load_batch(self.split, indices, transform)
-
-    def _draw(self, use: str, step: int, count: int) -> list[list[float]]:
-        """`count` random numbers in [0, 1) for each of this process's positions."""
-        draws = torch.rand(self.batch_size, count, generator=make_generator(self.seed, use, step), dtype=torch.float64)
-        return self._own(draws).tolist()
+    def _draw(self, stream: RandomStream, step: int) -> Tensor:
+        generator = make_generator(self.seed, stream.use, step)
+        return torch.rand(self.batch_size, stream.per_image, generator=generator, dtype=stream.dtype)
 
     def _own(self, x: Tensor) -> Tensor:
         return x[self.positions.start : self.positions.stop]
+
+
+def read_train_image(
+    split: Split,
+    preprocessing: Preprocessing,
+    crop: Crop,
+    index: int,
+    crop_draws: list[float],
+    augment_draws: list[float] | None = None,
+) -> Tensor:
+    """Image `index` of a split, decoded, cropped and, given `augment_draws`, augmented; uint8 (h, w, C)."""
+    pixels = split.read_image(index)
+    if crop.kind == "centre":
+        pixels = preprocess_image(preprocessing, pixels)
+    else:
+        pixels = crop(pixels, preprocessing.size[0], crop_draws)
+    return pixels if augment_draws is None else trivial_augment.trivial_augment(pixels, augment_draws)
 
 
 @dataclass(eq=False)
@@ -133,30 +153,27 @@ class TrainLoader:
     mixing: Mixing = field(default_factory=Mixing)
     num_classes: int = 0
     world: World = field(default_factory=World)
-    _results: Iterator[ImageBatch] | None = field(default=None, init=False)
-    _next: int = field(default=-1, init=False)  # the step that `_results` yields next
 
     def batch(self, step: int) -> Batch:
         """This process's images of step `step`, augmented, normalised and mixed, on the device.
 
         Images that cannot be read are missing from it if they are to be skipped.
         """
-        own = rank_positions(self.batch_size, self.world)
-        indices = step_indices(self.seed, len(self.split), self.batch_size, step)[own.start : own.stop]
+        sampler = self._sampler
+        indices, device = sampler.indices(step), self.device_config.device
         one_by_one = self.augmentation.trivial_augment or self.crop.kind != "centre"
         if self._on_device is not None and not one_by_one:
-            chosen, read = to_device(indices, self.device_config.device), torch.arange(len(indices))
+            chosen, read = to_device(indices, device), torch.arange(len(indices))
             pixels, labels = (x.index_select(0, chosen) for x in self._on_device)
         else:
-            pixels, read, _ = handle_unreadable(self.split, self._load(step))
-            if not len(read):
+            loaded = self._prefetcher.get(step)
+            if not loaded.positions:
                 raise DataError(
                     f"none of the {len(indices):,} images of step {step:,} can be read; fix them: resnetlab data check."
                 )
-            pixels, labels = (
-                to_device(x, self.device_config.device) for x in (pixels, self.split.labels[indices[read]])
-            )
-        positions = own.start + read
+            read = torch.tensor(loaded.positions)
+            pixels, labels = (to_device(x, device) for x in (loaded.samples, self.split.labels[indices[read]]))
+        positions = sampler.positions.start + read
         images = self.augmentation(
             pixels,
             self.preprocessing,
@@ -178,19 +195,21 @@ class TrainLoader:
             self.split.labels, self.device_config.device
         )
 
-    def _load(self, step: int) -> ImageBatch:
-        """The pixels of a step from the workers, which run ahead step by step; a step out of order restarts them."""
-        if self._results is None or step != self._next:
-            own, change = rank_positions(self.batch_size, self.world), self.augmentation.trivial_augment
-            job = StepReader(self.split, self.preprocessing, self.crop, change, self.batch_size, self.seed, own)
-            workers = self.split.read_options.workers if isinstance(self.split, DiskSplit) else 0
-            self.close()
-            self._results = prefetch(job, count(step), workers, pin=self.device_config.device.type == "cuda")
-        self._next = step + 1
-        return next(self._results)
+    @cached_property
+    def _sampler(self) -> Sampler:
+        streams = [RandomStream("crop", crops.NUM_DRAWS)]
+        if self.augmentation.trivial_augment:
+            streams.append(RandomStream("trivial", trivial_augment.NUM_DRAWS))
+        positions = rank_positions(self.batch_size, self.world)
+        return Sampler(len(self.split), self.batch_size, self.seed, positions, tuple(streams))
+
+    @cached_property
+    def _prefetcher(self) -> Prefetcher[Tensor]:
+        split, pin = self.split, self.device_config.device.type == "cuda"
+        read = partial(read_train_image, split, self.preprocessing, self.crop)
+        reader = BatchReader(self._sampler, read, split.name_of, stack_images)
+        return Prefetcher(reader, split.errors, split.workers, pin)
 
     def close(self) -> None:
         """Stops the workers, if any."""
-        results, self._results = self._results, None
-        if results is not None:
-            results.close()  # type: ignore[attr-defined]  # a generator
+        self._prefetcher.close()

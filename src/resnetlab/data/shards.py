@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from resnetlab.data import download, remote_shards
 from resnetlab.data.dataset import Dataset
 from resnetlab.data.disk_split import DiskSplit, FileNames, ReadOptions
+from resnetlab.data.error_policy import ErrorPolicy
 from resnetlab.data.folder import SPLITS, arrange_splits
 from resnetlab.data.remote_shards import is_url
 from resnetlab.data.tar_index import TarIndex, read_index
@@ -189,4 +190,5 @@ def _make_shard_split(
     labels = torch.tensor([label_of[sample.label] for sample, _ in rows])
     if emptied := set(labels.tolist()) - set(labels[kept].tolist()):
         raise DataError(f"the quarantine list leaves no image of class {classes[min(emptied)]} in {tars[0].parent}.")
-    return DiskSplit(source, torch.tensor(kept, dtype=torch.long), labels[kept], read_options)
+    errors, positions = ErrorPolicy(read_options.on_bad), torch.tensor(kept, dtype=torch.long)
+    return DiskSplit(source, positions, labels[kept], errors, read_options.workers)

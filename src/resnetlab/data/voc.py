@@ -11,16 +11,16 @@ from __future__ import annotations
 from pathlib import Path
 from xml.etree import ElementTree
 
-from resnetlab.data.annotated_dataset import AnnotationChecker
 from resnetlab.data.annotations import AnnotatedImage, make_annotated_image
 from resnetlab.data.decode import SUFFIXES
+from resnetlab.data.error_policy import ErrorPolicy
 from resnetlab.errors import DataError
 
 SPLIT_NAMES = ("train", "trainval", "val", "test")
 VocObject = tuple[tuple[float, float, float, float], str, bool]  # box, class, difficult
 
 
-def read_voc_boxes(root: Path, checker: AnnotationChecker) -> tuple[tuple[str, ...], dict[str, list[AnnotatedImage]]]:
+def read_voc_boxes(root: Path, errors: ErrorPolicy) -> tuple[tuple[str, ...], dict[str, list[AnnotatedImage]]]:
     """Classes, in the order of their names, and the images of each split."""
     images = list_voc_images(root / "JPEGImages")
     annotations = {file.stem: file for file in sorted((root / "Annotations").glob("*.xml"))}
@@ -29,9 +29,9 @@ def read_voc_boxes(root: Path, checker: AnnotationChecker) -> tuple[tuple[str, .
     for stem in dict.fromkeys(stem for stems in lists.values() for stem in stems):
         expected = annotations.get(stem, root / "Annotations" / f"{stem}.xml")
         if stem not in images:
-            checker.reject(str(expected), f"its image {stem} is not in {root / 'JPEGImages'}")
+            errors.reject(str(expected), f"its image {stem} is not in {root / 'JPEGImages'}")
         elif stem not in annotations:
-            checker.reject(str(images[stem]), f"it has no annotation {expected}")
+            errors.reject(str(images[stem]), f"it has no annotation {expected}")
         else:
             parsed[stem] = parse_voc_annotation(annotations[stem])
     training = lists.get("train") or lists.get("trainval") or next(iter(lists.values()))
@@ -39,7 +39,7 @@ def read_voc_boxes(root: Path, checker: AnnotationChecker) -> tuple[tuple[str, .
     if not classes:
         raise DataError(f"{root} has no box to train on; each <object> needs a <name> and a <bndbox>.")
     splits = {
-        split: [_make_image(images[s], annotations[s], *parsed[s], classes, checker) for s in stems if s in parsed]
+        split: [_make_image(images[s], annotations[s], *parsed[s], classes, errors) for s in stems if s in parsed]
         for split, stems in lists.items()
     }
     return classes, splits
@@ -51,7 +51,7 @@ def _make_image(
     size: tuple[int, int],
     objects: list[VocObject],
     classes: tuple[str, ...],
-    checker: AnnotationChecker,
+    errors: ErrorPolicy,
 ) -> AnnotatedImage:
     boxes = []
     for i, (box, name, difficult) in enumerate(objects):
@@ -59,8 +59,8 @@ def _make_image(
             boxes.append((box, classes.index(name), difficult))
         else:
             where = f"{source}, box {i + 1} of {file.name}"
-            checker.reject(where, f"its class {name!r} is none of the training classes ({', '.join(classes)})")
-    return make_annotated_image(checker, f"JPEGImages/{file.name}", file, str(source), size, boxes)
+            errors.reject(where, f"its class {name!r} is none of the training classes ({', '.join(classes)})")
+    return make_annotated_image(errors, f"JPEGImages/{file.name}", file, str(source), size, boxes)
 
 
 def list_voc_images(folder: Path) -> dict[str, Path]:

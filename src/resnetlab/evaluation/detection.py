@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from resnetlab.data.annotations import AnnotatedImage
+from resnetlab.data.error_policy import ErrorPolicy
 from resnetlab.device import DeviceConfig, eval_mode, to_device
-from resnetlab.errors import DataError, missing_package
+from resnetlab.errors import missing_package
 from resnetlab.models.head_spec import DetectionOptions
 
 
@@ -34,26 +35,15 @@ def predict_boxes(
     images: Sequence[AnnotatedImage],
     device_config: DeviceConfig,
     testing: DetectionOptions,
-    on_bad: str,
-    skipped: dict[str, str],
+    errors: ErrorPolicy,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[list[AnnotatedImage], list[Detections]]:
-    """The images that can be read, and the boxes found in each; unreadable images are listed in `skipped`.
-
-    Raises DataError for an unreadable image if `on_bad` is "stop".
-    """
+    """The images that can be read, and the boxes found in each; `errors` handles the others."""
     readable, detections = [], []
-    for i, image in enumerate(images, 1):
-        try:
-            pixels = image.read_pixels()
-        except DataError as error:
-            if on_bad == "stop":
-                raise
-            skipped[image.name] = str(error)
-            continue
+    for image, pixels in errors.read_each(images, AnnotatedImage.read_pixels):
         readable.append(image)
         detections.append(predict_image_boxes(net, pixels, device_config, testing))
-        on_progress(i, len(images))
+        on_progress(len(readable), len(images))
     return readable, detections
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from resnetlab.data import sources
 from resnetlab.data.dataset import MemorySplit, Split
-from resnetlab.data.disk_split import DiskSplit, ReadOptions
+from resnetlab.data.disk_split import ReadOptions
 from resnetlab.data.prefetch import PreprocessedSplit
 from resnetlab.device import DeviceConfig, select_device
 from resnetlab.distributed import World, join_process_group
@@ -156,10 +156,9 @@ def drop_skipped(
         return [(labels, each) for each in scores], {}
     if not bool(readable.any()):
         raise DataError("no image can be read; fix them: resnetlab data check.")
-    reasons = split.skipped if isinstance(split, DiskSplit) else {}
     names = split.subset(torch.nonzero(~readable).flatten()).names
     return [(labels[readable], each[readable]) for each in scores], {
-        n: reasons.get(n, "could not be read") for n in names
+        n: split.errors.skipped.get(n, "could not be read") for n in names
     }
 
 

@@ -57,7 +57,7 @@ class _CroppedImages:
 
     def __getitem__(self, i: int) -> Tensor:
         """uint8 (h, w, C)."""
-        return self._preprocessing(tensor_to_pil(self._images.read_images([i])[0]))
+        return self._preprocessing(tensor_to_pil(self._images.read_image(i)))
 
 
 def write_evaluation(evaluation: Evaluation, folder: Path) -> None:

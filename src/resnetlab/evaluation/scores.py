@@ -17,10 +17,8 @@ import torch
 from torch import Tensor
 
 from resnetlab.data.dataset import Split
-from resnetlab.data.disk_split import DiskSplit
 from resnetlab.device import DeviceConfig, eval_mode, to_device
 from resnetlab.distributed import World
-from resnetlab.errors import DataError
 from resnetlab.evaluation.protocols import ONE_CROP, Protocol, generate_views
 from resnetlab.models.fold import fold_batchnorm
 from resnetlab.models.resnet import ResNet
@@ -104,8 +102,7 @@ def predict_scores(
     for rows in scores:
         world.all_reduce_(rows)  # every row was filled by one process and is zero in the others, so the sum is exact
     world.all_reduce_(counts)
-    if isinstance(split, DiskSplit):
-        split.skipped.update(world.merge_dicts(split.skipped))
+    split.errors.skipped.update(world.merge_dicts(split.errors.skipped))
     if not bool((counts == 1).all()):
         raise RuntimeError("an image was not evaluated exactly once")  # a bug, never a fault of the data
     return scores
@@ -128,30 +125,12 @@ def _read_batches(split: Split, indices: list[int]) -> Iterator[tuple[list[int],
     images: list[Tensor] = []
     while start < len(indices):
         group = indices[start : start + size]
-        readable, new = _read_readable(split, group)
-        positions, images, start = positions + readable, images + new, start + len(group)
-        size = max(1, min(BATCH, READ_BYTES // max((image.nbytes for image in new), default=1)))
+        new = dict(split.errors.read_each(group, split.read_image, split.name_of))
+        positions, images, start = positions + list(new), images + list(new.values()), start + len(group)
+        size = max(1, min(BATCH, READ_BYTES // max((image.nbytes for image in new.values()), default=1)))
         if images and (start == len(indices) or sum(image.nbytes for image in images) >= READ_BYTES):
             yield positions, images
             positions, images = [], []
-
-
-def _read_readable(split: Split, indices: list[int]) -> tuple[list[int], list[Tensor]]:
-    """The images at `indices` that can be read; raises DataError for another, unless the split skips such images."""
-    if not isinstance(split, DiskSplit):
-        return indices, split.read_images(indices)
-    readable, images = [], []
-    for i in indices:
-        try:
-            images += split.read_images([i])
-            readable.append(i)
-        except DataError as error:
-            if split.read_options.on_bad == "stop":
-                raise DataError(
-                    f"{str(error).rstrip('.')}; fix or remove it, or skip it: --on-bad-image skip."
-                ) from error
-            split.skipped[split.name(i)] = str(error)
-    return readable, images
 
 
 def score_images(member: Member, images: list[Tensor], protocol: Protocol, device_config: DeviceConfig) -> Tensor:

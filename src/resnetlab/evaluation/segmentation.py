@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from resnetlab.data.error_policy import ErrorPolicy
 from resnetlab.data.mask_dataset import VOID, MaskedImage
 from resnetlab.device import DeviceConfig, eval_mode, to_device
-from resnetlab.errors import DataError
 from resnetlab.models.head_spec import SegmenterSpec
 
 
@@ -84,27 +84,16 @@ def compute_segmentation_metrics(
     classes: tuple[str, ...],
     spec: SegmenterSpec,
     device_config: DeviceConfig,
-    on_bad: str,
-    skipped: dict[str, str],
+    errors: ErrorPolicy,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> SegmentationMetrics:
-    """Evaluates a segmenter on images at their own size; unreadable images are listed in `skipped`.
-
-    Raises DataError for an unreadable image if `on_bad` is "stop".
-    """
+    """Evaluates a segmenter on images at their own size; `errors` handles those that cannot be read."""
     confusion, evaluated = torch.zeros(len(classes), len(classes), dtype=torch.int64), []
-    for i, image in enumerate(images, 1):
-        try:
-            pixels, mask = image.read()
-        except DataError as error:
-            if on_bad == "stop":
-                raise
-            skipped[image.name] = str(error)
-            continue
+    for image, (pixels, mask) in errors.read_each(images, MaskedImage.read):
         predicted = segment_image(net, pixels, spec, device_config)
         valid = mask != VOID
         pairs = mask[valid].long() * len(classes) + predicted[valid]
         confusion += torch.bincount(pairs, minlength=len(classes) ** 2).view_as(confusion)
         evaluated.append(image)
-        on_progress(i, len(images))
+        on_progress(len(evaluated), len(images))
     return SegmentationMetrics(classes, confusion, evaluated)

@@ -75,8 +75,7 @@ def evaluate_detector(
     indices = torch.tensor(_match_classes(dataset.classes, model.classes, data, path))
     name, images = select_split(dataset, split)
     truth = [box_dataset.relabel_boxes(image, indices) for image in images]
-    skipped = dict(dataset.skipped)
-    truth, detections = predict_boxes(model.net, truth, device_config, testing, on_bad, skipped, on_progress)
+    truth, detections = predict_boxes(model.net, truth, device_config, testing, dataset.errors, on_progress)
     options = {
         "model": str(path),
         "data": str(data),
@@ -86,7 +85,7 @@ def evaluate_detector(
         "context": cast(DetectorSpec, model.head_spec).context,
     }
     metrics = compute_detection_metrics(truth, detections, model.classes).to_json()
-    return options | metrics | ({"skipped": skipped} if skipped else {})
+    return options | metrics | _skipped_to_json(dataset)
 
 
 def evaluate_segmenter(
@@ -112,12 +111,16 @@ def evaluate_segmenter(
             "give the same names, in the same order, to both."
         )
     name, images = select_split(dataset, split)
-    skipped, spec = dict(dataset.skipped), cast(SegmenterSpec, model.head_spec)
+    spec = cast(SegmenterSpec, model.head_spec)
     metrics = compute_segmentation_metrics(
-        model.net, images, model.classes, spec, device_config, on_bad, skipped, on_progress
+        model.net, images, model.classes, spec, device_config, dataset.errors, on_progress
     )
     options = {"model": str(path), "data": str(data), "split": name}
-    return options | metrics.to_json() | ({"skipped": skipped} if skipped else {})
+    return options | metrics.to_json() | _skipped_to_json(dataset)
+
+
+def _skipped_to_json(data: AnnotatedDataset[Any]) -> dict[str, Any]:
+    return {"skipped": data.errors.skipped} if data.errors.skipped else {}
 
 
 def _match_classes(theirs: Sequence[str], ours: Sequence[str], data: Path, path: Path) -> list[int]:

@@ -65,7 +65,7 @@ def _read_check_images(split: Split, preprocessing: Preprocessing) -> Iterator[T
     total = 0
     for i in spread_positions(len(split), MAX_IMAGES, 1):
         try:
-            image = _to_pixels(tensor_to_pil(split.read_images([i])[0]), preprocessing)
+            image = _to_pixels(tensor_to_pil(split.read_image(i)), preprocessing)
         except DataError:
             continue
         if (total := total + image.numel()) > MAX_VALUES:

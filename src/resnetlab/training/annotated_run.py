@@ -26,7 +26,6 @@ E = TypeVar("E", bound=TrainResult)
 def plan_annotated_task(
     recipe: AnnotatedRecipe,
     data: AnnotatedDataset[P],
-    on_bad: str,
     device_config: DeviceConfig,
     workers: int | None,
     started_in: Path,
@@ -42,7 +41,6 @@ def plan_annotated_task(
         sides=recipe.sides,
         flips=recipe.flips,
         val_images=recipe.val_images,
-        on_bad=on_bad,
         batch=recipe.batch,
         bn_batch=recipe.bn_batch,
         seed=recipe.seed,

@@ -32,7 +32,7 @@ def prepare_detection_run(
     values = {
         key: getattr(recipe, key) for key in ("image_size", "longest", "bn", "frozen", "form", "context", "pyramid")
     }
-    plan = annotated_run.plan_annotated_task(recipe, data, recipe.on_bad_box, device_config, workers, started_in)
+    plan = annotated_run.plan_annotated_task(recipe, data, device_config, workers, started_in)
     task = prepare_detection_task(plan, values, recipe.anchors, recipe.regions)
     count, classes = sum(len(p.boxes) for p in task.train), len(task.classes)
     images = f"{len(task.train):,} images, {count:,} boxes of {classes} classes"

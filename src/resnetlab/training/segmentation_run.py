@@ -30,7 +30,7 @@ def prepare_segmentation_run(
     """Reads the data and builds the network."""
     data = mask_dataset.load_masks(started_in / recipe.data, recipe.on_bad_mask)
     values = {key: getattr(recipe, key) for key in ("image_size", "longest", "bn", "frozen", "head", "output_stride")}
-    plan = annotated_run.plan_annotated_task(recipe, data, recipe.on_bad_mask, device_config, workers, started_in)
+    plan = annotated_run.plan_annotated_task(recipe, data, device_config, workers, started_in)
     task = prepare_segmentation_task(plan, values)
     images = f"{len(task.train):,} images of {len(task.classes)} classes"
     annotated_run.report_plan(task, recipe, f"{recipe.net} ({recipe.head}) on {recipe.data}: {images}", report)

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from resnetlab.data.annotated_dataset import AnnotatedDataset, AnnotatedItem, hold_out_images
-from resnetlab.data.annotated_sampler import FLIPS, AnnotatedSampler, AugmentationDraw, StepSamples
-from resnetlab.data.step_prefetch import StepPrefetcher
+from resnetlab.data.annotated_sampler import FLIPS, AnnotatedLoader, AugmentationDraw
+from resnetlab.data.error_policy import ErrorPolicy
 from resnetlab.device import DeviceConfig
 from resnetlab.errors import DataError, UsageError, unknown_name_error
 from resnetlab.models.annotated_model import AnnotatedModel
@@ -56,7 +56,6 @@ class Plan(Generic[P]):
     sides: tuple[int, ...]
     flips: str
     val_images: int
-    on_bad: str
     batch: int
     bn_batch: int
     seed: int
@@ -74,31 +73,33 @@ class AnnotatedTask(Generic[P, S]):
     """
 
     task: ClassVar[str]
-    skip_option: ClassVar[str]  # the option that decides on invalid images
 
     net: nn.Module
     spec: Specification
     head_spec: HeadSpec
     classes: tuple[str, ...]
-    steps: StepPrefetcher[StepSamples[S]]
+    loader: AnnotatedLoader[P, S]
     train: Sequence[P]
     held_out: Sequence[P]
     test: Sequence[P]
     evaluated_split: str
     data: Mapping[str, str]
     device_config: DeviceConfig
-    on_bad: str
-    skipped: dict[str, str]
+    errors: ErrorPolicy
     holdout: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def micro_batches(self, step: int) -> list[list[S]]:
         """This process's micro-batches of step `step`."""
-        samples = self.steps.get(step)
-        return samples.handle_unreadable(self.on_bad == "stop", self.skipped, self.skip_option)
+        return self.loader.micro_batches(step)
+
+    @property
+    def skipped(self) -> Mapping[str, str]:
+        """name -> reason, of the images and annotations skipped so far."""
+        return self.errors.skipped
 
     def close(self) -> None:
         """Ends the reading processes."""
-        self.steps.close()
+        self.loader.close()
 
     def annotated_model(self, recipe: Mapping[str, Any], metrics: Mapping[str, Mapping[str, Any]]) -> AnnotatedModel:
         """The content of the model file."""
@@ -116,7 +117,6 @@ class PreparedData(NamedTuple, Generic[P]):
     train: tuple[P, ...]
     held_out: tuple[P, ...]
     holdout: dict[str, list[str]]
-    skipped: dict[str, str]
     start: StartingNetwork
 
     def build_task(
@@ -128,24 +128,30 @@ class PreparedData(NamedTuple, Generic[P]):
         make_sample: Callable[[P, AugmentationDraw], Any],
     ) -> T:
         """The task for a complete network."""
-        world = plan.device_config.world
-        steps = AnnotatedSampler(
-            self.train, make_sample, plan.batch, plan.seed, plan.flips, world=world, micro_batch=plan.bn_batch
+        loader = AnnotatedLoader(
+            self.train,
+            make_sample,
+            plan.batch,
+            plan.seed,
+            plan.flips,
+            world=plan.device_config.world,
+            micro_batch=plan.bn_batch,
+            errors=plan.data.errors,
+            workers=plan.workers,
         )
         return kind(
             net=plan.device_config.place(net),
             spec=self.start.net.spec,
             head_spec=head_spec,
             classes=plan.data.classes,
-            steps=StepPrefetcher(steps, plan.workers),
+            loader=loader,
             train=self.train,
             held_out=self.held_out,
             test=plan.data.test,
             evaluated_split=plan.data.evaluated_split,
             data={"name": plan.name, "fingerprint": plan.data.fingerprint + self.start.digest},
             device_config=plan.device_config,
-            on_bad=plan.on_bad,
-            skipped=self.skipped,
+            errors=plan.data.errors,
             holdout=self.holdout,
         )
 
@@ -159,10 +165,10 @@ def prepare_data(plan: Plan[P], read: Callable[[P], Tensor], bn: str) -> Prepare
     if plan.flips not in FLIPS:
         raise unknown_name_error("flips", plan.flips, FLIPS)
     train, held_out, holdout = divide_images(plan.data, plan.val_images)
-    skipped = dict(plan.data.skipped)
-    images = read_some_images(train, read, plan.on_bad, skipped)
+    some = train[:: max(1, len(train) // STATISTICS_IMAGES)]  # evenly spaced
+    images = (pixels for _, pixels in plan.data.errors.read_each(some, read))
     start = build_starting_network(plan.net, plan.specification, plan.start_from, plan.init, plan.seed, bn, images)
-    return PreparedData(train, held_out, holdout, skipped, start)
+    return PreparedData(train, held_out, holdout, start)
 
 
 class StartingNetwork(NamedTuple):
@@ -236,19 +242,6 @@ def divide_images(
         )
     train, held_out = hold_out_images(data.train, val_images)
     return train, held_out, holdout | {"evaluated while training": [p.name for p in held_out]}
-
-
-def read_some_images(
-    images: Sequence[P], read: Callable[[P], Tensor], on_bad: str, skipped: dict[str, str]
-) -> Iterator[Tensor]:
-    """Pixels of about STATISTICS_IMAGES images, evenly spaced; lists unreadable ones, or raises DataError under "stop"."""
-    for image in images[:: max(1, len(images) // STATISTICS_IMAGES)]:
-        try:
-            yield read(image)
-        except DataError as error:
-            if on_bad == "stop":
-                raise
-            skipped[image.name] = str(error)
 
 
 def channel_statistics(images: Iterable[Tensor]) -> tuple[tuple[float, ...], tuple[float, ...]]:

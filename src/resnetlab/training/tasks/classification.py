@@ -18,7 +18,7 @@ from resnetlab.data import sources
 from resnetlab.data.augment import Augmentation
 from resnetlab.data.crops import Crop
 from resnetlab.data.dataset import MemorySplit, Split, split_stratified
-from resnetlab.data.disk_split import DiskSplit, ReadOptions
+from resnetlab.data.disk_split import ReadOptions
 from resnetlab.data.fingerprints import match_fingerprints, record_fingerprints
 from resnetlab.data.mixing import Mixing
 from resnetlab.data.prefetch import PreprocessedSplit
@@ -110,7 +110,7 @@ class ClassificationTask:
 
     def evaluated_images(self, split: Split) -> PreprocessedSplit:
         """The images of an evaluated split as the network got them, in the evaluation's order."""
-        return PreprocessedSplit(split.without_skipped() if isinstance(split, DiskSplit) else split, self.preprocessing)
+        return PreprocessedSplit(split.without_skipped(), self.preprocessing)
 
     def reference_images(self) -> ReferenceImages | None:
         """The images that the model file keeps (models.reference_images); None if none of them can be read."""
@@ -148,7 +148,7 @@ class ClassificationTask:
     def skipped(self) -> Mapping[str, str]:
         """name -> reason, of the images skipped so far because they could not be read."""
         splits = (self.loader.split, self.held_out, self.test)
-        return {name: why for split in splits if isinstance(split, DiskSplit) for name, why in split.skipped.items()}
+        return {name: why for split in splits for name, why in split.errors.skipped.items()}
 
     def trained_model(self, recipe: Mapping[str, Any], metrics: Mapping[str, Mapping[str, Any]]) -> TrainedModel:
         """The content of the model file."""

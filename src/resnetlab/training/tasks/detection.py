@@ -45,7 +45,6 @@ class DetectionTask(AnnotatedTask[AnnotatedImage, DetectionSample]):
     """A detector with its training and evaluation images (`tasks.base`)."""
 
     task = "detect"
-    skip_option = "--on-bad-box"
 
     head_spec: DetectorSpec
 
@@ -65,9 +64,7 @@ class DetectionTask(AnnotatedTask[AnnotatedImage, DetectionSample]):
 
     def evaluate(self, images: Sequence[AnnotatedImage]) -> DetectionMetrics:
         """Evaluates the network in its present state."""
-        truth, detections = predict_boxes(
-            self.net, images, self.device_config, DetectionOptions(), self.on_bad, self.skipped
-        )
+        truth, detections = predict_boxes(self.net, images, self.device_config, DetectionOptions(), self.errors)
         return compute_detection_metrics(truth, detections, self.classes)
 
     def evaluate_held_out(self) -> dict[str, float] | None:

@@ -51,7 +51,6 @@ class SegmentationTask(AnnotatedTask[MaskedImage, SegmentationSample]):
     """A segmenter with its training and evaluation images (`tasks.base`)."""
 
     task = "segment"
-    skip_option = "--on-bad-mask"
 
     head_spec: SegmenterSpec
 
@@ -68,7 +67,7 @@ class SegmentationTask(AnnotatedTask[MaskedImage, SegmentationSample]):
     def evaluate(self, images: Sequence[MaskedImage]) -> SegmentationMetrics:
         """Evaluates the network in its present state."""
         return compute_segmentation_metrics(
-            self.net, images, self.classes, self.head_spec, self.device_config, self.on_bad, self.skipped
+            self.net, images, self.classes, self.head_spec, self.device_config, self.errors
         )
 
     def evaluate_held_out(self) -> dict[str, float] | None:
