@@ -32,7 +32,7 @@ def test_both_formats_give_the_same_boxes(voc: Path, coco: Path) -> None:
     for one, other in zip(a.train + a.test, b.train + b.test, strict=True):
         assert torch.equal(one.boxes, other.boxes) and torch.equal(one.labels, other.labels)
         assert torch.equal(one.read_pixels(), other.read_pixels())
-    assert a.skipped == b.skipped == {}
+    assert a.errors.skipped == b.errors.skipped == {}
 
 
 def test_both_formats_give_the_same_masks(voc: Path, coco: Path) -> None:
@@ -54,7 +54,7 @@ def test_an_image_without_a_box_is_background(voc: Path, coco: Path) -> None:
     (coco / "train.json").write_text(json.dumps(document))
     for root in (voc, coco):
         data = box_dataset.load_boxes(root)
-        assert len(data.train) == 6 and data.train[0].boxes.shape == (0, 4) and data.skipped == {}
+        assert len(data.train) == 6 and data.train[0].boxes.shape == (0, 4) and data.errors.skipped == {}
 
 
 def test_a_fifth_of_data_without_lists_is_held_out(voc: Path) -> None:
@@ -100,7 +100,7 @@ def test_invalid_boxes_stop_or_are_skipped(damage: Callable[[Path], None], messa
     with pytest.raises(DataError, match=message + r".*--on-bad-box skip"):
         box_dataset.load_boxes(voc)
     data = box_dataset.load_boxes(voc, "skip")
-    assert len(data.train) == left and len(data.skipped) == 1
+    assert len(data.train) == left and len(data.errors.skipped) == 1
     assert left == 5 or len(data.train[1].boxes) == 1  # the other box is kept
 
 
@@ -111,7 +111,7 @@ def test_a_class_without_training_boxes_is_rejected(voc: Path) -> None:
     ):
         box_dataset.load_boxes(voc)
     data = box_dataset.load_boxes(voc, "skip")
-    assert len(data.test[1].boxes) == 0 and len(data.skipped) == 1
+    assert len(data.test[1].boxes) == 0 and len(data.errors.skipped) == 1
 
 
 BROKEN = {  # these stop under either policy
@@ -191,7 +191,7 @@ def test_invalid_json_annotations_stop_or_are_skipped(damage: Callable[[Path], N
     damage(coco)
     with pytest.raises(DataError, match=message):
         box_dataset.load_boxes(coco)
-    assert len(box_dataset.load_boxes(coco, "skip").skipped) == 1
+    assert len(box_dataset.load_boxes(coco, "skip").errors.skipped) == 1
 
 
 def test_an_image_that_is_not_of_its_annotations_size_stops(voc: Path) -> None:
@@ -224,7 +224,7 @@ def test_invalid_masks_stop_or_are_skipped(damage: Callable[[Path], object], mes
     with pytest.raises(DataError, match=message + r".*--on-bad-mask skip"):
         mask_dataset.load_masks(voc)
     data = mask_dataset.load_masks(voc, "skip")
-    assert len(data.train) == 5 and len(data.skipped) == 1
+    assert len(data.train) == 5 and len(data.errors.skipped) == 1
 
 
 def test_a_folder_of_neither_format_is_refused(tmp_path: Path) -> None:

@@ -22,11 +22,11 @@ from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 from torchvision.ops.poolers import initLevelMapper
 
-from resnetlab.random import seed_for
 from resnetlab.errors import UsageError
 from resnetlab.models.backbone import Backbone, levels, prepare_backbone
 from resnetlab.models.head_spec import DetectorSpec
 from resnetlab.models.resnet import ResNet
+from resnetlab.random import seed_for
 
 ASPECT_RATIOS = (0.5, 1.0, 2.0)  # of anchors, height to width
 REGION_FEATURES = 1024  # of a region in the form "fpn"

@@ -8,10 +8,10 @@ from torch.nn import functional as F
 from torchvision.models.segmentation.deeplabv3 import DeepLabHead
 from torchvision.models.segmentation.fcn import FCNHead
 
-from resnetlab.random import seed_for
 from resnetlab.models.backbone import Backbone, dilate, levels, prepare_backbone
 from resnetlab.models.head_spec import SegmenterSpec
 from resnetlab.models.resnet import ResNet
+from resnetlab.random import seed_for
 
 HEAD_TYPES = {"fcn": FCNHead, "deeplab": DeepLabHead}
 
