@@ -1,24 +1,31 @@
-"""Code shared by `resnetlab detect` and `resnetlab segment`: training, printed predictions, export."""
+"""`resnetlab detect` and `resnetlab segment`: `train`, and the commands of all tasks restricted to one.
+
+The task is in the model file, so `detect predict` is `predict` without the options of classifiers.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import functools
+import inspect
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Protocol
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
 from resnetlab.cli import console, launch
+from resnetlab.cli.evaluate import CLASSIFIER_EVALUATION, evaluate, print_box_classes, print_mask_classes
+from resnetlab.cli.predict import CLASSIFIER_PREDICTION, DETECTOR_OPTIONS, predict, save_overlay
 from resnetlab.cli.train import print_recipe
-from resnetlab.errors import DataError, UsageError
+from resnetlab.errors import UsageError
 from resnetlab.formatting import format_duration, format_percent
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from resnetlab.training.recipe import BaseRecipe
     from resnetlab.training.result import TrainResult
+
+Decorator = Callable[[Callable[[], None]], Callable[..., None]]
 
 
 @Parameter(name="*")
@@ -77,6 +84,54 @@ class TrainOptions:
 
 
 DEFAULT_OPTIONS = TrainOptions()
+
+
+def detect_train(
+    data: str | None = None, /, *, on_bad_box: str | None = None, options: TrainOptions = DEFAULT_OPTIONS
+) -> None:
+    """Train a detector, a Faster R-CNN on a residual network; write a run folder with the model and a report.
+
+    Example: `resnetlab detect train blood-cells --steps 1000`
+
+    Parameters
+    ----------
+    data
+        A folder in Pascal VOC's format (Annotations/, JPEGImages/, ImageSets/Main/) or with COCO's JSON (train.json, val.json,
+        or annotations/instances_train.json and so on).
+    on_bad_box
+        stop at an invalid box or image, or skip it: left out, and listed in the run folder.
+    """
+    result = train_annotated("detect", data, options, {"on_bad_box": on_bad_box})
+    if result is not None:
+        metrics = {f"{result.split} mAP@.5": result.map_50, "mAP@[.5:.95]": result.map, "VOC mAP": result.voc_map}
+        _print_result(result, {name: f"{value:.3f}" for name, value in metrics.items()}, options.json)
+        if not options.json:
+            print_box_classes(result.per_class)
+
+
+def segment_train(
+    data: str | None = None, /, *, on_bad_mask: str | None = None, options: TrainOptions = DEFAULT_OPTIONS
+) -> None:
+    """Train a segmenter, a fully convolutional head on a residual network; write a run folder with the model and a report.
+
+    Example: `resnetlab segment train cells --set head=deeplab`
+
+    Parameters
+    ----------
+    data
+        A folder in Pascal VOC's format (SegmentationClass/, JPEGImages/, ImageSets/Segmentation/, classes.txt) or with COCO's
+        JSON.
+    on_bad_mask
+        stop at an invalid mask or image, or skip it: left out, and listed in the run folder.
+    """
+    result = train_annotated("segment", data, options, {"on_bad_mask": on_bad_mask})
+    if result is not None:
+        wrong = format_percent(result.pixel_error)
+        _print_result(
+            result, {f"{result.split} mean IoU": f"{result.mean_iou:.3f}", "wrong pixels": wrong}, options.json
+        )
+        if not options.json:
+            print_mask_classes(result.per_class)
 
 
 def train_annotated(task: str, data: str | None, options: TrainOptions, recipe_values: Mapping[str, str | None]) -> Any:
@@ -148,96 +203,178 @@ def _train_in_process(
     return result if is_first_process() else None
 
 
-def print_result(result: TrainResult, rows: Sequence[tuple[str, str]]) -> None:
-    """Prints the result as a table."""
-    time = f"{result.steps:,} steps in {format_duration(result.seconds)}, {result.images_per_second:.1f} images/s"
-    budget = [("budget", result.budget)] if result.budget else []
-    for name, text in [*rows, *budget, ("trained", time), ("model", result.model), ("report", result.report)]:
+def _print_result(result: TrainResult, metrics: Mapping[str, str], json: bool) -> None:
+    """Prints the result as a table, or as one JSON document."""
+    if json:
+        return console.print_json(result.to_json())
+    duration = format_duration(result.seconds)
+    rows = dict(metrics) | ({"budget": result.budget} if result.budget else {})
+    rows |= {"trained": f"{result.steps:,} steps in {duration}, {result.images_per_second:.1f} images/s"}
+    for name, text in (rows | {"model": result.model, "report": result.report}).items():
         print(f"{name:<18} {text}")
-    print()
+    return print()
 
 
-def parse_integers(option: str, text: str | None) -> tuple[int, ...]:
-    """Parses comma-separated integers; () for None."""
-    try:
-        return tuple(int(part) for part in text.split(",")) if text else ()
-    except ValueError:
-        raise UsageError(f"{option} takes comma-separated whole numbers, such as 240,300,360, not {text!r}.") from None
+def _restrict(command: Callable[..., None], task: str, hidden: Collection[str]) -> Decorator:
+    """Gives a documented stub the code and options of `command`, for models of one task and without the options `hidden`."""
+
+    def decorate(stub: Callable[[], None]) -> Callable[..., None]:
+        @functools.wraps(command)
+        def run(*models: str, **options: Any) -> None:
+            from resnetlab.models.annotated_model import check_task
+
+            for model in models[:1]:  # `predict` has images after it
+                check_task(Path(model), task)
+            command(*models, **options)
+
+        signature = inspect.signature(command, eval_str=True)
+        parameters = [p for name, p in signature.parameters.items() if name not in hidden]
+        run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+        _, heading, documented = (inspect.getdoc(command) or "").partition("Parameters\n")
+        run.__doc__ = f"{inspect.getdoc(stub)}\n\n{heading}{documented}"
+        return run
+
+    return decorate
 
 
-def list_image_paths(images: Sequence[str]) -> list[Path]:
-    """The given images, with folders expanded."""
-    from resnetlab.data.decode import find_image_files
+@_restrict(evaluate, "detect", CLASSIFIER_EVALUATION)
+def detect_evaluate() -> None:
+    """Evaluate a detector: mean average precision by COCO's and Pascal VOC's rules, per class.
 
-    if not images:
-        raise UsageError("predict needs images: files or folders.")
-    return list(find_image_files(map(Path, images)))
-
-
-class DrawablePrediction(Protocol):
-    """The prediction for one image."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def overlay(self) -> Image.Image | None: ...
-    @property
-    def error(self) -> str | None: ...
-    def to_json(self) -> dict[str, Any]: ...
-
-
-def print_annotated_predictions(predictions: Iterable[DrawablePrediction], out: Path | None, suffix: str) -> None:
-    """Prints the predictions as one JSON document, and writes each overlay to `out`.
-
-    Raises DataError at the end if an image could not be read; the other predictions are printed.
+    Example: `resnetlab detect evaluate runs/blood-cells/model.safetensors --data blood-cells`
     """
-    entries, failed = [], []
-    for prediction in predictions:
-        entry = prediction.to_json()
-        if prediction.error:
-            failed.append(prediction.error)
-        elif out is not None and prediction.overlay is not None:
-            entry["drawn"] = str(save_overlay(prediction.overlay, out, Path(prediction.name).stem, suffix))
-        entries.append(entry)
-    console.print_json({"predictions": entries})
-    if failed:
-        raise DataError(f"{len(failed):,} of {len(entries):,} images could not be read: {failed[0]}")
 
 
-def save_overlay(overlay: Image.Image, out: Path, stem: str, suffix: str) -> Path:
-    """Writes an overlay under an unused name; raises RunError if it cannot."""
-    from resnetlab.run_folder import write_error
+@_restrict(evaluate, "segment", CLASSIFIER_EVALUATION | DETECTOR_OPTIONS)
+def segment_evaluate() -> None:
+    """Evaluate a segmenter: intersection over union of each class and their mean, on images at their own size.
 
-    file = _unused_path(out, stem, suffix)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        overlay.save(file)
-    except OSError as error:
-        raise write_error(file, error) from error
-    return file
+    Example: `resnetlab segment evaluate runs/cells/model.safetensors --data cells`
+    """
 
 
-def _unused_path(folder: Path, stem: str, suffix: str) -> Path:
-    """A path without a file; a number is added, since two folders may hold images of the same name."""
-    number = 1
-    while (file := folder / f"{stem}{'' if number == 1 else f'-{number}'}.{suffix}.png").exists():
-        number += 1
-    return file
+@_restrict(predict, "detect", CLASSIFIER_PREDICTION)
+def detect_predict() -> None:
+    """Find objects in images; print JSON, and write each image with its boxes as a PNG.
+
+    Example: `resnetlab detect predict runs/blood-cells/model.safetensors smear.jpg --out found`
+
+    An unreadable image gives an entry with the reason; the others are still predicted, and the exit code is 1.
+    """
 
 
-def export_annotated_model(model: Path, task: str, images: Sequence[str], out: Path, json: bool) -> None:
-    """Writes an ONNX graph and prints its agreement with PyTorch on images."""
-    from resnetlab.data.decode import decode
-    from resnetlab.inference.annotated import image_to_pixels, open_annotated_model
-    from resnetlab.inference.annotated_export import export_annotated
+@_restrict(predict, "segment", CLASSIFIER_PREDICTION | DETECTOR_OPTIONS | {"score"})
+def segment_predict() -> None:
+    """Segment images; print each class's fraction as JSON, and write each image tinted by class as a PNG.
 
+    Example: `resnetlab segment predict runs/cells/model.safetensors smear.jpg --out found`
+
+    An unreadable image gives an entry with the reason; the others are still predicted, and the exit code is 1.
+    """
+
+
+def export_annotated(
+    model: Path, /, *images: str, out: Path | None = None, json: Annotated[bool, Parameter(negative="")] = False
+) -> None:
+    """Export a detector or segmenter as an ONNX graph, and check it: agreement with PyTorch and largest difference on images.
+
+    Parameters
+    ----------
+    model
+        A detector's or segmenter's model file.
+    images
+        Images, or folders of images, that the graph is checked on.
+    out
+        The file to write, ending in .onnx; by default the model's name with .onnx.
+    json
+        Print the check as one JSON document.
+    """
+    from resnetlab.data.decode import find_image_files
+    from resnetlab.inference.annotated import open_annotated_model, read_pixels
+    from resnetlab.inference.annotated_export import export_annotated as export_graph
+    from resnetlab.models.annotated_model import read_task
+
+    out = out or model.with_suffix(".onnx")
     if out.suffix != ".onnx":
         raise UsageError(f"--out {out}: the file name must end in .onnx.")
-    loaded, _ = open_annotated_model(model, task, "fp32", "cpu")
-    parity = export_annotated(loaded, out, [image_to_pixels(decode(file)) for file in list_image_paths(images)])
-    figures = {"file": str(out)} | parity._asdict()
+    opened = open_annotated_model(model, read_task(model), "fp32", "cpu")
+    parity = export_graph(opened.model, out, [read_pixels(file) for file in find_image_files(map(Path, images))])
     if json:
-        return console.print_json(figures)
-    unit = "pixels" if task == "detect" else "of a score"
+        return console.print_json({"model": str(model), "file": str(out), "to": "onnx"} | parity._asdict())
+    unit = "pixels" if opened.model.task == "detect" else "of a score"
     print(f"{out}: on {parity.images:,} images {format_percent(parity.agreement)} agreement with PyTorch,")
     return print(f"largest difference {parity.largest_difference:.2g} {unit}")
+
+
+@_restrict(export_annotated, "detect", ())
+def detect_export() -> None:
+    """Export a detector as an ONNX graph, and check it: agreement with PyTorch and largest difference on images.
+
+    Example: `resnetlab detect export runs/cells/model.safetensors JPEGImages --out cells.onnx`
+    """
+
+
+@_restrict(export_annotated, "segment", ())
+def segment_export() -> None:
+    """Export a segmenter as an ONNX graph, and check it: agreement with PyTorch and largest difference on images.
+
+    Example: `resnetlab segment export runs/cells/model.safetensors JPEGImages --out cells.onnx`
+    """
+
+
+def detect_localise(
+    model: str,
+    /,
+    *,
+    data: Path,
+    split: str = "test",
+    out: Path | None = None,
+    device: str = "auto",
+    json: Annotated[bool, Parameter(negative="")] = False,
+) -> None:
+    """Compare a classifier's Grad-CAM boxes with true boxes: how well it localises objects without training on boxes.
+
+    Example: `resnetlab detect localise runs/photos/model.safetensors --data boxes --out places`
+
+    Parameters
+    ----------
+    model
+        A classifier's model file, or a publisher's name.
+    data
+        A folder in Pascal VOC's format or with COCO's JSON. If classes have the model's names, only boxes of the predicted
+        class count.
+    split
+        test (the split to evaluate on, whatever its name is), train, or any other split of the data.
+    out
+        Folder for images with the predicted and true boxes, NAME.place.png; by default none are written.
+    device
+        cpu, cuda, cuda:1, …; auto uses a GPU if there is one.
+    json
+        Print the metrics as one JSON document, with one row per image.
+    """
+    from resnetlab.inference.localization import localize_objects, summarize_localization
+    from resnetlab.inference.predict import load
+
+    with console.ProgressBar("images") as bar:
+        results = list(localize_objects(load(model, device=device), data, split, bar.update))
+    if out is not None:
+        for result in results:
+            save_overlay(result.draw(), out, result.image.file.stem, "place")
+    metrics = {"model": model, "data": str(data), "split": split} | summarize_localization(results)
+    if json:
+        rows = [
+            {
+                "image": r.image.name,
+                "class": r.predicted_class,
+                "score": round(r.score, 6),
+                "box": r.box.tolist(),
+                "iou": r.iou,
+            }
+            for r in results
+        ]
+        return console.print_json(metrics | {"images": rows})
+    print(f"{model} on the {split} split of {data}, {metrics['n']:,} images with boxes")
+    return print(
+        f"localisation error {format_percent(metrics['localisation_error'])} (IoU with every true box below .5), "
+        f"mean IoU with the nearest {metrics['mean_iou']:.3f}"
+    )

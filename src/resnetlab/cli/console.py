@@ -7,7 +7,7 @@ import os
 import sys
 import time
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -51,6 +51,13 @@ class WarningPrinter:
         if issubclass(category, UserWarning) and str(message) not in self._shown:
             self._shown.add(str(message))
             log(f"resnetlab: warning: {message}")
+
+
+def refuse_options(owner: str, options: Mapping[str, bool]) -> None:
+    """Raises UsageError for the first option that is set: `owner`, such as "a detector", does not have it."""
+    for name, is_set in options.items():
+        if is_set:
+            raise UsageError(f"--{name.replace('_', '-')} is not an option for {owner}; leave it out.")
 
 
 def print_json(value: Any) -> None:

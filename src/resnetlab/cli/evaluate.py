@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
 from resnetlab.cli import console
+from resnetlab.cli.predict import configure_detector
 from resnetlab.errors import RunError, UsageError
 from resnetlab.formatting import format_percent
 
 if TYPE_CHECKING:
     from resnetlab.evaluation.evaluate import Evaluation
+    from resnetlab.inference.annotated import Detector, Segmenter
+
+CLASSIFIER_EVALUATION = {  # options that only classifiers have
+    "protocol", "weights", "fit_temperature", "save_temperature", "data_dir", "quarantine", "out", "predictions",
+}  # fmt: skip
 
 
 def evaluate(
@@ -24,7 +31,9 @@ def evaluate(
     fit_temperature: str | None = None,
     save_temperature: Annotated[bool, Parameter(negative="")] = False,
     data_dir: Path = Path("data"),
-    on_bad_image: str = "stop",
+    on_bad_image: Annotated[str, Parameter(name=("--on-bad-image", "--on-bad-box", "--on-bad-mask"))] = "stop",
+    scales: str | None = None,
+    refine: bool = False,
     quarantine: Path | None = None,
     precision: str = "auto",
     device: str = "auto",
@@ -32,7 +41,7 @@ def evaluate(
     predictions: Path | None = None,
     json: Annotated[bool, Parameter(negative="")] = False,
 ) -> None:
-    """Evaluate a model, or several as an ensemble: errors with a 95 % interval, per class, calibration, confusion.
+    """Evaluate a model, or several classifiers as an ensemble: errors with a 95 % interval, calibration, confusion; mAP; IoU.
 
     Example: `resnetlab evaluate runs/digits/model.safetensors --data digits --protocol 1crop`
 
@@ -44,7 +53,8 @@ def evaluate(
         Model files, or publishers' names such as torchvision:resnet50.IMAGENET1K_V2. The scores of several are averaged, their
         classes matched by name.
     data
-        Data set: digits, cifar10, cifar100, a folder of class folders, or a pattern of tar shards.
+        Data set: digits, cifar10, cifar100, a folder of class folders, or a pattern of tar shards. For a detector or segmenter
+        a folder in Pascal VOC's format or with COCO's JSON.
     protocol
         How images are shown: 1crop, flip, 10crop, dense:320, multiscale:224,256,384,480,640. Options follow with +, such as
         10crop+logits (logits averaged, not scores), multiscale:224,256+noflip or dense:320+window (scores at every position).
@@ -61,7 +71,12 @@ def evaluate(
     data_dir
         Folder of the archives.
     on_bad_image
-        stop at an image that cannot be read, or skip it: then it is listed and not counted.
+        stop at an image that cannot be read (or an invalid box or mask), or skip it: then it is listed and not counted.
+    scales
+        Multi-scale testing of a detector (2015, appendix B): shorter sides in pixels, such as 240,300,360; each region uses
+        the two that suit it best.
+    refine
+        Refine and vote a detector's boxes (2015, appendix B).
     quarantine
         A file that lists images to leave out, as written by `resnetlab data check --quarantine`.
     precision
@@ -77,10 +92,24 @@ def evaluate(
     """
     from resnetlab.distributed import is_first_process
     from resnetlab.evaluation.evaluate import evaluate as evaluate_models
-    from resnetlab.evaluation.page import write_evaluation
-    from resnetlab.evaluation.predictions import check_predictions_file, write_predictions
+    from resnetlab.evaluation.predictions import check_predictions_file
     from resnetlab.inference.download import get_scheme, load_or_download
+    from resnetlab.models.annotated_model import TASK_NOUNS, read_task
 
+    task = next((task for task in map(read_task, map(Path, models)) if task != "classify"), None)
+    if task is not None:
+        from resnetlab.inference.annotated import open_annotated_model
+
+        if len(models) > 1:
+            raise UsageError("only classifiers are evaluated together; give one detector or segmenter.")
+        own = {"weights": weights, "fit_temperature": fit_temperature, "quarantine": quarantine, "out": out}
+        is_set = {name: value is not None for name, value in own.items()} | {"save_temperature": save_temperature}
+        is_set |= {"protocol": protocol != "1crop", "predictions": predictions is not None}
+        console.refuse_options(TASK_NOUNS[task], is_set)
+        predictor = open_annotated_model(Path(models[0]), task, precision, device)
+        predictor = configure_detector(predictor, scales, refine)
+        return _evaluate_annotated(predictor, Path(data), split, on_bad_image, json)
+    console.refuse_options("a classifier", {"scales": scales is not None, "refine": refine})
     if predictions is not None:
         check_predictions_file(predictions)
     if save_temperature and (fit_temperature is None or any(map(get_scheme, models))):
@@ -102,15 +131,24 @@ def evaluate(
             progress=bar.update,
         )
     if not is_first_process():
-        return
+        return None
+    if save_temperature:
+        for path, model in zip(models, evaluation.trained_models, strict=True):
+            model.save(Path(path))
+    _write_files(evaluation, Path(models[0]).parent, out, predictions)
+    return console.print_json(evaluation.to_json()) if json else _print_evaluation(evaluation)
+
+
+def _write_files(evaluation: Evaluation, default: Path, out: Path | None, predictions: Path | None) -> None:
+    """Logs warnings, and writes the page into `out`, by default into `default` if that is possible, and the predictions."""
+    from resnetlab.evaluation.page import write_evaluation
+    from resnetlab.evaluation.predictions import write_predictions
+
     if skipped := evaluation.metrics.skipped:
         console.log(f"{len(skipped):,} images could not be read and are not counted: {', '.join(skipped)}")
     for sentence in evaluation.notes:
         console.log(f"resnetlab: warning: {sentence}.")
-    if save_temperature:
-        for path, model in zip(models, evaluation.trained_models, strict=True):
-            model.save(Path(path))
-    folder = Path(models[0]).parent if out is None else out
+    folder = default if out is None else out
     try:
         write_evaluation(evaluation, folder)
         console.log(f"page: {folder / 'evaluation.html'}")
@@ -120,10 +158,47 @@ def evaluate(
         console.log(f"resnetlab: warning: no page: {error}")
     if predictions is not None:
         write_predictions(predictions, evaluation.metrics, evaluation.images.names)
+
+
+def _evaluate_annotated(predictor: Detector | Segmenter, data: Path, split: str, on_bad: str, json: bool) -> None:
+    """Evaluates a detector or segmenter, and prints its metrics."""
+    with console.ProgressBar("images") as bar:
+        figures = predictor.evaluate(data, split=split, on_bad=on_bad, on_progress=bar.update)
+    if skipped := figures.get("skipped"):
+        console.log(f"{len(skipped):,} annotations or images were skipped and are not counted: {', '.join(skipped)}")
     if json:
-        console.print_json(evaluation.to_json())
-    else:
-        _print_evaluation(evaluation)
+        return console.print_json(figures)
+    print(f"{figures['model']} on the {figures['split']} split of {figures['data']}, {figures['n']:,} images")
+    if "map" in figures:
+        if additions := _describe_additions(figures):
+            print(f"with {additions} (2015, appendix B)")
+        print(f"mAP@.5 {figures['map_50']:.3f}, mAP@[.5:.95] {figures['map']:.3f}, VOC mAP {figures['voc_map']:.3f}\n")
+        return print_box_classes(figures["per_class"])
+    print(f"mean IoU {figures['mean_iou']:.3f}, wrong pixels {format_percent(figures['pixel_error'])}\n")
+    return print_mask_classes(figures["per_class"])
+
+
+def _describe_additions(figures: dict[str, Any]) -> str:
+    """The paper's additions that were on."""
+    scales = f"multi-scale testing at {', '.join(map(str, figures['scales']))}" if figures["scales"] else ""
+    additions = [figures["refine"] and "box refinement with voting", scales, figures["context"] and "global context"]
+    return " and ".join(filter(None, additions))
+
+
+def print_box_classes(per_class: Sequence[Mapping[str, Any]]) -> None:
+    """Prints a detector's metrics of each class."""
+    keys = ("ap_50", "ap", "voc_ap")
+    rows = [
+        (row["class"], f"{row['n']:,}", *("–" if row[key] is None else f"{row[key]:.3f}" for key in keys))
+        for row in per_class
+    ]
+    console.print_table("", ("class", "boxes", "AP@.5", "AP@[.5:.95]", "VOC AP"), rows, right=(1, 2, 3, 4))
+
+
+def print_mask_classes(per_class: Sequence[Mapping[str, Any]]) -> None:
+    """Prints a segmenter's metrics of each class."""
+    rows = [(r["class"], f"{r['pixels']:,}", "–" if r["iou"] is None else f"{r['iou']:.3f}") for r in per_class]
+    console.print_table("", ("class", "pixels", "IoU"), rows, right=(1, 2))
 
 
 def _print_evaluation(evaluation: Evaluation) -> None:

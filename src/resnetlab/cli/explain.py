@@ -52,7 +52,12 @@ def explain(
     from resnetlab.data.decode import decode, find_image_files
     from resnetlab.inference.explain import explain as explain_image
     from resnetlab.inference.predict import load
+    from resnetlab.models.annotated_model import read_task
 
+    if (task := read_task(Path(model))) != "classify":
+        from resnetlab.inference.annotated import PREDICTORS
+
+        raise UsageError(f"{model}: {PREDICTORS[task].no_explanation}")
     if not images:
         raise UsageError("explain needs images: files or folders.")
     if top < 1:

@@ -45,9 +45,9 @@ app.command(data)
 detect = App(name="detect", help="Detect objects: train a detector on boxes, evaluate it, use it.")
 segment = App(name="segment", help="Label every pixel: train a segmenter on masks, evaluate it, use it.")
 for command in ("train", "evaluate", "predict", "export"):
-    detect.command(f"resnetlab.cli.detect:{command}", name=command)
-    segment.command(f"resnetlab.cli.segment:{command}", name=command)
-detect.command("resnetlab.cli.detect:localise", name="localise")
+    detect.command(f"resnetlab.cli.annotated:detect_{command}", name=command)
+    segment.command(f"resnetlab.cli.annotated:segment_{command}", name=command)
+detect.command("resnetlab.cli.annotated:detect_localise", name="localise")
 app.command(detect)
 app.command(segment)
 

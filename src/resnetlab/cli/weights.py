@@ -134,14 +134,23 @@ def export(
     data
         A data set: its evaluated split is for the check, its training split for int8; by default images in the model file.
     images
-        A folder of images for the same: every second one is for int8, the others for the check.
+        A folder of images for the same: every second one is for int8, the others for the check. A detector or segmenter is
+        checked on all of them.
     data_dir
         Folder of the data sets' archives.
     json
         Print the parity report as one JSON document.
     """
     from resnetlab.inference.download import get_scheme, load_or_download
+    from resnetlab.models.annotated_model import TASK_NOUNS, read_task
 
+    if (task := read_task(Path(model))) != "classify":
+        from resnetlab.cli.annotated import export_annotated
+
+        if to != "onnx":
+            raise UsageError(f"{TASK_NOUNS[task]} is exported to onnx only, not to {to}.")
+        console.refuse_options(TASK_NOUNS[task], {"precision": precision != "fp32", "data": data is not None})
+        return export_annotated(Path(model), *([str(images)] if images else []), out=out, json=json)
     suffixes = {"onnx": ".onnx", "torch": ".pt2", "openvino": ".xml"}
     if data is not None and images is not None:
         raise UsageError("give --data or --images, not both.")

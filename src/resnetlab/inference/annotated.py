@@ -1,11 +1,12 @@
-"""Evaluation and predictions of detectors and segmenters, from their model files."""
+"""Detectors and segmenters ready for use: predictions for images, and evaluation on data."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, ClassVar, TypeVar, cast
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from resnetlab.data import box_dataset, mask_dataset
 from resnetlab.data.annotated_dataset import AnnotatedDataset, AnnotatedItem
 from resnetlab.data.decode import decode
 from resnetlab.device import DeviceConfig, select_device
-from resnetlab.errors import DataError, UsageError, unknown_name_error
+from resnetlab.errors import DataError, unknown_name_error
 from resnetlab.evaluation import overlays
 from resnetlab.evaluation.detection import (
     Detections,
@@ -26,108 +27,12 @@ from resnetlab.evaluation.detection import (
     require_coco_eval,
 )
 from resnetlab.evaluation.segmentation import compute_segmentation_metrics, segment_image
+from resnetlab.inference.predict import ImageInput
 from resnetlab.models.annotated_model import AnnotatedModel, load_annotated
 from resnetlab.models.head_spec import DetectionOptions, DetectorSpec, SegmenterSpec
 
 P = TypeVar("P", bound=AnnotatedItem)
-
-
-def open_annotated_model(path: Path, task: str, precision: str, device: str) -> tuple[AnnotatedModel, DeviceConfig]:
-    """Loads a model file of a task onto the device; raises ModelFileError, UsageError."""
-    model = load_annotated(path, task)
-    device_config = select_device(precision, device)
-    model.net = device_config.place(model.net)
-    return model, device_config
-
-
-def select_split(data: AnnotatedDataset[P], split: str) -> tuple[str, Sequence[P]]:
-    """A split by its name, "test" for the one to evaluate on: (its own name, images). Raises UsageError."""
-    splits = data.splits | {"test": data.test}
-    if split not in splits:
-        raise unknown_name_error("split", split, splits)
-    return data.evaluated_split if split == "test" else split, splits[split]
-
-
-def evaluate_detector(
-    path: Path,
-    data: Path,
-    *,
-    split: str = "test",
-    testing: DetectionOptions | None = None,
-    on_bad: str = "stop",
-    precision: str = "auto",
-    device: str = "auto",
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
-) -> dict[str, Any]:
-    """Evaluates a detector on a split of boxes; classes are matched by name. Returns what `detect evaluate --json` prints.
-
-    Args:
-        split: "test" is the split to evaluate on, whatever its name is.
-        testing: the paper's additions; None for none.
-
-    Raises:
-        ModelFileError, DataError, UsageError: see resnetlab.errors.
-    """
-    testing = testing or DetectionOptions()
-    require_coco_eval()
-    model, device_config = open_annotated_model(path, "detect", precision, device)
-    dataset = box_dataset.load_boxes(data, on_bad)
-    indices = torch.tensor(_match_classes(dataset.classes, model.classes, data, path))
-    name, images = select_split(dataset, split)
-    truth = [box_dataset.relabel_boxes(image, indices) for image in images]
-    truth, detections = predict_boxes(model.net, truth, device_config, testing, dataset.errors, on_progress)
-    options = {
-        "model": str(path),
-        "data": str(data),
-        "split": name,
-        "scales": list(testing.sides),
-        "refine": testing.refine,
-        "context": cast(DetectorSpec, model.head_spec).context,
-    }
-    metrics = compute_detection_metrics(truth, detections, model.classes).to_json()
-    return options | metrics | _skipped_to_json(dataset)
-
-
-def evaluate_segmenter(
-    path: Path,
-    data: Path,
-    *,
-    split: str = "test",
-    on_bad: str = "stop",
-    precision: str = "auto",
-    device: str = "auto",
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
-) -> dict[str, Any]:
-    """Evaluates a segmenter on a split of masks. Returns what `segment evaluate --json` prints.
-
-    Raises:
-        ModelFileError, DataError, UsageError: see resnetlab.errors.
-    """
-    model, device_config = open_annotated_model(path, "segment", precision, device)
-    dataset = mask_dataset.load_masks(data, on_bad)
-    if dataset.classes != model.classes:
-        raise DataError(
-            f"{data} has the classes {', '.join(dataset.classes)}, {path} has {', '.join(model.classes)}; "
-            "give the same names, in the same order, to both."
-        )
-    name, images = select_split(dataset, split)
-    spec = cast(SegmenterSpec, model.head_spec)
-    metrics = compute_segmentation_metrics(
-        model.net, images, model.classes, spec, device_config, dataset.errors, on_progress
-    )
-    options = {"model": str(path), "data": str(data), "split": name}
-    return options | metrics.to_json() | _skipped_to_json(dataset)
-
-
-def _skipped_to_json(data: AnnotatedDataset[Any]) -> dict[str, Any]:
-    return {"skipped": data.errors.skipped} if data.errors.skipped else {}
-
-
-def _match_classes(theirs: Sequence[str], ours: Sequence[str], data: Path, path: Path) -> list[int]:
-    """The indices of the data's classes among the model's; raises DataError for a class that it does not have."""
-    if unknown := [name for name in theirs if name not in ours]:
-        raise DataError(f"{data} has the class {unknown[0]}, {path} has only {', '.join(ours)}.")
-    return [list(ours).index(name) for name in theirs]
+ProgressFn = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -148,40 +53,161 @@ class AnnotatedPrediction:
         return {"image": self.name} | ({"error": self.error} if self.error else self.result)
 
 
-def predict_detections(
-    model: AnnotatedModel,
-    device_config: DeviceConfig,
-    files: Sequence[Path],
-    testing: DetectionOptions,
-    min_score: float,
-) -> Iterator[AnnotatedPrediction]:
-    """The boxes of each image with a score of at least `min_score`; an unreadable image gives its error."""
-    if not 0 <= min_score <= 1:
-        raise UsageError(f"--score must be from 0 to 1, not {min_score}.")
-    for file in files:
-        try:
-            pixels = image_to_pixels(decode(file))
-        except DataError as error:
-            yield AnnotatedPrediction(str(file), error=str(error))
-            continue
-        detections = predict_image_boxes(model.net, pixels, device_config, testing).at_least(min_score)
-        overlay = overlays.draw_boxes(pixels, detections, model.classes)
-        yield AnnotatedPrediction(str(file), {"boxes": boxes_to_json(detections, model.classes)}, overlay)
+@dataclass(frozen=True, eq=False)
+class AnnotatedPredictor(ABC):
+    """A detector or segmenter on its device."""
+
+    path: Path
+    model: AnnotatedModel
+    device_config: DeviceConfig
+
+    no_explanation: ClassVar[str]
+    overlay_suffix: ClassVar[str]
+
+    def predictions(self, images: Iterable[tuple[str, ImageInput | DataError]]) -> Iterator[AnnotatedPrediction]:
+        """Predicts named images in order; an unreadable image, or an error in place of one, gives its error."""
+        for name, image in images:
+            try:
+                pixels = read_pixels(image)
+            except DataError as error:
+                yield AnnotatedPrediction(name, error=str(error))
+            else:
+                yield AnnotatedPrediction(name, *self.predict_pixels(pixels))
+
+    @abstractmethod
+    def predict_pixels(self, pixels: Tensor) -> tuple[dict[str, Any], Image.Image]:
+        """The prediction for an image, uint8 (H, W, 3), as JSON and drawn on the image."""
+
+    def evaluate(
+        self,
+        data: Path,
+        *,
+        split: str = "test",
+        on_bad: str = "stop",
+        on_progress: ProgressFn = lambda done, total: None,
+    ) -> dict[str, Any]:
+        """Evaluates on a split of a data folder; returns what `evaluate --json` prints.
+
+        Args:
+            split: "test" is the split to evaluate on, whatever its name is.
+
+        Raises:
+            DataError, UsageError: see resnetlab.errors.
+        """
+        name, metrics, skipped = self._compute_metrics(data, split, on_bad, on_progress)
+        document = {"model": str(self.path), "data": str(data), "split": name} | metrics
+        return document | ({"skipped": skipped} if skipped else {})
+
+    @abstractmethod
+    def _compute_metrics(
+        self, data: Path, split: str, on_bad: str, on_progress: ProgressFn
+    ) -> tuple[str, dict[str, Any], dict[str, str]]:
+        """The split's own name, the metrics as JSON, and what was skipped."""
 
 
-def predict_segmentations(
-    model: AnnotatedModel, device_config: DeviceConfig, files: Sequence[Path]
-) -> Iterator[AnnotatedPrediction]:
-    """The fraction of each class on each image, and the image tinted by class; an unreadable image gives its error."""
-    for file in files:
-        try:
-            pixels = image_to_pixels(decode(file))
-        except DataError as error:
-            yield AnnotatedPrediction(str(file), error=str(error))
-            continue
-        mask = segment_image(model.net, pixels, cast(SegmenterSpec, model.head_spec), device_config)
-        shares = class_shares(mask, model.classes)
-        yield AnnotatedPrediction(str(file), {"classes": shares}, overlays.draw_mask(pixels, mask))
+@dataclass(frozen=True, eq=False)
+class Detector(AnnotatedPredictor):
+    """A detector.
+
+    Attributes:
+        options: the paper's test-time additions.
+        min_score: score that a predicted box has at least.
+    """
+
+    no_explanation = "a detector's boxes cannot be explained; only a classifier's prediction can."
+    overlay_suffix = "boxes"
+
+    options: DetectionOptions = field(default_factory=DetectionOptions)
+    min_score: float = 0.5
+
+    def detect(self, pixels: Tensor) -> Detections:
+        """The boxes of every score in an image, uint8 (H, W, 3)."""
+        return predict_image_boxes(self.model.net, pixels, self.device_config, self.options)
+
+    def predict_pixels(self, pixels: Tensor) -> tuple[dict[str, Any], Image.Image]:
+        detections, classes = self.detect(pixels).at_least(self.min_score), self.model.classes
+        return {"boxes": boxes_to_json(detections, classes)}, overlays.draw_boxes(pixels, detections, classes)
+
+    def _compute_metrics(
+        self, data: Path, split: str, on_bad: str, on_progress: ProgressFn
+    ) -> tuple[str, dict[str, Any], dict[str, str]]:
+        require_coco_eval()
+        dataset = box_dataset.load_boxes(data, on_bad)
+        indices = torch.tensor(_match_classes(dataset.classes, self.model.classes, data, self.path))
+        name, images = select_split(dataset, split)
+        truth = [box_dataset.relabel_boxes(image, indices) for image in images]
+        truth, detections = predict_boxes(
+            self.model.net, truth, self.device_config, self.options, dataset.errors, on_progress
+        )
+        additions = {
+            "scales": list(self.options.sides),
+            "refine": self.options.refine,
+            "context": cast(DetectorSpec, self.model.head_spec).context,
+        }
+        metrics = compute_detection_metrics(truth, detections, self.model.classes)
+        return name, additions | metrics.to_json(), dataset.errors.skipped
+
+
+@dataclass(frozen=True, eq=False)
+class Segmenter(AnnotatedPredictor):
+    """A segmenter."""
+
+    no_explanation = "a segmenter's masks cannot be explained; only a classifier's prediction can."
+    overlay_suffix = "mask"
+
+    @property
+    def spec(self) -> SegmenterSpec:
+        """The specification of the head."""
+        return cast(SegmenterSpec, self.model.head_spec)
+
+    def segment(self, pixels: Tensor) -> Tensor:
+        """The class of every pixel of an image, uint8 (H, W, 3) -> int64 (H, W)."""
+        return segment_image(self.model.net, pixels, self.spec, self.device_config)
+
+    def predict_pixels(self, pixels: Tensor) -> tuple[dict[str, Any], Image.Image]:
+        mask = self.segment(pixels)
+        return {"classes": class_shares(mask, self.model.classes)}, overlays.draw_mask(pixels, mask)
+
+    def _compute_metrics(
+        self, data: Path, split: str, on_bad: str, on_progress: ProgressFn
+    ) -> tuple[str, dict[str, Any], dict[str, str]]:
+        dataset, classes = mask_dataset.load_masks(data, on_bad), self.model.classes
+        if dataset.classes != classes:
+            raise DataError(
+                f"{data} has the classes {', '.join(dataset.classes)}, {self.path} has {', '.join(classes)}; "
+                "give the same names, in the same order, to both."
+            )
+        name, images = select_split(dataset, split)
+        metrics = compute_segmentation_metrics(
+            self.model.net, images, classes, self.spec, self.device_config, dataset.errors, on_progress
+        )
+        return name, metrics.to_json(), dataset.errors.skipped
+
+
+PREDICTORS: dict[str, type[Detector | Segmenter]] = {"detect": Detector, "segment": Segmenter}
+
+
+def open_annotated_model(path: Path, task: str, precision: str, device: str) -> Detector | Segmenter:
+    """Loads a model file of a task onto the device; raises ModelFileError, UsageError."""
+    model = load_annotated(path, task)
+    device_config = select_device(precision, device)
+    model.net = device_config.place(model.net)
+    return PREDICTORS[task](path, model, device_config)
+
+
+def select_split(data: AnnotatedDataset[P], split: str) -> tuple[str, Sequence[P]]:
+    """A split by its name, "test" for the one to evaluate on: (its own name, images). Raises UsageError."""
+    splits = data.splits | {"test": data.test}
+    if split not in splits:
+        raise unknown_name_error("split", split, splits)
+    return data.evaluated_split if split == "test" else split, splits[split]
+
+
+def _match_classes(theirs: Sequence[str], ours: Sequence[str], data: Path, path: Path) -> list[int]:
+    """The indices of the data's classes among the model's; raises DataError for a class that it does not have."""
+    if unknown := [name for name in theirs if name not in ours]:
+        raise DataError(f"{data} has the class {unknown[0]}, {path} has only {', '.join(ours)}.")
+    return [list(ours).index(name) for name in theirs]
 
 
 def boxes_to_json(detections: Detections, classes: Sequence[str]) -> list[dict[str, Any]]:
@@ -199,6 +225,10 @@ def class_shares(mask: Tensor, classes: Sequence[str]) -> list[dict[str, Any]]:
     return [{"class": c, "share": round(n / mask.numel(), 6)} for c, n in zip(classes, counts, strict=True)]
 
 
-def image_to_pixels(image: Image.Image) -> Tensor:
-    """A PIL image of any mode as uint8 (H, W, 3)."""
+def read_pixels(image: ImageInput | DataError) -> Tensor:
+    """An image as uint8 (H, W, 3). Raises DataError if it is unreadable, or is such an error itself."""
+    if isinstance(image, DataError):
+        raise image
+    if not isinstance(image, Image.Image):
+        image = decode(Path(image) if isinstance(image, str) else image)
     return torch.from_numpy(np.array(image.convert("RGB")))

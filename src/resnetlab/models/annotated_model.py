@@ -19,6 +19,7 @@ from resnetlab.models.resnet import ResNet
 from resnetlab.models.spec import Specification
 
 FORMAT = 1
+TASK_NOUNS = {"classify": "a classifier", "detect": "a detector", "segment": "a segmenter"}
 HEAD_SPECS: dict[str, type[HeadSpec]] = {"detect": DetectorSpec, "segment": SegmenterSpec}
 
 
@@ -88,6 +89,12 @@ def read_task(path: Path) -> str:
     return str(task) if task in HEAD_SPECS else "classify"
 
 
+def check_task(path: Path, task: str) -> None:
+    """Raises ModelFileError unless the model file is of this task."""
+    if read_task(path) != task:
+        load_annotated(path, task)
+
+
 def load_annotated(path: Path, task: str) -> AnnotatedModel:
     """Reads a model file of a task.
 
@@ -96,8 +103,9 @@ def load_annotated(path: Path, task: str) -> AnnotatedModel:
     tensors, about = read_safetensors(path, "model file")
     actual = about.get("task", "classify")
     if actual != task:
-        kinds = {"classify": "a classifier", "detect": "a detector", "segment": "a segmenter"}
-        raise ModelFileError(f"{path} is {kinds.get(actual, 'something else')}, and {kinds[task]} is needed here.")
+        raise ModelFileError(
+            f"{path} is {TASK_NOUNS.get(actual, 'something else')}, and {TASK_NOUNS[task]} is needed here."
+        )
     if about.get("format") != FORMAT:
         raise ModelFileError(f"{path} has format {about.get('format')}, this version reads {FORMAT}; update resnetlab.")
     try:

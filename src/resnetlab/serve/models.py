@@ -11,24 +11,29 @@ import io
 from base64 import b64encode
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from resnetlab.device import DeviceConfig
 from resnetlab.errors import UsageError
-from resnetlab.evaluation.detection import Detections, predict_image_boxes
+from resnetlab.evaluation.detection import Detections
 from resnetlab.evaluation.overlays import COLOURS
-from resnetlab.evaluation.segmentation import segment_image
-from resnetlab.inference import annotated, predict
+from resnetlab.inference.annotated import (
+    AnnotatedPredictor,
+    Detector,
+    Segmenter,
+    boxes_to_json,
+    class_shares,
+    read_pixels,
+)
 from resnetlab.inference.explain import explain
+from resnetlab.inference.open_model import open_model
 from resnetlab.inference.predict import Model, top_classes
-from resnetlab.models.annotated_model import AnnotatedModel, read_task
+from resnetlab.models.annotated_model import AnnotatedModel
 from resnetlab.models.cost import count_parameters
-from resnetlab.models.head_spec import DetectionOptions, SegmenterSpec
 from resnetlab.models.spec import Specification
 
 MASK_OPACITY = 130  # of 255
@@ -82,18 +87,12 @@ def load_served_model(
     Raises:
         ModelFileError, UsageError
     """
-    task = read_task(Path(name))
-    if task == "classify":
-        model = predict.load(name, device=device)
+    model = open_model(name, backend=backend, precision=precision, device=device)
+    if isinstance(model, Model):
         return ServedClassifier(model), model.select_backend(backend, precision, images[::2], images[1::2])
-    if backend not in ("auto", "torch") or precision == "int8" or images:
-        raise UsageError(
-            f"a {task} model runs on torch in fp32 or bf16; leave out --backend, --precision and --images."
-        )
-    kinds: dict[str, type[ServedDetector | ServedSegmenter]] = {"detect": ServedDetector, "segment": ServedSegmenter}
-    served = kinds[task](
-        *annotated.open_annotated_model(Path(name), task, "fp32" if precision == "auto" else precision, device)
-    )
+    if images:
+        raise UsageError("--images is for classifiers; leave it out.")
+    served = ServedDetector(model) if isinstance(model, Detector) else ServedSegmenter(model)
     return served, f"torch on {served.backend}"
 
 
@@ -142,26 +141,25 @@ class UploadedImage(NamedTuple):
 class _ServedAnnotatedModel:
     """Code shared by detectors and segmenters."""
 
-    task: str
-    no_explanation: str | None
     warmup_batches = (1,)  # a batch is computed image by image
 
-    def __init__(self, model: AnnotatedModel, device: DeviceConfig) -> None:
-        self.model, self._device, self.backend = model, device, str(device)
+    def __init__(self, predictor: AnnotatedPredictor) -> None:
+        self.model, self.backend = predictor.model, str(predictor.device_config)
+        self.no_explanation = predictor.no_explanation
 
     def prepare(self, image: Image.Image) -> UploadedImage:
         """Reduces images more than twice as large as the network's input, to save memory."""
         size, limit = image.size, 2 * self.model.head_spec.longest
         rgb = image.convert("RGB")
         rgb.thumbnail((limit, limit), Image.Resampling.BILINEAR)
-        return UploadedImage(annotated.image_to_pixels(rgb), size)
+        return UploadedImage(read_pixels(rgb), size)
 
     def explain(self, image: UploadedImage, top: int | None, on_progress: Callable[[int, int], None]) -> dict[str, Any]:
         raise NotImplementedError(self.no_explanation)
 
     def describe(self) -> dict[str, Any]:
         classes = range(len(self.model.classes))
-        return _describe(self.task, self.model, self.model.spec) | {
+        return _describe(self.model.task, self.model, self.model.spec) | {
             "head": self.model.head_spec.to_json(),
             "colours": [self._colour(i) for i in classes],
             "backend": self.backend,
@@ -174,39 +172,40 @@ class _ServedAnnotatedModel:
 class ServedDetector(_ServedAnnotatedModel):
     """A detector."""
 
-    task = "detect"
-    no_explanation = "a detector's boxes cannot be explained; only a classifier's prediction can."
-    MIN_SCORE = 0.5  # default
+    def __init__(self, detector: Detector) -> None:
+        super().__init__(detector)
+        self._detector = detector
 
     def predict(self, images: Sequence[UploadedImage]) -> list[Detections]:
         """Boxes in pixels of the uploaded images."""
         return [self._detect(image) for image in images]
 
     def _detect(self, image: UploadedImage) -> Detections:
-        found = predict_image_boxes(self.model.net, image.pixels, self._device, DetectionOptions())
+        found = self._detector.detect(image.pixels)
         (width, height), (h, w) = image.size, image.pixels.shape[:2]
         return found._replace(boxes=found.boxes * torch.tensor([width / w, height / h] * 2))
 
     def format(
         self, image: UploadedImage, result: Detections, top: int | None, min_score: float | None
     ) -> dict[str, Any]:
-        detections = result.at_least(self.MIN_SCORE if min_score is None else min_score)
-        return _size_to_json(image) | {"boxes": annotated.boxes_to_json(detections, self.model.classes)[:top]}
+        detections = result.at_least(self._detector.min_score if min_score is None else min_score)
+        return _size_to_json(image) | {"boxes": boxes_to_json(detections, self.model.classes)[:top]}
 
 
 class ServedSegmenter(_ServedAnnotatedModel):
     """A segmenter."""
 
-    task = "segment"
-    no_explanation = "a segmenter's masks cannot be explained; only a classifier's prediction can."
+    def __init__(self, segmenter: Segmenter) -> None:
+        super().__init__(segmenter)
+        self._segmenter = segmenter
 
     def predict(self, images: Sequence[UploadedImage]) -> list[tuple[list[dict[str, Any]], str]]:
         """The share of each class, largest first, and the mask as a data URI."""
         return [self._segment(image) for image in images]
 
     def _segment(self, image: UploadedImage) -> tuple[list[dict[str, Any]], str]:
-        mask = segment_image(self.model.net, image.pixels, cast(SegmenterSpec, self.model.head_spec), self._device)
-        shares = sorted(annotated.class_shares(mask, self.model.classes), key=lambda row: -row["share"])
+        mask = self._segmenter.segment(image.pixels)
+        shares = sorted(class_shares(mask, self.model.classes), key=lambda row: -row["share"])
         return shares, self._draw_mask(mask)
 
     def format(self, image: UploadedImage, result: Any, top: int | None, min_score: float | None) -> dict[str, Any]:
