@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from resnetlab.errors import UsageError
@@ -25,7 +26,20 @@ EVERY_KIND: list[tuple[str, dict[str, Any]]] = [
     ("resnet18", {"classes": 7}),
     ("preresnet50", {}),
     ("resnet50v1.5", {}),
+    ("resnet50", {"maxpool": "ceil"}),
+    ("resnet20", {"activation_order": "bn-after-add", "layers": 3}),
+    ("resnet20", {"activation_order": "relu-only-preact", "shortcut": "B"}),
 ]
+
+
+def run_layers(net: ResNet, size: tuple[int, int]) -> list[tuple[str, tuple[int, ...]]]:
+    """Names and output shapes of the layers, in the order of a forward pass on the meta device."""
+    layers: list[tuple[str, tuple[int, ...]]] = []
+    for name, module in net.named_modules():
+        if isinstance(module, nn.Conv2d | nn.BatchNorm2d | nn.Linear):
+            module.register_forward_hook(lambda _, __, y, name=name: layers.append((name, tuple(y.shape[1:]))))
+    net(torch.empty(1, net.spec.channels, *size, device="meta"))
+    return layers
 
 
 @pytest.mark.parametrize(("name", "changes"), EVERY_KIND, ids=lambda value: str(value))
@@ -48,7 +62,7 @@ def test_layers_add_up(name: str, changes: dict[str, Any], size: tuple[int, int]
     kinds = [layer.kind for layer in counted.layers]
     assert kinds.count("Conv2d") == counted.convolutions and kinds.count("Linear") == 1
     assert set(kinds) == {"Conv2d", "BatchNorm2d", "Linear"}
-    assert {layer.name for layer in counted.layers if layer.kind == "Conv2d"} <= {k for k, _ in net.named_modules()}
+    assert [(layer.name, layer.output) for layer in counted.layers] == run_layers(net, counted.image_size)
 
 
 def test_counting_has_no_side_effects() -> None:

@@ -1,24 +1,28 @@
 """Parameters and multiply-adds of a network, per layer, with the papers' figures.
 
-Multiply-adds are those of convolutions and fully connected layers, as the papers count them (2015 Table 1). The network runs
-on the meta device, so nothing is computed. A test checks the counts against torch's flop counter.
+Multiply-adds are those of convolutions and fully connected layers, as the papers count them (2015 Table 1). Tests check the
+counts against torch's flop counter, and the layers against a forward pass.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from resnetlab.errors import UsageError
-from resnetlab.models.resnet import ResNet
+from resnetlab.models.resnet import ResNet, warn_small_image
 from resnetlab.models.spec import Specification, get_specification
+from resnetlab.nn.blocks import Block
 
 PAPER_MULTIPLY_ADDS = {18: 1.8e9, 34: 3.6e9, 50: 3.8e9, 101: 7.6e9, 152: 11.3e9}  # 2015 Table 1, at 224x224
 PAPER_PARAMETERS = {20: 0.27e6, 32: 0.46e6, 44: 0.66e6, 56: 0.85e6, 110: 1.7e6, 1202: 19.4e6}  # 2015 Table 6
 PREACT_PARAMETERS = {164: 1.7e6, 1001: 10.2e6}  # 2016 Table 4; the second is the count without BN's weights and biases
+
+Size = tuple[int, int]  # height and width, in pixels
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,7 @@ class LayerCost:
 class Cost:
     """The cost of a network for one image of `image_size` (H, W), with the papers' rounded figures where they are published."""
 
-    image_size: tuple[int, int]
+    image_size: Size
     layers: tuple[LayerCost, ...]
     parameters: int
     multiply_adds: int
@@ -71,7 +75,7 @@ def default_image_size(spec: Specification) -> int:
     return 32 if spec.stem == "cifar" else 224
 
 
-def compute_cost(spec: Specification, image_size: tuple[int, int] | None = None) -> Cost:
+def compute_cost(spec: Specification, image_size: Size | None = None) -> Cost:
     """Counts a network for one image of size (H, W) in pixels, by default the paper's.
 
     Raises UsageError for a size below 1 or above 100,000.
@@ -82,8 +86,8 @@ def compute_cost(spec: Specification, image_size: tuple[int, int] | None = None)
     if max(height, width) > 100_000:
         raise UsageError(f"an image of {height}x{width} pixels is too large; give a size up to 100,000.")
     with torch.device("meta"):
-        net = ResNet(spec).eval()
-        layers = _trace_layers(net, torch.empty(1, spec.channels, height, width))
+        net = ResNet(spec)
+    layers = _trace_layers(net, (height, width))
     published = _published_figures(spec, (height, width))
     return Cost(
         image_size=(height, width),
@@ -122,25 +126,54 @@ def _published_figures(
     )
 
 
-def _trace_layers(net: ResNet, x: Tensor) -> list[LayerCost]:
-    """The layers in forward order."""
-    names = {module: name for name, module in net.named_modules()}
+def _trace_layers(net: ResNet, size: Size) -> list[LayerCost]:
+    """The layers in forward order, for an image of this size.
+
+    Shapes are computed here: running the network on the meta device would import torch's compiler, which takes seconds.
+    """
     layers: list[LayerCost] = []
 
-    def record(module: nn.Module, _: Any, y: Tensor) -> None:
-        kind, output = type(module).__name__, tuple(y.shape[1:])
-        layers.append(LayerCost(names[module], kind, output, count_parameters(module), _count_multiply_adds(module, y)))
+    def add(name: str, module: nn.Module, size: Size) -> Size:
+        """Appends a layer with an input of this size; returns the size of its output."""
+        output: tuple[int, ...] = (net.spec.classes,)
+        multiply_adds = 0 if isinstance(module, nn.BatchNorm2d) else cast(Tensor, module.weight).numel()
+        if isinstance(module, nn.Conv2d):  # odd kernels with half of their size as padding
+            stride = module.stride[0]
+            size = (size[0] - 1) // stride + 1, (size[1] - 1) // stride + 1
+            output, multiply_adds = (module.out_channels, *size), multiply_adds * size[0] * size[1]
+        elif isinstance(module, nn.BatchNorm2d):
+            output = (module.num_features, *size)
+        layers.append(LayerCost(name, type(module).__name__, output, count_parameters(module), multiply_adds))
+        return size
 
-    kinds = nn.Conv2d | nn.BatchNorm2d | nn.Linear
-    hooks = [module.register_forward_hook(record) for module in net.modules() if isinstance(module, kinds)]
-    net(x)
-    for hook in hooks:
-        hook.remove()
+    warn_small_image(net.spec, size)
+    size = add("conv1", net.conv1, size)
+    add("bn1", net.bn1, size)
+    if net.maxpool is not None:
+        rounding = 1 if net.spec.maxpool == "padded" else 0
+        size = (size[0] + rounding) // 2, (size[1] + rounding) // 2
+    if 0 in size:
+        raise UsageError("the image is too small for the network's max-pool; give a larger size.")
+    for name, block in net.blocks():
+        size = _trace_block(name, block, size, add)
+    if net.bn_last is not None:
+        add("bn_last", net.bn_last, size)
+    add("fc", net.fc, size)
     return layers
 
 
-def _count_multiply_adds(module: nn.Module, y: Tensor) -> int:
-    """The number of weights times the number of output positions."""
-    if isinstance(module, nn.Conv2d):
-        return module.weight.numel() * y.shape[-2] * y.shape[-1]
-    return module.weight.numel() if isinstance(module, nn.Linear) else 0
+def _trace_block(name: str, block: Block, size: Size, add: Callable[[str, nn.Module, Size], Size]) -> Size:
+    """Adds the layers of a block in forward order; returns the size of its output."""
+    order, modules, n, out = block.activation_order, dict(block.named_modules()), block.num_convs, size
+    for i in range(1, n + 1):
+        if "b" in order.before and f"bn{i}" in modules:
+            add(f"{name}.bn{i}", modules[f"bn{i}"], out)
+        out = add(f"{name}.conv{i}", modules[f"conv{i}"], out)
+        if "b" in (order.between if i < n else order.last):
+            add(f"{name}.bn{i}", modules[f"bn{i}"], out)
+    for path, path_size in (("downsample.0", size), ("downsample.1", out), ("junction.conv", size)):
+        if path in modules:
+            add(f"{name}.{path}", modules[path], path_size)
+    if "b" in order.after_add:
+        add(f"{name}.bn{n}", modules[f"bn{n}"], out)
+    return out

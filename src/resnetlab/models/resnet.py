@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, cast
@@ -86,8 +86,7 @@ class ResNet(nn.Module):
         Args:
             last: the deepest map to compute, by default all. `models.backbone.levels` gives their channels and strides.
         """
-        if self.maxpool is not None and min(x.shape[-2:]) <= 64:
-            _warn_small_image(x, 2 ** (len(self.spec.depths) + 1))
+        warn_small_image(self.spec, x.shape[-2:])
         x = F.relu(self.bn1(self.conv1(x)), inplace=True)  # (B, width, H', W')
         maps = {"C1": x}
         if self.maxpool is not None:
@@ -187,15 +186,18 @@ def _place_first_activation(spec: Specification, reshapes: bool) -> str:
     return "shared" if projects or (reshapes and spec.preact_transition == "shared") else "inside"
 
 
-def _warn_small_image(x: Tensor, stride: int) -> None:
-    height, width = x.shape[-2:]
-    warnings.warn(
-        f"images of {height}x{width} pixels in a network with ImageNet's 7x7 stem, which leaves them "
-        f"{math.ceil(height / stride)}x{math.ceil(width / stride)} at the end; "
-        "use a CIFAR net such as resnet20 or resnet56 instead.",
-        SmallImageWarning,
-        stacklevel=3,
-    )
+def warn_small_image(spec: Specification, image_size: Sequence[int]) -> None:
+    """Warns if ImageNet's stem gets an image, (H, W), with a side of at most 64 pixels."""
+    if spec.stem == "imagenet" and min(image_size) <= 64:
+        height, width = image_size
+        stride = 2 ** (len(spec.depths) + 1)
+        warnings.warn(
+            f"images of {height}x{width} pixels in a network with ImageNet's 7x7 stem, which leaves them "
+            f"{math.ceil(height / stride)}x{math.ceil(width / stride)} at the end; "
+            "use a CIFAR net such as resnet20 or resnet56 instead.",
+            SmallImageWarning,
+            stacklevel=3,
+        )
 
 
 def build(name: str, *, init: str = "fan_in", seed: int | None = None, **changes: Any) -> ResNet:
