@@ -43,7 +43,7 @@ from resnetlab.data import sources
 from resnetlab.data.decode import decode, list_images
 from resnetlab.data.prefetch import PreprocessedSplit
 from resnetlab.device import environment
-from resnetlab.inference.backends import select_backend
+from resnetlab.inference.backends import BackendRequest, select_backend
 from resnetlab.models.model_file import TrainedModel, load_trained_model
 from resnetlab.models.reference_images import ReferenceImages
 from resnetlab.preprocessing import Preprocessing
@@ -174,7 +174,7 @@ def make_predictor(
 def make_contestant(name: str, subject: Subject) -> tuple[Call, Tensor, str]:
     """A function that runs one batch of a size, the best classes of the images, and the selected backend."""
     if name.startswith("resnetlab"):
-        choice = select_backend(subject.own, "auto", "int8" if "int8" in name else "auto")
+        choice = select_backend(subject.own, BackendRequest(precision="int8" if "int8" in name else "auto"))
         predict, images, note = choice.predict, subject.images, str(choice)
     else:
         images, calibration_images = (

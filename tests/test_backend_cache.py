@@ -17,7 +17,8 @@ import torch
 from PIL import Image
 
 from resnetlab.inference import backend_cache, backends
-from resnetlab.inference.backends import Backend, select_backend
+from resnetlab.inference.backends import BackendRequest, LoadedBackend
+from resnetlab.inference.formats import Backend, ExportFormat
 from resnetlab.models.model_file import TrainedModel
 from resnetlab.models.reference_images import ReferenceImages
 from resnetlab.models.resnet import build
@@ -37,6 +38,12 @@ def make_model(seed: int = 0) -> TrainedModel:
     )
 
 
+def select_backend(
+    model: TrainedModel, backend: str = "auto", precision: str = "auto", **options: Any
+) -> LoadedBackend:
+    return backends.select_backend(model, BackendRequest(backend=backend, precision=precision, **options))
+
+
 @pytest.fixture
 def builds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Records the precisions that a fake backend builds."""
@@ -46,14 +53,15 @@ def builds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         builds.append(precision)
         return b"program of " + precision.encode()
 
-    def start(content: bytes, graphs: Any, precision: str) -> Any:
+    def start(content: bytes, model: TrainedModel, precision: str) -> Any:
         if content != b"program of " + precision.encode():
             raise RuntimeError("a runtime's own message")
-        return backends.REAL_BACKENDS["torch"].start(b"", graphs, "fp32")  # type: ignore[attr-defined]
+        return torch_backend.start(b"", model, "fp32")
 
-    monkeypatch.setattr(backends, "REAL_BACKENDS", backends.BACKENDS, raising=False)
-    monkeypatch.setattr(backends, "BACKENDS", {"quick": Backend((), ("fp32", "int8"), build_program, start)})
-    monkeypatch.setattr(backends, "BACKEND_NAMES", ("auto", "quick"))
+    torch_backend, _ = backends.BACKENDS["torch"]
+    backend = Backend(name="quick", precisions=("fp32", "int8"), build=build_program, start=start)
+    format = ExportFormat(suffixes=(), write=lambda *_: None, read=None, backend=backend)
+    monkeypatch.setattr(backends, "BACKENDS", {"quick": (backend, format)})
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return builds
 
@@ -64,7 +72,7 @@ def cached_files(tmp_path: Path) -> list[Path]:
 
 def test_a_second_start_builds_nothing(builds: list[str], tmp_path: Path) -> None:
     first, second = select_backend(make_model(), use_cache=True), select_backend(make_model(), use_cache=True)
-    assert builds == ["fp32"] and second.why == f"{first.why}; loaded from the cache"
+    assert builds == ["fp32"] and second.reason == f"{first.reason}; loaded from the cache"
     assert torch.equal(first.predict(CHECK), second.predict(CHECK))
     assert (tmp_path / "cache/resnetlab/backends").stat().st_mode & 0o777 == 0o700
 
@@ -92,12 +100,12 @@ def test_damaged_entries_are_built_again(builds: list[str], tmp_path: Path, monk
     damages = ((program, content[:-1]), (program, b""), (choice, b"x" * 40), (program, content[:-1] + b"!"))
     for file, damaged in damages:
         file.write_bytes(damaged)
-        assert "from the cache" not in select_backend(make_model(), use_cache=True).why
-        assert "from the cache" in select_backend(make_model(), use_cache=True).why
+        assert "from the cache" not in select_backend(make_model(), use_cache=True).reason
+        assert "from the cache" in select_backend(make_model(), use_cache=True).reason
     backend_cache.BackendCache(program.parent, program.name.removesuffix("-program")).put(
         "program", b"of another version"
     )
-    assert "from the cache" not in select_backend(make_model(), use_cache=True).why
+    assert "from the cache" not in select_backend(make_model(), use_cache=True).reason
     assert len(builds) == 6 and program.read_bytes() == content
 
 

@@ -23,10 +23,11 @@ from resnetlab.cli.main import run_command
 from resnetlab.data import digits
 from resnetlab.data.decode import decode, list_images
 from resnetlab.errors import DataError, UsageError, install_hint
-from resnetlab.inference import backends
-from resnetlab.inference.backends import Agreement, Backend, select_backend
-from resnetlab.inference.export_graphs import ExportGraphs
+from resnetlab.inference import backends, formats, parity_check
+from resnetlab.inference.backends import BackendRequest, LoadedBackend
+from resnetlab.inference.formats import Backend, ExportFormat
 from resnetlab.inference.inference_module import compute_reference_scores
+from resnetlab.inference.parity_check import Agreement
 from resnetlab.inference.predict import BATCH, PREFETCH, load
 from resnetlab.models.model_file import TrainedModel
 from resnetlab.models.reference_images import ReferenceImages
@@ -66,6 +67,12 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def select_backend(
+    model: TrainedModel, backend: str = "auto", precision: str = "auto", **options: Any
+) -> LoadedBackend:
+    return backends.select_backend(model, BackendRequest(backend=backend, precision=precision, **options))
+
+
 def by_hand(trained: TrainedModel, pixels: Tensor) -> Tensor:
     x = (pixels.float() / 255 - 0.3) / 0.38
     with torch.no_grad():
@@ -91,59 +98,51 @@ def test_each_backend_agrees_with_the_network(trained: TrainedModel, name: str, 
         assert torch.equal(scores, choice.predict(pixels))
         assert scores.dtype == torch.float32 and scores.shape == (len(pixels), 10)
         assert float((scores - by_hand(trained, pixels)).abs().max()) < bound
-    assert "on 16 check images" in choice.why
+    assert "on 16 check images" in choice.reason
     assert torch.allclose(compute_reference_scores(trained, fresh), by_hand(trained, fresh), atol=1e-6)
 
 
-def fake(shift: float, rounds: int) -> Backend:
-    """A backend whose first score is off by `shift`, and that computes it `rounds` times."""
+def fake(name: str, shift: float, seconds: float, times: dict[int, float]) -> tuple[Backend, ExportFormat]:
+    """A backend whose first score is off by `shift`, and that is listed in `times` as taking so many seconds."""
 
-    def start(program: bytes, graphs: ExportGraphs, precision: str) -> Any:
+    def start(program: bytes, model: TrainedModel, precision: str) -> Any:
         def predict(pixels: Tensor) -> Tensor:
-            for _ in range(rounds):
-                scores = compute_reference_scores(graphs.model, pixels)
-            return scores + shift * torch.eye(10)[0]
+            return compute_reference_scores(model, pixels) + shift * torch.eye(10)[0]
 
+        times[id(predict)] = seconds
         return predict
 
-    return Backend((), ("fp32",), lambda graphs, precision: b"made", start)
+    backend = Backend(name=name, precisions=("fp32",), build=lambda graphs, precision: b"program", start=start)
+    return backend, ExportFormat(suffixes=(), write=lambda *_: None, read=None, backend=backend)
 
 
 def test_auto_selects_the_fastest_that_agrees(trained: TrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    table = {"slow": fake(0.0, 8), "wrong": fake(0.2, 1), "right": fake(1e-4, 2)}
+    times: dict[int, float] = {}
+    table = {
+        "slow": fake("slow", 0.0, 8.0, times),
+        "wrong": fake("wrong", 0.2, 1.0, times),
+        "right": fake("right", 1e-4, 2.0, times),
+    }
     monkeypatch.setattr(backends, "BACKENDS", table)
-    seconds = {id(kind): n for n, kind in zip((8.0, 1.0, 2.0), table.values(), strict=True)}
-    built: dict[int, float] = {}
-
-    def timed(functions: list[Any], pixels: Tensor) -> list[float]:  # no clock: a busy machine would decide the test
-        return [built[id(predict)] for predict in functions]
-
-    for kind in table.values():
-        original = kind.start
-
-        def start(*a: Any, original: Any = original, kind: Backend = kind) -> Any:
-            predict = original(*a)
-            built[id(predict)] = seconds[id(kind)]
-            return predict
-
-        object.__setattr__(kind, "start", start)
-    monkeypatch.setattr(backends, "measure_seconds", timed)
+    # no clock: a busy machine would decide the test
+    monkeypatch.setattr(backends, "measure_seconds", lambda functions, pixels: [times[id(f)] for f in functions])
     choice = select_backend(trained)
     assert (choice.name, choice.precision) == ("right", "fp32")
-    assert "slow fp32 takes 4.00 times as long" in choice.why and "wrong fp32 does not agree" in choice.why
-    monkeypatch.setattr(backends, "BACKENDS", {"wrong": fake(0.2, 1), "torch": fake(float("nan"), 1)})
+    assert "slow fp32 takes 4.00 times as long" in choice.reason and "wrong fp32 does not agree" in choice.reason
+    table = {"wrong": table["wrong"], "torch": fake("torch", float("nan"), 1.0, times)}
+    monkeypatch.setattr(backends, "BACKENDS", table)
     choice = select_backend(trained)
-    assert choice.name == "torch" and "wrong fp32 does not agree" in choice.why
+    assert choice.name == "torch" and "wrong fp32 does not agree" in choice.reason
 
 
 def test_agreement() -> None:
     a = torch.tensor([[0.6, 0.4], [0.3, 0.7]])
     assert Agreement.between(a, a) == Agreement(1.0, 0.0)
     half = Agreement.between(torch.tensor([[0.4, 0.6], [0.3, 0.7]]), a)
-    assert half.top1_agreement == 0.5 and half.largest_difference == pytest.approx(0.2) and not half.within(0.99, 0.3)
+    assert half.rate == 0.5 and half.largest_difference == pytest.approx(0.2) and not half.within(0.99, 0.3)
     assert not Agreement.between(a * float("nan"), a).within(0.0, 0.99)
     torn = torch.tensor([[0.502, 0.498], [0.51, 0.49]])  # undecided, and barely decided
-    assert Agreement.between(torn.flip(1), torn).top1_agreement == 0.5
+    assert Agreement.between(torn.flip(1), torn).rate == 0.5
 
 
 @pytest.mark.parametrize(
@@ -162,12 +161,12 @@ def test_wrong_requests(trained: TrainedModel, backend: str, precision: str, sen
 
 def test_missing_packages_and_images(trained: TrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     bare = replace(trained, reference_images=None)
-    assert select_backend(bare).name == "torch" and "no check images" in select_backend(bare).why
+    assert select_backend(bare).name == "torch" and "no check images" in select_backend(bare).reason
     with pytest.raises(UsageError, match="--calibrate FOLDER"):
         select_backend(bare, "openvino", "int8")
     with pytest.raises(UsageError, match="other images than it is evaluated on"):
         select_backend(bare, "openvino", "int8", check_images=CHECK, calibration_images=CHECK)
-    monkeypatch.setattr(backends, "find_spec", lambda name: None)
+    monkeypatch.setattr(formats, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match=re.escape(install_hint("openvino"))):
         select_backend(trained, "openvino")
     with pytest.raises(UsageError, match="no backend installed here computes in int8"):
@@ -329,4 +328,4 @@ def test_a_backend_is_timed_after_the_previous_one_is_idle() -> None:
         return x
 
     for order in ([blocks_cores, is_slowed_down], [is_slowed_down, blocks_cores]):
-        assert max(backends.measure_seconds(order, torch.zeros(1), budget=0.01)) < 0.02
+        assert max(parity_check.measure_seconds(order, torch.zeros(1), budget=0.01)) < 0.02

@@ -21,8 +21,8 @@ from images import photo
 from resnetlab.cli.main import run_command
 from resnetlab.data import digits
 from resnetlab.errors import ModelFileError, UsageError, missing_package
-from resnetlab.inference import export
-from resnetlab.inference.backends import PARITY_BOUNDS
+from resnetlab.inference import export, formats
+from resnetlab.inference.parity_check import PARITY_BOUNDS
 from resnetlab.inference.resizing import Resize
 from resnetlab.models.model_file import TrainedModel, load_trained_model
 from resnetlab.models.reference_images import ReferenceImages
@@ -177,8 +177,8 @@ def test_disagreement_fails_and_leaves_no_file(
 ) -> None:
     wrong = load_trained_model(model)
     wrong.net.fc.bias.data[3] += 2.0
-    right = export.resizing
-    monkeypatch.setattr(export, "resizing", lambda _, __: right(wrong, export.InferenceModule(wrong)))
+    right = formats.export_resize
+    monkeypatch.setattr(formats, "export_resize", lambda _, __: right(wrong, formats.InferenceModule(wrong)))
     out = tmp_path / "m.pt2"
     out.write_text("an older one")
     code, document, err = run_json(capsys, "export", model, "--to", "torch", "--out", out, "--json")
@@ -224,6 +224,6 @@ def test_a_model_without_images(model: Path, tmp_path: Path, capsys: pytest.Capt
 
 
 def test_a_missing_package_is_named(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(export, "find_spec", lambda name: None if name == "onnxscript" else name)
+    monkeypatch.setattr(formats, "find_spec", lambda name: None if name == "onnxscript" else name)
     with pytest.raises(UsageError, match=re.escape(str(missing_package("--to onnx", "onnxscript", "onnx")))):
         export.check_export_request("onnx", "fp32", Path("m.onnx"))

@@ -20,8 +20,8 @@ import resnetlab
 from resnetlab.cli.main import run_command
 from resnetlab.errors import ModelFileError, ResNetLabError, UsageError
 from resnetlab.inference.classes import dataset_class_names, parse_class_names
+from resnetlab.inference.export import export_weights
 from resnetlab.inference.import_model import ImportOptions, import_weights
-from resnetlab.inference.state_dict_export import export_state_dict
 from resnetlab.models.model_file import TrainedModel, load_trained_model
 from resnetlab.models.resnet import ResNet, build
 from resnetlab.preprocessing import Preprocessing
@@ -174,7 +174,7 @@ def test_option_a_and_the_place_of_its_zeros(tmp_path: Path, capsys: pytest.Capt
     assert "ASSUMED" in err and "--set zero_pad=" in err and "shortcut=none" in err
     assert_same(load_trained_model(out), net, 32)
     assert run_command([*arguments, "--out", str(out), "--set", "zero_pad=append"]) == 0
-    assert load_trained_model(out).spec.zero_pad == "append" and "zeros              append" in capsys.readouterr().out
+    assert load_trained_model(out).spec.zero_pad == "append" and "zero_pad           append" in capsys.readouterr().out
 
 
 def test_a_network_with_projections_on_cifar(tmp_path: Path) -> None:
@@ -309,7 +309,7 @@ def test_exports_are_imported_unchanged(suffix: str, tmp_path: Path) -> None:
         Preprocessing(3, (32, 32), 32, torch.rand(32, 32, 3), torch.ones(3)),
         temperature=1.3,
     )
-    export_state_dict(before, "torchvision", tmp_path / f"w{suffix}")
+    export_weights(before, "torchvision", tmp_path / f"w{suffix}")
     after, _ = import_weights(tmp_path / f"w{suffix}", ImportOptions())
     after.save(tmp_path / "m.safetensors")
     after = load_trained_model(tmp_path / "m.safetensors")
@@ -323,7 +323,7 @@ def test_torchvision_and_timm_load_exports(suffix: str, tmp_path: Path) -> None:
     net: ResNet = randomise(build("resnet50v1.5", classes=5, seed=0))
     model = TrainedModel(net, tuple("abcde"), Preprocessing(3, (224, 224), 256, torch.zeros(3), torch.ones(3)))
     path = tmp_path / f"w{suffix}"
-    assert export_state_dict(model, "torchvision", path) == []
+    assert export_weights(model, "torchvision", path) == []
     from safetensors.torch import load_file
 
     state = load_file(path) if suffix == ".safetensors" else torch.load(path, weights_only=True)

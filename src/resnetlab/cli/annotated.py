@@ -299,11 +299,13 @@ def export_annotated(
         raise UsageError(f"--out {out}: the file name must end in .onnx.")
     opened = open_annotated_model(model, read_task(model), "fp32", "cpu")
     parity = export_graph(opened.model, out, [read_pixels(file) for file in find_image_files(map(Path, images))])
+    rate, largest = parity.agreement.rate, parity.agreement.largest_difference
     if json:
-        return console.print_json({"model": str(model), "file": str(out), "to": "onnx"} | parity._asdict())
+        figures = {"images": parity.n, "agreement": rate, "largest_difference": largest}
+        return console.print_json({"model": str(model), "file": str(out), "to": "onnx"} | figures)
     unit = "pixels" if opened.model.task == "detect" else "of a score"
-    print(f"{out}: on {parity.images:,} images {format_percent(parity.agreement)} agreement with PyTorch,")
-    return print(f"largest difference {parity.largest_difference:.2g} {unit}")
+    print(f"{out}: on {parity.n:,} images {format_percent(rate)} agreement with PyTorch,")
+    return print(f"largest difference {largest:.2g} {unit}")
 
 
 @_restrict(export_annotated, "detect", ())

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 CLASSIFIER_PREDICTION = {"top", "backend", "calibrate"}  # options that only classifiers have
 DETECTOR_OPTIONS = {"scales", "refine"}
-FEW_IMAGES = 64  # torch predicts these sooner than another backend is built
 
 
 def predict(
@@ -81,7 +80,7 @@ def predict(
     device
         cpu, cuda, cuda:1, … ; auto takes a GPU if there is one. On a GPU the backend is torch.
     """
-    from resnetlab.inference.backends import check_backend_request
+    from resnetlab.inference.backends import FEW_IMAGES, check_backend_request
     from resnetlab.inference.open_model import open_model
     from resnetlab.inference.predict import Model
     from resnetlab.models.annotated_model import TASK_NOUNS
@@ -210,14 +209,9 @@ def _select_model_backend(
     """Selects the model's backend and returns its description; `first` are the first images."""
     from resnetlab.data.decode import find_image_files
 
-    few = len(first) <= FEW_IMAGES and model.device_config.device.type == "cpu"
-    if backend == "auto" and few and precision != "int8":
-        precision = "fp32" if precision == "auto" else precision
-        model.select_backend("torch", precision)
-        return f"torch {precision} (for {FEW_IMAGES} images or fewer building another takes longer than it saves)"
     images = [image for _, image in first[:16] if not isinstance(image, DataError)]
     calibration = list(islice(find_image_files([calibrate]), 256)) if calibrate is not None else ()
-    return model.select_backend(backend, precision, images, calibration)
+    return model.select_backend(backend, precision, images, calibration, len(first))
 
 
 def _with_progress(predictions: Iterator[Prediction], bar: console.ProgressBar) -> Iterator[Prediction]:

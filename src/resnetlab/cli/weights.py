@@ -151,27 +151,25 @@ def export(
             raise UsageError(f"{TASK_NOUNS[task]} is exported to onnx only, not to {to}.")
         console.refuse_options(TASK_NOUNS[task], {"precision": precision != "fp32", "data": data is not None})
         return export_annotated(Path(model), *([str(images)] if images else []), out=out, json=json)
-    suffixes = {"onnx": ".onnx", "torch": ".pt2", "openvino": ".xml"}
     if data is not None and images is not None:
         raise UsageError("give --data or --images, not both.")
-    stem = Path(model.split(":")[1].replace("/", "-")) if get_scheme(model) else Path(model).with_suffix("")
-    out = out or stem.with_name(stem.name + suffixes.get(to, ".pth"))
-    if to not in suffixes:
-        from resnetlab.inference.state_dict_export import export_state_dict
-
-        if json or precision != "fp32" or data is not None or images is not None:
-            raise UsageError(
-                f"--to {to} takes only --out; --precision, --data, --images and --json are for the other formats."
-            )
-        for note in export_state_dict(load_or_download(model), to, out):
-            console.log(f"resnetlab: note: {note}")
-        print(out)
-        return None
-    from resnetlab.inference.export import check_export_request, export_model
+    from resnetlab.inference.export import check_export_request, export_model, export_weights
     from resnetlab.inference.export_images import load_export_images
+    from resnetlab.inference.formats import get_format
 
+    format = get_format(to)
+    stem = Path(model.split(":")[1].replace("/", "-")) if get_scheme(model) else Path(model).with_suffix("")
+    out = out or stem.with_name(stem.name + format.suffixes[0])
+    if format.read is None and (json or precision != "fp32" or data is not None or images is not None):
+        raise UsageError(
+            f"--to {to} takes only --out; --precision, --data, --images and --json are for the other formats."
+        )
     check_export_request(to, precision, out)
     trained = load_or_download(model)
+    if format.read is None:
+        for note in export_weights(trained, to, out):
+            console.log(f"resnetlab: note: {note}")
+        return print(out)
     check_images, calibration_images = load_export_images(trained, data, images, data_dir)
     parity = export_model(trained, to, precision, out, check_images, calibration_images)
     if json:

@@ -13,26 +13,19 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from resnetlab.errors import UsageError, missing_package
 from resnetlab.evaluation.segmentation import resize_bounded
+from resnetlab.inference.parity_check import Agreement, ParityReport
 from resnetlab.models.annotated_model import AnnotatedModel
 from resnetlab.models.head_spec import SegmenterSpec
 from resnetlab.run_folder import write_atomically
 
 OPSET = 17
-
-
-class AnnotatedParity(NamedTuple):
-    """Agreement of the graph with PyTorch on images, and the largest difference of their outputs."""
-
-    images: int
-    agreement: float  # fraction of images with the same labels in the same order, or of pixels with the same class
-    largest_difference: float  # of box coordinates in pixels, or of scores
 
 
 class _DetectorGraph(nn.Module):
@@ -54,8 +47,11 @@ class _SegmenterGraph(nn.Module):
         return torch.softmax(self.net(images), 1)
 
 
-def export_annotated(model: AnnotatedModel, out: Path, images: Sequence[Tensor]) -> AnnotatedParity:
+def export_annotated(model: AnnotatedModel, out: Path, images: Sequence[Tensor]) -> ParityReport:
     """Writes the graph, and compares it with PyTorch on images, uint8 (H, W, 3), of any sizes.
+
+    Returns the fraction of images with the same labels in the same order and the largest difference of boxes in pixels, or
+    the fraction of pixels with the same class and the largest difference of scores.
 
     Raises:
         UsageError: onnx or onnxruntime is not installed, or no image is given.
@@ -97,7 +93,7 @@ def export_annotated(model: AnnotatedModel, out: Path, images: Sequence[Tensor])
             ours = net(image)
         agreement, difference = (_compare_boxes if is_detector else _compare_maps)(ours, theirs)
         total_agreement, largest = total_agreement + agreement, max(largest, difference)
-    return AnnotatedParity(len(inputs), total_agreement / len(inputs), largest)
+    return ParityReport(len(inputs), Agreement(total_agreement / len(inputs), largest))
 
 
 def _resize(model: AnnotatedModel, pixels: Tensor) -> Tensor:

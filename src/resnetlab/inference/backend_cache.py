@@ -25,7 +25,7 @@ from torch import Tensor
 
 from resnetlab.device import environment
 from resnetlab.errors import RunError
-from resnetlab.inference import export_graphs, inference_module
+from resnetlab.inference import export_graphs, formats, inference_module, parity_check
 from resnetlab.models import fold, resnet
 from resnetlab.models.model_file import TrainedModel
 from resnetlab.nn import blocks, shortcuts
@@ -34,7 +34,8 @@ from resnetlab.run_folder import write_atomically
 MAX_BYTES = 2_000_000_000  # bytes
 DAY = 86_400  # seconds; a temporary file of that age was left by a crash
 PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime", "openvino", "nncf")
-CODE = (fold, resnet, blocks, shortcuts, export_graphs, inference_module)  # with `backends`, the modules that build
+# with `backends`, the modules that determine what is built
+CODE = (fold, resnet, blocks, shortcuts, export_graphs, formats, inference_module, parity_check)
 DIGEST_BYTES = 16
 
 

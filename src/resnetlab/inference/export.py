@@ -1,9 +1,5 @@
 """Exports a model to a file for other programs, and checks it before the file gets its name.
 
-onnx       FILE.onnx                 one file
-torch      FILE.pt2                  for torch.export.load
-openvino   FILE.xml and FILE.bin     OpenVINO's IR
-
 FILE.json describes the input and its preprocessing, FILE.parity.json is the parity report.
 """
 
@@ -12,55 +8,32 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from resnetlab.errors import DataError, ModelFileError, UsageError, missing_package, unknown_name_error
-from resnetlab.inference.backends import PARITY_BOUNDS
-from resnetlab.inference.export_graphs import PIXELS, SCORES, ExportGraphs, export_metadata, export_resize
-from resnetlab.inference.inference_module import InferenceModule
-from resnetlab.inference.parity_check import READERS, ParityReport, check_parity
+from resnetlab.inference.export_graphs import PIXELS, SCORES, ExportGraphs
+from resnetlab.inference.formats import get_format
+from resnetlab.inference.parity_check import PARITY_BOUNDS, ParityReport, check_parity
 from resnetlab.models.model_file import TrainedModel
 from resnetlab.run_folder import write_atomically, write_error
 
 
-@dataclass(frozen=True)
-class ExportFormat:
-    """A file format: suffix, required packages and the extra that installs them, precisions."""
-
-    suffix: str
-    packages: tuple[str, ...]
-    extra: str
-    precisions: tuple[str, ...]
-
-
-FORMATS: Mapping[str, ExportFormat] = {
-    "onnx": ExportFormat(".onnx", ("onnx", "onnxscript", "onnxruntime"), "onnx", ("fp32", "int8")),
-    "torch": ExportFormat(".pt2", (), "", ("fp32",)),
-    "openvino": ExportFormat(".xml", ("onnx", "onnxscript", "openvino", "nncf"), "openvino", ("fp32", "int8")),
-}
-
-
 def check_export_request(target: str, precision: str, out: Path) -> None:
     """Raises UsageError for an impossible export, before anything is loaded."""
-    if target not in FORMATS:
-        raise unknown_name_error("target", target, (*FORMATS, "torchvision"))
-    format = FORMATS[target]
+    format = get_format(target)
     if precision not in PARITY_BOUNDS:
         raise unknown_name_error("precision", precision, PARITY_BOUNDS)
     if precision not in format.precisions:
         raise UsageError(
             f"--to {target} writes {' or '.join(format.precisions)}, not {precision}; use --to onnx or openvino."
         )
-    if out.suffix != format.suffix:
-        raise UsageError(f"--out {out}: a file for {target} ends in {format.suffix}.")
-    if missing := [name for name in format.packages if find_spec(name) is None]:
+    if out.suffix not in format.suffixes:
+        raise UsageError(f"--out {out}: a file for {target} ends in {' or '.join(format.suffixes)}.")
+    if missing := format.missing_packages():
         raise missing_package(f"--to {target}", missing[0], format.extra)
 
 
@@ -75,7 +48,7 @@ def export_model(
     """Writes the file, its description and its parity report; nothing if the parity check fails.
 
     Args:
-        target: a name in FORMATS.
+        target: a name in FORMATS whose files can be read back.
         check_images: for the parity check, each uint8 (H, W, C) at its own size.
         calibration_images: other images for int8, resized and cropped, uint8 (M, h, w, C).
 
@@ -86,6 +59,8 @@ def export_model(
         RunError: the file cannot be written.
     """
     check_export_request(target, precision, out)
+    format = get_format(target)
+    assert format.read is not None
     if not len(check_images):
         raise DataError("there is no readable image to check the export on; give some with --data or --images.")
     if precision == "int8" and (calibration_images is None or not len(calibration_images)):
@@ -95,8 +70,8 @@ def export_model(
     try:
         with TemporaryDirectory(dir=out.parent, prefix=".export-") as folder:
             file = Path(folder, out.name)
-            _write_file(ExportGraphs(model, calibration_images), target, precision, file)
-            parity = check_parity(model, READERS[target](file), check_images, precision)
+            format.write(ExportGraphs(model, calibration_images), precision, file)
+            parity = check_parity(model, format.read(file), check_images, precision)
             if not parity.passed:
                 least, largest = PARITY_BOUNDS[precision]
                 raise ModelFileError(
@@ -112,17 +87,12 @@ def export_model(
     return parity
 
 
-def _write_file(graphs: ExportGraphs, target: str, precision: str, file: Path) -> None:
-    if target == "onnx":
-        file.write_bytes(graphs.onnx(precision, any_size=True))
-    elif target == "torch":
-        program = export_resize(graphs.model, InferenceModule(graphs.model))
-        torch.export.save(program, str(file), extra_files=dict(export_metadata(graphs.model)))
-    else:
-        import openvino
-
-        model = graphs.openvino(precision, any_size=True)
-        openvino.save_model(model, str(file), compress_to_fp16=False)
+def export_weights(model: TrainedModel, target: str, out: Path) -> list[str]:
+    """Writes a format that has only weights; returns notes on what the programs that read it compute differently."""
+    check_export_request(target, "fp32", out)
+    format = get_format(target)
+    format.write(ExportGraphs(model), "fp32", out)
+    return format.notes(model)
 
 
 def describe_export(model: TrainedModel, target: str, precision: str) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,9 @@ from PIL import Image
 from torch import Tensor
 
 from resnetlab.data.decode import convert_image, decode
-from resnetlab.device import DeviceConfig, eval_mode, select_device, to_device
+from resnetlab.device import DeviceConfig, select_device
 from resnetlab.errors import DataError, UsageError
-from resnetlab.inference.backends import BackendChoice, check_backend_request, select_backend
+from resnetlab.inference.backends import BackendRequest, LoadedBackend, load_network, select_backend
 from resnetlab.inference.download import load_or_download
 from resnetlab.models.model_file import TrainedModel
 
@@ -42,11 +42,21 @@ class Prediction:
         return {"image": self.name, "top": [{"class": name, "score": score} for name, score in self.top]}
 
 
+@dataclass(eq=False)
 class Model(TrainedModel):
-    """A model ready for prediction: network, classes, preprocessing, and `predict`."""
+    """A model ready for prediction: network, classes, preprocessing, and `predict`.
 
-    device_config: DeviceConfig
-    backend: BackendChoice | None = None  # None: the network itself in torch
+    Attributes:
+        device_config: device and precision of the network.
+        backend: what computes the scores; the network itself until `select_backend` is called.
+    """
+
+    device_config: DeviceConfig = field(kw_only=True)
+    backend: LoadedBackend = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.device_config.place(self.net)
+        self.backend = load_network(self, self.device_config)
 
     def select_backend(
         self,
@@ -54,34 +64,30 @@ class Model(TrainedModel):
         precision: str = "auto",
         images: Sequence[ImageInput] = (),
         calibrate: Sequence[ImageInput] = (),
+        num_images: int | None = None,
     ) -> str:
-        """Selects the backend for all following predictions; returns which one and why.
-
-        Raises the errors of `backends.select_backend`. On a GPU the backend is torch; others, and int8, raise UsageError.
+        """Selects the backend for all following predictions; returns which one and why. See `backends.select_backend`.
 
         Args:
             images: backends are compared with torch on these if the model file has no check images.
             calibrate: int8 is calibrated on these instead of the model file's training images.
+            num_images: how many images will be predicted, if known.
         """
-        if self.device_config.device.type != "cpu":
-            check_backend_request(backend, precision)
-            if backend not in ("auto", "torch"):
-                raise UsageError(f"{backend} computes on the CPU here; use --backend torch, or --device cpu.")
-            if precision == "int8":
-                raise UsageError("torch computes in bf16 or fp32 here, not in int8; --device cpu has backends that do.")
-            self.device_config = select_device(precision, str(self.device_config.device))
-            return str(self.device_config)
-        check_images = None if self.reference_images else self._read_images(images)
-        calibration_images = self._read_images(calibrate)
-        self.backend = select_backend(
-            self, backend, precision, check_images=check_images, calibration_images=calibration_images, use_cache=True
+        request = BackendRequest(
+            backend=backend,
+            precision=precision,
+            check_images=None if self.reference_images else self._read_images(images),
+            calibration_images=self._read_images(calibrate),
+            num_images=num_images,
+            use_cache=True,
         )
+        self.backend = select_backend(self, request, self.device_config.device)
         return str(self.backend)
 
     @property
     def backend_name(self) -> str:
         """What computes the scores, such as "openvino bf16"."""
-        return str(self.device_config) if self.backend is None else f"{self.backend.name} {self.backend.precision}"
+        return f"{self.backend.name} {self.backend.precision}"
 
     def _read_images(self, images: Sequence[ImageInput]) -> Tensor | None:
         """The readable images, uint8 (n, h, w, C); None if there is none."""
@@ -125,11 +131,7 @@ class Model(TrainedModel):
 
     def predict_scores(self, pixels: Tensor) -> Tensor:
         """Softmax scores, float32 (B, classes), of resized and cropped images, uint8 (B, h, w, C)."""
-        if self.backend is not None:
-            return self.backend.predict(pixels)
-        with eval_mode(self.net), self.device_config.autocast():
-            logits = self.net(self.preprocessing.normalise(to_device(pixels, self.device_config.device)))
-        return torch.softmax(logits.float().cpu() / self.temperature, 1)
+        return self.backend.predict(pixels)
 
     def _decode_ahead(self, images: Iterable[tuple[str, ImageInput | DataError]]) -> Iterator[tuple[str, Tensor | str]]:
         """Decodes images in threads: (name, uint8 (h, w, C) or an error message) of each, in order."""
@@ -192,8 +194,4 @@ def load(path: str | Path, *, precision: str = "fp32", device: str = "auto") -> 
         ModelFileError: the file is missing, damaged, foreign, or a folder; or the download fails.
         UsageError: there is no such published model.
     """
-    trained = load_or_download(path)
-    model = Model(**{name: getattr(trained, name) for name in TrainedModel.__dataclass_fields__})
-    model.device_config = select_device(precision, device)
-    model.device_config.place(model.net)
-    return model
+    return Model(**vars(load_or_download(path)), device_config=select_device(precision, device))

@@ -10,29 +10,17 @@ from typing import Any
 import torch
 from safetensors.torch import save as save_safetensors
 
-from resnetlab.errors import UsageError, unknown_name_error
 from resnetlab.models.model_file import TrainedModel
 from resnetlab.models.spec import Specification
 from resnetlab.run_folder import write_atomically
 
-TARGETS = ("torchvision",)
-SUFFIXES = (".pth", ".safetensors")
 
-
-def export_state_dict(model: TrainedModel, target: str, out: Path) -> list[str]:
-    """Writes a `state_dict` that torchvision and timm load strictly; returns notes on what they compute differently.
+def write_state_dict(model: TrainedModel, out: Path) -> None:
+    """Writes a `state_dict`, .safetensors or else .pth, that torchvision and timm load strictly.
 
     Classes, preprocessing, training data and so on are in the metadata of the .safetensors file, or of the state dict itself,
-    where PyTorch ignores it and `resnetlab import` reads it.
-
-    Raises:
-        UsageError: an unknown target or suffix.
-        RunError: the file cannot be written.
+    where PyTorch ignores it and `resnetlab import` reads it. Raises RunError if the file cannot be written.
     """
-    if target not in TARGETS:
-        raise unknown_name_error("target", target, ("onnx", "torch", "openvino", *TARGETS))
-    if out.suffix not in SUFFIXES:
-        raise UsageError(f"--out {out}: the file must end in {' or '.join(SUFFIXES)}.")
     preprocessing = model.preprocessing
     metadata = json.dumps({
         "specification": model.spec.to_json(),
@@ -52,7 +40,6 @@ def export_state_dict(model: TrainedModel, target: str, out: Path) -> list[str]:
         buffer = io.BytesIO()
         torch.save(state, buffer)
         write_atomically(out, buffer.getvalue())
-    return list(list_differences(model.spec))
 
 
 def list_differences(spec: Specification) -> list[str]:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from resnetlab.errors import ModelFileError, UsageError, unknown_name_error
+from resnetlab.formatting import format_list
 from resnetlab.models.resnet import ResNet
 from resnetlab.models.spec import Specification, parse_changes
 from resnetlab.models.state_dicts import StateDictFile
@@ -174,7 +175,7 @@ def _get_conv_weights(tensors: Mapping[str, Tensor], unit: str, layers: int) -> 
             regular = re.compile(rf"{re.escape(unit)}\.((conv|bn)[1-9]\d*|downsample)\.")
             near = difflib.get_close_matches(name, [other for other in present if not regular.match(other)], n=1)
             raise ModelFileError(
-                f"{name} is missing: its unit has only {_abbreviate(present)}; "
+                f"{name} is missing: its unit has only {format_list(present, 4)}; "
                 + (f"{near[0]} is the closest, rename it." if near else "save the whole network.")
             )
         if tensors[name].dim() != 4:
@@ -238,13 +239,8 @@ def _describe_mismatch(tensors: Mapping[str, Tensor], expected: Mapping[str, Ten
         return f"{name} (nearest expected: {near[0]})" if near else name
 
     parts = [
-        f"missing {_abbreviate(missing)}" if missing else "",
-        f"not expected {_abbreviate([nearest(name) for name in extra[:4]], len(extra))}" if extra else "",
-        f"misshapen {_abbreviate(misshapen)}" if misshapen else "",
+        f"missing {format_list(missing, 4)}" if missing else "",
+        f"not expected {format_list([*map(nearest, extra[:4]), *extra[4:]], 4)}" if extra else "",
+        f"misshapen {format_list(misshapen, 4)}" if misshapen else "",
     ]
     return "; ".join(filter(None, parts))
-
-
-def _abbreviate(names: list[str], total: int | None = None) -> str:
-    total = len(names) if total is None else total
-    return ", ".join(names[:4]) + (f" and {total - 4} more" if total > 4 else "")

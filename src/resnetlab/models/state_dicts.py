@@ -23,6 +23,7 @@ from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
 from resnetlab.errors import ModelFileError, UsageError
+from resnetlab.formatting import format_list
 
 SUFFIXES = (".pth", ".pt", ".th", ".tar", ".bin", ".ckpt", ".safetensors", ".npz")
 MAGIC = (b"PK", b"\x80")  # first bytes of PyTorch files: a zip file, formerly a pickle
@@ -204,7 +205,7 @@ def parse_state_dict(
     if odd := [name for name, tensor in tensors.items() if not _can_be_weight(tensor)]:
         kind = f"{tensors[odd[0]].layout} {tensors[odd[0]].dtype}".replace("torch.", "")
         raise ModelFileError(
-            f"{where}: {', '.join(odd[:4])}{f' and {len(odd) - 4} more' if len(odd) > 4 else ''} cannot be weights ({kind}); "
+            f"{where}: {format_list(odd, 4)} cannot be weights ({kind}); "
             "weights are dense floating point tensors: save the network before it is quantised or made sparse."
         )
     caffe = any(re.match(r"(res|bn|scale)\d[a-z]\d*_branch", name) for name in tensors)

@@ -1,0 +1,200 @@
+"""Export formats, each with the runtime that reads its files: one entry of FORMATS per format.
+
+A format writes a file and reads it back as a function from images of any size, uint8 (B, H, W, C), to scores, float32
+(B, classes). If its runtime is also a backend of predictions, the format builds a program from a model, as bytes that can be
+cached, and starts it as a function of resized and cropped images, uint8 (B, h, w, C), to scores.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from resnetlab.device import default_precision
+from resnetlab.errors import unknown_name_error
+from resnetlab.inference.export_graphs import PIXELS, ExportGraphs, export_metadata, export_resize
+from resnetlab.inference.inference_module import InferenceModule
+from resnetlab.inference.state_dict_export import list_differences, write_state_dict
+from resnetlab.models.model_file import TrainedModel
+
+PredictFn = Callable[[Tensor], Tensor]  # images, uint8 -> scores, float32 (B, classes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Backend:
+    """The runtime of a format as a backend of predictions."""
+
+    name: str
+    precisions: tuple[str, ...]  # best first
+    build: Callable[[ExportGraphs, str], bytes]
+    start: Callable[[bytes, TrainedModel, str], PredictFn]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportFormat:
+    """A file format.
+
+    Attributes:
+        suffixes: of the file; the first one is the default.
+        packages: required ones, which the `extra` of this package installs.
+        write: writes the file in one of the `precisions`.
+        read: loads the file with its runtime; None for weights only, whose scores cannot be checked.
+        notes: what the programs that read the file compute differently.
+    """
+
+    suffixes: tuple[str, ...]
+    write: Callable[[ExportGraphs, str, Path], object]
+    read: Callable[[Path], PredictFn] | None
+    precisions: tuple[str, ...] = ("fp32",)
+    packages: tuple[str, ...] = ()
+    extra: str = ""
+    backend: Backend | None = None
+    notes: Callable[[TrainedModel], list[str]] = lambda model: []
+
+    def missing_packages(self) -> list[str]:
+        """The required packages that are not installed."""
+        return [name for name in self.packages if find_spec(name) is None]
+
+
+def cpu_has_bf16() -> bool:
+    """Whether the CPU computes bf16."""
+    return default_precision(torch.device("cpu")) == "bf16"
+
+
+def _write_torch(graphs: ExportGraphs, precision: str, file: Path) -> None:
+    program = export_resize(graphs.model, InferenceModule(graphs.model))
+    torch.export.save(program, str(file), extra_files=dict(export_metadata(graphs.model)))
+
+
+def _read_torch(file: Path) -> PredictFn:
+    module: Any = torch.export.load(str(file)).module()
+    return lambda pixels: module(pixels)
+
+
+def _start_torch(program: bytes, model: TrainedModel, precision: str) -> PredictFn:
+    module, preprocessing = InferenceModule(model), model.preprocessing
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    # pure bf16 after the normalisation, not autocast: the weights are converted once, not for every batch
+    net = module.net.to(dtype).to(memory_format=torch.channels_last)
+
+    def predict(pixels: Tensor) -> Tensor:
+        with torch.inference_mode():
+            x = preprocessing.normalise(pixels)
+            return torch.softmax(net(x.to(dtype)).float() / module.temperature, 1)
+
+    return predict
+
+
+def _write_onnx(graphs: ExportGraphs, precision: str, file: Path) -> None:
+    file.write_bytes(graphs.onnx(precision, any_size=True))
+
+
+def _run_onnx(source: str | bytes) -> PredictFn:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    return lambda pixels: torch.from_numpy(session.run(None, {PIXELS: pixels.numpy()})[0])
+
+
+def _write_openvino(graphs: ExportGraphs, precision: str, file: Path) -> None:
+    import openvino
+
+    openvino.save_model(graphs.openvino(precision, any_size=True), str(file), compress_to_fp16=False)
+
+
+def _read_openvino(file: Path) -> PredictFn:
+    import openvino
+
+    settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+    compiled = openvino.compile_model(str(file), "CPU", settings)
+    return lambda pixels: torch.from_numpy(compiled([pixels.numpy()])[0].copy())
+
+
+def _openvino_settings(precision: str) -> dict[str, Any]:
+    # the rest of an int8 graph is computed in bf16 if the hardware supports it
+    hint = "bf16" if precision == "bf16" or (precision == "int8" and cpu_has_bf16()) else "f32"
+    return {
+        "INFERENCE_PRECISION_HINT": hint,
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "PERFORMANCE_HINT": "LATENCY",  # one batch at a time on all threads
+    }
+
+
+def _build_openvino(graphs: ExportGraphs, precision: str) -> bytes:
+    import openvino
+
+    compiled = openvino.compile_model(graphs.openvino(precision), "CPU", _openvino_settings(precision))
+    content: bytes = compiled.export_model().getvalue()
+    return content
+
+
+def _start_openvino(program: bytes, model: TrainedModel, precision: str) -> PredictFn:
+    import openvino
+
+    compiled = openvino.Core().import_model(program, "CPU", _openvino_settings(precision))
+    local = threading.local()  # a request computes one batch at a time, so each thread has its own
+
+    def predict(pixels: Tensor) -> Tensor:
+        if not hasattr(local, "request"):
+            local.request = compiled.create_infer_request()
+        return torch.from_numpy(local.request.infer([pixels.numpy()], share_inputs=True)[0])
+
+    return predict
+
+
+FORMATS: Mapping[str, ExportFormat] = {
+    "torch": ExportFormat(  # torch.export
+        suffixes=(".pt2",),
+        write=_write_torch,
+        read=_read_torch,
+        backend=Backend(name="torch", precisions=("bf16", "fp32"), build=lambda *_: b"", start=_start_torch),
+    ),
+    "onnx": ExportFormat(
+        suffixes=(".onnx",),
+        precisions=("fp32", "int8"),
+        packages=("onnx", "onnxscript", "onnxruntime"),
+        extra="onnx",
+        write=_write_onnx,
+        read=lambda file: _run_onnx(str(file)),
+        backend=Backend(
+            name="onnxruntime",
+            precisions=("fp32", "int8"),
+            build=lambda graphs, precision: graphs.onnx(precision),
+            start=lambda program, model, precision: _run_onnx(program),
+        ),
+    ),
+    "openvino": ExportFormat(  # IR: FILE.xml and FILE.bin
+        suffixes=(".xml",),
+        precisions=("fp32", "int8"),
+        packages=("onnx", "onnxscript", "openvino", "nncf"),
+        extra="openvino",
+        write=_write_openvino,
+        read=_read_openvino,
+        backend=Backend(
+            name="openvino", precisions=("bf16", "fp32", "int8"), build=_build_openvino, start=_start_openvino
+        ),
+    ),
+    "torchvision": ExportFormat(  # a state_dict with torchvision's names
+        suffixes=(".pth", ".safetensors"),
+        write=lambda graphs, precision, file: write_state_dict(graphs.model, file),
+        read=None,
+        notes=lambda model: list_differences(model.spec),
+    ),
+}
+
+
+def get_format(name: str) -> ExportFormat:
+    """The format of a name; raises UsageError for an unknown one."""
+    if name not in FORMATS:
+        raise unknown_name_error("target", name, FORMATS)
+    return FORMATS[name]
