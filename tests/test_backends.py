@@ -242,7 +242,7 @@ def test_common_mistakes(file: str, folder: Path, capsys: pytest.CaptureFixture[
         code, out, err = run_predict(capsys, file, *wrong)
         assert (code, out) == (2, "") and sentence in err
     code, out, err = run_predict(capsys, file, one, "--precision", "int8", "--calibrate", "nowhere")
-    assert (code, out) == (1, "") and "nowhere is no folder; --calibrate takes a folder of images." in err
+    assert (code, out) == (1, "") and "nowhere is not a folder; --calibrate takes a folder of images." in err
     assert run_predict(capsys, file, one, "--format", "json", "--json")[0] == 0
 
 

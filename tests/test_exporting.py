@@ -22,6 +22,7 @@ from resnetlab.cli.main import run_command
 from resnetlab.data import digits
 from resnetlab.errors import ModelFileError, UsageError, missing_package
 from resnetlab.inference import export, formats
+from resnetlab.inference.export_graphs import ExportGraphs
 from resnetlab.inference.parity_check import PARITY_BOUNDS
 from resnetlab.inference.resizing import Resize
 from resnetlab.models.model_file import TrainedModel, load_trained_model
@@ -187,6 +188,22 @@ def test_disagreement_fails_and_leaves_no_file(
     assert PARITY_BOUNDS["fp32"] == (1.0, 1e-3)
 
 
+def test_a_new_format_is_one_entry(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def write(graphs: ExportGraphs, precision: str, file: Path) -> None:
+        torch.save(formats.InferenceModule(graphs.model), file)
+
+    def read(file: Path) -> formats.PredictFn:
+        module, prepare = torch.load(file, weights_only=False), load_trained_model(model).preprocessing
+        return lambda pixels: module(torch.stack([prepare(tensor_to_pil(image)) for image in pixels])).detach()
+
+    monkeypatch.setitem(formats.FORMATS, "eager", formats.ExportFormat(suffixes=(".eager",), write=write, read=read))
+    code, parity, err = run_json(capsys, "export", model, "--to", "eager", "--out", tmp_path / "m.eager", "--json")
+    assert code == 0 and parity["top1_agreement"] == 1.0 and parity["to"] == "eager", err
+    assert (tmp_path / "m.eager").exists() and (tmp_path / "m.eager.parity.json").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "sentence"),
     [
@@ -196,7 +213,7 @@ def test_disagreement_fails_and_leaves_no_file(
         (["--to", "onnx", "--out", "m.txt"], 2, "a file for onnx ends in .onnx"),
         (["--to", "torchvision", "--json"], 2, "--to torchvision takes only --out"),
         (["--to", "onnx", "--data", "digits", "--images", "."], 2, "give --data or --images, not both"),
-        (["--to", "onnx", "--images", "nowhere"], 1, "nowhere is no folder"),
+        (["--to", "onnx", "--images", "nowhere"], 1, "nowhere is not a folder"),
         (["--to", "torch", "--out", "nowhere/m.pt2"], 1, "cannot write nowhere/m.pt2"),
     ],
 )
