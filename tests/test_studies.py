@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import re
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,8 +21,10 @@ from resnetlab.models import probes
 from resnetlab.models.model_file import load_trained_model
 from resnetlab.models.probes import LayerSignal
 from resnetlab.models.resnet import build
+from resnetlab.run_folder import RunFolder
 from resnetlab.studies import (
     catalogue,
+    code_version,
     gradients,
     lesion,
     report,
@@ -30,16 +33,18 @@ from resnetlab.studies import (
     workers,
 )
 from resnetlab.studies.block_depth import BlockDepth
+from resnetlab.studies.code_version import CodeVersions
 from resnetlab.studies.convergence import Convergence
 from resnetlab.studies.cost import agrees
 from resnetlab.studies.cost_estimate import CostEstimate
 from resnetlab.studies.degradation import Degradation
 from resnetlab.studies.probe_images import load_probe_batch, select_probe_images
 from resnetlab.studies.runs import StudyRun
-from resnetlab.studies.setting import PAPER_EPOCHS, Setting, check_depth
-from resnetlab.studies.study import find_missing, run_studies
+from resnetlab.studies.setting import PAPER_EPOCHS, Setting, Trial, check_depth
+from resnetlab.studies.study import find_missing, locate_runs, run_studies
 from resnetlab.studies.variants import network_trials
 from resnetlab.studies.verdicts import compare_by_seed, compare_with_paper, mean_sd, tally
+from resnetlab.training.recipe import Recipe
 
 
 def setting(**changes: object) -> Setting:
@@ -173,6 +178,7 @@ def study_folder(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[s
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr("sys.argv", ["resnetlab", "study", "degradation"])
+        patch.setattr(code_version, "measure_fingerprint", lambda device: "tiny weights")
         patch.setattr(
             workers, "worker_devices", lambda device, num_runs: ["cpu"]
         )  # a second process would import all again
@@ -219,32 +225,69 @@ def test_finished_runs_are_reused(
     assert "all 4 runs are there already" in err
 
 
-def test_runs_of_other_code_are_not_mixed_in(
-    study_folder: tuple[Path, dict[str, object]],
+def rename_source(study_run: StudyRun, source: str) -> Path:
+    """Renames the folder of a run to that of another source."""
+    return study_run.folder.rename(study_run.folder.with_name(f"{study_run.folder.name.rpartition('-')[0]}-{source}"))
+
+
+def test_runs_count_where_the_code_comes_to_the_same_weights(
+    study_folder: tuple[Path, dict[str, object]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder, _ = study_folder
-    here = setting(steps=4, depths=(8, 14))
-    (trial, *_) = Degradation().plan(here)
-    study_run = StudyRun(folder / "runs" / "studies", trial.recipe, here.source.fingerprint)
-    assert study_run.finished and not study_run.others
-    other = replace(study_run, code="0" * 8)
-    assert not other.finished and other.others == [study_run.folder]
+    root = shutil.copytree(study_folder[0] / "runs" / "studies", tmp_path / "studies")
+    here, machine = setting(steps=4, depths=(8, 14)), code_version.machine_kind("cpu")
+    trials = Degradation().plan(here)
+    planned = locate_runs(trials, here, root)
+    assert all(run.finished and run.folder.name.endswith(code_version.source_hash()) for run in planned)
+    record = json.loads((root / code_version.RECORD).read_text())
+    assert record[code_version.source_hash()] == {machine: "tiny weights"}
+    for run, source in zip(planned, ("equal", "other", "unknown"), strict=False):
+        rename_source(run, source)
+    record |= {"equal": {machine: "tiny weights"}, "other": {machine: "other weights"}}
+    (root / code_version.RECORD).write_text(json.dumps(record))
+    equal, other, unknown, own = locate_runs(trials, here, root)
+    assert equal.finished and equal.folder.name.endswith("-equal") and own == planned[3]
+    assert not other.finished and [path.name[-6:] for path in other.others] == ["-other"] and unknown.others
     reports: list[str] = []
-    assert find_missing([other, study_run], reports.append) == [other]
-    assert reports == ["runs made by another version of the code are left alone and not mixed in: 1."]
+    assert find_missing([equal, other, unknown, own], reports.append) == [other, unknown]
+    assert reports == ["runs made by code that comes to other weights are left alone and not mixed in: 2."]
+    monkeypatch.setattr(code_version, "source_hash", lambda: "new")  # an edited message: measured again, and equal
+    monkeypatch.setattr(runs, "source_hash", lambda: "new")
+    monkeypatch.setattr(code_version, "measure_fingerprint", lambda device: "tiny weights")
+    assert [run.finished for run in locate_runs(trials, here, root)] == [True, False, False, True]
+    CodeVersions(root, "cpu").record()
+    assert json.loads((root / code_version.RECORD).read_text())["new"] == {machine: "tiny weights"}
 
 
-def test_the_code_hash_ignores_comments_and_docstrings() -> None:
-    from resnetlab.studies.code_version import _dump_code
+def test_a_finished_run_of_version_01_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found by its recipe.toml, whose keys and hash are those of 0.1."""
+    pytest.importorskip("resnetlab.migrate_v01", reason="reading version 0.1 is merged from another branch")
+    old = shutil.copytree(Path(__file__).parent / "data" / "v0.1" / "classifier", tmp_path / "run")
+    recipe = Recipe.from_values(RunFolder(old).read_recipe())
+    data = setting().source.fingerprint
+    (source,) = code_version.V01
+    old.rename(tmp_path / f"resnet8-seed3-0123456789abcdef-{data[:8]}-{source}")
+    machine = code_version.machine_kind("cpu")
+    monkeypatch.setattr(code_version, "V01", {source: {machine: "tiny weights"}})
+    monkeypatch.setattr(code_version, "measure_fingerprint", lambda device: "tiny weights")
+    versions = CodeVersions(tmp_path, "cpu")
+    study_run = StudyRun.locate(tmp_path, replace(recipe, compile="auto"), data, versions)
+    assert study_run.finished and study_run.folder.name.endswith(source)
+    outcome = runs.RunOutcome(Trial("resnet8", recipe), study_run.folder)
+    assert outcome.test_error == 0.15 and outcome.training_error is not None
+    assert not StudyRun.locate(tmp_path, replace(recipe, lr=0.2), data, versions).others  # another run
 
-    assert _dump_code('def f():\n    """One."""\n    return 1  # one\n') == _dump_code("def f():\n    return (1)\n")
-    assert _dump_code("def f():\n    return 1\n") != _dump_code("def f():\n    return 2\n")
+
+def test_the_tiny_runs_come_to_the_weights_of_version_01() -> None:
+    ((source, fingerprints),) = code_version.V01.items()
+    assert source == "8bd7db84"
+    fingerprint = code_version.measure_fingerprint.__wrapped__("cpu")
+    assert fingerprint == fingerprints.get(code_version.machine_kind("cpu"), fingerprint)
 
 
 def test_a_diverged_run_is_a_result(tmp_path: Path) -> None:
     here = setting(steps=4)
     (trial,) = here.trials("plain8", "plain8", lr=1e30)
-    study_run = StudyRun(tmp_path, trial.recipe, here.source.fingerprint)
+    study_run = StudyRun(trial.recipe, tmp_path / "run")
     study_run.make(Path("data"), "cpu", lambda _: None)
     outcome = runs.RunOutcome(trial, study_run.folder)
     assert study_run.finished and "not finite" in (outcome.diverged or "") and outcome.training_error is None
@@ -255,7 +298,7 @@ def test_a_failed_run_stops_the_plan_with_its_error(tmp_path: Path) -> None:
     here = setting(steps=4)
     (trial,) = here.trials("plain8", "plain8", data=str(tmp_path / "nowhere"))
     with pytest.raises(RunError, match="nowhere is not there"):
-        workers.make_runs([StudyRun(tmp_path, trial.recipe, "0" * 16)], Path("data"), ["cpu"], lambda index, step: None)
+        workers.make_runs([StudyRun(trial.recipe, tmp_path / "run")], Path("data"), ["cpu"], lambda index, step: None)
 
 
 @pytest.mark.parametrize(
@@ -297,6 +340,7 @@ def all_studies(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[di
     folder = tmp_path_factory.mktemp("all_studies")
     here = setting(steps=3, depths=(8,))
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(code_version, "measure_fingerprint", lambda device: "tiny weights")
         patch.setattr(workers, "make_runs", make_runs_here)
         outputs = run_studies(catalogue.select_studies("all"), here, root=folder / "runs")
     report.write_study(outputs, folder / "out", "resnetlab study all")
@@ -385,7 +429,7 @@ def test_responses_are_measured_in_the_trained_nets(all_studies: tuple[Path, lis
     folder, rows = all_studies
     (row,) = (r for r in rows if r["study"] == "responses" and r["what"] == "resnet8")
     here = setting(steps=3, depths=(8,))
-    study_run = StudyRun(folder / "runs", Degradation().plan(here)[1].recipe, here.source.fingerprint)
+    study_run = locate_runs(Degradation().plan(here), here, folder / "runs")[1]
     bundle = load_trained_model(study_run.folder / "model.safetensors")
     x, _ = load_probe_batch(bundle, select_probe_images(here, responses.IMAGES))
     layers = probes.measure_responses(bundle.net, x)
@@ -406,5 +450,5 @@ def test_a_plan_costs_more_than_a_part_of_it() -> None:
     estimate = CostEstimate(here)
     short, long = (estimate.run(here.trials("x", f"resnet{depth}")[0].recipe) for depth in (8, 56))
     assert 0 < short < long
-    plan = [StudyRun(Path("nowhere"), trial.recipe, "0" * 16) for trial in Degradation().plan(here)]
+    plan = locate_runs(Degradation().plan(here), here, Path("nowhere"))
     assert estimate.remaining(plan, 1) > estimate.remaining(plan, 2) > estimate.remaining(plan[:1], 2) > 0

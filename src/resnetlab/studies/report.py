@@ -15,7 +15,7 @@ from resnetlab.device import environment
 from resnetlab.evaluation.page import load_templates
 from resnetlab.formatting import format_estimate, format_percent, format_share, unbreakable
 from resnetlab.run_folder import write_atomically, write_error
-from resnetlab.studies.code_version import code_hash
+from resnetlab.studies.code_version import source_hash
 from resnetlab.studies.runs import RunOutcome
 from resnetlab.studies.setting import Setting
 from resnetlab.studies.study import StudyOutput
@@ -52,8 +52,8 @@ def study_environment(outputs: Sequence[StudyOutput]) -> dict[str, Any]:
     for outcome in (outcome for output in outputs for outcome in output.outcomes):
         if outcome.environment:
             local = ("data_dir", "started_in")
-            return {k: v for k, v in outcome.environment.items() if k not in local} | {"code": code_hash()}
-    return environment() | {"code": code_hash()}
+            return {k: v for k, v in outcome.environment.items() if k not in local} | {"code": source_hash()}
+    return environment() | {"code": source_hash()}
 
 
 def render_study(outputs: Sequence[StudyOutput], command: str) -> str:

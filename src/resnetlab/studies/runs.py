@@ -1,17 +1,20 @@
-"""The runs of a plan: the folder of each, how it is made or resumed, and what it ended with."""
+"""The runs of a plan: the folder of each, how it is made or resumed, and what it ended with.
+
+A folder is named by network and seed, for people, and by the hashes of recipe, data and source.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from resnetlab.errors import DivergedError
+from resnetlab.errors import DivergedError, ResNetLabError
 from resnetlab.models.model_file import TrainedModel, load_trained_model
 from resnetlab.run_folder import RunFolder, read_metrics
-from resnetlab.studies.code_version import code_hash
+from resnetlab.studies.code_version import CodeVersions, source_hash
 from resnetlab.studies.setting import Trial
 from resnetlab.training import train
 from resnetlab.training.checkpoint import list_checkpoints
@@ -23,25 +26,28 @@ DIVERGED = "diverged.json"
 
 @dataclass(frozen=True)
 class StudyRun:
-    """A planned run. Its folder is named by network and seed, for people, and by the hashes of recipe, data and code."""
+    """A planned run.
 
-    root: Path
+    Attributes:
+        others: folders of the same run, made by code that comes to other weights.
+    """
+
     recipe: Recipe
-    fingerprint: str
-    code: str = field(default_factory=code_hash)  # of the process that planned it, should files change meanwhile
+    folder: Path
+    others: tuple[Path, ...] = ()
 
-    @property
-    def folder(self) -> Path:
-        return self.root / f"{self._stem}-{self.code}"
-
-    @property
-    def _stem(self) -> str:
-        return f"{self.recipe.net}-seed{self.recipe.seed}-{self.recipe.key}-{self.fingerprint[:8]}"
-
-    @property
-    def others(self) -> list[Path]:
-        """The same run made by other versions of the code."""
-        return [path for path in sorted(self.root.glob(f"{self._stem}-*")) if path != self.folder]
+    @staticmethod
+    def locate(root: Path, recipe: Recipe, fingerprint: str, versions: CodeVersions) -> StudyRun:
+        """The run of a recipe on data with a fingerprint, in the folder of an equal version of the code where there is one."""
+        name, data = f"{recipe.net}-seed{recipe.seed}", fingerprint[:8]
+        own = root / f"{name}-{recipe.key}-{data}-{source_hash()}"
+        equal = [own] if own.exists() else []
+        others: list[Path] = []
+        for folder in sorted(root.glob(f"{name}-*-{data}-*")):
+            if folder != own and is_run_of(folder, recipe):
+                (equal if versions.accepts(folder.name.rpartition("-")[2]) else others).append(folder)
+        runs = [StudyRun(recipe, folder, tuple(others)) for folder in [*equal, own]]
+        return next((run for run in runs if run.finished), runs[0])
 
     @property
     def finished(self) -> bool:
@@ -71,6 +77,16 @@ class StudyRun:
                 train.start_run(self.recipe, self.folder, data_dir, device, on_progress, workers=0)
         except DivergedError as error:
             RunFolder(self.folder).write_json(DIVERGED, {"message": str(error)})
+
+
+def is_run_of(folder: Path, recipe: Recipe) -> bool:
+    """Whether a folder has a run of a recipe, whatever version of the code wrote it; "auto" agrees with every value."""
+    try:
+        recorded = Recipe.from_values(RunFolder(folder).read_recipe())
+    except ResNetLabError:
+        return False
+    resolved = {key: getattr(recorded, key) for key in ("compile", "precision") if getattr(recipe, key) == "auto"}
+    return replace(recipe, **resolved).key == recorded.key
 
 
 @dataclass(frozen=True)

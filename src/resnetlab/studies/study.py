@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 from resnetlab.errors import UsageError
 from resnetlab.formatting import format_estimate
 from resnetlab.studies import verdicts, workers
+from resnetlab.studies.code_version import CodeVersions
 from resnetlab.studies.cost_estimate import CostEstimate
 from resnetlab.studies.figures import StudyFigure
 from resnetlab.studies.paper import PublishedFigure
@@ -136,8 +137,10 @@ def locate_runs(trials: Sequence[Trial], setting: Setting, root: Path) -> list[S
     """The runs of a plan with their folders; raises UsageError for a network that cannot be built."""
     for trial in trials:
         setting.spec(trial.recipe)
-    fingerprint = setting.source.fingerprint if trials else ""
-    return [StudyRun(root, trial.recipe, fingerprint) for trial in trials]
+    if not trials:
+        return []
+    versions = CodeVersions(root, setting.device)
+    return [StudyRun.locate(root, trial.recipe, setting.source.fingerprint, versions) for trial in trials]
 
 
 def run_studies(
@@ -163,6 +166,7 @@ def run_studies(
         devices = workers.worker_devices(setting.device, len(missing))
         estimate = CostEstimate(setting)
         check_cost(planned, missing, estimate, len(devices), yes, callbacks.report)
+        CodeVersions(root, setting.device).record()
         progress = PlanProgress(missing, estimate, len(devices), callbacks.on_runs)
         workers.make_runs(progress.runs, setting.data_dir, devices, progress.update)
     outputs = []
@@ -178,7 +182,7 @@ def run_studies(
 def find_missing(planned: Sequence[StudyRun], report: Callable[[str], None]) -> list[StudyRun]:
     """The planned runs that are not finished."""
     if others := sum(bool(run.others) and not run.finished for run in planned):
-        report(f"runs made by another version of the code are left alone and not mixed in: {others:,}.")
+        report(f"runs made by code that comes to other weights are left alone and not mixed in: {others:,}.")
     missing = [run for run in planned if not run.finished]
     if planned and not missing:
         report(f"all {len(planned):,} runs are there already.")
