@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from resnetlab.data import cifar, dataset, digits, sources
 from resnetlab.data.augment import Augmentation
+from resnetlab.data.draws import StepDraws
 from resnetlab.data.sampler import TrainLoader, step_indices
 from resnetlab.device import select_device
 from resnetlab.errors import DataError, UsageError
@@ -75,7 +76,7 @@ def test_augmentation_equals_cropping_one_image_at_a_time(pad_with: str, flip: b
     pixels = torch.randint(256, (64, 9, 7, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     mean, std = pixel_statistics(pixels, per_pixel=True, divide=True)
     preprocessing = Preprocessing(3, (9, 7), 9, mean, std)
-    out = Augmentation(2, pad_with, flip)(pixels, preprocessing, seed=5, step=3)
+    out = Augmentation(2, pad_with, flip)(pixels, preprocessing, StepDraws(5, 3, 64))
     assert out.shape == (64, 3, 9, 7) and out.is_contiguous(memory_format=torch.channels_last)
     seen = set()
     for i in range(64):
@@ -89,8 +90,8 @@ def test_augmentation_equals_cropping_one_image_at_a_time(pad_with: str, flip: b
         assert matches, f"image {i} is no crop of itself"
         seen.add(matches[0])
     assert len(seen) > 20  # the draws differ between images
-    assert not torch.equal(out, Augmentation(2, pad_with, flip)(pixels, preprocessing, seed=5, step=4))
-    assert torch.equal(out, Augmentation(2, pad_with, flip)(pixels, preprocessing, seed=5, step=3))
+    assert not torch.equal(out, Augmentation(2, pad_with, flip)(pixels, preprocessing, StepDraws(5, 4, 64)))
+    assert torch.equal(out, Augmentation(2, pad_with, flip)(pixels, preprocessing, StepDraws(5, 3, 64)))
 
 
 def _augment_one(
