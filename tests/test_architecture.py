@@ -16,7 +16,17 @@ SOURCE = Path(__file__).resolve().parents[1] / "src"
 # Every layer, and the layers directly below it. A module may import from its own layer and from all layers below.
 # A new package, or a new module beside the packages, needs an entry layer.
 LAYERS = {
-    "bottom": {"errors", "preprocessing", "run_folder", "device", "distributed", "random", "formatting"},
+    "bottom": {
+        "errors",
+        "migrate_v01",
+        "tensor_file",
+        "preprocessing",
+        "run_folder",
+        "device",
+        "distributed",
+        "random",
+        "formatting",
+    },
     "nn": {"bottom"},
     "models": {"nn"},
     "data": {"bottom"},

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from resnetlab.data import cifar, dataset, digits, sources
 from resnetlab.data.augment import Augmentation
-from resnetlab.data.draws import StepDraws
 from resnetlab.data.sampler import TrainLoader, step_indices
 from resnetlab.device import select_device
 from resnetlab.errors import DataError, UsageError
@@ -29,6 +28,16 @@ def test_digits_split_is_fixed_and_stratified() -> None:
     shares = torch.bincount(data.test.labels) / everything
     assert (shares - 360 / 1797).abs().max() < 1 / everything.min()
     assert data.fingerprint == digits.load_digits().fingerprint == "0e12daac1825a1dc"
+
+
+def test_digits_are_those_of_scikit_learn() -> None:
+    sklearn = pytest.importorskip("sklearn.datasets", reason="scikit-learn is not installed")
+    bunch, data = sklearn.load_digits(), digits.load_digits()
+    expected = torch.from_numpy(bunch.images).mul(255 / 16).round().to(torch.uint8)[..., None]
+    train, test = dataset.split_stratified(torch.from_numpy(bunch.target).long(), digits.TEST)
+    assert torch.equal(data.train.images, expected[train]) and torch.equal(data.test.images, expected[test])
+    assert data.test.labels.tolist() == bunch.target[test.numpy()].tolist()
+    assert data.classes == tuple(map(str, bunch.target_names))
 
 
 @given(
@@ -76,7 +85,7 @@ def test_augmentation_equals_cropping_one_image_at_a_time(pad_with: str, flip: b
     pixels = torch.randint(256, (64, 9, 7, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     mean, std = pixel_statistics(pixels, per_pixel=True, divide=True)
     preprocessing = Preprocessing(3, (9, 7), 9, mean, std)
-    out = Augmentation(2, pad_with, flip)(pixels, preprocessing, StepDraws(5, 3, 64))
+    out = Augmentation(2, pad_with, flip)(pixels, preprocessing, seed=5, step=3)
     assert out.shape == (64, 3, 9, 7) and out.is_contiguous(memory_format=torch.channels_last)
     seen = set()
     for i in range(64):
@@ -90,8 +99,8 @@ def test_augmentation_equals_cropping_one_image_at_a_time(pad_with: str, flip: b
         assert matches, f"image {i} is no crop of itself"
         seen.add(matches[0])
     assert len(seen) > 20  # the draws differ between images
-    assert not torch.equal(out, Augmentation(2, pad_with, flip)(pixels, preprocessing, StepDraws(5, 4, 64)))
-    assert torch.equal(out, Augmentation(2, pad_with, flip)(pixels, preprocessing, StepDraws(5, 3, 64)))
+    assert not torch.equal(out, Augmentation(2, pad_with, flip)(pixels, preprocessing, seed=5, step=4))
+    assert torch.equal(out, Augmentation(2, pad_with, flip)(pixels, preprocessing, seed=5, step=3))
 
 
 def _augment_one(

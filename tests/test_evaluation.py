@@ -102,9 +102,9 @@ def test_model_file_is_a_contract(tmp_path: Path) -> None:
         assert set(file.keys()) == set(net.state_dict()) | {MEAN_TENSOR}
         about = json.loads(file.metadata()["resnetlab"])
     assert set(about) == {
-        "format", "specification", "classes", "preprocessing", "temperature", "recipe", "metrics", "data",
-        "versions", "digest"}  # fmt: skip
-    assert about["format"] == 1 and set(about["preprocessing"]) == {"channels", "size", "resize", "mean", "std"}
+        "format", "task", "specification", "classes", "preprocessing", "temperature", "recipe", "metrics", "data",
+        "versions"}  # fmt: skip
+    assert about["format"] == 2 and set(about["preprocessing"]) == {"channels", "size", "resize", "mean", "std"}
 
 
 def test_a_model_predicts_what_its_network_computes(tmp_path: Path) -> None:

@@ -29,7 +29,6 @@ from resnetlab.data.augment import PCA_VALUES, PCA_VECTORS, Augmentation
 from resnetlab.data.crops import NUM_DRAWS, Crop
 from resnetlab.data.dataset import MemorySplit
 from resnetlab.data.disk_split import DiskSplit, FileNames, ReadOptions, quarantine_line
-from resnetlab.data.draws import StepDraws
 from resnetlab.data.prefetch import PreprocessedSplit
 from resnetlab.data.sampler import TrainLoader, step_indices
 from resnetlab.data.statistics import compute_statistics
@@ -282,15 +281,14 @@ def test_a_crop_equals_resizing_the_image_first() -> None:
 def test_colour_moves_along_the_principal_components() -> None:
     pixels = torch.full((4000, 1, 1, 3), 128, dtype=torch.uint8)
     plain = replace(SHAPE, size=(1, 1))
-    draws = StepDraws(0, 0, 4000)
-    moved = Augmentation(colour=True)(pixels, plain, draws) - Augmentation()(pixels, plain, draws)
+    moved = Augmentation(colour=True)(pixels, plain, 0, 0) - Augmentation()(pixels, plain, 0, 0)
     vectors = torch.tensor(PCA_VECTORS)
     along = moved.flatten(1) @ vectors / (0.1 * torch.tensor(PCA_VALUES))
     assert along.std(0).tolist() == pytest.approx([1, 1, 1], abs=0.05)
     assert (vectors.T @ vectors - torch.eye(3)).abs().max() < 1e-3
     grey = Preprocessing(1, (1, 1), 1, torch.zeros(1), torch.ones(1))
     with pytest.raises(UsageError, match="colour=true needs images of three channels"):
-        Augmentation(colour=True)(torch.zeros(1, 1, 1, 1, dtype=torch.uint8), grey, StepDraws(0, 0, 1))
+        Augmentation(colour=True)(torch.zeros(1, 1, 1, 1, dtype=torch.uint8), grey, 0, 0)
 
 
 def test_the_mean_is_that_of_the_images_as_the_network_sees_them(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from importlib.metadata import entry_points
 
 import pytest
 
-HEAVY = ("matplotlib", "sklearn", "torch", "torchvision")
+HEAVY = ("matplotlib", "scipy", "torch", "torchvision")
 
 MAIN = """
 import runpy
@@ -41,7 +41,7 @@ def test_help_is_light(arguments: list[str]) -> None:
 
 
 def test_what_is_heavy_would_be_seen() -> None:
-    assert loaded_by("import sklearn")[0] == ["sklearn"]
+    assert loaded_by("import scipy")[0] == ["scipy"]
 
 
 def test_the_command_is_the_package_run_as_a_module() -> None:

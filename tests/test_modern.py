@@ -14,7 +14,6 @@ import resnetlab
 from images import photo
 from resnetlab.data.augment import Augmentation
 from resnetlab.data.dataset import MemorySplit
-from resnetlab.data.draws import StepDraws
 from resnetlab.data.mixing import Mixing, cutmix_box, find_partners
 from resnetlab.data.sampler import TrainLoader
 from resnetlab.data.trivial_augment import OPERATIONS, STRENGTHS, trivial_augment
@@ -77,9 +76,9 @@ def test_trivial_augment_is_drawn_by_step_and_position_alone() -> None:
 def test_erasing() -> None:
     pixels = torch.randint(256, (2000, 32, 24, 3), dtype=torch.uint8)
     pixels[pixels == 127] = 90
-    plain = Augmentation()(pixels, PLAIN, StepDraws(0, 1, 2000))
-    erased = Augmentation(erasing=0.25)(pixels, PLAIN, StepDraws(0, 1, 2000))
-    assert torch.equal(erased, Augmentation(erasing=0.25)(pixels, PLAIN, StepDraws(0, 1, 2000)))
+    plain = Augmentation()(pixels, PLAIN, 0, 1)
+    erased = Augmentation(erasing=0.25)(pixels, PLAIN, 0, 1)
+    assert torch.equal(erased, Augmentation(erasing=0.25)(pixels, PLAIN, 0, 1))
     areas = []
     for a, b in zip(erased, plain, strict=True):
         gone = (a != b).any(0)
@@ -91,7 +90,7 @@ def test_erasing() -> None:
     assert 0.2 < len(areas) / 2000 < 0.3
     assert 0.01 < min(areas) < 0.04 and 0.3 < max(areas) < 0.36 and 0.15 < float(np.mean(areas)) < 0.19
     some = torch.tensor([3, 10, 11, 1990])
-    part = Augmentation(erasing=0.25)(pixels[some], PLAIN, StepDraws(0, 1, 2000, some))
+    part = Augmentation(erasing=0.25)(pixels[some], PLAIN, 0, 1, (some, 2000))
     assert torch.equal(part, erased[some])
     with pytest.raises(UsageError, match="erasing must be a share"):
         Augmentation(erasing=1.5)
@@ -101,7 +100,7 @@ def test_mixup_is_a_weighted_mean_of_neighbours_and_of_their_targets() -> None:
     x, labels = torch.randn(6, 3, 8, 8), torch.tensor([0, 1, 2, 2, 4, 0])
     shares = []
     for step in range(200):
-        mixed, targets = Mixing(mixup=0.2)(x, labels, 5, StepDraws(0, step, 6))
+        mixed, targets = Mixing(mixup=0.2)(x, labels, 5, 0, step)
         share = float(targets[0, 0])
         shares.append(share)
         other = torch.tensor([1, 0, 3, 2, 5, 4])
@@ -117,7 +116,7 @@ def test_mixup_is_a_weighted_mean_of_neighbours_and_of_their_targets() -> None:
 @settings(max_examples=60, deadline=None)
 def test_cutmix_shows_the_neighbour_in_a_box_of_its_share(step: int) -> None:
     x = torch.arange(4.0)[:, None, None, None].expand(4, 3, 20, 30).contiguous(memory_format=torch.channels_last)
-    mixed, targets = Mixing(cutmix=1.0)(x, torch.arange(4), 4, StepDraws(0, step, 4))
+    mixed, targets = Mixing(cutmix=1.0)(x, torch.arange(4), 4, 0, step)
     theirs = mixed != x
     assert torch.equal(mixed[theirs], x[[1, 0, 3, 2]][theirs])
     torch.testing.assert_close(targets.diagonal(), 1 - theirs.float().mean((1, 2, 3)))
@@ -135,7 +134,7 @@ def test_cutmix_box_is_torchvisions() -> None:
 def test_both_take_turns() -> None:
     x = torch.rand(2, 1, 16, 16)
     mixing = Mixing(mixup=1.0, cutmix=1.0)
-    cut = [bool(((mixed := mixing(x, torch.arange(2), 2, StepDraws(0, s, 2))[0]) == x).logical_or(mixed == x.flip(0)).all())
+    cut = [bool(((mixed := mixing(x, torch.arange(2), 2, 0, s)[0]) == x).logical_or(mixed == x.flip(0)).all())
            for s in range(100)]  # fmt: skip
     assert 30 < sum(cut) < 70
     with pytest.raises(UsageError, match=r"must be 0 \(none\) or more"):
@@ -143,10 +142,10 @@ def test_both_take_turns() -> None:
     assert not Mixing() and Mixing(mixup=0.1)
 
 
-def test_an_image_without_its_neighbour_stays_as_it_is() -> None:
+def test_a_image_without_its_neighbour_stays_as_it_is() -> None:
     x, labels, positions = torch.rand(4, 1, 2, 2), torch.arange(4), torch.tensor([1, 4, 5, 6])
     assert find_partners(positions).tolist() == [0, 2, 1, 3]
-    mixed, targets = Mixing(mixup=1.0)(x, labels, 4, StepDraws(0, 0, 8, positions))
+    mixed, targets = Mixing(mixup=1.0)(x, labels, 4, 0, 0, positions)
     assert torch.allclose(mixed[[0, 3]], x[[0, 3]]) and torch.equal(targets[[0, 3]], torch.eye(4)[[0, 3]])
     assert not torch.allclose(mixed[1:3], x[1:3])
 

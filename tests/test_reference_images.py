@@ -61,7 +61,7 @@ def test_the_digest_covers_them(tmp_path: Path) -> None:
     make_model(GOOD).save(file)
     kept = load_trained_model(file).reference_images
     assert kept is not None and torch.equal(kept.check, GOOD.check) and torch.equal(kept.training, GOOD.training)
-    assert kept.labels.tolist() == [0, 2] and "samples.check" in load_file(file)
+    assert kept.labels.tolist() == [0, 2] and "reference.check" in load_file(file)
     content = bytearray(file.read_bytes())
     content[content.index(GOOD.check.numpy().tobytes()) + 7] ^= 1
     file.write_bytes(content)
@@ -74,11 +74,11 @@ def test_the_digest_covers_them(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"check": GOOD.check.float()}, "samples.check is torch.float32"),
-        ({"check": GOOD.check[:, :4]}, r"samples.check is torch.uint8 \(2, 4, 8, 1\)"),
+        ({"check": GOOD.check.float()}, "reference.check is torch.float32"),
+        ({"check": GOOD.check[:, :4]}, r"reference.check is torch.uint8 \(2, 4, 8, 1\)"),
         ({"check": torch.zeros(17, 8, 8, 1).byte(), "labels": torch.zeros(17).long()}, "not at most 16 images"),
-        ({"training": GOOD.training[0]}, "samples.training is"),
-        ({"labels": torch.tensor([0])}, r"samples.labels has shape \(1,\) for 2 images"),
+        ({"training": GOOD.training[0]}, "reference.training is"),
+        ({"labels": torch.tensor([0])}, r"reference.labels has shape \(1,\) for 2 images"),
         ({"labels": torch.tensor([0, 3])}, "a class outside the 3"),
         ({"labels": torch.tensor([-1, 0])}, "a class outside the 3"),
         ({"check": GOOD.check[:0], "labels": GOOD.labels[:0]}, "for 0 images"),
@@ -91,9 +91,9 @@ def test_invalid_images_are_rejected(change: dict[str, Any], sentence: str, tmp_
 
 
 def test_missing_tensors_are_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ReferenceImages, "tensors", lambda self: {"samples.check": self.check})
+    monkeypatch.setattr(ReferenceImages, "to_tensors", lambda self: {"reference.check": self.check})
     make_model(GOOD).save(tmp_path / "m.safetensors")
-    with pytest.raises(ModelFileError, match=r"samples\.labels"):
+    with pytest.raises(ModelFileError, match=r"reference\.labels"):
         load_trained_model(tmp_path / "m.safetensors")
 
 

@@ -224,7 +224,7 @@ def test_networks_that_only_look_like_timms_are_refused(tmp_path: Path, capsys: 
     out = tmp_path / "m.safetensors"
     command = ["import", str(tmp_path / "w.pth"), "--out", str(out), "--source"]
     for source, sentence in (
-        ("timm", "which of timm's networks is it? resnetaa50, resnetblur50 and their kin have the same tensors"),
+        ("timm", "which of timm's networks is it? resnetaa50, resnetblur50 and similar ones have the same tensors"),
         ("timm:resnetblur18", "timm's resnetblur18 is not one of the papers' networks; use one of resnet18"),
         ("caffe:resnet50", "caffe's resnet50 is not one of the papers' networks"),
         ("tim", "did you mean 'timm'"),
@@ -264,7 +264,7 @@ def test_given_options_override_the_publishers(tmp_path: Path, monkeypatch: pyte
     assert (made.preprocessing.size, made.preprocessing.resize, made.spec.maxpool) == ((288, 288), 329, "ceil")
     assert "published" not in made.metrics and made.preprocessing.std.tolist() == pytest.approx([0.229, 0.224, 0.225])
     for wrong in ({"channel_order": "bgr"}, {"key": "model"}, {"source": "timm"}):
-        with pytest.raises(UsageError, match=f"leave out --{next(iter(wrong))}"):
+        with pytest.raises(UsageError, match=f"leave out --{next(iter(wrong)).replace('_', '-')}"):
             download_model(name, ImportOptions(**wrong))
 
 
@@ -285,9 +285,9 @@ def test_a_publishers_name_works_wherever_a_model_file_does(
     capsys.readouterr()
     assert run_command(["evaluate", name, "--data", str(root)]) == 1
     assert "the data and the model name different classes: only in the data none" in capsys.readouterr().err
-    monkeypatch.setattr("resnetlab.data.labels.imagenet.names", dict)
+    monkeypatch.setattr("resnetlab.data.labels.imagenet.imagenet_class_names", dict)
     assert run_command(["evaluate", name, "--data", str(root), "--save-temperature", "--fit-temperature", "1"]) == 2
-    assert "import what is downloaded" in capsys.readouterr().err
+    assert "import downloaded weights first" in capsys.readouterr().err
 
 
 def test_a_publishers_model_is_evaluated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -327,11 +327,11 @@ def test_imagenet_has_one_name_for_each_class(tmp_path: Path) -> None:
     (lambda s: s | {"fc.bias": s["fc.bias"] * float("nan")}, "some of its weights are not finite, such as fc.bias"),
     (lambda s: {k: v for k, v in s.items() if k != "layer1.0.conv1.weight"}, "layer1.0.conv1.weight is missing"),
     (lambda s: {k: v for k, v in s.items() if k != "layer3.0.conv2.weight"}, "layer3.0.conv2.weight is missing"),
-    (lambda s: {k.replace("3.0.conv2.w", "3.0.konv2.w"): v for k, v in s.items()}, "layer3.0.konv2.weight comes near"),
+    (lambda s: {k.replace("3.0.conv2.w", "3.0.konv2.w"): v for k, v in s.items()}, "konv2.weight is the closest"),
     (lambda s: {k: v for k, v in s.items() if not k.endswith("conv2.weight")}, "layer1.0.conv2.weight is missing"),
     (lambda s: s | {"layer2.0.bn9.weight": torch.zeros(3)}, "not expected layer2.0.bn9.weight (nearest expected: layer2.0.bn"),
     (lambda s: s | {"layer1.0.conv1.weight": torch.zeros(4, 16, 1, 1)}, "layer1.0.conv3.weight is missing"),
-    (lambda s: {k.replace("conv1", "conv0") if "lay" in k else k: v for k, v in s.items()}, "layer1.0.conv0.weight comes near"),
+    (lambda s: {k.replace("conv1", "conv0") if "lay" in k else k: v for k, v in s.items()}, "conv0.weight is the closest"),
 ], ids=range(13))  # fmt: skip
 def test_tensors_that_cannot_be_weights(
     spoil: Callable[[dict[str, Tensor]], dict[str, Tensor]],
@@ -351,7 +351,7 @@ def exported() -> dict[str, Any]:
                     Preprocessing(3, (32, 32), 32, torch.zeros(3), torch.ones(3)))  # fmt: skip
     prepared = bundle.preprocessing.to_json()
     return {"specification": bundle.spec.to_json(), "classes": list(bundle.classes), "preprocessing": prepared,
-            "temperature": 1.0, "calibration": {}, "data": {}}  # fmt: skip
+            "temperature": 1.0, "calibration": {}, "data": {}, "fingerprints": {}}  # fmt: skip
 
 
 @pytest.mark.parametrize("about", [
@@ -360,8 +360,9 @@ def exported() -> dict[str, Any]:
         {"specification": {"block": "basic"}}, {"classes": 5}, {"classes": ["a"]}, {"preprocessing": {}},
         {"temperature": "hot"},
         {"temperature": -1.0}, {"temperature": None}, {"preprocessing": exported()["preprocessing"] | {"size": [20_000, 2]}},
-        {"classes": [1] * 10}, {"data": []})),
-], ids=range(14))  # fmt: skip
+        {"classes": [1] * 10}, {"data": []}, {"fingerprints": []},
+        {"fingerprints": {"seen": "0"}}, {"fingerprints": {"seen": 5}})),
+], ids=range(17))  # fmt: skip
 def test_foreign_metadata(about: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The metadata that `resnetlab export` writes may be damaged, or another program's."""
     save_file(state(), tmp_path / "w.safetensors", {"resnetlab-export": about})
@@ -381,9 +382,9 @@ def test_valid_metadata(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("changes", "given", "sentence"), [
     ({"channels": 4}, [], "images have 1 channel or 3, not 4"),
-    ({}, ["--image-size", "20000"], "must lie between 1 and 16,384 pixels"),
+    ({}, ["--image-size", "20000"], "must be between 1 and 16,384 pixels"),
     ({}, ["--image-size", "0"], "must be at least --image-size 0, which is cropped from it, and that at least 1"),
-    ({}, ["--eval-resize", "20000"], "must lie between 1 and 16,384 pixels"),
+    ({}, ["--eval-resize", "20000"], "must be between 1 and 16,384 pixels"),
 ])  # fmt: skip
 def test_imports_that_would_make_a_useless_model_are_refused(
     changes: dict[str, Any], given: list[str], sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -438,6 +439,6 @@ def test_our_own_errors_are_not_reported_as_failed_downloads(monkeypatch: pytest
     def wrong(*_: Any) -> Any:
         raise AssertionError("a bug")
 
-    monkeypatch.setattr("resnetlab.inference.download.assembled", wrong)
+    monkeypatch.setattr("resnetlab.inference.download.import_state_dict", wrong)
     with pytest.raises(AssertionError, match="a bug"):
         download_model("torchvision:resnet18.IMAGENET1K_V1")

@@ -98,7 +98,7 @@ def test_other_images_of_the_same_names_are_evaluated_with_a_note(made: Path, ph
         photo(1000 + i, 70, 50).save(file)
     found = evaluated(made / "run" / "model.safetensors", photos)
     assert (found.split, found.n) == ("all", 30)
-    assert any("22 images are called as some in the training of" in note for note in found.notes)
+    assert any("22 images have the names of some in the training of" in note for note in found.notes)
 
 
 def test_an_ensemble_is_evaluated_on_what_no_member_saw(made: Path, photos: Path, tmp_path: Path) -> None:
@@ -118,9 +118,8 @@ def test_images_seen_by_the_starting_model_count_as_seen(made: Path, photos: Pat
     values = TINY_PHOTOS | {"data": str(photos), "start_from": str(first), "steps": 2}
     finer = resnetlab.train("finetune", out=tmp_path / "finer", report=messages.append, **(values | {"net": ""}))  # type: ignore[arg-type]
     held = sources.load_dataset(str(photos), Path()).test
-    before = fingerprints.match_fingerprints(
-        load_trained_model(first).data, sources.load_dataset(str(photos), Path()), held
-    ).seen
+    model, source = load_trained_model(first), sources.load_dataset(str(photos), Path())
+    before = fingerprints.match_fingerprints(model.fingerprints, model.data["fingerprint"], source, held).seen
     assert 0 < int(before.sum()) < len(held)
     assert any(
         f"{int(before.sum())} of the {len(held)} images to test on were seen" in sentence for sentence in messages
@@ -131,14 +130,14 @@ def test_images_seen_by_the_starting_model_count_as_seen(made: Path, photos: Pat
 
 @pytest.mark.parametrize(("split", "fit_on"), [("train", "10"), ("all", "12"), ("held-out", "train")])
 def test_no_temperature_is_fitted_on_what_was_seen(split: str, fit_on: str, made: Path) -> None:
-    with pytest.raises(UsageError, match="from which the model learnt"):
+    with pytest.raises(UsageError, match="which the model was trained on"):
         evaluated(made / "run" / "model.safetensors", made / "photos", split=split, fit_on=fit_on)
 
 
 def test_no_temperature_is_fitted_on_digits_that_were_seen(tmp_path: Path) -> None:
-    values: Any = TINY_PHOTOS | {"steps": 2, "size": 8, "resize": 8}
+    values: Any = TINY_PHOTOS | {"steps": 2, "image_size": 8, "eval_resize": 8}
     model = resnetlab.train(data="digits", out=tmp_path / "digits", **values).model
-    with pytest.raises(UsageError, match="fitted on train, from which the model learnt; set images aside"):
+    with pytest.raises(UsageError, match="fitted on train, which the model was trained on; set images aside"):
         resnetlab.evaluate(str(model), "digits", split="train", fit_on="300", device="cpu")
     asked: Any = {"split": "test", "device": "cpu", "precision": "fp32"}
     with pytest.raises(UsageError, match=r"did you mean|unknown split to fit"):
@@ -150,4 +149,4 @@ def test_no_temperature_is_fitted_on_digits_that_were_seen(tmp_path: Path) -> No
 def test_a_temperature_set_aside_from_train_has_its_caveat() -> None:
     for split, caveat in (("train", True), ("set aside from train", True), ("set aside from test", False)):
         about = {"data": "d", "split": split, "n": 3, "protocol": "1crop"}
-        assert ("from which the network may have learnt" in describe_calibration(2.0, about, "1crop")) is caveat
+        assert ("which the network may have been trained on" in describe_calibration(2.0, about, "1crop")) is caveat

@@ -130,8 +130,8 @@ def test_a_vanished_run_folder_is_one_sentence(tmp_path: Path) -> None:
 def test_verify_resume_proves_it_and_notices_a_difference(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from resnetlab.models.model_file import read_safetensors, write_safetensors
     from resnetlab.run_folder import RunFolder
+    from resnetlab.tensor_file import read_tensor_file, write_tensor_file
     from resnetlab.training import verify
 
     monkeypatch.chdir(tmp_path)
@@ -156,8 +156,8 @@ def test_verify_resume_proves_it_and_notices_a_difference(
         folders.append(RunFolder(tmp_path / name))
         (folders[-1].path / "checkpoints").mkdir(parents=True)
         tensors = {"x": __import__("torch").tensor([1.0, 2.0 if name == "a" else 3.0])}
-        write_safetensors(folders[-1].checkpoints / "step-00000006.safetensors", tensors, {"step": 6})
-    assert read_safetensors(folders[0].checkpoints / "step-00000006.safetensors", "checkpoint")[1]["step"] == 6
+        write_tensor_file(folders[-1].checkpoints / "step-00000006.safetensors", tensors, {"step": 6})
+    assert read_tensor_file(folders[0].checkpoints / "step-00000006.safetensors", "checkpoint")[1]["step"] == 6
     with pytest.raises(RunError, match="not exact: 1 of 1 tensors differ after a resume, such as x"):
         verify._compare(*folders)
 

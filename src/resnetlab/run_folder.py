@@ -23,6 +23,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from resnetlab import migrate_v01
 from resnetlab.errors import RunError
 
 
@@ -174,7 +175,12 @@ class RunFolder:
         return value if isinstance(value, dict) else None
 
     def read_recipe(self) -> dict[str, Any]:
-        """Reads the values in recipe.toml."""
+        """Reads the values in recipe.toml, those of version 0.1 under today's keys."""
+        values = self.read_raw_recipe()
+        return migrate_v01.migrate_recipe(values) if migrate_v01.is_recipe(values) else values
+
+    def read_raw_recipe(self) -> dict[str, Any]:
+        """Reads recipe.toml as it is."""
         file = self.path / "recipe.toml"
         try:
             return tomllib.loads(file.read_text())

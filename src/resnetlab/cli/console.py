@@ -7,7 +7,7 @@ import os
 import sys
 import time
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -53,10 +53,10 @@ class WarningPrinter:
             log(f"resnetlab: warning: {message}")
 
 
-def refuse_options(owner: str, **options: object) -> None:
-    """Raises UsageError for the first option that is set (not None or False): `owner`, "a detector", does not have it."""
-    for name, value in options.items():
-        if value is not None and value is not False:
+def refuse_options(owner: str, options: Mapping[str, bool]) -> None:
+    """Raises UsageError for the first option that is set: `owner`, such as "a detector", does not have it."""
+    for name, is_set in options.items():
+        if is_set:
             raise UsageError(f"--{name.replace('_', '-')} is not an option for {owner}; leave it out.")
 
 

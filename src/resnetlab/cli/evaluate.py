@@ -102,14 +102,14 @@ def evaluate(
 
         if len(models) > 1:
             raise UsageError("only classifiers are evaluated together; give one detector or segmenter.")
-        console.refuse_options(
-            TASK_NOUNS[task], protocol=protocol != "1crop", weights=weights, fit_temperature=fit_temperature,
-            save_temperature=save_temperature, quarantine=quarantine, out=out, predictions=predictions,
-        )  # fmt: skip
+        own = {"weights": weights, "fit_temperature": fit_temperature, "quarantine": quarantine, "out": out}
+        is_set = {name: value is not None for name, value in own.items()} | {"save_temperature": save_temperature}
+        is_set |= {"protocol": protocol != "1crop", "predictions": predictions is not None}
+        console.refuse_options(TASK_NOUNS[task], is_set)
         predictor = open_annotated_model(Path(models[0]), task, precision, device)
         predictor = configure_detector(predictor, scales, refine)
         return _evaluate_annotated(predictor, Path(data), split, on_bad_image, json)
-    console.refuse_options("a classifier", scales=scales, refine=refine)
+    console.refuse_options("a classifier", {"scales": scales is not None, "refine": refine})
     if predictions is not None:
         check_predictions_file(predictions)
     if save_temperature and (fit_temperature is None or any(map(get_scheme, models))):

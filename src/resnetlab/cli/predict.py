@@ -106,12 +106,21 @@ def predict(
     inputs = _expand_inputs(images)
     output = "json" if json else format
     if not isinstance(opened, Model):
-        console.refuse_options(TASK_NOUNS[opened.model.task], top=top, calibrate=calibrate)
+        console.refuse_options(
+            TASK_NOUNS[opened.model.task], {"top": top is not None, "calibrate": calibrate is not None}
+        )
         if output in ("table", "csv"):
             raise UsageError(f"--format {output} is for classes; boxes and masks are printed as json or jsonl.")
-        predictor = configure_detector(opened, scales, refine, score)
-        return _report(_predict_annotated(predictor, inputs, out), output or "json")
-    console.refuse_options("a classifier", out=out, score=score, scales=scales, refine=refine)
+        return _report(
+            _predict_annotated(configure_detector(opened, scales, refine, score), inputs, out), output or "json"
+        )
+    detector_options = {
+        "out": out is not None,
+        "score": score is not None,
+        "scales": scales is not None,
+        "refine": refine,
+    }
+    console.refuse_options("a classifier", detector_options)
     first = list(islice(inputs, FEW_IMAGES + 1))
     console.log(f"backend: {_select_model_backend(opened, backend, precision, calibrate, first)}")
     with console.ProgressBar("images") as bar:
@@ -136,7 +145,8 @@ def configure_detector(
     from resnetlab.models.head_spec import DetectionOptions
 
     if not isinstance(predictor, Detector):
-        console.refuse_options("a segmenter", score=score, scales=scales, refine=refine)
+        options = {"score": score is not None, "scales": scales is not None, "refine": refine}
+        console.refuse_options("a segmenter", options)
         return predictor
     min_score = predictor.min_score if score is None else score
     if not 0 <= min_score <= 1:

@@ -149,7 +149,7 @@ def export(
 
         if to != "onnx":
             raise UsageError(f"{TASK_NOUNS[task]} is exported to onnx only, not to {to}.")
-        console.refuse_options(TASK_NOUNS[task], precision=precision != "fp32", data=data)
+        console.refuse_options(TASK_NOUNS[task], {"precision": precision != "fp32", "data": data is not None})
         return export_annotated(Path(model), *([str(images)] if images else []), out=out, json=json)
     if data is not None and images is not None:
         raise UsageError("give --data or --images, not both.")

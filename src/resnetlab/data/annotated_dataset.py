@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
-from resnetlab.data.dataset import HELD_OUT_FRACTION, arrange_splits
 from resnetlab.data.error_policy import ErrorPolicy
 from resnetlab.errors import DataError
 from resnetlab.random import seed_for
+
+HELD_OUT_FRACTION = 0.2  # of data without a split to evaluate on
 
 
 class AnnotatedItem(Protocol):
@@ -61,16 +62,24 @@ class AnnotatedDataset(Generic[P]):
         return {k: v for k, v in {"train": self.train, "val": self.val, self.evaluated_split: self.test}.items() if v}
 
 
-def build_annotated_dataset(
-    name: str, classes: tuple[str, ...], splits: Mapping[str, Sequence[P]], errors: ErrorPolicy
+def arrange_annotated_splits(
+    name: str, classes: tuple[str, ...], splits: dict[str, list[P]], errors: ErrorPolicy
 ) -> AnnotatedDataset[P]:
-    """The data set of splits named "train", "val", "test", "trainval", or "" for images without a split."""
+    """The data set of splits named "train", "val", "test", "trainval", or "" for images without a split.
 
-    def hold_out(images: Sequence[P]) -> tuple[Sequence[P], Sequence[P]]:
-        return hold_out_images(images, max(1, round(HELD_OUT_FRACTION * len(images))))
-
-    train, val, test, evaluated, _ = arrange_splits(splits, hold_out)
-    return AnnotatedDataset(name, classes, tuple(train or ()), tuple(val or ()), tuple(test), evaluated, errors)
+    Where there is no split to evaluate on, a fifth of the images is held out, chosen by name.
+    """
+    if "trainval" in splits and "test" in splits:  # 2015, appendix A: trained on both, evaluated on test
+        return AnnotatedDataset(name, classes, tuple(splits["trainval"]), (), tuple(splits["test"]), "test", errors)
+    if "train" not in splits and (only := splits.get("", splits.get("trainval"))) is not None:
+        train, test = hold_out_images(only, max(1, round(HELD_OUT_FRACTION * len(only))))
+        return AnnotatedDataset(name, classes, train, (), test, "held-out", errors)
+    evaluated = next((split for split in ("test", "val") if split in splits), None)
+    if evaluated is None:
+        return arrange_annotated_splits(name, classes, {"": splits["train"]}, errors)
+    train, test = tuple(splits.get("train", [])), tuple(splits[evaluated])
+    val = tuple(splits.get("val", [])) if evaluated == "test" else ()
+    return AnnotatedDataset(name, classes, train, val, test, evaluated, errors)
 
 
 def hold_out_images(images: Sequence[P], count: int) -> tuple[tuple[P, ...], tuple[P, ...]]:

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from resnetlab.data.draws import StepDraws
 from resnetlab.device import to_device
 from resnetlab.errors import UsageError, unknown_name_error
 from resnetlab.preprocessing import Preprocessing
+from resnetlab.random import make_generator
 
 PADDINGS = ("mean", "black")
 # Principal components of RGB values in ImageNet (AlexNet, fb.resnet.torch): rows are R, G, B in [0, 1].
@@ -49,21 +49,34 @@ class Augmentation:
         if not 0 <= self.erasing <= 1:
             raise UsageError(f"erasing must be a share of images from 0 to 1, not {self.erasing}.")
 
-    def __call__(self, pixels: Tensor, preprocessing: Preprocessing, draws: StepDraws) -> Tensor:
-        """uint8 (B, h, w, C) -> float32 (B, C, h, w), channels last, augmented and normalised."""
+    def __call__(
+        self,
+        pixels: Tensor,
+        preprocessing: Preprocessing,
+        seed: int,
+        step: int,
+        positions: tuple[Tensor, int] | None = None,
+    ) -> Tensor:
+        """uint8 (B, h, w, C) -> float32 (B, C, h, w), channels last, augmented and normalised.
+
+        Args:
+            positions: (int64 (B,), size) if these are only some of the step's `size` images; each gets the augmentation that
+                it gets among all of them.
+        """
         _, h, w, channels = pixels.shape
-        b, draw = draws.size, draws.generator("augment")
-        shifts = draws.select(torch.randint(2 * self.pad + 1, (2, b), generator=draw), 1)
-        flips = draws.select(torch.rand(b, generator=draw) < 0.5 if self.flip else torch.zeros(b, dtype=torch.bool))
+        own, b = positions or (slice(None), len(pixels))
+        draw = make_generator(seed, "augment", step)
+        shifts = torch.randint(2 * self.pad + 1, (2, b), generator=draw)[:, own]
+        flips = (torch.rand(b, generator=draw) < 0.5 if self.flip else torch.zeros(b, dtype=torch.bool))[own]
         x = self._crop_and_flip(pixels, preprocessing, shifts, flips)
         if self.colour:
             if channels != 3:
                 raise UsageError("colour=true needs images of three channels; set colour=false.")
             weights = 0.1 * torch.randn(b, 3, generator=draw) * torch.tensor(PCA_VALUES)
             offset = weights @ torch.tensor(PCA_VECTORS).T / preprocessing.std  # of all images: a part must round alike
-            x = x + to_device(draws.select(offset), x.device)[:, :, None, None]  # (B, 3, 1, 1)
+            x = x + to_device(offset[own], x.device)[:, :, None, None]  # (B, 3, 1, 1)
         if self.erasing:
-            erased = draws.select(_draw_rectangles(b, h, w, self.erasing, draws.generator("erase")))
+            erased = _draw_rectangles(b, h, w, self.erasing, make_generator(seed, "erase", step))[own]
             x = x.masked_fill(to_device(erased, x.device)[:, None], 0)
         return x
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from resnetlab.data.annotated_dataset import AnnotatedDataset, build_annotated_dataset
+from resnetlab.data.annotated_dataset import AnnotatedDataset, arrange_annotated_splits
 from resnetlab.data.annotations import AnnotatedImage
 from resnetlab.data.coco import read_coco_boxes
 from resnetlab.data.error_policy import ErrorPolicy
@@ -29,7 +29,7 @@ def load_boxes(root: Path, on_bad: str = "stop") -> AnnotatedDataset[AnnotatedIm
     errors = ErrorPolicy(on_bad, "--on-bad-box")
     read = read_voc_boxes if (root / "Annotations").is_dir() else read_coco_boxes
     classes, splits = read(root, errors)
-    return build_annotated_dataset(str(root), classes, splits, errors)
+    return arrange_annotated_splits(str(root), classes, splits, errors)
 
 
 def relabel_boxes(image: AnnotatedImage, indices: Tensor) -> AnnotatedImage:

@@ -280,7 +280,7 @@ def find_near_copies(gradient_bits: Sequence[int], thumbnails: Sequence[bytes]) 
     compared; the most informative bits are distributed over all bands, so that none consists of background.
     """
     first = np.arange(len(gradient_bits))
-    if not gradient_bits:
+    if not len(gradient_bits):
         return first
     packed = np.frombuffer(b"".join(s.to_bytes(16, "big") for s in gradient_bits), np.uint8).reshape(-1, 16)
     bits = np.unpackbits(packed, axis=1)

@@ -7,9 +7,9 @@ Every split, in memory or on disk (data.disk_split), has `labels`, `names`, `len
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Generic, NamedTuple, Protocol, Self, TypeVar
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -17,10 +17,6 @@ from torch import Tensor
 from resnetlab.data.error_policy import ErrorPolicy
 from resnetlab.errors import DataError
 from resnetlab.random import seed_for
-
-HELD_OUT_FRACTION = 0.2  # of data without a split to evaluate on
-
-S = TypeVar("S")
 
 
 class Split(Protocol):
@@ -143,34 +139,6 @@ class Dataset:
         """The splits that have images, by name."""
         splits = {"train": self.train, "val": self.val, self.evaluated_split: self.test, "all": self.all_images}
         return {name: split for name, split in splits.items() if split is not None and len(split)}
-
-
-class SplitRoles(NamedTuple, Generic[S]):
-    """Which split has which role; `evaluated_split` is the name of `test`, `all_images` what it was held out from."""
-
-    train: S | None
-    val: S | None
-    test: S
-    evaluated_split: str
-    all_images: S | None
-
-
-def arrange_splits(splits: Mapping[str, S], hold_out: Callable[[S], tuple[S, S]]) -> SplitRoles[S]:
-    """The roles of splits called "train", "val", "test", "trainval", or "" for all images together.
-
-    Without a split to evaluate on, `hold_out` divides the images into (rest, held out).
-    """
-    if "trainval" in splits and "test" in splits:  # 2015, appendix A: trained on both, evaluated on test
-        return SplitRoles(splits["trainval"], None, splits["test"], "test", None)
-    undivided = None if "train" in splits else splits.get("", splits.get("trainval"))
-    if not splits.keys() & {"test", "val"}:
-        undivided = splits.get("train", undivided)
-    if undivided is not None:
-        train, test = hold_out(undivided)
-        return SplitRoles(train, None, test, "held-out", undivided)
-    if "test" in splits:
-        return SplitRoles(splits.get("train"), splits.get("val"), splits["test"], "test", None)
-    return SplitRoles(splits.get("train"), None, splits["val"], "val", None)
 
 
 def split_stratified(labels: Tensor, count: int, seed: int = 0, names: Sequence[str] = ()) -> tuple[Tensor, Tensor]:

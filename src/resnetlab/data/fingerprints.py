@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 import hashlib
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,9 +20,8 @@ from torch import Tensor
 from resnetlab.data.dataset import Dataset, Split
 from resnetlab.data.disk_split import DiskSplit
 
-MIN_SAME_SIZE = (
-    0.1  # of the images with a known name must have the known size, or it is another folder with equal names
-)
+# This share of the images with a known name must have the known size; otherwise it is another folder with equal names.
+MIN_SAME_SIZE = 0.1
 INSIDE = "train/"  # a folder's own train/ may be given as the data
 
 Fingerprints = NDArray[np.uint32]  # (N, 2): hash of the name, size in bytes
@@ -35,35 +34,59 @@ class SeenImages(NamedTuple):
     held_out: Tensor
 
 
-def record_fingerprints(seen: Iterable[Split], held_out: Iterable[Split], before: Mapping[str, Any]) -> dict[str, str]:
+def record_fingerprints(
+    seen: Iterable[Split], held_out: Iterable[Split], before: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
     """The fingerprints of splits on disk for a model file; splits in memory never change, so the data's hash suffices.
 
     Args:
-        before: the data entry of the model that training started from: the images that it saw count as seen.
+        before: the fingerprints of the model that training started from: the images that it saw count as seen.
     """
-    old = [_decode(str(before["seen"]))] if before.get("seen") else []
-    parts = {"seen": [*old, *map(_fingerprint, seen)], "kept": [*map(_fingerprint, held_out)]}
-    return {key: _encode(np.concatenate(arrays)) for key, arrays in parts.items() if sum(map(len, arrays))}
+    old = [before["seen"].numpy()] if "seen" in before else []
+    parts = {"seen": [*old, *map(_fingerprint, seen)], "held_out": [*map(_fingerprint, held_out)]}
+    return {
+        key: torch.from_numpy(np.unique(np.concatenate(arrays), axis=0))
+        for key, arrays in parts.items()
+        if sum(map(len, arrays))
+    }
 
 
-def match_fingerprints(about: Mapping[str, Any], data: Dataset, images: Split) -> SeenImages:
-    """Which images of a data set the model knows whose file has the data entry `about`."""
+def match_fingerprints(known: Mapping[str, Tensor], data_hash: str, data: Dataset, images: Split) -> SeenImages:
+    """Which images of a data set a model knows.
+
+    Args:
+        known: the fingerprints in the model's file.
+        data_hash: the hash of the data that it was trained on; "" if that is not known.
+    """
     seen, held_out = (
-        _match(_decode(str(about[key])), images) if key in about else np.zeros(len(images), bool)
-        for key in ("seen", "kept")
+        _match(known[key].numpy(), images) if key in known else np.zeros(len(images), bool)
+        for key in ("seen", "held_out")
     )
-    if about.get("fingerprint") == data.fingerprint:
+    if data_hash == data.fingerprint:
         trained_on = set(data.train.names)
         seen |= np.array([name in trained_on for name in images.names], bool)
     return SeenImages(torch.from_numpy(seen), torch.from_numpy(held_out & ~seen))
 
 
-def same_name_count(about: Mapping[str, Any], images: Split) -> int:
+def same_name_count(known: Mapping[str, Tensor], images: Split) -> int:
     """How many images have the name but not the size of a seen one, if too few sizes agree for the same folder."""
-    if "seen" not in about:
+    if "seen" not in known:
         return 0
-    seen = _decode(str(about["seen"]))
+    seen = known["seen"].numpy()
     return int((np.isin(_fingerprint(images)[:, 0], seen[:, 0]) & ~_match(seen, images)).sum())
+
+
+def encode_fingerprints(known: Mapping[str, Tensor]) -> dict[str, str]:
+    """Fingerprints in base64, for exported files."""
+    return {key: base64.b64encode(value.numpy().astype("<u4").tobytes()).decode() for key, value in known.items()}
+
+
+def decode_fingerprints(encoded: Mapping[str, str]) -> dict[str, Tensor]:
+    """The fingerprints that `encode_fingerprints` encoded; raises ValueError where it did not."""
+    return {
+        key: torch.from_numpy(np.frombuffer(base64.b64decode(text), "<u4").reshape(-1, 2).astype(np.uint32))
+        for key, text in encoded.items()
+    }
 
 
 def _fingerprint(split: Split, prefix: str = "") -> Fingerprints:
@@ -90,11 +113,3 @@ def _match(known: Fingerprints, images: Split) -> NDArray[np.bool_]:
         same_size = np.array([size_of.get(name) == size for name, size in own.tolist()], bool)
         found |= same_name if same_size.sum() > MIN_SAME_SIZE * same_name.sum() else same_name & same_size
     return found
-
-
-def _encode(fingerprints: Fingerprints) -> str:
-    return base64.b64encode(np.unique(fingerprints, axis=0).astype("<u4").tobytes()).decode()
-
-
-def _decode(text: str) -> Fingerprints:
-    return np.frombuffer(base64.b64decode(text), "<u4").reshape(-1, 2).astype(np.uint32)

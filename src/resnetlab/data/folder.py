@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from resnetlab.data.dataset import HELD_OUT_FRACTION, Dataset, arrange_splits, split_stratified
+from resnetlab.data.dataset import Dataset, Split, split_stratified
 from resnetlab.data.decode import SUFFIXES, is_hidden, resolve_ancestors
 from resnetlab.data.disk_split import DiskSplit, FileNames, FileSource, ReadOptions
 from resnetlab.data.error_policy import ErrorPolicy
@@ -36,6 +36,7 @@ ENDINGS = re.compile(r"[ _-]?(set|data|images)$")  # training_set, Test Data, â€
 UNSUPPORTED = frozenset(
     {"", ".jpe", ".heic", ".heif", ".jp2", ".jxl", ".tga", ".dng", ".cr2", ".nef", ".arw"}
 )  # suffixes
+HELD_OUT = 0.2  # of a folder without val/ and test/
 
 
 class FolderLayout(NamedTuple):
@@ -66,7 +67,7 @@ def load_folder(root: Path, read_options: ReadOptions) -> Dataset:
     order = sorted(range(len(folders)), key=names.__getitem__)  # classes are in the order of their names
     new_labels = torch.tensor(order).argsort()
     splits = {name: split.with_labels(new_labels[split.labels]) for name, split in splits.items()}
-    return build_dataset(str(root), tuple(names[i] for i in order), splits)
+    return arrange_splits(str(root), tuple(names[i] for i in order), splits)
 
 
 def _require_utf8(root: Path, names: list[str]) -> None:
@@ -81,19 +82,30 @@ def _require_utf8(root: Path, names: list[str]) -> None:
         ) from None
 
 
-def build_dataset(name: str, classes: tuple[str, ...], splits: dict[str, DiskSplit]) -> Dataset:
+def arrange_splits(name: str, classes: tuple[str, ...], splits: dict[str, DiskSplit]) -> Dataset:
     """A data set from splits called "train", "val", "test", or "" for all images together."""
-
-    def hold_out(images: DiskSplit) -> tuple[DiskSplit, DiskSplit]:
-        if len(images) < 2 * len(classes):
-            raise DataError(f"{name} has {len(images):,} images of {len(classes)} classes; a fifth cannot be held out.")
-        count = max(len(classes), round(HELD_OUT_FRACTION * len(images)))
-        rest, chosen = split_stratified(images.labels, count, names=images.names)
-        return images.subset(rest), images.subset(chosen)
-
-    train, val, test, evaluated, everything = arrange_splits(splits, hold_out)
-    train = test.subset(torch.empty(0, dtype=torch.long)) if train is None else train
-    return Dataset(name, classes, train, test, val, evaluated, everything)
+    if (everything := splits.get("")) is not None:
+        if len(everything) < 2 * len(classes):
+            raise DataError(
+                f"{name} has {len(everything):,} images of {len(classes)} classes; a fifth cannot be held out."
+            )
+        count = max(len(classes), round(HELD_OUT * len(everything)))
+        rest, chosen = split_stratified(everything.labels, count, names=everything.names)
+        return Dataset(
+            name,
+            classes,
+            everything.subset(rest),
+            everything.subset(chosen),
+            evaluated_split="held-out",
+            all_images=everything,
+        )
+    present = [split for split in ("test", "val", "train") if split in splits]
+    evaluated = present[0] if present[0] != "train" else "held-out"
+    train = splits.get("train", splits[present[0]].subset(torch.empty(0, dtype=torch.long)))
+    if evaluated == "held-out":  # train/ alone
+        return arrange_splits(name, classes, {"": train})
+    val: Split | None = splits.get("val") if evaluated == "test" else None
+    return Dataset(name, classes, train, splits[evaluated], val=val, evaluated_split=evaluated)
 
 
 def find_split_folders(root: Path) -> dict[str, Path]:

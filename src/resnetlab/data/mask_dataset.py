@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from resnetlab.data import coco
-from resnetlab.data.annotated_dataset import AnnotatedDataset, build_annotated_dataset
+from resnetlab.data.annotated_dataset import AnnotatedDataset, arrange_annotated_splits
 from resnetlab.data.decode import decode_pixels
 from resnetlab.data.error_policy import ErrorPolicy
 from resnetlab.data.voc import list_voc_images, read_voc_splits
@@ -127,7 +127,7 @@ def load_masks(root: Path, on_bad: str = "stop") -> AnnotatedDataset[MaskedImage
     errors = ErrorPolicy(on_bad, "--on-bad-mask")
     read = _read_voc_masks if (root / "SegmentationClass").is_dir() else _read_coco_masks
     classes, splits = read(root, errors)
-    return build_annotated_dataset(str(root), classes, splits, errors)
+    return arrange_annotated_splits(str(root), classes, splits, errors)
 
 
 def _read_voc_masks(root: Path, errors: ErrorPolicy) -> tuple[tuple[str, ...], dict[str, list[MaskedImage]]]:

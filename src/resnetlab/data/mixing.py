@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from resnetlab.data.draws import StepDraws
 from resnetlab.device import to_device
 from resnetlab.errors import UsageError
 from resnetlab.random import seed_for
@@ -37,22 +36,26 @@ class Mixing:
     def __bool__(self) -> bool:
         return self.mixup > 0 or self.cutmix > 0
 
-    def __call__(self, images: Tensor, labels: Tensor, classes: int, draws: StepDraws) -> tuple[Tensor, Tensor]:
-        """Mixed images and soft targets; an image without its partner stays unchanged.
+    def __call__(
+        self, images: Tensor, labels: Tensor, classes: int, seed: int, step: int, positions: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Mixed images and soft targets.
 
         Args:
             images: float32 (B, C, h, w), normalised.
             labels: int64 (B,).
+            positions: ascending int64 (B,), if these are not all of the step's images; an image without its partner among
+                them stays unchanged.
 
         Returns:
             float32 (B, C, h, w) and float32 (B, classes), rows sum to 1.
         """
-        draw = random.Random(seed_for(draws.seed, "mix", draws.step))
+        draw = random.Random(seed_for(seed, "mix", step))
         both = self.mixup > 0 and self.cutmix > 0
         cutting = draw.random() < 0.5 if both else self.cutmix > 0
         a = self.cutmix if cutting else self.mixup
         share = draw.betavariate(a, a)
-        partner = to_device(find_partners(draws.select(torch.arange(draws.size))), images.device)
+        partner = to_device(find_partners(torch.arange(len(labels)) if positions is None else positions), images.device)
         others = images.index_select(0, partner)
         if cutting:
             top, left, h, w = cutmix_box(images.shape[2], images.shape[3], 1 - share, draw.random(), draw.random())

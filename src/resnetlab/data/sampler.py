@@ -17,7 +17,6 @@ from resnetlab.data import crops, trivial_augment
 from resnetlab.data.augment import Augmentation
 from resnetlab.data.crops import Crop
 from resnetlab.data.dataset import MemorySplit, Split
-from resnetlab.data.draws import StepDraws
 from resnetlab.data.mixing import Mixing
 from resnetlab.data.prefetch import BatchReader, Prefetcher, preprocess_image, stack_images
 from resnetlab.device import DeviceConfig, to_device
@@ -102,13 +101,19 @@ class Sampler:
 
     def indices(self, step: int) -> Tensor:
         """Indices of this process's images; int64 (len(positions),)."""
-        return step_indices(self.seed, self.n, self.batch_size, step)[self.positions.start : self.positions.stop]
+        return self._own(step_indices(self.seed, self.n, self.batch_size, step))
 
     def __call__(self, step: int) -> list[tuple[Any, ...]]:
         """(index, random numbers of each stream) of each image."""
-        draws = StepDraws(self.seed, step, self.batch_size, torch.tensor(self.positions))
-        numbers = [draws.uniform(*stream).tolist() for stream in self.streams]
+        numbers = [self._own(self._draw(stream, step)).tolist() for stream in self.streams]
         return list(zip(self.indices(step).tolist(), *numbers, strict=True))
+
+    def _draw(self, stream: RandomStream, step: int) -> Tensor:
+        generator = make_generator(self.seed, stream.use, step)
+        return torch.rand(self.batch_size, stream.per_image, generator=generator, dtype=stream.dtype)
+
+    def _own(self, x: Tensor) -> Tensor:
+        return x[self.positions.start : self.positions.stop]
 
 
 def read_train_image(
@@ -168,11 +173,17 @@ class TrainLoader:
                 )
             read = torch.tensor(loaded.positions)
             pixels, labels = (to_device(x, device) for x in (loaded.samples, self.split.labels[indices[read]]))
-        draws = StepDraws(self.seed, step, self.batch_size, sampler.positions.start + read)
-        images = self.augmentation(pixels, self.preprocessing, draws)
+        positions = sampler.positions.start + read
+        images = self.augmentation(
+            pixels,
+            self.preprocessing,
+            self.seed,
+            step,
+            None if len(read) == self.batch_size else (positions, self.batch_size),
+        )
         if not self.mixing:
             return Batch(images, labels, labels)
-        images, targets = self.mixing(images, labels, self.num_classes, draws)
+        images, targets = self.mixing(images, labels, self.num_classes, self.seed, step, positions)
         return Batch(images, targets.argmax(1), targets)
 
     @cached_property

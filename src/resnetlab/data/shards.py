@@ -22,7 +22,7 @@ from resnetlab.data import download, remote_shards
 from resnetlab.data.dataset import Dataset
 from resnetlab.data.disk_split import DiskSplit, FileNames, ReadOptions
 from resnetlab.data.error_policy import ErrorPolicy
-from resnetlab.data.folder import SPLITS, build_dataset
+from resnetlab.data.folder import SPLITS, arrange_splits
 from resnetlab.data.remote_shards import is_url
 from resnetlab.data.tar_index import TarIndex, read_index
 from resnetlab.errors import DataError
@@ -90,7 +90,7 @@ def load_shards(data: str, data_dir: Path, read_options: ReadOptions) -> Dataset
     if all(index.classes is None for index in indices.values()):
         _require_same_labels(groups, indices)
     splits = {split: _make_shard_split(paths, indices, classes, read_options) for split, paths in groups.items()}
-    return build_dataset(data, classes, splits)
+    return arrange_splits(data, classes, splits)
 
 
 def _require_same_labels(groups: dict[str, list[Path]], indices: dict[Path, TarIndex]) -> None:

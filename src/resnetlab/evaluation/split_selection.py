@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
-from resnetlab.data import fingerprints, sources
+from resnetlab.data import sources
 from resnetlab.data.dataset import Dataset, Split, split_stratified
+from resnetlab.data.fingerprints import SeenImages, match_fingerprints, same_name_count
 from resnetlab.errors import UsageError, unknown_name_error
 from resnetlab.models.model_file import TrainedModel
 
@@ -38,7 +39,7 @@ def _select_unseen(source: Dataset, images: Split, models: Sequence[TrainedModel
     """The name and the images of the part of a folder that no model has seen."""
     evaluated, name = torch.ones(len(images), dtype=torch.bool), "all"
     for model in models:
-        seen, held_out = fingerprints.match_fingerprints(model.data, source, images)
+        seen, held_out = _match(model, source, images)
         if bool(held_out.any()):
             evaluated, name = evaluated & held_out, source.evaluated_split
         elif bool(seen.any()):
@@ -58,31 +59,35 @@ def describe_overlap(
     notes = []
     for model, name in zip(models, names, strict=True):
         about = model.data
-        if n := int(fingerprints.match_fingerprints(about, source, evaluated).seen.sum()):
+        if n := int(_match(model, source, evaluated).seen.sum()):
             notes.append(
                 f"{n:,} of these {len(evaluated):,} images were seen in the training of {name}: expect more errors on others"
             )
         if source.all_images is None or not about or about.get("fingerprint") == source.fingerprint:
             continue
-        seen, held_out = (int(mask.sum()) for mask in fingerprints.match_fingerprints(about, source, source.all_images))
+        seen, held_out = (int(mask.sum()) for mask in _match(model, source, source.all_images))
         if seen:
             notes.append(
                 f"{source.name} has changed since {name} was trained on it (or has another quarantine list): of its "
                 f"{len(source.all_images):,} images {seen:,} were seen in training, {held_out:,} held out"
             )
-        if n := fingerprints.same_name_count(about, evaluated):
+        if n := same_name_count(model.fingerprints, evaluated):
             notes.append(
                 f"{n:,} images have the names of some in the training of {name}, but other sizes: counted as different images"
             )
-        if "seen" not in about and about.get("name") == sources.short_name(source.name):
+        if "seen" not in model.fingerprints and about.get("name") == sources.short_name(source.name):
             notes.append(
                 f"{name} was trained on {about['name']}, other than now, and its file does not say which images it saw"
             )
     return notes
 
 
+def _match(model: TrainedModel, source: Dataset, images: Split) -> SeenImages:
+    return match_fingerprints(model.fingerprints, model.data.get("fingerprint", ""), source, images)
+
+
 def _any_seen(source: Dataset, images: Split, models: Iterable[TrainedModel]) -> bool:
-    return any(bool(fingerprints.match_fingerprints(model.data, source, images).seen.any()) for model in models)
+    return any(bool(_match(model, source, images).seen.any()) for model in models)
 
 
 def select_calibration_images(

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from resnetlab.data.fingerprints import decode_fingerprints
 from resnetlab.errors import ModelFileError, UsageError, unknown_name_error
 from resnetlab.inference.classes import dataset_class_names, parse_class_names
 from resnetlab.models.cost import default_image_size
@@ -97,6 +98,12 @@ def import_state_dict(state: StateDictFile, given: ImportOptions, where: str) ->
     preprocessing = _resolve_preprocessing(state, given, spec, notes)
     from resnetlab import __version__
 
+    try:
+        fingerprints = decode_fingerprints(state.metadata.get("fingerprints", {}))
+    except (TypeError, ValueError) as error:
+        raise ModelFileError(
+            f"the fingerprints in {where} cannot be read ({error}); export the model again."
+        ) from error
     model = TrainedModel(
         net=net,
         classes=classes,
@@ -106,6 +113,7 @@ def import_state_dict(state: StateDictFile, given: ImportOptions, where: str) ->
         data=state.metadata.get("data", {}),
         versions={"resnetlab": __version__, "torch": torch.__version__},
         calibration=state.metadata.get("calibration", {}),
+        fingerprints=fingerprints,
     )
     if problem := model.validate():
         raise ModelFileError(f"{where} does not give a usable model: {problem}; use complete weights.")

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import save as save_safetensors
 
+from resnetlab.data.fingerprints import encode_fingerprints
 from resnetlab.models.model_file import TrainedModel
 from resnetlab.models.spec import Specification
 from resnetlab.run_folder import write_atomically
@@ -29,6 +30,7 @@ def write_state_dict(model: TrainedModel, out: Path) -> None:
         "temperature": float(model.temperature),
         "calibration": dict(model.calibration),
         "data": dict(model.data),
+        "fingerprints": encode_fingerprints(model.fingerprints),
     })  # fmt: skip
     state: Any = model.net.state_dict()
     for key, value in state.items():

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from resnetlab.errors import ModelFileError, ResNetLabError
 from resnetlab.models.head_spec import DetectorSpec, HeadSpec, SegmenterSpec
-from resnetlab.models.model_file import read_safetensors, write_safetensors
 from resnetlab.models.resnet import ResNet
 from resnetlab.models.spec import Specification
+from resnetlab.tensor_file import read_metadata, read_tensor_file, write_tensor_file
 
-FORMAT = 1
 TASK_NOUNS = {"classify": "a classifier", "detect": "a detector", "segment": "a segmenter"}
 HEAD_SPECS: dict[str, type[HeadSpec]] = {"detect": DetectorSpec, "segment": SegmenterSpec}
 
@@ -49,17 +46,16 @@ class AnnotatedModel:
     def save(self, path: Path) -> None:
         """Writes the model file, atomically."""
         about = {
-            "format": FORMAT,
             "task": self.task,
             "specification": self.spec.to_json(),
-            self.task: self.head_spec.to_json(),
+            "head": self.head_spec.to_json(),
             "classes": list(self.classes),
             "recipe": self.recipe,
             "metrics": self.metrics,
             "data": self.data,
             "versions": self.versions,
         }
-        write_safetensors(path, self.net.state_dict(), about)
+        write_tensor_file(path, self.net.state_dict(), about)
 
 
 def build_annotated_net(net: ResNet, head_spec: HeadSpec, classes: int, *, seed: int = 0, **training: Any) -> nn.Module:
@@ -81,11 +77,7 @@ def build_annotated_net(net: ResNet, head_spec: HeadSpec, classes: int, *, seed:
 
 def read_task(path: Path) -> str:
     """The task of a model file, read from its header alone; "classify" if it has no other, or cannot be read."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            task = json.loads((file.metadata() or {}).get("resnetlab", "{}")).get("task")
-    except (OSError, SafetensorError, ValueError, AttributeError):
-        return "classify"  # reading the whole file raises the error
+    task = read_metadata(path).get("task")
     return str(task) if task in HEAD_SPECS else "classify"
 
 
@@ -100,17 +92,15 @@ def load_annotated(path: Path, task: str) -> AnnotatedModel:
 
     Raises ModelFileError if it is missing, damaged, foreign, of another task, or its tensors do not fit its own values.
     """
-    tensors, about = read_safetensors(path, "model file")
+    tensors, about = read_tensor_file(path, "model file")
     actual = about.get("task", "classify")
     if actual != task:
         raise ModelFileError(
             f"{path} is {TASK_NOUNS.get(actual, 'something else')}, and {TASK_NOUNS[task]} is needed here."
         )
-    if about.get("format") != FORMAT:
-        raise ModelFileError(f"{path} has format {about.get('format')}, this version reads {FORMAT}; update resnetlab.")
     try:
         spec = Specification.from_json(about["specification"])
-        head_spec = HEAD_SPECS[task].from_json(about[task])
+        head_spec = HEAD_SPECS[task].from_json(about["head"])
         classes = tuple(map(str, about["classes"]))
         with torch.device("meta"):
             body = ResNet(spec)

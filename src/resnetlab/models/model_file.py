@@ -1,25 +1,20 @@
 """The model file: weights, with everything that is needed to use them as metadata.
 
-`model.safetensors` holds the `state_dict` under torchvision's names and, under the metadata key "resnetlab", a JSON object:
-format, specification, classes, preprocessing, recipe, metrics, temperature, data, versions. A per-pixel mean is the extra
-tensor "preprocessing.mean" (h, w, C); a few images are in "samples.check", "samples.labels" and "samples.training"
-(models.reference_images). Nothing depends on the clock: the same training writes the same bytes.
+`model.safetensors` (`tensor_file`) contains the `state_dict` under torchvision's names and, as JSON: specification, classes,
+preprocessing, recipe, metrics, temperature, data, versions. Further tensors may be missing: a per-pixel mean is
+"preprocessing.mean" (h, w, C), a few images are "reference.check", "reference.labels" and "reference.training"
+(models.reference_images), and "fingerprints.seen" and "fingerprints.held_out" identify images of the run (data.fingerprints).
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from resnetlab.errors import ModelFileError
@@ -27,10 +22,10 @@ from resnetlab.models.reference_images import ReferenceImages
 from resnetlab.models.resnet import ResNet
 from resnetlab.models.spec import Specification
 from resnetlab.preprocessing import Preprocessing
-from resnetlab.run_folder import write_atomically
+from resnetlab.tensor_file import read_tensor_file, write_tensor_file
 
-FORMAT_VERSION = 1
 MEAN_TENSOR = "preprocessing.mean"
+FINGERPRINTS = "fingerprints."  # prefix of tensor names
 
 
 @dataclass(eq=False)
@@ -48,6 +43,7 @@ class TrainedModel:
         data: name and fingerprint of the training data.
         versions: of resnetlab and torch at training time.
         reference_images: images to check backends on and to calibrate int8 on; None if it was not trained here.
+        fingerprints: "seen", "held_out" -> fingerprints of these images of the run, uint32 (n, 2); see data.fingerprints.
     """
 
     net: ResNet
@@ -60,6 +56,7 @@ class TrainedModel:
     versions: Mapping[str, str] = field(default_factory=dict)
     calibration: Mapping[str, Any] = field(default_factory=dict)
     reference_images: ReferenceImages | None = None
+    fingerprints: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def spec(self) -> Specification:
@@ -69,7 +66,7 @@ class TrainedModel:
     def save(self, path: Path) -> None:
         """Writes the model file atomically."""
         metadata = {
-            "format": FORMAT_VERSION,
+            "task": "classify",
             "specification": self.spec.to_json(),
             "classes": list(self.classes),
             "preprocessing": self.preprocessing.to_json(),
@@ -84,7 +81,8 @@ class TrainedModel:
             tensors[MEAN_TENSOR] = self.preprocessing.mean
         if self.reference_images is not None:
             tensors |= self.reference_images.to_tensors()
-        write_safetensors(path, tensors, metadata)
+        tensors |= {FINGERPRINTS + key: value for key, value in self.fingerprints.items()}
+        write_tensor_file(path, tensors, metadata)
 
     def validate(self) -> str | None:
         """Returns what makes the model unusable, or None."""
@@ -100,6 +98,8 @@ class TrainedModel:
         images = self.reference_images
         if images is not None and (problem := images.validate(self.preprocessing, len(names))):
             return f"the images in it cannot be used ({problem})"
+        if any(v.dtype != torch.uint32 or v.ndim != 2 or v.shape[1] != 2 for v in self.fingerprints.values()):
+            return "its fingerprints of images are not pairs of 32-bit numbers"
         temperature = self.temperature
         if not isinstance(temperature, int | float) or not 0 < temperature < math.inf:
             return f"its temperature is {temperature!r}"
@@ -108,73 +108,23 @@ class TrainedModel:
         return None
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
-    """Writes tensors atomically, with JSON metadata that includes a digest of the tensors."""
-    tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-    text = json.dumps(dict(metadata) | {"digest": _compute_digest(tensors)}, allow_nan=False)
-    write_atomically(path, save_tensors(tensors, metadata={"resnetlab": text}))
-
-
-def _compute_digest(tensors: Mapping[str, Tensor]) -> str:
-    """Hashes the names and bytes of all tensors, to detect corruption."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name in sorted(tensors):
-        digest.update(name.encode())
-        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def read_safetensors(path: Path, what: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Reads the tensors and the JSON metadata that `write_safetensors` wrote.
-
-    Raises ModelFileError if the file is missing, a folder, empty, truncated, damaged or without our metadata.
-    """
-    if path.exists() and not path.is_file() and not path.is_dir():
-        raise ModelFileError(f"{path} is not a regular file; give the {what} itself.")
-    if path.is_dir():
-        inside = path / "model.safetensors"
-        hint = f"; did you mean {inside}?" if inside.is_file() else f"; give the {what} itself."
-        raise ModelFileError(f"{path} is a folder{hint}")
-    try:
-        raw = path.read_bytes()
-    except FileNotFoundError:
-        raise ModelFileError(f"{path} does not exist; `resnetlab train` writes a {what} into its run folder.") from None
-    except OSError as error:
-        raise ModelFileError(f"{path} cannot be read ({error.strerror}).") from error
-    if not raw:
-        raise ModelFileError(f"{path} is empty; copy or train it again.")
-    try:
-        tensors = load_tensors(raw)
-    except (safetensors.SafetensorError, ValueError, KeyError) as error:
-        raise ModelFileError(f"{path} is not a complete safetensors file ({error}); copy or train it again.") from error
-    header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
-    text = header.get("__metadata__", {}).get("resnetlab")
-    if text is None:
-        raise ModelFileError(f"{path} holds tensors but no resnetlab {what}: it was made by other software.")
-    try:
-        metadata = json.loads(text)
-    except ValueError:
-        metadata = None
-    if not isinstance(metadata, dict) or metadata.pop("digest", None) != _compute_digest(tensors):
-        raise ModelFileError(f"{path} is damaged: its contents do not match its digest; copy or train it again.")
-    return tensors, metadata
-
-
 def load_trained_model(path: Path) -> TrainedModel:
     """Reads a model file.
 
     Raises ModelFileError if it is missing, damaged, foreign, or its tensors do not match its specification.
     """
-    tensors, metadata = read_safetensors(path, "model file")
-    if "task" in metadata:
-        task = metadata["task"]
+    tensors, metadata = read_tensor_file(path, "model file")
+    if (task := metadata.get("task", "classify")) != "classify":
         raise ModelFileError(f"{path} is not a classifier; use it with: resnetlab {task} predict {path} IMAGE...")
-    if (version := metadata.get("format")) != FORMAT_VERSION:
-        raise ModelFileError(f"{path} has format {version}, this version reads {FORMAT_VERSION}; update resnetlab.")
     try:
         spec = Specification.from_json(metadata["specification"])
         preprocessing = Preprocessing.from_json(metadata["preprocessing"], tensors.pop(MEAN_TENSOR, None))
         reference_images = ReferenceImages.pop_from(tensors)
+        fingerprints = {
+            name.removeprefix(FINGERPRINTS): tensors.pop(name)
+            for name in list(tensors)
+            if name.startswith(FINGERPRINTS)
+        }
         with torch.device("meta"):
             net = ResNet(spec)
         dtypes = {name: tensor.dtype for name, tensor in net.state_dict().items()}
@@ -190,6 +140,7 @@ def load_trained_model(path: Path) -> TrainedModel:
             versions=metadata["versions"],
             calibration=metadata.get("calibration", {}),
             reference_images=reference_images,
+            fingerprints=fingerprints,
         )
     except ModelFileError as error:
         raise ModelFileError(f"{path}: {error}") from error

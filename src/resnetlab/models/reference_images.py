@@ -9,7 +9,7 @@ from torch import Tensor
 
 from resnetlab.preprocessing import Preprocessing
 
-CHECK, LABELS, TRAINING = "samples.check", "samples.labels", "samples.training"  # reserved tensor names
+CHECK, LABELS, TRAINING = "reference.check", "reference.labels", "reference.training"  # reserved tensor names
 MAX_CHECK, MAX_TRAINING = 16, 64  # images
 MAX_BYTES = 2_500_000  # of each kind: 16 images of 224x224
 

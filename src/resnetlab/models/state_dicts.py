@@ -22,6 +22,7 @@ import torch
 from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
+from resnetlab import migrate_v01
 from resnetlab.errors import ModelFileError, UsageError
 from resnetlab.formatting import format_list
 
@@ -38,6 +39,7 @@ EXPORT_METADATA = {
     "temperature": float,
     "calibration": dict,
     "data": dict,
+    "fingerprints": dict,
 }  # metadata that `resnetlab export` writes, and its types
 
 
@@ -97,18 +99,24 @@ def _read_safetensors_bytes(path: Path, content: bytes) -> tuple[dict[str, Tenso
             f"{path} is not a complete safetensors file ({error}); download or copy it again."
         ) from error
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-    return tensors, _parse_metadata(path, header.get("__metadata__", {}).get("resnetlab-export"))
+    entries = header.get("__metadata__", {})
+    return tensors, _parse_metadata(path, entries.get("resnetlab-export"), entries.get(migrate_v01.EXPORT_KEY))
 
 
-def _parse_metadata(path: Path, text: Any) -> Mapping[str, Any]:
-    """Parses the metadata of `resnetlab export`; {} if there is none. Raises ModelFileError if it is incomplete."""
-    if text is None:
+def _parse_metadata(path: Path, text: Any, old_text: Any) -> Mapping[str, Any]:
+    """Parses the metadata of `resnetlab export` (`old_text`: of version 0.1); {} if there is none.
+
+    Raises ModelFileError if it is incomplete.
+    """
+    if text is None and old_text is None:
         return {}
     try:
-        value = json.loads(text)
+        value = json.loads(old_text if text is None else text)
     except (TypeError, ValueError):
         value = None
     metadata = value if isinstance(value, dict) else {}
+    if text is None:
+        metadata = migrate_v01.migrate_metadata(metadata)
     if not all(isinstance(metadata.get(key), kind) for key, kind in EXPORT_METADATA.items()):
         raise ModelFileError(
             f"{path} is marked as written by `resnetlab export`, but its metadata ({', '.join(EXPORT_METADATA)}) is "
@@ -160,7 +168,8 @@ def _read_torch(path: Path, content: bytes) -> tuple[Any, Mapping[str, Any]]:
     if entry := _find_corrupt_entry(content):
         raise ModelFileError(f"{path} is damaged ({entry} does not match its checksum); download or copy it again.")
     metadata = getattr(value, "_metadata", None)
-    return value, _parse_metadata(path, metadata.get("resnetlab") if isinstance(metadata, Mapping) else None)
+    entries = metadata if isinstance(metadata, Mapping) else {}
+    return value, _parse_metadata(path, entries.get("resnetlab"), entries.get(migrate_v01.KEY))
 
 
 def _find_corrupt_entry(content: bytes) -> str | None:

@@ -11,7 +11,7 @@ import io
 from base64 import b64encode
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -36,7 +36,6 @@ from resnetlab.models.annotated_model import AnnotatedModel
 from resnetlab.models.cost import count_parameters
 from resnetlab.models.spec import Specification
 
-P = TypeVar("P", bound=AnnotatedPredictor)
 MASK_OPACITY = 130  # of 255
 
 
@@ -139,13 +138,13 @@ class UploadedImage(NamedTuple):
     size: tuple[int, int]
 
 
-class _ServedAnnotatedModel(Generic[P]):
+class _ServedAnnotatedModel:
     """Code shared by detectors and segmenters."""
 
     warmup_batches = (1,)  # a batch is computed image by image
 
-    def __init__(self, predictor: P) -> None:
-        self.predictor, self.model, self.backend = predictor, predictor.model, str(predictor.device_config)
+    def __init__(self, predictor: AnnotatedPredictor) -> None:
+        self.model, self.backend = predictor.model, str(predictor.device_config)
         self.no_explanation = predictor.no_explanation
 
     def prepare(self, image: Image.Image) -> UploadedImage:
@@ -170,34 +169,42 @@ class _ServedAnnotatedModel(Generic[P]):
         return COLOURS[label % len(COLOURS)]
 
 
-class ServedDetector(_ServedAnnotatedModel[Detector]):
+class ServedDetector(_ServedAnnotatedModel):
     """A detector."""
+
+    def __init__(self, detector: Detector) -> None:
+        super().__init__(detector)
+        self._detector = detector
 
     def predict(self, images: Sequence[UploadedImage]) -> list[Detections]:
         """Boxes in pixels of the uploaded images."""
         return [self._detect(image) for image in images]
 
     def _detect(self, image: UploadedImage) -> Detections:
-        found = self.predictor.detect(image.pixels)
+        found = self._detector.detect(image.pixels)
         (width, height), (h, w) = image.size, image.pixels.shape[:2]
         return found._replace(boxes=found.boxes * torch.tensor([width / w, height / h] * 2))
 
     def format(
         self, image: UploadedImage, result: Detections, top: int | None, min_score: float | None
     ) -> dict[str, Any]:
-        detections = result.at_least(self.predictor.min_score if min_score is None else min_score)
+        detections = result.at_least(self._detector.min_score if min_score is None else min_score)
         return _size_to_json(image) | {"boxes": boxes_to_json(detections, self.model.classes)[:top]}
 
 
-class ServedSegmenter(_ServedAnnotatedModel[Segmenter]):
+class ServedSegmenter(_ServedAnnotatedModel):
     """A segmenter."""
+
+    def __init__(self, segmenter: Segmenter) -> None:
+        super().__init__(segmenter)
+        self._segmenter = segmenter
 
     def predict(self, images: Sequence[UploadedImage]) -> list[tuple[list[dict[str, Any]], str]]:
         """The share of each class, largest first, and the mask as a data URI."""
         return [self._segment(image) for image in images]
 
     def _segment(self, image: UploadedImage) -> tuple[list[dict[str, Any]], str]:
-        mask = self.predictor.segment(image.pixels)
+        mask = self._segmenter.segment(image.pixels)
         shares = sorted(class_shares(mask, self.model.classes), key=lambda row: -row["share"])
         return shares, self._draw_mask(mask)
 

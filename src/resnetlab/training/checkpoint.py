@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from resnetlab import migrate_v01
 from resnetlab.errors import ModelFileError, RunError
-from resnetlab.models.model_file import read_safetensors, write_safetensors
 from resnetlab.random import seed_for
-from resnetlab.run_folder import RunFolder, write_error
+from resnetlab.run_folder import RunFolder, write_atomically, write_error
+from resnetlab.tensor_file import read_tensor_file, write_tensor_file
 from resnetlab.training.average import WeightAverage
 from resnetlab.training.micro_batches import BatchNormStatistics
 from resnetlab.training.optim import SGD
@@ -110,7 +111,7 @@ def save_checkpoint(run: RunFolder, train_state: TrainState) -> Path:
     except OSError as error:
         raise write_error(run.checkpoints, error) from error
     path = run.checkpoints / f"step-{state.step:08d}.safetensors"
-    write_safetensors(path, tensors, metadata)
+    write_tensor_file(path, tensors, metadata)
     for old in [other for other in list_checkpoints(run) if _step_of(other) < state.step][:-1]:
         with contextlib.suppress(OSError):  # an extra checkpoint does no harm
             old.unlink()
@@ -121,6 +122,26 @@ def list_checkpoints(run: RunFolder) -> list[Path]:
     """The run's checkpoints, oldest first."""
     paths = [p for p in run.checkpoints.glob("step-*.safetensors") if p.stem.removeprefix("step-").isdigit()]
     return sorted(paths, key=_step_of)
+
+
+def upgrade_run(run: RunFolder, recipe: BaseRecipe) -> None:
+    """Rewrites the files of an unfinished run of version 0.1, so that it resumes; recipe.toml comes last.
+
+    Damaged checkpoints, and those of another recipe than recipe.toml, stay as they are: restoring them reports it.
+    """
+    values = run.read_raw_recipe()
+    if not migrate_v01.is_recipe(values):
+        return
+    old_key, key = migrate_v01.recipe_key(values), recipe.ignoring_bad_images().key
+    for path in list_checkpoints(run):
+        with contextlib.suppress(ModelFileError):
+            tensors, metadata = read_tensor_file(path, "checkpoint")
+            if metadata.pop("format") == 1 and (identity := str(metadata["identity"])).startswith(old_key):
+                write_tensor_file(path, tensors, metadata | {"identity": identity.replace(old_key, key, 1)})
+    for old, new in migrate_v01.RUN_FILES.items():
+        if (content := run.read_json(old)) is not None:
+            run.write_json(new, migrate_v01.migrate_environment(content))
+    write_atomically(run.path / "recipe.toml", recipe.to_toml())
 
 
 def _step_of(path: Path) -> int:
@@ -156,7 +177,7 @@ def _read_latest(run: RunFolder, train_state: TrainState) -> list[str]:
     skipped: list[str] = []
     for path in reversed(list_checkpoints(run)):
         try:
-            tensors, metadata = read_safetensors(path, "checkpoint")
+            tensors, metadata = read_tensor_file(path, "checkpoint")
         except ModelFileError as error:
             skipped.append(f"{error} Going on from the checkpoint before it.")
             continue

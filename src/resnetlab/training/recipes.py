@@ -12,7 +12,7 @@ from resnetlab.training.recipe import BaseRecipe, Recipe
 
 
 def quick() -> Recipe:
-    """A small residual network on scikit-learn's embedded digits, for the first run.
+    """A small residual network on the digits that come with the package, for the first run.
 
     Paper: 2015 §4.2 in small (resnet14 of the 6n+2 family; images enlarged from 8x8 to 16x16); the schedule is ours.
     Command: resnetlab train

@@ -16,6 +16,7 @@ from resnetlab.distributed import World, join_process_group, was_restarted
 from resnetlab.errors import ResNetLabError, RunError, UsageError
 from resnetlab.run_folder import RunFolder, write_atomically
 from resnetlab.training import recipes, task_table
+from resnetlab.training.checkpoint import upgrade_run
 from resnetlab.training.memory import fit_micro_batches
 from resnetlab.training.recipe import BaseRecipe, Recipe
 from resnetlab.training.result import ClassificationResult, Progress, TrainResult
@@ -239,10 +240,13 @@ def _recorded(
             f"{run.path} was started with another recipe: you ask for {'; '.join(changed)}. Resume without it, "
             "or start a new run."
         )
+    done = _read_result(run, job)
+    if done is None:
+        upgrade_run(run, recipe)
     if recipe.to_json() != job.recipe.from_values(values).to_json():
         write_atomically(run.path / "recipe.toml", recipe.to_toml())
     run.remove_temporary_files()
-    return _read_result(run, job), recipe, run.read_json("environment.json") or {}
+    return done, recipe, run.read_json("environment.json") or {}
 
 
 def _report_differences(

@@ -19,8 +19,8 @@ from tempfile import TemporaryDirectory
 import torch
 
 from resnetlab.errors import RunError
-from resnetlab.models.model_file import read_safetensors
 from resnetlab.run_folder import RunFolder, read_metrics
+from resnetlab.tensor_file import read_tensor_file
 from resnetlab.training.checkpoint import list_checkpoints
 from resnetlab.training.recipe import BaseRecipe
 from resnetlab.training.result import Progress
@@ -98,7 +98,7 @@ def _train(text: str) -> None:
 
 def _compare(one: RunFolder, other: RunFolder) -> tuple[int, int]:
     """The numbers of equal tensors and lines; raises RunError if any differs."""
-    (a, about_a), (b, about_b) = (read_safetensors(list_checkpoints(run)[-1], "checkpoint") for run in (one, other))
+    (a, about_a), (b, about_b) = (read_tensor_file(list_checkpoints(run)[-1], "checkpoint") for run in (one, other))
     if about_a["step"] != about_b["step"]:
         raise RunError(f"one run stopped at step {about_a['step']}, the other at {about_b['step']}.")
     differing = sorted(k for k in a.keys() | b.keys() if k not in a or k not in b or not torch.equal(a[k], b[k]))

@@ -48,7 +48,7 @@ class ClassificationTask:
         holdout: split -> names of its images, for the splits that were drawn here rather than given by the data.
         label_smoothing: the share of every target that is spread evenly over all classes (Szegedy et al., arXiv 1512.00567).
         notes: sentences on where the network comes from.
-        start_data: the data record of the model that training started from.
+        start_fingerprints: the fingerprints of the model that training started from.
         num_micro_batches: of this process's share of a step; they go through the network one after the other.
     """
 
@@ -65,7 +65,7 @@ class ClassificationTask:
     label_smoothing: float = 0.0
     notes: Sequence[str] = ()
     num_micro_batches: int = 1
-    start_data: Mapping[str, Any] = field(default_factory=dict)
+    start_fingerprints: Mapping[str, Tensor] = field(default_factory=dict)
 
     def micro_batches(self, step: int) -> list[Batch]:
         """The micro-batches of this process's share of step `step`."""
@@ -156,15 +156,16 @@ class ClassificationTask:
 
         versions = {"resnetlab": __version__, "torch": torch.__version__}
         seen = [self.loader.split, *([self.held_out] if "evaluated while training" in self.holdout else [])]
-        marks = record_fingerprints(seen, [self.test] if self.evaluated_split in self.holdout else [], self.start_data)
+        held_out = [self.test] if self.evaluated_split in self.holdout else []
         return TrainedModel(
             net=self.net,
             classes=self.classes,
             preprocessing=self.preprocessing,
             recipe=recipe,
             metrics=metrics,
-            data=self.data | marks,
+            data=self.data,
             versions=versions,
+            fingerprints=record_fingerprints(seen, held_out, self.start_fingerprints),
         )
 
 
@@ -223,8 +224,9 @@ def prepare(
         drawn = drawn | {"evaluated while training": kept.names}
     preprocessing = _normalised(normalise, train, shape, start)
     origin = {"start_from": file_digest(network.start_from)} if start else {}
-    before = start.data if start else {}
-    if n := int(match_fingerprints(before, source, source.test).seen.sum()):
+    known = start.fingerprints if start else {}
+    trained_on = start.data.get("fingerprint", "") if start else ""
+    if n := int(match_fingerprints(known, trained_on, source, source.test).seen.sum()):
         notes.append(
             f"{n:,} of the {len(source.test):,} images to test on were seen in the training of {network.start_from}"
         )
@@ -254,7 +256,7 @@ def prepare(
         label_smoothing=label_smoothing,
         notes=notes,
         num_micro_batches=num_micro_batches,
-        start_data=before,
+        start_fingerprints=known,
     )
 
 

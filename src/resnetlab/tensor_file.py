@@ -1,0 +1,126 @@
+"""The file format of models and checkpoints: safetensors with JSON metadata and one digest of everything.
+
+The metadata of the header has two entries. "resnetlab" is a JSON object with the number of the format; "digest" is a hash of
+that text and of the name, dtype, shape and bytes of every tensor, so a changed bit is detected wherever it is. Equal contents
+give equal bytes: nothing depends on the clock. Files of version 0.1 are read through `migrate_v01`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+from resnetlab import migrate_v01
+from resnetlab.errors import ModelFileError
+from resnetlab.run_folder import write_atomically
+
+FORMAT = 2  # 1 was that of version 0.1
+KEY = "resnetlab"
+
+
+def write_tensor_file(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
+    """Writes tensors and JSON metadata atomically, with their digest."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    text = json.dumps({"format": FORMAT} | dict(metadata), allow_nan=False)
+    raw = save_tensors(tensors)
+    start = 8 + int.from_bytes(raw[:8], "little")
+    # the library would write the entries of the metadata in a random order
+    entries = {KEY: text, "digest": _compute_digest(text, tensors)}
+    header = json.dumps({"__metadata__": entries} | json.loads(raw[8:start]), separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    write_atomically(path, b"".join((len(header).to_bytes(8, "little"), header, memoryview(raw)[start:])))
+
+
+def _compute_digest(text: str, tensors: Mapping[str, Tensor]) -> str:
+    """Hashes the metadata's text and the names, dtypes, shapes and bytes of all tensors."""
+    digest = hashlib.blake2b(digest_size=16)
+    layout = json.dumps([[name, str(tensor.dtype), list(tensor.shape)] for name, tensor in sorted(tensors.items())])
+    for part in (text.encode(), layout.encode()):
+        digest.update(len(part).to_bytes(8, "little") + part)
+    for _, tensor in sorted(tensors.items()):
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def read_tensor_file(path: Path, what: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Reads the tensors and the metadata; those of version 0.1 in today's words, with "format" 1.
+
+    Args:
+        what: "model file" or "checkpoint", for messages.
+
+    Raises:
+        ModelFileError: the file is missing, a folder, empty, truncated, damaged, not ours or of a newer version.
+    """
+    raw = _read_bytes(path, what)
+    try:
+        tensors = load_tensors(raw)
+    except (safetensors.SafetensorError, ValueError, KeyError) as error:
+        raise ModelFileError(f"{path} is not a complete safetensors file ({error}); copy or train it again.") from error
+    entries = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")]).get("__metadata__", {})
+    if migrate_v01.KEY in entries:
+        metadata = migrate_v01.read_metadata(entries[migrate_v01.KEY], tensors)
+    elif KEY in entries:
+        metadata = _check_metadata(path, entries, tensors)
+    else:
+        raise ModelFileError(f"{path} contains tensors but no resnetlab {what}: it was made by other software.")
+    if metadata is None:
+        raise ModelFileError(f"{path} is damaged: its contents do not match its digest; copy or train it again.")
+    if metadata["format"] != FORMAT and what == "model file":
+        warnings.warn(
+            f"{path} was written by version 0.1: its digest protects its tensors, but not its classes, preprocessing and "
+            "other metadata.",
+            stacklevel=2,
+        )
+    return tensors, metadata
+
+
+def _check_metadata(path: Path, entries: Mapping[str, str], tensors: Mapping[str, Tensor]) -> dict[str, Any] | None:
+    """The metadata of a file of today's format; None if the digest is wrong."""
+    try:
+        metadata = json.loads(entries[KEY])
+    except ValueError:
+        return None
+    if not isinstance(metadata, dict):
+        return None
+    if (version := metadata.get("format")) != FORMAT:
+        raise ModelFileError(f"{path} has format {version}, this version reads {FORMAT}; update resnetlab.")
+    return metadata if entries.get("digest") == _compute_digest(entries[KEY], tensors) else None
+
+
+def _read_bytes(path: Path, what: str) -> bytes:
+    if path.is_dir():
+        inside = path / "model.safetensors"
+        hint = f"; did you mean {inside}?" if inside.is_file() else f"; give the {what} itself."
+        raise ModelFileError(f"{path} is a folder{hint}")
+    if path.exists() and not path.is_file():
+        raise ModelFileError(f"{path} is not a regular file; give the {what} itself.")
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        raise ModelFileError(f"{path} does not exist; `resnetlab train` writes a {what} into its run folder.") from None
+    except OSError as error:
+        raise ModelFileError(f"{path} cannot be read ({error.strerror}).") from error
+    if not raw:
+        raise ModelFileError(f"{path} is empty; copy or train it again.")
+    return raw
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """The metadata alone, unchecked; empty where the file has none or cannot be read."""
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            entries = file.metadata() or {}
+        metadata = json.loads(entries.get(KEY) or entries.get(migrate_v01.KEY) or "{}")
+    except (OSError, safetensors.SafetensorError, ValueError):
+        return {}
+    return metadata if isinstance(metadata, dict) else {}
