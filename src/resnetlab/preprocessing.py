@@ -128,7 +128,8 @@ class Preprocessing:
         """Why the values are invalid, or None."""
         sides = (*self.size, self.resize)
         if any(not isinstance(v, int) or not 0 < v <= MAX_INPUT_SIDE for v in sides):
-            return f"size {'x'.join(map(str, self.size))} and resize {self.resize} must be between 1 and {MAX_INPUT_SIDE:,} pixels"
+            size = "x".join(map(str, self.size))
+            return f"size {size} and resize {self.resize} must be between 1 and {MAX_INPUT_SIDE:,} pixels"
         if self.channels not in (1, 3):
             return f"images have 1 channel or 3, not {self.channels}"
         if self.mean.shape not in ((self.channels,), (*self.size, self.channels)) or self.std.shape != (self.channels,):
