@@ -58,7 +58,7 @@ def load_dataset(name: str, data_dir: Path, read_options: ReadOptions | None = N
     if name == "digits":
         return digits.load_digits()
     if name in cifar.VERSIONS:
-        return _load_cifar(name, data_dir.resolve())
+        return _load_cached(name, data_dir.resolve())
     if shards.is_shard_pattern(name):
         return shards.load_shards(name, data_dir, read_options)
     path = Path(name)
@@ -72,5 +72,5 @@ def load_dataset(name: str, data_dir: Path, read_options: ReadOptions | None = N
 
 
 @lru_cache(maxsize=1)  # several runs in one process read the files once
-def _load_cifar(name: str, data_dir: Path) -> Dataset:
+def _load_cached(name: str, data_dir: Path) -> Dataset:
     return cifar.load_cifar(data_dir, name)
