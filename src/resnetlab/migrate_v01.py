@@ -1,7 +1,7 @@
 """Reads what version 0.1 wrote, when the package was called residuum: its keys and values, in today's words.
 
-Model files and checkpoints of 0.1 have their JSON under the metadata key "residuum", with a digest of the names and bytes of tensors
-only: changes of the metadata go unnoticed. Fingerprints of images are part of the JSON.
+Its model files and checkpoints have their JSON under the metadata key "residuum" and a digest of the names and bytes of tensors
+only, so changes of the metadata go unnoticed. Fingerprints of images are part of that JSON.
 """
 
 from __future__ import annotations
