@@ -11,15 +11,14 @@ from __future__ import annotations
 import argparse
 import resource
 import time
-from pathlib import Path
 
 from resnetlab.device import environment
 from resnetlab.training.average import set_train_mode
 from resnetlab.training.checkpoint import TrainState
+from resnetlab.training.recipe import Overrides
 from resnetlab.training.recipes import find_classification_recipe
-from resnetlab.training.run import prepare_task
 from resnetlab.training.step import train_step
-from resnetlab.training.train import override_recipe
+from resnetlab.training.train import RunOptions, build_task
 
 
 def main() -> None:
@@ -35,13 +34,11 @@ def main() -> None:
         "bn_batch": str(args.bn_batch),
         "recompute": str(args.recompute),
     }
-    recipe = override_recipe(
-        find_classification_recipe("quick"), data=None, net=args.net, steps=None, seed=None, values=values
-    )
-    task, recipe = prepare_task(recipe, Path("data"), "cpu", print)
+    recipe = Overrides(net=args.net, values=values).apply(find_classification_recipe("quick"))
+    task = build_task(recipe, RunOptions(device="cpu", report=print))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     set_train_mode(task.net)
-    train_state, began = TrainState.create(task, recipe), time.perf_counter()
+    train_state, began = TrainState.create(task), time.perf_counter()
     output = train_step(train_state, task.micro_batches(0), 0.01)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     print(f"{vars(args)} on {environment()['cpu']}, torch {environment()['torch']}")

@@ -48,9 +48,9 @@ from resnetlab.models.cost import compute_cost
 from resnetlab.models.spec import get_specification
 from resnetlab.preprocessing import Preprocessing
 from resnetlab.training.checkpoint import TrainState
-from resnetlab.training.cuda_graph import GraphStep
+from resnetlab.training.cuda_graph import GraphGradients
 from resnetlab.training.recipes import find_classification_recipe
-from resnetlab.training.step import train_step
+from resnetlab.training.step import compute_gradients, train_step
 from resnetlab.training.tasks.classification import ClassificationTask
 from train_cifar import plain_resnet
 
@@ -114,11 +114,13 @@ def ours(net: str, batch: int, device: torch.device, compiled: bool) -> Step:
     model: Any = device_config.place(resnetlab.build(our_name(net), classes=10, seed=0)).train()
     augmentation = Augmentation(chosen.pad, chosen.pad_with, chosen.flip, chosen.colour)
     loader = TrainLoader(split, preprocessing, augmentation, batch, 0, device_config, Crop("centre", (256, 480), 1.0))
-    task = ClassificationTask(model, tuple("0123456789"), preprocessing, loader, split, split, {}, device_config)
-    train_state, position = TrainState.create(task, chosen), iter(range(10**9))
+    task = ClassificationTask(
+        chosen, model, tuple("0123456789"), preprocessing, loader, split, split, {}, device_config
+    )
+    train_state, position = TrainState.create(task), iter(range(10**9))
     graph = device.type == "cuda" and not compiled  # as a run picks by itself, or with --compile on
-    step = GraphStep(partial(print, file=sys.stderr)) if graph else train_step
-    return lambda: step(train_state, task.micro_batches(next(position)), 0.01)
+    gradients = GraphGradients(partial(print, file=sys.stderr)) if graph else compute_gradients
+    return lambda: train_step(train_state, task.micro_batches(next(position)), 0.01, gradients)
 
 
 def serve(link: Connection, contestant: str, net: str, batch: int, kind: str) -> None:

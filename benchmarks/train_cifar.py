@@ -31,10 +31,10 @@ from resnetlab.data.dataset import MemorySplit
 from resnetlab.device import environment
 from resnetlab.training.average import set_train_mode
 from resnetlab.training.checkpoint import TrainState
+from resnetlab.training.recipe import Overrides
 from resnetlab.training.recipes import find_classification_recipe
-from resnetlab.training.run import prepare_task
 from resnetlab.training.step import train_step
-from resnetlab.training.train import override_recipe
+from resnetlab.training.train import RunOptions, build_task
 
 BATCH = 128
 
@@ -111,12 +111,10 @@ def plain_loop(depth: int, split: MemorySplit) -> Callable[[int], None]:
 
 def resnetlab_loop(net: str, data_dir: Path) -> Callable[[int], None]:
     """The same for ResNetLab's own task and step."""
-    recipe = override_recipe(
-        find_classification_recipe("paper-cifar"), data=None, net=net, steps=None, seed=None, values={}
-    )
-    task, recipe = prepare_task(recipe, data_dir, "cpu", print)
+    recipe = Overrides(net=net).apply(find_classification_recipe("paper-cifar"))
+    task = build_task(recipe, RunOptions(data_dir=data_dir, device="cpu", report=print))
     set_train_mode(task.net)
-    train_state, position = TrainState.create(task, recipe), iter(range(10**9))
+    train_state, position = TrainState.create(task), iter(range(10**9))
 
     def steps(count: int) -> None:
         for _ in range(count):

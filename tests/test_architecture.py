@@ -39,7 +39,7 @@ LAYERS = {
     "cli": {"resnetlab"},
     "__main__": {"cli"},
 }
-MODULE_LINES = 400
+MODULE_LINES = 500
 FUNCTION_LINES = 70  # without the docstring, which holds the help of a command
 
 
@@ -177,7 +177,7 @@ VIOLATIONS = {
         "import cycle: resnetlab.nn.a <- resnetlab.nn.b <- resnetlab.nn.a",
     ),
     "utils": ({"nn/utils.py": ""}, "resnetlab.nn.utils: name a module after its content, not utils"),
-    "a long module": ({"nn/a.py": "pass\n" * 401}, "resnetlab.nn.a: 401 lines, more than 400"),
+    "a long module": ({"nn/a.py": "pass\n" * 501}, "resnetlab.nn.a: 501 lines, more than 500"),
     "a long function": (
         {"nn/a.py": "class A:\n    async def f(self):\n        '''Not\n        counted.'''\n" + "        pass\n" * 70},
         "resnetlab.nn.a:2 f: 71 lines, more than 70",

@@ -14,11 +14,11 @@ from resnetlab.models.spec import get_specification
 from resnetlab.training.average import set_train_mode
 from resnetlab.training.checkpoint import TrainState
 from resnetlab.training.compilation import choose_compilation
-from resnetlab.training.cuda_graph import Compute, GraphStep
+from resnetlab.training.cuda_graph import Compute, GraphGradients
 from resnetlab.training.recipe import Recipe
 from resnetlab.training.recipes import paper_cifar
-from resnetlab.training.run import prepare_task
-from resnetlab.training.step import TrainStep, train_step
+from resnetlab.training.step import Gradients, compute_gradients, train_step
+from resnetlab.training.train import RunOptions, build_task
 from resnetlab.training.verify import STEPS
 from tiny_runs import make_train_state, tiny
 
@@ -37,12 +37,12 @@ def anew(compute: Compute) -> Compute:
     return replay
 
 
-def trained(recipe: Recipe, step: TrainStep, device: str = "cpu") -> TrainState:
-    task, recipe = prepare_task(recipe, Path("data"), device, lambda _: None)
-    here = TrainState.create(task, recipe)
+def trained(recipe: Recipe, gradients: Gradients, device: str = "cpu") -> TrainState:
+    task = build_task(recipe, RunOptions(device=device))
+    here = TrainState.create(task)
     set_train_mode(task.net)
     for t in range(4):
-        step(here, here.task.micro_batches(t), 0.1 / (t + 1))
+        train_step(here, here.task.micro_batches(t), 0.1 / (t + 1), gradients)
     return here
 
 
@@ -52,7 +52,7 @@ def trained(recipe: Recipe, step: TrainStep, device: str = "cpu") -> TrainState:
 def test_recorded_steps_are_bit_identical(values: dict[str, float]) -> None:
     messages: list[str] = []
     recipe = tiny(**values)
-    one, other = trained(recipe, GraphStep(messages.append, anew)), trained(recipe, train_step)
+    one, other = trained(recipe, GraphGradients(messages.append, anew)), trained(recipe, compute_gradients)
     assert messages == ["CUDA graph: every step is replayed from one recording"]
     for name, tensor in other.tensors().items():
         assert torch.equal(one.tensors()[name], tensor), name
@@ -62,7 +62,7 @@ def test_what_differs_when_replayed_is_not() -> None:
     """A network that draws in every micro-batch: a recording has the seed of the first one only."""
     messages: list[str] = []
     recipe = tiny(bn_batch=8, stochastic_depth=0.5)
-    one, other = trained(recipe, GraphStep(messages.append, anew)), trained(recipe, train_step)
+    one, other = trained(recipe, GraphGradients(messages.append, anew)), trained(recipe, compute_gradients)
     assert messages == ["CUDA graph: not used, since a replayed step differs from the step itself"]
     for name, tensor in other.tensors().items():
         assert torch.equal(one.tensors()[name], tensor), name
@@ -74,7 +74,7 @@ def test_a_failed_recording_changes_nothing() -> None:
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
     messages: list[str] = []
-    one, other = trained(tiny(), GraphStep(messages.append, fails)), trained(tiny(), train_step)
+    one, other = trained(tiny(), GraphGradients(messages.append, fails)), trained(tiny(), compute_gradients)
     assert messages == [
         "CUDA graph: not used, since recording failed (operation not permitted when stream is capturing)"
     ]
@@ -90,10 +90,10 @@ def test_a_recording_that_computes_nothing_is_not_used(frozen_bn: bool, tmp_path
         results = compute()
         return lambda: results
 
-    make_train_state(tiny()).task.trained_model({}, {}).save(tmp_path / "m.safetensors")  # type: ignore[attr-defined]
+    make_train_state(tiny()).task.trained_model({}).save(tmp_path / "m.safetensors")  # type: ignore[attr-defined]
     recipe = tiny(start_from=str(tmp_path / "m.safetensors"), frozen_bn=frozen_bn)
     messages: list[str] = []
-    one, other = trained(recipe, GraphStep(messages.append, stale)), trained(recipe, train_step)
+    one, other = trained(recipe, GraphGradients(messages.append, stale)), trained(recipe, compute_gradients)
     assert messages == ["CUDA graph: not used, since a replayed step differs from the step itself"]
     for name, tensor in other.tensors().items():
         assert torch.equal(one.tensors()[name], tensor), name
@@ -116,9 +116,9 @@ def test_a_recording_that_holds_the_weights_is_not_used() -> None:
 
         return held
 
-    step = GraphStep(messages.append, holding)
+    gradients = GraphGradients(messages.append, holding)
     for t in range(2):
-        step(here, here.task.micro_batches(t), 0.1)
+        train_step(here, here.task.micro_batches(t), 0.1, gradients)
         train_step(twin, twin.task.micro_batches(t), 0.1)
     assert messages == ["CUDA graph: not used, since a replayed step differs from the step itself"]
     for name, tensor in twin.tensors().items():
@@ -127,11 +127,11 @@ def test_a_recording_that_holds_the_weights_is_not_used() -> None:
 
 def test_a_shorter_step_is_made_by_itself() -> None:
     """Unreadable images make a step smaller than the recording."""
-    step, here, twin = GraphStep(lambda _: None, anew), make_train_state(tiny()), make_train_state(tiny())
+    here, twin, graph = make_train_state(tiny()), make_train_state(tiny()), GraphGradients(lambda _: None, anew)
     for t, count in enumerate((32, 20, 32)):
-        for each, by in ((here, step), (twin, train_step)):
+        for each, gradients in ((here, graph), (twin, compute_gradients)):
             (part,) = each.task.micro_batches(t)
-            made = by(each, [type(part)(*(x[:count] for x in part))], 0.1)
+            made = train_step(each, [type(part)(*(x[:count] for x in part))], 0.1, gradients)
         assert made.loss.isfinite()
     for name, tensor in twin.tensors().items():
         assert torch.equal(here.tensors()[name], tensor), name
@@ -158,7 +158,7 @@ def test_when_a_graph_is_tried(device_config: DeviceConfig, recipe: Recipe, grap
 def test_on_a_gpu(values: dict[str, float]) -> None:
     messages: list[str] = []
     recipe = tiny(**values)
-    one = trained(recipe, GraphStep(messages.append), "cuda")
+    one = trained(recipe, GraphGradients(messages.append), "cuda")
     assert messages == ["CUDA graph: every step is replayed from one recording"]
-    for name, tensor in trained(recipe, train_step, "cuda").tensors().items():
+    for name, tensor in trained(recipe, compute_gradients, "cuda").tensors().items():
         assert torch.equal(one.tensors()[name], tensor), name

@@ -7,6 +7,7 @@ import io
 import json
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,11 +29,12 @@ from resnetlab.models.model_file import TrainedModel, load_trained_model
 from resnetlab.models.resnet import build
 from resnetlab.models.test_time import ImageScale, adjacent_scales, detect
 from resnetlab.preprocessing import Preprocessing
-from resnetlab.training import recipes, train
-from resnetlab.training.annotated_recipes import DetectionRecipe
+from resnetlab.training import recipes
+from resnetlab.training.annotated_recipes import DetectionRecipe, boxes
 from resnetlab.training.result import DetectionResult
 from resnetlab.training.tasks.annotated import build_starting_network, channel_statistics
 from resnetlab.training.tasks.detection import choose_anchors, make_detection_sample
+from resnetlab.training.train import resume
 from runs import start_command
 
 VALUES: dict[str, Any] = {
@@ -245,13 +247,14 @@ def test_training_starts_from_a_classifier(trained: Path, tmp_path: Path) -> Non
     mean, std = torch.tensor([0.1, 0.2, 0.3]), torch.tensor([0.4, 0.5, 0.6])
     file = tmp_path / "classifier.safetensors"
     TrainedModel(net, ("a", "b", "c", "d"), Preprocessing(3, (32, 32), 32, mean, std)).save(file)
-    start = build_starting_network("resnet18", NET, file, "fan_in", 0, "fixed", iter(()))
+    recipe = replace(boxes(), net="resnet18", specification=NET, bn="fixed")
+    start = build_starting_network(recipe, file, iter(()))
     assert start.mean == pytest.approx(mean.tolist()) and start.std == pytest.approx(std.tolist())
     assert all(torch.equal(v, start.net.state_dict()[k]) for k, v in net.state_dict().items())
     with pytest.raises(UsageError, match="holds another network than resnet18"):
-        build_starting_network("resnet18", NET | {"shortcut": "A"}, file, "fan_in", 0, "fixed", iter(()))
+        build_starting_network(replace(recipe, specification=NET | {"shortcut": "A"}), file, iter(()))
     with pytest.raises(ModelFileError, match="is not a classifier"):
-        build_starting_network("resnet18", NET, trained / "run" / "model.safetensors", "fan_in", 0, "fixed", iter(()))
+        build_starting_network(recipe, trained / "run" / "model.safetensors", iter(()))
 
 
 def test_fixed_bn_needs_a_classifier(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -297,7 +300,7 @@ def test_recipes_accept_only_their_own_values(trained: Path) -> None:
     with pytest.raises(UsageError, match="unknown recipe 'photos'"):
         recipes.find_recipe("photos", "detect")
     assert DetectionRecipe.from_values(recipe.to_json()) == recipe
-    again = train.resume(trained / "run", task="detect")
+    again = resume(trained / "run", task="detect")
     assert isinstance(again, DetectionResult) and again.steps == 6
 
 

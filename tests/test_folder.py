@@ -392,16 +392,16 @@ def test_a_run_on_a_folder_is_resumed_to_the_same_bits(tmp_path: Path, monkeypat
     for gone in ("model.safetensors", "result.json", "checkpoints/step-00000008.safetensors"):
         (tmp_path / "again" / gone).unlink()
     monkeypatch.chdir(tmp_path / "d")  # paths in the recipe start where the run was started
-    from resnetlab.training import train
+    from resnetlab.training.train import RunOptions, resume
 
-    train.resume(tmp_path / "again", device="cpu")
+    resume(tmp_path / "again", RunOptions(device="cpu"))
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == (
         tmp_path / "run" / "model.safetensors"
     ).read_bytes()
     photo(200).save(tmp_path / "d" / "alpha" / "new.jpg")
     (tmp_path / "again" / "result.json").unlink()
     with pytest.raises(RunError, match="was made with another recipe or other data"):
-        train.resume(tmp_path / "again", device="cpu")
+        resume(tmp_path / "again", RunOptions(device="cpu"))
 
 
 def test_a_folder_the_model_did_not_learn_from_is_evaluated_whole(tmp_path: Path) -> None:

@@ -127,7 +127,7 @@ def test_reestimated_bn_statistics_are_the_mean_over_training_batches(tmp_path: 
 
     made = make_train_state(tiny(bn_batch=16, precise_bn=3))
     net, recipe = made.task.net, made.recipe
-    reestimate_bn_statistics(made.task, recipe)
+    reestimate_bn_statistics(made.task, recipe.precise_bn)
     with torch.no_grad():
         maps = [
             net.conv1(part.images)

@@ -170,18 +170,13 @@ def test_training_with_all_of_it(tmp_path: Path) -> None:
 
 
 def test_the_loss_is_cross_entropy_with_soft_targets_and_smoothing() -> None:
-    from resnetlab.training import recipes, run, train
+    from resnetlab.training import recipes
+    from resnetlab.training.recipe import Overrides
     from resnetlab.training.tasks import classification
+    from resnetlab.training.train import RunOptions, build_task
 
-    recipe = train.override_recipe(
-        recipes.quick(),
-        data=None,
-        net="resnet8",
-        steps=None,
-        seed=None,
-        values={"mixup": "1", "label_smoothing": "0.1"},
-    )
-    task, _ = run.prepare_task(recipe, Path("data"), "cpu", lambda _: None)
+    overrides = Overrides(net="resnet8", values={"mixup": "1", "label_smoothing": "0.1"})
+    task = build_task(overrides.apply(recipes.quick()), RunOptions(device="cpu"))
     assert isinstance(task, classification.ClassificationTask)
     (batch,) = task.micro_batches(0)
     loss, wrong = task.loss(batch)

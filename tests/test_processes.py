@@ -23,7 +23,7 @@ from resnetlab.models.model_file import TrainedModel, load_trained_model
 from resnetlab.models.resnet import build
 from resnetlab.preprocessing import Preprocessing
 from resnetlab.training.recipes import quick
-from resnetlab.training.run import prepare_task
+from resnetlab.training.train import RunOptions, build_task
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -128,7 +128,7 @@ def test_a_trained_cifar_net_goes_out_and_comes_back_with_the_same_errors(cifar1
 
 def test_processes_do_not_share_one_device() -> None:
     with pytest.raises(UsageError, match="take one device each; give its kind, not 'cpu:0': --device cpu"):
-        prepare_task(quick(), Path("data"), "cpu:0", lambda _: None, world=World(1, 2))
+        build_task(quick(), RunOptions(device="cpu:0"), World(1, 2))
 
 
 @pytest.mark.slow

@@ -21,11 +21,12 @@ from resnetlab.errors import RunError, UsageError
 from resnetlab.models.model_file import TrainedModel
 from resnetlab.models.resnet import build
 from resnetlab.preprocessing import Preprocessing
-from resnetlab.training import classification_run, loop, train
+from resnetlab.training import recorder, report
 from resnetlab.training.recipe import Recipe
 from resnetlab.training.recipes import RECIPES, find_classification_recipe, quick
 from resnetlab.training.result import Progress
 from resnetlab.training.stopping import StopSignal
+from resnetlab.training.train import RunOptions, resume
 from runs import assert_same, figures
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
@@ -70,18 +71,28 @@ def killed(function: Callable[..., object], *arguments: Any, **named: Any) -> No
 def test_two_kills_in_a_row(tmp_path: Path, undisturbed: Path) -> None:
     out = tmp_path / "run"
     killed(resnetlab.train, tiny(), out=out, device="cpu", progress=kill_at(6))
-    killed(train.resume, out, progress=kill_at(13))
-    train.resume(out)
+    killed(resume, out, RunOptions(on_progress=kill_at(13)))
+    resume(out)
     assert_same(out, undisturbed)
+
+
+def test_adamw_resumes_bit_identically(tmp_path: Path) -> None:
+    recipe = tiny(optimizer="adamw", lr=0.003)
+    resnetlab.train(recipe, out=tmp_path / "straight", device="cpu")
+    killed(resnetlab.train, recipe, out=tmp_path / "run", device="cpu", progress=kill_at(9))
+    resume(tmp_path / "run")
+    assert_same(tmp_path / "run", tmp_path / "straight")
+    text = (tmp_path / "run" / "recipe.toml").read_text()
+    assert 'optimizer = "adamw"' in text and "beta2 = 0.999" in text and "eps = 1e-08" in text
 
 
 def test_a_kill_between_model_and_report(tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(classification_run.report, "render", lambda **_: os.kill(os.getpid(), signal.SIGKILL))
+        patch.setattr(report, "render_report", lambda **_: os.kill(os.getpid(), signal.SIGKILL))
         killed(resnetlab.train, tiny(), out=out, device="cpu")
     assert (out / "model.safetensors").exists() and not (out / "report.html").exists()
-    train.resume(out)
+    resume(out)
     assert (out / "report.html").exists()
     assert_same(out, undisturbed)
 
@@ -91,13 +102,13 @@ def test_a_signal_in_the_last_evaluation_says_how_to_go_on(
 ) -> None:
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(classification_run.report, "render", lambda **_: os.kill(os.getpid(), signal.SIGTERM))
+        patch.setattr(report, "render_report", lambda **_: os.kill(os.getpid(), signal.SIGTERM))
         with pytest.raises(
             StopSignal, match=r"stopped while evaluating, .* go on with: resnetlab train --resume"
         ) as stop:
             resnetlab.train(tiny(), out=out, device="cpu")
     assert stop.value.exit_code == 143
-    train.resume(out)
+    resume(out)
     assert_same(out, undisturbed)
 
 
@@ -112,7 +123,7 @@ def test_two_threads(tmp_path: Path) -> None:
     resnetlab.train(tiny(threads=2), out=straight, device="cpu")
     with pytest.raises(StopSignal, match="stopped at step 8"):
         resnetlab.train(tiny(threads=2), out=out, device="cpu", progress=stop)
-    train.resume(out)
+    resume(out)
     assert_same(out, straight)
 
 
@@ -137,11 +148,10 @@ def test_verify_resume_proves_it_and_notices_a_difference(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(verify, "STEPS", 6)
 
-    def in_a_fork(recipe: Recipe, out: Path, *rest: Any, stop_at: int, kill_at: int, expect: int) -> None:
+    def in_a_fork(setup: dict[str, Any], out: Path, *, stop_at: int, kill_at: int, expect: int) -> None:
         import json
 
-        data_dir, device, workers = rest
-        values = json.dumps([recipe.to_json(), str(out), str(data_dir), device, workers, stop_at, kill_at])
+        values = json.dumps({**setup, "out": str(out), "stop_at": stop_at, "kill_at": kill_at})
         process = multiprocessing.get_context("fork").Process(target=verify._train, args=(values,))
         process.start()
         process.join(100)
@@ -165,21 +175,21 @@ def test_verify_resume_proves_it_and_notices_a_difference(
 @pytest.mark.slow
 def test_verify_resume_in_processes_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli(["train", "--device", "cpu", "--verify-resume"]) == 0
-    assert "exact: killed at step 12, at step 24" in capsys.readouterr().out
+    assert "exact: killed at step 12 and resumed, bit-identical at step 24" in capsys.readouterr().out
 
 
 def test_the_report_is_there_while_the_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out, seen = tmp_path / "run", []
-    rarely = loop.Throttle.__init__
-    monkeypatch.setattr(loop.Throttle, "__init__", lambda self, function, pause=0.0: rarely(self, function, 0.0))
+    rarely = recorder.Throttle.__init__
+    monkeypatch.setattr(recorder.Throttle, "__init__", lambda self, function, pause=0.0: rarely(self, function, 0.0))
 
     def look(p: Progress) -> None:
         if p.step == 12:
             seen.append((out / "report.html").read_text())
 
     resnetlab.train(tiny(), out=out, device="cpu", progress=look)
-    assert "a run that goes on" in seen[0] and "<svg" in seen[0] and 'http-equiv="refresh"' in seen[0]
-    assert "a run that goes on" not in (out / "report.html").read_text()
+    assert "an unfinished run" in seen[0] and "<svg" in seen[0] and 'http-equiv="refresh"' in seen[0]
+    assert "an unfinished run" not in (out / "report.html").read_text()
 
 
 def test_tensorboard_events(tmp_path: Path) -> None:
@@ -221,7 +231,7 @@ def test_other_data_under_a_run_is_one_sentence(tmp_path: Path) -> None:
         resnetlab.train(recipe, out=tmp_path / "run", device="cpu", progress=stop)
     next((photos / "a").iterdir()).unlink()
     with pytest.raises(RunError, match="was made with another recipe or other data; start a new run, or put back"):
-        train.resume(tmp_path / "run")
+        resume(tmp_path / "run")
 
 
 @pytest.fixture(scope="module")
@@ -266,5 +276,5 @@ def test_every_recipe_resumes_bit_identically(name: str, tmp_path: Path, photogr
     straight, out = tmp_path / "straight", tmp_path / "run"
     resnetlab.train(short, out=straight, device="cpu")
     killed(resnetlab.train, short, out=out, device="cpu", progress=kill_at(3))
-    train.resume(out)
+    resume(out)
     assert_same(out, straight)

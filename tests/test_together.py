@@ -21,9 +21,9 @@ import torch
 from resnetlab.cli.main import run_command as cli
 from resnetlab.distributed import PROCESS_GONE, World
 from resnetlab.errors import UsageError
-from resnetlab.training import train
 from resnetlab.training.micro_batches import count_micro_batches
 from resnetlab.training.recipes import paper_cifar, paper_imagenet
+from resnetlab.training.train import RunOptions, resume
 from runs import assert_same
 
 VALUES = {
@@ -101,7 +101,7 @@ def test_all_ranks_stop_at_one_step_and_one_process_goes_on(tmp_path: Path, undi
     assert "Traceback" not in stderr and stderr.count(f"go on with: resnetlab train --resume {out}") >= 1
     assert not (out / "model.safetensors").exists()
     said: list[str] = []
-    train.resume(out, report=said.append)
+    resume(out, RunOptions(report=said.append))
     assert any("going on from step" in sentence for sentence in said)
     assert_same(out, undisturbed)
 
@@ -138,7 +138,7 @@ def test_a_kill_of_the_only_process_loses_nothing(tmp_path: Path, undisturbed: P
         wait_until(lambda: last_step(out) >= 7, process)
         process.kill()
     assert last_step(out) < STEPS
-    train.resume(out)
+    resume(out)
     assert_same(out, undisturbed)
 
 
@@ -146,13 +146,13 @@ SLOW_TO_READ = """
 import time
 from datetime import timedelta
 import torch
-from resnetlab.distributed import processes
+from resnetlab.distributed import join_process_group
 begin = torch.distributed.init_process_group
 torch.distributed.init_process_group = lambda backend, timeout: begin(backend, timeout=timedelta(seconds=2))
-with processes() as world:
-    with world.in_turn():
-        time.sleep(6 if world.first else 0)
-    assert world.agree(world.rank) == (1,)
+with join_process_group() as world:
+    with world.first_process_first():
+        time.sleep(6 if world.is_first else 0)
+    assert world.all_reduce_max(world.rank) == (1,)
 """
 
 

@@ -19,7 +19,7 @@ from resnetlab.errors import DivergedError, RunError, UsageError
 from resnetlab.models.resnet import build
 from resnetlab.run_folder import RunFolder, read_metrics
 from resnetlab.training.checkpoint import TrainState
-from resnetlab.training.optim import SGD
+from resnetlab.training.optim import SGD, AdamW
 from resnetlab.training.recipe import Recipe
 from resnetlab.training.recipes import quick
 from resnetlab.training.step import train_step
@@ -56,6 +56,28 @@ def test_sgd_equals_torch_to_the_bit() -> None:
             assert torch.equal(a, b), name
 
 
+def test_adamw_equals_torch_to_the_bit() -> None:
+    ours, theirs = build("resnet8", seed=0), build("resnet8", seed=0)
+    values = {"beta1": 0.8, "beta2": 0.99, "eps": 1e-6, "weight_decay": 0.05, "decay_all": False}
+    optimizer = AdamW(ours, replace(quick(), optimizer="adamw", **values))  # type: ignore[arg-type]
+    groups = [
+        {"params": [p for p in theirs.parameters() if (p.ndim > 1) == decays], "weight_decay": 0.05 * decays}
+        for decays in (True, False)
+    ]
+    reference = torch.optim.AdamW(groups, lr=0.1, betas=(0.8, 0.99), eps=1e-6)
+    for step, lr in enumerate((0.1, 0.1, 0.01, 0.01)):
+        x = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(step))
+        for net in (ours, theirs):
+            F.cross_entropy(net(x), torch.tensor([0, 1, 2, 3])).backward()
+        optimizer.step(lr)
+        for group in reference.param_groups:
+            group["lr"] = lr
+        reference.step()
+        reference.zero_grad()
+    for (name, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
 def test_weight_decay_reaches_only_what_it_should() -> None:
     net = build("resnet8", seed=0)
     before = {k: v.clone() for k, v in net.named_parameters()}
@@ -75,7 +97,7 @@ def test_one_step_equals_a_hand_computation(tmp_path: Path) -> None:
     hand.load_state_dict(task.net.state_dict())
     loss = F.cross_entropy(hand(batch.images), batch.labels)
     loss.backward()
-    measured, wrong, norm = train_step(TrainState.create(task, recipe), [batch], lr=0.1)
+    measured, wrong, norm = train_step(TrainState.create(task), [batch], lr=0.1)
     torch.testing.assert_close(measured, loss.detach())
     assert 0 <= float(wrong) <= 1
     gradient = torch.cat([p.grad.flatten() for p in hand.parameters() if p.grad is not None])
@@ -87,9 +109,11 @@ def test_one_step_equals_a_hand_computation(tmp_path: Path) -> None:
 
 
 def prepare(recipe: Recipe) -> classification.ClassificationTask:
-    from resnetlab.training.run import prepare_task
+    from resnetlab.training.train import RunOptions, build_task
 
-    return prepare_task(recipe, Path("data"), "cpu", lambda text: None)[0]
+    task = build_task(recipe, RunOptions(device="cpu"))
+    assert isinstance(task, classification.ClassificationTask)
+    return task
 
 
 def test_a_run_writes_its_folder(tmp_path: Path) -> None:
@@ -156,6 +180,12 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
     assert "--set lr=1e+29" in str(error.value)
     for checkpoint in (tmp_path / "run" / "checkpoints").glob("step-*"):
         assert int(checkpoint.stem[5:]) < 20
+
+
+def test_an_unknown_optimizer_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="unknown optimizer 'adam'; did you mean 'adamw'"):
+        resnetlab.train(tiny(), optimizer="adam", out=tmp_path / "run", device="cpu")
+    assert not (tmp_path / "run").exists()
 
 
 def test_two_runs_never_share_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 from resnetlab.training.checkpoint import TrainState
 from resnetlab.training.recipe import Recipe
 from resnetlab.training.recipes import quick
-from resnetlab.training.run import prepare_task
+from resnetlab.training.train import RunOptions, build_task
 
 TINY = {"net": "resnet8", "image_size": 8, "batch": 32, "precision": "fp32", "threads": 1}
 TINY_PHOTOS = {
@@ -27,5 +26,4 @@ def tiny(**values: object) -> Recipe:
 
 
 def make_train_state(recipe: Recipe) -> TrainState:
-    task, recipe = prepare_task(recipe, Path("data"), "cpu", lambda _: None)
-    return TrainState.create(task, recipe)
+    return TrainState.create(build_task(recipe, RunOptions(device="cpu")))

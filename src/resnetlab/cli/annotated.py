@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,7 +22,6 @@ from resnetlab.errors import UsageError
 from resnetlab.formatting import format_duration, format_percent
 
 if TYPE_CHECKING:
-    from resnetlab.training.recipe import BaseRecipe
     from resnetlab.training.result import TrainResult
 
 Decorator = Callable[[Callable[[], None]], Callable[..., None]]
@@ -140,10 +139,11 @@ def train_annotated(task: str, data: str | None, options: TrainOptions, recipe_v
     Args:
         recipe_values: options that are values of the task's recipe.
     """
-    from resnetlab.data.annotated_sampler import divide_batch
+    from resnetlab.distributed import is_first_process
     from resnetlab.training import recipes
     from resnetlab.training import train as training
-    from resnetlab.training.annotated_recipes import DEFAULT_RECIPES, AnnotatedRecipe
+    from resnetlab.training.annotated_recipes import DEFAULT_RECIPES
+    from resnetlab.training.recipe import Overrides
 
     if options.show_recipe is not None:
         return print_recipe(options.show_recipe, task)
@@ -158,48 +158,21 @@ def train_annotated(task: str, data: str | None, options: TrainOptions, recipe_v
     values = {"start_from": options.start_from, **recipe_values}
     pairs = console.parse_pairs(options.set_) | {key: value for key, value in values.items() if value}
 
-    def adapt_recipe(base: BaseRecipe) -> BaseRecipe:
-        return training.override_recipe(
-            base, data=data, net=options.net, steps=options.steps, seed=options.seed, values=pairs
-        )
-
-    new = None
+    overrides = Overrides(data=data, net=options.net, steps=options.steps, seed=options.seed, values=pairs)
+    run_options = training.RunOptions(device=options.device, workers=options.workers, report=console.log)
+    procs, restarts = options.procs, options.max_restarts
     if options.resume is None:
-        new = adapt_recipe(recipes.find_recipe(options.recipe or DEFAULT_RECIPES[task], task))
-    if options.procs is None:
-        return _train_in_process(task, options, new, adapt_recipe)
-    launch.check_process_count(options.procs, options.device)
-    if isinstance(new, AnnotatedRecipe):
-        divide_batch(new.batch, new.bn_batch, options.procs)
-    return launch.launch_run(f"{task} train", {"data": data, **vars(options), **recipe_values}, new)
-
-
-def _train_in_process(
-    task: str, options: TrainOptions, new: BaseRecipe | None, adapt_recipe: Callable[[Any], BaseRecipe]
-) -> Any:
-    """Trains in this process; None if it is not the first of those that torchrun started."""
-    from resnetlab.distributed import is_first_process
-    from resnetlab.training import train as training
-
-    with console.ProgressBar("step") as bar:
-
-        def show_progress(p: Any) -> None:
-            bar.update(p.step, p.steps, console.describe_progress(p))
-
-        if new is not None:
-            data_dir, device = Path("data"), options.device or "auto"
-            result = training.start_run(new, options.out, data_dir, device, show_progress, console.log, options.workers)
+        new = overrides.apply(recipes.find_recipe(options.recipe or DEFAULT_RECIPES[task], task))
+        if procs is not None:
+            return launch.start_in_processes(new, options.out, run_options, procs, restarts)
+    elif procs is not None:
+        return launch.resume_in_processes(options.resume, run_options, procs, restarts, task=task, overrides=overrides)
+    with console.show_training() as on_progress:
+        run_options = replace(run_options, on_progress=on_progress)
+        if options.resume is None:
+            result = training.start_run(new, options.out, run_options)
         else:
-            assert options.resume is not None
-            result = training.resume(
-                options.resume,
-                task=task,
-                device=options.device,
-                workers=options.workers,
-                on_progress=show_progress,
-                report=console.log,
-                expect=adapt_recipe,
-            )
+            result = training.resume(options.resume, run_options, task=task, overrides=overrides)
     return result if is_first_process() else None
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
 import time
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -139,6 +140,13 @@ class ProgressBar:
             return
         self._last = now
         log(f"{self._what} {done:,}{'' if total is None else f'/{total:,}'}  {text}")
+
+
+@contextlib.contextmanager
+def show_training() -> Iterator[Callable[[TrainingProgress], None]]:
+    """A progress bar for a training run; yields the function that updates it."""
+    with ProgressBar("step") as bar:
+        yield lambda p: bar.update(p.step, p.steps, describe_progress(p))
 
 
 def describe_progress(p: TrainingProgress) -> str:

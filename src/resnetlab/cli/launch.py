@@ -3,65 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import sys
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from resnetlab.cli import console
 from resnetlab.distributed import PROCESS_GONE
 from resnetlab.errors import RunError, UsageError
 
 if TYPE_CHECKING:
-    from resnetlab.training.recipe import BaseRecipe
-
-
-def launch_run(command: str, given: Mapping[str, Any], new: BaseRecipe | None) -> None:
-    """Runs a `train` command in several processes; a new run's folder is made before, so that all of them know it.
-
-    Args:
-        command: "train", "detect train", …
-        given: what it was called with, `procs` and `max_restarts` among it.
-        new: the recipe of a new run; None where one is resumed.
-    """
-    from resnetlab.data.sources import short_name
     from resnetlab.run_folder import RunFolder
-
-    rest = {key: value for key, value in given.items() if key not in ("procs", "max_restarts")}
-    procs, restarts = given["procs"], given["max_restarts"]
-    if new is None:
-        return launch(command, rest, procs, restarts)
-    folder = RunFolder.create(given["out"], short_name(new.data)).path
-    try:
-        launch(command, rest | {"out": folder}, procs, restarts)
-    finally:
-        with contextlib.suppress(OSError):  # not empty
-            folder.rmdir()
+    from resnetlab.training.recipe import BaseRecipe, Overrides
+    from resnetlab.training.result import TrainResult
+    from resnetlab.training.train import RunOptions
 
 
-def arguments(command: str, given: Mapping[str, Any]) -> list[str]:
-    """A command line of the values that a command was called with; what is None, False or empty is left out.
-
-    >>> arguments("train", {"data": "digits", "set_": ("lr=1",), "json": True, "out": None})
-    ['train', 'digits', '--set', 'lr=1', '--json']
-    """
-    line = command.split()
-    for name, value in given.items():
-        option = f"--{name.strip('_').replace('_', '-')}"
-        if value is None or value is False or value == ():
-            continue
-        if name == "data":
-            line.append(str(value))
-        elif value is True:
-            line.append(option)
-        else:
-            for each in value if isinstance(value, tuple) else (value,):
-                line += [option, str(each)]
-    return line
-
-
-def check_process_count(processes: int, device: str | None) -> None:
+def _check_process_count(processes: int, device: str | None) -> None:
     """Raises UsageError if this machine cannot run so many processes."""
     import torch
 
@@ -77,8 +37,60 @@ def check_process_count(processes: int, device: str | None) -> None:
         raise UsageError(f"--procs {processes} is not from 1 to {most}, the {what} of this machine.")
 
 
-def launch(command: str, given: Mapping[str, Any], processes: int, restarts: int) -> None:
-    """Runs a command in several processes; restarts them from the last checkpoint if one fails.
+def start_in_processes(
+    recipe: BaseRecipe, out: Path | None, options: RunOptions, processes: int, restarts: int
+) -> TrainResult:
+    """Trains a complete recipe into a new run folder, in several processes that resume it."""
+    from resnetlab.data.sources import short_name
+    from resnetlab.distributed import World
+    from resnetlab.run_folder import RunFolder, write_atomically
+    from resnetlab.training.train import TASKS
+
+    _check_process_count(processes, options.device)
+    TASKS[recipe.task].check_batch(recipe, World(0, processes))
+    run = RunFolder.create(out, short_name(recipe.data))
+    write_atomically(run.path / "recipe.toml", recipe.to_toml())
+    try:
+        return _launch(run, recipe.task, options, processes, restarts)
+    finally:
+        if not (run.path / "environment.json").exists():  # the run has not begun
+            with contextlib.suppress(OSError):
+                (run.path / "recipe.toml").unlink()
+                (run.path / ".lock").unlink(missing_ok=True)
+                run.path.rmdir()
+
+
+def resume_in_processes(
+    path: Path, options: RunOptions, processes: int, restarts: int, *, task: str = "classify", overrides: Overrides
+) -> TrainResult:
+    """Resumes a run in several processes."""
+    from resnetlab.run_folder import RunFolder
+    from resnetlab.training.train import check_resume
+
+    _check_process_count(processes, options.device)
+    check_resume(path, task, overrides)
+    return _launch(RunFolder(path), task, options, processes, restarts)
+
+
+def train_process(request: str) -> None:
+    """Resume a run as one of several processes; `--procs` starts this command."""
+    from resnetlab.training.train import RunOptions, resume
+
+    values = json.loads(request)
+    with console.show_training() as on_progress:
+        options = RunOptions(
+            data_dir=Path(values["data_dir"]) if values["data_dir"] else None,
+            device=values["device"],
+            workers=values["workers"],
+            fit_micro_batch=values["fit_micro_batch"],
+            report=console.log,
+            on_progress=on_progress,
+        )
+        resume(Path(values["run"]), options, task=values["task"])
+
+
+def _launch(run: RunFolder, task: str, options: RunOptions, processes: int, restarts: int) -> TrainResult:
+    """Resumes a run in several processes; restarts them from the last checkpoint if one fails.
 
     Raises:
         SystemExit: with the exit code of a process that failed and printed its error.
@@ -90,6 +102,8 @@ def launch(command: str, given: Mapping[str, Any], processes: int, restarts: int
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    from resnetlab.training.train import TASKS, read_result
 
     # the store of a restarted job must not hold keys of the failed one (torch 2.15: some restarts hang)
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
@@ -111,8 +125,16 @@ def launch(command: str, given: Mapping[str, Any], processes: int, restarts: int
             monitor_interval=0.1,
             logs_specs=DefaultLogsSpecs(log_dir=logs, redirects=dict.fromkeys(range(1, processes), Std.ERR)),
         )
+        request = {
+            "run": str(run.path),
+            "task": task,
+            "data_dir": options.data_dir and str(options.data_dir),
+            "device": options.device,
+            "workers": options.workers,
+            "fit_micro_batch": options.fit_micro_batch,
+        }
         try:
-            elastic_launch(config, sys.executable)("-m", "resnetlab", *arguments(command, given))
+            elastic_launch(config, sys.executable)("-m", "resnetlab", "_train-process", json.dumps(request))
         except SignalException as stop:
             raise SystemExit(128 + stop.sigval) from None
         except ChildFailedError as error:
@@ -127,8 +149,12 @@ def launch(command: str, given: Mapping[str, Any], processes: int, restarts: int
                 raise SystemExit(code) from None
             raise RunError(
                 f"process {rank} of {processes} was killed (signal {-code}), and {restarts} restarts were allowed; go on with: "
-                f"resnetlab {command} --resume RUN"
+                f"{TASKS[task].command} --resume {run.path}"
             ) from None
+    result = read_result(run, TASKS[task])
+    if result is None:
+        raise RunError(f"{run.path} has no result; go on with: {TASKS[task].command} --resume {run.path}")
+    return result
 
 
 def _read_stderr(rank: int, logs: Path) -> str:

@@ -27,6 +27,7 @@ app = App(
     result_action="return_value",
 )
 app.command("resnetlab.cli.train:train", name="train")
+app.command("resnetlab.cli.launch:train_process", name="_train-process", show=False)
 app.command("resnetlab.cli.evaluate:evaluate", name="evaluate")
 app.command("resnetlab.cli.predict:predict", name="predict")
 app.command("resnetlab.cli.explain:explain", name="explain")

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from resnetlab.cli import console
+from resnetlab.cli import console, launch
 from resnetlab.errors import UsageError
 from resnetlab.formatting import format_duration, format_percent
 
 if TYPE_CHECKING:
     from resnetlab.training.recipe import Recipe
-    from resnetlab.training.result import ClassificationResult, Progress
+    from resnetlab.training.result import ClassificationResult
+    from resnetlab.training.train import RunOptions
 
 
 def train(
@@ -100,46 +102,53 @@ def train(
     json
         Print the result as one JSON document.
     """
-    given = dict(locals())  # before anything else is local
     from resnetlab.distributed import is_first_process
     from resnetlab.training import train as training
+    from resnetlab.training.recipe import Overrides
     from resnetlab.training.result import ClassificationResult
 
     if show_recipe is not None:
         return print_recipe(show_recipe)
     if workers is not None and workers < 0:
         raise UsageError(f"--workers must be 0 or more, not {workers}.")
-    files = {"on_bad_image": on_bad_image, "quarantine": quarantine, "start_from": start_from}
-    values = _values(set_, batch=batch, precision=precision, compile=compile, **files)
-
-    def adapted(base: Recipe) -> Recipe:
-        return training.override_recipe(base, data=data, net=net, steps=steps, seed=seed, values=values)
-
     if resume is not None and (out is not None or recipe is not None):
         raise UsageError(
             "--resume continues a run with its own recipe in its own folder; leave out --out and --recipe."
         )
-    complete = adapted(_named(recipe or ("finetune" if start_from else None), data)) if resume is None else None
+    files = {"on_bad_image": on_bad_image, "quarantine": quarantine, "start_from": start_from}
+    values = _values(set_, batch=batch, precision=precision, compile=compile, **files)
+    overrides = Overrides(data=data, net=net, steps=steps, seed=seed, values=values)
+    options = training.RunOptions(
+        data_dir=data_dir, device=device, workers=workers, fit_micro_batch=batch == "auto", report=console.log
+    )
+    new = None
+    if resume is None:
+        new = overrides.apply(_named(recipe or ("finetune" if start_from else None), data))
     if verify_resume:
-        return _verify(complete, given)
+        if procs is not None or batch == "auto" or json:
+            raise UsageError(
+                "--verify-resume uses one process and the recipe's batch, and prints a sentence; leave out --procs, "
+                "--batch auto and --json."
+            )
+        return _verify(new, options)
     if procs is not None:
-        return _in_processes(given, complete)
-    if max_restarts:
+        if new is not None:
+            result = launch.start_in_processes(new, out, options, procs, max_restarts)
+        else:
+            assert resume is not None
+            result = launch.resume_in_processes(resume, options, procs, max_restarts, overrides=overrides)
+    elif max_restarts:
         raise UsageError(
             "--max-restarts is for processes that --procs starts; give it, or torchrun its own --max-restarts."
         )
-    with console.ProgressBar("step") as bar:
-
-        def progress(p: Progress) -> None:
-            bar.update(p.step, p.steps, console.describe_progress(p))
-
-        if complete is not None:
-            place, kind = data_dir or Path("data"), device or "auto"
-            result = training.start_run(complete, out, place, kind, progress, console.log, workers, fit=batch == "auto")
-        else:
-            assert resume is not None
-            here: dict[str, Any] = {"data_dir": data_dir, "device": device, "workers": workers}
-            result = training.resume(resume, **here, on_progress=progress, report=console.log, expect=adapted)
+    else:
+        with console.show_training() as on_progress:
+            options = replace(options, on_progress=on_progress)
+            if new is not None:
+                result = training.start_run(new, out, options)
+            else:
+                assert resume is not None
+                result = training.resume(resume, options, overrides=overrides)
     if not is_first_process():
         return None
     if json:
@@ -157,9 +166,9 @@ def _values(settings: tuple[str, ...], **options: object) -> dict[str, str]:
 def _named(name: str | None, data: str | None) -> Recipe:
     """The recipe of a name, or the default of the data; raises UsageError if its data are neither given nor there."""
     from resnetlab.data import sources
-    from resnetlab.training import train as training
+    from resnetlab.training import recipes
 
-    recipe = training.choose_recipe(name, data=data)
+    recipe = recipes.choose_recipe(name, data=data)
     if data is None and not sources.is_builtin(recipe.data) and not Path(recipe.data).exists():
         raise UsageError(
             f"recipe {recipe.name} needs images: resnetlab train DATA, a folder of class folders or a data set."
@@ -167,31 +176,14 @@ def _named(name: str | None, data: str | None) -> Recipe:
     return recipe
 
 
-def _verify(complete: Recipe | None, given: dict[str, Any]) -> None:
+def _verify(recipe: Recipe | None, options: RunOptions) -> None:
     """Verifies resume and prints the result."""
     from resnetlab.training.verify import verify_resume
 
-    if given["procs"] is not None or given["batch"] == "auto" or given["json"]:
-        raise UsageError(
-            "--verify-resume uses one process and the recipe's batch, and prints a sentence; leave out --procs, --batch auto "
-            "and --json."
-        )
-    if complete is None:
+    if recipe is None:
         raise UsageError("--verify-resume takes a recipe, not a run; leave out --resume.")
-    place, device = given["data_dir"] or Path("data"), given["device"] or "auto"
-    print(verify_resume(complete, place, device, given["workers"], console.log))
-
-
-def _in_processes(given: dict[str, Any], complete: Recipe | None) -> None:
-    """Runs the command in several processes, if they can share the batch."""
-    from resnetlab.cli import launch
-    from resnetlab.distributed import World
-    from resnetlab.training.micro_batches import count_micro_batches
-
-    launch.check_process_count(given["procs"], given["device"])
-    if complete is not None:
-        count_micro_batches(complete, World(0, given["procs"]))
-    launch.launch_run("train", given, complete)
+    data_dir, device = options.data_dir or Path("data"), options.device or "auto"
+    print(verify_resume(recipe, data_dir, device, options.workers, console.log))
 
 
 def _print(result: ClassificationResult) -> None:

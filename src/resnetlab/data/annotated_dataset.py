@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
+from torch import Tensor
+
 from resnetlab.data.error_policy import ErrorPolicy
 from resnetlab.errors import DataError
 from resnetlab.random import seed_for
@@ -23,6 +25,9 @@ class AnnotatedItem(Protocol):
 
     def update_hash(self, digest: Any) -> None:
         """Adds the annotation to a hash."""
+
+    def read_pixels(self) -> Tensor:
+        """Reads the image, uint8 (H, W, 3)."""
 
 
 P = TypeVar("P", bound=AnnotatedItem)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 
 from resnetlab.device import preserve_process_state, select_device
 from resnetlab.models.cost import compute_cost
@@ -19,6 +17,7 @@ from resnetlab.models.spec import Specification, get_specification
 from resnetlab.studies.runs import StudyRun
 from resnetlab.studies.setting import Setting
 from resnetlab.training.recipe import Recipe
+from resnetlab.training.timing import time_steps
 
 START_UP = 4.0  # seconds until a run's first step
 FORWARD = 1 / 3  # cost of evaluating an image, as a share of a training step
@@ -74,12 +73,4 @@ def _time_step(spec: Specification, recipe: Recipe, device: str) -> float:
     images = torch.randn(recipe.batch, spec.channels, recipe.image_size, recipe.image_size, device=device_config.device)
     images = images.contiguous(memory_format=device_config.memory_format)
     labels = torch.zeros(recipe.batch, dtype=torch.long, device=device_config.device)
-    seconds = []
-    for _ in range(4):
-        start = time.perf_counter()
-        with device_config.autocast():
-            loss = F.cross_entropy(net(images).float(), labels)
-        loss.backward()  # type: ignore[no-untyped-call]
-        float(loss.detach())  # waits for the device
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds[1:])
+    return statistics.median(time_steps(net, images, labels, device_config, 3))

@@ -16,10 +16,10 @@ from resnetlab.models.model_file import TrainedModel, load_trained_model
 from resnetlab.run_folder import RunFolder, read_metrics
 from resnetlab.studies.code_version import CodeVersions, source_hash
 from resnetlab.studies.setting import Trial
-from resnetlab.training import train
 from resnetlab.training.checkpoint import list_checkpoints
 from resnetlab.training.recipe import Recipe
 from resnetlab.training.result import Progress
+from resnetlab.training.train import RunOptions, resume, start_run
 
 DIVERGED = "diverged.json"
 
@@ -71,10 +71,11 @@ class StudyRun:
         if self.finished:
             return
         try:
+            options = RunOptions(data_dir=data_dir, device=device, workers=0, on_progress=on_progress)
             if (self.folder / "recipe.toml").is_file():
-                train.resume(self.folder, data_dir=data_dir, device=device, workers=0, on_progress=on_progress)
+                resume(self.folder, options)
             else:
-                train.start_run(self.recipe, self.folder, data_dir, device, on_progress, workers=0)
+                start_run(self.recipe, self.folder, options)
         except DivergedError as error:
             RunFolder(self.folder).write_json(DIVERGED, {"message": str(error)})
 

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from resnetlab.distributed import World
 from resnetlab.random import seed_for
 from resnetlab.training.micro_batches import BatchNormStatistics, TreeMean
-from resnetlab.training.recipe import Recipe
-from resnetlab.training.tasks.classification import ClassificationTask
+from resnetlab.training.tasks.base import Task
 
 
 def set_train_mode(net: nn.Module) -> None:
@@ -59,8 +58,8 @@ class WeightAverage:
 
 
 @torch.no_grad()
-def reestimate_bn_statistics(task: ClassificationTask, recipe: Recipe) -> None:
-    """Replaces BN's moving averages by the mean over `precise_bn` training batches, as in the papers' released models.
+def reestimate_bn_statistics(task: Task, num_batches: int) -> None:
+    """Replaces BN's moving averages by the mean over `num_batches` training batches, as in the papers' released models.
 
     The batches are those of the steps that would follow, augmented, each in the micro-batches that BN saw in training.
     """
@@ -72,11 +71,11 @@ def reestimate_bn_statistics(task: ClassificationTask, recipe: Recipe) -> None:
     for module in modules:
         module.momentum = 1.0  # the statistics of one batch
     try:
-        for step in range(recipe.steps, recipe.steps + recipe.precise_bn):
+        for step in range(task.recipe.steps, task.recipe.steps + num_batches):
             batch = TreeMean(task.device_config.world)  # micro-batches first, summed in training's order
             micro_batches = task.micro_batches(step)
             for number, micro_batch in enumerate(micro_batches, task.device_config.world.rank * len(micro_batches)):
-                torch.manual_seed(seed_for(recipe.seed, "network", step, number))
+                torch.manual_seed(seed_for(task.recipe.seed, "network", step, number))
                 with task.device_config.autocast():
                     task.net(micro_batch.images)
                 batch.add(statistics.rewind())

@@ -8,7 +8,7 @@ of metrics.jsonl.
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,36 +22,10 @@ from resnetlab.run_folder import RunFolder, write_atomically, write_error
 from resnetlab.tensor_file import read_tensor_file, write_tensor_file
 from resnetlab.training.average import WeightAverage
 from resnetlab.training.micro_batches import BatchNormStatistics
-from resnetlab.training.optim import SGD
+from resnetlab.training.optim import Optimizer, build_optimizer
 from resnetlab.training.recipe import BaseRecipe
+from resnetlab.training.run_state import RunState
 from resnetlab.training.tasks.base import Task
-
-
-@dataclass
-class RunState:
-    """The progress of a run: everything but the network and the optimizer."""
-
-    step: int = 0  # steps completed
-    warmup_end: int | None = None  # step at which the warm-up "train-error" ended
-    lr_drops: int = 0  # schedule "plateau": how often the learning rate was divided by 10
-    best: float | None = None  # lowest held-out error so far
-    bad_evaluations: int = 0  # evaluations since then, or since the learning rate was divided
-    losses: list[Tensor] = field(
-        default_factory=list
-    )  # scalars, one for each step since the last line of metrics.jsonl
-    errors: list[Tensor] = field(default_factory=list)
-    seconds: float = 0.0  # of training and evaluation
-    step_seconds: float = 0.0  # of training steps only
-
-    def update_plateau(self, error: float, patience: int) -> None:
-        """Counts an evaluation for the schedule "plateau" (2015 §3.4)."""
-        if self.best is None or error < self.best:
-            self.best, self.bad_evaluations = error, 0
-            return
-        self.bad_evaluations += 1
-        if self.bad_evaluations >= patience:
-            self.lr_drops, self.bad_evaluations = self.lr_drops + 1, 0
-
 
 _COUNTERS = [f.name for f in fields(RunState) if f.name not in ("losses", "errors")]
 
@@ -61,19 +35,21 @@ class TrainState:
     """Everything that a step changes: network (in `task`), optimizer, weight average and run state."""
 
     task: Task
-    recipe: BaseRecipe
-    optimizer: SGD
+    optimizer: Optimizer
     average: WeightAverage
     statistics: BatchNormStatistics
     state: RunState
 
     @staticmethod
-    def create(task: Task, recipe: BaseRecipe) -> TrainState:
+    def create(task: Task) -> TrainState:
         """The state before the first step."""
-        net = task.net
-        return TrainState(
-            task, recipe, SGD(net, recipe), WeightAverage(net, recipe.ema_decay), BatchNormStatistics(net), RunState()
-        )
+        net, recipe = task.net, task.recipe
+        average = WeightAverage(net, recipe.ema_decay)
+        return TrainState(task, build_optimizer(net, recipe), average, BatchNormStatistics(net), RunState())
+
+    @property
+    def recipe(self) -> BaseRecipe:
+        return self.task.recipe
 
     def seed_network(self, micro_batch: int) -> None:
         """Seeds what the network draws (stochastic depth): a function of the seed, the step and the micro-batch's number."""
@@ -91,7 +67,7 @@ class TrainState:
         """The tensors of a checkpoint, but for the losses and errors."""
         return {
             **{f"net.{k}": v for k, v in self.task.net.state_dict().items()},
-            **{f"momentum.{k}": v for k, v in self.optimizer.momentum.items()},
+            **self.optimizer.state,
             **{f"average.{k}": v for k, v in self.average.tensors.items()},
         }
 
@@ -164,7 +140,7 @@ def restore_checkpoint(run: RunFolder, train_state: TrainState) -> list[str]:
     if world.size > 1:
         state, device = train_state.state, train_state.task.device_config.device
         on_cpu = replace(state, losses=[x.cpu() for x in state.losses], errors=[x.cpu() for x in state.errors])
-        state, skipped, moving = world.broadcast((on_cpu, skipped, bool(train_state.optimizer.momentum)))
+        state, skipped, moving = world.broadcast((on_cpu, skipped, bool(train_state.optimizer.state)))
         state.losses, state.errors = [x.to(device) for x in state.losses], [x.to(device) for x in state.errors]
         train_state.state = state
         if moving and not world.is_first:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from resnetlab.training.checkpoint import TrainState
 from resnetlab.training.micro_batches import BatchNormStatistics
-from resnetlab.training.step import StepOutput, apply_gradients, compute_gradients, train_step
+from resnetlab.training.step import compute_gradients
 
 Compute = Callable[[], list[Tensor]]
 Record = Callable[[Compute], Compute]
@@ -31,8 +31,8 @@ class _Recording(NamedTuple):
     replay: Compute
 
 
-class GraphStep:
-    """`train_step`, replayed from a CUDA graph if that is bit-identical.
+class GraphGradients:
+    """`compute_gradients`, replayed from a CUDA graph if that is bit-identical.
 
     Args:
         report: called once with a sentence on whether steps are replayed.
@@ -44,7 +44,7 @@ class GraphStep:
         self._recording: _Recording | None = None
         self._tried = False
 
-    def __call__(self, train_state: TrainState, micro_batches: Sequence[Any], lr: float) -> StepOutput:
+    def __call__(self, train_state: TrainState, micro_batches: Sequence[Any]) -> Sequence[Tensor]:
         if not self._tried:
             self._tried = True
             record = self._record or partial(record_cuda_graph, device=train_state.task.device_config.device)
@@ -53,8 +53,8 @@ class GraphStep:
         recording = self._recording
         # unreadable images make a step smaller
         if recording is None or _shapes(micro_batches) != _shapes(recording.micro_batches):
-            return train_step(train_state, micro_batches, lr)
-        return _replay_step(train_state, recording, micro_batches, lr)
+            return compute_gradients(train_state, micro_batches)
+        return _replay_step(train_state, recording, micro_batches)
 
 
 def record_cuda_graph(compute: Compute, device: torch.device) -> Compute:
@@ -111,7 +111,7 @@ def _record_step(
         optimizer.zero_grad()
         return results
 
-    direct = run(lambda: compute_gradients(train_state, micro_batches, train_state.seed_network))
+    direct = run(lambda: compute_gradients(train_state, micro_batches))
     try:
         with _negated_weights(list(optimizer.parameters.values())):
             replay = record(compute)
@@ -151,9 +151,9 @@ def _copy_tensors(buffers: Sequence[Any], micro_batches: Sequence[Any]) -> None:
             x.copy_(y, non_blocking=True)
 
 
-def _replay_step(train_state: TrainState, recording: _Recording, micro_batches: Sequence[Any], lr: float) -> StepOutput:
+def _replay_step(train_state: TrainState, recording: _Recording, micro_batches: Sequence[Any]) -> list[Tensor]:
     _copy_tensors(recording.micro_batches, micro_batches)
     train_state.seed_network(0)
     results = recording.replay()
     train_state.optimizer.set_grads(results[2:])
-    return apply_gradients(train_state, [x.clone() for x in results[:2]], lr)  # the next replay overwrites them
+    return [x.clone() for x in results[:2]]  # the next replay overwrites them

@@ -5,17 +5,16 @@ from __future__ import annotations
 import contextlib
 import copy
 import gc
-from collections.abc import Iterator
-from dataclasses import replace
+import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
+from torch import nn
 
-from resnetlab.device import release_memory
+from resnetlab.device import DeviceConfig, release_memory
 from resnetlab.training.average import set_train_mode
-from resnetlab.training.micro_batches import count_micro_batches
-from resnetlab.training.recipe import Recipe
-from resnetlab.training.tasks.classification import ClassificationTask
+from resnetlab.training.timing import forward_backward
 
 BATCHES_IN_MEMORY = 3  # the step's own, and those prefetched
 MAX_TRIED = 4  # micro-batches in a row, because each leaves memory more fragmented
@@ -33,58 +32,43 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def largest_micro_batch(task: ClassificationTask, recipe: Recipe, below: int | None = None) -> int | None:
-    """The largest micro-batch, no larger than the present one, that fits into memory.
+def largest_micro_batch(
+    net: nn.Module, device_config: DeviceConfig, shape: tuple[int, int, int], share: int, sizes: Sequence[int]
+) -> int | None:
+    """The first of `sizes` (falling) that fits into memory as a micro-batch; None if none does. The same in all processes.
 
     Args:
-        below: try only smaller sizes than this.
-
-    Returns:
-        A number of images that divides this process's share; None if not even two fit. The same in all processes.
+        shape: (C, h, w) of the images.
+        share: images in this process's share of a step.
     """
-    share = recipe.batch // task.device_config.world.size
-    current = share // task.num_micro_batches
-    largest = 0
-    for size in range(current, 1, -1):
-        if share % size == 0 and (below is None or size < below) and _fits(task, recipe, size):
-            largest = size
-            break
-    (negative,) = task.device_config.world.all_reduce_max(-largest)  # the minimum over all processes
+    largest = next((size for size in sizes if _fits(net, device_config, shape, share, size)), 0)
+    (negative,) = device_config.world.all_reduce_max(-largest)  # the minimum over all processes
     return -negative or None
 
 
-def fit_micro_batches(task: ClassificationTask, recipe: Recipe) -> tuple[ClassificationTask, Recipe, int | None]:
-    """Task and recipe with the largest micro-batch that fits, and its size; None if nothing has to change."""
-    size = largest_micro_batch(task, recipe)
-    if size is None or size == recipe.batch // task.device_config.world.size // task.num_micro_batches:
-        return task, recipe, None
-    recipe = replace(recipe, bn_batch=size * task.device_config.world.size if recipe.bn_sync else size)
-    return replace(task, num_micro_batches=count_micro_batches(recipe, task.device_config.world)), recipe, size
-
-
-def _fits(task: ClassificationTask, recipe: Recipe, size: int) -> bool:
+def _fits(net: nn.Module, device_config: DeviceConfig, shape: tuple[int, int, int], share: int, size: int) -> bool:
     """Tries what a step needs on a copy of the network: prefetched batches, and micro-batches a quarter larger than `size`."""
     gc.collect()
-    release_memory(task.device_config.device)
+    device = device_config.device
+    release_memory(device)
     try:
-        with _limit_to_free_memory(task):
-            net = copy.deepcopy(task.net)
+        with _limit_to_free_memory(device):
+            net = copy.deepcopy(net)
             set_train_mode(net)
             parameters = list(net.parameters())
             momentum, gradients = [torch.zeros_like(p) for p in parameters], []
-            count, device = recipe.batch // task.device_config.world.size, task.device_config.device
-            shape = (task.preprocessing.channels, *task.preprocessing.size)
-            batches = torch.zeros((BATCHES_IN_MEMORY, count, *shape), device=device)
-            part = torch.zeros((size + size // 4 + 1, *shape), device=device)
-            for _ in range(min(count // size, MAX_TRIED)):
-                with task.device_config.autocast():
-                    loss = net(part.to(memory_format=task.device_config.memory_format)).float().square().sum()
-                loss.backward()
+            batches = torch.zeros((BATCHES_IN_MEMORY, share, *shape), device=device)
+            images = torch.zeros((size + size // 4 + 1, *shape), device=device)
+            labels = torch.zeros(len(images), dtype=torch.long, device=device)
+            for _ in range(min(share // size, MAX_TRIED)):
+                loss = forward_backward(
+                    net, images.to(memory_format=device_config.memory_format), labels, device_config
+                )
                 gradients += [p.grad for p in parameters]
                 for p in parameters:
                     p.grad = None
             kept = len(momentum) and len(gradients) and len(batches)
-            return bool(kept) and bool(loss.detach().isfinite())  # synchronises with the device
+            return bool(kept) and math.isfinite(loss)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
@@ -92,9 +76,9 @@ def _fits(task: ClassificationTask, recipe: Recipe, size: int) -> bool:
 
 
 @contextlib.contextmanager
-def _limit_to_free_memory(task: ClassificationTask) -> Iterator[None]:
+def _limit_to_free_memory(device: torch.device) -> Iterator[None]:
     """On a CPU: makes an allocation fail before the system would kill this or another process for lack of memory."""
-    free = _free_memory() if task.device_config.device.type == "cpu" else None
+    free = _free_memory() if device.type == "cpu" else None
     if free is None:
         yield
         return

@@ -1,17 +1,20 @@
-"""SGD with momentum in PyTorch's form: v <- momentum·v + g, w <- w - lr·v, where g includes weight decay.
+"""The optimizers, in torch's functional forms: SGD with momentum (the papers') and AdamW.
 
-The original implementation (Caffe) multiplies g by lr before adding it to v; the two differ only in the steps after a change of
-the learning rate (docs/differences.md). The bits are those of torch.optim.SGD (a test); that class is not used because creating
-one imports torch's compiler, which takes longer than a first run's training.
+SGD is v <- momentum·v + g, w <- w - lr·v, where g includes weight decay. The original implementation (Caffe) multiplies g by lr
+before adding it to v; the two differ only in the steps after a change of the learning rate (docs/differences.md). torch's
+optimizer classes are not used because creating one imports torch's compiler, which takes longer than a first run's training.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
+from torch.optim.sgd import sgd
 
 from resnetlab.training.recipe import BaseRecipe
 
@@ -26,21 +29,23 @@ class _Group(NamedTuple):
     factor: float  # of the learning rate
 
 
-class SGD:
-    """SGD over the trainable parameters of a network.
+class Optimizer(ABC):
+    """Updates the trainable parameters of a network.
 
     BN's parameters and biases decay only with the recipe's `decay_all`; all parameters but the fully connected layer's have
     `backbone_lr_scale` times the learning rate.
 
     Attributes:
         parameters: by name; frozen ones are left out.
-        momentum: v, by the parameter's name; empty before the first step.
+        state: tensors that a checkpoint keeps, by "<buffer>.<parameter's name>"; empty before the first step.
     """
+
+    buffers: ClassVar[tuple[str, ...]]  # names of the state's tensors for each parameter
 
     def __init__(self, net: nn.Module, recipe: BaseRecipe) -> None:
         self.parameters: dict[str, Tensor] = {name: p for name, p in net.named_parameters() if p.requires_grad}
-        self.momentum: dict[str, Tensor] = {}
-        self._coefficient = recipe.momentum
+        self.state: dict[str, Tensor] = {}
+        self._recipe = recipe
         groups: dict[tuple[float, float], list[str]] = {}
         for name, p in self.parameters.items():
             decay = recipe.weight_decay if p.ndim > 1 or recipe.decay_all else 0.0
@@ -49,8 +54,8 @@ class SGD:
         self._groups = [_Group(names, decay, factor) for (decay, factor), names in groups.items()]
 
     def init_state(self) -> None:
-        """Sets the momentum to 0."""
-        self.momentum = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
+        """Sets the state to 0."""
+        self.state = {f"{b}.{name}": torch.zeros_like(p) for b in self.buffers for name, p in self.parameters.items()}
 
     def grads(self) -> list[Tensor]:
         """The gradient of every parameter that has one."""
@@ -78,14 +83,79 @@ class SGD:
     @torch.no_grad()
     def step(self, lr: float) -> None:
         """Updates every parameter from its gradient, and clears the gradients."""
-        if not self.momentum:
+        if not self.state:
             self.init_state()
-        for group in self._groups:
-            parameters = [self.parameters[name] for name in group.names]
-            gradients = [p.grad for p in parameters if p.grad is not None]
-            vs = [self.momentum[name] for name in group.names]
-            torch._foreach_add_(gradients, parameters, alpha=group.decay)
-            torch._foreach_mul_(vs, self._coefficient)
-            torch._foreach_add_(vs, gradients)
-            torch._foreach_add_(parameters, vs, alpha=-lr * group.factor)
+        for names, decay, factor in self._groups:
+            trained = [name for name in names if self.parameters[name].grad is not None]
+            self._update(trained, decay, lr * factor)
         self.zero_grad()
+
+    @abstractmethod
+    def _update(self, names: list[str], decay: float, lr: float) -> None:
+        """Updates the parameters of these names."""
+
+    def _tensors(self, names: list[str]) -> tuple[list[Tensor], list[Tensor]]:
+        """The parameters of these names, and their gradients."""
+        parameters = [self.parameters[name] for name in names]
+        return parameters, [p.grad for p in parameters if p.grad is not None]
+
+    def _buffers(self, buffer: str, names: list[str]) -> list[Tensor]:
+        return [self.state[f"{buffer}.{name}"] for name in names]
+
+
+class SGD(Optimizer):
+    """SGD with momentum."""
+
+    buffers = ("momentum",)
+
+    def _update(self, names: list[str], decay: float, lr: float) -> None:
+        sgd(
+            *self._tensors(names),
+            [*self._buffers("momentum", names)],
+            foreach=True,
+            weight_decay=decay,
+            momentum=self._recipe.momentum,
+            lr=lr,
+            dampening=0.0,
+            nesterov=False,
+            maximize=False,
+        )
+
+
+class AdamW(Optimizer):
+    """Adam with decoupled weight decay (Loshchilov & Hutter 2019, arXiv 1711.05101)."""
+
+    buffers = ("exp_avg", "exp_avg_sq")
+
+    def init_state(self) -> None:
+        super().init_state()
+        self.state["steps"] = torch.zeros(())  # completed; on the CPU, as torch has it
+
+    def step(self, lr: float) -> None:
+        super().step(lr)
+        self.state["steps"] += 1
+
+    def _update(self, names: list[str], decay: float, lr: float) -> None:
+        adamw(
+            *self._tensors(names),
+            self._buffers("exp_avg", names),
+            self._buffers("exp_avg_sq", names),
+            [],
+            [self.state["steps"].clone() for _ in names],  # which it increments
+            foreach=True,
+            amsgrad=False,
+            beta1=self._recipe.beta1,
+            beta2=self._recipe.beta2,
+            lr=lr,
+            weight_decay=decay,
+            eps=self._recipe.eps,
+            maximize=False,
+        )
+
+
+OPTIMIZERS: dict[str, type[Optimizer]] = {"sgd": SGD, "adamw": AdamW}
+
+
+def build_optimizer(net: nn.Module, recipe: BaseRecipe) -> Optimizer:
+    """The recipe's optimizer for a network."""
+    return OPTIMIZERS[recipe.optimizer](net, recipe)

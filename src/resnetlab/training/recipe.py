@@ -8,7 +8,7 @@ import math
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeVar
 
 import tomli_w
 
@@ -30,9 +30,10 @@ _CHOICES = {  # allowed words, by field
 }
 _RANGES: dict[str, tuple[float, float, str]] = {  # smallest and largest value, and the range in words
     **dict.fromkeys(("steps", "log_every", "eval_every", "patience"), (1, 10**9, "from 1 to 1,000,000,000")),
-    **dict.fromkeys(("lr", "warmup_lr", "backbone_lr_scale"), (5e-324, sys.float_info.max, "a number above 0")),
+    **dict.fromkeys(("lr", "warmup_lr", "backbone_lr_scale", "eps"), (5e-324, sys.float_info.max, "a number above 0")),
     **dict.fromkeys(
-        ("momentum", "ema_decay", "stochastic_depth", "label_smoothing"), (0, 1 - 2**-53, "from 0 to below 1")
+        ("momentum", "beta1", "beta2", "ema_decay", "stochastic_depth", "label_smoothing"),
+        (0, 1 - 2**-53, "from 0 to below 1"),
     ),
     **dict.fromkeys(
         ("warmup_steps", "weight_decay", "checkpoint_minutes", "seed"), (0, sys.float_info.max, "0 or more")
@@ -72,7 +73,11 @@ class BaseRecipe:
     warmup_lr: float = 0.01  # learning rate during warm-up; start value of "linear"
     warmup_steps: int = 400  # length of "steps" and "linear"
     warmup_error: float = 0.8  # bound of "train-error"
-    momentum: float = 0.9
+    optimizer: str = "sgd"  # or "adamw": a key of training.optim.OPTIMIZERS
+    momentum: float = 0.9  # of "sgd"
+    beta1: float = 0.9  # of "adamw"
+    beta2: float = 0.999
+    eps: float = 1e-8
     weight_decay: float = 1e-4
     decay_all: bool = True  # weight decay on BN and biases too, or only on the weights of convolutions and fc
     backbone_lr_scale: float = 1.0  # factor of the learning rate for all but the fully connected layer
@@ -131,6 +136,21 @@ class BaseRecipe:
             log_every=min(self.log_every, max(1, steps // 20)),
             ema_decay=max(0.0, 1 - (1 - self.ema_decay) / share) if self.ema_decay else 0.0,
         )
+
+    def resolve_like(self, recorded: BaseRecipe) -> Self:
+        """The recipe with the values that are left open taken from a recorded one: "auto", threads 0, no network."""
+        values = {key: getattr(recorded, key) for key in ("precision", "compile") if getattr(self, key, "") == "auto"}
+        if not self.net:
+            values |= {"net": recorded.net, "specification": recorded.specification}
+        return replace(self, threads=self.threads or recorded.threads, **values)
+
+    def with_micro_batch_of(self, recorded: BaseRecipe) -> Self:
+        """The recipe with the micro-batch of a recorded one, where that is found by trying."""
+        return self
+
+    def skip_bad_images_like(self, requested: BaseRecipe) -> Self:
+        """The recipe that skips unreadable images if the requested one does: a run that one stopped may continue so."""
+        return self
 
     def ignoring_bad_images(self) -> Self:
         """The recipe without its choice for unreadable images, which changes nothing in a run that has met none."""
@@ -209,6 +229,13 @@ class Recipe(BaseRecipe):
         False  # keep activations of every √n-th block only and recompute the others: less memory, more time
     )
 
+    def with_micro_batch_of(self, recorded: BaseRecipe) -> Self:
+        return replace(self, bn_batch=recorded.bn_batch) if isinstance(recorded, Recipe) else self
+
+    def skip_bad_images_like(self, requested: BaseRecipe) -> Self:
+        skips = isinstance(requested, Recipe) and requested.on_bad_image == "skip"
+        return replace(self, on_bad_image="skip") if skips else self
+
     def ignoring_bad_images(self) -> Self:
         return replace(self, on_bad_image="stop")
 
@@ -232,3 +259,32 @@ class Recipe(BaseRecipe):
             raise UsageError(
                 f"bn_batch {self.bn_batch} does not divide the batch of {self.batch}; the nearest that does is {near}."
             )
+
+
+R = TypeVar("R", bound=BaseRecipe)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Overrides:
+    """Values that a command changes in a recipe; None and the empty mapping change nothing.
+
+    Attributes:
+        steps: length of the run; the schedule is rescaled to it.
+        values: any other values as text, as `--set` takes them.
+    """
+
+    data: str | None = None
+    net: str | None = None
+    steps: int | None = None
+    seed: int | None = None
+    values: Mapping[str, str] = field(default_factory=dict)
+
+    def apply(self, recipe: R) -> R:
+        """The recipe with these values. Raises UsageError for an unknown key or a value of the wrong type."""
+        given: dict[str, Any] = {"data": self.data, "net": self.net, "seed": self.seed}
+        recipe = replace(recipe, **{key: value for key, value in given.items() if value is not None})
+        if self.steps is not None:
+            if self.steps < 1:
+                raise UsageError(f"--steps must be 1 or more, not {self.steps}.")
+            recipe = recipe.rescale(self.steps)
+        return recipe.with_values(self.values)

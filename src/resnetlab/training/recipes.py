@@ -275,6 +275,11 @@ def find_recipe(name: str, task: str) -> BaseRecipe:
     return known[name]
 
 
+def choose_recipe(name: str | None, *, data: str | None) -> Recipe:
+    """The recipe of a name, or the default of the data."""
+    return find_classification_recipe(name or DEFAULT_RECIPES.get(data or "digits", "photos"))
+
+
 def describe_changes(recipe: BaseRecipe, precision: str) -> list[str]:
     """The differences of a resolved recipe from the one it is named after, rescaled to the same number of steps.
 

@@ -19,27 +19,20 @@ class StepOutput(NamedTuple):
     grad_norm: Tensor  # norm of the gradient before clipping
 
 
-TrainStep = Callable[[TrainState, Sequence[Any], float], StepOutput]
-
-
-def train_step(train_state: TrainState, micro_batches: Sequence[Any], lr: float) -> StepOutput:
-    """Updates the network once by the mean of the gradients of all micro-batches of all processes.
-
-    Args:
-        micro_batches: this process's share of the step.
-    """
-    return apply_gradients(train_state, compute_gradients(train_state, micro_batches, train_state.seed_network), lr)
+# (state, this process's micro-batches) -> loss and error; leaves the gradients in the parameters
+Gradients = Callable[[TrainState, Sequence[Any]], Sequence[Tensor]]
 
 
 def compute_gradients(
-    train_state: TrainState, micro_batches: Sequence[Any], seed: Callable[[int], None]
+    train_state: TrainState, micro_batches: Sequence[Any], seed: Callable[[int], None] | None = None
 ) -> list[Tensor]:
-    """Loss, error and gradients, each the mean over all micro-batches; also moves BN's averages.
+    """Loss, error and gradients, each the mean over all micro-batches of all processes; also moves BN's averages.
 
     Args:
         seed: called with a micro-batch's number before its forward pass, to seed what the network draws.
     """
     task, optimizer, statistics = train_state.task, train_state.optimizer, train_state.statistics
+    seed = seed or train_state.seed_network
     world = task.device_config.world
     mean, first = TreeMean(world), world.rank * len(micro_batches)
     shared = len(micro_batches) * world.size > 1
@@ -48,9 +41,9 @@ def compute_gradients(
     for number, micro_batch in enumerate(micro_batches, first):
         seed(number)
         with task.device_config.autocast():
-            loss, wrong = task.loss(micro_batch)
+            loss, error = task.loss(micro_batch)
         loss.backward()  # type: ignore[no-untyped-call]
-        results = [loss.detach(), wrong, *optimizer.grads()]
+        results = [loss.detach(), error, *optimizer.grads()]
         if shared:
             mean.add(results + statistics.rewind())
             optimizer.zero_grad()
@@ -62,10 +55,18 @@ def compute_gradients(
     return results
 
 
-def apply_gradients(train_state: TrainState, results: Sequence[Tensor], lr: float) -> StepOutput:
-    """Updates the weights by their gradients, and the moving average."""
+def train_step(
+    train_state: TrainState, micro_batches: Sequence[Any], lr: float, gradients: Gradients = compute_gradients
+) -> StepOutput:
+    """Updates the network once by the mean of the gradients of all micro-batches of all processes.
+
+    Args:
+        micro_batches: this process's share of the step.
+        gradients: `compute_gradients`, or a bit-identical replacement.
+    """
+    loss, error, *_ = gradients(train_state, micro_batches)
     norm = train_state.optimizer.clip_grad_norm(train_state.recipe.clip_norm)
     train_state.optimizer.step(lr)
     train_state.state.step += 1
     train_state.average.update(train_state.state.step)
-    return StepOutput(results[0], results[1], norm)
+    return StepOutput(loss, error, norm)

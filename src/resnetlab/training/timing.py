@@ -1,20 +1,39 @@
-"""The share of a training step's time that data loading takes."""
+"""Training steps for measurements: their time, and the share of it that data loading takes."""
 
 from __future__ import annotations
 
 import time
 
 import torch
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from resnetlab.data.augment import Augmentation
 from resnetlab.data.crops import Crop
 from resnetlab.data.dataset import Split
 from resnetlab.data.sampler import TrainLoader
-from resnetlab.device import select_device
+from resnetlab.device import DeviceConfig, select_device
 from resnetlab.models.resnet import build
 from resnetlab.preprocessing import Preprocessing
 from resnetlab.training.recipe import Recipe
+
+
+def forward_backward(net: nn.Module, images: Tensor, labels: Tensor, device_config: DeviceConfig) -> float:
+    """One forward and backward pass that adds to the gradients; returns the loss, and so waits for the device."""
+    with device_config.autocast():
+        loss = F.cross_entropy(net(images).float(), labels)
+    loss.backward()  # type: ignore[no-untyped-call]
+    return float(loss.detach())
+
+
+def time_steps(net: nn.Module, images: Tensor, labels: Tensor, device_config: DeviceConfig, n: int) -> list[float]:
+    """Seconds of `n` steps (forward and backward), after one to warm up."""
+    seconds = []
+    for _ in range(n + 1):
+        start = time.perf_counter()
+        forward_backward(net, images, labels, device_config)
+        seconds.append(time.perf_counter() - start)
+    return seconds[1:]
 
 
 def time_data_loading(split: Split, recipe: Recipe, classes: int, device: str = "auto") -> dict[str, float]:
@@ -34,18 +53,10 @@ def time_data_loading(split: Split, recipe: Recipe, classes: int, device: str = 
     crop = Crop(recipe.crop, recipe.scale, recipe.area)
     loader = TrainLoader(split, shape, Augmentation(flip=recipe.flip), recipe.batch, 0, device_config, crop)
     batch = loader.batch(0)
-    began = time.perf_counter()
+    start = time.perf_counter()
     for step in (1, 2):
         loader.batch(step)
-    loaded = (time.perf_counter() - began) / 2
-    net = build(recipe.net, classes=classes)
-    device_config.place(net).train()
-    for step in range(3):
-        if step == 1:
-            began = time.perf_counter()
-        with device_config.autocast():
-            loss = F.cross_entropy(net(batch.images).float(), batch.labels)
-        loss.backward()  # type: ignore[no-untyped-call]
-        float(loss.detach())  # synchronises with the device
-    trained = (time.perf_counter() - began) / 2
+    loaded = (time.perf_counter() - start) / 2
+    net = device_config.place(build(recipe.net, classes=classes)).train()
+    trained = sum(time_steps(net, batch.images, batch.labels, device_config, 2)) / 2
     return {"images_per_second": recipe.batch / loaded, "share_of_step": loaded / (loaded + trained)}

@@ -1,34 +1,62 @@
-"""Starts a new run, or resumes one from its last checkpoint."""
+"""Training: starts a run or resumes one, and the loop over its steps."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping
-from dataclasses import replace
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, cast
 
 from resnetlab.data import sources
 from resnetlab.data.decode import jpeg_decoder
-from resnetlab.device import environment, preserve_process_state
+from resnetlab.device import default_precision, environment, preserve_process_state, select_device
 from resnetlab.distributed import World, join_process_group, was_restarted
-from resnetlab.errors import ResNetLabError, RunError, UsageError
+from resnetlab.errors import ResNetLabError, RunError, UsageError, unknown_name_error
 from resnetlab.run_folder import RunFolder, write_atomically
-from resnetlab.training import recipes, task_table
-from resnetlab.training.checkpoint import upgrade_run
-from resnetlab.training.memory import fit_micro_batches
-from resnetlab.training.recipe import BaseRecipe, Recipe
+from resnetlab.training import recipes
+from resnetlab.training.average import set_train_mode
+from resnetlab.training.checkpoint import TrainState, restore_checkpoint, upgrade_run
+from resnetlab.training.cuda_graph import GraphGradients
+from resnetlab.training.memory import is_out_of_memory
+from resnetlab.training.optim import OPTIMIZERS
+from resnetlab.training.recipe import BaseRecipe, Overrides, Recipe
+from resnetlab.training.recorder import Recorder, RunContext
 from resnetlab.training.result import ClassificationResult, Progress, TrainResult
-from resnetlab.training.run import prepare_task, run_to_end
-from resnetlab.training.tasks.base import Task
+from resnetlab.training.schedule import learning_rate
+from resnetlab.training.step import compute_gradients, train_step
+from resnetlab.training.stopping import catch_stop_signals
+from resnetlab.training.tasks.base import Task, TaskSetup
 from resnetlab.training.tasks.classification import ClassificationTask
+from resnetlab.training.tasks.detection import DetectionTask
+from resnetlab.training.tasks.segmentation import SegmentationTask
 
-R = TypeVar("R", bound=BaseRecipe)
+TASKS: dict[str, type[Task]] = {task.name: task for task in (ClassificationTask, DetectionTask, SegmentationTask)}
 
 
 def _ignore(_: Any) -> None:
     return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """What a run needs besides its recipe; nothing here changes the result, apart from the device.
+
+    Attributes:
+        data_dir: the folder of the archives; None takes "data", or that of the resumed run.
+        device: None takes a GPU if there is one, or the kind of device that the resumed run started on.
+        workers: processes that decode images; None decides by the device.
+        fit_micro_batch: take the largest micro-batch that fits into memory; a new run's recipe records it as `bn_batch`.
+        report: called with sentences on what happens.
+        on_progress: called at every line of metrics.jsonl.
+    """
+
+    data_dir: Path | None = None
+    device: str | None = None
+    workers: int | None = None
+    fit_micro_batch: bool = False
+    report: Callable[[str], None] = _ignore
+    on_progress: Callable[[Progress], None] = _ignore
 
 
 def train(
@@ -68,96 +96,243 @@ def train(
         StopSignal: SIGINT or SIGTERM, after a checkpoint.
     """
     name = None if data is None else str(data)
-    chosen = recipe if isinstance(recipe, Recipe) else choose_recipe(recipe, data=name)
-    chosen = override_recipe(
-        chosen, data=name, net=net, steps=steps, seed=seed, values={k: _text(v) for k, v in values.items()}
-    )
-    return cast(
-        ClassificationResult,
-        start_run(chosen, Path(out) if out else None, Path(data_dir), device, progress, report, workers),
-    )
+    base = recipe if isinstance(recipe, Recipe) else recipes.choose_recipe(recipe, data=name)
+    texts = {key: ",".join(map(str, v)) if isinstance(v, list | tuple) else str(v) for key, v in values.items()}
+    complete = Overrides(data=name, net=net, steps=steps, seed=seed, values=texts).apply(base)
+    options = RunOptions(data_dir=Path(data_dir), device=device, workers=workers, report=report, on_progress=progress)
+    return cast(ClassificationResult, start_run(complete, Path(out) if out else None, options))
 
 
-def _text(value: Any) -> str:
-    return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-
-
-def choose_recipe(name: str | None, *, data: str | None) -> Recipe:
-    """The recipe of a name, or the default of the data."""
-    return recipes.find_classification_recipe(name or recipes.DEFAULT_RECIPES.get(data or "digits", "photos"))
-
-
-def override_recipe(
-    recipe: R, *, data: str | None, net: str | None, steps: int | None, seed: int | None, values: Mapping[str, str]
-) -> R:
-    """The recipe with the given values; `steps` rescales the schedule."""
-    named: dict[str, Any] = {"data": data, "net": net, "seed": seed}
-    recipe = replace(recipe, **{k: v for k, v in named.items() if v is not None})
-    if steps is not None:
-        if steps < 1:
-            raise UsageError(f"--steps must be 1 or more, not {steps}.")
-        recipe = recipe.rescale(steps)
-    return recipe.with_values(values)
-
-
-def start_run(
-    recipe: BaseRecipe,
-    out: Path | None,
-    data_dir: Path,
-    device: str = "auto",
-    on_progress: Callable[[Progress], None] = _ignore,
-    report: Callable[[str], None] = _ignore,
-    workers: int | None = None,
-    fit: bool = False,
-) -> TrainResult:
+def start_run(recipe: BaseRecipe, out: Path | None = None, options: RunOptions | None = None) -> TrainResult:
     """Trains a complete recipe into a new run folder, which is created only after data and network are ready.
 
+    A job that torchrun has restarted resumes the run in `out`.
+
     Args:
-        fit: take the largest micro-batch that fits into memory; the recipe records it as `bn_batch`.
+        out: the run folder; None takes runs/<data>, or the next free name.
     """
-    with preserve_process_state(), join_process_group() as world:
-        report = report if world.is_first else _ignore
+    with contextlib.ExitStack() as stack:
+        world, options = _join(stack, options)
         if was_restarted() and out is None:
             raise UsageError("a job that is started again needs --out, the folder that it goes on in.")
         if world.broadcast(was_restarted() and out is not None and (out / "recipe.toml").is_file()):
-            return _resume(
-                world,
-                cast(Path, out),
-                recipe.task,
-                data_dir,
-                device,
-                workers,
-                on_progress,
-                report,
-                partial(_as_begun, recipe),
-            )
-        task, recipe = prepare_task(recipe, data_dir, device, report, workers, world=world)
-        if fit and isinstance(task, ClassificationTask) and isinstance(recipe, Recipe):
-            task, recipe, size = fit_micro_batches(task, recipe)
-            report(f"batch auto: {f'micro-batches of {size:,} images fit' if size else 'the batch fits as it is'}")
-        place = RunFolder.create(out, sources.short_name(recipe.data)).path if world.is_first else None
-        run = RunFolder(world.broadcast(place) or Path())
-        with run.lock() if world.is_first else contextlib.nullcontext():
+            prepared = _reopen(stack, world, cast(Path, out), options, recipe.task, recipe)
+        else:
+            task = _fit(build_task(recipe, options, world), options)
+            path = RunFolder.create(out, sources.short_name(recipe.data)).path if world.is_first else None
+            run = RunFolder(world.broadcast(path) or Path())
             if world.is_first:
-                _begin(run, task, recipe, data_dir)
-            return run_to_end(task, recipe, run, on_progress if world.is_first else _ignore, report)
+                stack.enter_context(run.lock())
+                run.check_empty()  # another process may have been faster
+                _write_setup(run, task, options)
+            prepared = task, RunContext(run, options.report, options.on_progress)
+        return prepared if isinstance(prepared, TrainResult) else train_to_end(*prepared)
 
 
-def _as_begun(recipe: BaseRecipe, recorded: BaseRecipe) -> BaseRecipe:
-    """The requested recipe with the `bn_batch` that was found when the run began."""
-    if isinstance(recipe, Recipe) and isinstance(recorded, Recipe):
-        return replace(recipe, bn_batch=recorded.bn_batch)
-    return recipe
+def resume(
+    path: Path, options: RunOptions | None = None, *, task: str = "classify", overrides: Overrides | None = None
+) -> TrainResult:
+    """Resumes a run from its last checkpoint; the result is bit-identical to that of an uninterrupted run.
+
+    This needs the same kind of device, processor and torch version; a difference from the run's record is reported.
+
+    Args:
+        task: the expected task of the run, a key of TASKS.
+        overrides: values that must be those of the run.
+
+    Raises:
+        RunError: not a run folder, another recipe or other data, every checkpoint damaged, or another process trains in it.
+    """
+    with contextlib.ExitStack() as stack:
+        world, options = _join(stack, options)
+        prepared = _reopen(stack, world, path, options, task, overrides or Overrides())
+        return prepared if isinstance(prepared, TrainResult) else train_to_end(*prepared)
 
 
-def _begin(run: RunFolder, task: Task, recipe: BaseRecipe, data_dir: Path) -> None:
+def train_to_end(task: Task, context: RunContext) -> TrainResult:
+    """Trains from the latest checkpoint to the end, then evaluates, saves and reports."""
+    recipe, train_state = task.recipe, TrainState.create(task)
+    for sentence in restore_checkpoint(context.run, train_state):
+        context.report(sentence)
+    state, out_of_memory = train_state.state, False
+    if state.step:
+        context.report(f"going on from step {state.step:,}")
+    with catch_stop_signals() as request:
+        recorder = Recorder(train_state, context, request)
+        gradients = GraphGradients(recorder.report_graph) if task.device_config.cuda_graph else compute_gradients
+        set_train_mode(task.net)
+        with recorder.closing():
+            try:
+                for step in range(state.step, recipe.steps):
+                    recorder.start_step()
+                    lr = learning_rate(recipe, step, state.warmup_end, state.lr_drops)
+                    micro_batches = task.micro_batches(step)
+                    recorder.batch_ready()
+                    output = train_step(train_state, micro_batches, lr, gradients)
+                    recorder.end_step(output, lr)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                out_of_memory = True
+            if out_of_memory:  # the memory that the error and the graph hold is free only here
+                gradients, micro_batches = compute_gradients, []
+                train_state.optimizer.zero_grad()
+                raise task.out_of_memory_error()
+        request.stop_immediately(
+            f"stopped while evaluating, after the last step, which is saved; {recorder.how_to_resume}"
+        )
+        with train_state.average.swap_in():
+            result = task.finish(context.run, state)
+        skipped = task.device_config.world.merge_dicts(task.skipped)
+        if task.device_config.world.is_first:
+            recorder.note_skipped(skipped)
+            context.run.write_json("result.json", result.to_json())
+            context.report(f"report: {context.run.report}")
+    return result
+
+
+def build_task(
+    recipe: BaseRecipe, options: RunOptions, world: World | None = None, started_in: Path | None = None
+) -> Task:
+    """The task of a recipe, with all "auto" values of its recipe resolved.
+
+    Args:
+        started_in: the folder that paths in the recipe are relative to.
+    """
+    if recipe.optimizer not in OPTIMIZERS:
+        raise unknown_name_error("optimizer", recipe.optimizer, OPTIMIZERS)
+    device, world = options.device or "auto", world or World()
+    device_config = replace(select_device(recipe.precision, device, recipe.threads), world=world)
+    if world.size > 1 and device_config.device.index is not None:
+        kind = device_config.device.type
+        raise UsageError(f"several processes take one device each; give its kind, not {device!r}: --device {kind}.")
+    recipe = replace(recipe, precision=device_config.precision, threads=device_config.threads)
+    setup = TaskSetup(
+        device_config=device_config,
+        data_dir=options.data_dir or Path("data"),
+        workers=options.workers,
+        started_in=started_in or Path(),
+        report=options.report,
+    )
+    with world.first_process_first():  # what one downloads the others find
+        task = TASKS[recipe.task].build(recipe, setup)
+    options.report(f"device: {task.device_config}")
+    if changes := recipes.describe_changes(task.recipe, default_precision(device_config.device)):
+        options.report(f"recipe {task.recipe.name}, with {'; '.join(changes)}")
+    if label := recipes.describe_budget(task.recipe):
+        options.report(f"budget: {label}")
+    return task
+
+
+def check_resume(path: Path, task: str, overrides: Overrides) -> None:
+    """Raises RunError or UsageError if `resume` would refuse the run."""
+    run = RunFolder.open(path)
+    with run.lock():
+        _read_run(run, task, overrides)
+
+
+def read_result(run: RunFolder, task: type[Task]) -> TrainResult | None:
+    """The result of a finished run; None if one of its files is missing or cannot be read, so that it is written again."""
+    try:
+        values = run.read_json("result.json") or {}
+        task.load_model(run.model)
+        result = task.result_type(**values | {"run": str(run.path), "model": str(run.model), "report": str(run.report)})
+    except (ResNetLabError, KeyError, TypeError):
+        return None
+    return result if run.report.is_file() else None
+
+
+class _RecordedRun(NamedTuple):
+    """What a run folder records: the result (None if unfinished), the recipe and the environment."""
+
+    result: TrainResult | None
+    recipe: BaseRecipe
+    environment: dict[str, Any] | None  # None before the run has begun
+
+
+def _join(stack: contextlib.ExitStack, options: RunOptions | None) -> tuple[World, RunOptions]:
+    """The processes of this job, until the stack is closed; only the first one reports."""
+    stack.enter_context(preserve_process_state())
+    world, options = stack.enter_context(join_process_group()), options or RunOptions()
+    return world, options if world.is_first else replace(options, report=_ignore, on_progress=_ignore)
+
+
+def _fit(task: Task, options: RunOptions) -> Task:
+    return task.fit_micro_batch(options.report) if options.fit_micro_batch else task
+
+
+def _reopen(
+    stack: contextlib.ExitStack,
+    world: World,
+    path: Path,
+    options: RunOptions,
+    task_name: str,
+    requested: Overrides | BaseRecipe,
+) -> tuple[Task, RunContext] | TrainResult:
+    """The task and the context of a run, whose folder is locked until the stack is closed; its result if it is finished.
+
+    The first process reads and broadcasts, so the other processes need no access to the run folder.
+    """
+    run = RunFolder.open(path) if world.is_first else RunFolder(path)
+    recorded = None
+    if world.is_first:
+        stack.enter_context(run.lock())
+        recorded = _read_run(run, task_name, requested)
+    result, recipe, before = cast(_RecordedRun, world.broadcast(recorded))
+    context = RunContext(run, options.report, options.on_progress)
+    if result is not None:
+        options.report(f"{path} is finished; nothing to do.")
+        return result
+    if before is None:  # a folder with nothing but its recipe, as --procs makes it
+        task = _fit(build_task(recipe, options, world), options)
+        if world.is_first:
+            _write_setup(run, task, options)
+        return task, context
+    options = replace(
+        options,
+        data_dir=options.data_dir or Path(str(before.get("data_dir", "data"))),
+        device=options.device or str(before.get("device", "auto")),
+    )
+    task = build_task(recipe, options, world, Path(str(before.get("started_in", ""))))
+    _report_differences(before, _describe_machine(task), recipe, options.report)
+    return task, context
+
+
+def _read_run(run: RunFolder, task_name: str, requested: Overrides | BaseRecipe) -> _RecordedRun:
+    """Reads a run, and checks that its recipe is the requested one."""
+    values = run.read_recipe()
+    name = values.get("task", task_name)
+    if name not in TASKS:
+        raise RunError(f"{run.path} is a run of the task {name!r}, which this version of resnetlab does not know.")
+    task = TASKS[name]
+    if name != task_name:
+        raise RunError(f"{run.path} is a run of another task; go on with: {task.command} --resume {run.path}")
+    before = task.recipe_type.from_values(values)
+    # the recipe of a restarted job: its micro-batch was found when the run began
+    requested = requested.with_micro_batch_of(before) if isinstance(requested, BaseRecipe) else requested.apply(before)
+    recipe = before.skip_bad_images_like(requested)
+    if changes := requested.resolve_like(recipe).differences(recipe):
+        raise RunError(
+            f"{run.path} was started with another recipe: you ask for {'; '.join(changes)}. Resume without it, "
+            "or start a new run."
+        )
+    result = read_result(run, task)
+    if result is None:
+        upgrade_run(run, recipe)
+    if recipe.to_json() != before.to_json():
+        write_atomically(run.path / "recipe.toml", recipe.to_toml())
+    run.remove_temporary_files()
+    return _RecordedRun(result, recipe, run.read_json("environment.json"))
+
+
+def _write_setup(run: RunFolder, task: Task, options: RunOptions) -> None:
     """Writes the files that a run folder has from the start."""
-    run.check_empty()  # another process may have been faster
-    write_atomically(run.path / "recipe.toml", recipe.to_toml())
-    places = {"data_dir": str(data_dir.resolve()), "started_in": str(Path.cwd())}
-    run.write_json("environment.json", _describe_machine(task) | {"decoder": jpeg_decoder()} | places)
+    write_atomically(run.path / "recipe.toml", task.recipe.to_toml())
     if task.holdout:
         run.write_json("holdout.json", {split: list(names) for split, names in task.holdout.items()})
+    data_dir = options.data_dir or Path("data")
+    paths = {"data_dir": str(data_dir.resolve()), "started_in": str(Path.cwd())}
+    run.write_json("environment.json", _describe_machine(task) | {"decoder": jpeg_decoder()} | paths)
 
 
 def _describe_machine(task: Task) -> dict[str, object]:
@@ -166,110 +341,16 @@ def _describe_machine(task: Task) -> dict[str, object]:
     return environment(device) | {"device": device.type, "processes": task.device_config.world.size}
 
 
-def resume(
-    path: Path,
-    *,
-    task: str = "classify",
-    data_dir: Path | None = None,
-    device: str | None = None,
-    workers: int | None = None,
-    on_progress: Callable[[Progress], None] = _ignore,
-    report: Callable[[str], None] = _ignore,
-    expect: Callable[[Any], BaseRecipe] = lambda recipe: recipe,
-) -> TrainResult:
-    """Resumes a run from its last checkpoint; the result is bit-identical to that of an uninterrupted run.
-
-    This needs the same kind of device, processor and torch version; `report` is called if one differs from the run's record.
-
-    Args:
-        task: the expected task of the run, a key of training.task_table.
-        device: None takes the kind of device that the run started on.
-        expect: applies the caller's values to the run's recipe; a difference is an error.
-
-    Raises:
-        RunError: not a run folder, another recipe or other data, every checkpoint damaged, or another process trains in it.
-    """
-    with preserve_process_state(), join_process_group() as world:
-        return _resume(
-            world, path, task, data_dir, device, workers, on_progress, report if world.is_first else _ignore, expect
-        )
-
-
-def _resume(
-    world: World,
-    path: Path,
-    task: str,
-    data_dir: Path | None,
-    device: str | None,
-    workers: int | None,
-    on_progress: Callable[[Progress], None],
-    report: Callable[[str], None],
-    expect: Callable[[Any], BaseRecipe],
-) -> TrainResult:
-    run = RunFolder.open(path) if world.is_first else RunFolder(path)
-    with run.lock() if world.is_first else contextlib.nullcontext():
-        known = _recorded(run, task, expect) if world.is_first else None
-        done, recipe, recorded = cast(tuple[TrainResult | None, BaseRecipe, dict[str, Any]], world.broadcast(known))
-        if done is not None:
-            report(f"{path} is finished; nothing to do.")
-            return done
-        if data_dir is None:
-            data_dir = Path(str(recorded.get("data_dir", "data")))
-        kind, place = device or str(recorded.get("device", "auto")), Path(str(recorded.get("started_in", "")))
-        prepared, _ = prepare_task(recipe, data_dir, kind, report, workers, place, world)
-        _report_differences(recorded, _describe_machine(prepared), recipe, report)
-        return run_to_end(prepared, recipe, run, on_progress if world.is_first else _ignore, report)
-
-
-def _recorded(
-    run: RunFolder, task: str, expect: Callable[[Any], BaseRecipe]
-) -> tuple[TrainResult | None, BaseRecipe, dict[str, Any]]:
-    """The result (None if unfinished), the recipe and the environment of a run."""
-    values = run.read_recipe()
-    job = task_table.find_job(values.get("task", task), run.path)
-    if job is not task_table.JOBS[task]:
-        raise RunError(f"{run.path} is a run of another task; go on with: {job.command} --resume {run.path}")
-    recipe: BaseRecipe = job.recipe.from_values(values)
-    asked = expect(recipe)
-    if isinstance(recipe, Recipe) and isinstance(asked, Recipe) and asked.on_bad_image == "skip" != recipe.on_bad_image:
-        recipe = replace(recipe, on_bad_image="skip")  # a run that an unreadable image stopped may continue without it
-    open_ones = {key: getattr(recipe, key) for key in ("precision", "compile") if getattr(asked, key, "") == "auto"}
-    asked = replace(asked, **open_ones)
-    if changed := replace(asked, threads=asked.threads or recipe.threads).differences(recipe):
-        raise RunError(
-            f"{run.path} was started with another recipe: you ask for {'; '.join(changed)}. Resume without it, "
-            "or start a new run."
-        )
-    done = _read_result(run, job)
-    if done is None:
-        upgrade_run(run, recipe)
-    if recipe.to_json() != job.recipe.from_values(values).to_json():
-        write_atomically(run.path / "recipe.toml", recipe.to_toml())
-    run.remove_temporary_files()
-    return done, recipe, run.read_json("environment.json") or {}
-
-
 def _report_differences(
-    recorded: Mapping[str, Any], here: Mapping[str, Any], recipe: BaseRecipe, report: Callable[[str], None]
+    before: Mapping[str, Any], now: Mapping[str, Any], recipe: BaseRecipe, report: Callable[[str], None]
 ) -> None:
     """Reports differences between this machine and the one that the run started on."""
-    places = ("device", "cpu", "gpu", "torch")
-    if other := [f"{k} {recorded.get(k)} (now {here[k]})" for k in places if recorded.get(k) != here[k]]:
+    keys = ("device", "cpu", "gpu", "torch")
+    if other := [f"{key} {before.get(key)} (now {now[key]})" for key in keys if before.get(key) != now[key]]:
         report(f"the run started on another machine or version, so its last bits may differ: {', '.join(other)}")
-    alike = getattr(recipe, "bn_batch", 0) or getattr(recipe, "bn_sync", False)
-    if (before := recorded.get("processes", 1)) != here["processes"] and not alike:
+    same_bn = getattr(recipe, "bn_batch", 0) or getattr(recipe, "bn_sync", False)
+    if (count := before.get("processes", 1)) != now["processes"] and not same_bn:
         report(
-            f"the run started in {before} process{'es' * (before > 1)} (now {here['processes']}): BN sees each one's share "
+            f"the run started in {count} process{'es' * (count > 1)} (now {now['processes']}): BN sees each one's share "
             "of a step, so the result will differ; the images and their order do not."
         )
-
-
-def _read_result(run: RunFolder, job: task_table.Job) -> TrainResult | None:
-    """The result of a finished run; None if one of its files is missing or cannot be read, so that it is written again."""
-    try:
-        done = run.read_json("result.json") or {}
-        job.load(run.model)
-        result = job.result(**done | {"run": str(run.path), "model": str(run.model), "report": str(run.report)})
-    except (ResNetLabError, KeyError, TypeError):
-        return None
-    return result if run.report.is_file() else None

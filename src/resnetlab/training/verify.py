@@ -11,10 +11,11 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 
@@ -39,13 +40,14 @@ def verify_resume(
     short = replace(recipe.rescale(STEPS + 1), log_every=1, eval_every=STEPS // 3, checkpoint_minutes=0.0)
     with TemporaryDirectory(prefix="resnetlab-verify-") as place:
         straight, broken = Path(place) / "straight", Path(place) / "broken"
-        half = STEPS // 2
+        half, stopped = STEPS // 2, 128 + signal.SIGTERM
+        setup = {"recipe": short.to_json(), "data_dir": str(data_dir), "device": device, "workers": workers}
         report(f"training {STEPS} steps without a stop …")
-        _run_child(short, straight, data_dir, device, workers, stop_at=STEPS, kill_at=0, expect=128 + signal.SIGTERM)
+        _run_child(setup, straight, stop_at=STEPS, kill_at=0, expect=stopped)
         report(f"the same again, killed by SIGKILL after step {half} …")
-        _run_child(short, broken, data_dir, device, workers, stop_at=0, kill_at=half, expect=-signal.SIGKILL)
+        _run_child(setup, broken, stop_at=0, kill_at=half, expect=-signal.SIGKILL)
         report("and resumed …")
-        _run_child(short, broken, data_dir, device, workers, stop_at=STEPS, kill_at=0, expect=128 + signal.SIGTERM)
+        _run_child(setup, broken, stop_at=STEPS, kill_at=0, expect=stopped)
         tensors, figures = _compare(RunFolder(straight), RunFolder(broken))
     return (
         f"exact: killed at step {half} and resumed, bit-identical at step {STEPS} in {tensors} tensors and {figures} lines of "
@@ -53,19 +55,9 @@ def verify_resume(
     )
 
 
-def _run_child(
-    recipe: BaseRecipe,
-    out: Path,
-    data_dir: Path,
-    device: str,
-    workers: int | None,
-    *,
-    stop_at: int,
-    kill_at: int,
-    expect: int,
-) -> None:
+def _run_child(setup: Mapping[str, Any], out: Path, *, stop_at: int, kill_at: int, expect: int) -> None:
     """Trains in a process of its own, which kills or stops itself at the given step."""
-    values = json.dumps([recipe.to_json(), str(out), str(data_dir), device, workers, stop_at, kill_at])
+    values = json.dumps({**setup, "out": str(out), "stop_at": stop_at, "kill_at": kill_at})
     code = "import sys; from resnetlab.training.verify import _train; _train(sys.argv[1])"
     done = subprocess.run([sys.executable, "-c", code, values], capture_output=True, text=True)
     if done.returncode != expect:
@@ -75,23 +67,24 @@ def _run_child(
 
 def _train(text: str) -> None:
     """Runs in the child: trains, and sends itself a signal."""
-    from resnetlab.training import task_table, train
     from resnetlab.training.stopping import StopSignal
+    from resnetlab.training.train import TASKS, RunOptions, resume, start_run
 
-    values, out, data_dir, device, workers, stop_at, kill_at = json.loads(text)
-    recipe = task_table.JOBS[values["task"]].recipe.from_values(values)
+    values = json.loads(text)
+    recipe = TASKS[values["recipe"]["task"]].recipe_type.from_values(values["recipe"])
 
     def progress(p: Progress) -> None:
-        if p.step == kill_at:
+        if p.step == values["kill_at"]:
             os.kill(os.getpid(), signal.SIGKILL)
-        if p.step == stop_at - 1:
+        if p.step == values["stop_at"] - 1:
             os.kill(os.getpid(), signal.SIGTERM)  # handled at the next step, after a checkpoint
 
+    options, out = RunOptions(workers=values["workers"], on_progress=progress), Path(values["out"])
     try:
-        if Path(out).is_dir():
-            train.resume(Path(out), task=recipe.task, workers=workers, on_progress=progress)
+        if out.is_dir():
+            resume(out, options, task=recipe.task)
         else:
-            train.start_run(recipe, Path(out), Path(data_dir), device, progress, workers=workers)
+            start_run(recipe, out, replace(options, data_dir=Path(values["data_dir"]), device=values["device"]))
     except StopSignal as stop:
         sys.exit(stop.exit_code)
 

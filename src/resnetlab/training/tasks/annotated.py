@@ -1,79 +1,60 @@
-"""Code shared by detection and segmentation: the task's base class, its preparation, and the network that training starts from.
-
-prepared = prepare_data(plan, read, bn)                  holds images out, builds the network, computes statistics
-prepared.build_task(DetectionTask, plan, head_spec, …)   the task
-"""
+"""Code shared by detection and segmentation: the task's base class, and the network that training starts from."""
 
 from __future__ import annotations
 
 import hashlib
+import time
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
+from typing import Any, ClassVar, Generic, NamedTuple, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from resnetlab.data import sources
 from resnetlab.data.annotated_dataset import AnnotatedDataset, AnnotatedItem, hold_out_images
-from resnetlab.data.annotated_sampler import FLIPS, AnnotatedLoader, AugmentationDraw
+from resnetlab.data.annotated_sampler import FLIPS, AnnotatedLoader, AugmentationDraw, divide_batch
 from resnetlab.data.error_policy import ErrorPolicy
+from resnetlab.data.prefetch import default_workers
 from resnetlab.device import DeviceConfig
+from resnetlab.distributed import World
 from resnetlab.errors import DataError, UsageError, unknown_name_error
-from resnetlab.models.annotated_model import AnnotatedModel
+from resnetlab.models.annotated_model import AnnotatedModel, build_annotated_net
+from resnetlab.models.cost import count_parameters
 from resnetlab.models.head_spec import HeadSpec
 from resnetlab.models.model_file import load_trained_model
 from resnetlab.models.resnet import ResNet, build_from_spec
 from resnetlab.models.spec import Specification, get_specification
 from resnetlab.random import seed_for
+from resnetlab.run_folder import RunFolder, write_atomically
+from resnetlab.training import recipes
+from resnetlab.training.annotated_recipes import AnnotatedRecipe
+from resnetlab.training.annotated_report import render_annotated_report
+from resnetlab.training.result import TrainResult
+from resnetlab.training.run_state import RunState
+from resnetlab.training.tasks.base import Task, TaskSetup
 
 STATISTICS_IMAGES = 256  # about so many images give the channel statistics
 
 P = TypeVar("P", bound=AnnotatedItem)
 S = TypeVar("S")
-T = TypeVar("T", bound="AnnotatedTask[Any, Any]")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan(Generic[P]):
-    """What a task is prepared from.
-
-    Attributes:
-        name: name of the data that the model file records.
-        net, specification: the network and the changes to its specification.
-        start_from: a classifier's model file to start from; None for random weights.
-        sides: further shorter sides that training draws from.
-        val_images: training images to hold out for evaluation while training; chosen by name, the same for every seed.
-        bn_batch: images of a micro-batch; 0 for all of a process's share of a step.
-    """
-
-    data: AnnotatedDataset[P]
-    name: str
-    net: str
-    specification: Mapping[str, Any]
-    init: str
-    start_from: Path | None
-    sides: tuple[int, ...]
-    flips: str
-    val_images: int
-    batch: int
-    bn_batch: int
-    seed: int
-    device_config: DeviceConfig
-    workers: int
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class AnnotatedTask(Generic[P, S]):
-    """Base class of both tasks (`tasks.base`); each adds its loss and its evaluation.
+class AnnotatedTask(Task, Generic[P, S]):
+    """Base class of both tasks; each adds its data, head, loss, evaluation and report.
 
     Attributes:
         held_out: images evaluated while training and never trained on; may be empty.
         test: the images of `evaluated_split`, evaluated once, at the end.
+        errors: handles images and annotations that cannot be used; lists those that were skipped.
     """
 
-    task: ClassVar[str]
+    metrics: ClassVar[tuple[str, ...]]  # that the result has beside those of every task
 
+    recipe: AnnotatedRecipe
     net: nn.Module
     spec: Specification
     head_spec: HeadSpec
@@ -88,87 +69,152 @@ class AnnotatedTask(Generic[P, S]):
     errors: ErrorPolicy
     holdout: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
-    def micro_batches(self, step: int) -> list[list[S]]:
-        """This process's micro-batches of step `step`."""
-        return self.loader.micro_batches(step)
+    @classmethod
+    def build(cls, recipe: Any, setup: TaskSetup) -> Self:
+        """Holds images out, computes statistics, and builds the network with its head."""
+        data = cls.load_data(recipe, setup.started_in / recipe.data)
+        if recipe.flips not in FLIPS:
+            raise unknown_name_error("flips", recipe.flips, FLIPS)
+        train, held_out, holdout = divide_images(data, recipe.val_images)
+        some = train[:: max(1, len(train) // STATISTICS_IMAGES)]  # evenly spaced
+        images = (pixels for _, pixels in data.errors.read_each(some, lambda image: image.read_pixels()))
+        start_from = setup.started_in / recipe.start_from if recipe.start_from else None
+        start = build_starting_network(recipe, start_from, images)
+        head_spec = cls.choose_head(recipe, start, train)
+        net = build_annotated_net(start.net, head_spec, len(data.classes), seed=recipe.seed, **cls.head_options(recipe))
+        device_config = setup.device_config
+        loader = AnnotatedLoader(
+            train,
+            cls.sample_maker(recipe),
+            recipe.batch,
+            recipe.seed,
+            recipe.flips,
+            world=device_config.world,
+            micro_batch=recipe.bn_batch,
+            errors=data.errors,
+            workers=default_workers(device_config) if setup.workers is None else setup.workers,
+        )
+        task = cls(
+            recipe=recipe,
+            net=device_config.place(net),
+            spec=start.net.spec,
+            head_spec=head_spec,
+            classes=data.classes,
+            loader=loader,
+            train=train,
+            held_out=held_out,
+            test=data.test,
+            evaluated_split=data.evaluated_split,
+            data={"name": sources.short_name(recipe.data), "fingerprint": data.fingerprint + start.digest},
+            device_config=device_config,
+            errors=data.errors,
+            holdout=holdout,
+        )
+        setup.report(
+            f"{task.title} on {recipe.data}: {task.describe_data()} to train on, {len(held_out):,} held out, "
+            f"{len(task.test):,} to test on ({task.evaluated_split}); {count_parameters(task.net):,} parameters"
+        )
+        epochs = recipe.steps * recipe.batch / len(train)
+        setup.report(
+            f"{recipe.steps:,} steps of {recipe.batch:,} images are {epochs:,.1f} epochs (--steps changes that)"
+        )
+        return task
+
+    @classmethod
+    def check_batch(cls, recipe: Any, world: World) -> None:
+        divide_batch(recipe.batch, recipe.bn_batch, world.size)
+
+    @classmethod
+    @abstractmethod
+    def load_data(cls, recipe: Any, path: Path) -> AnnotatedDataset[P]:
+        """Loads images with annotations."""
+
+    @classmethod
+    @abstractmethod
+    def choose_head(cls, recipe: Any, start: StartingNetwork, train: Sequence[P]) -> HeadSpec:
+        """The specification of the head."""
+
+    @classmethod
+    def head_options(cls, recipe: Any) -> dict[str, Any]:
+        """Further arguments of `build_annotated_net`."""
+        return {}
+
+    @classmethod
+    @abstractmethod
+    def sample_maker(cls, recipe: Any) -> Callable[[P, AugmentationDraw], S]:
+        """The function that makes a training sample of an image; picklable."""
+
+    @property
+    @abstractmethod
+    def title(self) -> str:
+        """Network and head, for the report."""
+
+    @abstractmethod
+    def describe_data(self) -> str:
+        """The number of training images and classes."""
+
+    @abstractmethod
+    def evaluate(self, images: Sequence[P]) -> Any:
+        """Evaluates the network in its present state."""
+
+    @abstractmethod
+    def describe_result(self, result: Any, metrics: Any) -> dict[str, Any]:
+        """What the report shows of the result: the keyword arguments of `render_annotated_report` but `title`."""
 
     @property
     def skipped(self) -> Mapping[str, str]:
         """name -> reason, of the images and annotations skipped so far."""
         return self.errors.skipped
 
+    def micro_batches(self, step: int) -> list[list[S]]:
+        """This process's micro-batches of step `step`."""
+        return self.loader.micro_batches(step)
+
     def close(self) -> None:
-        """Ends the reading processes."""
+        """Stops the reading processes."""
         self.loader.close()
 
-    def annotated_model(self, recipe: Mapping[str, Any], metrics: Mapping[str, Mapping[str, Any]]) -> AnnotatedModel:
+    def annotated_model(self, metrics: Mapping[str, Mapping[str, Any]]) -> AnnotatedModel:
         """The content of the model file."""
         from resnetlab import __version__
 
         versions = {"resnetlab": __version__, "torch": torch.__version__}
+        recipe = self.recipe.to_json()
         return AnnotatedModel(
-            self.task, self.net, self.spec, self.head_spec, self.classes, recipe, metrics, self.data, versions
+            self.name, self.net, self.spec, self.head_spec, self.classes, recipe, metrics, self.data, versions
         )
 
-
-class PreparedData(NamedTuple, Generic[P]):
-    """The divided images, and the network that gets a head."""
-
-    train: tuple[P, ...]
-    held_out: tuple[P, ...]
-    holdout: dict[str, list[str]]
-    start: StartingNetwork
-
-    def build_task(
-        self,
-        kind: type[T],
-        plan: Plan[P],
-        head_spec: HeadSpec,
-        net: nn.Module,
-        make_sample: Callable[[P, AugmentationDraw], Any],
-    ) -> T:
-        """The task for a complete network."""
-        loader = AnnotatedLoader(
-            self.train,
-            make_sample,
-            plan.batch,
-            plan.seed,
-            plan.flips,
-            world=plan.device_config.world,
-            micro_batch=plan.bn_batch,
-            errors=plan.data.errors,
-            workers=plan.workers,
+    def finish(self, run: RunFolder, state: RunState) -> TrainResult:
+        """Evaluates the final weights on the test split, once; writes model and report."""
+        start = time.perf_counter()
+        recipe, is_first = self.recipe, self.device_config.world.is_first
+        held_out = self.evaluate(self.held_out).to_json() if self.held_out else None
+        metrics = self.evaluate(self.test)
+        values = metrics.to_json()
+        measured = {self.evaluated_split: values} | ({"held_out": held_out} if held_out else {})
+        if is_first:
+            self.annotated_model(measured).save(run.model)
+        state.seconds += time.perf_counter() - start
+        result = self.result_type(
+            run=str(run.path),
+            model=str(run.model),
+            report=str(run.report),
+            split=self.evaluated_split,
+            n=values["n"],
+            steps=state.step,
+            seconds=round(state.seconds, 3),
+            images_per_second=round(recipe.batch * state.step / state.step_seconds, 1),
+            parameters=count_parameters(self.net),
+            budget=recipes.describe_budget(recipe),
+            **{key: values[key] for key in self.metrics},
         )
-        return kind(
-            net=plan.device_config.place(net),
-            spec=self.start.net.spec,
-            head_spec=head_spec,
-            classes=plan.data.classes,
-            loader=loader,
-            train=self.train,
-            held_out=self.held_out,
-            test=plan.data.test,
-            evaluated_split=plan.data.evaluated_split,
-            data={"name": plan.name, "fingerprint": plan.data.fingerprint + self.start.digest},
-            device_config=plan.device_config,
-            errors=plan.data.errors,
-            holdout=self.holdout,
-        )
-
-
-def prepare_data(plan: Plan[P], read: Callable[[P], Tensor], bn: str) -> PreparedData[P]:
-    """Holds images out and builds the network to start from; `read` returns an image's pixels, uint8 (H, W, 3).
-
-    Raises:
-        DataError, UsageError: the data, the network's name or a value is invalid.
-    """
-    if plan.flips not in FLIPS:
-        raise unknown_name_error("flips", plan.flips, FLIPS)
-    train, held_out, holdout = divide_images(plan.data, plan.val_images)
-    some = train[:: max(1, len(train) // STATISTICS_IMAGES)]  # evenly spaced
-    images = (pixels for _, pixels in plan.data.errors.read_each(some, read))
-    start = build_starting_network(plan.net, plan.specification, plan.start_from, plan.init, plan.seed, bn, images)
-    return PreparedData(train, held_out, holdout, start)
+        if is_first:
+            title = f"{self.title} on {sources.short_name(recipe.data)}"
+            page = render_annotated_report(
+                self, recipe, run, result, title=title, **self.describe_result(result, metrics)
+            )
+            write_atomically(run.report, page)
+        return result
 
 
 class StartingNetwork(NamedTuple):
@@ -181,38 +227,32 @@ class StartingNetwork(NamedTuple):
 
 
 def build_starting_network(
-    net: str,
-    changes: Mapping[str, Any],
-    start_from: Path | None,
-    init: str,
-    seed: int,
-    bn: str,
-    images: Iterator[Tensor],
+    recipe: AnnotatedRecipe, start_from: Path | None, images: Iterator[Tensor]
 ) -> StartingNetwork:
     """A classifier with its own channel statistics, from a model file; or a new network with the statistics of images.
 
     Args:
-        net, changes: the network and the changes to its specification.
         start_from: a classifier's model file; None starts from random weights.
-        bn: "live", or "fixed", which needs the statistics of a model file.
         images: training images, uint8 (H, W, 3); read only without a model file.
 
     Raises:
         UsageError: the file holds another network, or BN is fixed and there is no file.
         ModelFileError: the file cannot be read.
     """
-    spec = get_specification(net, **{"channels": 3, "classes": 1} | dict(changes))
+    spec = get_specification(recipe.net, **{"channels": 3, "classes": 1} | dict(recipe.specification))
     if start_from is None:
-        if bn == "fixed":
+        if recipe.bn == "fixed":
             raise UsageError(
                 "bn=fixed keeps the statistics of a classifier, but there is none: give --start-from MODEL, or --set bn=live."
             )
         mean, std = channel_statistics(images)
-        return StartingNetwork(build_from_spec(spec, init=init, seed=seed_for(seed, "init")), mean, std, "")
+        return StartingNetwork(
+            build_from_spec(spec, init=recipe.init, seed=seed_for(recipe.seed, "init")), mean, std, ""
+        )
     bundle = load_trained_model(start_from)
     if replace(bundle.spec, classes=1) != replace(spec, classes=1):
         raise UsageError(
-            f"{start_from} holds another network than {net}; name its own with --net, and its changes with --set."
+            f"{start_from} holds another network than {recipe.net}; name its own with --net, and its changes with --set."
         )
     preprocessing = bundle.preprocessing
     means = preprocessing.mean if preprocessing.mean.ndim == 1 else preprocessing.mean.mean((0, 1))

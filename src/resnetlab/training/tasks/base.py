@@ -1,48 +1,118 @@
-"""What the training loop needs from a task."""
+"""The base class of tasks: what the training loop needs from classification, detection and segmentation."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
 
 from resnetlab.device import DeviceConfig
+from resnetlab.distributed import World
+from resnetlab.errors import RunError
+from resnetlab.run_folder import RunFolder
+from resnetlab.training.recipe import BaseRecipe
+from resnetlab.training.result import TrainResult
+from resnetlab.training.run_state import RunState
 
 
-class Task(Protocol):
-    """A network, its training data, its loss and its evaluation; the loop knows neither images nor labels.
+@dataclass(frozen=True, kw_only=True)
+class TaskSetup:
+    """What a task is built with besides its recipe.
 
-    `train_step` calls `loss` on each of `micro_batches(step)`; from time to time the loop calls `evaluate_held_out`.
+    Attributes:
+        data_dir: the folder of the archives.
+        workers: processes that decode images; None decides by the device.
+        started_in: the folder that paths in the recipe are relative to.
+        report: called with sentences on what happens.
     """
 
-    @property
-    def net(self) -> nn.Module:
-        """The network to train; a checkpoint keeps its parameters and buffers."""
+    device_config: DeviceConfig
+    data_dir: Path
+    workers: int | None = None
+    started_in: Path = field(default_factory=Path)
+    report: Callable[[str], None]
+
+
+class Task(ABC):
+    """A network with its data, loss and evaluation, from `build` to `finish`; the loop knows neither images nor labels.
+
+    `train_step` calls `loss` on each of `micro_batches(step)`; from time to time the loop calls `evaluate_held_out`.
+
+    Attributes:
+        recipe: with all "auto" values resolved.
+        net: the network to train; a checkpoint keeps its parameters and buffers.
+        data: name and fingerprint of the training data.
+        holdout: split -> names of its images, for the splits that were drawn here rather than given by the data.
+    """
+
+    name: ClassVar[str]  # as in recipe.toml
+    command: ClassVar[str]  # that trains it
+    recipe_type: ClassVar[type[BaseRecipe]]
+    result_type: ClassVar[type[TrainResult]]
+    skip_reason: ClassVar[str] = "images could not be read"  # why images are skipped
+
+    recipe: BaseRecipe
+    net: nn.Module
+    device_config: DeviceConfig
+    data: Mapping[str, str]
+    holdout: Mapping[str, Sequence[str]]
+
+    @classmethod
+    @abstractmethod
+    def build(cls, recipe: Any, setup: TaskSetup) -> Self:
+        """Loads the data and builds the network.
+
+        Raises:
+            DataError, UsageError: the data, the network's name or a value cannot be used.
+        """
+
+    @classmethod
+    @abstractmethod
+    def check_batch(cls, recipe: Any, world: World) -> None:
+        """Raises UsageError if so many processes cannot share the batch."""
+
+    @staticmethod
+    @abstractmethod
+    def load_model(path: Path) -> object:
+        """Loads a model file of the task; raises ModelFileError."""
 
     @property
-    def device_config(self) -> DeviceConfig: ...
-
-    @property
-    def data(self) -> Mapping[str, str]:
-        """Name and fingerprint of the training data."""
-
-    @property
-    def holdout(self) -> Mapping[str, Sequence[str]]:
-        """Split -> names of its images, for the splits that were drawn here rather than given by the data."""
-
-    @property
+    @abstractmethod
     def skipped(self) -> Mapping[str, str]:
         """name -> reason, of what was skipped so far."""
 
+    @abstractmethod
     def micro_batches(self, step: int) -> Sequence[Any]:
         """The input of a step, a function of seed and step alone, as micro-batches that go through the network in turn."""
 
+    @abstractmethod
     def loss(self, batch: Any) -> tuple[Tensor, Tensor]:
         """The loss, and an error in [0, 1] to report; both scalars."""
 
+    @abstractmethod
     def evaluate_held_out(self) -> dict[str, float] | None:
         """Figures on the held-out images, the most important first; None if nothing is held out."""
 
+    @abstractmethod
+    def finish(self, run: RunFolder, state: RunState) -> TrainResult:
+        """Evaluates the final weights on the test split, once; writes model and report."""
+
+    def write_running_report(self, run: RunFolder) -> None:
+        """Writes the report of a run that is still training, if the task has one."""
+        return
+
+    def fit_micro_batch(self, report: Callable[[str], None]) -> Self:
+        """The task with the largest micro-batch that fits into memory, if the task can tell."""
+        return self
+
+    def out_of_memory_error(self) -> RunError:
+        """The error for a step that does not fit into memory."""
+        return RunError("this batch does not fit into memory; take a smaller one: --set batch=…")
+
+    @abstractmethod
     def close(self) -> None:
         """Stops the processes that read data."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -17,55 +17,159 @@ from torch.nn import functional as F
 from resnetlab.data import sources
 from resnetlab.data.augment import Augmentation
 from resnetlab.data.crops import Crop
-from resnetlab.data.dataset import MemorySplit, Split, split_stratified
+from resnetlab.data.dataset import Dataset, MemorySplit, Split, split_stratified
 from resnetlab.data.disk_split import ReadOptions
 from resnetlab.data.fingerprints import match_fingerprints, record_fingerprints
 from resnetlab.data.mixing import Mixing
-from resnetlab.data.prefetch import PreprocessedSplit
+from resnetlab.data.prefetch import PreprocessedSplit, default_workers
 from resnetlab.data.sampler import Batch, TrainLoader
 from resnetlab.data.statistics import compute_statistics
-from resnetlab.device import DeviceConfig
-from resnetlab.errors import DataError, UsageError
+from resnetlab.device import DeviceConfig, default_precision
+from resnetlab.distributed import World
+from resnetlab.errors import DataError, RunError, UsageError
+from resnetlab.evaluation.calibration import fit_temperature
 from resnetlab.evaluation.evaluate import evaluate_network, prepare_split
+from resnetlab.evaluation.gradcam import make_cam_overlays
 from resnetlab.evaluation.metrics import ClassificationMetrics
-from resnetlab.models.model_file import TrainedModel
+from resnetlab.models.cost import count_parameters
+from resnetlab.models.model_file import TrainedModel, load_trained_model
 from resnetlab.models.reference_images import MAX_CHECK, MAX_TRAINING, ReferenceImages, spread_positions
 from resnetlab.models.resnet import ResNet
+from resnetlab.nn.batchnorm import convert_sync_batchnorm
 from resnetlab.preprocessing import Preprocessing
-from resnetlab.training.tasks.starting_network import NetworkOptions, file_digest
+from resnetlab.run_folder import RunFolder, read_metrics, write_atomically
+from resnetlab.training import recipes, report
+from resnetlab.training.average import reestimate_bn_statistics
+from resnetlab.training.compilation import choose_compilation
+from resnetlab.training.memory import largest_micro_batch
+from resnetlab.training.micro_batches import count_micro_batches
+from resnetlab.training.recipe import Recipe
+from resnetlab.training.result import ClassificationResult
+from resnetlab.training.run_state import RunState
+from resnetlab.training.tasks.base import Task, TaskSetup
+from resnetlab.training.tasks.starting_network import build_network, file_digest, nearest_name
 
 NORMALISATIONS = ("per-pixel mean", "per-channel mean and std", "as start_from")
 
 
 @dataclass(frozen=True, eq=False)
-class ClassificationTask:
+class ClassificationTask(Task):
     """A classifier, its training data and the images it is evaluated on.
 
     Attributes:
         held_out: images that no step sees, evaluated during training; may be empty.
         test: evaluated once, at the end.
         evaluated_split: the name of `test`: "test", "val" or "held-out".
-        holdout: split -> names of its images, for the splits that were drawn here rather than given by the data.
-        label_smoothing: the share of every target that is spread evenly over all classes (Szegedy et al., arXiv 1512.00567).
-        notes: sentences on where the network comes from.
-        start_fingerprints: the fingerprints of the model that training started from.
         num_micro_batches: of this process's share of a step; they go through the network one after the other.
+        start_fingerprints: of the images that the model was trained on which training started from.
     """
 
+    name = "classify"
+    command = "resnetlab train"
+    recipe_type = Recipe
+    result_type = ClassificationResult
+    load_model = staticmethod(load_trained_model)
+
+    recipe: Recipe
     net: ResNet
     classes: tuple[str, ...]
     preprocessing: Preprocessing
     loader: TrainLoader
     held_out: Split
     test: Split
-    data: dict[str, str]
+    data: Mapping[str, str]
     device_config: DeviceConfig
     evaluated_split: str = "test"
     holdout: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    label_smoothing: float = 0.0
-    notes: Sequence[str] = ()
     num_micro_batches: int = 1
     start_fingerprints: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def build(cls, recipe: Recipe, setup: TaskSetup) -> Self:
+        """Loads the data, holds images out, computes the training images' statistics, and builds the network."""
+        device_config, world = setup.device_config, setup.device_config.world
+        num_micro_batches = count_micro_batches(recipe, world)  # raises before anything takes time
+        if recipe.normalise not in NORMALISATIONS:
+            known = ", ".join(map(repr, NORMALISATIONS))
+            raise UsageError(f"unknown normalise {recipe.normalise!r}; known: {known}.")
+        source = _load_source(recipe, setup)
+        channels = source.train.images.shape[-1] if isinstance(source.train, MemorySplit) else 3
+        start_from = str(setup.started_in / recipe.start_from) if recipe.start_from else ""
+        net, start, notes = build_network(recipe, start_from, channels, source.classes)
+        size = recipe.image_size
+        shape = Preprocessing(
+            channels, (size, size), recipe.eval_resize or size, torch.zeros(channels), torch.ones(channels)
+        )
+        train, held_out, test, holdout = _hold_out(recipe, source, shape)
+        preprocessing = _normalised(recipe.normalise, train, shape, start)
+        known = start.fingerprints if start else {}
+        trained_on = start.data.get("fingerprint", "") if start else ""
+        if n := int(match_fingerprints(known, trained_on, source, source.test).seen.sum()):
+            notes.append(
+                f"{n:,} of the {len(source.test):,} images to test on were seen in the training of {start_from}"
+            )
+        device_config.place(net)
+        if recipe.schedule == "plateau" and not len(held_out):
+            raise UsageError(
+                "schedule=plateau watches the held-out error, but nothing is held out; add --set val_images=1000."
+            )
+        loader = TrainLoader(
+            train,
+            preprocessing,
+            Augmentation(
+                recipe.pad, recipe.pad_with, recipe.flip, recipe.colour, recipe.trivial_augment, recipe.erasing
+            ),
+            recipe.batch,
+            recipe.seed,
+            device_config,
+            Crop(recipe.crop, recipe.scale, recipe.area),
+            Mixing(recipe.mixup, recipe.cutmix),
+            len(source.classes),
+            world,
+        )
+        if not recipe.net:
+            name, changes = nearest_name(net.spec)
+            recipe = replace(recipe, net=name, specification=changes)
+        device_config = choose_compilation(device_config, recipe, net.spec)
+        if not device_config.cuda_graph:  # "auto" chooses a graph again when the run is resumed
+            recipe = replace(recipe, compile="on" if device_config.compiled else "off")
+        if recipe.bn_sync:
+            convert_sync_batchnorm(net, world)
+        origin = {"start_from": file_digest(start_from)} if start else {}
+        task = cls(
+            recipe=recipe,
+            net=net,
+            classes=source.classes,
+            preprocessing=preprocessing,
+            loader=loader,
+            held_out=held_out,
+            test=test,
+            data={"name": sources.short_name(recipe.data), "fingerprint": source.fingerprint} | origin,
+            device_config=device_config,
+            evaluated_split=source.evaluated_split,
+            holdout=holdout,
+            num_micro_batches=num_micro_batches,
+            start_fingerprints=known,
+        )
+        for sentence in [*notes, *task._describe()]:
+            setup.report(sentence)
+        return task
+
+    @classmethod
+    def check_batch(cls, recipe: Recipe, world: World) -> None:
+        count_micro_batches(recipe, world)
+
+    def _describe(self) -> list[str]:
+        """Sentences on data, network and length of the run."""
+        recipe, n = self.recipe, len(self.loader.split)
+        evaluated = "" if self.evaluated_split == "test" else f" ({self.evaluated_split})"
+        data = sources.strip_signature(recipe.data)
+        counts = f"{n:,} images to train on, {len(self.held_out):,} held out, {len(self.test):,} to test on{evaluated}"
+        sentences = [f"{recipe.net} on {data}: {counts}; {count_parameters(self.net):,} parameters"]
+        if not sources.is_builtin(recipe.data):
+            steps, epochs = f"{recipe.steps:,} steps of {recipe.batch:,} images", recipe.steps * recipe.batch / n
+            sentences.append(f"{steps} are {epochs:,.1f} epochs (--steps changes that)")
+        return sentences
 
     def micro_batches(self, step: int) -> list[Batch]:
         """The micro-batches of this process's share of step `step`."""
@@ -74,9 +178,7 @@ class ClassificationTask:
             return [batch]
         if len(batch.labels) < 2 * self.num_micro_batches:
             raise DataError(f"too few of the images of step {step:,} can be read; fix them: resnetlab data check.")
-        return [
-            Batch(*part) for part in zip(*(each.tensor_split(self.num_micro_batches) for each in batch), strict=True)
-        ]
+        return [Batch(*part) for part in zip(*(x.tensor_split(self.num_micro_batches) for x in batch), strict=True)]
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Mean cross entropy in nats, and the share of images whose highest score is another class; both scalars.
@@ -84,8 +186,8 @@ class ClassificationTask:
         A mixed image counts as the class that it shows most of.
         """
         logits = self._forward(batch.images).float()  # (B, classes)
-        wrong = (logits.detach().argmax(1) != batch.labels).float().mean()
-        return F.cross_entropy(logits, batch.targets, label_smoothing=self.label_smoothing), wrong
+        error = (logits.detach().argmax(1) != batch.labels).float().mean()
+        return F.cross_entropy(logits, batch.targets, label_smoothing=self.recipe.label_smoothing), error
 
     @cached_property
     def _forward(self) -> Callable[[Tensor], Tensor]:
@@ -108,6 +210,42 @@ class ClassificationTask:
         """Stops the loader's processes."""
         self.loader.close()
 
+    def fit_micro_batch(self, report: Callable[[str], None]) -> Self:
+        """The task with the largest micro-batch that fits into memory; its recipe records it as `bn_batch`."""
+        size, task = self._largest_micro_batch(), self
+        if size is None or size == self._micro_batch_size:
+            report("batch auto: the batch fits as it is")
+            return task
+        world = self.device_config.world
+        recipe = replace(self.recipe, bn_batch=size * world.size if self.recipe.bn_sync else size)
+        report(f"batch auto: micro-batches of {size:,} images fit")
+        return replace(self, recipe=recipe, num_micro_batches=count_micro_batches(recipe, world))
+
+    def out_of_memory_error(self) -> RunError:
+        """The error for a step that does not fit into memory, with the micro-batch that would fit."""
+        # several processes do not try
+        size = self._largest_micro_batch(smaller=True) if self.device_config.world.size == 1 else None
+        fits = (
+            f"{size:,} would fit: start again with --set bn_batch={size} (or --batch auto)"
+            if size
+            else "take --batch auto"
+        )
+        return RunError(
+            f"{self._micro_batch_size:,} images at once do not fit into memory; {fits}, which keeps the batch of "
+            f"{self.recipe.batch:,}; or with --set recompute=true."
+        )
+
+    @property
+    def _micro_batch_size(self) -> int:
+        return self.recipe.batch // self.device_config.world.size // self.num_micro_batches
+
+    def _largest_micro_batch(self, smaller: bool = False) -> int | None:
+        """The largest micro-batch, no larger (or smaller) than the present one, that fits into memory; None if none does."""
+        share, limit = self.recipe.batch // self.device_config.world.size, self._micro_batch_size - smaller
+        shape = (self.preprocessing.channels, *self.preprocessing.size)
+        sizes = [size for size in range(limit, 1, -1) if share % size == 0]
+        return largest_micro_batch(self.net, self.device_config, shape, share, sizes)
+
     def evaluated_images(self, split: Split) -> PreprocessedSplit:
         """The images of an evaluated split as the network got them, in the evaluation's order."""
         return PreprocessedSplit(split.without_skipped(), self.preprocessing)
@@ -117,32 +255,32 @@ class ClassificationTask:
         train, kept = self.loader.split, self.held_out
         size = math.prod((*self.preprocessing.size, self.preprocessing.channels))
         if len(kept):
-            learnt, checked = (
+            training_positions, check_positions = (
                 spread_positions(len(train), MAX_TRAINING, size),
                 spread_positions(len(kept), MAX_CHECK, size),
             )
         else:  # alternately, from one split
             kept, both = train, spread_positions(len(train), 2 * MAX_CHECK, size // 2)
-            learnt, checked = both[::2], both[1::2]
-        check, training = self._read(kept, checked), self._read(train, learnt)
+            training_positions, check_positions = both[::2], both[1::2]
+        check, training = self._read(kept, check_positions), self._read(train, training_positions)
         if not check:
             return None
         labels = kept.labels[torch.tensor([i for i, _ in check])]
         h, w, c = (*self.preprocessing.size, self.preprocessing.channels)
-        learnt_from = [x for _, x in training]
+        training_images = [x for _, x in training]
         return ReferenceImages(
             torch.stack([x for _, x in check]),
             labels.to(torch.int64),
-            torch.stack(learnt_from) if learnt_from else torch.empty(0, h, w, c, dtype=torch.uint8),
+            torch.stack(training_images) if training_images else torch.empty(0, h, w, c, dtype=torch.uint8),
         )
 
     def _read(self, split: Split, positions: Sequence[int]) -> list[tuple[int, Tensor]]:
         """(position, uint8 (h, w, C)) of the images that can be read."""
-        views, found = PreprocessedSplit(split, self.preprocessing), []
+        images, readable = PreprocessedSplit(split, self.preprocessing), []
         for i in positions:
             with contextlib.suppress(DataError):
-                found.append((i, views[i].clone()))
-        return found
+                readable.append((i, images[i].clone()))
+        return readable
 
     @property
     def skipped(self) -> Mapping[str, str]:
@@ -150,114 +288,126 @@ class ClassificationTask:
         splits = (self.loader.split, self.held_out, self.test)
         return {name: why for split in splits for name, why in split.errors.skipped.items()}
 
-    def trained_model(self, recipe: Mapping[str, Any], metrics: Mapping[str, Mapping[str, Any]]) -> TrainedModel:
+    def trained_model(self, metrics: Mapping[str, Mapping[str, Any]]) -> TrainedModel:
         """The content of the model file."""
         from resnetlab import __version__
 
-        versions = {"resnetlab": __version__, "torch": torch.__version__}
         seen = [self.loader.split, *([self.held_out] if "evaluated while training" in self.holdout else [])]
         held_out = [self.test] if self.evaluated_split in self.holdout else []
         return TrainedModel(
             net=self.net,
             classes=self.classes,
             preprocessing=self.preprocessing,
-            recipe=recipe,
+            recipe=self._shared_recipe.to_json(),
             metrics=metrics,
             data=self.data,
-            versions=versions,
+            versions={"resnetlab": __version__, "torch": torch.__version__},
             fingerprints=record_fingerprints(seen, held_out, self.start_fingerprints),
         )
 
+    def finish(self, run: RunFolder, state: RunState) -> ClassificationResult:
+        """Evaluates the final weights (or their average) on the test split, once; writes model and report."""
+        start = time.perf_counter()
+        recipe, is_first = self.recipe, self.device_config.world.is_first
+        if recipe.precise_bn:
+            reestimate_bn_statistics(self, recipe.precise_bn)
+        kept = self.evaluate(self.held_out) if len(self.held_out) else None
+        temperature = fit_temperature(kept.log_scores, kept.labels) if kept else 1.0
+        held_out = kept.with_temperature(temperature).to_json() if kept else None
+        evaluation = self.evaluate(self.test).with_temperature(temperature)
+        measured = {self.evaluated_split: evaluation.to_json()} | ({"held_out": held_out} if held_out else {})
+        fitted = {"data": self.data["name"], "split": "held_out", "n": kept.n, "protocol": "1crop"} if kept else {}
+        if is_first:
+            model = self.trained_model(measured)
+            replace(model, temperature=temperature, calibration=fitted, reference_images=self.reference_images()).save(
+                run.model
+            )
+        state.seconds += time.perf_counter() - start
+        result = ClassificationResult(
+            run=str(run.path),
+            model=str(run.model),
+            report=str(run.report),
+            split=self.evaluated_split,
+            n=evaluation.n,
+            top1_error=evaluation.top1_error,
+            top1_interval=tuple(measured[self.evaluated_split]["top1_interval"]),
+            top5_error=evaluation.top5_error,
+            held_out_error=held_out["top1_error"] if held_out else None,
+            steps=state.step,
+            seconds=round(state.seconds, 3),
+            images_per_second=round(recipe.batch * state.step / state.step_seconds, 1),
+            parameters=count_parameters(self.net),
+            budget=recipes.describe_budget(recipe),
+        )
+        if is_first:
+            images = self.evaluated_images(self.test)
+            overlays = make_cam_overlays(
+                self.net, evaluation, images, self.preprocessing, self.device_config, report.OVERLAYS
+            )
+            page = report.render_report(
+                **self._report_values(run),
+                evaluation=evaluation,
+                images=images,
+                overlays=overlays,
+                result=result.to_json(),
+            )
+            write_atomically(run.report, page)
+        return result
 
-def prepare(
-    *,
-    data: str,
-    data_dir: Path,
-    reading: ReadOptions,
-    network: NetworkOptions,
-    size: int,
-    resize: int,
-    normalise: str,
-    held_out: int,
-    crop: Crop,
-    augmentation: Augmentation,
-    mixing: Mixing,
-    label_smoothing: float,
-    batch: int,
-    num_micro_batches: int,
-    seed: int,
-    device_config: DeviceConfig,
-) -> ClassificationTask:
-    """Loads the data, holds images out, computes the training images' statistics, and builds the network.
+    def write_running_report(self, run: RunFolder) -> None:
+        """Writes the report of a run that is still training: its curves so far, and its recipe."""
+        write_atomically(run.report, report.render_progress(**self._report_values(run), run=str(run.path)))
 
-    Args:
-        size: side of the network's input, in pixels.
-        resize: the shorter side is resized to this many pixels before the centre crop; 0 for `size`.
-        normalise: "per-pixel mean" (2015 §4.2: the mean alone), "per-channel mean and std", or "as start_from" (the model's).
-        held_out: how many training images are held out for evaluation during training; stratified, the same for every seed.
+    def _report_values(self, run: RunFolder) -> dict[str, Any]:
+        """The arguments shared by both reports."""
+        recipe = self._shared_recipe
+        return {
+            "title": f"{recipe.net} on {sources.short_name(recipe.data)}",
+            "recipe": recipe.to_json(),
+            "differences": recipes.describe_changes(recipe, default_precision(self.device_config.device)),
+            "budget": recipes.describe_budget(recipe),
+            "metrics": read_metrics(run),
+            "environment": run.read_json("environment.json") or {},
+        }
 
-    Raises:
-        DataError, UsageError: the data, the network's name or a value cannot be used.
-    """
-    if normalise not in NORMALISATIONS:
-        raise UsageError(f"unknown normalise {normalise!r}; known: {', '.join(map(repr, NORMALISATIONS))}.")
-    source = sources.load_dataset(data, data_dir, reading)
+    @property
+    def _shared_recipe(self) -> Recipe:
+        """The recipe for files to give away: the address of its data has no signature. recipe.toml has it whole."""
+        return replace(self.recipe, data=sources.strip_signature(self.recipe.data))
+
+
+def _load_source(recipe: Recipe, setup: TaskSetup) -> Dataset:
+    """The data of a recipe."""
+    quarantine = str(setup.started_in / recipe.quarantine) if recipe.quarantine else ""
+    workers = default_workers(setup.device_config) if setup.workers is None else setup.workers
+    data = sources.resolve_data_path(recipe.data, setup.started_in)
+    source = sources.load_dataset(data, setup.data_dir, ReadOptions(recipe.on_bad_image, quarantine, workers))
     if not len(source.train):
         raise DataError(
             f"{data} has no train folder; training needs class folders, or train/ with class folders in it."
         )
-    channels = source.train.images.shape[-1] if isinstance(source.train, MemorySplit) else 3
-    net, start, notes = network.build(channels, source.classes)
-    shape = Preprocessing(channels, (size, size), resize or size, torch.zeros(channels), torch.ones(channels))
+    return source
+
+
+def _hold_out(
+    recipe: Recipe, source: Dataset, shape: Preprocessing
+) -> tuple[Split, Split, Split, dict[str, Sequence[str]]]:
+    """(training images, held-out images, test images, names of the images in the splits drawn here)."""
     everything, test = (
-        split if crop.kind != "centre" else prepare_split(split, shape) for split in (source.train, source.test)
+        split if recipe.crop != "centre" else prepare_split(split, shape) for split in (source.train, source.test)
     )
-    train, kept = everything, source.val or everything.subset(torch.empty(0, dtype=torch.long))
-    drawn = {source.evaluated_split: source.test.names} if source.all_images is not None else {}
-    if held_out:
-        if source.val is not None:
-            raise UsageError(
-                f"{data} has a val folder, which is evaluated while training; leave out val_images={held_out}."
-            )
-        rest, chosen = split_stratified(everything.labels, held_out)
-        train, kept = everything.subset(rest), everything.subset(chosen)
-        drawn = drawn | {"evaluated while training": kept.names}
-    preprocessing = _normalised(normalise, train, shape, start)
-    origin = {"start_from": file_digest(network.start_from)} if start else {}
-    known = start.fingerprints if start else {}
-    trained_on = start.data.get("fingerprint", "") if start else ""
-    if n := int(match_fingerprints(known, trained_on, source, source.test).seen.sum()):
-        notes.append(
-            f"{n:,} of the {len(source.test):,} images to test on were seen in the training of {network.start_from}"
+    holdout: dict[str, Sequence[str]] = (
+        {source.evaluated_split: source.test.names} if source.all_images is not None else {}
+    )
+    if not recipe.val_images:
+        return everything, source.val or everything.subset(torch.empty(0, dtype=torch.long)), test, holdout
+    if source.val is not None:
+        raise UsageError(
+            f"{recipe.data} has a val folder, which is evaluated while training; leave out val_images={recipe.val_images}."
         )
-    device_config.place(net)
-    return ClassificationTask(
-        net=net,
-        classes=source.classes,
-        preprocessing=preprocessing,
-        loader=TrainLoader(
-            train,
-            preprocessing,
-            augmentation,
-            batch,
-            seed,
-            device_config,
-            crop,
-            mixing,
-            len(source.classes),
-            device_config.world,
-        ),
-        held_out=kept,
-        test=test,
-        data={"name": sources.short_name(data), "fingerprint": source.fingerprint} | origin,
-        device_config=device_config,
-        evaluated_split=source.evaluated_split,
-        holdout=drawn,
-        label_smoothing=label_smoothing,
-        notes=notes,
-        num_micro_batches=num_micro_batches,
-        start_fingerprints=known,
-    )
+    rest, chosen = split_stratified(everything.labels, recipe.val_images)
+    held_out = everything.subset(chosen)
+    return everything.subset(rest), held_out, test, holdout | {"evaluated while training": held_out.names}
 
 
 def _normalised(normalise: str, train: Split, shape: Preprocessing, start: TrainedModel | None) -> Preprocessing:

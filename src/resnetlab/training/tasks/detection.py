@@ -3,26 +3,37 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from resnetlab.data import box_dataset
+from resnetlab.data.annotated_dataset import AnnotatedDataset
 from resnetlab.data.annotated_sampler import AugmentationDraw, flip_boxes, flip_image
 from resnetlab.data.annotations import AnnotatedImage
 from resnetlab.device import to_device
 from resnetlab.errors import DataError
+from resnetlab.evaluation import overlays
 from resnetlab.evaluation.detection import (
     DetectionMetrics,
     compute_detection_metrics,
     predict_boxes,
     require_coco_eval,
 )
-from resnetlab.models.annotated_model import build_annotated_net
+from resnetlab.models.annotated_model import load_annotated
 from resnetlab.models.head_spec import DetectionOptions, DetectorSpec
-from resnetlab.training.tasks.annotated import AnnotatedTask, Plan, prepare_data
+from resnetlab.training.annotated_recipes import DetectionRecipe
+from resnetlab.training.annotated_report import MAX_IMAGES
+from resnetlab.training.result import DetectionResult
+from resnetlab.training.tasks.annotated import AnnotatedTask, StartingNetwork
+
+COLUMNS = (("class", "class"), ("n", "boxes"), ("ap_50", "AP@.5"), ("ap", "AP@[.5:.95]"), ("voc_ap", "VOC AP"))
+MIN_SCORE = 0.5  # of the boxes that the report shows
 
 
 class DetectionSample(NamedTuple):
@@ -42,11 +53,50 @@ def make_detection_sample(image: AnnotatedImage, draw: AugmentationDraw) -> Dete
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class DetectionTask(AnnotatedTask[AnnotatedImage, DetectionSample]):
-    """A detector with its training and evaluation images (`tasks.base`)."""
+    """A detector with its training and evaluation images."""
 
-    task = "detect"
+    name = "detect"
+    command = "resnetlab detect train"
+    recipe_type = DetectionRecipe
+    result_type = DetectionResult
+    skip_reason = "boxes or images were invalid"
+    metrics = ("map", "map_50", "voc_map", "per_class")
+    load_model = staticmethod(partial(load_annotated, task="detect"))
 
+    recipe: DetectionRecipe
     head_spec: DetectorSpec
+
+    @classmethod
+    def load_data(cls, recipe: DetectionRecipe, path: Path) -> AnnotatedDataset[AnnotatedImage]:
+        data = box_dataset.load_boxes(path, recipe.on_bad_box)
+        require_coco_eval()
+        return data
+
+    @classmethod
+    def choose_head(
+        cls, recipe: DetectionRecipe, start: StartingNetwork, train: Sequence[AnnotatedImage]
+    ) -> DetectorSpec:
+        """The detector's specification; its anchors are chosen from the training boxes unless the recipe gives them."""
+        keys = ("image_size", "longest", "bn", "frozen", "form", "context", "pyramid")
+        anchors = recipe.anchors or choose_anchors(train, recipe.image_size, recipe.longest, recipe.form)
+        values: dict[str, Any] = {key: getattr(recipe, key) for key in keys}
+        return DetectorSpec(mean=start.mean, std=start.std, anchors=anchors, **values)
+
+    @classmethod
+    def head_options(cls, recipe: DetectionRecipe) -> dict[str, Any]:
+        return {"sides": recipe.sides, "regions": recipe.regions}
+
+    @classmethod
+    def sample_maker(cls, recipe: DetectionRecipe) -> Callable[[AnnotatedImage, AugmentationDraw], DetectionSample]:
+        return make_detection_sample
+
+    @property
+    def title(self) -> str:
+        return f"{self.recipe.net} ({self.recipe.form})"
+
+    def describe_data(self) -> str:
+        count, anchors = sum(len(image.boxes) for image in self.train), ", ".join(map(str, self.head_spec.anchors))
+        return f"{len(self.train):,} images, {count:,} boxes of {len(self.classes)} classes (anchors {anchors} px)"
 
     def loss(self, batch: list[DetectionSample]) -> tuple[Tensor, Tensor]:
         """The sum of both stages' four losses, and the fraction of regions whose class is wrong; scalars."""
@@ -74,27 +124,22 @@ class DetectionTask(AnnotatedTask[AnnotatedImage, DetectionSample]):
         metrics = self.evaluate(self.held_out)
         return {"map_50": metrics.map_50, "map": metrics.map}
 
-
-def prepare_detection_task(
-    plan: Plan[AnnotatedImage], values: Mapping[str, Any], anchors: tuple[int, ...], regions: int
-) -> DetectionTask:
-    """Holds images out, chooses anchors, computes statistics, and builds the network.
-
-    Args:
-        values: values of `DetectorSpec` except `mean`, `std` and `anchors`.
-        anchors: side lengths in pixels of the resized image; () chooses them from the training boxes.
-        regions: see `models.detection.build_detector`.
-
-    Raises:
-        DataError, UsageError: the data, the network's name or a value is invalid.
-    """
-    require_coco_eval()
-    prepared = prepare_data(plan, AnnotatedImage.read_pixels, values["bn"])
-    anchors = anchors or choose_anchors(prepared.train, values["image_size"], values["longest"], values["form"])
-    start, classes = prepared.start, len(plan.data.classes)
-    spec = DetectorSpec(mean=start.mean, std=start.std, anchors=anchors, **values)
-    net = build_annotated_net(start.net, spec, classes, seed=plan.seed, sides=plan.sides, regions=regions)
-    return prepared.build_task(DetectionTask, plan, spec, net, make_detection_sample)
+    def describe_result(self, result: DetectionResult, metrics: DetectionMetrics) -> dict[str, Any]:
+        count = sum(row["n"] for row in result.per_class)
+        scope = f"On the {self.evaluated_split} split, {result.n:,} images with {count:,} boxes"
+        images = []
+        for truth, found in list(zip(metrics.truth, metrics.detections, strict=True))[:MAX_IMAGES]:
+            overlay = overlays.draw_boxes(truth.read_pixels(), found.at_least(MIN_SCORE), self.classes, truth)
+            images.append((truth.name, overlays.jpeg_data_uri(overlay)))
+        return {
+            "merit": f"{result.map_50:.3f} mAP@.5, {result.map:.3f} mAP",
+            "lead": f"{scope}; Pascal VOC's mAP is {result.voc_map:.3f}.",
+            "columns": COLUMNS,
+            "images": images,
+            "curve": overlays.precision_recall_svg(metrics),
+            "caption": f"Boxes of score {MIN_SCORE:g} or more in their class's colour, true boxes thin and white; "
+            "the first images.",
+        }
 
 
 def choose_anchors(images: Sequence[AnnotatedImage], size: int, longest: int, form: str) -> tuple[int, ...]:

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from resnetlab.data import mask_dataset
+from resnetlab.data.annotated_dataset import AnnotatedDataset
 from resnetlab.data.annotated_sampler import AugmentationDraw, flip_image
 from resnetlab.data.mask_dataset import VOID, MaskedImage
 from resnetlab.device import to_device
-from resnetlab.evaluation.segmentation import SegmentationMetrics, compute_segmentation_metrics
-from resnetlab.models.annotated_model import build_annotated_net
+from resnetlab.evaluation import overlays
+from resnetlab.evaluation.segmentation import SegmentationMetrics, compute_segmentation_metrics, segment_image
+from resnetlab.models.annotated_model import load_annotated
 from resnetlab.models.head_spec import SegmenterSpec
-from resnetlab.training.tasks.annotated import AnnotatedTask, Plan, prepare_data
+from resnetlab.training.annotated_recipes import SegmentationRecipe
+from resnetlab.training.annotated_report import MAX_IMAGES
+from resnetlab.training.result import SegmentationResult
+from resnetlab.training.tasks.annotated import AnnotatedTask, StartingNetwork
+
+COLUMNS = (("class", "class"), ("pixels", "pixels"), ("iou", "IoU"))
 
 
 class SegmentationSample(NamedTuple):
@@ -48,11 +57,42 @@ def make_segmentation_sample(
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class SegmentationTask(AnnotatedTask[MaskedImage, SegmentationSample]):
-    """A segmenter with its training and evaluation images (`tasks.base`)."""
+    """A segmenter with its training and evaluation images."""
 
-    task = "segment"
+    name = "segment"
+    command = "resnetlab segment train"
+    recipe_type = SegmentationRecipe
+    result_type = SegmentationResult
+    skip_reason = "masks or images were invalid"
+    metrics = ("mean_iou", "pixel_error", "per_class")
+    load_model = staticmethod(partial(load_annotated, task="segment"))
 
+    recipe: SegmentationRecipe
     head_spec: SegmenterSpec
+
+    @classmethod
+    def load_data(cls, recipe: SegmentationRecipe, path: Path) -> AnnotatedDataset[MaskedImage]:
+        return mask_dataset.load_masks(path, recipe.on_bad_mask)
+
+    @classmethod
+    def choose_head(
+        cls, recipe: SegmentationRecipe, start: StartingNetwork, train: Sequence[MaskedImage]
+    ) -> SegmenterSpec:
+        keys = ("image_size", "longest", "bn", "frozen", "head", "output_stride")
+        values: dict[str, Any] = {key: getattr(recipe, key) for key in keys}
+        return SegmenterSpec(mean=start.mean, std=start.std, **values)
+
+    @classmethod
+    def sample_maker(cls, recipe: SegmentationRecipe) -> Callable[[MaskedImage, AugmentationDraw], SegmentationSample]:
+        size = recipe.image_size
+        return partial(make_segmentation_sample, size=size, sides=(size, *recipe.sides))
+
+    @property
+    def title(self) -> str:
+        return f"{self.recipe.net} ({self.recipe.head})"
+
+    def describe_data(self) -> str:
+        return f"{len(self.train):,} images of {len(self.classes)} classes"
 
     def loss(self, batch: list[SegmentationSample]) -> tuple[Tensor, Tensor]:
         """Mean cross entropy in nats over the pixels that are not VOID, and the fraction of them that is wrong; scalars."""
@@ -74,11 +114,18 @@ class SegmentationTask(AnnotatedTask[MaskedImage, SegmentationSample]):
         """Mean intersection over union on the held-out images."""
         return {"mean_iou": self.evaluate(self.held_out).mean_iou} if self.held_out else None
 
-
-def prepare_segmentation_task(plan: Plan[MaskedImage], values: Mapping[str, Any]) -> SegmentationTask:
-    """Holds images out, computes statistics, and builds the network; see `tasks.detection.prepare_detection_task`."""
-    prepared = prepare_data(plan, MaskedImage.read_pixels, values["bn"])
-    spec = SegmenterSpec(mean=prepared.start.mean, std=prepared.start.std, **values)
-    net = build_annotated_net(prepared.start.net, spec, len(plan.data.classes), seed=plan.seed)
-    make_sample = partial(make_segmentation_sample, size=spec.image_size, sides=(spec.image_size, *plan.sides))
-    return prepared.build_task(SegmentationTask, plan, spec, net, make_sample)
+    def describe_result(self, result: SegmentationResult, metrics: SegmentationMetrics) -> dict[str, Any]:
+        images = []
+        for image in metrics.images[:MAX_IMAGES]:
+            pixels = image.read_pixels()
+            overlay = overlays.draw_mask(pixels, segment_image(self.net, pixels, self.head_spec, self.device_config))
+            images.append((image.name, overlays.jpeg_data_uri(overlay)))
+        return {
+            "merit": f"{result.mean_iou:.3f} mean IoU",
+            "lead": f"On the {self.evaluated_split} split, {result.n:,} images; {100 * result.pixel_error:.2f} % of pixels "
+            "are wrong.",
+            "columns": COLUMNS,
+            "images": images,
+            "curve": None,
+            "caption": "Each class in its colour, the background unchanged; the first images of the split.",
+        }

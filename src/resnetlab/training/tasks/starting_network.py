@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,72 +17,57 @@ from resnetlab.models.model_file import TrainedModel, load_trained_model
 from resnetlab.models.resnet import ResNet, build_from_spec
 from resnetlab.models.spec import Specification, get_specification, list_network_names
 from resnetlab.random import seed_for
+from resnetlab.training.recipe import Recipe
 
 
-@dataclass(frozen=True, kw_only=True)
-class NetworkOptions:
-    """How a task builds its network.
+def build_network(
+    recipe: Recipe, start_from: str, channels: int, classes: Sequence[str]
+) -> tuple[ResNet, TrainedModel | None, list[str]]:
+    """The network, the model that it starts from, and sentences on what was taken from that.
 
-    Attributes:
-        name: of models.spec; "" takes the network of the model file.
-        changes: to the specification of that name.
-        init, zero_last_bn: see models.resnet.initialise.
-        stochastic_depth: share of images for which the last block's F is dropped in training; linearly less in earlier blocks.
-        recompute: keep few activations and recompute the others.
+    Args:
         start_from: a model file, or "".
-        frozen_bn: BN keeps its weights and statistics.
-        seed: of the initial weights.
+
+    Raises:
+        UsageError: an unknown network or value, or one that differs from the model file's.
+        ModelFileError: the model file is missing or damaged.
     """
+    start = load_trained_model(Path(start_from)) if start_from else None
+    changes = {"channels": channels, "classes": len(classes)} | dict(recipe.specification)
+    if start is None:
+        if not recipe.net:
+            raise UsageError("the recipe has no network of its own; give a model file: --start-from MODEL.")
+        spec = get_specification(recipe.net, **changes)
+    else:
+        spec = replace(start.spec, classes=len(classes))
+        _compare_specifications(start_from, start.spec, spec, recipe.net, changes)
+    seed = seed_for(recipe.seed, "init")
+    net = build_from_spec(spec, init=recipe.init, seed=seed, zero_last_bn=recipe.zero_init_last_bn)
+    notes = [] if start is None else [_copy_weights(net, start, classes, start_from)]
+    net.recompute = recipe.recompute
+    blocks = list(net.blocks())
+    for i, (_, block) in enumerate(blocks, 1):
+        block.drop_path = recipe.stochastic_depth * i / len(blocks)
+    for module in net.modules() if recipe.frozen_bn else ():
+        if isinstance(module, nn.BatchNorm2d):
+            module.requires_grad_(False)
+    return net, start, notes
 
-    name: str
-    changes: Mapping[str, Any]
-    init: str = "fan_in"
-    zero_last_bn: bool = False
-    stochastic_depth: float = 0.0
-    recompute: bool = False
-    start_from: str = ""
-    frozen_bn: bool = False
-    seed: int = 0
 
-    def build(self, channels: int, classes: Sequence[str]) -> tuple[ResNet, TrainedModel | None, list[str]]:
-        """The network, the model that it starts from, and sentences on what was taken from that.
-
-        Raises:
-            UsageError: an unknown network or value, or one that differs from the model file's.
-            ModelFileError: the model file is missing or damaged.
-        """
-        start = load_trained_model(Path(self.start_from)) if self.start_from else None
-        changes = {"channels": channels, "classes": len(classes)} | dict(self.changes)
-        if start is None:
-            if not self.name:
-                raise UsageError("the recipe has no network of its own; give a model file: --start-from MODEL.")
-            spec = get_specification(self.name, **changes)
-        else:
-            spec = replace(start.spec, classes=len(classes))
-            self._compare(start.spec, spec, changes)
-        net = build_from_spec(spec, init=self.init, seed=seed_for(self.seed, "init"), zero_last_bn=self.zero_last_bn)
-        notes = [] if start is None else [_copy_weights(net, start, classes, self.start_from)]
-        net.recompute = self.recompute
-        blocks = list(net.blocks())
-        for i, (_, block) in enumerate(blocks, 1):
-            block.drop_path = self.stochastic_depth * i / len(blocks)
-        for module in net.modules() if self.frozen_bn else ():
-            if isinstance(module, nn.BatchNorm2d):
-                module.requires_grad_(False)
-        return net, start, notes
-
-    def _compare(self, theirs: Specification, spec: Specification, changes: Mapping[str, Any]) -> None:
-        """Raises UsageError if the model file holds another network than requested."""
-        if changes["channels"] != theirs.channels:
-            raise UsageError(
-                f"{self.start_from} takes images of {theirs.channels} channels, the data have {changes['channels']}; "
-                "start from another model."
-            )
-        if self.name and get_specification(self.name, **changes) != spec:
-            raise UsageError(
-                f"{self.start_from} holds {nearest_name(theirs)[0]}, not the {self.name} that is asked for; leave out --net "
-                "and the values of its specification."
-            )
+def _compare_specifications(
+    start_from: str, theirs: Specification, spec: Specification, net: str, changes: Mapping[str, Any]
+) -> None:
+    """Raises UsageError if the model file holds another network than requested."""
+    if changes["channels"] != theirs.channels:
+        raise UsageError(
+            f"{start_from} takes images of {theirs.channels} channels, the data have {changes['channels']}; "
+            "start from another model."
+        )
+    if net and get_specification(net, **changes) != spec:
+        raise UsageError(
+            f"{start_from} holds {nearest_name(theirs)[0]}, not the {net} that is asked for; leave out --net "
+            "and the values of its specification."
+        )
 
 
 @torch.no_grad()

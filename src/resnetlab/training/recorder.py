@@ -1,0 +1,219 @@
+"""What happens around the steps of a run: logging, evaluations of held-out images, checkpoints, progress, stops."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from resnetlab.distributed import PROCESS_GONE, World
+from resnetlab.errors import DivergedError, RunError
+from resnetlab.run_folder import MetricsLog, RunFolder
+from resnetlab.training.checkpoint import TrainState, save_checkpoint
+from resnetlab.training.result import Progress
+from resnetlab.training.run_state import RunState
+from resnetlab.training.step import StepOutput
+from resnetlab.training.stopping import StopRequest, StopSignal
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """The folder of a run, and the callbacks for its messages and its progress."""
+
+    run: RunFolder
+    report: Callable[[str], None]
+    on_progress: Callable[[Progress], None]
+
+
+class Recorder:
+    """Records a run step by step; only the first process writes files."""
+
+    def __init__(self, train_state: TrainState, context: RunContext, request: StopRequest) -> None:
+        self._train_state, self._context, self._request = train_state, context, request
+        self._task, self._world = train_state.task, train_state.task.device_config.world
+        self._metrics = MetricsLog(context.run, train_state.state.step) if self._world.is_first else None
+        self._timer, self._saved = StepTimer(train_state.state), time.monotonic()
+        self._held_out: Mapping[str, float] = {}
+        self._refresh_report = Throttle(partial(self._task.write_running_report, context.run))
+
+    @property
+    def how_to_resume(self) -> str:
+        return f"go on with: {self._task.command} --resume {self._context.run.path}"
+
+    @contextlib.contextmanager
+    def closing(self) -> Iterator[None]:
+        """Stops the task's processes and closes the files on exit."""
+        try:
+            yield
+        finally:
+            self._task.close()
+            if self._metrics is not None:
+                self._metrics.close()
+                self.note_skipped(self._task.skipped)
+
+    def start_step(self) -> None:
+        """Starts the step's time."""
+        self._timer.start()
+
+    def batch_ready(self) -> None:
+        """Ends the time of waiting for the step's batch."""
+        self._timer.batch_ready()
+
+    def end_step(self, output: StepOutput, lr: float) -> None:
+        """Logs, evaluates, saves and stops where it is time to.
+
+        Raises:
+            StopSignal: a stop was requested; the step is saved.
+            DivergedError, RunError: the loss is not finite; a file cannot be written.
+        """
+        train_state, recipe, world = self._train_state, self._train_state.recipe, self._world
+        state = train_state.state
+        state.losses.append(output.loss)
+        state.errors.append(output.error)
+        last = state.step == recipe.steps
+        logging = last or state.step % recipe.log_every == 0
+        due = world.is_first and time.monotonic() - self._saved >= 60 * recipe.checkpoint_minutes
+        requested = self._request.signum or 0  # read once: a later signal waits for the next step
+        # maxima, so that all processes stop at the same step
+        signum, saving = world.all_reduce_max(requested, int(last or requested > 0 or due))
+        if logging or saving or self._task.device_config.device.type == "cpu":
+            _check_finite(state, lr, world)  # on a GPU this synchronises, so only when something else does
+        self._timer.stop()
+        if logging:
+            figures = self._log(output, lr)
+        if last or state.step % recipe.eval_every == 0:
+            self._held_out = self._evaluate()
+        if logging:
+            self._context.on_progress(self._progress(figures, lr))
+        if saving and self._metrics is not None:
+            self._metrics.sync()
+            save_checkpoint(self._context.run, train_state)
+            self._saved = time.monotonic()
+            if not last:
+                self._refresh_report()
+        if signum and not last:
+            raise StopSignal(signum, f"stopped at step {state.step:,}, which is saved; {self.how_to_resume}")
+
+    def note_skipped(self, skipped: Mapping[str, str]) -> None:
+        """Lists in the run folder what was skipped because it could not be used."""
+        run = self._context.run
+        before = run.read_json("skipped.json") or {}
+        if new := {name: why for name, why in skipped.items() if name not in before}:
+            run.write_json("skipped.json", before | new)
+            n, file = len(before) + len(new), run.path / "skipped.json"
+            self._context.report(f"{n:,} {self._task.skip_reason} and were left out; {file} lists them")
+
+    def report_graph(self, sentence: str) -> None:
+        """Reports and records how steps are executed."""
+        run = self._context.run
+        self._context.report(sentence)
+        run.write_json("environment.json", (run.read_json("environment.json") or {}) | {"steps": sentence})
+
+    def _log(self, output: StepOutput, lr: float) -> dict[str, float]:
+        """Writes the means since the last line; ends the warm-up of 2015 §4.2 if the error is below its bound."""
+        state, recipe = self._train_state.state, self._train_state.recipe
+        loss, error = (float(torch.stack(values).mean()) for values in (state.losses, state.errors))
+        if recipe.warmup == "train-error" and state.warmup_end is None and error < recipe.warmup_error:
+            state.warmup_end = state.step
+        state.losses.clear()
+        state.errors.clear()
+        figures = {
+            "loss": loss,
+            "error": error,
+            "lr": lr,
+            "gradient_norm": float(output.grad_norm),
+            "images_per_second": recipe.batch * state.step / state.step_seconds,
+            "share_waiting": self._timer.share_waiting(),
+            "seconds": state.seconds,
+        }
+        if self._metrics is not None:
+            self._metrics.write("train", state.step, **figures)
+        return figures
+
+    def _evaluate(self) -> Mapping[str, float]:
+        """Evaluates the held-out images with the weights that would be saved; updates the schedule "plateau"."""
+        state, recipe = self._train_state.state, self._train_state.recipe
+        with self._train_state.average.swap_in():
+            figures = self._task.evaluate_held_out() or {}
+        if figures and recipe.schedule == "plateau":
+            state.update_plateau(next(iter(figures.values())), recipe.patience)
+        if figures and self._metrics is not None:
+            self._metrics.write("held_out", state.step, **figures)
+        return figures
+
+    def _progress(self, figures: Mapping[str, float], lr: float) -> Progress:
+        state, steps = self._train_state.state, self._train_state.recipe.steps
+        return Progress(
+            step=state.step,
+            steps=steps,
+            lr=lr,
+            loss=figures["loss"],
+            error=figures["error"],
+            held_out=self._held_out,
+            images_per_second=figures["images_per_second"],
+            seconds_left=state.seconds / state.step * (steps - state.step),
+        )
+
+
+def _check_finite(state: RunState, lr: float, world: World) -> None:
+    """Raises DivergedError, naming the step, if a loss since the last line is not finite; RunError in other processes."""
+    finite = torch.stack(state.losses).isfinite().tolist()
+    if all(finite):
+        return
+    if not world.is_first:
+        raise RunError(f"{PROCESS_GONE}: the loss is not finite.")
+    step = state.step - len(finite) + finite.index(False)
+    raise DivergedError(
+        f"the loss is not finite at step {step:,} (learning rate {lr:g}); try a tenth of the learning rate "
+        f"(--set lr={lr / 10:g}), a warm-up (--set warmup=steps) or --set precision=fp32."
+    )
+
+
+class Throttle:
+    """Calls a function at most every `pause` seconds, and so rarely that it takes at most 2 % of the time."""
+
+    def __init__(self, function: Callable[[], None], pause: float = 30.0) -> None:
+        self._function, self._pause = function, pause
+        self._next = time.monotonic() + pause
+
+    def __call__(self) -> None:
+        start = time.monotonic()
+        if start < self._next:
+            return
+        self._function()
+        now = time.monotonic()
+        self._next = now + max(self._pause, 50 * (now - start))
+
+
+class StepTimer:
+    """Measures the time of steps and of waiting for data; adds to the totals of the run state."""
+
+    def __init__(self, state: RunState) -> None:
+        self._state, self._began = state, time.perf_counter() - state.seconds
+        self._started = self._logged = time.perf_counter()
+        self._waited = 0.0
+
+    def start(self) -> None:
+        """Marks the start of a step."""
+        self._started = time.perf_counter()
+
+    def batch_ready(self) -> None:
+        """Marks that the step's batch is ready."""
+        self._waited += time.perf_counter() - self._started
+
+    def stop(self) -> None:
+        """Marks the end of the step."""
+        now = time.perf_counter()
+        self._state.step_seconds += now - self._started
+        self._state.seconds = now - self._began
+
+    def share_waiting(self) -> float:
+        """The share of time spent waiting for images since the last call."""
+        now = time.perf_counter()
+        share = self._waited / max(now - self._logged, 1e-9)
+        self._waited, self._logged = 0.0, now
+        return min(1.0, share)

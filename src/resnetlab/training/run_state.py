@@ -1,0 +1,33 @@
+"""The counters of a run, which a checkpoint keeps beside network and optimizer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+
+@dataclass
+class RunState:
+    """The progress of a run: everything but the network and the optimizer."""
+
+    step: int = 0  # steps completed
+    warmup_end: int | None = None  # step at which the warm-up "train-error" ended
+    lr_drops: int = 0  # schedule "plateau": how often the learning rate was divided by 10
+    best: float | None = None  # lowest held-out error so far
+    bad_evaluations: int = 0  # evaluations since then, or since the learning rate was divided
+    losses: list[Tensor] = field(
+        default_factory=list
+    )  # scalars, one for each step since the last line of metrics.jsonl
+    errors: list[Tensor] = field(default_factory=list)
+    seconds: float = 0.0  # of training and evaluation
+    step_seconds: float = 0.0  # of training steps only
+
+    def update_plateau(self, error: float, patience: int) -> None:
+        """Counts an evaluation for the schedule "plateau" (2015 §3.4)."""
+        if self.best is None or error < self.best:
+            self.best, self.bad_evaluations = error, 0
+            return
+        self.bad_evaluations += 1
+        if self.bad_evaluations >= patience:
+            self.lr_drops, self.bad_evaluations = self.lr_drops + 1, 0
