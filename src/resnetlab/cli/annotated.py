@@ -160,18 +160,20 @@ def train_annotated(task: str, data: str | None, options: TrainOptions, recipe_v
 
     overrides = Overrides(data=data, net=options.net, steps=options.steps, seed=options.seed, values=pairs)
     run_options = training.RunOptions(device=options.device, workers=options.workers, report=console.log)
-    procs, restarts = options.procs, options.max_restarts
+    new = None
     if options.resume is None:
         new = overrides.apply(recipes.find_recipe(options.recipe or DEFAULT_RECIPES[task], task))
-        if procs is not None:
-            return launch.start_in_processes(new, options.out, run_options, procs, restarts)
-    elif procs is not None:
-        return launch.resume_in_processes(options.resume, run_options, procs, restarts, task=task, overrides=overrides)
+    if options.procs is not None:
+        processes = launch.Processes(options.procs, options.max_restarts)
+        return launch.train_in_processes(
+            new, options.resume or options.out, run_options, processes, task=task, overrides=overrides
+        )
     with console.show_training() as on_progress:
         run_options = replace(run_options, on_progress=on_progress)
-        if options.resume is None:
+        if new is not None:
             result = training.start_run(new, options.out, run_options)
         else:
+            assert options.resume is not None
             result = training.resume(options.resume, run_options, task=task, overrides=overrides)
     return result if is_first_process() else None
 

@@ -8,7 +8,7 @@ import os
 import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from resnetlab.cli import console
 from resnetlab.distributed import PROCESS_GONE
@@ -37,39 +37,44 @@ def _check_process_count(processes: int, device: str | None) -> None:
         raise UsageError(f"--procs {processes} is not from 1 to {most}, the {what} of this machine.")
 
 
-def start_in_processes(
-    recipe: BaseRecipe, out: Path | None, options: RunOptions, processes: int, restarts: int
+class Processes(NamedTuple):
+    """How many processes train, and how often they are restarted from the last checkpoint after one has died."""
+
+    number: int
+    restarts: int
+
+
+def train_in_processes(
+    recipe: BaseRecipe | None,
+    path: Path | None,
+    options: RunOptions,
+    processes: Processes,
+    *,
+    task: str = "classify",
+    overrides: Overrides,
 ) -> TrainResult:
-    """Trains a complete recipe into a new run folder, in several processes that resume it."""
+    """Trains a complete recipe into the new run folder `path`, or without a recipe resumes the run there."""
     from resnetlab.data.sources import short_name
     from resnetlab.distributed import World
     from resnetlab.run_folder import RunFolder, write_atomically
-    from resnetlab.training.train import TASKS
+    from resnetlab.training.train import TASKS, check_resume
 
-    _check_process_count(processes, options.device)
-    TASKS[recipe.task].check_batch(recipe, World(0, processes))
-    run = RunFolder.create(out, short_name(recipe.data))
+    _check_process_count(processes.number, options.device)
+    if recipe is None:
+        assert path is not None
+        check_resume(path, task, overrides)
+        return _launch(RunFolder(path), task, options, processes)
+    TASKS[task].check_batch(recipe, World(0, processes.number))
+    run = RunFolder.create(path, short_name(recipe.data))
     write_atomically(run.path / "recipe.toml", recipe.to_toml())
     try:
-        return _launch(run, recipe.task, options, processes, restarts)
+        return _launch(run, task, options, processes)
     finally:
         if not (run.path / "environment.json").exists():  # the run has not begun
             with contextlib.suppress(OSError):
                 (run.path / "recipe.toml").unlink()
                 (run.path / ".lock").unlink(missing_ok=True)
                 run.path.rmdir()
-
-
-def resume_in_processes(
-    path: Path, options: RunOptions, processes: int, restarts: int, *, task: str = "classify", overrides: Overrides
-) -> TrainResult:
-    """Resumes a run in several processes."""
-    from resnetlab.run_folder import RunFolder
-    from resnetlab.training.train import check_resume
-
-    _check_process_count(processes, options.device)
-    check_resume(path, task, overrides)
-    return _launch(RunFolder(path), task, options, processes, restarts)
 
 
 def train_process(request: str) -> None:
@@ -89,7 +94,7 @@ def train_process(request: str) -> None:
         resume(Path(values["run"]), options, task=values["task"])
 
 
-def _launch(run: RunFolder, task: str, options: RunOptions, processes: int, restarts: int) -> TrainResult:
+def _launch(run: RunFolder, task: str, options: RunOptions, processes: Processes) -> TrainResult:
     """Resumes a run in several processes; restarts them from the last checkpoint if one fails.
 
     Raises:
@@ -107,7 +112,7 @@ def _launch(run: RunFolder, task: str, options: RunOptions, processes: int, rest
 
     # the store of a restarted job must not hold keys of the failed one (torch 2.15: some restarts hang)
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes.number)))
     logging.getLogger("torch.distributed.elastic").setLevel(
         logging.CRITICAL
     )  # it would print our messages as tracebacks
@@ -115,15 +120,15 @@ def _launch(run: RunFolder, task: str, options: RunOptions, processes: int, rest
         config = LaunchConfig(
             min_nodes=1,
             max_nodes=1,
-            nproc_per_node=processes,
+            nproc_per_node=processes.number,
             run_id=str(os.getpid()),
-            max_restarts=restarts,
+            max_restarts=processes.restarts,
             rdzv_backend="c10d",
             rdzv_endpoint="localhost:0",
             local_addr="localhost",  # the default, the machine's name, may not resolve in a container
             rdzv_configs={"timeout": 60},
             monitor_interval=0.1,
-            logs_specs=DefaultLogsSpecs(log_dir=logs, redirects=dict.fromkeys(range(1, processes), Std.ERR)),
+            logs_specs=DefaultLogsSpecs(log_dir=logs, redirects=dict.fromkeys(range(1, processes.number), Std.ERR)),
         )
         request = {
             "run": str(run.path),
@@ -148,7 +153,7 @@ def _launch(run: RunFolder, task: str, options: RunOptions, processes: int, rest
                         sys.stderr.write(stderr)
                 raise SystemExit(code) from None
             raise RunError(
-                f"process {rank} of {processes} was killed (signal {-code}), and {restarts} restarts were allowed; go on with: "
+                f"process {rank} of {processes.number} was killed (signal {-code}), and {processes.restarts} restarts were allowed; go on with: "
                 f"{TASKS[task].command} --resume {run.path}"
             ) from None
     result = read_result(run, TASKS[task])

@@ -121,22 +121,13 @@ def train(
     options = training.RunOptions(
         data_dir=data_dir, device=device, workers=workers, fit_micro_batch=batch == "auto", report=console.log
     )
-    new = None
-    if resume is None:
-        new = overrides.apply(_named(recipe or ("finetune" if start_from else None), data))
+    base = recipe or ("finetune" if start_from else None)
+    new = None if resume is not None else overrides.apply(_named(base, data))
     if verify_resume:
-        if procs is not None or batch == "auto" or json:
-            raise UsageError(
-                "--verify-resume uses one process and the recipe's batch, and prints a sentence; leave out --procs, "
-                "--batch auto and --json."
-            )
-        return _verify(new, options)
+        return _verify(new, options, alone=procs is None and not json)
     if procs is not None:
-        if new is not None:
-            result = launch.start_in_processes(new, out, options, procs, max_restarts)
-        else:
-            assert resume is not None
-            result = launch.resume_in_processes(resume, options, procs, max_restarts, overrides=overrides)
+        processes = launch.Processes(procs, max_restarts)
+        result = launch.train_in_processes(new, resume or out, options, processes, overrides=overrides)
     elif max_restarts:
         raise UsageError(
             "--max-restarts is for processes that --procs starts; give it, or torchrun its own --max-restarts."
@@ -176,10 +167,15 @@ def _named(name: str | None, data: str | None) -> Recipe:
     return recipe
 
 
-def _verify(recipe: Recipe | None, options: RunOptions) -> None:
-    """Verifies resume and prints the result."""
+def _verify(recipe: Recipe | None, options: RunOptions, alone: bool) -> None:
+    """Verifies resume and prints the result; `alone` is False if an option does not fit."""
     from resnetlab.training.verify import verify_resume
 
+    if options.fit_micro_batch or not alone:
+        raise UsageError(
+            "--verify-resume uses one process and the recipe's batch, and prints a sentence; leave out --procs, "
+            "--batch auto and --json."
+        )
     if recipe is None:
         raise UsageError("--verify-resume takes a recipe, not a run; leave out --resume.")
     data_dir, device = options.data_dir or Path("data"), options.device or "auto"
