@@ -153,8 +153,8 @@ def _launch(run: RunFolder, task: str, options: RunOptions, processes: Processes
                         sys.stderr.write(stderr)
                 raise SystemExit(code) from None
             raise RunError(
-                f"process {rank} of {processes.number} was killed (signal {-code}), and {processes.restarts} restarts were allowed; go on with: "
-                f"{TASKS[task].command} --resume {run.path}"
+                f"process {rank} of {processes.number} was killed (signal {-code}), and {processes.restarts} restarts were "
+                f"allowed; go on with: {TASKS[task].command} --resume {run.path}"
             ) from None
     result = read_result(run, TASKS[task])
     if result is None:
