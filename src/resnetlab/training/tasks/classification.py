@@ -102,9 +102,9 @@ class ClassificationTask(Task):
         )
         train, held_out, test, holdout = _hold_out(recipe, source, shape)
         preprocessing = _normalised(recipe.normalise, train, shape, start)
-        known = start.fingerprints if start else {}
+        fingerprints = start.fingerprints if start else {}
         trained_on = start.data.get("fingerprint", "") if start else ""
-        if n := int(match_fingerprints(known, trained_on, source, source.test).seen.sum()):
+        if n := int(match_fingerprints(fingerprints, trained_on, source, source.test).seen.sum()):
             notes.append(
                 f"{n:,} of the {len(source.test):,} images to test on were seen in the training of {start_from}"
             )
@@ -149,7 +149,7 @@ class ClassificationTask(Task):
             evaluated_split=source.evaluated_split,
             holdout=holdout,
             num_micro_batches=num_micro_batches,
-            start_fingerprints=known,
+            start_fingerprints=fingerprints,
         )
         for sentence in [*notes, *task._describe()]:
             setup.report(sentence)
