@@ -40,6 +40,21 @@ def test_help_is_light(arguments: list[str]) -> None:
     assert "train" in output
 
 
+def test_help_lists_every_command_with_its_description() -> None:
+    from resnetlab.cli.main import app
+
+    described = []
+    for group in (app, app["data"], app["detect"], app["segment"]):
+        for name in group:
+            if not name.startswith(("-", "_")):
+                described.append(name)
+                assert group[name].help.strip().splitlines()[0], f"{name} has no description"
+    assert len(described) == 13 + 2 + 5 + 4  # of the top level, data, detect, segment
+    heavy, output = loaded_by(MAIN.format(arguments=["--help"]))
+    lines = [line.strip("│").split() for line in output.splitlines() if line.startswith("│ ") and line[2] != " "]
+    assert not heavy and len(lines) == 13 + 2 and all(len(line) > 2 for line in lines)  # and --help, --version
+
+
 def test_what_is_heavy_would_be_seen() -> None:
     assert loaded_by("import scipy")[0] == ["scipy"]
 

@@ -12,10 +12,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from resnetlab.errors import RunError
+from resnetlab.errors import PROCESS_GONE, RunError
 
 T = TypeVar("T")
-PROCESS_GONE = "another process of this job is gone"
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,8 @@ import difflib
 import json
 from collections.abc import Iterable
 
+PROCESS_GONE = "another process of this job is gone"  # of the processes that torchrun or --procs started
+
 
 class ResNetLabError(Exception):
     """Base of all errors that the command line prints as one sentence."""

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from resnetlab.cli import console
-from resnetlab.distributed import PROCESS_GONE
-from resnetlab.errors import RunError, UsageError
+from resnetlab.errors import PROCESS_GONE, RunError, UsageError
 
 if TYPE_CHECKING:
     from resnetlab.run_folder import RunFolder

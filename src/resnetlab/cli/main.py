@@ -13,7 +13,16 @@ from types import FrameType
 from cyclopts import App, CycloptsError
 
 import resnetlab
-from resnetlab.cli import console
+from resnetlab.cli import annotated, console, data, weights
+from resnetlab.cli.evaluate import evaluate
+from resnetlab.cli.explain import explain
+from resnetlab.cli.inspect import inspect
+from resnetlab.cli.launch import train_process
+from resnetlab.cli.predict import predict
+from resnetlab.cli.push import push
+from resnetlab.cli.serve import serve
+from resnetlab.cli.study import study
+from resnetlab.cli.train import train
 from resnetlab.errors import ResNetLabError
 from resnetlab.training.stopping import StopSignal
 
@@ -26,29 +35,24 @@ app = App(
     help_format="markdown",
     result_action="return_value",
 )
-app.command("resnetlab.cli.train:train", name="train")
-app.command("resnetlab.cli.launch:train_process", name="_train-process", show=False)
-app.command("resnetlab.cli.evaluate:evaluate", name="evaluate")
-app.command("resnetlab.cli.predict:predict", name="predict")
-app.command("resnetlab.cli.explain:explain", name="explain")
-app.command("resnetlab.cli.push:push", name="push")
-app.command("resnetlab.cli.serve:serve", name="serve")
-app.command("resnetlab.cli.inspect:inspect", name="inspect")
-app.command("resnetlab.cli.study:study", name="study")
-app.command("resnetlab.cli.weights:import_", name="import")
-app.command("resnetlab.cli.weights:export", name="export")
+app.command(train)
+app.command(train_process, name="_train-process", show=False)
+for command in (evaluate, predict, explain, push, serve, inspect, study):
+    app.command(command)
+app.command(weights.import_, name="import")
+app.command(weights.export)
 
-data = App(name="data", help="Check data before training; pack them into shards.")
-data.command("resnetlab.cli.data:check", name="check")
-data.command("resnetlab.cli.data:pack", name="pack")
-app.command(data)
+data_app = App(name="data", help="Check data before training; pack them into shards.")
+data_app.command(data.check)
+data_app.command(data.pack)
+app.command(data_app)
 
 detect = App(name="detect", help="Detect objects: train a detector on boxes, evaluate it, use it.")
 segment = App(name="segment", help="Label every pixel: train a segmenter on masks, evaluate it, use it.")
-for command in ("train", "evaluate", "predict", "export"):
-    detect.command(f"resnetlab.cli.annotated:detect_{command}", name=command)
-    segment.command(f"resnetlab.cli.annotated:segment_{command}", name=command)
-detect.command("resnetlab.cli.annotated:detect_localise", name="localise")
+for name in ("train", "evaluate", "predict", "export"):
+    detect.command(getattr(annotated, f"detect_{name}"), name=name)
+    segment.command(getattr(annotated, f"segment_{name}"), name=name)
+detect.command(annotated.detect_localise, name="localise")
 app.command(detect)
 app.command(segment)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, partial
 from pathlib import Path
 
 from resnetlab.data import cifar, digits, download, folder, shards
@@ -12,12 +13,21 @@ from resnetlab.data.disk_split import ReadOptions
 from resnetlab.data.remote_shards import is_url
 from resnetlab.errors import DataError, UsageError, unknown_name_error
 
-BUILTIN_NAMES = ("digits", "cifar10", "cifar100")
+
+@lru_cache(maxsize=1)  # several runs in one process read the files once
+def _load_cifar_once(name: str, data_dir: Path) -> Dataset:
+    return cifar.load_cifar(data_dir, name)
+
+
+BUILTIN: dict[str, Callable[[Path], Dataset]] = {  # name -> loads it from the folder of archives
+    "digits": lambda data_dir: digits.load_digits(),
+    **{name: partial(_load_cifar_once, name) for name in cifar.VERSIONS},
+}
 
 
 def is_builtin(data: str) -> bool:
     """Whether DATA is a data set's name, not a path or an address."""
-    return data in BUILTIN_NAMES
+    return data in BUILTIN
 
 
 def strip_signature(data: str) -> str:
@@ -53,12 +63,10 @@ def load_dataset(name: str, data_dir: Path, read_options: ReadOptions | None = N
     read_options = read_options or ReadOptions()
     if not name.strip():
         raise UsageError(
-            f"the data set's name is empty; give a folder of class folders, or one of {', '.join(BUILTIN_NAMES)}."
+            f"the data set's name is empty; give a folder of class folders, or one of {', '.join(BUILTIN)}."
         )
-    if name == "digits":
-        return digits.load_digits()
-    if name in cifar.VERSIONS:
-        return _load_cached(name, data_dir.resolve())
+    if name in BUILTIN:
+        return BUILTIN[name](data_dir.resolve())
     if shards.is_shard_pattern(name):
         return shards.load_shards(name, data_dir, read_options)
     path = Path(name)
@@ -67,10 +75,5 @@ def load_dataset(name: str, data_dir: Path, read_options: ReadOptions | None = N
     if path.exists():
         raise DataError(f"{name} is a file; give the folder that holds the class folders.")
     if "/" in name:
-        raise DataError(f"{name} is not there; give a folder of class folders, or one of {', '.join(BUILTIN_NAMES)}.")
-    raise unknown_name_error("data set", name, BUILTIN_NAMES)
-
-
-@lru_cache(maxsize=1)  # several runs in one process read the files once
-def _load_cached(name: str, data_dir: Path) -> Dataset:
-    return cifar.load_cifar(data_dir, name)
+        raise DataError(f"{name} is not there; give a folder of class folders, or one of {', '.join(BUILTIN)}.")
+    raise unknown_name_error("data set", name, BUILTIN)

@@ -25,7 +25,7 @@ class Convergence(Study):
 
     def adapt(self, setting: Setting) -> Setting:
         """The ImageNet nets on the user's folder, unless depths are given."""
-        return replace(setting, photographs=setting.data not in sources.BUILTIN_NAMES and not setting.depths)
+        return replace(setting, photographs=setting.data not in sources.BUILTIN and not setting.depths)
 
     def networks(self, setting: Setting) -> tuple[str, str]:
         """The names of the plain net and the residual one."""

@@ -10,8 +10,8 @@ from functools import partial
 
 import torch
 
-from resnetlab.distributed import PROCESS_GONE, World
-from resnetlab.errors import DivergedError, RunError
+from resnetlab.distributed import World
+from resnetlab.errors import PROCESS_GONE, DivergedError, RunError
 from resnetlab.run_folder import MetricsLog, RunFolder
 from resnetlab.training.checkpoint import TrainState, save_checkpoint
 from resnetlab.training.result import Progress
