@@ -17,6 +17,7 @@ from PIL import Image
 from resnetlab.cli import main
 from resnetlab.cli.main import run_command
 from resnetlab.data import cifar, digits
+from resnetlab.tensor_file import read_tensor_file, write_tensor_file
 
 SHORT = ("--steps", "20", "--net", "resnet8", "--set", "image_size=8", "--device", "cpu")
 
@@ -107,6 +108,14 @@ def test_what_cannot_be_found_exits_with_1(capsys: pytest.CaptureFixture[str], t
         assert sentence in err.splitlines()[-1], err
 
 
+def rewrite_specification(model: Path, folder: Path, **changes: object) -> bytes:
+    """A model file with another specification and the digest of that: whole, but made wrongly."""
+    tensors, metadata = read_tensor_file(model, "model file")
+    metadata["specification"] |= changes
+    write_tensor_file(folder / "changed.safetensors", tensors, metadata)
+    return (folder / "changed.safetensors").read_bytes()
+
+
 def test_damaged_and_foreign_model_files(capsys: pytest.CaptureFixture[str], tmp_path: Path, model: Path) -> None:
     import torch
     from safetensors.torch import save_file
@@ -118,8 +127,9 @@ def test_damaged_and_foreign_model_files(capsys: pytest.CaptureFixture[str], tmp
         "is not a complete safetensors file": whole[:-1],
         "not a complete safetensors": whole[: header - 5],
         "not a complete safetensors file (": b"PK\x03\x04 a zip file, as torch.save writes",
-        "does not match its own specification": whole.replace(b'\\"depths\\": [1, 1, 1]', b'\\"depths\\": [1, 1, 2]'),
-        "unknown shortcut 'Z'": whole.replace(b'\\"shortcut\\": \\"A\\"', b'\\"shortcut\\": \\"Z\\"'),
+        "its contents do not match its digest": whole.replace(b'\\"depths\\": [1, 1, 1]', b'\\"depths\\": [1, 1, 2]'),
+        "does not match its own specification": rewrite_specification(model, tmp_path, depths=[1, 1, 2]),
+        "unknown shortcut 'Z'": rewrite_specification(model, tmp_path, shortcut="Z"),
     }
     file = tmp_path / "m.safetensors"
     for sentence, content in contents.items():
@@ -129,7 +139,7 @@ def test_damaged_and_foreign_model_files(capsys: pytest.CaptureFixture[str], tmp
         assert code == 1 and sentence in err and str(file) in err, err
     save_file({"weight": torch.zeros(3)}, file)
     code, _, err = run_cli(capsys, "predict", str(file), "x.png")
-    assert code == 1 and "holds tensors but no resnetlab model file: it was made by other software" in err
+    assert code == 1 and "contains tensors but no resnetlab model file: it was made by other software" in err
 
 
 def test_evaluate_json(capsys: pytest.CaptureFixture[str], model: Path) -> None:

@@ -91,7 +91,7 @@ def test_a_flat_val_by_its_list(tmp_path: Path, form: str) -> None:
     assert run_command(["data", "check", str(root), "--no-timing", "--workers", "0"]) == 0  # none of them is a stray
 
 
-CLASSES: dict[str, str] = {
+CLASS_FILES: dict[str, str] = {
     "LOC_synset_mapping.txt": MAPPING,
     "synset_words.txt": MAPPING,
     "classes.txt": MAPPING,
@@ -100,14 +100,14 @@ CLASSES: dict[str, str] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("file", CLASSES)
+@pytest.mark.parametrize("file", CLASS_FILES)
 def test_class_names_beside(tmp_path: Path, file: str) -> None:
     root = imagenet(tmp_path / "imagenet")
     LISTS["val.txt of synsets"](root)
     assert load(root).classes == SYNSETS
-    (root / file).write_text(CLASSES[file])
+    (root / file).write_text(CLASS_FILES[file])
     assert load(root).classes == CLASSES
-    (root / file).write_text(CLASSES[file].replace("n91443537", "n99999999"))
+    (root / file).write_text(CLASS_FILES[file].replace("n91443537", "n99999999"))
     with pytest.raises(DataError, match=rf"{file} does not name the class folders n91443537; add a line"):
         load(root)
     (root / file).write_bytes(b"\xff\xfe\x00")

@@ -142,7 +142,15 @@ def test_a_server_that_always_drops_is_reported_with_the_url(tmp_path: Path) -> 
 def test_training_on_signed_shards_equals_training_on_the_folder(tmp_path: Path) -> None:
     root, out = packed(tmp_path, per_shard=100)
     here = tmp_path / "data"
-    values = {"net": "resnet8", "size": 16, "resize": 20, "batch": 6, "steps": 3, "device": "cpu", "precision": "fp32"}
+    values = {
+        "net": "resnet8",
+        "image_size": 16,
+        "eval_resize": 20,
+        "batch": 6,
+        "steps": 3,
+        "device": "cpu",
+        "precision": "fp32",
+    }
     a = resnetlab.train("photos", data=str(root), out=tmp_path / "a", **values)  # type: ignore[arg-type]
     with FileServer({f"{name}?sig=secret": content for name, content in files(out).items()}) as server:
         url = server.url + "{train,val}-000000.tar"

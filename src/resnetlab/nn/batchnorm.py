@@ -23,7 +23,7 @@ class _AllReduceSum(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         total = gradients[0].contiguous().clone()
-        ctx.world.add_up_(total)
+        ctx.world.tree_all_reduce_(total)
         return total, None
 
 
