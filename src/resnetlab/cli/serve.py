@@ -71,6 +71,8 @@ def serve(
         from resnetlab.serve.process import run_server
         from resnetlab.serve.service import Service
     except ImportError as error:
+        if (error.name or "").startswith("resnetlab"):  # a fault of ours
+            raise
         raise missing_package("serve", error.name, "serve") from error
     from PIL import Image
 
