@@ -163,7 +163,7 @@ def test_a_shared_background_makes_no_copies_and_few_comparisons(monkeypatch: py
 
 
 def test_near_copies_with_a_plain_border_are_found() -> None:
-    """Compressing anew leaves noise in a border, which must not count as a gradient."""
+    """Compressing again leaves noise in a border, which must not count as a gradient."""
     shapes: list[int] = []
     thumbs: list[bytes] = []
     for quality in (None, 75, 40):

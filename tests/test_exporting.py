@@ -56,7 +56,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def by_hand(model: Path, pixels: Tensor) -> np.ndarray:
-    """(x / 255 - mean) / std, the network, / temperature, softmax: in fp64 and with BN as it stands."""
+    """(x / 255 - mean) / std, the network, / temperature, softmax: in fp64 and with BN not folded."""
     loaded = load_trained_model(model)
     x = (pixels.double() / 255 - loaded.preprocessing.mean) / loaded.preprocessing.std
     with torch.no_grad():

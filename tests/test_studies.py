@@ -249,7 +249,7 @@ def test_runs_count_where_the_code_comes_to_the_same_weights(
     assert not other.finished and [path.name[-6:] for path in other.others] == ["-other"] and unknown.others
     reports: list[str] = []
     assert find_missing([equal, other, unknown, own], reports.append) == [other, unknown]
-    assert reports == ["runs made by code that comes to other weights are left alone and not mixed in: 2."]
+    assert reports == ["runs made by code that produces other weights are neither changed nor used: 2."]
     monkeypatch.setattr(code_version, "source_hash", lambda: "new")  # an edited message: measured again, and equal
     monkeypatch.setattr(runs, "source_hash", lambda: "new")
     monkeypatch.setattr(code_version, "measure_fingerprint", lambda device: "tiny weights")

@@ -1,4 +1,4 @@
-"""Reads what version 0.1 wrote, when the package was called residuum: its keys and values, in today's words.
+"""Reads what version 0.1 wrote, when the package was called residuum: its keys and values, under today's names.
 
 Its model files and checkpoints have their JSON under the metadata key "residuum" and a digest of the names and bytes of tensors
 only, so changes of the metadata go unnoticed. Fingerprints of images are part of that JSON.

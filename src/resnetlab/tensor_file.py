@@ -53,7 +53,7 @@ def _compute_digest(text: str, tensors: Mapping[str, Tensor]) -> str:
 
 
 def read_tensor_file(path: Path, what: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Reads the tensors and the metadata; those of version 0.1 in today's words, with "format" 1.
+    """Reads the tensors and the metadata; those of version 0.1 under today's names, with "format" 1.
 
     Args:
         what: "model file" or "checkpoint", for messages.

@@ -1,1 +1,1 @@
-"""The command line: parse, call one function, print. Heavy imports stand inside the commands, so that --help is quick."""
+"""The command line: parse, call one function, print. Heavy imports are inside the commands, so that --help is quick."""

@@ -56,7 +56,7 @@ def evaluate(
         Data set: digits, cifar10, cifar100, a folder of class folders, or a pattern of tar shards. For a detector or segmenter
         a folder in Pascal VOC's format or with COCO's JSON.
     protocol
-        How images are shown: 1crop, flip, 10crop, dense:320, multiscale:224,256,384,480,640. Options follow with +, such as
+        Test protocol: 1crop, flip, 10crop, dense:320, multiscale:224,256,384,480,640. Options follow with +, such as
         10crop+logits (logits averaged, not scores), multiscale:224,256+noflip or dense:320+window (scores at every position).
     weights
         Of the ensemble's members, in their order, separated by commas; equal ones by default.
@@ -221,7 +221,7 @@ def _print_evaluation(evaluation: Evaluation) -> None:
     rows = []
     for i, (c, row) in enumerate(zip(figures["per_class"], figures["confusion"], strict=True)):
         error = "–" if c["top1_error"] is None else format_percent(c["top1_error"])
-        rows.append((c["class"], f"{c['n']:,}", error, _format_confused(metrics.classes, row, i)))
+        rows.append((c["class"], f"{c['n']:,}", error, _format_confusions(metrics.classes, row, i)))
     console.print_table("", ("class", "n", "top-1 error", "taken for"), rows, right=(1, 2))
 
 
@@ -250,7 +250,7 @@ def _print_members(figures: dict[str, Any]) -> None:
     print()
 
 
-def _format_confused(classes: tuple[str, ...], row: list[int], own: int) -> str:
+def _format_confusions(classes: tuple[str, ...], row: list[int], own: int) -> str:
     """The classes that are most often predicted for images of class `own`."""
     wrong = sorted(((n, classes[i]) for i, n in enumerate(row) if n and i != own), reverse=True)
     return ", ".join(f"{name} ({n})" for n, name in wrong[:3])

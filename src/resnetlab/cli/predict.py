@@ -94,7 +94,7 @@ def predict(
             "the name of an image is empty; give a file, a folder (. is this one), or - for standard input."
         )
     if images.count("-") > 1:
-        raise UsageError("- stands for one image on standard input; give it once.")
+        raise UsageError("- reads one image from standard input; give it once.")
     if top is not None and top < 1:
         raise UsageError(f"--top must be 1 or more, not {top}.")
     if json and format not in (None, "json"):

@@ -55,7 +55,7 @@ def serve(
         Requests answered at the same time; further ones get 429 and Retry-After.
     backend
         torch, onnxruntime or openvino; auto takes the fastest that is installed and agrees with torch on the model's
-        reference images, and says which. Explanations are always computed by torch.
+        reference images, and logs which. Explanations are always computed by torch.
     precision
         fp32, bf16 or int8; auto is bf16 where the hardware supports it and the backend agrees, else fp32.
     images

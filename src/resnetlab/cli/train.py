@@ -116,13 +116,13 @@ def train(
             "--resume continues a run with its own recipe in its own folder; leave out --out and --recipe."
         )
     files = {"on_bad_image": on_bad_image, "quarantine": quarantine, "start_from": start_from}
-    values = _values(set_, batch=batch, precision=precision, compile=compile, **files)
+    values = _collect_values(set_, batch=batch, precision=precision, compile=compile, **files)
     overrides = Overrides(data=data, net=net, steps=steps, seed=seed, values=values)
     options = training.RunOptions(
         data_dir=data_dir, device=device, workers=workers, fit_micro_batch=batch == "auto", report=console.log
     )
     base = recipe or ("finetune" if start_from else None)
-    new = None if resume is not None else overrides.apply(_named(base, data))
+    new = None if resume is not None else overrides.apply(_find_recipe(base, data))
     if verify_resume:
         return _verify(new, options, alone=procs is None and not json)
     if procs is not None:
@@ -145,16 +145,16 @@ def train(
     if json:
         return console.print_json(result.to_json())
     assert isinstance(result, ClassificationResult)
-    return _print(result)
+    return _print_result(result)
 
 
-def _values(settings: tuple[str, ...], **options: object) -> dict[str, str]:
+def _collect_values(settings: tuple[str, ...], **options: object) -> dict[str, str]:
     """The values of the recipe that `--set` and other options change."""
     given = {key: str(value) for key, value in options.items() if value and (key, value) != ("batch", "auto")}
     return console.parse_pairs(settings) | given
 
 
-def _named(name: str | None, data: str | None) -> Recipe:
+def _find_recipe(name: str | None, data: str | None) -> Recipe:
     """The recipe of a name, or the default of the data; raises UsageError if its data are neither given nor there."""
     from resnetlab.data import sources
     from resnetlab.training import recipes
@@ -182,7 +182,7 @@ def _verify(recipe: Recipe | None, options: RunOptions, alone: bool) -> None:
     print(verify_resume(recipe, data_dir, device, options.workers, console.log))
 
 
-def _print(result: ClassificationResult) -> None:
+def _print_result(result: ClassificationResult) -> None:
     """Prints the result as text."""
     low, high = result.top1_interval
     rows = [

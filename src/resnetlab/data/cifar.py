@@ -183,7 +183,7 @@ def _read_pickled(file: Path, version: CifarVersion) -> tuple[NDArray[np.int64],
     return np.array(labels, dtype=np.int64), pixels
 
 
-# A pickle names functions that its reader is to call. Here the four names that CIFAR's files need stand for inert values, and
+# A pickle names functions that its reader is to call. Here the four names that CIFAR's files need give inert values, and
 # any other name is an error.
 
 

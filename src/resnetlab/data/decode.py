@@ -111,13 +111,13 @@ def decode(source: Path | bytes, name: str | None = None) -> Image.Image:
     if isinstance(source, Path) and source.is_dir():
         raise DataError(f"{name} is a folder, not an image.")
     with _name_errors(name), Image.open(source if isinstance(source, Path) else io.BytesIO(source)) as image:
-        return _upright(image)
+        return _apply_orientation(image)
 
 
 def convert_image(image: Image.Image) -> Image.Image:
     """Converts a Pillow image of any mode as `decode` does; raises DataError if it cannot be loaded."""
     with _name_errors("the image"):
-        return _upright(image)
+        return _apply_orientation(image)
 
 
 class _WarningFilters:
@@ -168,7 +168,7 @@ def _name_errors(name: str) -> Iterator[None]:
         raise DataError(f"{name} is damaged: {error or type(error).__name__}") from error
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def _apply_orientation(image: Image.Image) -> Image.Image:
     image.load()
     if image.mode == "F" or (image.mode == "I" and image.format not in SIXTEEN_BIT_FORMATS):
         raise DataError("has 32 bits per value and does not define which value is white; save it with 8 or 16 bits.")

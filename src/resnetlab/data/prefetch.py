@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 
 class LoadedBatch(NamedTuple, Generic[T]):
-    """What could be read of a batch.
+    """The part of a batch that could be read.
 
     Attributes:
         samples: the samples, collated.
@@ -57,12 +57,12 @@ class BatchReader(Generic[T]):
     collate: Callable[[list[Any]], T]
 
     def __call__(self, batch: int) -> LoadedBatch[T]:
-        images, found = self.arguments(batch), ErrorPolicy("skip")  # the main process decides whether to stop
-        read = found.read_each(
+        images, errors = self.arguments(batch), ErrorPolicy("skip")  # the main process decides whether to stop
+        pairs = errors.read_each(
             range(len(images)), lambda k: self.read(*images[k]), lambda k: self.name_of(images[k][0])
         )
-        samples = dict(read)
-        return LoadedBatch(self.collate(list(samples.values())), list(samples), found.skipped)
+        samples = dict(pairs)
+        return LoadedBatch(self.collate(list(samples.values())), list(samples), errors.skipped)
 
 
 def stack_images(images: list[Tensor]) -> Tensor:
@@ -71,7 +71,7 @@ def stack_images(images: list[Tensor]) -> Tensor:
 
 
 class Prefetcher(Generic[T]):
-    """Returns what a reader reads for one step after another; a step out of order restarts the workers."""
+    """Returns the batches of a reader step by step; a step out of order restarts the workers."""
 
     def __init__(self, reader: BatchReader[T], errors: ErrorPolicy, workers: int, pin: bool = False) -> None:
         """`errors` handles the images that cannot be read; `pin` returns tensors in pinned memory."""
@@ -122,7 +122,7 @@ def prefetch(job: Callable[[int], T], keys: Iterable[int], workers: int, pin: bo
     if not workers:
         yield from map(job, keys)
         return
-    own = torch.Generator().manual_seed(0)  # DataLoader draws a number; torch's global generator stays untouched
+    generator = torch.Generator().manual_seed(0)  # DataLoader draws a number; torch's global generator stays untouched
     with warnings.catch_warnings():
         warnings.filterwarnings(
             "ignore", "This DataLoader will create"
@@ -134,7 +134,7 @@ def prefetch(job: Callable[[int], T], keys: Iterable[int], workers: int, pin: bo
             num_workers=workers,
             worker_init_fn=_ignore_sigint,
             pin_memory=pin,
-            generator=own,
+            generator=generator,
         )
         results = iter(loader)
     try:

@@ -45,14 +45,14 @@ def step_indices(seed: int, n: int, batch: int, step: int) -> Tensor:
 
     The epochs are permutations of all images, one after the other. A batch may span two of them, so no batch is short.
     """
-    parts = []
+    chunks = []
     position, end = step * batch, (step + 1) * batch
     while position < end:
         epoch, start = divmod(position, n)
         stop = min(n, start + end - position)
-        parts.append(_permutation(seed, n, epoch)[start:stop])
+        chunks.append(_permutation(seed, n, epoch)[start:stop])
         position += stop - start
-    return torch.cat(parts)
+    return torch.cat(chunks)
 
 
 def rank_positions(batch_size: int, world: World) -> range:

@@ -43,7 +43,7 @@ class Evaluation:
         metrics: of the model, or of the ensemble.
         weights: of the models in the ensemble; they add up to 1.
         members: the metrics of each model where there are several.
-        protocol_options: what the protocol leaves open, as applied to each model.
+        protocol_options: every option of the protocol, as applied to each model.
         trained_models: the models with the temperatures that were used.
         notes: sentences on evaluated images that a model saw in training, or may have seen.
     """
@@ -194,7 +194,7 @@ def evaluate(
     Args:
         model: what `resnetlab.load` returned, or the path of a model file; or several of them, whose scores are averaged.
         data: a data set's name ("digits", "cifar10"), a folder of class folders, or a pattern of tar shards.
-        protocol: how images are shown, see resnetlab.evaluation.protocols ("10crop", "multiscale:224,256,384,480,640").
+        protocol: the views of each image, see resnetlab.evaluation.protocols ("10crop", "multiscale:224,256,384,480,640").
         weights: of the members, in proportion; None for equal ones.
         split: "train", or "test": the split that the data are evaluated on, whatever its name (`Evaluation.split`); of a folder
             without val/ and test/, the images that the models' own runs held out.

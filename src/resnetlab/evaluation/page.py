@@ -49,7 +49,7 @@ def format_interval(low: float, high: float, n: int) -> str:
 
 
 class _CroppedImages:
-    """The images of a split as a model's one crop shows them, read on access."""
+    """The images of a split, resized and cropped for a model, read on access."""
 
     def __init__(self, images: Split, preprocessing: Preprocessing) -> None:
         self._images, self._preprocessing = images, preprocessing

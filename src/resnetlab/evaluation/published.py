@@ -46,7 +46,7 @@ def find_published(model: TrainedModel, data: str, split: str, protocol: Protoco
     """The published errors of a model's network under a protocol, on all `n` images of the split; None where there are none.
 
     ImageNet's are for a split of its 1,000 classes that is as large as its validation split, is not called train, and is
-    resized and cropped as the published protocol says.
+    resized and cropped as in the published protocol.
     """
     spec, protocol_name = model.spec, str(protocol)
     if data == "cifar10" and split == "test" and protocol_name == "1crop" and n == 10_000:

@@ -1,4 +1,4 @@
-"""The scores of networks for the images of a split: each image is read once and shown by a protocol.
+"""The scores of networks for the images of a split: each image is read once and gives a protocol's views.
 
     split --read, a few at a time-->  images uint8 (H, W, C), each of its own size
           --views, per model------->  uint8 (B, h, w, C)

@@ -203,11 +203,11 @@ def select_split(data: AnnotatedDataset[P], split: str) -> tuple[str, Sequence[P
     return data.evaluated_split if split == "test" else split, splits[split]
 
 
-def _match_classes(theirs: Sequence[str], ours: Sequence[str], data: Path, path: Path) -> list[int]:
+def _match_classes(names: Sequence[str], known: Sequence[str], data: Path, path: Path) -> list[int]:
     """The indices of the data's classes among the model's; raises DataError for a class that it does not have."""
-    if unknown := [name for name in theirs if name not in ours]:
-        raise DataError(f"{data} has the class {unknown[0]}, {path} has only {', '.join(ours)}.")
-    return [list(ours).index(name) for name in theirs]
+    if unknown := [name for name in names if name not in known]:
+        raise DataError(f"{data} has the class {unknown[0]}, {path} has only {', '.join(known)}.")
+    return [list(known).index(name) for name in names]
 
 
 def boxes_to_json(detections: Detections, classes: Sequence[str]) -> list[dict[str, Any]]:

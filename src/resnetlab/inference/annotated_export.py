@@ -88,10 +88,10 @@ def export_annotated(model: AnnotatedModel, out: Path, images: Sequence[Tensor])
     session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
     total_agreement, largest = 0.0, 0.0
     for image in inputs:
-        theirs = [torch.from_numpy(value) for value in session.run(None, {"images": image.numpy()})]
+        actual = [torch.from_numpy(value) for value in session.run(None, {"images": image.numpy()})]
         with torch.inference_mode():
-            ours = net(image)
-        agreement, difference = (_compare_boxes if is_detector else _compare_maps)(ours, theirs)
+            expected = net(image)
+        agreement, difference = (_compare_boxes if is_detector else _compare_maps)(expected, actual)
         total_agreement, largest = total_agreement + agreement, max(largest, difference)
     return ParityReport(len(inputs), Agreement(total_agreement / len(inputs), largest))
 
@@ -101,14 +101,14 @@ def _resize(model: AnnotatedModel, pixels: Tensor) -> Tensor:
     return resize_bounded(pixels, spec.image_size, spec.longest)
 
 
-def _compare_boxes(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> tuple[float, float]:
+def _compare_boxes(expected: Sequence[Tensor], actual: Sequence[Tensor]) -> tuple[float, float]:
     """Whether both have the same labels in the same order, and the largest difference of their boxes."""
-    if ours[2].shape != theirs[2].shape or not torch.equal(ours[2], theirs[2]):
+    if expected[2].shape != actual[2].shape or not torch.equal(expected[2], actual[2]):
         return 0.0, 0.0
-    return 1.0, float((ours[0] - theirs[0]).abs().max()) if len(ours[0]) else 0.0
+    return 1.0, float((expected[0] - actual[0]).abs().max()) if len(expected[0]) else 0.0
 
 
-def _compare_maps(ours: Tensor, theirs: Sequence[Tensor]) -> tuple[float, float]:
+def _compare_maps(expected: Tensor, actual: Sequence[Tensor]) -> tuple[float, float]:
     """The fraction of pixels with the same class, and the largest difference of scores."""
-    agreement = (ours.argmax(1) == theirs[0].argmax(1)).float().mean()
-    return float(agreement), float((ours - theirs[0]).abs().max())
+    agreement = (expected.argmax(1) == actual[0].argmax(1)).float().mean()
+    return float(agreement), float((expected - actual[0]).abs().max())

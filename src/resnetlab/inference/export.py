@@ -78,8 +78,8 @@ def export_model(
                     f"{out} was not written: {parity.agreement}, on {parity.n} images; {precision} must agree on {least:.0%} "
                     f"and within {largest:g}."
                 )
-            for part in sorted(Path(folder).iterdir(), reverse=True):  # weights before the file that refers to them
-                os.replace(part, out.with_name(part.name))
+            for written in sorted(Path(folder).iterdir(), reverse=True):  # weights before the file that refers to them
+                os.replace(written, out.with_name(written.name))
     except OSError as error:
         raise write_error(out, error) from error
     write_atomically(out.with_name(f"{out.name}.json"), _format_json(describe_export(model, target, precision)))

@@ -81,7 +81,7 @@ class ExportGraphs:
         graph: Any = openvino.Core().read_model(self.onnx("fp32"), b"")
         if precision == "int8":
             os.environ.setdefault("NNCF_CI", "1")  # disables its telemetry
-            with _silenced():
+            with _suppress_output():
                 import nncf
 
                 images = self._get_calibration_images()
@@ -115,7 +115,7 @@ def export_resize(model: TrainedModel, then: nn.Module | None = None) -> torch.e
 
 def _to_onnx(program: torch.export.ExportedProgram, input_name: str, output_name: str) -> Any:
     """Converts a program to an `onnx.ModelProto`."""
-    with _silenced():
+    with _suppress_output():
         exported: Any = torch.onnx.export(
             program,
             dynamo=True,
@@ -139,7 +139,7 @@ def _quantize_onnx(graph: Any, calibration_images: Tensor) -> Any:
             batch = next(self.batches, None)
             return None if batch is None else {PIXELS: batch.numpy()}
 
-    with TemporaryDirectory() as folder, _silenced():
+    with TemporaryDirectory() as folder, _suppress_output():
         source, out = Path(folder, "fp32.onnx"), Path(folder, "int8.onnx")
         onnx.save(onnx.shape_inference.infer_shapes(graph), str(source))
         quantize_static(
@@ -166,7 +166,7 @@ def export_metadata(model: TrainedModel) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def _silenced() -> Iterator[None]:
+def _suppress_output() -> Iterator[None]:
     """Suppresses the output of exporters and quantisers."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)

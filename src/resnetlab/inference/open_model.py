@@ -1,4 +1,4 @@
-"""Opens a model of any task: the metadata of its file name the task."""
+"""Opens a model of any task: the file's metadata determine the task."""
 
 from __future__ import annotations
 

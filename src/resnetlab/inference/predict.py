@@ -48,7 +48,7 @@ class Model(TrainedModel):
 
     Attributes:
         device_config: device and precision of the network.
-        backend: what computes the scores; the network itself until `select_backend` is called.
+        backend: computes the scores; the network itself until `select_backend` is called.
     """
 
     device_config: DeviceConfig = field(kw_only=True)
@@ -170,8 +170,8 @@ class Model(TrainedModel):
 
 def top_classes(classes: Sequence[str], scores: Tensor, top: int) -> tuple[tuple[str, float], ...]:
     """The `top` classes with the highest scores (classes,), best first."""
-    values, places = scores.topk(min(top, len(classes)))
-    return tuple((classes[i], round(v, 6)) for i, v in zip(places.tolist(), values.tolist(), strict=True))
+    values, indices = scores.topk(min(top, len(classes)))
+    return tuple((classes[i], round(v, 6)) for i, v in zip(indices.tolist(), values.tolist(), strict=True))
 
 
 def _get_image_name(image: ImageInput) -> str:

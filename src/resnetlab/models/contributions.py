@@ -26,12 +26,12 @@ def measure_contributions(net: ResNet, x: Tensor) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for name, block in net.blocks():
         if not block.plain:
-            block.residual = _recording_residual(name, block, found)  # type: ignore[assignment, method-assign]
+            block.residual = _record_ratio(name, block, found)  # type: ignore[assignment, method-assign]
     net(x)
     return found
 
 
-def _recording_residual(name: str, block: Block, found: dict[str, Tensor]) -> Callable[[Tensor], Tensor]:
+def _record_ratio(name: str, block: Block, found: dict[str, Tensor]) -> Callable[[Tensor], Tensor]:
     """Wraps a block's F so that it also records the ratio of the norms."""
     original = block.residual
 

@@ -106,7 +106,7 @@ def trace_units(net: ResNet, x: Tensor) -> tuple[list[UnitActivations], Tensor]:
 
 
 def measure_identity_flow(net: ResNet, x: Tensor, labels: Tensor) -> list[IdentityFlow]:
-    """Measures how far each unit is from x_L = x_l + sum of F (2016 eq. 4), and the parts of its gradient (eq. 5).
+    """Measures how far each unit is from x_L = x_l + sum of F (2016 eq. 4), and the terms of its gradient (eq. 5).
 
     Computed in float64 and eval mode. Units that change the shape are excluded, as in the paper's equations. `net` is not
     changed.

@@ -134,11 +134,11 @@ class ResNet(nn.Module):
 
 def _recompute_contexts(net: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """Contexts for the forward pass and for its recomputation."""
-    return contextlib.nullcontext(), _frozen_bn_statistics(net)
+    return contextlib.nullcontext(), _freeze_bn_statistics(net)
 
 
 @contextlib.contextmanager
-def _frozen_bn_statistics(net: nn.Module) -> Iterator[None]:
+def _freeze_bn_statistics(net: nn.Module) -> Iterator[None]:
     """BN uses batch statistics as in training, without updating its running statistics a second time."""
     modules = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
     before = [(m.momentum, m.num_batches_tracked) for m in modules]

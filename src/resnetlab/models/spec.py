@@ -1,4 +1,4 @@
-"""The specification of a network, and the names that stand for specifications.
+"""The specification of a network, and the names of specifications.
 
 | name                      | what it is                                                           | source                |
 |---------------------------|----------------------------------------------------------------------|-----------------------|

@@ -32,7 +32,7 @@ SHORTCUTS = ("none", "A", "B", *PROJECT_EVERYWHERE, "constant", *GATES, "dropout
 class ZeroPad(nn.Module):
     """Option A: every stride-th pixel, extra channels zero; no parameters (2015 §3.3, §4.2).
 
-    Shapes: (B, C_in, H, W) -> (B, C_out, ceil(H / stride), ceil(W / stride)). The paper does not say where the zero channels
+    Shapes: (B, C_in, H, W) -> (B, C_out, ceil(H / stride), ceil(W / stride)). The paper leaves open where the zero channels
     go: "append" puts them after the input's, "centre" half before and half after (weights are not interchangeable).
     """
 

@@ -71,7 +71,7 @@ class RequestGate:
         )
         if declared.isdigit() and int(declared) > limit:
             asks_first = request.headers.get("expect", "").lower() == "100-continue"
-            error = self._too_large(hang_up=asks_first or int(declared) > DRAIN_FACTOR * limit)
+            error = self._too_large_error(hang_up=asks_first or int(declared) > DRAIN_FACTOR * limit)
             if error.hang_up:
                 raise error
         try:
@@ -80,7 +80,7 @@ class RequestGate:
                     async for chunk in request.stream():
                         size += len(chunk)
                         if size > DRAIN_FACTOR * limit:
-                            raise self._too_large(hang_up=True)
+                            raise self._too_large_error(hang_up=True)
                         error = error or self._check_room(size, len(chunk))
                         if error is not None:
                             self.buffered, taken = self.buffered - taken, 0
@@ -116,11 +116,11 @@ class RequestGate:
     def _check_room(self, size: int, new: int) -> RequestError | None:
         """The reason not to buffer a body of `size` bytes so far, of which the last `new` are not buffered yet."""
         if size > self.limits.max_body:
-            return self._too_large()
+            return self._too_large_error()
         if self.buffered + new > BUFFERED_BODIES * self.limits.max_body:
             return RequestError(429, "too much is being sent at once; try again in a moment.", 1)
         return None
 
-    def _too_large(self, hang_up: bool = False) -> RequestError:
+    def _too_large_error(self, hang_up: bool = False) -> RequestError:
         most = f"{self.limits.max_body / 1e6:g} MB"
         return RequestError(413, f"the body is larger than {most}; send less, or smaller images.", hang_up=hang_up)

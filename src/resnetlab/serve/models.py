@@ -51,7 +51,7 @@ class ServedModel(Protocol):
 
     @property
     def no_explanation(self) -> str | None:
-        """The sentence that says why the model cannot be explained; None where it can."""
+        """The reason why the model cannot be explained; None where it can."""
 
     def prepare(self, image: Image.Image) -> Any:
         """Prepares an upright image; called in many threads."""

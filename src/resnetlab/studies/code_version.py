@@ -1,7 +1,7 @@
-"""Whether runs of another version of the code still count: decided by the weights that a few tiny fixed runs come to.
+"""Whether runs of another version of the code still count: decided by the weights that a few tiny fixed runs produce.
 
 A run's folder is named by a hash of the source that made it. Runs of another source count as this one's if the tiny runs of
-both come to the same weights on one kind of machine. So an edited message discards no run, and whatever moves a bit does.
+both produce the same weights on one kind of machine. So an edited message discards no run, but a change of any bit does.
 `code-versions.json`, beside the runs, records the fingerprint of every source that made runs there, by the kind of machine.
 """
 
@@ -31,7 +31,7 @@ from resnetlab.training.recipes import find_classification_recipe
 from resnetlab.training.train import train
 
 RECORD = "code-versions.json"
-# The source of version 0.1 and the fingerprint that its own code came to.
+# The source of version 0.1 and the fingerprint of its own code.
 V01 = {"8bd7db84": {"cpu AVX2, torch 2.15.0+cu132": "a3099a0be7f076e0"}}
 SHORTCUTS = ("none", "A", "B", "C", "constant", "exclusive-gate", "shortcut-gate", "conv", "dropout")
 ORDERS = ("original", "bn-after-add", "relu-before-add", "relu-only-preact", "preact")
@@ -55,7 +55,7 @@ def source_hash() -> str:
 
 
 class CodeVersions:
-    """The versions of the code that made the runs in a folder, and which of them come to the same weights as this one."""
+    """The versions of the code that made the runs in a folder, and which of them produce the same weights as this one."""
 
     def __init__(self, root: Path, device: str = "auto") -> None:
         self._file, self._device = root / RECORD, str(select_device("fp32", device).device)
@@ -94,7 +94,7 @@ def machine_kind(device: str) -> str:
 
 @cache
 def measure_fingerprint(device: str) -> str:
-    """A hash of the weights that the tiny runs come to, and of the gradients of every kind of block; takes seconds."""
+    """A hash of the weights that the tiny runs produce, and of the gradients of every kind of block; takes seconds."""
     digest = hashlib.sha256()
     with preserve_process_state(), warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
         warnings.simplefilter("ignore", SmallImageWarning)

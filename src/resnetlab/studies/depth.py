@@ -16,7 +16,7 @@ class Depth(SideBySide):
     name = "depth"
     question = "Do residual networks gain from depth?"
     place = "2015 Table 6, Fig. 6"
-    caption = "As 2015 Fig. 6 (middle and right), with the test errors of Table 6 beside."
+    caption = "As 2015 Fig. 6 (middle and right), with the test errors of Table 6 beside it."
 
     def variants(self, setting: Setting) -> list[Variant]:
         """Shallow to deep."""

@@ -190,7 +190,7 @@ def draw_signals(flows: dict[str, list[SignalFlow]]) -> figures.StudyFigure:
 
 
 def draw_identities(units: dict[str, list[list[IdentityFlow]]]) -> figures.StudyFigure:
-    """The parts of the gradient at x_l: the identity's is 1, the additive term is beside it."""
+    """The terms of the gradient at x_l: the identity's is 1, the additive term is beside it."""
     colours = dict(zip(units, figures.SERIES[1:], strict=False))
 
     def draw(panels: figures.Panels) -> None:

@@ -17,7 +17,7 @@ class Orderings(SideBySide):
     """The five orders."""
 
     name = "orderings"
-    question = "In which order should BN, ReLU and convolution stand?"
+    question = "In which order should BN, ReLU and convolution be applied?"
     place = "2016 Table 2, Fig. 6"
     caption = "As 2016 Fig. 6, with all five orders in one panel: training dashed, held-out images bold."
 

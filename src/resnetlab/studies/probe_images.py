@@ -1,4 +1,4 @@
-"""The images with which a study looks into trained networks: a fixed part of the test split."""
+"""The images on which a study measures trained networks: a fixed part of the test split."""
 
 from __future__ import annotations
 

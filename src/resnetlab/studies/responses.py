@@ -20,7 +20,7 @@ Layers = dict[int, list[float]]  # seed -> a deviation for each layer
 
 
 class Responses(Degradation):
-    """The nets of the study of degradation, looked into."""
+    """The nets of the study of degradation, measured after training."""
 
     name = "responses"
     question = "Do residual nets change their signal less than plain ones, layer by layer?"

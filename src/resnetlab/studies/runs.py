@@ -1,4 +1,4 @@
-"""The runs of a plan: the folder of each, how it is made or resumed, and what it ended with.
+"""The runs of a plan: the folder of each, how it is started or resumed, and its result.
 
 A folder is named by network and seed, for people, and by the hashes of recipe, data and source.
 """
@@ -29,7 +29,7 @@ class StudyRun:
     """A planned run.
 
     Attributes:
-        others: folders of the same run, made by code that comes to other weights.
+        others: folders of the same run, made by code that produces other weights.
     """
 
     recipe: Recipe

@@ -121,7 +121,7 @@ class Setting:
         Args:
             label: the study's label for the network.
             net: its name.
-            values: changes to what the name stands for, such as {"shortcut": "C"}.
+            values: changes to the specification of that name, such as {"shortcut": "C"}.
             **changes: other values of the recipe.
         """
         one = replace(self.base, net=net, specification=dict(values or {}), **changes)

@@ -182,7 +182,7 @@ def run_studies(
 def find_missing(planned: Sequence[StudyRun], report: Callable[[str], None]) -> list[StudyRun]:
     """The planned runs that are not finished."""
     if others := sum(bool(run.others) and not run.finished for run in planned):
-        report(f"runs made by code that comes to other weights are left alone and not mixed in: {others:,}.")
+        report(f"runs made by code that produces other weights are neither changed nor used: {others:,}.")
     missing = [run for run in planned if not run.finished]
     if planned and not missing:
         report(f"all {len(planned):,} runs are there already.")

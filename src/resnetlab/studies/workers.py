@@ -1,6 +1,6 @@
 """Runs spread over processes: each process makes one run after the other and sends messages about its progress.
 
-On a CPU a process uses one thread: two small networks side by side learn faster than one on two threads. Each process reads
+On a CPU a process uses one thread: two small networks side by side train faster than one on two threads. Each process reads
 the data once. A process whose parent has died stops as if by SIGTERM, so none is left running and at most a minute is lost.
 """
 
@@ -23,7 +23,7 @@ from resnetlab.errors import ResNetLabError, RunError
 from resnetlab.studies.runs import StudyRun
 from resnetlab.training.stopping import StopSignal, catch_stop_signals
 
-WORKERS_PER_GPU = 4  # small networks leave most of a GPU idle, so several learn on one at once
+WORKERS_PER_GPU = 4  # small networks leave most of a GPU idle, so several train on one at once
 
 
 @dataclass(frozen=True)

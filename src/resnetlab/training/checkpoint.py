@@ -88,7 +88,7 @@ def save_checkpoint(run: RunFolder, train_state: TrainState) -> Path:
         raise write_error(run.checkpoints, error) from error
     path = run.checkpoints / f"step-{state.step:08d}.safetensors"
     write_tensor_file(path, tensors, metadata)
-    for old in [other for other in list_checkpoints(run) if _step_of(other) < state.step][:-1]:
+    for old in [other for other in list_checkpoints(run) if _get_step(other) < state.step][:-1]:
         with contextlib.suppress(OSError):  # an extra checkpoint does no harm
             old.unlink()
     return path
@@ -97,7 +97,7 @@ def save_checkpoint(run: RunFolder, train_state: TrainState) -> Path:
 def list_checkpoints(run: RunFolder) -> list[Path]:
     """The run's checkpoints, oldest first."""
     paths = [p for p in run.checkpoints.glob("step-*.safetensors") if p.stem.removeprefix("step-").isdigit()]
-    return sorted(paths, key=_step_of)
+    return sorted(paths, key=_get_step)
 
 
 def upgrade_run(run: RunFolder, recipe: BaseRecipe) -> None:
@@ -120,7 +120,7 @@ def upgrade_run(run: RunFolder, recipe: BaseRecipe) -> None:
     write_atomically(run.path / "recipe.toml", recipe.to_toml())
 
 
-def _step_of(path: Path) -> int:
+def _get_step(path: Path) -> int:
     return int(path.stem.removeprefix("step-"))
 
 

@@ -113,7 +113,7 @@ def _record_step(
 
     direct = run(lambda: compute_gradients(train_state, micro_batches))
     try:
-        with _negated_weights(list(optimizer.parameters.values())):
+        with _negate_weights(list(optimizer.parameters.values())):
             replay = record(compute)
         statistics.rewind()
         _copy_tensors(buffers, micro_batches)
@@ -130,7 +130,7 @@ def _record_step(
 
 
 @contextlib.contextmanager
-def _negated_weights(weights: list[Tensor]) -> Iterator[None]:
+def _negate_weights(weights: list[Tensor]) -> Iterator[None]:
     """Negates the weights; restores them on exit. Detects a recording that uses a cached copy of them, as autocast's."""
     with torch.no_grad():
         torch._foreach_neg_(weights)

@@ -114,11 +114,11 @@ def start_run(recipe: BaseRecipe, out: Path | None = None, options: RunOptions |
     with contextlib.ExitStack() as stack:
         world, options = _join(stack, options)
         if was_restarted() and out is None:
-            raise UsageError("a job that is started again needs --out, the folder that it goes on in.")
+            raise UsageError("a job that is started again needs --out, the folder to resume in.")
         if world.broadcast(was_restarted() and out is not None and (out / "recipe.toml").is_file()):
             prepared = _reopen(stack, world, cast(Path, out), options, recipe.task, recipe)
         else:
-            task = _fit(build_task(recipe, options, world), options)
+            task = _fit_micro_batch(build_task(recipe, options, world), options)
             path = RunFolder.create(out, sources.short_name(recipe.data)).path if world.is_first else None
             run = RunFolder(world.broadcast(path) or Path())
             if world.is_first:
@@ -214,7 +214,7 @@ def build_task(
         started_in=started_in or Path(),
         report=options.report,
     )
-    with world.first_process_first():  # what one downloads the others find
+    with world.first_process_first():  # the others find what the first one has downloaded
         task = TASKS[recipe.task].build(recipe, setup)
     options.report(f"device: {task.device_config}")
     if changes := recipes.describe_changes(task.recipe, default_precision(device_config.device)):
@@ -257,7 +257,7 @@ def _join(stack: contextlib.ExitStack, options: RunOptions | None) -> tuple[Worl
     return world, options if world.is_first else replace(options, report=_ignore, on_progress=_ignore)
 
 
-def _fit(task: Task, options: RunOptions) -> Task:
+def _fit_micro_batch(task: Task, options: RunOptions) -> Task:
     return task.fit_micro_batch(options.report) if options.fit_micro_batch else task
 
 
@@ -284,7 +284,7 @@ def _reopen(
         options.report(f"{path} is finished; nothing to do.")
         return result
     if before is None:  # a folder with nothing but its recipe, as --procs makes it
-        task = _fit(build_task(recipe, options, world), options)
+        task = _fit_micro_batch(build_task(recipe, options, world), options)
         if world.is_first:
             _write_setup(run, task, options)
         return task, context

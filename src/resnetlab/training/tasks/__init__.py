@@ -1,4 +1,4 @@
 """Tasks: how to build a network, read a batch, compute the loss and evaluate.
 
-The training loop uses them, and knows no images or labels.
+The training loop calls a task and handles no images or labels itself.
 """

@@ -155,7 +155,7 @@ class AnnotatedTask(Task, Generic[P, S]):
 
     @abstractmethod
     def evaluate(self, images: Sequence[P]) -> Any:
-        """Evaluates the network in its present state."""
+        """Evaluates the network with its current weights."""
 
     @abstractmethod
     def describe_result(self, result: Any, metrics: Any) -> dict[str, Any]:

@@ -38,7 +38,7 @@ class TaskSetup:
 
 
 class Task(ABC):
-    """A network with its data, loss and evaluation, from `build` to `finish`; the loop knows neither images nor labels.
+    """A network with its data, loss and evaluation, from `build` to `finish`; the loop itself handles no images or labels.
 
     `train_step` calls `loss` on each of `micro_batches(step)`; from time to time the loop calls `evaluate_held_out`.
 

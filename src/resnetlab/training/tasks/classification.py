@@ -57,7 +57,7 @@ class ClassificationTask(Task):
     """A classifier, its training data and the images it is evaluated on.
 
     Attributes:
-        held_out: images that no step sees, evaluated during training; may be empty.
+        held_out: images evaluated during training and never trained on; may be empty.
         test: evaluated once, at the end.
         evaluated_split: the name of `test`: "test", "val" or "held-out".
         num_micro_batches: of this process's share of a step; they go through the network one after the other.
@@ -101,7 +101,7 @@ class ClassificationTask(Task):
             channels, (size, size), recipe.eval_resize or size, torch.zeros(channels), torch.ones(channels)
         )
         train, held_out, test, holdout = _hold_out(recipe, source, shape)
-        preprocessing = _normalised(recipe.normalise, train, shape, start)
+        preprocessing = _add_statistics(recipe.normalise, train, shape, start)
         fingerprints = start.fingerprints if start else {}
         trained_on = start.data.get("fingerprint", "") if start else ""
         if n := int(match_fingerprints(fingerprints, trained_on, source, source.test).seen.sum()):
@@ -178,12 +178,12 @@ class ClassificationTask(Task):
             return [batch]
         if len(batch.labels) < 2 * self.num_micro_batches:
             raise DataError(f"too few of the images of step {step:,} can be read; fix them: resnetlab data check.")
-        return [Batch(*part) for part in zip(*(x.tensor_split(self.num_micro_batches) for x in batch), strict=True)]
+        return [Batch(*xs) for xs in zip(*(x.tensor_split(self.num_micro_batches) for x in batch), strict=True)]
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Mean cross entropy in nats, and the share of images whose highest score is another class; both scalars.
 
-        A mixed image counts as the class that it shows most of.
+        A mixed image counts as the class with the largest share.
         """
         logits = self._forward(batch.images).float()  # (B, classes)
         error = (logits.detach().argmax(1) != batch.labels).float().mean()
@@ -194,7 +194,7 @@ class ClassificationTask(Task):
         return self.device_config.forward_fn(self.net)
 
     def evaluate(self, split: Split) -> ClassificationMetrics:
-        """Evaluates the network in its present state."""
+        """Evaluates the network with its current weights."""
         return evaluate_network(
             self.net, split, self.preprocessing, self.classes, self.device_config, world=self.device_config.world
         )
@@ -240,7 +240,7 @@ class ClassificationTask(Task):
         return self.recipe.batch // self.device_config.world.size // self.num_micro_batches
 
     def _largest_micro_batch(self, smaller: bool = False) -> int | None:
-        """The largest micro-batch, no larger (or smaller) than the present one, that fits into memory; None if none does."""
+        """The largest micro-batch, no larger (or smaller) than the current one, that fits into memory; None if none does."""
         share, limit = self.recipe.batch // self.device_config.world.size, self._micro_batch_size - smaller
         shape = (self.preprocessing.channels, *self.preprocessing.size)
         sizes = [size for size in range(limit, 1, -1) if share % size == 0]
@@ -252,20 +252,20 @@ class ClassificationTask(Task):
 
     def reference_images(self) -> ReferenceImages | None:
         """The images that the model file keeps (models.reference_images); None if none of them can be read."""
-        train, kept = self.loader.split, self.held_out
+        train, check_split = self.loader.split, self.held_out
         size = math.prod((*self.preprocessing.size, self.preprocessing.channels))
-        if len(kept):
+        if len(check_split):
             training_positions, check_positions = (
                 spread_positions(len(train), MAX_TRAINING, size),
-                spread_positions(len(kept), MAX_CHECK, size),
+                spread_positions(len(check_split), MAX_CHECK, size),
             )
         else:  # alternately, from one split
-            kept, both = train, spread_positions(len(train), 2 * MAX_CHECK, size // 2)
+            check_split, both = train, spread_positions(len(train), 2 * MAX_CHECK, size // 2)
             training_positions, check_positions = both[::2], both[1::2]
-        check, training = self._read(kept, check_positions), self._read(train, training_positions)
+        check, training = self._read(check_split, check_positions), self._read(train, training_positions)
         if not check:
             return None
-        labels = kept.labels[torch.tensor([i for i, _ in check])]
+        labels = check_split.labels[torch.tensor([i for i, _ in check])]
         h, w, c = (*self.preprocessing.size, self.preprocessing.channels)
         training_images = [x for _, x in training]
         return ReferenceImages(
@@ -311,12 +311,12 @@ class ClassificationTask(Task):
         recipe, is_first = self.recipe, self.device_config.world.is_first
         if recipe.precise_bn:
             reestimate_bn_statistics(self, recipe.precise_bn)
-        kept = self.evaluate(self.held_out) if len(self.held_out) else None
-        temperature = fit_temperature(kept.log_scores, kept.labels) if kept else 1.0
-        held_out = kept.with_temperature(temperature).to_json() if kept else None
+        val = self.evaluate(self.held_out) if len(self.held_out) else None
+        temperature = fit_temperature(val.log_scores, val.labels) if val else 1.0
+        held_out = val.with_temperature(temperature).to_json() if val else None
         evaluation = self.evaluate(self.test).with_temperature(temperature)
         measured = {self.evaluated_split: evaluation.to_json()} | ({"held_out": held_out} if held_out else {})
-        fitted = {"data": self.data["name"], "split": "held_out", "n": kept.n, "protocol": "1crop"} if kept else {}
+        fitted = {"data": self.data["name"], "split": "held_out", "n": val.n, "protocol": "1crop"} if val else {}
         if is_first:
             model = self.trained_model(measured)
             replace(model, temperature=temperature, calibration=fitted, reference_images=self.reference_images()).save(
@@ -372,7 +372,7 @@ class ClassificationTask(Task):
 
     @property
     def _shared_recipe(self) -> Recipe:
-        """The recipe for files to give away: the address of its data has no signature. recipe.toml has it whole."""
+        """The recipe for files to give away: the address of its data has no signature. recipe.toml has the full address."""
         return replace(self.recipe, data=sources.strip_signature(self.recipe.data))
 
 
@@ -410,12 +410,12 @@ def _hold_out(
     return everything.subset(rest), held_out, test, holdout | {"evaluated while training": held_out.names}
 
 
-def _normalised(normalise: str, train: Split, shape: Preprocessing, start: TrainedModel | None) -> Preprocessing:
+def _add_statistics(normalise: str, train: Split, shape: Preprocessing, start: TrainedModel | None) -> Preprocessing:
     """The preprocessing with the training images' mean and standard deviation, or those of the start model."""
     if normalise != "as start_from":
         return compute_statistics(train, shape, normalise == "per-pixel mean")
     if start is None:
         raise UsageError("normalise='as start_from' needs a model to start from: --start-from MODEL.")
-    theirs = start.preprocessing
-    mean = theirs.mean if theirs.mean.ndim == 1 or theirs.size == shape.size else theirs.mean.mean((0, 1))
-    return replace(theirs, size=shape.size, resize=shape.resize, mean=mean)
+    base = start.preprocessing
+    mean = base.mean if base.mean.ndim == 1 or base.size == shape.size else base.mean.mean((0, 1))
+    return replace(base, size=shape.size, resize=shape.resize, mean=mean)

@@ -113,7 +113,7 @@ class DetectionTask(AnnotatedTask[AnnotatedImage, DetectionSample]):
         return torch.stack(list(losses.values())).sum(), error
 
     def evaluate(self, images: Sequence[AnnotatedImage]) -> DetectionMetrics:
-        """Evaluates the network in its present state."""
+        """Evaluates the network with its current weights."""
         truth, detections = predict_boxes(self.net, images, self.device_config, DetectionOptions(), self.errors)
         return compute_detection_metrics(truth, detections, self.classes)
 

@@ -105,7 +105,7 @@ class SegmentationTask(AnnotatedTask[MaskedImage, SegmentationSample]):
         return F.cross_entropy(logits, masks, ignore_index=VOID, reduction="sum") / valid, wrong
 
     def evaluate(self, images: Sequence[MaskedImage]) -> SegmentationMetrics:
-        """Evaluates the network in its present state."""
+        """Evaluates the network with its current weights."""
         return compute_segmentation_metrics(
             self.net, images, self.classes, self.head_spec, self.device_config, self.errors
         )

@@ -55,17 +55,17 @@ def build_network(
 
 
 def _compare_specifications(
-    start_from: str, theirs: Specification, spec: Specification, net: str, changes: Mapping[str, Any]
+    start_from: str, start_spec: Specification, spec: Specification, net: str, changes: Mapping[str, Any]
 ) -> None:
     """Raises UsageError if the model file holds another network than requested."""
-    if changes["channels"] != theirs.channels:
+    if changes["channels"] != start_spec.channels:
         raise UsageError(
-            f"{start_from} takes images of {theirs.channels} channels, the data have {changes['channels']}; "
+            f"{start_from} takes images of {start_spec.channels} channels, the data have {changes['channels']}; "
             "start from another model."
         )
     if net and get_specification(net, **changes) != spec:
         raise UsageError(
-            f"{start_from} holds {nearest_name(theirs)[0]}, not the {net} that is asked for; leave out --net "
+            f"{start_from} holds {nearest_name(start_spec)[0]}, not the {net} that is asked for; leave out --net "
             "and the values of its specification."
         )
 
