@@ -20,7 +20,7 @@ from resnetlab.formatting import format_share
 from resnetlab.models import probes
 from resnetlab.models.model_file import load_trained_model
 from resnetlab.models.probes import LayerSignal
-from resnetlab.models.resnet import build
+from resnetlab.models.resnet import ResNet, build
 from resnetlab.run_folder import RunFolder
 from resnetlab.studies import (
     catalogue,
@@ -38,9 +38,11 @@ from resnetlab.studies.convergence import Convergence
 from resnetlab.studies.cost import agrees
 from resnetlab.studies.cost_estimate import CostEstimate
 from resnetlab.studies.degradation import Degradation
+from resnetlab.studies.orderings import Orderings
 from resnetlab.studies.probe_images import load_probe_batch, select_probe_images
 from resnetlab.studies.runs import StudyRun
 from resnetlab.studies.setting import PAPER_EPOCHS, Setting, Trial, check_depth
+from resnetlab.studies.shortcut_types import ShortcutTypes
 from resnetlab.studies.study import find_missing, locate_runs, run_studies
 from resnetlab.studies.variants import network_trials
 from resnetlab.studies.verdicts import compare_by_seed, compare_with_paper, mean_sd, tally
@@ -162,10 +164,26 @@ def test_convergence_compares_the_18_layer_nets_on_a_folder(tmp_path: Path) -> N
     plain, residual = Convergence().plan(own)
     assert (plain.recipe.net, residual.recipe.net) == ("plain18", "resnet18")
     assert (residual.recipe.name, residual.recipe.image_size, residual.recipe.batch) == ("photos", 224, 32)
+    counts = [sum(p.numel() for p in ResNet(own.spec(t.recipe)).parameters()) for t in (plain, residual)]
+    assert counts[0] == counts[1]  # option A, as in 2015 Table 2
     assert own.share == pytest.approx(20 * 32 / 30 / (600_000 * 256 / 1_281_167))  # of 2015 §3.4's passes
     for twins in (here, setting(depths=(14,))):  # chosen depths, and small images, have the nets of 6n+2 layers
         own = Convergence().adapt(replace(twins, depths=(14,)))
         assert [t.recipe.net for t in Convergence().plan(own)] == ["plain14", "resnet14"]
+
+
+def test_networks_that_are_the_same_function_are_left_out() -> None:
+    """In ResNet-8 every unit begins a stage, so two pairs of orders are one function each (compared by hand: difference 0)."""
+    small, deeper = setting(depths=(8,)), setting(depths=(14,))
+    kept, sentences = Orderings().drop_twins(small)
+    assert [v.label for v in kept] == ["original", "relu-before-add", "preact"]
+    assert sentences == [
+        "bn-after-add is left out: in resnet8 it is the same function as preact; deeper nets tell them apart.",
+        "relu-only-preact is left out: in resnet8 it is the same function as original; deeper nets tell them apart.",
+    ]
+    assert {t.label for t in Orderings().plan(small)} == {"original", "relu-before-add", "preact"}
+    assert len(Orderings().plan(deeper)) == 5 and not Orderings().drop_twins(deeper)[1]
+    assert not ShortcutTypes().drop_twins(small)[1]  # dropout is the identity only in eval mode
 
 
 # -- runs --------------------------------------------------------------------------------------------------------------
@@ -383,6 +401,11 @@ def test_counts_are_compared_with_the_papers(all_studies: tuple[Path, list[dict[
     assert counted["alexnet", "parameters"]["mean"] == 61_100_840  # torchvision's documentation
     differing = {key for key, row in counted.items() if "NOT" in str(row["verdict"])}
     assert differing == {("vgg16", "multiply-adds"), ("preresnet1001", "parameters")}  # 10.2M leaves BN's out
+    assert "without BN's weights and biases" in str(counted["preresnet1001", "parameters"]["verdict"])
+    sources = {name: counted[name, "multiply-adds"]["paper_source"] for name in ("vgg16", "vgg19", "resnet34")}
+    assert sources == {"vgg16": "2015 §4.1", "vgg19": "2015 §3.3 and Fig. 3", "resnet34": "2015 Table 1"}
+    parameters = {name: counted[name, "parameters"]["paper_source"] for name in ("resnet56", "preresnet164")}
+    assert parameters == {"resnet56": "2015 Table 6", "preresnet164": "2016 Table 4"}
 
 
 def test_a_count_agrees_where_it_rounds_or_truncates() -> None:

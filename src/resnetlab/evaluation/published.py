@@ -12,7 +12,7 @@ from resnetlab.models.spec import Specification, get_specification
 
 Errors = tuple[float, float | None]  # top-1, top-5; per cent
 
-CIFAR10 = {  # one view; 2015 Table 6, 2016 Table 3
+CIFAR10 = {  # one view; 2015 Table 6, 2016 Tables 2 and 4
     "resnet20": 8.75, "resnet32": 7.51, "resnet44": 7.17, "resnet56": 6.97, "resnet110": 6.61, "resnet1202": 7.93,
     "resnet164": 5.93, "resnet1001": 7.61, "preresnet110": 6.37, "preresnet164": 5.46, "preresnet1001": 4.92}  # fmt: skip
 IMAGENET: dict[str, dict[str, Errors]] = {  # validation split
@@ -52,7 +52,8 @@ def find_published(model: TrainedModel, data: str, split: str, protocol: Protoco
     if data == "cifar10" and split == "test" and protocol_name == "1crop" and n == 10_000:
         for name, error in CIFAR10.items():
             if _is_named(spec, name):
-                table = "2016 Table 3" if name.startswith("pre") or spec.depth in (164, 1001) else "2015 Table 6"
+                later = name.startswith("pre") or spec.depth in (164, 1001)
+                table = "2015 Table 6" if not later else "2016 Table 2" if spec.depth == 110 else "2016 Table 4"
                 mean = ", mean of 5" if name == "resnet110" else ""
                 return PublishedErrors(round(error / 100, 6), None, f"{table}{mean}, trained on all 50,000 images")
     if split == "train" or n != 50_000 or set(model.classes) != set(imagenet.imagenet_class_names().values()):

@@ -33,8 +33,11 @@ class Convergence(Study):
         return f"plain{depth}", f"resnet{depth}"
 
     def plan(self, setting: Setting) -> list[Trial]:
-        """Both nets; those of 6n+2 layers as the study of degradation has them."""
-        return [trial for net in self.networks(setting) for trial in network_trials(setting, net, _depth(net))]
+        """Both nets; those of 6n+2 layers as the study of degradation has them, 18 layers without projections (Table 2)."""
+        plain, residual = self.networks(setting)
+        if setting.photographs:
+            return setting.trials(plain, plain) + setting.trials(residual, residual, {"shortcut": "A"})
+        return [trial for net in (plain, residual) for trial in network_trials(setting, net, _depth(net))]
 
     def read(self, setting: Setting, outcomes: RunOutcomes, on_progress: Callable[[int, int], None]) -> StudyResult:
         """Training error over the first tenth, the first quarter and the last tenth, seed by seed."""

@@ -24,6 +24,10 @@ NETS = (
 )
 OTHERS = ("alexnet", "vgg16", "vgg19", "googlenet")  # torchvision's
 AGREES = "agrees with the paper"
+DISAGREEMENTS = {
+    "preresnet1001": ", whose figure is the count without BN's weights and biases: 10,178,490 here",
+    "vgg16": ", whose figure is that of the convolutions alone",
+}
 ROUNDING = 0.5  # of the last digit that a paper prints, and its truncation (3.858 is printed as 3.8)
 
 RULE = (
@@ -50,14 +54,15 @@ class NetworkCosts(Study):
         for name in NETS:
             counted = compute_cost(get_specification(name))
             counts[name] = counted.parameters, counted.multiply_adds
-            rows.append(count_row(name, "parameters", counted.parameters, counted.paper_parameters, "2015 Table 6"))
+            rows.append(count_row(name, "parameters", counted.parameters, counted.paper_parameters, counted.source))
             printed = counted.paper_multiply_adds
-            rows.append(count_row(name, "multiply-adds", counted.multiply_adds, printed, "2015 Table 1"))
+            rows.append(count_row(name, "multiply-adds", counted.multiply_adds, printed, counted.source))
         for name in OTHERS:
             counts[name] = count_torchvision(name)
             rows.append(count_row(name, "parameters", counts[name][0]))
-            printed = paper.VGG_MULTIPLY_ADDS.get(name)
-            rows.append(count_row(name, "multiply-adds", counts[name][1], printed, "2015 Table 1, §3.3"))
+            rows.append(
+                count_row(name, "multiply-adds", counts[name][1], *paper.VGG_MULTIPLY_ADDS.get(name, (None, None)))
+            )
         compared = [row for row in rows if row.paper]
         agree = sum(row.verdict == AGREES for row in compared)
         shares = [counts[a][1] / counts[b][1] for a, b in (("resnet34", "vgg19"), ("resnet152", "vgg16"))]
@@ -75,12 +80,12 @@ class NetworkCosts(Study):
         )
 
 
-def count_row(name: str, figure: str, value: int, printed: float | None = None, source: str = "") -> Row:
+def count_row(name: str, figure: str, value: int, printed: float | None = None, source: str | None = None) -> Row:
     """One count, compared with the one that the paper prints."""
     verdict = "the paper prints none"
     if printed:
-        verdict = AGREES if agrees(value, printed) else "does NOT agree with the paper"
-    published = PublishedFigure(printed, source) if printed else None
+        verdict = AGREES if agrees(value, printed) else f"does NOT agree with the paper{DISAGREEMENTS.get(name, '')}"
+    published = PublishedFigure(printed, source or "") if printed else None
     return Row(name, figure, (float(value),), verdict, published, unit="count")
 
 

@@ -19,6 +19,7 @@ class Orderings(SideBySide):
     name = "orderings"
     question = "In which order should BN, ReLU and convolution be applied?"
     place = "2016 Table 2, Fig. 6"
+    claimed = ("original", "preact")
     caption = "As 2016 Fig. 6, with all five orders in one panel: training dashed, held-out images bold."
 
     def variants(self, setting: Setting) -> list[Variant]:

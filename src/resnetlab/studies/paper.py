@@ -54,4 +54,4 @@ PROTOCOLS = {  # ResNet-50 on ImageNet, top-1
     "10crop": PublishedFigure(0.2285, "2015 Table 3 (ResNet-50, ImageNet)"),
     "multiscale": PublishedFigure(0.2074, "2015 Table 4 (ResNet-50, ImageNet)"),
 }
-VGG_MULTIPLY_ADDS = {"vgg16": 15.3e9, "vgg19": 19.6e9}  # 2015 Table 1 and Fig. 3
+VGG_MULTIPLY_ADDS = {"vgg16": (15.3e9, "2015 §4.1"), "vgg19": (19.6e9, "2015 §3.3 and Fig. 3")}

@@ -13,6 +13,7 @@ from resnetlab.studies.paper import PublishedFigure
 from resnetlab.studies.runs import RunOutcomes
 from resnetlab.studies.setting import Setting, Trial
 from resnetlab.studies.study import Row, Study, StudyResult
+from resnetlab.studies.twins import are_twins
 from resnetlab.studies.verdicts import PairedDifference, compare_by_seed, compare_with_paper, tally
 
 DEEP = 110  # a residual net of this depth or more needs a warm-up (2015 §4.2)
@@ -48,10 +49,12 @@ class SideBySide(Study):
     Attributes:
         caption: of the figure.
         remarks: sentences below the table.
+        claimed: labels of the networks that the answer compares; they stay where another is the same function.
     """
 
     caption: ClassVar[str]
     remarks: ClassVar[Sequence[str]] = ()
+    claimed: ClassVar[Sequence[str]] = ()
 
     @abstractmethod
     def variants(self, setting: Setting) -> list[Variant]:
@@ -65,24 +68,40 @@ class SideBySide(Study):
         """Rows that need no run, such as counts of parameters."""
         return ()
 
+    def drop_twins(self, setting: Setting) -> tuple[list[Variant], list[str]]:
+        """The variants that are different functions, and a sentence about each that is left out."""
+        variants = self.variants(setting)
+        specs = {v.label: setting.spec(setting.trials(v.label, v.net, v.values)[0].recipe) for v in variants}
+        kept: list[str] = []
+        left_out = []
+        for variant in sorted(variants, key=lambda v: v.label not in self.claimed):
+            twin = next((label for label in kept if are_twins(specs[label], specs[variant.label])), None)
+            if twin is None:
+                kept.append(variant.label)
+            else:
+                same = f"in {variant.net} it is the same function as {twin}"
+                left_out.append(f"{variant.label} is left out: {same}; deeper nets tell them apart.")
+        return [v for v in variants if v.label in kept], left_out
+
     def plan(self, setting: Setting) -> list[Trial]:
         """The runs of every variant."""
-        return [t for v in self.variants(setting) for t in setting.trials(v.label, v.net, v.values, **v.changes)]
+        variants, _ = self.drop_twins(setting)
+        return [t for v in variants for t in setting.trials(v.label, v.net, v.values, **v.changes)]
 
     def read(self, setting: Setting, outcomes: RunOutcomes, on_progress: Callable[[int, int], None]) -> StudyResult:
         """The errors of every variant, and where they end."""
-        variants = self.variants(setting)
+        variants, left_out = self.drop_twins(setting)
         answer, details = self.answer(setting, outcomes, variants)
         rows: list[Row] = []
         for variant in variants:
             rows += error_rows(setting, outcomes, variant.label, variants[0].label, variant.printed)
             rows += self.count_rows(setting, variant)
         figure = draw_curves_and_ends(self.name, [v.label for v in variants], outcomes, self.caption)
-        return StudyResult(answer, rows, [figure], details, remarks=[TRAINING_ERROR, *self.remarks])
+        return StudyResult(answer, rows, [figure], details, remarks=[*left_out, TRAINING_ERROR, *self.remarks])
 
 
 def network_trials(setting: Setting, name: str, depth: int) -> list[Trial]:
-    """The runs of one network of the 6n+2 family, by its name, with the warm-up that 2015 gives its deep ones."""
+    """The runs of one CIFAR net, by its name, with the warm-up that 2015 gives its deep ones."""
     return setting.trials(name, name, warmup="train-error" if depth >= DEEP else setting.base.warmup)
 
 
