@@ -98,7 +98,7 @@ def test_each_backend_agrees_with_the_network(trained: TrainedModel, name: str, 
         assert torch.equal(scores, choice.predict(pixels))
         assert scores.dtype == torch.float32 and scores.shape == (len(pixels), 10)
         assert float((scores - by_hand(trained, pixels)).abs().max()) < bound
-    assert "on 16 check images" in choice.reason
+    assert "on 16 reference images" in choice.reason
     assert torch.allclose(compute_reference_scores(trained, fresh), by_hand(trained, fresh), atol=1e-6)
 
 
@@ -161,7 +161,7 @@ def test_wrong_requests(trained: TrainedModel, backend: str, precision: str, sen
 
 def test_missing_packages_and_images(trained: TrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     bare = replace(trained, reference_images=None)
-    assert select_backend(bare).name == "torch" and "no check images" in select_backend(bare).reason
+    assert select_backend(bare).name == "torch" and "no reference images" in select_backend(bare).reason
     with pytest.raises(UsageError, match="--calibrate FOLDER"):
         select_backend(bare, "openvino", "int8")
     with pytest.raises(UsageError, match="other images than it is evaluated on"):

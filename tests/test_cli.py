@@ -65,6 +65,8 @@ def run_cli(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, s
         (["train", "--verify-resume", "--batch", "auto"], "leave out --procs, --batch auto and --json."),
         (["train", "--max-restarts", "2"], "--max-restarts is for processes that --procs starts"),
         (["train", "--recipe", "modern"], "recipe modern needs images: resnetlab train DATA"),
+        (["segment", "train"], "recipe masks needs images: resnetlab segment train DATA"),
+        (["detect", "train", "boxes", "--max-restarts", "2"], "--max-restarts is for processes that --procs starts"),
         (["train", "--show-recipe", "paper"], "unknown recipe 'paper'; did you mean 'paper-cifar'?"),
         (["inspect", "resnet56", "--set", "shortct=C"], "did you mean 'shortcut'?"),
         (["inspect", "resnet56", "--image-size", "0"], "has no pixel"),

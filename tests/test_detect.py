@@ -231,14 +231,14 @@ def test_a_killed_run_resumes_bit_identically(trained: Path, tmp_path: Path) -> 
     with start_command("train", "--resume", str(out)) as process:
         _, stderr = process.communicate()
     assert process.returncode == 0, stderr
-    assert "going on from step" in stderr
+    assert "resuming from step" in stderr
     assert (out / "model.safetensors").read_bytes() == (trained / "run" / "model.safetensors").read_bytes()
 
 
 def test_a_run_is_resumed_by_its_own_command_only(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = trained / "run"
     assert resnetlab_(["train", "--resume", str(run)]) == 1
-    assert f"is a run of another task; go on with: resnetlab detect train --resume {run}" in capsys.readouterr().err
+    assert f"is a run of another task; resume with: resnetlab detect train --resume {run}" in capsys.readouterr().err
 
 
 def test_training_starts_from_a_classifier(trained: Path, tmp_path: Path) -> None:

@@ -92,7 +92,7 @@ def test_killed_at_any_moment_is_bit_identical(lines: int, tmp_path: Path, undis
     assert not (out / "model.safetensors").exists()
     done = resume(out)
     assert done.returncode == 0, done.stderr
-    assert "going on from step" in done.stderr
+    assert "resuming from step" in done.stderr
     assert_same(out, undisturbed)
 
 
@@ -121,7 +121,7 @@ def test_killed_inside_a_checkpoints_writing(tmp_path: Path, undisturbed: Path) 
     assert any(name.endswith(".tmp") for name in left), "the process was not killed inside the writing"
     done = resume(out)
     assert done.returncode == 0, done.stderr
-    assert "going on from step 11" in done.stderr
+    assert "resuming from step 11" in done.stderr
     assert_same(out, undisturbed)
     assert not [p for p in (out / "checkpoints").iterdir() if p.name.endswith(".tmp")]
 
@@ -146,7 +146,7 @@ def test_signals_save_first(tmp_path: Path) -> None:
         process.terminate()
         _, stderr = process.communicate()
     assert process.returncode == 143
-    assert f"going on from step {first:,}" in stderr
+    assert f"resuming from step {first:,}" in stderr
     assert stopped_at(out, stderr) > first
     steps = [line["step"] for line in figures(out) if line["kind"] == "train"]
     assert steps == sorted(set(steps)), "a step was recorded twice"
@@ -154,7 +154,7 @@ def test_signals_save_first(tmp_path: Path) -> None:
 
 def stopped_at(run: Path, stderr: str) -> int:
     """The step that the message names; asserts that its checkpoint exists."""
-    assert "which is saved; go on with: resnetlab train --resume" in stderr
+    assert "which is saved; resume with: resnetlab train --resume" in stderr
     assert "Traceback" not in stderr
     step = int(stderr.rsplit("stopped at step ", 1)[1].split(", which")[0].replace(",", ""))
     assert (run / "checkpoints" / f"step-{step:08d}.safetensors").is_file()
@@ -187,7 +187,7 @@ def test_a_checkpoint_cut_in_half_falls_back_to_the_one_before(
     done = resumed(run)
     assert done.returncode == 0, done.stderr
     assert "step-00000030.safetensors is not a complete safetensors file" in done.stderr
-    assert "Going on from the checkpoint before it." in done.stderr and "going on from step 29" in done.stderr
+    assert "Resuming from the checkpoint before it." in done.stderr and "resuming from step 29" in done.stderr
     assert_same(run, undisturbed)
 
 
@@ -200,7 +200,7 @@ def test_a_flipped_bit_in_a_checkpoint_is_noticed(tmp_path: Path, undisturbed: P
     done = resumed(run)
     assert done.returncode == 0, done.stderr
     assert "is damaged: its contents do not match its digest" in done.stderr
-    assert "going on from step 29" in done.stderr
+    assert "resuming from step 29" in done.stderr
     assert_same(run, undisturbed)
 
 

@@ -132,7 +132,7 @@ def test_a_killed_run_resumes_bit_identically(trained: Path, tmp_path: Path) -> 
     assert process.returncode == -signal.SIGKILL
     with segment("train", "--resume", str(out)) as process:
         _, stderr = process.communicate()
-    assert process.returncode == 0 and "going on from step" in stderr, stderr
+    assert process.returncode == 0 and "resuming from step" in stderr, stderr
     assert (out / "model.safetensors").read_bytes() == (trained / "run" / "model.safetensors").read_bytes()
 
 

@@ -104,7 +104,7 @@ def test_a_signal_in_the_last_evaluation_says_how_to_go_on(
     with monkeypatch.context() as patch:
         patch.setattr(report, "render_report", lambda **_: os.kill(os.getpid(), signal.SIGTERM))
         with pytest.raises(
-            StopSignal, match=r"stopped while evaluating, .* go on with: resnetlab train --resume"
+            StopSignal, match=r"stopped while evaluating, .* resume with: resnetlab train --resume"
         ) as stop:
             resnetlab.train(tiny(), out=out, device="cpu")
     assert stop.value.exit_code == 143

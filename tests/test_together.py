@@ -83,7 +83,7 @@ def test_a_killed_rank_restarts_the_job_and_nothing_is_lost(tmp_path: Path, undi
         killed_at = last_step(out)
         _, stderr = process.communicate()
     assert process.returncode == 0, stderr
-    assert killed_at < STEPS and "going on from step" in stderr
+    assert killed_at < STEPS and "resuming from step" in stderr
     assert_same(out, undisturbed)
     assert json.loads((out / "environment.json").read_text())["processes"] == 2
 
@@ -98,11 +98,11 @@ def test_all_ranks_stop_at_one_step_and_one_process_goes_on(tmp_path: Path, undi
         os.kill(process_of_rank(1, process.pid), signal.SIGTERM)
         _, stderr = process.communicate()
     assert process.returncode == 143, stderr
-    assert "Traceback" not in stderr and stderr.count(f"go on with: resnetlab train --resume {out}") >= 1
+    assert "Traceback" not in stderr and stderr.count(f"resume with: resnetlab train --resume {out}") >= 1
     assert not (out / "model.safetensors").exists()
     said: list[str] = []
     resume(out, RunOptions(report=said.append))
-    assert any("going on from step" in sentence for sentence in said)
+    assert any("resuming from step" in sentence for sentence in said)
     assert_same(out, undisturbed)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import inspect
 import json
 import subprocess
 import sys
@@ -14,12 +15,14 @@ import torch
 from torch.nn import functional as F
 
 import resnetlab
+from cells import make_voc_folder
+from resnetlab.cli.main import run_command
 from resnetlab.device import select_device
 from resnetlab.errors import DivergedError, RunError, UsageError
 from resnetlab.models.resnet import build
 from resnetlab.run_folder import RunFolder, read_metrics
 from resnetlab.training.checkpoint import TrainState
-from resnetlab.training.optim import SGD, AdamW
+from resnetlab.training.optim import SGD, AdamW, Optimizer
 from resnetlab.training.recipe import Recipe
 from resnetlab.training.recipes import quick
 from resnetlab.training.step import train_step
@@ -30,6 +33,29 @@ TINY = {"net": "resnet8", "image_size": 8, "batch": 32, "log_every": 5, "eval_ev
 
 def tiny(**values: object) -> Recipe:
     return replace(quick().rescale(20), **(TINY | {"precision": "fp32"} | values))  # type: ignore[arg-type]
+
+
+class Reached(Exception):
+    """The optimizer's step was called; the names of the functions on the way there, the command's first."""
+
+
+@pytest.mark.parametrize("task", ["train", "detect", "segment"])
+def test_five_frames_lead_from_the_command_to_the_optimizers_step(
+    task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def step(self: Optimizer, lr: float) -> None:
+        raise Reached(*(frame.function for frame in reversed(inspect.stack())))
+
+    monkeypatch.setattr(Optimizer, "step", step)
+    data, words, small = "digits", ["train"], ["--set", "batch=4", "--steps", "1", "--device", "cpu"]
+    if task != "train":
+        data, words = str(make_voc_folder(tmp_path / "voc")), [task, "train"]
+        small += ["--set", "image_size=64", "--set", "longest=80", "--set", "sides=64", "--set", "widths=8,8,8,8"]
+    command = "_".join(words)
+    with pytest.raises(Reached) as caught:
+        run_command([*words, data, *small, "--out", str(tmp_path / "run")])
+    names = list(caught.value.args)
+    assert names[names.index(command) :] == [command, "start_run", "train_to_end", "train_step", "step"]
 
 
 def test_sgd_equals_torch_to_the_bit() -> None:

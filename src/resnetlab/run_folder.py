@@ -30,7 +30,7 @@ from resnetlab.errors import RunError
 def write_error(path: Path, error: OSError) -> RunError:
     """The error for a file that could not be written."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return RunError(f"no space left to write {path}; free some, then go on with: resnetlab train --resume RUN")
+        return RunError(f"no space left to write {path}; free some, then resume with: resnetlab train --resume RUN")
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return RunError(f"no permission to write {path}; allow it, or choose another folder with --out.")
     return RunError(f"cannot write {path}: {error.strerror or error}; fix that, or choose another folder with --out.")

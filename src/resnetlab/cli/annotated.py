@@ -7,86 +7,32 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from resnetlab.cli import console, launch
+from resnetlab.cli import console
 from resnetlab.cli.evaluate import CLASSIFIER_EVALUATION, evaluate, print_box_classes, print_mask_classes
 from resnetlab.cli.predict import CLASSIFIER_PREDICTION, DETECTOR_OPTIONS, predict, save_overlay
-from resnetlab.cli.train import print_recipe
+from resnetlab.cli.train import (
+    DEFAULT_OPTIONS,
+    TrainOptions,
+    prepare_run,
+    print_json_result,
+    print_recipe,
+    print_result,
+    read_overrides,
+)
 from resnetlab.errors import UsageError
-from resnetlab.formatting import format_duration, format_percent
-
-if TYPE_CHECKING:
-    from resnetlab.training.result import TrainResult
+from resnetlab.formatting import format_percent
 
 Decorator = Callable[[Callable[[], None]], Callable[..., None]]
 
 
-@Parameter(name="*")
-@dataclass(frozen=True, kw_only=True)
-class TrainOptions:
-    """The options of both `train` commands.
-
-    Parameters
-    ----------
-    net
-        Network, such as resnet18 or resnet50v1.5.
-    recipe
-        For a detector boxes (a feature pyramid, small images) or paper-boxes (the 2015 paper's schedule and form), for a
-        segmenter masks.
-    start_from
-        A classifier's model file to start from; by default random weights.
-    steps
-        Length of the run; the recipe's schedule is rescaled to it, and the result marked as shortened.
-    set_
-        Changes one value of the recipe or of the network's specification, key=value; may be given several times.
-    seed
-        Seed of initialisation, order and augmentation.
-    out
-        Run folder; by default runs/DATA, or runs/DATA-2 and so on.
-    device
-        cpu, cuda, cuda:1, …; by default a GPU if there is one, and for a resumed run the device that it started on.
-    workers
-        Processes that decode images; by default none when training on a CPU. The result does not depend on it.
-    procs
-        Processes on this machine that share every step: one per GPU, or a few on the CPU. On several machines start them
-        with torchrun: `torchrun … -m resnetlab detect train …`
-    max_restarts
-        With --procs: how often the processes are restarted from the last checkpoint after one has died.
-    resume
-        Continue the run in this folder from its last checkpoint; the result is bit-identical to an uninterrupted run.
-    show_recipe
-        Print a recipe and its description, and train nothing.
-    json
-        Print the result as one JSON document.
-    """
-
-    net: str | None = None
-    recipe: str | None = None
-    start_from: str | None = None
-    steps: int | None = None
-    set_: Annotated[tuple[str, ...], Parameter(name="--set", negative="", consume_multiple=False)] = ()
-    seed: int | None = None
-    out: Path | None = None
-    device: str | None = None
-    workers: int | None = None
-    procs: int | None = None
-    max_restarts: int = 0
-    resume: Path | None = None
-    show_recipe: str | None = None
-    json: Annotated[bool, Parameter(negative="")] = False
-
-
-DEFAULT_OPTIONS = TrainOptions()
-
-
 def detect_train(
-    data: str | None = None, /, *, on_bad_box: str | None = None, options: TrainOptions = DEFAULT_OPTIONS
+    data: str | None = None, /, *, options: TrainOptions = DEFAULT_OPTIONS, on_bad_box: str | None = None
 ) -> None:
     """Train a detector, a Faster R-CNN on a residual network; write a run folder with the model and a report.
 
@@ -100,16 +46,19 @@ def detect_train(
     on_bad_box
         stop at an invalid box or image, or skip it: left out, and listed in the run folder.
     """
-    result = train_annotated("detect", data, options, {"on_bad_box": on_bad_box})
-    if result is not None:
-        metrics = {f"{result.split} mAP@.5": result.map_50, "mAP@[.5:.95]": result.map, "VOC mAP": result.voc_map}
-        _print_result(result, {name: f"{value:.3f}" for name, value in metrics.items()}, options.json)
-        if not options.json:
-            print_box_classes(result.per_class)
+    if options.show_recipe is not None:
+        return print_recipe(options.show_recipe, "detect")
+    with prepare_run("detect", options, read_overrides(data, options, {"on_bad_box": on_bad_box})) as run:
+        result = run()
+    if print_json_result(result, options):
+        return None
+    metrics = {f"{result.split} mAP@.5": result.map_50, "mAP@[.5:.95]": result.map, "VOC mAP": result.voc_map}
+    print_result(result, {name: f"{value:.3f}" for name, value in metrics.items()})
+    return print_box_classes(result.per_class)
 
 
 def segment_train(
-    data: str | None = None, /, *, on_bad_mask: str | None = None, options: TrainOptions = DEFAULT_OPTIONS
+    data: str | None = None, /, *, options: TrainOptions = DEFAULT_OPTIONS, on_bad_mask: str | None = None
 ) -> None:
     """Train a segmenter, a fully convolutional head on a residual network; write a run folder with the model and a report.
 
@@ -123,71 +72,15 @@ def segment_train(
     on_bad_mask
         stop at an invalid mask or image, or skip it: left out, and listed in the run folder.
     """
-    result = train_annotated("segment", data, options, {"on_bad_mask": on_bad_mask})
-    if result is not None:
-        wrong = format_percent(result.pixel_error)
-        _print_result(
-            result, {f"{result.split} mean IoU": f"{result.mean_iou:.3f}", "wrong pixels": wrong}, options.json
-        )
-        if not options.json:
-            print_mask_classes(result.per_class)
-
-
-def train_annotated(task: str, data: str | None, options: TrainOptions, recipe_values: Mapping[str, str | None]) -> Any:
-    """Starts or continues a run and returns its result; None if only a recipe was printed, or another process prints it.
-
-    Args:
-        recipe_values: options that are values of the task's recipe.
-    """
-    from resnetlab.distributed import is_first_process
-    from resnetlab.training import recipes
-    from resnetlab.training import train as training
-    from resnetlab.training.annotated_recipes import DEFAULT_RECIPES
-    from resnetlab.training.recipe import Overrides
-
     if options.show_recipe is not None:
-        return print_recipe(options.show_recipe, task)
-    if options.workers is not None and options.workers < 0:
-        raise UsageError(f"--workers must be 0 or more, not {options.workers}.")
-    if options.resume is not None and (options.out is not None or options.recipe is not None):
-        raise UsageError(
-            "--resume continues a run with its own recipe in its own folder; leave out --out and --recipe."
-        )
-    if options.resume is None and data is None:
-        raise UsageError(f"{task} train needs DATA, a folder; `resnetlab {task} train --help` describes its formats.")
-    values = {"start_from": options.start_from, **recipe_values}
-    pairs = console.parse_pairs(options.set_) | {key: value for key, value in values.items() if value}
-
-    overrides = Overrides(data=data, net=options.net, steps=options.steps, seed=options.seed, values=pairs)
-    run_options = training.RunOptions(device=options.device, workers=options.workers, report=console.log)
-    new = None
-    if options.resume is None:
-        new = overrides.apply(recipes.find_recipe(options.recipe or DEFAULT_RECIPES[task], task))
-    if options.procs is not None:
-        processes = launch.Processes(options.procs, options.max_restarts)
-        return launch.train_in_processes(
-            new, options.resume or options.out, run_options, processes, task=task, overrides=overrides
-        )
-    with console.show_training() as on_progress:
-        run_options = replace(run_options, on_progress=on_progress)
-        if new is not None:
-            result = training.start_run(new, options.out, run_options)
-        else:
-            assert options.resume is not None
-            result = training.resume(options.resume, run_options, task=task, overrides=overrides)
-    return result if is_first_process() else None
-
-
-def _print_result(result: TrainResult, metrics: Mapping[str, str], json: bool) -> None:
-    """Prints the result as a table, or as one JSON document."""
-    if json:
-        return console.print_json(result.to_json())
-    duration = format_duration(result.seconds)
-    rows = dict(metrics) | ({"budget": result.budget} if result.budget else {})
-    rows |= {"trained": f"{result.steps:,} steps in {duration}, {result.images_per_second:.1f} images/s"}
-    for name, text in (rows | {"model": result.model, "report": result.report}).items():
-        print(f"{name:<18} {text}")
-    return print()
+        return print_recipe(options.show_recipe, "segment")
+    with prepare_run("segment", options, read_overrides(data, options, {"on_bad_mask": on_bad_mask})) as run:
+        result = run()
+    if print_json_result(result, options):
+        return None
+    wrong = format_percent(result.pixel_error)
+    print_result(result, {f"{result.split} mean IoU": f"{result.mean_iou:.3f}", "wrong pixels": wrong})
+    return print_mask_classes(result.per_class)
 
 
 def _restrict(command: Callable[..., None], task: str, hidden: Collection[str]) -> Decorator:

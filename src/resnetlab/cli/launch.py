@@ -36,44 +36,111 @@ def _check_process_count(processes: int, device: str | None) -> None:
         raise UsageError(f"--procs {processes} is not from 1 to {most}, the {what} of this machine.")
 
 
-class Processes(NamedTuple):
-    """How many processes train, and how often they are restarted from the last checkpoint after one has died."""
+class Job(NamedTuple):
+    """A run of several processes on this machine, restarted from the last checkpoint so often after one has died."""
 
-    number: int
+    task: str
+    options: RunOptions
+    processes: int
     restarts: int
 
+    def start(self, recipe: BaseRecipe, out: Path | None) -> TrainResult:
+        """Trains a complete recipe into the new run folder `out`; None takes runs/<data>, or the next free name."""
+        from resnetlab.data.sources import short_name
+        from resnetlab.distributed import World
+        from resnetlab.run_folder import RunFolder, write_atomically
+        from resnetlab.training.train import TASKS
 
-def train_in_processes(
-    recipe: BaseRecipe | None,
-    path: Path | None,
-    options: RunOptions,
-    processes: Processes,
-    *,
-    task: str = "classify",
-    overrides: Overrides,
-) -> TrainResult:
-    """Trains a complete recipe into the new run folder `path`, or without a recipe resumes the run there."""
-    from resnetlab.data.sources import short_name
-    from resnetlab.distributed import World
-    from resnetlab.run_folder import RunFolder, write_atomically
-    from resnetlab.training.train import TASKS, check_resume
+        _check_process_count(self.processes, self.options.device)
+        TASKS[self.task].check_batch(recipe, World(0, self.processes))
+        run = RunFolder.create(out, short_name(recipe.data))
+        write_atomically(run.path / "recipe.toml", recipe.to_toml())
+        try:
+            return self._launch(run)
+        finally:
+            if not (run.path / "environment.json").exists():  # the run has not begun
+                with contextlib.suppress(OSError):
+                    (run.path / "recipe.toml").unlink()
+                    (run.path / ".lock").unlink(missing_ok=True)
+                    run.path.rmdir()
 
-    _check_process_count(processes.number, options.device)
-    if recipe is None:
-        assert path is not None
-        check_resume(path, task, overrides)
-        return _launch(RunFolder(path), task, options, processes)
-    TASKS[task].check_batch(recipe, World(0, processes.number))
-    run = RunFolder.create(path, short_name(recipe.data))
-    write_atomically(run.path / "recipe.toml", recipe.to_toml())
-    try:
-        return _launch(run, task, options, processes)
-    finally:
-        if not (run.path / "environment.json").exists():  # the run has not begun
-            with contextlib.suppress(OSError):
-                (run.path / "recipe.toml").unlink()
-                (run.path / ".lock").unlink(missing_ok=True)
-                run.path.rmdir()
+    def resume(self, path: Path, overrides: Overrides) -> TrainResult:
+        """Resumes the run in a folder."""
+        from resnetlab.run_folder import RunFolder
+        from resnetlab.training.train import check_resume
+
+        _check_process_count(self.processes, self.options.device)
+        check_resume(path, self.task, overrides)
+        return self._launch(RunFolder(path))
+
+    def _launch(self, run: RunFolder) -> TrainResult:
+        """Resumes a run in the processes; restarts them from the last checkpoint if one fails.
+
+        Raises:
+            SystemExit: with the exit code of a process that failed and printed its error.
+            RunError: a process was killed, and no restart was left.
+        """
+        import logging
+
+        from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
+        from torch.distributed.elastic.multiprocessing.api import SignalException
+        from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+        from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+        from resnetlab.training.train import TASKS, read_result
+
+        # the store of a restarted job must not hold keys of the failed one (torch 2.15: some restarts hang)
+        os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // self.processes)))
+        logging.getLogger("torch.distributed.elastic").setLevel(
+            logging.CRITICAL
+        )  # it would print our messages as tracebacks
+        with tempfile.TemporaryDirectory() as logs:
+            config = LaunchConfig(
+                min_nodes=1,
+                max_nodes=1,
+                nproc_per_node=self.processes,
+                run_id=str(os.getpid()),
+                max_restarts=self.restarts,
+                rdzv_backend="c10d",
+                rdzv_endpoint="localhost:0",
+                local_addr="localhost",  # the default, the machine's name, may not resolve in a container
+                rdzv_configs={"timeout": 60},
+                monitor_interval=0.1,
+                logs_specs=DefaultLogsSpecs(log_dir=logs, redirects=dict.fromkeys(range(1, self.processes), Std.ERR)),
+            )
+            request = {
+                "run": str(run.path),
+                "task": self.task,
+                "data_dir": self.options.data_dir and str(self.options.data_dir),
+                "device": self.options.device,
+                "workers": self.options.workers,
+                "fit_micro_batch": self.options.fit_micro_batch,
+            }
+            try:
+                elastic_launch(config, sys.executable)("-m", "resnetlab", "_train-process", json.dumps(request))
+            except SignalException as stop:
+                raise SystemExit(128 + stop.sigval) from None
+            except ChildFailedError as error:
+                rank, failure = error.get_first_failure()
+                code = failure.exitcode
+                if code > 0:
+                    code = max(
+                        code, error.failures.get(0, failure).exitcode
+                    )  # 2, a wrong request, takes precedence over 1
+                    for other in filter(None, error.failures):  # the first process has printed its own error
+                        stderr = _read_stderr(other, Path(logs))
+                        if PROCESS_GONE not in stderr:  # the others' only if they are the cause
+                            sys.stderr.write(stderr)
+                    raise SystemExit(code) from None
+                raise RunError(
+                    f"process {rank} of {self.processes} was killed (signal {-code}), and {self.restarts} restarts were "
+                    f"allowed; resume with: {TASKS[self.task].command} --resume {run.path}"
+                ) from None
+        result = read_result(run, TASKS[self.task])
+        if result is None:
+            raise RunError(f"{run.path} has no result; resume with: {TASKS[self.task].command} --resume {run.path}")
+        return result
 
 
 def train_process(request: str) -> None:
@@ -91,74 +158,6 @@ def train_process(request: str) -> None:
             on_progress=on_progress,
         )
         resume(Path(values["run"]), options, task=values["task"])
-
-
-def _launch(run: RunFolder, task: str, options: RunOptions, processes: Processes) -> TrainResult:
-    """Resumes a run in several processes; restarts them from the last checkpoint if one fails.
-
-    Raises:
-        SystemExit: with the exit code of a process that failed and printed its error.
-        RunError: a process was killed, and no restart was left.
-    """
-    import logging
-
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    from resnetlab.training.train import TASKS, read_result
-
-    # the store of a restarted job must not hold keys of the failed one (torch 2.15: some restarts hang)
-    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes.number)))
-    logging.getLogger("torch.distributed.elastic").setLevel(
-        logging.CRITICAL
-    )  # it would print our messages as tracebacks
-    with tempfile.TemporaryDirectory() as logs:
-        config = LaunchConfig(
-            min_nodes=1,
-            max_nodes=1,
-            nproc_per_node=processes.number,
-            run_id=str(os.getpid()),
-            max_restarts=processes.restarts,
-            rdzv_backend="c10d",
-            rdzv_endpoint="localhost:0",
-            local_addr="localhost",  # the default, the machine's name, may not resolve in a container
-            rdzv_configs={"timeout": 60},
-            monitor_interval=0.1,
-            logs_specs=DefaultLogsSpecs(log_dir=logs, redirects=dict.fromkeys(range(1, processes.number), Std.ERR)),
-        )
-        request = {
-            "run": str(run.path),
-            "task": task,
-            "data_dir": options.data_dir and str(options.data_dir),
-            "device": options.device,
-            "workers": options.workers,
-            "fit_micro_batch": options.fit_micro_batch,
-        }
-        try:
-            elastic_launch(config, sys.executable)("-m", "resnetlab", "_train-process", json.dumps(request))
-        except SignalException as stop:
-            raise SystemExit(128 + stop.sigval) from None
-        except ChildFailedError as error:
-            rank, failure = error.get_first_failure()
-            code = failure.exitcode
-            if code > 0:
-                code = max(code, error.failures.get(0, failure).exitcode)  # 2, a wrong request, takes precedence over 1
-                for other in filter(None, error.failures):  # the first process has printed its own error
-                    stderr = _read_stderr(other, Path(logs))
-                    if PROCESS_GONE not in stderr:  # the others' only if they are the cause
-                        sys.stderr.write(stderr)
-                raise SystemExit(code) from None
-            raise RunError(
-                f"process {rank} of {processes.number} was killed (signal {-code}), and {processes.restarts} restarts were "
-                f"allowed; go on with: {TASKS[task].command} --resume {run.path}"
-            ) from None
-    result = read_result(run, TASKS[task])
-    if result is None:
-        raise RunError(f"{run.path} has no result; go on with: {TASKS[task].command} --resume {run.path}")
-    return result
 
 
 def _read_stderr(rank: int, logs: Path) -> str:

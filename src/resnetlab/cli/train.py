@@ -1,10 +1,13 @@
-"""`resnetlab train`."""
+"""`resnetlab train`, and the code of `detect train` and `segment train`."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
@@ -13,36 +16,81 @@ from resnetlab.errors import UsageError
 from resnetlab.formatting import format_duration, format_percent
 
 if TYPE_CHECKING:
-    from resnetlab.training.recipe import Recipe
-    from resnetlab.training.result import ClassificationResult
-    from resnetlab.training.train import RunOptions
+    from resnetlab.training.recipe import BaseRecipe, Overrides
+    from resnetlab.training.result import TrainResult
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions:
+    """The options of all tasks' `train` commands.
+
+    Parameters
+    ----------
+    net
+        Network, such as resnet20, plain56, preresnet110 or resnet18 (`resnetlab inspect NET` shows one).
+    recipe
+        Recipe. Classifiers: quick (digits), photos and finetune (folders), paper-cifar, preact-cifar, paper-imagenet,
+        preact-imagenet, modern, modern-long. Detectors: boxes (a feature pyramid, small images), paper-boxes (the 2015
+        paper's schedule and form). Segmenters: masks.
+    start_from
+        A classifier's model file to start from (recipe finetune); it gets a new head if the data have other classes.
+    steps
+        Length of the run; the recipe's schedule is rescaled to it, and the result is marked as shortened.
+    set_
+        Changes one value of the recipe or of the network's specification, key=value; may be given several times.
+    seed
+        Seed of initialisation, data order and augmentation.
+    out
+        Run folder; by default runs/DATA, or runs/DATA-2 and so on.
+    device
+        cpu, cuda, cuda:1, …; by default a GPU if there is one, and for a resumed run the kind of device it started on.
+    workers
+        Processes that decode images; by default none if a CPU trains. The result does not depend on it.
+    procs
+        Processes on this machine that share every step: one per GPU, or a few on the CPU. On several machines use
+        torchrun: `torchrun … -m resnetlab train …`
+    max_restarts
+        With --procs: how often the processes are restarted from the last checkpoint after one of them has died.
+    resume
+        Resume the run in this folder from its last checkpoint; the result is bit-identical to that of an uninterrupted run.
+    show_recipe
+        Print a recipe and its purpose, and train nothing.
+    json
+        Print the result as one JSON document.
+    """
+
+    net: str | None = None
+    recipe: str | None = None
+    start_from: str | None = None
+    steps: int | None = None
+    set_: Annotated[tuple[str, ...], Parameter(name="--set", negative="", consume_multiple=False)] = ()
+    seed: int | None = None
+    out: Path | None = None
+    device: str | None = None
+    workers: int | None = None
+    procs: int | None = None
+    max_restarts: int = 0
+    resume: Path | None = None
+    show_recipe: str | None = None
+    json: Annotated[bool, Parameter(negative="")] = False
+
+
+DEFAULT_OPTIONS = TrainOptions()
 
 
 def train(
     data: str | None = None,
     /,
     *,
-    net: str | None = None,
-    recipe: str | None = None,
-    steps: int | None = None,
+    options: TrainOptions = DEFAULT_OPTIONS,
     batch: str | None = None,
-    set_: Annotated[tuple[str, ...], Parameter(name="--set", negative="", consume_multiple=False)] = (),
-    seed: int | None = None,
-    out: Path | None = None,
     data_dir: Path | None = None,
-    device: str | None = None,
     precision: str | None = None,
     compile: str | None = None,
-    workers: int | None = None,
     on_bad_image: str | None = None,
     quarantine: Path | None = None,
-    start_from: Path | None = None,
-    procs: int | None = None,
-    max_restarts: int = 0,
-    resume: Path | None = None,
     verify_resume: Annotated[bool, Parameter(negative="")] = False,
-    show_recipe: str | None = None,
-    json: Annotated[bool, Parameter(negative="")] = False,
 ) -> None:
     """Train a network; write a run folder with the model and a report.
 
@@ -55,154 +103,133 @@ def train(
     data
         digits, cifar10, cifar100; a folder of class folders (with train/ and val/ where you have them); or tar shards, as a
         pattern such as train-{000000..000009}.tar, or an address of one.
-    net
-        Network, such as resnet20, plain56, preresnet110 or resnet18 (`resnetlab inspect NET` shows one).
-    recipe
-        Recipe: quick (digits), photos and finetune (folders), paper-cifar, preact-cifar, paper-imagenet, preact-imagenet,
-        modern, modern-long.
-    steps
-        Length of the run; the recipe's schedule is rescaled to it, and the result is marked as shortened.
     batch
         Images per step; auto keeps the recipe's and takes the largest micro-batch that fits into memory.
-    set_
-        Changes one value of the recipe or of the network's specification, key=value; may be given several times.
-    seed
-        Seed of initialisation, data order and augmentation.
-    out
-        Run folder; by default runs/DATA, or runs/DATA-2 and so on.
     data_dir
         Folder of the archives; "data" by default.
-    device
-        cpu, cuda, cuda:1, …; by default a GPU if there is one, and for a resumed run the kind of device it started on.
     precision
         bf16 or fp32; by default bf16 if the hardware computes it.
     compile
         on or off: torch.compile, which costs about a minute and pays off in long runs on small images, where it is the
         default. off also disables the CUDA graph that a GPU replays steps from.
-    workers
-        Processes that decode images; by default none if a CPU trains. The result does not depend on it.
     on_bad_image
         stop at an image that cannot be read, or skip it: left out, counted, and listed in the run folder.
     quarantine
         A list of images to leave out, as written by `resnetlab data check --quarantine`.
-    start_from
-        A model file to start from (recipe finetune); it gets a new head if the data have other classes.
-    procs
-        Processes on this machine that share every step: one per GPU, or a few on the CPU. On several machines use
-        torchrun: `torchrun … -m resnetlab train …`
-    max_restarts
-        With --procs: how often the processes are restarted from the last checkpoint after one of them has died.
-    resume
-        Resume the run in this folder from its last checkpoint; the result is bit-identical to that of an uninterrupted run.
     verify_resume
         Verify on this machine that a killed run resumes bit-identically: train the recipe's first steps without a stop and with
         a real SIGKILL, compare, and leave nothing behind. So few steps are not compiled; add --compile on to verify that.
-    show_recipe
-        Print a recipe and its purpose, and train nothing.
-    json
-        Print the result as one JSON document.
     """
-    from resnetlab.distributed import is_first_process
-    from resnetlab.training import train as training
-    from resnetlab.training.recipe import Overrides
-    from resnetlab.training.result import ClassificationResult
+    if options.show_recipe is not None:
+        return print_recipe(options.show_recipe)
+    fixed_batch = None if batch == "auto" else batch
+    values = {"batch": fixed_batch, "precision": precision, "compile": compile, "on_bad_image": on_bad_image}
+    overrides = read_overrides(data, options, values | {"quarantine": quarantine})
+    if verify_resume:
+        return _verify(options, overrides, data_dir, fit_micro_batch=batch == "auto")
+    with prepare_run("classify", options, overrides, data_dir=data_dir, fit_micro_batch=batch == "auto") as run:
+        result = run()
+    if print_json_result(result, options):
+        return None
+    low, high = result.top1_interval
+    interval = f"95 % interval {100 * low:.2f} to {100 * high:.2f} %, n = {result.n:,}"
+    return print_result(result, {f"{result.split} error, top-1": f"{format_percent(result.top1_error)}  ({interval})"})
 
-    if show_recipe is not None:
-        return print_recipe(show_recipe)
-    if workers is not None and workers < 0:
-        raise UsageError(f"--workers must be 0 or more, not {workers}.")
-    if resume is not None and (out is not None or recipe is not None):
+
+def read_overrides(data: str | None, options: TrainOptions, values: Mapping[str, object]) -> Overrides:
+    """What the options change in a recipe; `values` are the task's own options that are values of its recipe.
+
+    Raises UsageError if options contradict each other.
+    """
+    from resnetlab.training.recipe import Overrides
+
+    if options.workers is not None and options.workers < 0:
+        raise UsageError(f"--workers must be 0 or more, not {options.workers}.")
+    if options.resume is not None and (options.out is not None or options.recipe is not None):
         raise UsageError(
             "--resume continues a run with its own recipe in its own folder; leave out --out and --recipe."
         )
-    files = {"on_bad_image": on_bad_image, "quarantine": quarantine, "start_from": start_from}
-    values = _collect_values(set_, batch=batch, precision=precision, compile=compile, **files)
-    overrides = Overrides(data=data, net=net, steps=steps, seed=seed, values=values)
-    options = training.RunOptions(
-        data_dir=data_dir, device=device, workers=workers, fit_micro_batch=batch == "auto", report=console.log
-    )
-    base = recipe or ("finetune" if start_from else None)
-    new = None if resume is not None else overrides.apply(_find_recipe(base, data))
-    if verify_resume:
-        return _verify(new, options, alone=procs is None and not json)
-    if procs is not None:
-        processes = launch.Processes(procs, max_restarts)
-        result = launch.train_in_processes(new, resume or out, options, processes, overrides=overrides)
-    elif max_restarts:
+    if options.max_restarts and options.procs is None:
         raise UsageError(
             "--max-restarts is for processes that --procs starts; give it, or torchrun its own --max-restarts."
         )
-    else:
-        with console.show_training() as on_progress:
-            options = replace(options, on_progress=on_progress)
-            if new is not None:
-                result = training.start_run(new, out, options)
-            else:
-                assert resume is not None
-                result = training.resume(resume, options, overrides=overrides)
-    if not is_first_process():
-        return None
-    if json:
-        return console.print_json(result.to_json())
-    assert isinstance(result, ClassificationResult)
-    return _print_result(result)
+    given = {key: str(value) for key, value in {"start_from": options.start_from, **values}.items() if value}
+    pairs = console.parse_pairs(options.set_) | given
+    return Overrides(data=data, net=options.net, steps=options.steps, seed=options.seed, values=pairs)
 
 
-def _collect_values(settings: tuple[str, ...], **options: object) -> dict[str, str]:
-    """The values of the recipe that `--set` and other options change."""
-    given = {key: str(value) for key, value in options.items() if value and (key, value) != ("batch", "auto")}
-    return console.parse_pairs(settings) | given
+@contextlib.contextmanager
+def prepare_run(
+    task: str, options: TrainOptions, overrides: Overrides, **run_options: Any
+) -> Iterator[Callable[[], Any]]:
+    """A progress bar, and a function that starts or resumes the run and returns its result, to be called meanwhile.
+
+    Args:
+        run_options: what `RunOptions` has beside the device and the workers.
+    """
+    from resnetlab.training.train import RunOptions, resume, start_run
+
+    run_options |= {"device": options.device, "workers": options.workers, "report": console.log}
+    if options.procs is not None:  # they show the progress
+        job = launch.Job(task, RunOptions(**run_options), options.procs, options.max_restarts)
+        if options.resume is not None:
+            yield partial(job.resume, options.resume, overrides)
+        else:
+            yield partial(job.start, complete_recipe(task, options, overrides), options.out)
+        return
+    with console.show_training() as on_progress:
+        settings = RunOptions(**run_options, on_progress=on_progress)
+        if options.resume is not None:
+            yield partial(resume, options.resume, settings, task=task, overrides=overrides)
+        else:
+            yield partial(start_run, complete_recipe(task, options, overrides), options.out, settings)
 
 
-def _find_recipe(name: str | None, data: str | None) -> Recipe:
-    """The recipe of a name, or the default of the data; raises UsageError if its data are neither given nor there."""
+def complete_recipe(task: str, options: TrainOptions, overrides: Overrides) -> BaseRecipe:
+    """The recipe of a new run. Raises UsageError if its data are neither given nor there."""
     from resnetlab.data import sources
     from resnetlab.training import recipes
 
-    recipe = recipes.choose_recipe(name, data=data)
-    if data is None and not sources.is_builtin(recipe.data) and not Path(recipe.data).exists():
+    name = options.recipe or ("finetune" if task == "classify" and options.start_from else None)
+    recipe = recipes.choose_recipe(name, task=task, data=overrides.data)
+    if overrides.data is None and not sources.is_builtin(recipe.data) and not Path(recipe.data).exists():
+        command = "resnetlab train" if task == "classify" else f"resnetlab {task} train"
         raise UsageError(
-            f"recipe {recipe.name} needs images: resnetlab train DATA, a folder of class folders or a data set."
+            f"recipe {recipe.name} needs images: {command} DATA, a folder or a data set; `{command} --help` describes it."
         )
-    return recipe
+    return overrides.apply(recipe)
 
 
-def _verify(recipe: Recipe | None, options: RunOptions, alone: bool) -> None:
-    """Verifies resume and prints the result; `alone` is False if an option does not fit."""
+def _verify(options: TrainOptions, overrides: Overrides, data_dir: Path | None, fit_micro_batch: bool) -> None:
+    """Verifies resume and prints the result."""
     from resnetlab.training.verify import verify_resume
 
-    if options.fit_micro_batch or not alone:
+    if fit_micro_batch or options.procs is not None or options.json:
         raise UsageError(
             "--verify-resume uses one process and the recipe's batch, and prints a sentence; leave out --procs, "
             "--batch auto and --json."
         )
-    if recipe is None:
+    if options.resume is not None:
         raise UsageError("--verify-resume takes a recipe, not a run; leave out --resume.")
-    data_dir, device = options.data_dir or Path("data"), options.device or "auto"
-    print(verify_resume(recipe, data_dir, device, options.workers, console.log))
+    recipe = complete_recipe("classify", options, overrides)
+    print(verify_resume(recipe, data_dir or Path("data"), options.device or "auto", options.workers, console.log))
 
 
-def _print_result(result: ClassificationResult) -> None:
-    """Prints the result as text."""
-    low, high = result.top1_interval
-    rows = [
-        (
-            f"{result.split} error, top-1",
-            (
-                f"{format_percent(result.top1_error)}  (95 % interval {100 * low:.2f} to {100 * high:.2f} %, "
-                f"n = {result.n:,})"
-            ),
-        ),
-        (
-            "trained",
-            f"{result.steps:,} steps in {format_duration(result.seconds)}, {result.images_per_second:,.0f} images/s",
-        ),
-        ("model", result.model),
-        ("report", result.report),
-    ]
-    if result.budget:
-        rows.insert(1, ("budget", result.budget))
-    for name, text in rows:
+def print_json_result(result: TrainResult, options: TrainOptions) -> bool:
+    """Prints the result as JSON if the options ask for it. Returns whether there is nothing more to print."""
+    from resnetlab.distributed import is_first_process
+
+    if options.json and is_first_process():
+        console.print_json(result.to_json())
+    return options.json or not is_first_process()
+
+
+def print_result(result: TrainResult, metrics: Mapping[str, str]) -> None:
+    """Prints the result as text, the task's metrics first."""
+    rate = f"{result.images_per_second:,.{0 if result.images_per_second >= 100 else 1}f} images/s"
+    rows = dict(metrics) | ({"budget": result.budget} if result.budget else {})
+    rows |= {"trained": f"{result.steps:,} steps in {format_duration(result.seconds)}, {rate}"}
+    for name, text in (rows | {"model": result.model, "report": result.report}).items():
         print(f"{name:<18} {text}")
 
 

@@ -1,8 +1,8 @@
 """Selects the backend that computes a model's predictions: PyTorch, ONNX Runtime or OpenVINO, in fp32, bf16 or int8.
 
 `select_backend` is the only place that decides. On a CPU it builds the installed backends, compares each with torch in fp32
-on the model's check images, and takes the fastest that agrees; or it loads one from the cache (`backend_cache`). On a GPU, and
-for a few images, it takes torch.
+on the model's reference images, and takes the fastest that agrees; or it loads one from the cache (`backend_cache`). On a GPU,
+and for a few images, it takes torch.
 """
 
 from __future__ import annotations
@@ -191,14 +191,16 @@ def _select(
         if request.backend == "auto":
             precision = "fp32" if request.precision == "auto" else precision
             return replace(
-                _build(graphs, name, precision), reason="there are no check images to compare other backends on"
+                _build(graphs, name, precision), reason="there are no reference images to compare other backends on"
             )
         return replace(_build(graphs, name, precision), reason="as requested")
     expected = compute_reference_scores(graphs.model, check_images)
     if request.backend != "auto":
         built = _build(graphs, name, precision)
         agreement = Agreement.between(built.predict(check_images), expected)
-        return replace(built, reason=f"as requested; {agreement} with torch fp32 on {len(check_images)} check images")
+        return replace(
+            built, reason=f"as requested; {agreement} with torch fp32 on {len(check_images)} reference images"
+        )
     return _select_fastest(graphs, candidates, check_images, expected)
 
 
@@ -222,5 +224,5 @@ def _select_fastest(
     times = measure_seconds([built.predict for built, _ in agreeing], pixels)
     (best, (fastest, agreement)), *rest = sorted(zip(times, agreeing, strict=True), key=lambda row: row[0])
     slower = [f"{other.name} {other.precision} takes {s / best:.2f} times as long" for s, (other, _) in rest]
-    reasons = [f"{agreement} with torch fp32 on {len(check_images)} check images", *slower, *rejected]
+    reasons = [f"{agreement} with torch fp32 on {len(check_images)} reference images", *slower, *rejected]
     return replace(fastest, reason="; ".join(reasons))

@@ -29,7 +29,7 @@ def load_export_images(
 ) -> tuple[list[Tensor], Tensor | None]:
     """Loads images for the parity check, each uint8 (H, W, C), and other images for int8, uint8 (n, h, w, C).
 
-    Check images have their own sizes; those of the model file have the network's and are stretched to several.
+    Reference images have their own sizes; those of the model file have the network's and are stretched to several.
 
     Args:
         data: a data set; its evaluated split is for the check, its training split for int8. Classes do not matter.

@@ -69,7 +69,7 @@ class Model(TrainedModel):
         """Selects the backend for all following predictions; returns which one and why. See `backends.select_backend`.
 
         Args:
-            images: backends are compared with torch on these if the model file has no check images.
+            images: backends are compared with torch on these if the model file has no reference images.
             calibrate: int8 is calibrated on these instead of the model file's training images.
             num_images: how many images will be predicted, if known.
         """

@@ -157,4 +157,3 @@ def masks() -> SegmentationRecipe:
 
 
 ANNOTATED_RECIPES: dict[str, Callable[[], BaseRecipe]] = {"paper-boxes": paper_boxes, "boxes": boxes, "masks": masks}
-DEFAULT_RECIPES = {"detect": "boxes", "segment": "masks"}

@@ -155,7 +155,7 @@ def _read_latest(run: RunFolder, train_state: TrainState) -> list[str]:
         try:
             tensors, metadata = read_tensor_file(path, "checkpoint")
         except ModelFileError as error:
-            skipped.append(f"{error} Going on from the checkpoint before it.")
+            skipped.append(f"{error} Resuming from the checkpoint before it.")
             continue
         if metadata.get("identity") != train_state.identity:
             raise RunError(

@@ -68,7 +68,7 @@ def record_cuda_graph(compute: Compute, device: torch.device) -> Compute:
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         # torch.cuda.graph leaves its own stream current when a capture fails; the outer context restores the former one.
-        # "thread_local" lets the loader's threads go on during the capture.
+        # "thread_local" lets the loader's threads continue during the capture.
         with torch.cuda.stream(own), torch.cuda.graph(graph, stream=own, capture_error_mode="thread_local"):
             results = compute()
 

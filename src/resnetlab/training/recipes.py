@@ -258,8 +258,14 @@ RECIPES: dict[str, Callable[[], BaseRecipe]] = {
     "finetune": finetune,
     **ANNOTATED_RECIPES,
 }
-# by the name of the data; "photos" for all others
-DEFAULT_RECIPES = {"digits": "quick", "cifar10": "paper-cifar", "cifar100": "paper-cifar"}
+# by the task, and for classifiers by the name of the data ("photos" for all others)
+DEFAULT_RECIPES = {
+    "detect": "boxes",
+    "segment": "masks",
+    "digits": "quick",
+    "cifar10": "paper-cifar",
+    "cifar100": "paper-cifar",
+}
 
 
 def find_classification_recipe(name: str) -> Recipe:
@@ -275,9 +281,9 @@ def find_recipe(name: str, task: str) -> BaseRecipe:
     return known[name]
 
 
-def choose_recipe(name: str | None, *, data: str | None) -> Recipe:
-    """The recipe of a name, or the default of the data."""
-    return find_classification_recipe(name or DEFAULT_RECIPES.get(data or "digits", "photos"))
+def choose_recipe(name: str | None, *, task: str, data: str | None) -> BaseRecipe:
+    """A task's recipe of a name, or the default of the task and the data."""
+    return find_recipe(name or DEFAULT_RECIPES.get(task) or DEFAULT_RECIPES.get(data or "digits", "photos"), task)
 
 
 def describe_changes(recipe: BaseRecipe, precision: str) -> list[str]:

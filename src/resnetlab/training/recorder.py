@@ -42,7 +42,7 @@ class Recorder:
 
     @property
     def how_to_resume(self) -> str:
-        return f"go on with: {self._task.command} --resume {self._context.run.path}"
+        return f"resume with: {self._task.command} --resume {self._context.run.path}"
 
     @contextlib.contextmanager
     def closing(self) -> Iterator[None]:

@@ -96,7 +96,7 @@ def train(
         StopSignal: SIGINT or SIGTERM, after a checkpoint.
     """
     name = None if data is None else str(data)
-    base = recipe if isinstance(recipe, Recipe) else recipes.choose_recipe(recipe, data=name)
+    base = recipe if isinstance(recipe, Recipe) else recipes.choose_recipe(recipe, task="classify", data=name)
     texts = {key: ",".join(map(str, v)) if isinstance(v, list | tuple) else str(v) for key, v in values.items()}
     complete = Overrides(data=name, net=net, steps=steps, seed=seed, values=texts).apply(base)
     options = RunOptions(data_dir=Path(data_dir), device=device, workers=workers, report=report, on_progress=progress)
@@ -156,7 +156,7 @@ def train_to_end(task: Task, context: RunContext) -> TrainResult:
         context.report(sentence)
     state, out_of_memory = train_state.state, False
     if state.step:
-        context.report(f"going on from step {state.step:,}")
+        context.report(f"resuming from step {state.step:,}")
     with catch_stop_signals() as request:
         recorder = Recorder(train_state, context, request)
         gradients = GraphGradients(recorder.report_graph) if task.device_config.cuda_graph else compute_gradients
@@ -306,7 +306,7 @@ def _read_run(run: RunFolder, task_name: str, requested: Overrides | BaseRecipe)
         raise RunError(f"{run.path} is a run of the task {name!r}, which this version of resnetlab does not know.")
     task = TASKS[name]
     if name != task_name:
-        raise RunError(f"{run.path} is a run of another task; go on with: {task.command} --resume {run.path}")
+        raise RunError(f"{run.path} is a run of another task; resume with: {task.command} --resume {run.path}")
     before = task.recipe_type.from_values(values)
     # the recipe of a restarted job: its micro-batch was found when the run began
     requested = requested.with_micro_batch_of(before) if isinstance(requested, BaseRecipe) else requested.apply(before)
