@@ -7,8 +7,8 @@ import ctypes
 import functools
 import os
 import platform
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
@@ -62,11 +62,16 @@ class DeviceConfig:
 
         return forward
 
-    def autocast(self) -> AbstractContextManager[object]:
+    @contextlib.contextmanager
+    def autocast(self) -> Iterator[None]:
         """The autocast context for forward passes."""
         if self.precision == "fp32":
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, torch.bfloat16)
+            yield
+            return
+        torch.clear_autocast_cache()  # of weights: torch empties it only at the end of the outermost context, the caller's
+        with torch.autocast(self.device.type, torch.bfloat16):
+            yield
+        torch.clear_autocast_cache()
 
     def __str__(self) -> str:
         threads = f", {self.threads} thread{'s' * (self.threads > 1)}" if self.device.type == "cpu" else ""
@@ -96,9 +101,8 @@ def select_device(precision: str = "auto", device: str = "auto", threads: int = 
     if selected.type == "cpu":
         _keep_freed_memory()
     automatic = default_precision(selected)
-    if selected.type == "cuda":  # deterministic, and fp32 without TF32
-        torch.backends.cudnn.deterministic = True
-        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    if selected.type == "cuda":
+        _set_reproducible_flags()
     if precision != "auto":
         return DeviceConfig(selected, precision, threads, "as asked")
     return DeviceConfig(
@@ -133,15 +137,85 @@ def default_precision(device: torch.device) -> str:
     return "bf16" if _computes_bf16(device) else "fp32"
 
 
+class _ProcessFlags:
+    """torch's process-wide flags that change results: the first thread that enters sets them, the last gives them back."""
+
+    def __init__(self) -> None:
+        self._lock, self._inside = threading.Lock(), 0
+        self._restore = contextlib.ExitStack()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._inside += 1
+            if self._inside == 1:
+                self._save()
+                torch.set_default_dtype(torch.float32)
+                torch.use_deterministic_algorithms(False)
+                _set_reproducible_flags()
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                self._restore.close()
+
+    def _save(self) -> None:
+        undo, cudnn, mkldnn = self._restore.callback, torch.backends.cudnn, torch.backends.mkldnn
+        for part in (torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn, mkldnn.matmul, mkldnn.conv):
+            undo(setattr, part, "fp32_precision", part.fp32_precision)
+        undo(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+        with contextlib.suppress(RuntimeError):  # raised where the caller has set conv and rnn apart
+            undo(setattr, cudnn, "allow_tf32", cudnn.allow_tf32)
+        undo(setattr, cudnn, "deterministic", cudnn.deterministic)
+        undo(setattr, cudnn, "benchmark", cudnn.benchmark)
+        undo(torch.set_default_dtype, torch.get_default_dtype())
+        warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+        undo(torch.use_deterministic_algorithms, torch.are_deterministic_algorithms_enabled(), warn_only=warn_only)
+
+
+def _set_reproducible_flags() -> None:
+    """Deterministic algorithms of cuDNN, and fp32 that is not rounded to TF32 or bf16."""
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+    torch.backends.cudnn.allow_tf32 = False
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.mkldnn.conv.fp32_precision = "ieee"
+
+
+_process_flags = _ProcessFlags()
+
+
+@contextlib.contextmanager
+def standard_torch_state() -> Iterator[None]:
+    """Computes as in a fresh process, whatever the caller has switched on, and gives it back on exit; also a decorator.
+
+    The caller may be inside `torch.autocast`, `no_grad`, `inference_mode` or a default device, and may have set a default
+    dtype or a precision of products. A generator function cannot be decorated: its caller's code runs between its steps.
+    """
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_process_flags)
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        for kind in ("cpu", "cuda", "mps"):
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        yield
+
+
 @contextlib.contextmanager
 def preserve_process_state() -> Iterator[None]:
-    """Restores torch's number of threads and its random generator on exit: a run sets both."""
+    """The same for a run, which also sets torch's number of threads and its random generators."""
     threads, state = torch.get_num_threads(), torch.get_rng_state()
+    gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     try:
-        yield
+        with standard_torch_state():
+            yield
     finally:
         torch.set_num_threads(threads)
         torch.set_rng_state(state)
+        if gpus:
+            torch.cuda.set_rng_state_all(gpus)
 
 
 def _computes_bf16(device: torch.device) -> bool:

@@ -17,7 +17,7 @@ from resnetlab.data import sources
 from resnetlab.data.dataset import MemorySplit, Split
 from resnetlab.data.disk_split import ReadOptions
 from resnetlab.data.prefetch import PreprocessedSplit
-from resnetlab.device import DeviceConfig, select_device
+from resnetlab.device import DeviceConfig, select_device, standard_torch_state
 from resnetlab.distributed import World, join_process_group
 from resnetlab.errors import DataError, DivergedError, UsageError
 from resnetlab.evaluation.calibration import describe_calibration, fit_temperature
@@ -171,6 +171,7 @@ def prepare_split(split: Split, preprocessing: Preprocessing) -> Split:
     return replace(split, images=torch.cat(pixels)) if pixels else split
 
 
+@standard_torch_state()
 def evaluate(
     model: Model | Sequence[Model],
     data: str | Path,

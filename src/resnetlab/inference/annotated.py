@@ -16,7 +16,7 @@ from torch import Tensor
 from resnetlab.data import box_dataset, mask_dataset
 from resnetlab.data.annotated_dataset import AnnotatedDataset, AnnotatedItem
 from resnetlab.data.decode import decode
-from resnetlab.device import DeviceConfig, select_device
+from resnetlab.device import DeviceConfig, select_device, standard_torch_state
 from resnetlab.errors import DataError, unknown_name_error
 from resnetlab.evaluation import overlays
 from resnetlab.evaluation.detection import (
@@ -78,6 +78,7 @@ class AnnotatedPredictor(ABC):
     def predict_pixels(self, pixels: Tensor) -> tuple[dict[str, Any], Image.Image]:
         """The prediction for an image, uint8 (H, W, 3), as JSON and drawn on the image."""
 
+    @standard_torch_state()
     def evaluate(
         self,
         data: Path,
@@ -120,6 +121,7 @@ class Detector(AnnotatedPredictor):
     options: DetectionOptions = field(default_factory=DetectionOptions)
     min_score: float = 0.5
 
+    @standard_torch_state()
     def detect(self, pixels: Tensor) -> Detections:
         """The boxes of every score in an image, uint8 (H, W, 3)."""
         return predict_image_boxes(self.model.net, pixels, self.device_config, self.options)
@@ -160,6 +162,7 @@ class Segmenter(AnnotatedPredictor):
         """The specification of the head."""
         return cast(SegmenterSpec, self.model.head_spec)
 
+    @standard_torch_state()
     def segment(self, pixels: Tensor) -> Tensor:
         """The class of every pixel of an image, uint8 (H, W, 3) -> int64 (H, W)."""
         return segment_image(self.model.net, pixels, self.spec, self.device_config)
@@ -187,6 +190,7 @@ class Segmenter(AnnotatedPredictor):
 PREDICTORS: dict[str, type[Detector | Segmenter]] = {"detect": Detector, "segment": Segmenter}
 
 
+@standard_torch_state()
 def open_annotated_model(path: Path, task: str, precision: str, device: str) -> Detector | Segmenter:
     """Loads a model file of a task onto the device; raises ModelFileError, UsageError."""
     model = load_annotated(path, task)

@@ -18,6 +18,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from resnetlab.device import standard_torch_state
 from resnetlab.errors import UsageError, missing_package
 from resnetlab.evaluation.segmentation import resize_bounded
 from resnetlab.inference.parity_check import Agreement, ParityReport
@@ -47,6 +48,7 @@ class _SegmenterGraph(nn.Module):
         return torch.softmax(self.net(images), 1)
 
 
+@standard_torch_state()
 def export_annotated(model: AnnotatedModel, out: Path, images: Sequence[Tensor]) -> ParityReport:
     """Writes the graph, and compares it with PyTorch on images, uint8 (H, W, 3), of any sizes.
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from resnetlab.data import imagenet
+from resnetlab.device import standard_torch_state
 from resnetlab.errors import ModelFileError, UsageError, missing_package, unknown_name_error
 from resnetlab.inference.import_model import ImportOptions, import_state_dict
 from resnetlab.models.import_weights import SUPPORTED
@@ -40,6 +41,7 @@ def load_or_download(name: str | Path) -> TrainedModel:
     return download_model(str(name))[0] if get_scheme(str(name)) else load_trained_model(Path(name))
 
 
+@standard_torch_state()
 def download_model(name: str, given: ImportOptions | None = None) -> ImportResult:
     """Downloads a published model; also returns notes on what was found, known and assumed.
 

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from resnetlab.device import eval_mode, standard_torch_state
 from resnetlab.evaluation.gradcam import draw_overlay, grad_cam
 from resnetlab.inference.predict import Model, top_classes
 from resnetlab.models.contributions import measure_contributions
@@ -70,6 +71,7 @@ class Explanation:
         }
 
 
+@standard_torch_state()
 def explain(
     model: Model, pixels: Tensor, *, top: int = 5, progress: Callable[[int, int], None] | None = None
 ) -> Explanation:
@@ -80,9 +82,9 @@ def explain(
         top: how many classes to name.
         progress: called with (blocks left out so far, all such blocks).
     """
-    net, device_config = model.net.eval(), model.device_config
+    net, device_config = model.net, model.device_config
     removable = removable_blocks(net)
-    with torch.inference_mode(), device_config.autocast():
+    with eval_mode(net), device_config.autocast():
         x = model.preprocessing.normalise(pixels[None].to(device_config.device))  # (1, C, h, w)
         heat, logits = grad_cam(net, x)
         scores = _softmax(model, logits)

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
+from resnetlab.device import standard_torch_state
 from resnetlab.errors import DataError, ModelFileError, UsageError, missing_package, unknown_name_error
 from resnetlab.inference.export_graphs import PIXELS, SCORES, ExportGraphs
 from resnetlab.inference.formats import get_format
@@ -37,6 +38,7 @@ def check_export_request(target: str, precision: str, out: Path) -> None:
         raise missing_package(f"--to {target}", missing[0], format.extra)
 
 
+@standard_torch_state()
 def export_model(
     model: TrainedModel,
     target: str,
@@ -87,6 +89,7 @@ def export_model(
     return parity
 
 
+@standard_torch_state()
 def export_weights(model: TrainedModel, target: str, out: Path) -> list[str]:
     """Writes a format that has only weights; returns notes on what the programs that read it compute differently."""
     check_export_request(target, "fp32", out)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from resnetlab.data.fingerprints import decode_fingerprints
+from resnetlab.device import standard_torch_state
 from resnetlab.errors import ModelFileError, UsageError, unknown_name_error
 from resnetlab.inference.classes import dataset_class_names, parse_class_names
 from resnetlab.models.cost import default_image_size
@@ -74,6 +75,7 @@ class ImportOptions:
         return replace(known, **self.given_values)
 
 
+@standard_torch_state()
 def import_weights(file: Path, given: ImportOptions) -> tuple[TrainedModel, list[str]]:
     """Imports a weight file; returns the model, and notes on what was found, known and assumed.
 

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from resnetlab.data import box_dataset
 from resnetlab.data.annotations import AnnotatedImage
+from resnetlab.device import eval_mode, standard_torch_state
 from resnetlab.errors import DataError
 from resnetlab.evaluation import overlays
 from resnetlab.evaluation.detection import Detections
@@ -76,6 +77,7 @@ def localize_objects(
         on_progress(done, len(with_boxes))
 
 
+@standard_torch_state()
 def localize_class(model: Model, pixels: Tensor) -> tuple[Tensor, Tensor]:
     """Grad-CAM of the predicted class on a whole image, uint8 (H, W, 3): float32 (H, W); and the scores (classes,)."""
     preprocessing, mean = model.preprocessing, model.preprocessing.mean
@@ -83,8 +85,8 @@ def localize_class(model: Model, pixels: Tensor) -> tuple[Tensor, Tensor]:
     x = resize_bounded(pixels, side, 16 * side).to(model.device_config.device).float() / 255
     mean = mean if mean.ndim == 1 else mean.mean((0, 1))
     x = ((x - mean.to(x)) / preprocessing.std.to(x)).permute(2, 0, 1)[None]  # (1, 3, h, w)
-    with torch.inference_mode(), model.device_config.autocast():
-        heat, logits = grad_cam(model.net.eval(), x)
+    with eval_mode(model.net), model.device_config.autocast():
+        heat, logits = grad_cam(model.net, x)
     heat = F.interpolate(heat[None].float().cpu(), pixels.shape[:2], mode="bilinear", align_corners=False)
     return heat[0, 0], torch.softmax(logits[0].float().cpu() / model.temperature, 0)
 

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from resnetlab.data.decode import convert_image, decode
-from resnetlab.device import DeviceConfig, select_device
+from resnetlab.device import DeviceConfig, select_device, standard_torch_state
 from resnetlab.errors import DataError, UsageError
 from resnetlab.inference.backends import BackendRequest, LoadedBackend, load_network, select_backend
 from resnetlab.inference.download import load_or_download
@@ -58,6 +58,7 @@ class Model(TrainedModel):
         self.device_config.place(self.net)
         self.backend = load_network(self, self.device_config)
 
+    @standard_torch_state()
     def select_backend(
         self,
         backend: str,
@@ -129,6 +130,7 @@ class Model(TrainedModel):
             for name, x in group:
                 yield Prediction(name, error=x) if isinstance(x, str) else self._best(name, next(scores), top)
 
+    @standard_torch_state()
     def predict_scores(self, pixels: Tensor) -> Tensor:
         """Softmax scores, float32 (B, classes), of resized and cropped images, uint8 (B, h, w, C)."""
         return self.backend.predict(pixels)
@@ -178,6 +180,7 @@ def _get_image_name(image: ImageInput) -> str:
     return str(image) if isinstance(image, str | Path) else "image"
 
 
+@standard_torch_state()
 def load(path: str | Path, *, precision: str = "fp32", device: str = "auto") -> Model:
     """Loads a model for prediction.
 

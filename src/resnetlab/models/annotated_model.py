@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from resnetlab.device import standard_torch_state
 from resnetlab.errors import ModelFileError, ResNetLabError
 from resnetlab.models.head_spec import DetectorSpec, HeadSpec, SegmenterSpec
 from resnetlab.models.resnet import ResNet
@@ -87,6 +88,7 @@ def check_task(path: Path, task: str) -> None:
         load_annotated(path, task)
 
 
+@standard_torch_state()
 def load_annotated(path: Path, task: str) -> AnnotatedModel:
     """Reads a model file of a task.
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from resnetlab.device import standard_torch_state
 from resnetlab.errors import ModelFileError
 from resnetlab.models.reference_images import ReferenceImages
 from resnetlab.models.resnet import ResNet
@@ -108,6 +109,7 @@ class TrainedModel:
         return None
 
 
+@standard_torch_state()
 def load_trained_model(path: Path) -> TrainedModel:
     """Reads a model file.
 

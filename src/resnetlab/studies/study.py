@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from resnetlab.device import standard_torch_state
 from resnetlab.errors import UsageError
 from resnetlab.formatting import format_estimate
 from resnetlab.studies import verdicts, workers
@@ -143,6 +144,7 @@ def locate_runs(trials: Sequence[Trial], setting: Setting, root: Path) -> list[S
     return [StudyRun.locate(root, trial.recipe, setting.source.fingerprint, versions) for trial in trials]
 
 
+@standard_torch_state()
 def run_studies(
     studies: Sequence[Study],
     setting: Setting,
