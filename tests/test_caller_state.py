@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from tiny_runs import tiny
 
 import resnetlab
 from resnetlab.inference.explain import explain
 from resnetlab.inference.export import export_weights
 from resnetlab.training.train import RunOptions, start_run
+from tiny_runs import tiny
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -160,8 +160,12 @@ class _ProcessFlags:
                 self._restore.close()
 
     def _save(self) -> None:
-        undo, cudnn, mkldnn = self._restore.callback, torch.backends.cudnn, torch.backends.mkldnn
-        for part in (torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn, mkldnn.matmul, mkldnn.conv):
+        undo, backends = (
+            self._restore.callback,
+            cast(Any, torch.backends),
+        )  # its parts are not in torch's type information
+        cudnn, mkldnn = backends.cudnn, backends.mkldnn
+        for part in (backends.cuda.matmul, cudnn.conv, cudnn.rnn, mkldnn.matmul, mkldnn.conv):
             undo(setattr, part, "fp32_precision", part.fp32_precision)
         undo(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
         with contextlib.suppress(RuntimeError):  # raised where the caller has set conv and rnn apart
@@ -178,7 +182,7 @@ def _set_reproducible_flags() -> None:
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
     torch.backends.cudnn.allow_tf32 = False
     torch.set_float32_matmul_precision("highest")
-    torch.backends.mkldnn.conv.fp32_precision = "ieee"
+    cast(Any, torch.backends).mkldnn.conv.fp32_precision = "ieee"
 
 
 _process_flags = _ProcessFlags()
@@ -207,7 +211,7 @@ def standard_torch_state() -> Iterator[None]:
 def preserve_process_state() -> Iterator[None]:
     """The same for a run, which also sets torch's number of threads and its random generators."""
     threads, state = torch.get_num_threads(), torch.get_rng_state()
-    gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
     try:
         with standard_torch_state():
             yield

@@ -19,12 +19,12 @@ import fcntl
 import json
 import os
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from resnetlab import migrate_v01
-from resnetlab.errors import RunError
+from resnetlab.errors import RunError, UsageError
 
 
 def write_error(path: Path, error: OSError) -> RunError:
@@ -41,6 +41,10 @@ def write_atomically(path: Path, content: bytes | str) -> None:
 
     Raises RunError if there is no space or no permission; the old file remains, and no partial file.
     """
+    if (
+        path.exists() and not path.is_file()
+    ):  # replacing /dev/null, or a pipe that another program waits at, helps nobody
+        raise RunError(f"{path} is {'a folder' if path.is_dir() else 'a pipe or a device'}; name a file to write.")
     data = content.encode() if isinstance(content, str) else content
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -54,6 +58,40 @@ def write_atomically(path: Path, content: bytes | str) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise write_error(path, error) from error
+
+
+def write_together(folder: Path, files: Mapping[str, str]) -> None:
+    """Writes files of one result into a folder, which is made where it is missing.
+
+    The last one, which people open, is removed first: a crash leaves no page beside the figures of another result.
+
+    Raises RunError if there is no space or no permission.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / list(files)[-1]).unlink(missing_ok=True)
+    except OSError as error:
+        raise write_error(folder, error) from error
+    for name, content in files.items():
+        write_atomically(folder / name, content)
+
+
+def check_output_file(out: Path, inputs: Iterable[str | Path], option: str = "--out") -> None:
+    """Raises UsageError, before any work is done, if writing `out` would replace one of the `inputs`, or no file.
+
+    Args:
+        inputs: paths of files that are read; other values, such as published names, do no harm.
+    """
+    if not out.exists():
+        return
+    if not out.is_file():
+        raise UsageError(
+            f"{option} {out} is {'a folder' if out.is_dir() else 'a pipe or a device'}; name a file to write."
+        )
+    for path in map(Path, inputs):
+        with contextlib.suppress(OSError):  # not a path at all
+            if out.samefile(path):
+                raise UsageError(f"{option} {out} is {path} itself, which is read; choose another name.")
 
 
 def _sync_folder(folder: Path) -> None:

@@ -161,10 +161,12 @@ def export_annotated(
     from resnetlab.inference.annotated import open_annotated_model, read_pixels
     from resnetlab.inference.annotated_export import export_annotated as export_graph
     from resnetlab.models.annotated_model import read_task
+    from resnetlab.run_folder import check_output_file
 
     out = out or model.with_suffix(".onnx")
     if out.suffix != ".onnx":
         raise UsageError(f"--out {out}: the file name must end in .onnx.")
+    check_output_file(out, [model, *images])
     opened = open_annotated_model(model, read_task(model), "fp32", "cpu")
     parity = export_graph(opened.model, out, [read_pixels(file) for file in find_image_files(map(Path, images))])
     rate, largest = parity.agreement.rate, parity.agreement.largest_difference

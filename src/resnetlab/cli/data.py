@@ -51,7 +51,10 @@ def check(
         Print the report as one JSON document.
     """
     from resnetlab.data.check import CheckReport, Problem, check_dataset, find_unexpected_files
+    from resnetlab.run_folder import check_output_file
 
+    if quarantine is not None:
+        check_output_file(quarantine, [data], "--quarantine")
     try:
         source = _load_source(data, data_dir)
     except DataError as error:

@@ -95,6 +95,7 @@ def evaluate(
     from resnetlab.evaluation.predictions import check_predictions_file
     from resnetlab.inference.download import get_scheme, load_or_download
     from resnetlab.models.annotated_model import TASK_NOUNS, read_task
+    from resnetlab.run_folder import check_output_file
 
     task = next((task for task in map(read_task, map(Path, models)) if task != "classify"), None)
     if task is not None:
@@ -112,6 +113,7 @@ def evaluate(
     console.refuse_options("a classifier", {"scales": scales is not None, "refine": refine})
     if predictions is not None:
         check_predictions_file(predictions)
+        check_output_file(predictions, [*models, data, *filter(None, [quarantine])], "--predictions")
     if save_temperature and (fit_temperature is None or any(map(get_scheme, models))):
         raise UsageError("--save-temperature needs --fit-temperature and model files; import downloaded weights first.")
     with console.ProgressBar("images") as bar:

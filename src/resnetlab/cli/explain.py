@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -78,7 +79,7 @@ def explain(
                 top=top,
                 progress=lambda block, blocks, done=done: bar.update(done * blocks + block, len(files) * blocks),  # type: ignore[misc]
             )
-            written = _write_files(explanation, file, out, taken)
+            written = _write_files(explanation, file, out, taken, files)
             documents.append({"image": str(file)} | written | explanation.to_json())
     if json:
         console.print_json({"explanations": documents})
@@ -88,10 +89,12 @@ def explain(
         raise DataError(f"{failed} of {len(files)} images could not be read.")
 
 
-def _write_files(explanation: Explanation, file: Path, out: Path, taken: set[str]) -> dict[str, str]:
+def _write_files(
+    explanation: Explanation, file: Path, out: Path, taken: set[str], inputs: Sequence[Path]
+) -> dict[str, str]:
     """Writes the two files of an image and returns their paths. Images of the same name get different ones."""
     from resnetlab.inference.explain_figure import draw_explanation
-    from resnetlab.run_folder import write_atomically, write_error
+    from resnetlab.run_folder import check_output_file, write_atomically, write_error
 
     stem, n = file.stem, 1
     while stem in taken:
@@ -105,6 +108,7 @@ def _write_files(explanation: Explanation, file: Path, out: Path, taken: set[str
     png = io.BytesIO()
     explanation.overlay.save(png, "PNG")
     heat, blocks = out / f"{stem}.heat.png", out / f"{stem}.blocks.svg"
+    check_output_file(heat, inputs)
     write_atomically(heat, png.getvalue())
     write_atomically(blocks, draw_explanation(explanation, file.name))
     return {"heat": str(heat), "figure": str(blocks)}

@@ -34,6 +34,7 @@ def push(
     """
     from resnetlab.inference import hub
     from resnetlab.models.model_file import load_trained_model
+    from resnetlab.run_folder import check_output_file
 
     trained = load_trained_model(model)
     if to.startswith("hf:"):
@@ -41,5 +42,6 @@ def push(
         return
     if private:
         raise UsageError("--private is for the hub: give hf:OWNER/NAME.")
+    check_output_file(Path(to) / "model.safetensors", [model], "the folder")
     hub.save_pretrained(trained, Path(to))
     print(Path(to) / "README.md")

@@ -64,7 +64,9 @@ def import_(
     """
     from resnetlab.inference.download import download_model, get_scheme
     from resnetlab.inference.import_model import ImportOptions, import_weights
+    from resnetlab.run_folder import check_output_file
 
+    check_output_file(out, [file])
     given = ImportOptions(
         source=source,
         classes=classes,
@@ -156,6 +158,7 @@ def export(
     from resnetlab.inference.export import check_export_request, export_model, export_weights
     from resnetlab.inference.export_images import load_export_images
     from resnetlab.inference.formats import get_format
+    from resnetlab.run_folder import check_output_file
 
     format = get_format(to)
     stem = Path(model.split(":")[1].replace("/", "-")) if get_scheme(model) else Path(model).with_suffix("")
@@ -165,6 +168,7 @@ def export(
             f"--to {to} takes only --out; --precision, --data, --images and --json are for the other formats."
         )
     check_export_request(to, precision, out)
+    check_output_file(out, [model])
     trained = load_or_download(model)
     if format.read is None:
         for note in export_weights(trained, to, out):

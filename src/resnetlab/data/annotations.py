@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resnetlab.data.decode import decode_pixels
+from resnetlab.data.decode import check_regular_file, decode_pixels
 from resnetlab.data.error_policy import ErrorPolicy
 from resnetlab.errors import DataError
 
@@ -40,6 +40,7 @@ class AnnotatedImage:
 
     def read_pixels(self) -> Tensor:
         """Decodes the image, uint8 (H, W, 3). Raises DataError if it is unreadable or not of its annotation's size."""
+        check_regular_file(self.file)
         try:
             content = self.file.read_bytes()
         except OSError as error:

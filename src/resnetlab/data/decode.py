@@ -108,10 +108,18 @@ def decode(source: Path | bytes, name: str | None = None) -> Image.Image:
             values without a known range; the message names it.
     """
     name = name or (str(source) if isinstance(source, Path) else "the image")
-    if isinstance(source, Path) and source.is_dir():
-        raise DataError(f"{name} is a folder, not an image.")
+    if isinstance(source, Path):
+        check_regular_file(source)
     with _name_errors(name), Image.open(source if isinstance(source, Path) else io.BytesIO(source)) as image:
         return _apply_orientation(image)
+
+
+def check_regular_file(file: Path) -> None:
+    """Raises DataError for a folder, and for a pipe or device, also behind a link: reading one would wait for ever."""
+    if file.is_dir():
+        raise DataError(f"{file} is a folder, not an image.")
+    if file.exists() and not file.is_file():
+        raise DataError(f"{file} is a pipe or a device, not an image.")
 
 
 def convert_image(image: Image.Image) -> Image.Image:
@@ -239,14 +247,12 @@ def _walk_folder(folder: Path, parents: frozenset[str]) -> Iterator[Path | DataE
         return
     try:
         with os.scandir(folder) as entries:
-            found = sorted(
-                (e.name, e.is_dir(), e.is_file() or e.is_symlink()) for e in entries if not is_hidden(e.name)
-            )
+            found = sorted((e.name, e.is_dir()) for e in entries if not is_hidden(e.name))
     except OSError as error:
         yield DataError(f"{folder} cannot be read ({error.strerror}); give yourself permission to read it.")
         return
-    for name, is_folder, is_file in found:
+    for name, is_folder in found:
         if is_folder:
             yield from _walk_folder(folder / name, parents | {real})
-        elif is_file and os.path.splitext(name)[1].lower() in SUFFIXES:
+        elif os.path.splitext(name)[1].lower() in SUFFIXES:
             yield folder / name

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from resnetlab.data.decode import decode_pixels
+from resnetlab.data.decode import check_regular_file, decode_pixels
 from resnetlab.data.error_policy import ErrorPolicy
 from resnetlab.errors import DataError
 
@@ -65,8 +65,10 @@ class FileSource:
     sizes: NDArray[np.int64]
 
     def read(self, i: int) -> bytes:
+        file = self.root / self.names[i]
+        check_regular_file(file)
         try:
-            return (self.root / self.names[i]).read_bytes()
+            return file.read_bytes()
         except FileNotFoundError:
             raise DataError(f"{self.display_name(i)} is not there.") from None
         except PermissionError:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from resnetlab.data import coco
 from resnetlab.data.annotated_dataset import AnnotatedDataset, arrange_annotated_splits
-from resnetlab.data.decode import decode_pixels
+from resnetlab.data.decode import check_regular_file, decode_pixels
 from resnetlab.data.error_policy import ErrorPolicy
 from resnetlab.data.voc import list_voc_images, read_voc_splits
 from resnetlab.errors import DataError
@@ -52,6 +52,7 @@ class MaskedImage:
 
     def read_pixels(self) -> Tensor:
         """Decodes the image, uint8 (H, W, 3). Raises DataError if it is unreadable."""
+        check_regular_file(self.file)
         try:
             return decode_pixels(self.file.read_bytes(), str(self.file))
         except OSError as error:
@@ -69,6 +70,7 @@ class MaskFile:
     classes: int
 
     def read_mask(self, size: tuple[int, int]) -> Tensor:
+        check_regular_file(self.file)
         try:
             with Image.open(self.file) as image:
                 image.load()
@@ -148,6 +150,7 @@ def _read_voc_masks(root: Path, errors: ErrorPolicy) -> tuple[tuple[str, ...], d
     valid = {}
     for stem, (image, file) in pairs.items():
         try:
+            check_regular_file(image)
             with Image.open(image) as opened:
                 width, height = opened.size
             MaskFile(file, len(classes)).read_mask((height, width))

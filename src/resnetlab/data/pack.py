@@ -46,6 +46,8 @@ def pack_shards(
     """
     if per_shard < 1 or resize < 0:
         raise UsageError(f"per_shard must be 1 or more and resize 0 or more, not {per_shard} and {resize}.")
+    if out.resolve().is_relative_to(Path(data.name).resolve()):
+        raise UsageError(f"{out} is inside {data.name}, the images that are packed; choose a folder elsewhere.")
     splits = {"all": data.all_images} if data.all_images is not None else data.splits
     try:
         out.mkdir(parents=True, exist_ok=True)

@@ -15,7 +15,7 @@ from resnetlab.evaluation.evaluate import Evaluation
 from resnetlab.evaluation.metrics import ClassificationMetrics, wilson_interval
 from resnetlab.formatting import format_percent, unbreakable
 from resnetlab.preprocessing import Preprocessing, tensor_to_pil
-from resnetlab.run_folder import write_atomically, write_error
+from resnetlab.run_folder import write_together
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -62,12 +62,8 @@ class _CroppedImages:
 
 def write_evaluation(evaluation: Evaluation, folder: Path) -> None:
     """Writes evaluation.json and evaluation.html; raises RunError where there is no space or no permission."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise write_error(folder, error) from error
-    write_atomically(folder / "evaluation.json", json.dumps(evaluation.to_json(), indent=2, ensure_ascii=False) + "\n")
-    write_atomically(folder / "evaluation.html", render_evaluation(evaluation))
+    figures = json.dumps(evaluation.to_json(), indent=2, ensure_ascii=False) + "\n"
+    write_together(folder, {"evaluation.json": figures, "evaluation.html": render_evaluation(evaluation)})
 
 
 def render_evaluation(evaluation: Evaluation) -> str:

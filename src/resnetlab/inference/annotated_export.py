@@ -86,7 +86,6 @@ def export_annotated(model: AnnotatedModel, out: Path, images: Sequence[Tensor])
             dynamic_axes=dynamic_axes,
         )  # fmt: skip
         graph = file.read_bytes()
-    write_atomically(out, graph)
     session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
     total_agreement, largest = 0.0, 0.0
     for image in inputs:
@@ -95,6 +94,7 @@ def export_annotated(model: AnnotatedModel, out: Path, images: Sequence[Tensor])
             expected = net(image)
         agreement, difference = (_compare_boxes if is_detector else _compare_maps)(expected, actual)
         total_agreement, largest = total_agreement + agreement, max(largest, difference)
+    write_atomically(out, graph)  # once its runtime has read it
     return ParityReport(len(inputs), Agreement(total_agreement / len(inputs), largest))
 
 

@@ -15,12 +15,12 @@ from typing import Any
 from torch import Tensor
 
 from resnetlab.device import standard_torch_state
-from resnetlab.errors import DataError, ModelFileError, UsageError, missing_package, unknown_name_error
+from resnetlab.errors import DataError, ModelFileError, RunError, UsageError, missing_package, unknown_name_error
 from resnetlab.inference.export_graphs import PIXELS, SCORES, ExportGraphs
 from resnetlab.inference.formats import get_format
 from resnetlab.inference.parity_check import PARITY_BOUNDS, ParityReport, check_parity
 from resnetlab.models.model_file import TrainedModel
-from resnetlab.run_folder import write_atomically, write_error
+from resnetlab.run_folder import write_error
 
 
 def check_export_request(target: str, precision: str, out: Path) -> None:
@@ -80,16 +80,39 @@ def export_model(
                     f"{out} was not written: {parity.agreement}, on {parity.n} images; {precision} must agree on {least:.0%} "
                     f"and within {largest:g}."
                 )
-            for written in sorted(Path(folder).iterdir(), reverse=True):  # weights before the file that refers to them
-                os.replace(written, out.with_name(written.name))
+            description = describe_export(model, target, precision)
+            file.with_name(f"{out.name}.json").write_text(_format_json(description), "utf-8")
+            file.with_name(f"{out.name}.parity.json").write_text(_format_json(parity.to_json()), "utf-8")
+            _replace_files(Path(folder), out)
     except OSError as error:
         raise write_error(out, error) from error
-    write_atomically(out.with_name(f"{out.name}.json"), _format_json(describe_export(model, target, precision)))
-    write_atomically(out.with_name(f"{out.name}.parity.json"), _format_json(parity.to_json()))
     return parity
 
 
-@standard_torch_state()
+def _replace_files(folder: Path, out: Path) -> None:
+    """Moves the files of an export to `out` and beside it.
+
+    `out` goes first and comes last, so a crash never leaves it beside the weights or the proof of another export.
+
+    Raises RunError, and leaves no file of the export, if one cannot be moved.
+    """
+    names = sorted((file.name for file in folder.iterdir()), key=lambda name: name == out.name)
+    targets = [out.with_name(name) for name in names]
+    for target in targets:
+        if target.exists() and not target.is_file():
+            raise RunError(f"cannot write {target}: it is no file; move it away, or choose another name with --out.")
+    out.unlink(missing_ok=True)
+    moved: list[Path] = []
+    try:
+        for target in targets:
+            os.replace(folder / target.name, target)
+            moved.append(target)
+    except OSError as error:
+        for done in moved:
+            done.unlink(missing_ok=True)
+        raise write_error(target, error) from error
+
+
 def export_weights(model: TrainedModel, target: str, out: Path) -> list[str]:
     """Writes a format that has only weights; returns notes on what the programs that read it compute differently."""
     check_export_request(target, "fp32", out)

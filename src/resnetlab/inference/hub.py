@@ -5,12 +5,14 @@ Wherever a model file is expected, `hf:OWNER/NAME` downloads it (inference/downl
 
 from __future__ import annotations
 
+import hashlib
 import re
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any, cast
 
-from resnetlab.errors import ModelFileError, UsageError, missing_package
+from resnetlab.errors import ModelFileError, RunError, UsageError, missing_package
 from resnetlab.models.cost import count_parameters
 from resnetlab.models.model_file import TrainedModel, load_trained_model
 from resnetlab.run_folder import write_atomically, write_error
@@ -18,20 +20,43 @@ from resnetlab.run_folder import write_atomically, write_error
 MAX_CLASSES = 40  # listed in the card
 
 
-def save_pretrained(model: TrainedModel, folder: Path, name: str = "OWNER/NAME") -> None:
+def save_pretrained(model: TrainedModel, folder: Path, name: str = "OWNER/NAME", card: bool = True) -> None:
     """Writes `model.safetensors` and its card, README.md, into a folder.
+
+    A README.md that a person wrote, or changed, is kept, with a warning.
 
     Args:
         name: the repository that the card refers to.
+        card: whether to write the card.
 
-    Raises RunError if the folder cannot be written.
+    Raises RunError if the folder cannot be written, or is a run folder.
     """
+    if (folder / "recipe.toml").exists():
+        raise RunError(f"{folder} is a run folder; choose another folder for the model and its card.")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise write_error(folder, error) from error
     model.save(folder / "model.safetensors")
-    write_atomically(folder / "README.md", make_model_card(model, name))
+    readme = folder / "README.md"
+    if card and readme.exists() and not _is_own_card(readme):
+        warnings.warn(f"{readme} was not written by resnetlab and is kept; no card was written.", stacklevel=2)
+    elif card:
+        write_atomically(readme, _sign_card(make_model_card(model, name)))
+
+
+def _sign_card(card: str) -> str:
+    """The card with its hash, by which the next push sees whether a person has changed it."""
+    return f"{card}\n<!-- resnetlab card {hashlib.sha256(card.encode()).hexdigest()} -->\n"
+
+
+def _is_own_card(readme: Path) -> bool:
+    """Whether a README.md is a card as `_sign_card` made it."""
+    try:
+        text = readme.read_text("utf-8")
+    except (OSError, ValueError):
+        return False
+    return text == _sign_card(text.rpartition("\n<!-- resnetlab card ")[0])
 
 
 def from_pretrained(folder: Path) -> TrainedModel:
@@ -60,7 +85,7 @@ def push_to_hub(model: TrainedModel, name: str, private: bool = False) -> str:
     try:
         address = str(api.create_repo(name, private=private, exist_ok=True))
         with tempfile.TemporaryDirectory() as folder:
-            save_pretrained(model, Path(folder), name)
+            save_pretrained(model, Path(folder), name, card=may_write_card(name))
             api.upload_folder(repo_id=name, folder_path=folder, commit_message="Upload a model of resnetlab")
     except HFValidationError as error:
         raise UsageError(f"{name!r} is not a repository name; for example hf:me/flowers.") from error
@@ -72,6 +97,17 @@ def push_to_hub(model: TrainedModel, name: str, private: bool = False) -> str:
             f"{name} could not be pushed ({reason}); check the network and `hf auth whoami`."
         ) from error
     return address
+
+
+def may_write_card(name: str, token: str | None = None) -> bool:
+    """Whether a repository on the hub has no README.md but a card of ours; warns if it has another one."""
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=token)
+    if not api.file_exists(name, "README.md") or _is_own_card(Path(api.hf_hub_download(name, "README.md"))):
+        return True
+    warnings.warn(f"the README.md of {name} was not written by resnetlab and is kept; no card is pushed.", stacklevel=2)
+    return False
 
 
 def make_model_card(model: TrainedModel, name: str) -> str:

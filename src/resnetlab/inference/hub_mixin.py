@@ -28,7 +28,7 @@ class HubModel(nn.Module, PyTorchModelHubMixin, library_name="resnetlab"):
 
     def __init__(self, model: TrainedModel) -> None:
         super().__init__()
-        self.model, self.net, self._name = model, model.net, "OWNER/NAME"
+        self.model, self.net, self._name, self._card = model, model.net, "OWNER/NAME", True
         self._hub_mixin_config = None  # no config.json: the model file has the configuration
 
     def forward(self, x: Tensor) -> Tensor:
@@ -36,12 +36,12 @@ class HubModel(nn.Module, PyTorchModelHubMixin, library_name="resnetlab"):
         return logits
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
-        """Like the mixin's, with a card that names the repository."""
-        self._name = repo_id
+        """Like the mixin's, with a card that names the repository, unless a README.md of another hand is there."""
+        self._name, self._card = repo_id, hub.may_write_card(repo_id, options.get("token"))
         return str(super().push_to_hub(repo_id, **options))
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        hub.save_pretrained(self.model, save_directory, self._name)
+        hub.save_pretrained(self.model, save_directory, self._name, self._card)
 
     @classmethod
     def _from_pretrained(cls, *, model_id: str, **options: Any) -> HubModel:

@@ -72,6 +72,8 @@ def read_state_dict(path: Path, key: str | None = None) -> StateDictFile:
         ModelFileError: the file is missing, empty, truncated, cannot be read without executing code, or has no weights.
         UsageError: `key` is not in the file, or the file has several state dicts and `key` is not given.
     """
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise ModelFileError(f"{path} is a pipe or a device; give a weight file ({', '.join(SUFFIXES)}).")
     try:
         content = path.read_bytes()
     except FileNotFoundError:

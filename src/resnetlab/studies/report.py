@@ -14,7 +14,7 @@ from resnetlab.data import sources
 from resnetlab.device import environment
 from resnetlab.evaluation.page import load_templates
 from resnetlab.formatting import format_estimate, format_percent, format_share, unbreakable
-from resnetlab.run_folder import write_atomically, write_error
+from resnetlab.run_folder import write_together
 from resnetlab.studies.code_version import source_hash
 from resnetlab.studies.runs import RunOutcome
 from resnetlab.studies.setting import Setting
@@ -26,15 +26,14 @@ COLUMNS = ("study", "data", "what", "figure", "unit", "mean", "sd", "n", "values
 
 def write_study(outputs: Sequence[StudyOutput], folder: Path, command: str) -> None:
     """Writes the three files; raises RunError where there is no space or no permission."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise write_error(folder, error) from error
     rows = [row for output in outputs for row in output.rows]
     document = {"command": command, "rows": rows, "environment": study_environment(outputs)}
-    write_atomically(folder / "rows.json", json.dumps(document, indent=2, ensure_ascii=False) + "\n")
-    write_atomically(folder / "rows.csv", rows_to_csv(rows))
-    write_atomically(folder / "report.html", render_study(outputs, command))
+    files = {
+        "rows.json": json.dumps(document, indent=2, ensure_ascii=False) + "\n",
+        "rows.csv": rows_to_csv(rows),
+        "report.html": render_study(outputs, command),
+    }
+    write_together(folder, files)
 
 
 def rows_to_csv(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -1,0 +1,182 @@
+"""Commands write no file that they read, nor what is no file, nor half of a result, nor over what a person wrote."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+import resnetlab
+from resnetlab.cli.main import run_command
+from resnetlab.data.disk_split import FileSource
+from resnetlab.errors import DataError, RunError
+from resnetlab.inference import export, formats, hub
+from resnetlab.run_folder import write_atomically, write_together
+from service import write_classifier
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return write_classifier(tmp_path / "model.safetensors")
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {str(p): hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["export", "model.safetensors", "--to", "torchvision", "--out", "model.safetensors"],
+        ["export", "model.safetensors", "--to", "torchvision", "--out", "link.safetensors"],
+        ["import", "model.safetensors", "--out", "./model.safetensors"],
+        ["push", "model.safetensors", "."],
+        ["evaluate", "model.safetensors", "--data", "table.csv", "--predictions", "table.csv"],
+        ["data", "check", "table.csv", "--quarantine", "table.csv"],
+        ["data", "pack", "photos", "photos/shards"],
+    ],
+    ids=" ".join,
+)
+def test_nothing_is_written_over_what_is_read(
+    arguments: list[str], model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(model.parent)
+    os.link("model.safetensors", "link.safetensors")
+    Path("table.csv").write_text("path,label\n")
+    for name in ("a", "b"):
+        Path("photos", name).mkdir(parents=True)
+        for i in range(4):
+            Image.new("RGB", (4, 4)).save(Path("photos", name, f"{i}.png"))
+    before = digests(model.parent)
+    assert run_command(arguments) == 2
+    err = capsys.readouterr().err
+    assert "itself, which is read" in err or "is inside photos" in err
+    assert digests(model.parent) == before
+
+
+def test_a_heat_map_does_not_replace_an_image_that_is_explained(
+    model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = [model.parent / "a.png", model.parent / "a.heat.png"]
+    for name in names:
+        Image.new("RGB", (8, 8)).save(name)
+    before = names[1].read_bytes()
+    assert run_command(["explain", str(model), *map(str, names), "--out", str(model.parent)]) == 2
+    assert "itself, which is read" in capsys.readouterr().err and names[1].read_bytes() == before
+
+
+def test_pipes_and_folders_are_no_files_to_write(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pipe, folder = model.parent / "pipe.pth", model.parent / "folder.pth"
+    os.mkfifo(pipe)
+    folder.mkdir()
+    for out, words in ((pipe, "is a pipe or a device"), (folder, "is a folder")):
+        assert run_command(["export", str(model), "--to", "torchvision", "--out", str(out)]) == 2
+        assert words in capsys.readouterr().err
+        with pytest.raises(RunError, match=words):
+            write_atomically(out, b"")
+    assert pipe.is_fifo()
+
+
+def test_a_link_to_a_pipe_is_named_and_the_other_images_are_predicted(
+    model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = model.parent / "images"
+    images.mkdir()
+    os.mkfifo(model.parent / "pipe")
+    (images / "b.png").symlink_to("../pipe")
+    Image.new("RGB", (8, 8)).save(images / "a.png")
+    with pytest.raises(DataError, match="is a pipe or a device"):
+        FileSource(images, ["b.png"], torch.zeros(1).long().numpy()).read(0)
+    codes: list[int] = []
+    thread = threading.Thread(
+        target=lambda: codes.append(run_command(["predict", str(model), str(images), "--format", "csv"])), daemon=True
+    )
+    thread.start()
+    thread.join(60)
+    out = capsys.readouterr().out
+    assert codes == [1] and "a.png,1," in out and "b.png is a pipe or a device, not an image" in out
+
+
+class Export:
+    """An export whose files are written here, in place of OpenVINO's pair."""
+
+    def __init__(self, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def write(graphs: Any, precision: str, file: Path) -> None:
+            file.write_text("new")
+            file.with_suffix(".bin").write_text("new weights")
+
+        scores = resnetlab.load(model).predict_scores
+        entry = formats.ExportFormat(suffixes=(".xml",), write=write, read=lambda _: lambda x: scores(_prepare(x)))
+        monkeypatch.setitem(formats.FORMATS, "pair", entry)
+        self.model, self.out = resnetlab.load(model), model.parent / "m.xml"
+
+    def __call__(self) -> None:
+        export.export_model(self.model, "pair", "fp32", self.out, [torch.zeros(32, 32, 3, dtype=torch.uint8)], None)
+
+
+def _prepare(x: torch.Tensor) -> torch.Tensor:
+    from resnetlab.preprocessing import Preprocessing, tensor_to_pil
+
+    crop = Preprocessing(3, (32, 32), 36, torch.zeros(3), torch.ones(3))
+    return torch.stack([crop(tensor_to_pil(each)) for each in x])
+
+
+def test_an_export_that_fails_leaves_no_half_of_a_pair(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("resnetlab.inference.parity_check.PAUSE", 0.0)
+    job = Export(model, monkeypatch)
+    weights = job.out.with_suffix(".bin")
+    weights.mkdir()
+    with pytest.raises(RunError, match=r"cannot write .*m\.bin"):
+        job()
+    assert not job.out.exists() and weights.is_dir()
+    weights.rmdir()
+    job()
+    moved: list[str] = []
+
+    def replace(source: Path, target: Path, right: Any = os.replace) -> None:
+        moved.append(target.name)
+        assert target.suffix == ".xml" or not job.out.exists()  # a kill here leaves no .xml beside other weights
+        if target.suffix == ".xml":
+            raise OSError(28, "No space left on device")
+        right(source, target)
+
+    monkeypatch.setattr(export.os, "replace", replace)
+    with pytest.raises(RunError, match="no space left to write"):
+        job()
+    assert moved[-1] == "m.xml" and sorted(p.name for p in model.parent.iterdir()) == ["model.safetensors"]
+
+
+def test_a_page_is_not_left_beside_other_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = {"figures.json": "1", "page.html": "1"}
+    write_together(tmp_path, files)
+    monkeypatch.setattr("resnetlab.run_folder.os.replace", _fail)
+    with pytest.raises(RunError):
+        write_together(tmp_path, files)
+    assert [p.name for p in tmp_path.iterdir()] == ["figures.json"]
+
+
+def _fail(*_: object) -> None:
+    raise OSError(28, "No space left on device")
+
+
+def test_a_readme_of_another_hand_is_kept(model: Path) -> None:
+    trained = resnetlab.load(model)
+    folder = model.parent / "project"
+    hub.save_pretrained(trained, folder)
+    hub.save_pretrained(trained, folder, "me/other")  # a card of ours is replaced
+    readme = folder / "README.md"
+    assert "hf:me/other" in readme.read_text()
+    for text in ("# Our project\n", readme.read_text().replace("# resnet8", "# Not for medical use\n")):
+        readme.write_text(text)
+        with pytest.warns(UserWarning, match="was not written by resnetlab and is kept"):
+            hub.save_pretrained(trained, folder)
+        assert readme.read_text() == text
+    (folder / "recipe.toml").write_text("")
+    with pytest.raises(RunError, match="is a run folder"):
+        hub.save_pretrained(trained, folder)
