@@ -19,6 +19,7 @@ LAYERS = {
     "bottom": {
         "errors",
         "migrate_v01",
+        "peer_words",
         "tensor_file",
         "preprocessing",
         "run_folder",

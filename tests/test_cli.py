@@ -286,7 +286,7 @@ def test_a_stop_is_heard_before_a_command_listens_for_it(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first process of a container has no default action for SIGTERM: without a handler it would be ignored."""
-    monkeypatch.setattr(main, "app", lambda _: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(main, "understand", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     before = signal.getsignal(signal.SIGTERM)
     try:
         with pytest.raises(SystemExit) as end:

@@ -15,6 +15,9 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from resnetlab.errors import UsageError
+from resnetlab.peer_words import PYTHON
+
 __version__ = "0.2.0.dev0"  # the only place; pyproject.toml reads it
 __all__ = ["__version__", "build", "evaluate", "load", "train"]
 
@@ -32,9 +35,14 @@ _MODULES = {
 }
 
 
+class UnknownNameError(UsageError, AttributeError):
+    """A name that this package does not have; also an AttributeError, as `hasattr` expects."""
+
+
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
-        raise AttributeError(f"module 'resnetlab' has no attribute {name!r}; it has {', '.join(__all__)}")
+        hint = f"use {ours}." if (ours := PYTHON.get(name)) else f"it has {', '.join(__all__)}."
+        raise UnknownNameError(f"module 'resnetlab' has no attribute {name!r}; {hint}")
     return getattr(import_module(_MODULES[name]), name)
 
 

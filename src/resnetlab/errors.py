@@ -14,6 +14,8 @@ import difflib
 import json
 from collections.abc import Iterable
 
+from resnetlab.peer_words import ANSWERS, translate
+
 PROCESS_GONE = "another process of this job is gone"  # of the processes that torchrun or --procs started
 
 
@@ -46,10 +48,14 @@ class DivergedError(ResNetLabError):
 
 
 def unknown_name_error(kind: str, given: str, known: Iterable[str]) -> UsageError:
-    """The error for an unknown name; its message suggests the nearest known one, or lists them all."""
-    names = list(known)
-    near = difflib.get_close_matches(given, names, n=1, cutoff=0.6)
+    """The error for an unknown name; it suggests ours for another program's word, or the nearest, or lists them all."""
+    names, word = list(known), str(given).replace("-", "_")
+    same = [name for name in names if name.lower() == str(given).lower()]
+    own = same or [own for own in [translate(word, names)] if own]
+    near = own or difflib.get_close_matches(str(given), names, n=1, cutoff=0.6)
     hint = f"did you mean {near[0]!r}?" if near else "known: " + ", ".join(names) + "."
+    if not own and kind.startswith("key"):
+        hint = ANSWERS.get(word, hint)
     return UsageError(f"unknown {kind} {given!r}; {hint}")
 
 

@@ -18,6 +18,7 @@ from resnetlab.cli.evaluate import evaluate
 from resnetlab.cli.explain import explain
 from resnetlab.cli.inspect import inspect
 from resnetlab.cli.launch import train_process
+from resnetlab.cli.peer_options import understand
 from resnetlab.cli.predict import predict
 from resnetlab.cli.push import push
 from resnetlab.cli.serve import serve
@@ -77,7 +78,7 @@ def run_command(arguments: Sequence[str]) -> int:
         with warnings.catch_warnings():
             warnings.simplefilter("default", UserWarning)
             warnings.showwarning = console.WarningPrinter()
-            app([_expand_home(argument) for argument in arguments] or ["--help"])
+            app(understand(app, [_expand_home(argument) for argument in arguments]) or ["--help"])
         if sys.stdout is not None:
             sys.stdout.flush()
     except CycloptsError as error:

@@ -85,8 +85,6 @@ def predict(
     from resnetlab.inference.predict import Model
     from resnetlab.models.annotated_model import TASK_NOUNS
 
-    if options := [image for image in images if image.startswith("-") and image != "-"]:
-        raise UsageError(f"unknown option {options[0]}; `resnetlab predict --help` lists the options.")
     if not images:
         raise UsageError("predict needs images: files, folders, or - for standard input.")
     if not all(image.strip() for image in images):

@@ -14,6 +14,7 @@ import tomli_w
 
 from resnetlab.errors import RunError, UsageError, unknown_name_error
 from resnetlab.models.spec import Specification, parse_changes, parse_value
+from resnetlab.peer_words import translate
 
 _KINDS: dict[str, tuple[Any, str]] = {  # by the fields' annotations: type, and its name in messages
     "str": (str, "a word"),
@@ -112,12 +113,20 @@ class BaseRecipe:
     def with_values(self, pairs: Mapping[str, str]) -> Self:
         """The recipe with values given as text, as for `--set`; keys of the network's specification are allowed too.
 
+        Other programs' words for a key, such as batch_size, are understood.
+
         Raises UsageError for an unknown key (suggesting the nearest) or a value of the wrong type.
         """
         own = {f.name: str(f.type) for f in fields(self) if f.name not in ("name", "specification")}
-        for key in pairs:
-            if key not in own and key not in _SPECIFICATION:
-                raise unknown_name_error("key", key, [*own, *_SPECIFICATION])
+        given: dict[str, str] = {}  # our key: the word it was given by
+        for word in pairs:
+            key = word if word in own or word in _SPECIFICATION else translate(word, own)
+            if key is None:
+                raise unknown_name_error("key", word, [*own, *_SPECIFICATION])
+            if key in given:
+                raise UsageError(f"{word} and {given[key]} are the same value; give it once.")
+            given[key] = word
+        pairs = {key: pairs[word] for key, word in given.items()}
         changes: dict[str, Any] = {key: parse_value(key, text, own[key]) for key, text in pairs.items() if key in own}
         specification = parse_changes({key: text for key, text in pairs.items() if key not in own})
         return replace(self, specification={**self.specification, **specification}, **changes)

@@ -1,0 +1,133 @@
+"""Understands command lines written with the options of other programs (`peer_words`)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Sequence
+from dataclasses import fields
+from functools import cached_property
+from itertools import chain
+from pathlib import Path
+
+from cyclopts import App
+
+from resnetlab.errors import UsageError
+from resnetlab.peer_words import ANSWERS, COMMANDS, translate, translate_flag
+
+_OPTION = re.compile(r"--?[A-Za-z][\w.-]*")
+_SETTING = re.compile(r"[a-z][a-z0-9_]*=.+")  # Ultralytics' epochs=10
+_POSITIONAL = ("MODEL", "NET", "DATA", "IMAGES")  # in their order on a command line
+
+
+class _Command:
+    """A command's words, option names, and positional arguments."""
+
+    def __init__(self, words: list[str], app: App) -> None:
+        self.words = words
+        arguments = list(app.assemble_argument_collection())
+        self.options = {name for argument in arguments for name in argument.names if name.startswith("--")} | {"--help"}
+        self.flags = {name for argument in arguments if argument.hint is bool for name in argument.names} | {"--help"}
+        names = {name for argument in arguments for name in argument.names} - self.options
+        self.positional = {"MODEL" if name == "MODELS" else name for name in names}
+        self.takes_hyphens = any(argument.parameter.allow_leading_hyphen for argument in arguments)
+
+    @cached_property
+    def recipe_keys(self) -> Collection[str]:
+        """The keys that `--set` takes."""
+        if "--set" not in self.options:
+            return ()
+        from resnetlab.models.spec import Specification
+
+        keys = {f.name for f in fields(Specification)} - {"channels", "classes"}
+        if "train" not in self.words:
+            return keys
+        from resnetlab.training.annotated_recipes import DetectionRecipe, SegmentationRecipe
+        from resnetlab.training.recipe import BaseRecipe, Recipe
+
+        recipes: dict[str, type[BaseRecipe]] = {"detect": DetectionRecipe, "segment": SegmentationRecipe}
+        own = {f.name for f in fields(recipes.get(self.words[0], Recipe))}
+        return keys | own - {"name", "specification", "data", "net"}
+
+    def resolve(self, option: str) -> tuple[str, str | None] | None:
+        """Our option ("--batch"), positional argument ("MODEL") or key of the recipe, and the value of a word without one.
+
+        None if there is none.
+        """
+        key = _to_key(option)
+        ours = {_to_key(name): name for name in self.options} | {name: name for name in self.positional}
+        if own := key if key in ours else translate(key, ours):
+            return ours[own], None
+        if flag := translate_flag(key, ours):
+            return ours[flag[0]], flag[1]
+        if key in ANSWERS or key in self.recipe_keys:
+            return (key, None) if key in self.recipe_keys and key not in ANSWERS else None
+        if key.removeprefix("no_") in self.recipe_keys:
+            return key.removeprefix("no_"), "false"
+        return (own, None) if (own := translate(key, self.recipe_keys)) else None
+
+    def refuse(self, option: str) -> None:
+        """Raises UsageError for a word of other programs that has an answer, and for an unknown option among images."""
+        if (answer := ANSWERS.get(_to_key(option))) is not None:
+            raise UsageError(f"there is no option {option}: {answer}")
+        if self.takes_hyphens:
+            raise UsageError(f"unknown option {option}; `resnetlab {' '.join(self.words)} --help` lists the options.")
+
+
+def understand(app: App, arguments: Sequence[str]) -> list[str]:
+    """The command line in our own words.
+
+    Options and `key=value` of other programs become ours, keys of the recipe become `--set key=value`, and what others give by
+    an option, such as `--model`, becomes a positional argument.
+
+    Raises UsageError, with the option that does the job, for a word of another program that has no counterpart.
+    """
+    command = _find_command(app, arguments)
+    if command is None:
+        return list(arguments)
+    positional: dict[str, list[str]] = {name: [] for name in _POSITIONAL}
+    rest: list[str] = []
+    tokens = list(arguments[len(command.words) :])
+    while tokens and tokens[0] != "--":
+        token = tokens.pop(0)
+        name, equals, value = token.partition("=")
+        if name in command.options or name == "-h":
+            rest.append(token)
+            if not equals and name not in command.flags and tokens:
+                rest.append(tokens.pop(0))  # its value, whatever that looks like
+            continue
+        setting = _SETTING.fullmatch(token) is not None and not Path(token).exists()
+        is_option = _OPTION.fullmatch(name) is not None
+        found = command.resolve(name) if setting or is_option else None
+        if found is None:
+            if is_option:
+                command.refuse(name)
+            rest.append(token)
+            continue
+        own, fixed = found
+        if fixed is None and not equals and own not in command.flags:
+            value = "true" if not tokens or _OPTION.fullmatch(tokens[0]) else tokens.pop(0)
+        if own in positional:
+            positional[own].append(value)
+        elif own.startswith("--"):
+            rest.append(own if own in command.flags else f"{own}={fixed or value}")
+        else:
+            rest += ["--set", f"{own}={fixed or value}"]
+    images = positional.pop("IMAGES")
+    return [*command.words, *chain(*positional.values()), *rest, *images, *tokens]
+
+
+def _find_command(app: App, arguments: Sequence[str]) -> _Command | None:
+    """The command that a command line names; None if there is none. Raises UsageError for another program's command."""
+    words: list[str] = []
+    for word in arguments:
+        if word.startswith("-") or word not in list(app):
+            break
+        app = app[word]
+        words.append(word)
+    if not words and arguments and arguments[0] in COMMANDS:
+        raise UsageError(f"there is no command {arguments[0]!r}; it is `resnetlab {COMMANDS[arguments[0]]}` here.")
+    return _Command(words, app) if words and app.default_command is not None else None
+
+
+def _to_key(option: str) -> str:
+    return option.lstrip("-").replace("-", "_")

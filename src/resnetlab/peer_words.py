@@ -1,0 +1,166 @@
+"""The words that people bring from Ultralytics, timm, torchvision, Lightning and Keras: our word for each, or an answer.
+
+A word is written with underscores and without leading dashes: "batch_size" stands for `--batch-size` and `batch_size=`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+# Our word: theirs. A word may stand in several rows: the first one that the command has counts. MODEL, DATA and IMAGES are
+# a command's positional arguments.
+_SYNONYMS = {
+    "net": "model model_name arch architecture backbone network a m",
+    "NET": "model model_name arch architecture backbone network a m",
+    "MODEL": "model m checkpoint ckpt ckpt_path checkpoint_path model_path weights pretrained pretrained_weights file load",
+    "start_from": "weights checkpoint_path finetune_from init_from initial_checkpoint load_weights pretrained_weights",
+    "DATA": "data dataset data_path data_root root train_dir train_data train data_set d",
+    "data": "dataset data_path data_root root val val_dir test_dir data_set d",
+    "IMAGES": "source input image images input_path img",
+    "batch": "batch_size bs train_batch_size per_device_train_batch_size b",
+    "epochs": "max_epochs num_epochs num_train_epochs n_epochs e",
+    "steps": "max_steps iterations iters max_iter num_steps train_steps",
+    "lr": "learning_rate lr0 base_lr",
+    "image_size": "imgsz img_size input_size crop_size train_crop_size size resolution",
+    "eval_resize": "val_resize_size test_input_size",
+    "classes": "num_classes nc n_classes class_names labels names",
+    "channels": "in_chans in_channels ch input_channels",
+    "optimizer": "opt optim",
+    "schedule": "sched scheduler lr_scheduler lr_schedule",
+    "weight_decay": "wd l2 decay",
+    "label_smoothing": "smoothing",
+    "erasing": "reprob random_erase re_prob",
+    "stochastic_depth": "drop_path drop_path_rate",
+    "clip_norm": "clip_grad clip_grad_norm max_grad_norm gradient_clip_val clip",
+    "ema_decay": "model_ema_decay ema",
+    "warmup_steps": "num_warmup_steps warmup_iters",
+    "flip": "hflip fliplr",
+    "trivial_augment": "auto_augment aa",
+    "recompute": "gradient_checkpointing grad_checkpointing",
+    "bn_sync": "sync_bn sync_batchnorm syncbn",
+    "frozen_bn": "freeze_bn",
+    "zero_init_last_bn": "zero_init_residual zero_gamma",
+    "log_every": "print_freq log_interval log_every_n_steps logging_steps",
+    "eval_every": "val_interval check_val_every_n_epoch eval_steps",
+    "checkpoint_minutes": "save_period save_steps",
+    "val_images": "val_size val_split validation_split val_fraction",
+    "out": "output output_dir out_dir save_dir logdir log_dir result_dir default_root_dir run_dir o",
+    "resume": "resume_from resume_from_checkpoint",
+    "recipe": "config cfg config_file c",
+    "workers": "num_workers dataloader_num_workers j",
+    "procs": "nproc num_processes nproc_per_node world_size num_gpus",
+    "data_dir": "cache_dir download_dir",
+    "seed": "random_state manual_seed random_seed",
+    "precision": "dtype amp_dtype",
+    "top": "topk top_k k",
+    "min_score": "conf threshold score_threshold conf_thres confidence score",
+    "to": "format export_format",
+    "split": "subset",
+    "json": "as_json",
+}
+_FLAGS = {  # a word without a value: our option and its value
+    "cpu": ("device", "cpu"),
+    "no_cuda": ("device", "cpu"),
+    "cuda": ("device", "cuda"),
+    "mps": ("device", "mps"),
+    "amp": ("precision", "bf16"),
+    "half": ("precision", "bf16"),
+    "fp16": ("precision", "bf16"),
+    "bf16": ("precision", "bf16"),
+    "int8": ("precision", "int8"),
+    "no_amp": ("precision", "fp32"),
+    "tta": ("protocol", "flip"),
+    "test_time_augmentation": ("protocol", "flip"),
+}
+_ANSWERS = {  # words that have no counterpart: what does the job
+    "epochs": "the length in epochs is --epochs 10 (in Python epochs=10).",
+    "max_epochs": "the length in epochs is --epochs 10.",
+    "gpu gpus gpu_id gpu_ids devices accelerator strategy":
+        "a GPU is chosen with --device cuda:1, several share a run with --procs 2; without either, a GPU is taken "
+        "if there is one.",
+    "evaluate test_only eval test validate": "a model is evaluated with: resnetlab evaluate MODEL --data DATA.",
+    "val val_dir validation validation_data test_dir":
+        "put the images into DATA/val (beside DATA/train), or hold some of the training images out with --set "
+        "val_images=500.",
+    "num_classes nc classes n_classes class_names":
+        "the classes come from the data: one for each folder of images, or each label of a table.",
+    "checkpoint ckpt ckpt_path":
+        "continue a run with --resume RUN; start from a model's weights with --start-from MODEL.",
+    "start_epoch": "a run continues at its last step: --resume RUN.",
+    "exist_ok overwrite force":
+        "a run never overwrites another; choose a new folder with --out, or go on with --resume RUN.",
+    "project name experiment run_name exp": "name the run's folder with --out runs/mine.",
+    "lr_step_size step_size decay_epochs lr_gamma gamma":
+        "the learning rate is divided by 10 at --set milestones=3000,4000 (steps); other schedules: --set "
+        "schedule=cosine.",
+    "patience early_stopping patience_epochs":
+        "a run trains to its end; in Python the on_evaluate function of train may stop it. The learning rate "
+        "falls when the held-out error stops falling with --set schedule=plateau (its patience counts "
+        "evaluations).",
+    "dropout": "the networks of the papers have no dropout; stochastic depth is --set stochastic_depth=0.1.",
+    "freeze": "--set backbone_lr_scale=0.1 slows all layers but the last, --set frozen_bn=true keeps BN as it is.",
+    "accumulate gradient_accumulation_steps accumulate_grad_batches":
+        "gradients are accumulated over micro-batches: --batch 256 --set bn_batch=32.",
+    "distributed": "--procs 2 starts processes here; on several machines: torchrun … -m resnetlab train …",
+    "wandb": "the figures are in the run's metrics.jsonl, and as TensorBoard events if tensorboard is installed.",
+    "tensorboard": "TensorBoard events are written into the run's folder if the package tensorboard is installed.",
+    "verbose": "progress is printed to standard error; --json prints the result as one document.",
+    "quiet": "progress is printed to standard error: add 2>/dev/null; --json prints the result as one document.",
+    "show": "--out FOLDER writes images, --json prints the predictions.",
+    "save": "--out writes the results into a file or folder.",
+    "iou": "boxes are merged at the detector's own threshold; --min-score chooses which are shown.",
+    "augment":
+        "augmentation belongs to the recipe (`resnetlab recipes` lists them): --set trivial_augment=true, --set "
+        "flip=false.",
+    "mean std": "mean and standard deviation are computed from the training images.",
+    "opset": "the opset of exported ONNX files is fixed; other programs convert it.",
+    "dynamic": "exported files take any number of images of any size.",
+    "model_ema": "give its decay: --set ema_decay=0.9998.",
+    "in_chans in_channels ch": "the channels come from the data: digits are grey, images in colour have three.",
+}  # fmt: skip
+ANSWERS = {word: answer for words, answer in _ANSWERS.items() for word in words.split()}
+COMMANDS = {  # others' commands: ours
+    "fit": "train", "finetune": "train --start-from MODEL", "tune": "train", "resume": "train --resume RUN",
+    "val": "evaluate", "eval": "evaluate", "validate": "evaluate", "test": "evaluate", "benchmark": "study cost",
+    "infer": "predict", "inference": "predict", "classify": "predict", "run": "train", "gradcam": "explain", "cam": "explain",
+    "info": "inspect", "summary": "inspect", "list": "models", "convert": "export", "download": "import", "upload": "push",
+    "api": "serve", "demo": "serve", "version": "--version", "help": "--help", "features": "embed", "check": "data check",
+}  # fmt: skip
+PYTHON = {  # others' functions: ours
+    "create_model": "build(name)", "get_model": "build(name)", "make_model": "build(name)", "from_name": "build(name)",
+    "load_model": "load(path)", "from_pretrained": "load(name)", "Model": "load(path)", "YOLO": "load(path)",
+    "models": "build(name); list_models() lists the names", "fit": "train(data=…)", "Trainer": "train(data=…)",
+    "finetune": "train(data=…, recipe='finetune', start_from=path)", "predict": "load(path).predict(image)",
+    "explain": "load(path).explain(image)", "embed": "load(path).embed(images)", "export": "load(path).export(file)",
+    "save": "load(path).save(file)", "val": "evaluate(model, data)", "test": "evaluate(model, data)",
+    "validate": "evaluate(model, data)", "detect": "the command `resnetlab detect`; load(path) opens a detector's model file",
+    "segment": "the command `resnetlab segment`; load(path) opens a segmenter's model file",
+    "study": "the command `resnetlab study`", "serve": "the command `resnetlab serve`",
+    "resume": "train(resume=folder)", "datasets": "train(data=…), which takes names, folders and arrays",
+}  # fmt: skip
+
+
+def _invert() -> dict[str, list[str]]:
+    ours: dict[str, list[str]] = {}
+    for own, theirs in _SYNONYMS.items():
+        for word in theirs.split():
+            ours.setdefault(word, []).append(own)
+    return ours
+
+
+_OURS = _invert()
+
+
+def translate(word: str, known: Collection[str]) -> str | None:
+    """Our word, one of `known`, for a word of another program; None if there is none.
+
+    >>> translate("batch_size", ["batch", "lr"]), translate("batch_size", ["net"])
+    ('batch', None)
+    """
+    return next((own for own in _OURS.get(word, ()) if own in known), None)
+
+
+def translate_flag(word: str, known: Collection[str]) -> tuple[str, str] | None:
+    """Our option, one of `known`, and its value for a flag of another program, such as "cpu"; None if there is none."""
+    found = _FLAGS.get(word)
+    return found if found is not None and found[0] in known else None
