@@ -106,6 +106,9 @@ REFUSED = {
         shutil.rmtree(d / s / n) for s in ("train", "val") for n in NAMES[1:]
     ],
     "beside them extra; put class folders inside the splits": lambda d: (d / "extra").mkdir(),
+    "only in val ALPHA; give both the same class folders, in the same capitals": lambda d: (d / "val" / "alpha").rename(
+        d / "val" / "ALPHA"
+    ),
     "holds no class folders with images: its 1 images are in no class folder": lambda d: (
         shutil.rmtree(d / "train"),
         shutil.rmtree(d / "val"),
@@ -143,6 +146,52 @@ def test_files_beside_class_folders_are_reported(tmp_path: Path) -> None:
     photo(1).save(root / "train" / "loose.png")
     with pytest.warns(UserWarning, match=r"1 images beside the class folders of .* belong to no class.*loose.png"):
         assert len(load(root).train) == 6
+
+
+def test_folders_without_images_beside_the_splits_are_left_out(tmp_path: Path) -> None:
+    root = folder(tmp_path / "d", {"train": 2, "val": 1})
+    for name in ("__pycache__", "logs", "notes"):
+        (root / name).mkdir()
+        (root / name / "a.txt").write_text("no image")
+    with pytest.warns(UserWarning, match="__pycache__, logs, notes without images left out"):
+        assert len(load(root).train) == 6
+    photo(1).save(root / "notes" / "scan.jpg")
+    with pytest.raises(DataError, match="beside them notes; put class folders inside the splits"):
+        load(root)
+
+
+def test_classes_that_differ_in_capitals_and_splits_that_are_copies_are_named(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="two classes 'Cat' and 'cat'"):
+        assert load(folder(tmp_path / "d", {"": 4}, ("Cat", "cat", "dog"))).classes == ("Cat", "cat", "dog")
+    root = folder(tmp_path / "e", {"train": 3})
+    shutil.copytree(root / "train", root / "val")
+    with pytest.warns(UserWarning, match="9 images of .*val have the name, class and size of an image of train"):
+        load(root)
+
+
+def test_a_quarantine_list_that_matches_nothing_is_reported(tmp_path: Path) -> None:
+    root = folder(tmp_path / "d", {"": 6})
+    (tmp_path / "list.txt").write_text("# comment\nphotos/alpha/bild 1.jpg\n")
+    with pytest.warns(
+        UserWarning, match=r"no line of the quarantine list .* is the name of an image .*alpha/bild 0\.jpg"
+    ):
+        load(root, quarantine=str(tmp_path / "list.txt"))
+    (tmp_path / "list.txt").write_text("alpha\\bild 1.jpg\r\n")  # written on Windows
+    everything = load(root, quarantine=str(tmp_path / "list.txt")).all_images
+    assert everything is not None and len(everything) == 17 and "alpha/bild 1.jpg" not in everything.names
+
+
+def test_groups_stay_together(tmp_path: Path) -> None:
+    root = folder(tmp_path / "d", {"": 20}, ("a", "b"))
+    data = load(root, groups=r"bild (\d)")  # 0, 1 and 10 to 19, 2, …
+    held_out, rest = ({name.split()[1][0] for name in split.names} for split in (data.test, data.train))
+    assert not held_out & rest and data.test.labels.bincount().tolist() == [4, 4]
+    with pytest.raises(DataError, match=r"groups=patient is not found in the names of 40 images"):
+        load(root, groups="patient")
+    with pytest.raises(UsageError, match=r"neither a column .* nor a valid pattern"):
+        load(root, groups="(")
+    with pytest.raises(DataError, match=r"images of the groups? .*0, 1.* in train and in val"):
+        load(folder(tmp_path / "e", {"train": 3, "val": 2}), groups=r"bild (\d)")
 
 
 def test_links_are_followed_and_rings_end(tmp_path: Path) -> None:
@@ -437,14 +486,20 @@ def test_splits_in_any_case_and_under_other_names(tmp_path: Path) -> None:
     assert (data.classes, data.evaluated_split, len(data.train)) == (NAMES, "test", 12) and data.train.names[
         0
     ].startswith("Train")
-    for i, name in enumerate(("training", "training_set", "Train Data", "trainset")):
-        other = folder(tmp_path / f"e{i}", {name: 4, "validation": 2})
-        with pytest.raises(
-            DataError,
-            match=f"holds {name}, with folders in it; call the splits train, val and test: rename it to train",
-        ):
-            load(other)
+    others = (
+        ("training", "valid"),
+        ("training_set", "validation"),
+        ("Train Data", "testing"),
+        ("trainset", "Test set"),
+    )
+    for i, (name, evaluated) in enumerate(others):
+        other = load(folder(tmp_path / f"e{i}", {name: 4, evaluated: 2}))
+        assert (len(other.train), len(other.test)) == (12, 6)
+        assert other.evaluated_split == ("val" if evaluated.startswith("val") else "test")
+    with pytest.raises(DataError, match="holds val and valid; put the images of both into val"):
+        load(folder(tmp_path / "g", {"train": 4, "val": 2, "valid": 2}))
     assert load(folder(tmp_path / "f", {"": 5}, ("Train", "Ship"))).classes == ("Ship", "Train")  # vehicles
+    assert load(folder(tmp_path / "h", {"": 5}, ("train", "ship"))).classes == ("ship", "train")
     folder(tmp_path / "d" / "train", {"": 2})
     with pytest.raises(DataError, match="holds Train and train; put the images of both into train"):
         load(root)

@@ -37,7 +37,7 @@ def check(
     Parameters
     ----------
     data
-        A folder of class folders, or a data set's name.
+        A folder of class folders, a zip or tar of one, a table of paths and labels, tar shards, or a data set's name.
     data_dir
         The folder of archives and downloads.
     quarantine
@@ -93,7 +93,7 @@ def pack(
     Parameters
     ----------
     data
-        A folder of class folders.
+        A folder of class folders, a zip or tar of one, or a table of paths and labels.
     out
         A new folder for the shards.
     per_shard

@@ -53,8 +53,8 @@ def evaluate(
         Model files, or publishers' names such as torchvision:resnet50.IMAGENET1K_V2. The scores of several are averaged, their
         classes matched by name.
     data
-        Data set: digits, cifar10, cifar100, a folder of class folders, or a pattern of tar shards. For a detector or segmenter
-        a folder in Pascal VOC's format or with COCO's JSON.
+        Data set: digits, cifar10, cifar100, a folder of class folders (or a zip or tar of one), a table of paths and labels, or
+        a pattern of tar shards. For a detector or segmenter a folder in Pascal VOC's format or with COCO's JSON.
     protocol
         Test protocol: 1crop, flip, 10crop, dense:320, multiscale:224,256,384,480,640. Options follow with +, such as
         10crop+logits (logits averaged, not scores), multiscale:224,256+noflip or dense:320+window (scores at every position).

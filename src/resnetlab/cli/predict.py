@@ -52,7 +52,7 @@ def predict(
     model
         A model file, or a published name such as torchvision:resnet50.IMAGENET1K_V2.
     images
-        Images, folders of images (of any number: they stream), or - for one image on standard input.
+        Images, folders of images (of any number: they stream), tables that name images, or - for one image on standard input.
     top
         How many classes to show for each image; 5 by default.
     format
@@ -188,12 +188,13 @@ def save_overlay(overlay: Image.Image, out: Path, stem: str, suffix: str) -> Pat
 def _expand_inputs(images: Sequence[str]) -> Iterator[tuple[str, ImageInput | DataError]]:
     """Yields (name, image or error) of all inputs; folders are listed lazily."""
     from resnetlab.data.decode import list_images
+    from resnetlab.data.tables import is_table, list_table_images
 
     for image in images:
         if image == "-":
             yield image, sys.stdin.buffer.read()
             continue
-        for found in list_images(Path(image)):
+        for found in list_table_images(image) if is_table(image) else list_images(Path(image)):
             yield (image if isinstance(found, DataError) else str(found)), found
 
 

@@ -101,8 +101,10 @@ def train(
     Parameters
     ----------
     data
-        digits, cifar10, cifar100; a folder of class folders (with train/ and val/ where you have them); or tar shards, as a
-        pattern such as train-{000000..000009}.tar, or an address of one.
+        digits, cifar10, cifar100; a folder of class folders (with train/ and val/ where you have them), or a zip or tar of
+        one; a table (.csv, .tsv, .parquet) with columns of paths, labels and if you like splits, which
+        photos.csv:path=file,label=species names; or tar shards, as a pattern such as train-{000000..000009}.tar, or an
+        address of one.
     batch
         Images per step; auto keeps the recipe's and takes the largest micro-batch that fits into memory.
     data_dir

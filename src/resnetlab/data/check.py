@@ -349,9 +349,9 @@ def find_unexpected_files(data: Dataset) -> list[Problem]:
     from resnetlab.data import folder
 
     split = data.train if len(data.train) else data.test
-    if not isinstance(split, DiskSplit) or not isinstance(split.source, FileSource):
-        return []
     root = Path(data.name)
+    if not isinstance(split, DiskSplit) or not isinstance(split.source, FileSource) or not root.is_dir():
+        return []  # a table or an archive lists its images
     split_folders = folder.find_split_folders(root).values()
     flat = {name for split in data.splits.values() for name in split.names if name.count(os.sep) == 1}
     loose = [

@@ -7,16 +7,21 @@ Every split, in memory or on disk (data.disk_split), has `labels`, `names`, `len
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, Self
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from resnetlab.data.error_policy import ErrorPolicy
 from resnetlab.errors import DataError
 from resnetlab.random import seed_for
+
+GROUP = "group"  # the column whose equal values stay together in every split
+Columns = Mapping[str, NDArray[np.object_]]  # name -> one text per image
 
 
 class Split(Protocol):
@@ -37,6 +42,10 @@ class Split(Protocol):
     @property
     def workers(self) -> int:
         """Processes that decode while the network computes; 0 decodes in this one."""
+
+    @property
+    def columns(self) -> Columns:
+        """What else a table says of each image; GROUP, if there are groups."""
 
     def __len__(self) -> int: ...
 
@@ -76,6 +85,7 @@ class MemorySplit:
     indices: Tensor | None = None
     errors: ErrorPolicy = field(default_factory=ErrorPolicy)
     workers: int = 0
+    columns: Columns = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -90,7 +100,8 @@ class MemorySplit:
 
     def subset(self, indices: Tensor) -> MemorySplit:
         numbers = indices if self.indices is None else self.indices[indices]
-        return replace(self, images=self.images[indices], labels=self.labels[indices], indices=numbers)
+        columns = select_rows(self.columns, indices)
+        return replace(self, images=self.images[indices], labels=self.labels[indices], indices=numbers, columns=columns)
 
     def with_labels(self, labels: Tensor) -> MemorySplit:
         return replace(self, labels=labels)
@@ -139,6 +150,46 @@ class Dataset:
         """The splits that have images, by name."""
         splits = {"train": self.train, "val": self.val, self.evaluated_split: self.test, "all": self.all_images}
         return {name: split for name, split in splits.items() if split is not None and len(split)}
+
+
+def select_rows(columns: Columns, indices: Tensor) -> Columns:
+    """The rows at `indices` of every column."""
+    return {name: values[indices.numpy()] for name, values in columns.items()} if columns else columns
+
+
+def hold_out(split: Split, count: int, *, by_name: bool = False) -> tuple[Tensor, Tensor]:
+    """Positions of the images of a split that stay and of about `count` that are held out, whole groups if there are groups.
+
+    Args:
+        by_name: choose by the images' names instead of their positions (`split_stratified`).
+    """
+    if GROUP in split.columns:
+        return split_groups(split.labels, split.columns[GROUP], count)
+    return split_stratified(split.labels, count, names=split.names if by_name else ())
+
+
+def split_groups(labels: Tensor, groups: NDArray[np.object_], count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """As `split_stratified`, but images of one group stay together, so that `count` and the proportions are met nearly.
+
+    Groups are taken in a random order that depends on their names, each if that brings the chosen classes nearer to their
+    shares and leaves some of each. Raises DataError if nothing would be chosen.
+    """
+    names, codes = np.unique(groups.astype(str), return_inverse=True)
+    counts = np.zeros((len(names), int(labels.max()) + 1))
+    np.add.at(counts, (codes, labels.numpy()), 1)
+    left, missing = counts.sum(0), counts.sum(0) * count / len(labels)  # of each class
+    chosen = np.zeros(len(names), bool)
+    for group in sorted(range(len(names)), key=lambda g: seed_for(seed, "group", str(names[g]))):
+        nearer = np.abs(missing - counts[group]).sum() < np.abs(missing).sum()
+        if nearer and not ((left == counts[group]) & (left > 0)).any():  # some of every class must stay
+            left, missing, chosen[group] = left - counts[group], missing - counts[group], True
+    if not chosen.any():
+        raise DataError(
+            f"{len(labels):,} images in {len(names):,} groups cannot be divided so that about {count:,} are held out and no "
+            "group is split; give the splits yourself, or smaller groups."
+        )
+    mask = torch.from_numpy(chosen[codes])
+    return torch.nonzero(~mask).flatten(), torch.nonzero(mask).flatten()
 
 
 def split_stratified(labels: Tensor, count: int, seed: int = 0, names: Sequence[str] = ()) -> tuple[Tensor, Tensor]:

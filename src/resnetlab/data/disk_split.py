@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+import os
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from resnetlab.data.dataset import Columns, select_rows
 from resnetlab.data.decode import check_regular_file, decode_pixels
 from resnetlab.data.error_policy import ErrorPolicy
 from resnetlab.errors import DataError
@@ -88,11 +91,14 @@ class ReadOptions:
         on_bad: "stop" at an unreadable image, or "skip" it: it is left out, counted and listed.
         quarantine: a file of image names, one per line (`quarantine_line`), that are left out from the start.
         workers: processes that decode while the network computes; 0 decodes in this one. The results are the same.
+        groups: a column of a table, or a pattern (regular expression) found in every image's name: images of equal values
+            stay together when images are held out.
     """
 
     on_bad: str = "stop"
     quarantine: str = ""
     workers: int = 0
+    groups: str = ""
 
     def __post_init__(self) -> None:
         ErrorPolicy(self.on_bad)  # raises UsageError for another word
@@ -109,7 +115,28 @@ class ReadOptions:
                 "`resnetlab data check DATA --quarantine FILE`."
             ) from error
         # a line that starts with "#" may be a name in a class folder "#dog"; a comment matches no image and does no harm
-        return frozenset(_unquote(line.removesuffix("\r")) for line in text.split("\n"))
+        names = {_unquote(line.removesuffix("\r")) for line in text.split("\n")} - {""}
+        return frozenset(names | ({name.replace("\\", "/") for name in names} if os.sep == "/" else set()))
+
+    def apply_quarantine(self, names: Mapping[str, Sequence[str]], place: str) -> dict[str, Tensor]:
+        """Of every split (name -> names of its images) the positions of the images to keep, int64.
+
+        Warns if the quarantine list names images, but none of these.
+        """
+        listed = self.read_quarantine()
+        if not listed:
+            return {split: torch.arange(len(images)) for split, images in names.items()}
+        kept = {split: [i for i, name in enumerate(images) if name not in listed] for split, images in names.items()}
+        wanted = sorted(name for name in listed if not name.startswith("#"))
+        if wanted and all(len(kept[split]) == len(images) for split, images in names.items()):
+            example = next((images[0] for images in names.values() if len(images)), "")
+            warnings.warn(
+                f"no line of the quarantine list {self.quarantine} is the name of an image of {place}: the first is "
+                f"{wanted[0]!r}, while images have names such as {example!r}. Nothing is left out.",
+                UserWarning,
+                stacklevel=2,
+            )
+        return {split: torch.tensor(positions, dtype=torch.long) for split, positions in kept.items()}
 
 
 def quarantine_line(name: str) -> str:
@@ -131,7 +158,7 @@ class DiskSplit:
     """Images on disk.
 
     Attributes:
-        where: positions in `source`, int64 (N,).
+        indices: positions in `source`, int64 (N,).
         labels: int64 (N,), positions in the data set's `classes`.
         errors: handles images that cannot be read; shared by all subsets.
         workers: processes that decode, see `ReadOptions`.
@@ -142,6 +169,7 @@ class DiskSplit:
     labels: Tensor
     errors: ErrorPolicy = field(default_factory=ErrorPolicy)
     workers: int = 0
+    columns: Columns = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -154,7 +182,8 @@ class DiskSplit:
         return self.source.names[int(self.indices[i])]
 
     def subset(self, indices: Tensor) -> DiskSplit:
-        return replace(self, indices=self.indices[indices], labels=self.labels[indices])
+        columns = select_rows(self.columns, indices)
+        return replace(self, indices=self.indices[indices], labels=self.labels[indices], columns=columns)
 
     def with_labels(self, labels: Tensor) -> DiskSplit:
         return replace(self, labels=labels)

@@ -4,30 +4,34 @@
     flowers/train/daisy/1.jpg …  flowers/val/…  val is evaluated once, at the end
     flowers/train/…  val/…  test/…              val is evaluated while training, test once, at the end
 
+A split may be called by another usual name: training, valid, validation, Test Data, ….
+
 Symbolic links are followed; hidden folders (.git, …) and files that are not images are left out. Folders such as n01440764
 get ImageNet's names; a file beside them may give other names, and the classes of a val/ without class folders (data.labels).
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import unicodedata
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
-from resnetlab.data.dataset import Dataset, Split, split_stratified
+from resnetlab.data.dataset import GROUP, Columns, Dataset, Split, hold_out
 from resnetlab.data.decode import SUFFIXES, is_hidden, resolve_ancestors
-from resnetlab.data.disk_split import DiskSplit, FileNames, FileSource, ReadOptions
+from resnetlab.data.disk_split import DiskSplit, FileNames, FileSource, ImageSource, ReadOptions
 from resnetlab.data.error_policy import ErrorPolicy
 from resnetlab.data.labels import DEVKIT, read_class_names, read_flat_labels
-from resnetlab.errors import DataError
+from resnetlab.errors import DataError, UsageError
 from resnetlab.formatting import format_list
 
 SPLITS = ("train", "val", "test")
@@ -47,6 +51,27 @@ class FolderLayout(NamedTuple):
     classes: list[str]
 
 
+@dataclass(frozen=True, eq=False)
+class LabelledImages:
+    """The images of one split.
+
+    Attributes:
+        source: may hold those of other splits too.
+        indices: positions in `source`; None for all.
+        labels: of each image its class, as text.
+    """
+
+    source: ImageSource
+    labels: Sequence[str]
+    indices: NDArray[np.int64] | None = None
+    columns: Columns = field(default_factory=dict)
+
+    @property
+    def names(self) -> list[str]:
+        everything = range(len(self.labels)) if self.indices is None else self.indices.tolist()
+        return [self.source.names[i] for i in everything]
+
+
 def load_folder(root: Path, read_options: ReadOptions) -> Dataset:
     """Loads the data set in a folder.
 
@@ -56,18 +81,111 @@ def load_folder(root: Path, read_options: ReadOptions) -> Dataset:
     layouts = {
         name: _read_flat_split(root, path) or _read_class_folders(root, path) for name, path in split_folders.items()
     }
-    for layout in layouts.values():
-        _require_utf8(root, layout.names)
-    folders = _folder_classes(root, {name: set(layout.classes) for name, layout in layouts.items()})
-    names = read_class_names(root, folders)
-    quarantined = read_options.read_quarantine()
-    splits = {
-        name: _make_folder_split(root, layout, folders, read_options, quarantined) for name, layout in layouts.items()
+    images = {
+        split: LabelledImages(
+            FileSource(root, FileNames(layout.names), np.array(layout.sizes, np.int64)), layout.classes
+        )
+        for split, layout in layouts.items()
     }
-    order = sorted(range(len(folders)), key=names.__getitem__)  # classes are in the order of their names
-    new_labels = torch.tensor(order).argsort()
-    splits = {name: split.with_labels(new_labels[split.labels]) for name, split in splits.items()}
-    return arrange_splits(str(root), tuple(names[i] for i in order), splits)
+    classes = _folder_classes(root, {split: set(layout.classes) for split, layout in layouts.items()})
+    _warn_of_copies(root, layouts)
+    return make_dataset(str(root), root, classes, images, read_options)
+
+
+def make_dataset(
+    name: str, root: Path, classes: Sequence[str], images: Mapping[str, LabelledImages], read_options: ReadOptions
+) -> Dataset:
+    """A data set of labelled images, by split ("train", "val", "test", or "" for all together).
+
+    Args:
+        name: of the data, in messages.
+        root: the folder that image names are below; a file in it may name the classes (data.labels).
+        classes: the labels' texts, sorted, in Unicode's form NFC.
+    """
+    _warn_of_similar_classes(name, classes)
+    names = read_class_names(root, classes)
+    image_names = {split: part.names for split, part in images.items()}
+    for each in image_names.values():
+        _require_utf8(root, each)
+    kept = read_options.apply_quarantine(image_names, name)
+    order = sorted(range(len(classes)), key=names.__getitem__)  # classes are in the order of their names
+    label_of = {classes[i]: label for label, i in enumerate(order)}
+    splits = {}
+    for split, part in images.items():
+        labels = torch.tensor([label_of[unicodedata.normalize("NFC", text)] for text in part.labels])
+        if empty := set(labels.tolist()) - set(labels[kept[split]].tolist()):
+            raise DataError(f"the quarantine list leaves no image of class {names[order[min(empty)]]} in {name}.")
+        indices = torch.arange(len(labels)) if part.indices is None else torch.from_numpy(part.indices)
+        columns = add_groups(part.columns, read_options.groups, image_names[split], name)
+        everything = DiskSplit(
+            part.source, indices, labels, ErrorPolicy(read_options.on_bad), read_options.workers, columns
+        )
+        splits[split] = everything.subset(kept[split])
+    require_whole_groups(name, splits)
+    return arrange_splits(name, tuple(names[i] for i in order), splits)
+
+
+def add_groups(columns: Columns, groups: str, names: Sequence[str], place: str) -> Columns:
+    """The columns with GROUP: a column of the table, or what a pattern finds in the images' names.
+
+    Raises DataError if the pattern is not found in a name, UsageError if it is invalid.
+    """
+    if not groups or groups in columns:
+        return {**columns, GROUP: columns[groups]} if groups else columns
+    try:
+        found = [re.search(groups, name) for name in names]
+    except re.error as error:
+        raise UsageError(f"groups={groups} is neither a column of {place} nor a valid pattern ({error}).") from None
+    if missing := [name for name, match in zip(names, found, strict=True) if match is None]:
+        hint = f"columns: {', '.join(columns)}" if columns else "give a regular expression, such as patient[0-9]+"
+        raise DataError(
+            f"groups={groups} is not found in the names of {len(missing):,} images of {place}, such as {missing[0]}; {hint}."
+        )
+    values = [(match[1] or "") if match.re.groups else match[0] for match in found if match is not None]
+    return {**columns, GROUP: np.array(values, object)}
+
+
+def require_whole_groups(name: str, splits: Mapping[str, Split]) -> None:
+    """Raises DataError if a group has images in two splits."""
+    groups = {split: set(part.columns[GROUP]) for split, part in splits.items() if GROUP in part.columns}
+    for (one, first), (two, second) in itertools.combinations(groups.items(), 2):
+        if both := sorted(first & second):
+            raise DataError(
+                f"{name} has images of the group{'s' * (len(both) > 1)} {format_list(both)} in {one} and in {two}; put each "
+                "group into one split."
+            )
+
+
+def _warn_of_similar_classes(name: str, classes: Sequence[str]) -> None:
+    """Warns of classes that differ in capitals or in spaces at the ends only."""
+    same: dict[str, str] = {}
+    for text in classes:
+        if (other := same.setdefault(text.strip().casefold(), text)) != text:
+            warnings.warn(
+                f"{name} has two classes {other!r} and {text!r}; if they are one, give their images one name.",
+                UserWarning,
+                stacklevel=2,
+            )
+
+
+def _warn_of_copies(root: Path, layouts: Mapping[str, FolderLayout]) -> None:
+    """Warns if most images of a split have the name, class and size in bytes of a training image."""
+    keys = {
+        split: {
+            (os.path.basename(name), text, size)
+            for name, text, size in zip(layout.names, layout.classes, layout.sizes, strict=True)
+        }
+        for split, layout in layouts.items()
+    }
+    for split in keys.keys() - {"train", ""}:
+        n = len(keys[split] & keys.get("train", set()))
+        if n > len(keys[split]) // 2:
+            warnings.warn(
+                f"{n:,} images of {root / split} have the name, class and size of an image of train: they look like copies, "
+                f"and an error measured on them says nothing about others (resnetlab data check {root} compares them).",
+                UserWarning,
+                stacklevel=2,
+            )
 
 
 def _require_utf8(root: Path, names: list[str]) -> None:
@@ -90,7 +208,7 @@ def arrange_splits(name: str, classes: tuple[str, ...], splits: dict[str, DiskSp
                 f"{name} has {len(everything):,} images of {len(classes)} classes; a fifth cannot be held out."
             )
         count = max(len(classes), round(HELD_OUT * len(everything)))
-        rest, chosen = split_stratified(everything.labels, count, names=everything.names)
+        rest, chosen = hold_out(everything, count, by_name=True)
         return Dataset(
             name,
             classes,
@@ -109,38 +227,42 @@ def arrange_splits(name: str, classes: tuple[str, ...], splits: dict[str, DiskSp
 
 
 def find_split_folders(root: Path) -> dict[str, Path]:
-    """The folders that contain class folders, by the name of their split (in any case: Train); "" for the root itself.
+    """The folders that contain class folders, by the name of their split (`guess_split`); "" for the root itself.
 
-    Raises DataError if folders beside them, or folders such as training, make the splits ambiguous.
+    Folders beside them without any image are left out with a warning. Raises DataError if others make the splits ambiguous.
     """
     folders = _list_folders(root)
+    inner = {name: _list_folders(root / name) for name in folders}
     found: dict[str, Path] = {}
     for split in SPLITS:
         # a class may be called Train, but contains no folders
-        names = [n for n in folders if n == split or (n.lower() == split and _list_folders(root / n))]
+        names = [n for n in folders if guess_split(n) == split and (inner[n] or n == split)]
         if len(names) > 1:
             raise DataError(f"{root} holds {' and '.join(names)}; put the images of both into {split}.")
         if names:
             found[split] = root / names[0]
-    others = [name for name in folders if root / name not in found.values()]
-    for name in others:
-        if (split := _guess_split(name)) and _list_folders(root / name):
-            raise DataError(
-                f"{root} holds {name}, with folders in it; call the splits train, val and test: rename it to {split}."
-            )
-    if not found:
-        return {"": root}
-    if others := [name for name in others if DEVKIT not in name.lower()]:
+    others = [name for name in folders if root / name not in found.values() and DEVKIT not in name.lower()]
+    if not found or (others and not any(inner[path.name] for path in found.values()) and _hold_images(root, others)):
+        return {"": root}  # all are class folders, even one called train
+    unused = [name for name in others if not _hold_images(root, [name]) and os.listdir(root / name)]
+    if others := [name for name in others if name not in unused]:
         raise DataError(
             f"{root} holds {', '.join(found)} and beside them {format_list(others)}; put class folders inside the splits, "
             "and call the splits train, val and test."
         )
+    if unused:
+        warnings.warn(f"{root}: {format_list(unused)} without images left out.", UserWarning, stacklevel=2)
     return found
 
 
-def _guess_split(name: str) -> str:
-    """The split that a folder of this name is likely to be; "" if none."""
-    plain = ENDINGS.sub("", name.lower())
+def _hold_images(root: Path, folders: Sequence[str]) -> bool:
+    """Whether one of the folders holds an image."""
+    return any(next(_walk(root / name, resolve_ancestors(root / name)), None) for name in folders)
+
+
+def guess_split(name: str) -> str:
+    """The split that a folder, a file or a value of this name means: "train", "val", "test", or "" if none."""
+    plain = ENDINGS.sub("", name.strip().lower())
     return plain if plain in SPLITS else OTHER_NAMES.get(plain, "")
 
 
@@ -256,26 +378,19 @@ def _folder_classes(root: Path, classes: dict[str, set[str]]) -> list[str]:
     (first, expected), *others = normalized.items()
     for split, names in others:
         if names != expected:
+            same = {name.casefold() for name in names - expected} & {name.casefold() for name in expected - names}
+            hint = ", in the same capitals" if same else ""
             raise DataError(
                 f"{root / first} and {root / split} hold different classes: only in {first} "
                 f"{format_list(sorted(expected - names))}, only in {split} {format_list(sorted(names - expected))}; "
-                "give both the same class folders."
+                f"give both the same class folders{hint}."
             )
-    if len(expected) == 1:
-        raise DataError(f"{root} has one class only, {min(expected)}; a classifier needs two or more.")
-    return sorted(expected)
+    return require_classes(str(root), expected)
 
 
-def _make_folder_split(
-    root: Path, layout: FolderLayout, folders: list[str], read_options: ReadOptions, quarantined: frozenset[str]
-) -> DiskSplit:
-    label_of = {name: i for i, name in enumerate(folders)}
-    labels = torch.tensor([label_of[unicodedata.normalize("NFC", name)] for name in layout.classes])
-    source = FileSource(root, FileNames(layout.names), np.array(layout.sizes, dtype=np.int64))
-    kept: Tensor = torch.arange(len(layout.names))
-    if quarantined:
-        kept = torch.tensor([i for i, name in enumerate(layout.names) if name not in quarantined], dtype=torch.long)
-    empty = set(range(len(folders))) - set(labels[kept].tolist())
-    if empty:
-        raise DataError(f"the quarantine list leaves no image of class {folders[min(empty)]} in {root}.")
-    return DiskSplit(source, kept, labels[kept], ErrorPolicy(read_options.on_bad), read_options.workers)
+def require_classes(name: str, labels: Iterable[str]) -> list[str]:
+    """The classes, sorted and in Unicode's form NFC; raises DataError if there is one only."""
+    classes = sorted({unicodedata.normalize("NFC", label) for label in labels})
+    if len(classes) == 1:
+        raise DataError(f"{name} has one class only, {classes[0]}; a classifier needs two or more.")
+    return classes

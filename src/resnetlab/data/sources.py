@@ -1,4 +1,4 @@
-"""Loads a data set by its name, folder or pattern of shards."""
+"""Loads a data set by its name, folder, table, archive or pattern of shards."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import lru_cache, partial
 from pathlib import Path
 
-from resnetlab.data import cifar, digits, download, folder, shards
+from resnetlab.data import archives, cifar, digits, download, folder, shards, tables
 from resnetlab.data.dataset import Dataset
 from resnetlab.data.disk_split import ReadOptions
 from resnetlab.data.remote_shards import is_url
@@ -40,9 +40,11 @@ def short_name(data: str) -> str:
     data = strip_signature(data)
     if is_builtin(data):
         return data
-    if shards.is_shard_pattern(data) and not Path(data).is_dir():
+    is_file = tables.is_table(data) or archives.is_archive(data)
+    if not is_file and shards.is_shard_pattern(data) and not Path(data).is_dir():
         return re.sub(r"\W+", "-", data.rsplit("/", 2)[-2] if data.count("/") > 1 else "shards").strip("-") or "shards"
-    return Path(data).resolve().name or "photos"
+    path = tables.table_file(data).resolve()
+    return (path.name.split(".")[0] if is_file else path.name) or "photos"
 
 
 def resolve_data_path(data: str, start: Path) -> str:
@@ -51,10 +53,10 @@ def resolve_data_path(data: str, start: Path) -> str:
 
 
 def load_dataset(name: str, data_dir: Path, read_options: ReadOptions | None = None) -> Dataset:
-    """Loads a data set by name, from a folder of class folders, or from tar shards.
+    """Loads a data set by name, from a folder of class folders, a table, a zip or tar of class folders, or from tar shards.
 
     Args:
-        name: "digits", "cifar10", "cifar100", a path, or a pattern of tar shards.
+        name: "digits", "cifar10", "cifar100", a path (tables may name columns, data.tables), or a pattern of tar shards.
         data_dir: the folder of archives and downloads.
         read_options: how images on disk are read.
 
@@ -67,13 +69,19 @@ def load_dataset(name: str, data_dir: Path, read_options: ReadOptions | None = N
         )
     if name in BUILTIN:
         return BUILTIN[name](data_dir.resolve())
+    if tables.is_table(name):
+        return tables.load_table(name, read_options)
+    if archives.is_archive(name):
+        return archives.load_archive(Path(name), data_dir, read_options)
     if shards.is_shard_pattern(name):
         return shards.load_shards(name, data_dir, read_options)
     path = Path(name)
     if path.is_dir():
         return folder.load_folder(path, read_options)
+    kinds = "a folder of class folders, a table (.csv, .tsv, .parquet), or a .zip or .tar of class folders"
     if path.exists():
-        raise DataError(f"{name} is a file; give the folder that holds the class folders.")
+        raise DataError(f"{name} is a file of another kind; give {kinds}.")
     if "/" in name:
-        raise DataError(f"{name} is not there; give a folder of class folders, or one of {', '.join(BUILTIN)}.")
-    raise unknown_name_error("data set", name, BUILTIN)
+        raise DataError(f"{name} is not there; give {kinds}, or one of {', '.join(BUILTIN)}.")
+    unknown = unknown_name_error("data set", name, BUILTIN)
+    raise type(unknown)(f"{unknown} There is no folder {name} here either.")

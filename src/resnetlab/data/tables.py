@@ -1,0 +1,292 @@
+"""Tables of images: CSV, TSV or Parquet with columns of paths and labels, and if you like of splits and of groups.
+
+    photos.csv                              path,label,split,group
+                                            photos/daisy/1.jpg,daisy,train,garden 7
+    photos.csv:label=species,group=garden   names the columns that have other names than the usual ones
+
+Paths are relative to the table's folder. Images get names below the folder that all of them share, and are in the order of
+classes and names, so a table that names a folder's images is the same data set as the folder, bit for bit.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import re
+import sys
+import unicodedata
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from resnetlab.data.dataset import GROUP, Columns, Dataset
+from resnetlab.data.decode import SUFFIXES
+from resnetlab.data.disk_split import FileNames, FileSource, ReadOptions
+from resnetlab.data.folder import LabelledImages, guess_split, make_dataset, require_classes
+from resnetlab.errors import DataError, UsageError, missing_package
+from resnetlab.formatting import format_list
+
+USUAL_NAMES = {  # use -> names of its column, in small letters with "_" between words
+    "path": (
+        "path",
+        "file",
+        "filename",
+        "file_name",
+        "filepath",
+        "file_path",
+        "image",
+        "image_path",
+        "img",
+        "img_path",
+    ),
+    "label": ("label", "class", "class_name", "category", "target"),
+    "split": ("split", "set", "subset", "partition"),
+    GROUP: (GROUP, "group_id"),
+}
+TABLE = re.compile(r"(.+\.(?:csv|tsv|parquet))(?::([^/\\]+))?", re.IGNORECASE)
+OMITTED = (
+    "",
+    *sorted(SUFFIXES, key=lambda suffix: (suffix not in (".jpg", ".png"), suffix)),
+)  # endings that lists omit
+MAX_MISSING = 100  # files; for more that are not there, no other form of their names is tried
+
+
+@dataclass(frozen=True, eq=False)
+class ImageList:
+    """Paths of images with what is known of each.
+
+    Attributes:
+        name: of the list, in messages.
+        base: the folder that the paths are relative to.
+        splits: of each image "train", "val" or "test" (or another usual name); empty if all images are together.
+        columns: whatever else is known.
+    """
+
+    name: str
+    base: Path
+    paths: Sequence[str]
+    labels: Sequence[str]
+    splits: Sequence[str] = ()
+    columns: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+    def error(self, row: int, problem: str) -> DataError:
+        """The error for a row, counted from 0."""
+        return DataError(f"{self.name}, row {row + 1:,}: {problem}")
+
+
+def is_table(data: str) -> bool:
+    """Whether DATA is a table, by the suffix of its file."""
+    return TABLE.fullmatch(data) is not None and not Path(data).is_dir()
+
+
+def table_file(data: str) -> Path:
+    """The file of a table that may be followed by the names of columns."""
+    match = TABLE.fullmatch(data)
+    return Path(match[1] if match else data)
+
+
+def load_table(data: str, read_options: ReadOptions) -> Dataset:
+    """Loads the data set of a table.
+
+    Raises:
+        DataError: the table is missing or damaged, or a row of it cannot be used.
+        UsageError: a column that DATA names is not there.
+    """
+    file = table_file(data)
+    columns = _read_columns(file)
+    uses = _find_columns(data, columns, ("path", "label"))
+    return load_listed(
+        ImageList(
+            str(file),
+            file.parent,
+            columns[uses["path"]],
+            columns[uses["label"]],
+            columns[uses["split"]] if "split" in uses else (),
+            {name: values for name, values in columns.items() if name not in (uses["path"], uses["label"])}
+            | ({GROUP: columns[uses[GROUP]]} if GROUP in uses else {}),
+        ),
+        read_options,
+    )
+
+
+def list_table_images(data: str) -> list[Path]:
+    """The image files that a table names; it needs no labels."""
+    file = table_file(data)
+    columns = _read_columns(file)
+    return [
+        Path(os.path.normpath(file.parent / path)) for path in columns[_find_columns(data, columns, ("path",))["path"]]
+    ]
+
+
+def load_listed(images: ImageList, read_options: ReadOptions) -> Dataset:
+    """The data set of listed images. Raises DataError if none is there, a row is incomplete, or an image occurs twice."""
+    labels = [unicodedata.normalize("NFC", label.strip()) for label in images.labels]
+    for row, (path, label) in enumerate(zip(images.paths, labels, strict=True)):
+        if not (path.strip() and label):
+            raise images.error(row, "a path and a label are needed, and one is empty; fill it in, or remove the row.")
+    classes = require_classes(images.name, labels)
+    files, sizes = _find_files(images)
+    root = os.path.commonpath({os.path.dirname(file) for file in files})
+    names = (
+        [os.path.relpath(file, root) for file in files] if root in ("", os.sep) else [f[len(root) + 1 :] for f in files]
+    )
+    row_of: dict[str, int] = {}
+    for row, name in enumerate(names):
+        if (first := row_of.setdefault(name, row)) != row:
+            other = f" as {labels[first]!r} and here as {labels[row]!r}" if labels[first] != labels[row] else ""
+            raise images.error(row, f"{images.paths[row]} is in row {first + 1:,} too{other}; remove one of the rows.")
+    splits = _normalise_splits(images)
+    parts = {}
+    for split in dict.fromkeys(splits):
+        rows = [row for row in range(len(names)) if splits[row] == split]
+        rows.sort(key=lambda row: (labels[row], names[row]))  # a folder's order
+        own = np.array([sizes[row] for row in rows], np.int64)
+        columns: Columns = {key: _take(values, rows) for key, values in images.columns.items()}
+        source = FileSource(Path(root), FileNames(names[row] for row in rows), own)
+        parts[split] = LabelledImages(source, [labels[row] for row in rows], columns=columns)
+    if unseen := sorted(set(classes) - set(parts.get("train", next(iter(parts.values()))).labels)):
+        raise DataError(f"{images.name} has no image to train on of class {format_list(unseen)}; add some.")
+    return make_dataset(images.name, Path(root), classes, parts, read_options)
+
+
+def _take(values: Sequence[str], rows: list[int]) -> NDArray[np.object_]:
+    return np.array([sys.intern(values[row]) for row in rows], object)
+
+
+def _read_columns(file: Path) -> dict[str, list[str]]:
+    """The columns of a table as text, in its order; "" for missing values."""
+    if not file.is_file():
+        raise DataError(f"{file} is not there.")
+    try:
+        if file.suffix.lower() == ".parquet":
+            return _read_parquet(file)
+        with open(file, encoding="utf-8-sig", newline="") as stream:
+            return _read_csv(stream.read(), file)
+    except OSError as error:
+        raise DataError(f"{file} cannot be read ({error.strerror or error}).") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file} is not valid UTF-8; save it as CSV UTF-8.") from error
+
+
+def _read_csv(text: str, file: Path) -> dict[str, list[str]]:
+    head = text.partition("\n")[0]
+    delimiter = "\t" if file.suffix.lower() == ".tsv" else max(",;\t", key=head.count)  # Excel may write semicolons
+    try:
+        rows = [row for row in csv.reader(text.splitlines(keepends=True), delimiter=delimiter, strict=True) if any(row)]
+    except csv.Error as error:
+        raise DataError(f"{file} cannot be read as a table ({error}); fix its quotes.") from error
+    if len(rows) < 2:
+        raise DataError(f"{file} has no rows below its header; give one row per image.")
+    header = [name.strip() for name in rows[0]]
+    if twice := {name for name in header if name and header.count(name) > 1}:
+        raise DataError(f"{file} has two columns {min(twice)!r}; rename one.")
+    for number, row in enumerate(rows[1:], 1):
+        if len(row) != len(header):
+            raise DataError(
+                f"{file}, row {number:,}: {len(row)} values, but the header has {len(header)} columns; quote values that "
+                f"contain {delimiter!r}."
+            )
+    return {name: list(values) for name, values in zip(header, zip(*rows[1:], strict=True), strict=True) if name}
+
+
+def _read_parquet(file: Path) -> dict[str, list[str]]:
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError:
+        raise missing_package(str(file), "pyarrow", "parquet") from None
+    try:
+        table = parquet.read_table(file)
+    except ArrowException as error:
+        raise DataError(f"{file} cannot be read as Parquet ({error}).") from error
+    if not table.num_rows:
+        raise DataError(f"{file} has no rows; give one row per image.")
+    return {
+        name: ["" if value is None else str(value) for value in table[name].to_pylist()] for name in table.column_names
+    }
+
+
+def _find_columns(data: str, columns: Mapping[str, Sequence[str]], needed: Sequence[str]) -> dict[str, str]:
+    """use ("path", "label", "split", "group") -> the column for it, named by DATA or by a usual name."""
+    file, (_, named) = table_file(data), TABLE.fullmatch(data).groups()  # type: ignore[union-attr]
+    uses: dict[str, str] = {}
+    for pair in named.split(",") if named else ():
+        use, _, column = (part.strip() for part in pair.partition("="))
+        if use not in USUAL_NAMES or column not in columns:
+            raise UsageError(
+                f"{pair!r} after {file} is not one of {', '.join(USUAL_NAMES)} = one of its columns "
+                f"({format_list(list(columns))}); for example {file}:label=species"
+            )
+        uses[use] = column
+    plain = {re.sub(r"[ -]+", "_", name.strip().lower()): name for name in columns}
+    for use in USUAL_NAMES.keys() - uses.keys():
+        found = [plain[name] for name in USUAL_NAMES[use] if name in plain]
+        if len(found) > 1 and use in needed:
+            raise UsageError(
+                f"{file} has several columns for the {use}, {format_list(found)}; name one: {file}:{use}={found[0]}"
+            )
+        if found:
+            uses[use] = found[0]
+    if missing := [use for use in needed if use not in uses]:
+        raise UsageError(
+            f"{file} has no column called {' or '.join(USUAL_NAMES[missing[0]])}, but {format_list(list(columns))}; name the "
+            f"one of the {missing[0]}: {file}:{missing[0]}=COLUMN"
+        )
+    return uses
+
+
+def _find_files(images: ImageList) -> tuple[list[str], list[int]]:
+    """Normalised absolute paths, and sizes in bytes: -1 for a file that is not there, which is reported when it is read.
+
+    Backslashes, Unicode's two forms and an omitted suffix are understood. Raises DataError if no file is there.
+    """
+    base, endings, missing = os.path.abspath(images.base), "", 0
+    files, sizes = [], []
+    for row, path in enumerate(images.paths):
+        if "://" in path:
+            raise images.error(row, f"{path} is an address; download the images, and name their files.")
+        file = os.path.normpath(os.path.join(base, path))
+        size = _file_size(file + endings)
+        if size < 0 and missing < MAX_MISSING:
+            forms = dict.fromkeys(f(p) for p in (path, path.replace("\\", "/")) for f in (str, _composed, _decomposed))
+            tried = [(os.path.normpath(os.path.join(base, form)), ending) for form in forms for ending in OMITTED]
+            file, endings, size = next(
+                ((f, ending, n) for f, ending in tried if (n := _file_size(f + ending)) >= 0), (file, endings, -1)
+            )
+        missing += size < 0
+        files.append(file + endings if size >= 0 else file)
+        sizes.append(size)
+    if max(sizes) < 0:
+        raise DataError(
+            f"none of the {len(files):,} images of {images.name} is there, such as {images.paths[0]!r}; paths are relative to "
+            f"{base}."
+        )
+    return files, sizes
+
+
+def _composed(text: str) -> str:
+    return unicodedata.normalize("NFC", text)
+
+
+def _decomposed(text: str) -> str:
+    return unicodedata.normalize("NFD", text)
+
+
+def _file_size(file: str) -> int:
+    try:
+        return os.stat(file).st_size
+    except (OSError, ValueError):
+        return -1
+
+
+def _normalise_splits(images: ImageList) -> list[str]:
+    """Of each image "train", "val" or "test"; "" if the list has no splits, or an empty one for every image."""
+    if not any(text.strip() for text in images.splits):
+        return [""] * len(images.paths)
+    splits = [guess_split(text) for text in images.splits]
+    for row, (split, text) in enumerate(zip(splits, images.splits, strict=True)):
+        if not split:
+            raise images.error(row, f"{text!r} is not a split; write train, val or test.")
+    return splits
