@@ -20,6 +20,7 @@ def import_(
     classes: str | None = None,
     mean: str | None = None,
     std: str | None = None,
+    mean_file: Path | None = None,
     image_size: int | None = None,
     eval_resize: int | None = None,
     interpolation: str | None = None,
@@ -35,18 +36,23 @@ def import_(
     Parameters
     ----------
     file
-        A weight file (.pth, .pt, .th, .safetensors, .npz), or a published name to download: torchvision:resnet50.IMAGENET1K_V2,
-        timm:resnet50.a1_in1k, hf:OWNER/REPOSITORY. The options then replace the publisher's values.
+        A weight file (.pth, .pt, .th, .safetensors, .npz, or the .index.json of shards), or a published name to download:
+        torchvision:resnet50.IMAGENET1K_V2, timm:resnet50.a1_in1k, hf:OWNER/REPOSITORY. The options then replace the
+        publisher's values.
     out
         The model file to write.
     source
-        The publisher: torchvision, timm with the network's name (timm:resnet50), caffe (the paper's authors) or akamaster.
+        The publisher: torchvision, timm with the network's name (timm:resnet50), mmpretrain, transformers, caffe (the paper's
+        authors) or akamaster.
     classes
         Names in the order of the outputs: a data set (digits, cifar10, cifar100, imagenet), a file, one per line, or a list.
     mean
         Mean of the images, in units of [0, 1], one number per channel, in the order of --channel-order.
     std
         Standard deviation, likewise.
+    mean_file
+        A mean for every pixel instead of --mean, as the papers subtract on CIFAR: an array in .npy, height x width x channels
+        or channels first, or Caffe's .binaryproto.
     image_size
         Side of the input in pixels; 32 or 224 by default.
     eval_resize
@@ -58,7 +64,7 @@ def import_(
     set_
         One value of the network's specification, key=value, such as stride_in=3x3 or zero_pad=centre.
     key
-        Which state dict to read from a file with several, such as model_ema.
+        Which state dict to read from a file with several, such as model_ema, or which of several networks, such as teacher.
     json
         Print specification, classes and preprocessing as one JSON document.
     """
@@ -72,6 +78,7 @@ def import_(
         classes=classes,
         mean=None if mean is None else console.parse_numbers("--mean", mean, "0.49,0.48,0.45"),
         std=None if std is None else console.parse_numbers("--std", std, "0.23,0.22,0.23"),
+        mean_file=mean_file,
         image_size=image_size,
         eval_resize=eval_resize,
         interpolation=interpolation,
@@ -96,7 +103,8 @@ def import_(
         print(f"{name:<18} {value}")
     preprocessing = model.preprocessing.to_json()
     for name in ("mean", "std"):
-        preprocessing[name] = preprocessing[name] and ",".join(f"{value:g}" for value in preprocessing[name])
+        numbers = preprocessing[name]
+        preprocessing[name] = "per pixel" if numbers is None else ",".join(f"{value:g}" for value in numbers)
     print(f"{'preprocessing':<18} {', '.join(f'{name} {value}' for name, value in preprocessing.items())}")
     print(f"{'model':<18} {out}")
     return None

@@ -2,7 +2,7 @@
 
 torchvision:resnet50.IMAGENET1K_V2     torchvision's weights
 timm:resnet50.a1_in1k                  timm's weights
-hf:OWNER/REPOSITORY                    a repository on the Hugging Face hub: a model file of ours, or timm's layout
+hf:OWNER/REPOSITORY                    a repository on the hub: a model file of ours, or timm's or transformers' layout
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from typing import Any, cast
 from resnetlab.data import imagenet
 from resnetlab.device import standard_torch_state
 from resnetlab.errors import ModelFileError, UsageError, missing_package, unknown_name_error
-from resnetlab.inference.import_model import ImportOptions, import_state_dict
+from resnetlab.inference.import_model import IMAGENET_MEAN, IMAGENET_STD, ImportOptions, import_state_dict
 from resnetlab.models.import_weights import SUPPORTED
 from resnetlab.models.model_file import TrainedModel, load_trained_model
-from resnetlab.models.state_dicts import parse_state_dict, read_state_dict, unsafe_pickle_error
+from resnetlab.models.state_dicts import StateDictFile, parse_state_dict, read_state_dict
+from resnetlab.models.weight_files import unsafe_pickle_error
 
 SCHEMES = ("torchvision", "timm", "hf")
 FAILURES = (OSError, EOFError, HTTPException, RuntimeError)  # of torch's and timm's downloads
@@ -145,32 +146,96 @@ def _import_timm(
 
 def _download_hf(rest: str, given: ImportOptions) -> ImportResult:
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 
     failures = cast("tuple[type[Exception], ...]", HfHubHTTPError.__bases__)  # of the hub library's HTTP client
     try:
-        file = Path(hf_hub_download(rest, "model.safetensors"))
         try:
-            model = load_trained_model(file)
-        except ModelFileError as error:
-            if "made by other software" not in str(error):
-                raise
-        else:
-            given.reject(list(given.given_values), f"hf:{rest} is a model file, which needs no options")
-            return model, []
-        config_file = Path(hf_hub_download(rest, "config.json"))
+            file = Path(hf_hub_download(rest, "model.safetensors"))
+        except EntryNotFoundError:
+            file = Path(hf_hub_download(rest, "pytorch_model.bin"))
+        if file.suffix == ".safetensors":
+            try:
+                model = load_trained_model(file)
+            except ModelFileError as error:
+                if "made by other software" not in str(error):
+                    raise
+            else:
+                given.reject(list(given.given_values), f"hf:{rest} is a model file, which needs no options")
+                return model, []
+        config = _read_config(Path(hf_hub_download(rest, "config.json")), rest)
+        if config.get("model_type") == "resnet":
+            processor = _read_config(Path(hf_hub_download(rest, "preprocessor_config.json")), rest)
+            return _import_transformers(read_state_dict(file), config, processor, rest, given)
     except HFValidationError as error:
         raise UsageError(f"hf:{rest} is not a repository name; for example hf:timm/resnet50.a1_in1k") from error
     except failures as error:
         raise OSError(str(error)) from error
     try:
-        config = json.loads(config_file.read_text())
         architecture, pretrained_cfg = str(config["architecture"]), dict(config["pretrained_cfg"])
     except (KeyError, TypeError, ValueError) as error:
-        raise ModelFileError(f"hf:{rest} has no config.json of timm's; use a repository of timm's.") from error
+        raise ModelFileError(
+            f"hf:{rest} has no config.json of timm's or of transformers' ResNets; use a repository of theirs."
+        ) from error
     _check_supported(architecture, "timm")
     names = {"label_names": config["label_names"]} if config.get("label_names") else {}
     return _import_timm(read_state_dict(file).tensors, pretrained_cfg | names, architecture, rest, given)
+
+
+def _read_config(file: Path, rest: str) -> dict[str, Any]:
+    try:
+        config = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelFileError(f"hf:{rest}: {file.name} cannot be read ({error}); download it again.") from error
+    return config if isinstance(config, dict) else {}
+
+
+def _import_transformers(
+    state: StateDictFile, config: Mapping[str, Any], processor: Mapping[str, Any], where: str, given: ImportOptions
+) -> ImportResult:
+    """Imports one of transformers' ResNets with its config.json and preprocessor_config.json.
+
+    Its processors resize the shorter side to size / crop_pct below 384 pixels; `resample` is Pillow's number.
+    """
+    try:
+        if config.get("embedding_size", 64) != 64 or config.get("hidden_act", "relu") != "relu":
+            raise ValueError("another stem or activation than the papers'")
+        if config.get("downsample_in_first_stage", False):
+            raise ValueError("a stride in the first stage, unlike the papers'")
+        size = processor.get("crop_size", processor.get("size", 224))
+        side = int(size if isinstance(size, int) else size.get("shortest_edge", size.get("height", 224)))
+        resize = (
+            processor.get("size", side) if "crop_size" in processor else int(side / processor.get("crop_pct", 0.875))
+        )
+        shorter = int(resize if isinstance(resize, int) else resize.get("shortest_edge", side))
+        names = config.get("id2label") or {}
+        classes = tuple(str(names[str(i)]) for i in range(len(names)))
+        known = ImportOptions(
+            source="transformers",
+            mean=[float(v) for v in processor.get("image_mean", IMAGENET_MEAN)],
+            std=[float(v) for v in processor.get("image_std", IMAGENET_STD)],
+            image_size=side,
+            eval_resize=max(shorter, side),
+            interpolation={2: "bilinear", 3: "bicubic"}[processor.get("resample", 2)],
+            classes=_use_imagenet_names(classes) or None,
+            changes={"stride_in": "first" if config.get("downsample_in_bottleneck") else "3x3"},
+        )
+    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+        raise ModelFileError(
+            f"hf:{where}: its configuration is not that of a residual network of the papers ({type(error).__name__}: {error}); "
+            "download the weights and give the values yourself: resnetlab import FILE --source transformers --mean … --std …"
+        ) from error
+    return import_state_dict(state, given.merge_over(known), where)
+
+
+def _use_imagenet_names(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Our names of ImageNet's classes in place of its synonym lists, such as "tench, Tinca tinca"; other names unchanged.
+
+    Data name their classes by our names, and classes are matched by name.
+    """
+    ours = tuple(imagenet.imagenet_class_names().values())
+    same = sum(name.split(",")[0] == own for name, own in zip(names, ours, strict=False))
+    return ours if len(names) == len(ours) and same > 0.9 * len(ours) else names
 
 
 def _check_supported(net: str, publisher: str) -> None:

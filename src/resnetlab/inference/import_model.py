@@ -13,15 +13,22 @@ from resnetlab.data.fingerprints import decode_fingerprints
 from resnetlab.device import standard_torch_state
 from resnetlab.errors import ModelFileError, UsageError, unknown_name_error
 from resnetlab.inference.classes import dataset_class_names, parse_class_names
+from resnetlab.inference.mean_file import crop_mean, read_mean_file
 from resnetlab.models.cost import default_image_size
-from resnetlab.models.import_weights import build_from_state, infer_specification
+from resnetlab.models.import_weights import build_from_state, fold_biases, infer_specification
 from resnetlab.models.model_file import TrainedModel
 from resnetlab.models.spec import Specification
 from resnetlab.models.state_dicts import StateDictFile, read_state_dict
 from resnetlab.preprocessing import Preprocessing
 
 CHANNEL_ORDERS = ("rgb", "bgr")
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of torchvision's and timm's ResNets
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+IMAGENET_SOURCES = (
+    "torchvision",
+    "timm",
+    "mmpretrain",
+    "transformers",
+)  # their ResNets take IMAGENET_MEAN and IMAGENET_STD
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +39,7 @@ class ImportOptions:
         source: the publisher, a name of models.import_weights.SOURCES; timm's with the architecture, as "timm:resnet50".
         classes: a data set's name, a file with one name per line, a comma-separated list, or a sequence of names.
         mean, std: in units of [0, 1], one number per channel, in the order of `channel_order`, or one for all.
+        mean_file: a per-pixel mean instead of `mean` (2015 §4.2); see inference.mean_file.
         image_size: side of the input, in pixels.
         eval_resize: shorter side before the centre crop, in pixels.
         interpolation: of the resize.
@@ -44,6 +52,7 @@ class ImportOptions:
     classes: str | Sequence[str] | None = None
     mean: Sequence[float] | None = None
     std: Sequence[float] | None = None
+    mean_file: Path | None = None
     image_size: int | None = None
     eval_resize: int | None = None
     interpolation: str | None = None
@@ -72,7 +81,8 @@ class ImportOptions:
         """Replaces a publisher's options by those that are given."""
         if self.image_size is not None:
             known = replace(known, eval_resize=None)  # the publisher's is for another size
-        return replace(known, **self.given_values)
+        changes = {**(known.changes or {}), **(self.changes or {})}
+        return replace(known, **self.given_values | {"changes": changes})
 
 
 @standard_torch_state()
@@ -89,11 +99,12 @@ def import_weights(file: Path, given: ImportOptions) -> tuple[TrainedModel, list
 def import_state_dict(state: StateDictFile, given: ImportOptions, where: str) -> tuple[TrainedModel, list[str]]:
     """Imports the state dict of a file or published model `where`; the notes are also in the model's metadata."""
     spec, inferred = infer_specification(state, given.source, given.changes)
+    state = fold_biases(state, spec)
     notes = [*state.notes, *inferred]
     net = build_from_state(state, spec)
     if given.channel_order not in CHANNEL_ORDERS:
         raise unknown_name_error("channel order", given.channel_order, CHANNEL_ORDERS)
-    if given.channel_order == "bgr" and not state.caffe:  # Caffe's layout has been converted already
+    if given.channel_order == "bgr" and state.layout != "caffe":  # Caffe's layout has been converted already
         net.conv1.weight.data = net.conv1.weight.data.flip(1).contiguous()
         notes.append("inputs changed from BGR to RGB")
     classes = _resolve_classes(state, given, spec, notes)
@@ -129,7 +140,7 @@ def _resolve_classes(
         return parse_class_names(given.classes, spec.classes)
     if state.metadata:
         return tuple(state.metadata["classes"])
-    if given.source_name in ("torchvision", "timm") and spec.classes == 1000:
+    if given.source_name in IMAGENET_SOURCES and spec.classes == 1000:
         notes.append(f"ASSUMED from source {given.source_name}: ImageNet's 1,000 classes; change them with --classes")
         return dataset_class_names("imagenet")
     raise UsageError(
@@ -145,14 +156,24 @@ def _resolve_preprocessing(
     if state.metadata:
         exported = Preprocessing.from_json(state.metadata["preprocessing"])
         known = {name: getattr(exported, name) for name in ("mean", "std", "size", "resize", "interpolation")}
-    elif given.source_name in ("torchvision", "timm") and spec.stem == "imagenet" and spec.channels == 3:
+    elif given.source_name in IMAGENET_SOURCES and spec.stem == "imagenet" and spec.channels == 3:
         known = {"mean": torch.tensor(IMAGENET_MEAN), "std": torch.tensor(IMAGENET_STD)}
-        if assumed := [key for key in ("mean", "std") if getattr(given, key) is None]:
+        if assumed := [
+            k for k in ("mean", "std") if getattr(given, k) is None and not (k == "mean" and given.mean_file)
+        ]:
             values = " and ".join(f"{key} {','.join(f'{v:g}' for v in known[key].tolist())}" for key in assumed)
             notes.append(
                 f"ASSUMED from source {given.source_name}: {values}, though some of its weights use others; "
                 f"change them with {' and '.join(f'--{key}' for key in assumed)}"
             )
+    if given.mean is not None and given.mean_file is not None:
+        raise UsageError("give --mean or --mean-file, not both.")
+    if given.mean_file is not None:
+        known["mean"], found = read_mean_file(given.mean_file, spec.channels, given.channel_order)
+        notes += found
+        if given.std is None and given.mean_file.suffix == ".binaryproto" and "std" not in known:
+            known["std"] = torch.full((spec.channels,), 1 / 255)
+            notes.append("ASSUMED std 1/255: Caffe subtracts the mean from values of 0 to 255; change it with --std")
     if given.mean is not None:
         known["mean"] = _to_channel_tensor("mean", given.mean, spec.channels, given.channel_order)
     if given.std is not None:
@@ -160,7 +181,7 @@ def _resolve_preprocessing(
     if missing := [f"--{key}" for key in ("mean", "std") if key not in known]:
         raise UsageError(
             f"the file does not contain its preprocessing: give {' and '.join(missing)}, in units of [0, 1] and one "
-            "number per channel, such as --mean 0.49,0.48,0.45 --std 0.25,0.24,0.26 (or --source torchvision)."
+            "number per channel, such as --mean 0.49,0.48,0.45 --std 0.25,0.24,0.26 (or --source torchvision; or --mean-file)."
         )
     size = known.get("size", (default_image_size(spec),) * 2)
     resize: int | None = known.get("resize")
@@ -174,6 +195,8 @@ def _resolve_preprocessing(
         raise UsageError(
             f"--eval-resize {resize} must be at least --image-size {max(size)}, which is cropped from it, and that at least 1."
         )
+    if given.mean_file is not None:
+        known["mean"] = crop_mean(known["mean"], size, resize)
     interpolation = given.interpolation or known.get("interpolation", "bilinear")
     if not state.metadata and None in (given.image_size, given.eval_resize, given.interpolation):
         notes.append(

@@ -21,7 +21,7 @@ def fold_batchnorm(net: ResNet) -> ResNet:
     net = copy.deepcopy(net).eval().requires_grad_(False)
     net.conv1, net.bn1 = _fuse_conv_bn(net.conv1, net.bn1), nn.Identity()  # type: ignore[assignment]
     for _, block in net.blocks():
-        for conv, norm in _find_foldable_pairs(block):
+        for conv, norm in find_foldable_pairs(block):
             block.add_module(
                 conv, _fuse_conv_bn(cast(nn.Conv2d, getattr(block, conv)), cast(nn.BatchNorm2d, getattr(block, norm)))
             )
@@ -32,7 +32,7 @@ def fold_batchnorm(net: ResNet) -> ResNet:
     return net
 
 
-def _find_foldable_pairs(block: Block) -> Iterator[tuple[str, str]]:
+def find_foldable_pairs(block: Block) -> Iterator[tuple[str, str]]:
     """The names of each convolution and of the BN that is applied to nothing but its output."""
     order = block.activation_order
     for i in range(1, block.num_convs + 1):

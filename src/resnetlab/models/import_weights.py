@@ -18,9 +18,10 @@ from torch import Tensor
 
 from resnetlab.errors import ModelFileError, UsageError, unknown_name_error
 from resnetlab.formatting import format_list
+from resnetlab.models.fold import find_foldable_pairs
 from resnetlab.models.resnet import ResNet
 from resnetlab.models.spec import Specification, parse_changes
-from resnetlab.models.state_dicts import StateDictFile
+from resnetlab.models.state_dicts import StateDictFile, list_head
 from resnetlab.nn.blocks import ACTIVATION_ORDERS
 
 SOURCES = {  # known values of the networks that a library or repository publishes
@@ -28,6 +29,8 @@ SOURCES = {  # known values of the networks that a library or repository publish
     "timm": {"stride_in": "3x3"},
     "caffe": {"stride_in": "first", "maxpool": "ceil"},  # KaimingHe/deep-residual-networks
     "akamaster": {"zero_pad": "centre"},  # akamaster/pytorch_resnet_cifar10
+    "mmpretrain": {"stride_in": "3x3"},  # style="pytorch", its default
+    "transformers": {"stride_in": "3x3"},  # downsample_in_bottleneck=False, its default
 }
 SUPPORTED = {  # networks of each library that ours reproduce; others may have the same tensors
     "torchvision": ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152"),
@@ -60,7 +63,7 @@ def infer_specification(
         return replace(exported, **given), ["written by resnetlab export"]
     values = _infer_from_shapes(state.tensors)
     notes: list[str] = []
-    source = source or ("caffe" if state.caffe else "")
+    source = source or state.layout
     _check_architecture(source, architecture, values)
     if source:
         values |= SOURCES[source]
@@ -119,6 +122,8 @@ def _infer_from_shapes(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     for name in tensors:
         if match := re.match(r"layer(\d+)\.(\d+)\.", name):
             units.setdefault(int(match[1]), set()).add(int(match[2]))
+    if stem is not None and units and fc is None:
+        raise ModelFileError(_describe_head(tensors))
     if stem is None or fc is None or not units or stem.dim() != 4 or fc.dim() != 2:
         found = {"conv1.weight": stem is not None, "layer1.0.conv1.weight": units, "fc.weight": fc is not None}
         missing = " and no ".join(name for name, exists in found.items() if not exists)
@@ -153,6 +158,14 @@ def _infer_from_shapes(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         "classes": int(fc.shape[0]),
     }
     return values | ({} if bottleneck else {"layers": layers})
+
+
+def _describe_head(tensors: Mapping[str, Tensor]) -> str:
+    """What is wrong with the head of a network that has no fc.weight."""
+    start = "its other layers can be a start: resnetlab train DATA --start-from FILE"
+    if head := list_head(tensors):
+        return f"the head is not one fully connected layer but {format_list(head, 6)}, which a residual network lacks; {start}."
+    return f"the file holds a network without a head (there is no fc.weight), which classifies nothing; {start}."
 
 
 def _count_layers(tensors: Mapping[str, Tensor]) -> int:
@@ -222,6 +235,26 @@ def build_from_state(state: StateDictFile, spec: Specification) -> ResNet:
     float32 = {name: value.float() if value.is_floating_point() else value for name, value in tensors.items()}
     net.load_state_dict({name: float32[name].clone().contiguous() for name in expected}, assign=True)
     return net.eval().requires_grad_(True)
+
+
+def fold_biases(state: StateDictFile, spec: Specification) -> StateDictFile:
+    """The state dict without biases of convolutions before BN, which subtracts any constant; with a note if there were any.
+
+    BN(conv(x) + b) is BN(conv(x)) with the running mean less b, and in training the batch's mean removes b.
+    """
+    with torch.device("meta"):
+        blocks = list(ResNet(spec).blocks())
+    tensors, folded = dict(state.tensors), 0
+    pairs = [(f"{name}.{conv}", f"{name}.{norm}") for name, each in blocks for conv, norm in find_foldable_pairs(each)]
+    for conv, norm in [*pairs, *((f"{name}.downsample.0", f"{name}.downsample.1") for name, _ in blocks)]:
+        mean, bias = tensors.get(f"{norm}.running_mean"), tensors.get(f"{conv}.bias")
+        if mean is not None and bias is not None and mean.shape == bias.shape:
+            tensors[f"{norm}.running_mean"] = mean.float() - tensors.pop(f"{conv}.bias").float()
+            folded += 1
+    if not folded:
+        return state
+    note = f"{folded} biases of convolutions before BN, which it subtracts, are folded into its running means"
+    return replace(state, tensors=tensors, notes=(*state.notes, note))
 
 
 def _describe_mismatch(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
