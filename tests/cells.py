@@ -72,7 +72,7 @@ def coco_document(seeds: range) -> dict[str, Any]:
                     "image_id": i,
                     "category_id": {"round": 7, "square": 9}[name],
                     "bbox": [x1, y1, x2 - x1, y2 - y1],
-                    "segmentation": [[x1, y1, x2 - 1, y1, x2 - 1, y2 - 1, x1, y2 - 1]],
+                    "segmentation": [[x1, y1, x2, y1, x2, y2, x1, y2]],
                     "iscrowd": 0,
                 }
             )

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from resnetlab.data.annotations import AnnotatedImage
-from resnetlab.data.mask_dataset import MaskedImage, MaskFile
+from resnetlab.data.mask_dataset import MaskedImage
+from resnetlab.data.mask_files import MaskFile
 from resnetlab.evaluation.detection import Detections, coco_documents, compute_detection_metrics, voc07_ap, voc_ap
 from resnetlab.evaluation.segmentation import SegmentationMetrics
 

@@ -19,7 +19,7 @@ import cells
 from resnetlab.cli.main import run_command as resnetlab_
 from resnetlab.data import mask_dataset
 from resnetlab.data.annotated_sampler import AugmentationDraw
-from resnetlab.data.mask_dataset import VOID
+from resnetlab.data.mask_files import VOID
 from resnetlab.evaluation.segmentation import resize_bounded
 from resnetlab.models.head_spec import SegmenterSpec
 from resnetlab.models.resnet import build

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
@@ -68,12 +69,15 @@ class AnnotatedDataset(Generic[P]):
 
 
 def arrange_annotated_splits(
-    name: str, classes: tuple[str, ...], splits: dict[str, list[P]], errors: ErrorPolicy
+    name: str, classes: tuple[str, ...], splits: dict[str, list[P]], errors: ErrorPolicy, notes: Sequence[str] = ()
 ) -> AnnotatedDataset[P]:
     """The data set of splits named "train", "val", "test", "trainval", or "" for images without a split.
 
-    Where there is no split to evaluate on, a fifth of the images is held out, chosen by name.
+    Where there is no split to evaluate on, a fifth of the images is held out, chosen by name. Warns of `notes`: what a reader
+    left out or translated.
     """
+    for note in notes:
+        warnings.warn(f"{name}: {note}.", UserWarning, stacklevel=3)
     if "trainval" in splits and "test" in splits:  # 2015, appendix A: trained on both, evaluated on test
         return AnnotatedDataset(name, classes, tuple(splits["trainval"]), (), tuple(splits["test"]), "test", errors)
     if "train" not in splits and (only := splits.get("", splits.get("trainval"))) is not None:

@@ -1,4 +1,4 @@
-"""An image with boxes, in whatever format it was read, and the check that rejects invalid boxes.
+"""Images with objects: what the readers of all formats give, and the check that rejects invalid boxes.
 
 A box is (x1, y1, x2, y2) in pixels from the image's upper left corner, float32, its area (x2 - x1)(y2 - y1). Coordinates are
 used as the files give them.
@@ -9,14 +9,73 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from resnetlab.data.decode import check_regular_file, decode_pixels
+from resnetlab.data.decode import decode_pixels, read_upright_size
 from resnetlab.data.error_policy import ErrorPolicy
+from resnetlab.data.object_masks import parse_segmentation
+from resnetlab.data.text_files import read_bytes
 from resnetlab.errors import DataError
+
+MIN_EXTENT = (
+    0.01  # pixels: a narrower box is nothing that was drawn, and may be empty in float32 once the image is resized
+)
+
+Box = tuple[float, float, float, float]
+
+
+class ObjectRecord(NamedTuple):
+    """One object as its file gives it, not yet checked.
+
+    Attributes:
+        where: file and entry, for messages.
+        label: its class; None if the reader has rejected it: it is not trained on, but no background either.
+        box: None if the file gives none.
+        segmentation: as `parse_segmentation` takes it; None if the file gives none.
+        ignored: VOC's "difficult" and COCO's "iscrowd".
+    """
+
+    where: str
+    label: str | None
+    box: Box | None
+    segmentation: Any = None
+    ignored: bool = False
+
+
+class ImageRecord(NamedTuple):
+    """One image with its objects.
+
+    Attributes:
+        name: the image file's path inside the data's folder.
+        source: the annotation file, for messages.
+        size: (height, width) according to the annotation; (0, 0) where it gives none.
+    """
+
+    name: str
+    file: Path
+    source: str
+    size: tuple[int, int]
+    objects: list[ObjectRecord]
+
+
+class Annotations(NamedTuple):
+    """What a folder holds.
+
+    Attributes:
+        layout: the format's name.
+        classes: None if the files do not list them: those of the training objects.
+        splits: images by split: "train", "trainval", "val", "test", or "" for images of no split.
+        notes: what was left out or translated, a sentence each.
+    """
+
+    layout: str
+    classes: tuple[str, ...] | None
+    splits: dict[str, Iterable[ImageRecord]]
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,44 +99,82 @@ class AnnotatedImage:
 
     def read_pixels(self) -> Tensor:
         """Decodes the image, uint8 (H, W, 3). Raises DataError if it is unreadable or not of its annotation's size."""
-        check_regular_file(self.file)
-        try:
-            content = self.file.read_bytes()
-        except OSError as error:
-            raise DataError(f"{self.file} cannot be read ({error.strerror}).") from error
-        pixels = decode_pixels(content, str(self.file))
-        h, w = pixels.shape[:2]
-        if self.size != (0, 0) and (h, w) != self.size:
-            raise DataError(
-                f"{self.file} has {w}x{h} pixels, its annotation says {self.size[1]}x{self.size[0]}; "
-                "its boxes may be meant for another image (an EXIF rotation turns it)."
-            )
-        return pixels
+        return read_image_of_size(self.file, self.size)
 
     def update_hash(self, digest: Any) -> None:
         """Adds the boxes to a hash."""
         digest.update(self.boxes.numpy().tobytes() + self.labels.numpy().tobytes() + self.ignored.numpy().tobytes())
 
 
-def make_annotated_image(
-    errors: ErrorPolicy,
-    name: str,
-    file: Path,
-    source: str,
-    size: tuple[int, int],
-    annotations: Iterable[tuple[Sequence[float], int, bool]],
-) -> AnnotatedImage:
-    """An image with its valid boxes, given as (box, label, ignored); `source` is the annotation file."""
-    valid: list[tuple[Sequence[float], int, bool]] = []
-    for i, (box, label, ignored) in enumerate(annotations):
-        if problem := find_box_error(box, size):
-            errors.reject(f"{source}, box {i + 1} of {name}", problem)
+def read_image_of_size(file: Path, size: tuple[int, int]) -> Tensor:
+    """Decodes an image, uint8 (H, W, 3), and compares its size with (height, width), (0, 0) if unknown; raises DataError."""
+    pixels = decode_pixels(read_bytes(file), str(file))
+    check_size(file, (pixels.shape[0], pixels.shape[1]), size)
+    return pixels
+
+
+def check_size(file: Path, upright: tuple[int, int], size: tuple[int, int]) -> None:
+    """Raises DataError if an image, turned upright, is not of its annotation's size; both (height, width)."""
+    if size not in ((0, 0), upright):
+        raise DataError(
+            f"{file} has {upright[1]}x{upright[0]} pixels, its annotation says {size[1]}x{size[0]}; "
+            "what is annotated may be another image (an EXIF rotation turns it)."
+        )
+
+
+def keep_images_of_their_size(records: Iterable[ImageRecord], errors: ErrorPolicy) -> Iterable[ImageRecord]:
+    """The images whose files can be opened and have their annotation's size; fills in a size that is not given."""
+    for record in records:
+        try:
+            upright = read_upright_size(record.file)
+            check_size(record.file, upright, record.size)
+        except DataError as error:
+            errors.handle({record.name: str(error)})
         else:
-            valid.append((box, label, ignored))
+            yield record._replace(size=upright)
+
+
+def find_training_classes(splits: dict[str, list[ImageRecord]]) -> tuple[str, ...]:
+    """The classes of the training objects, in the order of their names."""
+    training = splits.get("train") or splits.get("trainval") or next(iter(splits.values()), [])
+    return tuple(sorted({thing.label for record in training for thing in record.objects if thing.label is not None}))
+
+
+def find_label(
+    thing: ObjectRecord, number: int, record: ImageRecord, classes: tuple[str, ...], errors: ErrorPolicy
+) -> int | None:
+    """The position of an object's class among the classes; None for an object that the reader or this has rejected."""
+    if thing.label is None or thing.label in classes:
+        return None if thing.label is None else classes.index(thing.label)
+    where = f"{record.source}, box {number} of {record.file.name}"
+    errors.reject(where, f"its class {thing.label!r} is none of the training classes ({', '.join(classes)})")
+    return None
+
+
+def make_annotated_image(errors: ErrorPolicy, record: ImageRecord, classes: tuple[str, ...]) -> AnnotatedImage:
+    """An image with its valid boxes; an object that has only an outline gets the box around it."""
+    valid: list[tuple[Sequence[float], int, bool]] = []
+    for number, thing in enumerate(record.objects, 1):
+        if (label := find_label(thing, number, record, classes, errors)) is None:
+            continue
+        box = thing.box
+        if box is None:
+            try:
+                box = parse_segmentation(thing.segmentation, record.size).bounds()
+            except ValueError as error:
+                missing = (
+                    "it has no box" if thing.segmentation is None else f"it has no box, and its segmentation {error}"
+                )
+                errors.reject(thing.where, missing)
+                continue
+        if problem := find_box_error(box, record.size):
+            errors.reject(f"{record.source}, box {number} of {record.name}", problem)
+        else:
+            valid.append((box, label, thing.ignored))
     return AnnotatedImage(
-        name,
-        file,
-        size,
+        record.name,
+        record.file,
+        record.size,
         torch.tensor([box for box, _, _ in valid], dtype=torch.float32).reshape(-1, 4),
         torch.tensor([label for _, label, _ in valid], dtype=torch.int64),
         torch.tensor([ignored for _, _, ignored in valid], dtype=torch.bool),
@@ -85,15 +182,18 @@ def make_annotated_image(
 
 
 def find_box_error(box: Sequence[float], size: tuple[int, int]) -> str | None:
-    """What is wrong with (x1, y1, x2, y2) in an image of (height, width), (0, 0) if unknown; None if nothing is."""
-    x1, y1, x2, y2 = box
-    height, width = size
-    text = f"({x1:g}, {y1:g}, {x2:g}, {y2:g})"
+    """What is wrong with (x1, y1, x2, y2) in an image of (height, width), (0, 0) if unknown; None if nothing is.
+
+    The box is compared as float32, as which it is trained on.
+    """
+    text = "({:g}, {:g}, {:g}, {:g})".format(*box)
     if not all(abs(v) < 1e7 for v in box):
         return f"{text} does not consist of pixel coordinates"
-    if x2 < x1 or y2 < y1:
+    x1, y1, x2, y2 = (float(np.float32(v)) for v in box)
+    height, width = size
+    if box[2] < box[0] or box[3] < box[1]:
         return f"{text} is flipped: its right or lower edge comes before its left or upper one"
-    if x2 == x1 or y2 == y1:
+    if min(x2 - x1, y2 - y1) < MIN_EXTENT:
         return f"{text} is empty"
     if x1 < 0 or y1 < 0 or (size != (0, 0) and (x2 > width or y2 > height)):
         return f"{text} reaches outside the image" + (f" of {width}x{height} pixels" if size != (0, 0) else "")

@@ -8,8 +8,13 @@ from pathlib import Path
 from torch import Tensor
 
 from resnetlab.data.annotated_dataset import AnnotatedDataset, arrange_annotated_splits
-from resnetlab.data.annotations import AnnotatedImage
-from resnetlab.data.coco import read_coco_boxes
+from resnetlab.data.annotations import (
+    AnnotatedImage,
+    find_training_classes,
+    keep_images_of_their_size,
+    make_annotated_image,
+)
+from resnetlab.data.coco import read_coco
 from resnetlab.data.error_policy import ErrorPolicy
 from resnetlab.data.voc import read_voc_boxes
 from resnetlab.errors import DataError
@@ -27,9 +32,13 @@ def load_boxes(root: Path, on_bad: str = "stop") -> AnnotatedDataset[AnnotatedIm
     if not root.is_dir():
         raise DataError(f"{root} is not a folder; give one in Pascal VOC's format or with COCO's JSON.")
     errors = ErrorPolicy(on_bad, "--on-bad-box")
-    read = read_voc_boxes if (root / "Annotations").is_dir() else read_coco_boxes
-    classes, splits = read(root, errors)
-    return arrange_annotated_splits(str(root), classes, splits, errors)
+    found = read_voc_boxes(root, errors) if (root / "Annotations").is_dir() else read_coco(root, errors, masks=False)
+    records = {split: list(keep_images_of_their_size(images, errors)) for split, images in found.splits.items()}
+    classes = found.classes or find_training_classes(records)
+    if not classes:
+        raise DataError(f"{root} has no box to train on; each object needs a class and a box.")
+    splits = {split: [make_annotated_image(errors, r, classes) for r in images] for split, images in records.items()}
+    return arrange_annotated_splits(str(root), classes, splits, errors, found.notes)
 
 
 def relabel_boxes(image: AnnotatedImage, indices: Tensor) -> AnnotatedImage:

@@ -1,96 +1,89 @@
 """COCO's format: a JSON for each split, with `images`, `annotations` (bbox [x, y, width, height]) and `categories`.
 
-The JSON of a split is `SPLIT.json` or `instances_SPLIT….json`, in the folder or in its annotations/, or else
-`SPLIT/_annotations.coco.json`. Images are beside it, in the folder, in images/, or in a folder named after the split.
+The JSON of a split is named after it (`train.json`, `instances_val2017.json`, `instances_Train.json`), or is alone in its
+folder (`train/_annotations.coco.json`, `train/labels.json`), in the data's folder or one below. Images are beside it, in the
+folder, in images/, or in a folder named after the split.
 """
 
 from __future__ import annotations
 
-import json
+import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from resnetlab.data.annotations import AnnotatedImage, make_annotated_image
+from resnetlab.data.annotations import Annotations, Box, ImageRecord, ObjectRecord
+from resnetlab.data.decode import SUFFIXES
 from resnetlab.data.error_policy import ErrorPolicy
+from resnetlab.data.file_lookup import ImageFinder, find_split
+from resnetlab.data.text_files import read_json
 from resnetlab.errors import DataError
+from resnetlab.formatting import format_list
 
 SPLITS = ("train", "val", "test")
+# of official COCO's other documents, and of what data sets keep beside
+OTHER_DOCUMENTS = re.compile(r"(captions|person_keypoints|panoptic|stuff|image_info)_.*")
+CocoDocument = dict[str, list[dict[str, Any]]]
+OWN_FOLDERS = re.compile(
+    r"_annotations\.coco|labels|annotations|instances|coco|result|data"
+)  # named after their folder
 
 
-class CocoImage(NamedTuple):
-    """One of `images` with its file and its annotations."""
-
-    name: str
-    file: Path
-    size: tuple[int, int]
-    annotations: list[dict[str, Any]]
-
-
-def read_coco_boxes(root: Path, errors: ErrorPolicy) -> tuple[tuple[str, ...], dict[str, list[AnnotatedImage]]]:
-    """Classes, in the order of the categories' ids, and the images of each split."""
+def read_coco(root: Path, errors: ErrorPolicy, masks: bool) -> Annotations:
+    """The images of each split with their objects; classes in the order of the categories' ids."""
     files = find_coco_files(root)
     documents = {split: read_coco_document(file) for split, file in files.items()}
-    classes = read_coco_classes(files, documents)
-    splits = {}
-    for split, file in files.items():
-        images = list_coco_images(root, file, documents[split], split, errors)
-        splits[split] = [_read_boxes(image, file, documents[split], classes, errors) for image in images]
-    return classes, splits
-
-
-def _read_boxes(
-    image: CocoImage, source: Path, content: dict[str, Any], classes: tuple[str, ...], errors: ErrorPolicy
-) -> AnnotatedImage:
-    names = {c["id"]: c["name"] for c in content["categories"]}
-    boxes = []
-    for a in image.annotations:
-        where = f"{source}, annotation {a.get('id')}"
-        if (name := names.get(a.get("category_id"))) not in classes:
-            errors.reject(where, f"its category {a.get('category_id')!r} is not among the categories")
-            continue
-        try:
-            x, y, w, h = (float(v) for v in a["bbox"])
-        except (KeyError, TypeError, ValueError):
-            errors.reject(where, f"its bbox is {a.get('bbox')!r}, not [x, y, width, height]")
-            continue
-        boxes.append(((x, y, x + w, y + h), classes.index(name), bool(a.get("iscrowd", 0))))
-    return make_annotated_image(errors, image.name, image.file, str(source), image.size, boxes)
+    notes = _drop_root_category(documents)
+    categories = {split: _read_categories(files[split], content) for split, content in documents.items()}
+    classes = _compare_categories(files, categories)
+    finder = ImageFinder(root)
+    splits: dict[str, Iterable[ImageRecord]] = {
+        split: list(_read_images(finder, files[split], documents.pop(split), categories[split], split, masks, errors))
+        for split in files
+    }
+    return Annotations("COCO", classes, splits, notes)
 
 
 def find_coco_files(root: Path) -> dict[str, Path]:
     """The JSON of each split; "" for a single file that is of no split. Raises DataError if there is none."""
     found: dict[str, Path] = {}
-    for split in SPLITS:
-        folders = [root, root / "annotations"]
-        candidates = [folder / f"{split}.json" for folder in folders]
-        candidates += [file for folder in reversed(folders) for file in sorted(folder.glob(f"instances_{split}*.json"))]
-        names = [split, "valid"] if split == "val" else [split]
-        candidates += [root / name / "_annotations.coco.json" for name in names]
-        if existing := [file for file in candidates if file.is_file()]:
-            if len(existing) > 1:
-                raise DataError(f"{existing[0]} and {existing[1]} are both for the split {split}; keep one of them.")
-            found[split] = existing[0]
+    other = []
+    for file in _list_documents(root):
+        stem = file.stem
+        own_folder = OWN_FOLDERS.fullmatch(stem.lower()) and file.parent != root
+        split = find_split(file.parent.name if own_folder else stem)
+        if not split:
+            other.append(file)
+        elif split in found:
+            raise DataError(f"{found[split]} and {file} are both for the split {split}; keep one of them.")
+        else:
+            found[split] = file
     if not found:
-        other = sorted(root.glob("*.json")) + sorted((root / "annotations").glob("*.json"))
         if len(other) != 1:
             raise DataError(
                 f"{root} is neither in Pascal VOC's format (Annotations/, JPEGImages/) nor in COCO's "
                 "(train.json, val.json, or annotations/instances_train.json and so on)."
             )
         found[""] = other[0]
-    return found
+    return dict(sorted(found.items(), key=lambda item: (*SPLITS, "trainval", "").index(item[0])))
 
 
-def read_coco_document(file: Path) -> dict[str, Any]:
+def _list_documents(root: Path) -> list[Path]:
+    """The JSON files in a folder and the folders in it; of official COCO's those with boxes and masks."""
+    files = [
+        file
+        for folder in (root, *sorted(path for path in root.iterdir() if path.is_dir()))
+        for file in sorted(folder.iterdir())
+        if file.suffix.lower() == ".json" and file.is_file() and not OTHER_DOCUMENTS.fullmatch(file.stem.lower())
+    ]
+    instances = [file for file in files if file.stem.lower().startswith("instances")]
+    return instances or files
+
+
+def read_coco_document(file: Path) -> CocoDocument:
     """The JSON of a split. Raises DataError if it is broken or not a COCO document."""
-    try:
-        content = json.loads(file.read_text("utf-8"))
-    except ValueError as error:
-        raise DataError(f"{file} is broken JSON ({error}); write it again.") from error
-    except OSError as error:
-        raise DataError(f"{file} cannot be read ({error.strerror}).") from error
+    content = read_json(file)
     for key in ("images", "annotations", "categories"):
         entries = content.get(key) if isinstance(content, dict) else None
         if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
@@ -103,58 +96,190 @@ def read_coco_document(file: Path) -> dict[str, Any]:
     return dict(content)
 
 
-def read_coco_classes(files: dict[str, Path], documents: dict[str, dict[str, Any]]) -> tuple[str, ...]:
-    """The class names; raises DataError if two categories are not distinct, or splits differ."""
-    classes: dict[str, tuple[str, ...]] = {}
-    for split, content in documents.items():
-        names = tuple(str(c["name"]) for c in sorted(content["categories"], key=lambda c: int(c["id"])))
-        if len(set(names)) != len(names) or len({c["id"] for c in content["categories"]}) != len(names):
-            raise DataError(f"{files[split]} has two categories of one name or one id; give each its own.")
-        if not names:
-            raise DataError(f"{files[split]} has no categories.")
-        classes[split] = names
-    first, *others = classes
+def _identify(value: Any) -> int | str | None:
+    """An id, a number or a word; None for any other value. Numbers in quotes are numbers."""
+    if isinstance(value, bool) or not isinstance(value, int | str | float):
+        return None
+    if isinstance(value, str):
+        return int(value) if re.fullmatch(r"-?\d{1,18}", value) else value
+    return int(value) if float(value).is_integer() else None
+
+
+def _drop_root_category(documents: Mapping[str, CocoDocument]) -> tuple[str, ...]:
+    """Leaves out Roboflow's root: a category that others name as their supercategory and that no object in any split has."""
+    roots = set.intersection(*(_find_unused_parents(content) for content in documents.values()))
+    for content in documents.values():
+        content["categories"] = [c for c in content["categories"] if (_identify(c["id"]), str(c["name"])) not in roots]
+    return tuple(
+        f"the category {name!r} is only the supercategory of others and has no object; it is left out"
+        for _, name in sorted(roots, key=str)
+    )
+
+
+def _find_unused_parents(content: CocoDocument) -> set[tuple[int | str | None, str]]:
+    used = {_identify(a.get("category_id")) for a in content["annotations"]}
+    unused = [c for c in content["categories"] if _identify(c["id"]) not in used]
+    return {
+        (_identify(c["id"]), str(c["name"]))
+        for c in unused
+        if any(other.get("supercategory") == c["name"] for other in content["categories"] if other is not c)
+    }
+
+
+def _read_categories(file: Path, content: CocoDocument) -> dict[int | str, str]:
+    """id -> name, in the order of the ids, or as listed if one of them is a word.
+
+    Raises DataError if two categories are not distinct, or an id is neither a number nor a word.
+    """
+    names: dict[int | str, str] = {}
+    for i, category in enumerate(content["categories"]):
+        if (key := _identify(category["id"])) is None:
+            raise DataError(f"{file}: entry {i} of 'categories' has the id {category['id']!r}; give it a number.")
+        if key in names or str(category["name"]) in names.values():
+            raise DataError(f"{file} has two categories of one name or one id; give each its own.")
+        names[key] = str(category["name"])
+    if not names:
+        raise DataError(f"{file} has no categories.")
+    if all(isinstance(key, int) for key in names):
+        return dict(sorted(names.items()))
+    return names
+
+
+def _compare_categories(files: Mapping[str, Path], categories: Mapping[str, dict[int | str, str]]) -> tuple[str, ...]:
+    """The class names; raises DataError if splits differ."""
+    first, *others = categories
+    expected = tuple(categories[first].values())
     for other in others:
-        if difference := sorted(set(classes[first]) ^ set(classes[other])):
+        if difference := sorted(set(expected) ^ set(categories[other].values())):
             raise DataError(f"{files[first]} and {files[other]} have different categories: {', '.join(difference)}.")
-    return classes[first]
+    return expected
 
 
-def list_coco_images(
-    root: Path, source: Path, content: dict[str, Any], split: str, errors: ErrorPolicy
-) -> Iterable[CocoImage]:
+def _read_images(
+    finder: ImageFinder,
+    source: Path,
+    content: CocoDocument,
+    categories: Mapping[int | str, str],
+    split: str,
+    masks: bool,
+    errors: ErrorPolicy,
+) -> Iterator[ImageRecord]:
     """The images whose files exist; rejects missing files, and annotations of no image."""
-    annotations: dict[Any, list[dict[str, Any]]] = defaultdict(list)
-    for annotation in content["annotations"]:
-        annotations[annotation["image_id"]].append(annotation)
-    name_by_id: dict[Any, str] = {}
+    objects = _group_annotations(source, content["annotations"], errors)
+    folders = _list_image_folders(finder, source, split)
+    places = format_list([folder or "." for folder in folders])
+    name_by_id: dict[int | str, str] = {}
     names: set[str] = set()
-    folders = [source.parent, root, root / "images", *sorted(root.glob(f"{split}*/" if split else "*/"))]
-    for entry in content["images"]:
-        name, key = str(entry["file_name"]), entry["id"]
+    usable = 0
+    for i, entry in enumerate(content["images"]):
+        name, key = str(entry["file_name"]), _identify(entry["id"])
+        if key is None:
+            raise DataError(f"{source}: entry {i} of 'images' has the id {entry['id']!r}; give it a number.")
         if key in name_by_id:
             raise DataError(f"{source}: {name_by_id[key]} and {name} both have the id {key!r}; give each its own.")
         if name in names:
             raise DataError(f"{source} lists {name} twice; remove one entry.")
         name_by_id[key] = name
         names.add(name)
-        file = next((folder / name for folder in folders if (folder / name).is_file()), None)
-        if file is None:
-            errors.reject(f"{source}, image {key}", f"its image {name} does not exist")
-            continue
-        size = (int(entry.get("height") or 0), int(entry.get("width") or 0))
-        yield CocoImage(name, file, size if all(size) else (0, 0), annotations[key])
-    for key in annotations:
-        if key not in name_by_id:
-            where = f"{source}, annotation {annotations[key][0].get('id')}"
-            errors.reject(where, f"it is for the image {key!r}, which is not among the images")
+        own = objects.pop(key, [])
+        if (file := finder.find(name, folders)) is None:
+            several = f", and {n} other files have that name" if (n := finder.count_named(name)) > 1 else ""
+            errors.reject(f"{source}, image {key}", f"its image {name} does not exist in {places}{several}")
+        elif (size := _read_size(entry)) is None:
+            given = f"{entry.get('width')!r} x {entry.get('height')!r}"
+            errors.reject(f"{source}, image {key}", f"its width and height are {given}, not numbers of pixels")
+        else:
+            usable += 1
+            things = [_read_object(a, _describe(source, number, a), categories, masks, errors) for number, a in own]
+            yield ImageRecord(name, file, str(source), size, things)
+    if names and not usable:
+        raise DataError(
+            f"{source}: none of its {len(names):,} images can be used, such as {min(names)}; looked in {places}."
+        )
+    for key, entries in objects.items():
+        errors.reject(_describe(source, *entries[0]), f"it is for the image {key!r}, which is not among the images")
     _reject_unlisted_images(source, names, errors)
+
+
+Entry = tuple[int, dict[str, Any]]  # an annotation and its position
+
+
+def _describe(source: Path, number: int, annotation: Mapping[str, Any]) -> str:
+    """File and entry of an annotation, for messages."""
+    return (
+        f"{source}, annotation {annotation['id']}" if "id" in annotation else f"{source}, entry {number} of annotations"
+    )
+
+
+def _group_annotations(
+    source: Path, annotations: list[dict[str, Any]], errors: ErrorPolicy
+) -> dict[int | str, list[Entry]]:
+    """The annotations of each image by its id; rejects those whose image_id is neither a number nor a word."""
+    groups: dict[int | str, list[Entry]] = defaultdict(list)
+    for number, annotation in enumerate(annotations):
+        if (key := _identify(annotation["image_id"])) is None:
+            errors.reject(
+                _describe(source, number, annotation), f"its image_id is {annotation['image_id']!r}, not a number"
+            )
+        else:
+            groups[key].append((number, annotation))
+    return groups
+
+
+def _list_image_folders(finder: ImageFinder, source: Path, split: str) -> list[str]:
+    """Where a document's images may be, paths below the root: beside it, in the root, in images/, in the split's folders."""
+    beside = source.parent.relative_to(finder.root).as_posix()
+    beside = "" if beside == "." else beside
+    word = source.stem.lower().removeprefix("instances_")  # "default", "train2017"
+    named = [
+        folder
+        for folder in finder.folders
+        if any(part.lower() == word or (split and find_split(part) == split) for part in folder.split("/"))
+    ]
+    return list(dict.fromkeys((beside, f"{beside}/data".strip("/"), "", "images", *named)))
+
+
+def _read_size(entry: Mapping[str, Any]) -> tuple[int, int] | None:
+    """(height, width) of an image, (0, 0) if one is missing or zero; None if one is no number of pixels."""
+    size = []
+    for key in ("height", "width"):
+        try:
+            number = float(entry.get(key) or 0)
+        except (TypeError, ValueError):
+            return None
+        if not (number.is_integer() and number >= 0):  # not NaN or infinity either
+            return None
+        size.append(int(number))
+    return (size[0], size[1]) if all(size) else (0, 0)
+
+
+def _read_object(
+    annotation: Mapping[str, Any], where: str, categories: Mapping[int | str, str], masks: bool, errors: ErrorPolicy
+) -> ObjectRecord:
+    """One annotation; without a label if it has been rejected."""
+    key = _identify(annotation.get("category_id"))
+    label, bbox = categories.get(key) if key is not None else None, annotation.get("bbox")
+    if label is None:
+        errors.reject(where, f"its category {annotation.get('category_id')!r} is not among the categories")
+    box = _read_box(bbox)
+    if box is None and not masks and label is not None and (bbox or not annotation.get("segmentation")):
+        errors.reject(where, f"its bbox is {bbox!r}, not [x, y, width, height]")
+        label = None
+    crowd = annotation.get("iscrowd") in (1, "1", "true")
+    return ObjectRecord(where, label, box, annotation.get("segmentation"), crowd)
+
+
+def _read_box(bbox: Any) -> Box | None:
+    """The box of [x, y, width, height]; None if that is no list of four numbers."""
+    try:
+        x, y, w, h = (float(v) for v in bbox)
+    except (TypeError, ValueError):
+        return None
+    return x, y, x + w, y + h
 
 
 def _reject_unlisted_images(source: Path, names: set[str], errors: ErrorPolicy) -> None:
     """Rejects images beside a split's own JSON (SPLIT/_annotations.coco.json) that it does not list."""
-    from resnetlab.data.decode import SUFFIXES
-
     if source.name == "_annotations.coco.json":
         for file in sorted(source.parent.iterdir()):
             if file.suffix.lower() in SUFFIXES and file.name not in names:

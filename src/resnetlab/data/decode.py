@@ -24,6 +24,7 @@ except ImportError:
 from resnetlab.errors import DataError
 
 ORIENTATION = 0x0112  # an EXIF tag
+TURNED = (5, 6, 7, 8)  # its values that exchange width and height
 JPEG, EXIF = b"\xff\xd8\xff", b"Exif\0\0"  # their first bytes
 SIXTEEN_BIT_FORMATS = ("PNG", "PPM")  # Pillow may hold their 16 bits in 32
 SUFFIXES = frozenset(
@@ -176,12 +177,33 @@ def _name_errors(name: str) -> Iterator[None]:
         raise DataError(f"{name} is damaged: {error or type(error).__name__}") from error
 
 
+def read_upright_size(file: Path) -> tuple[int, int]:
+    """(height, width) of an image as `decode` gives it, from its header; raises DataError if that cannot be read."""
+    check_regular_file(file)
+    with _name_errors(str(file)), Image.open(file) as image:
+        width, height = image.size
+        return (width, height) if _read_orientation(image) in TURNED else (height, width)
+
+
+def _read_orientation(image: Image.Image) -> int:
+    """The EXIF orientation; 1 (upright) if the metadata have none or are broken."""
+    try:
+        return int(image.getexif().get(ORIENTATION, 1))
+    except Exception:  # whatever Pillow raises: the pixels are intact
+        return 1
+
+
 def _apply_orientation(image: Image.Image) -> Image.Image:
     image.load()
     if image.mode == "F" or (image.mode == "I" and image.format not in SIXTEEN_BIT_FORMATS):
         raise DataError("has 32 bits per value and does not define which value is white; save it with 8 or 16 bits.")
-    rotated = image.getexif().get(ORIENTATION, 1) != 1  # exif_transpose copies even an image that needs no rotation
-    return _to_eight_bits(ImageOps.exif_transpose(image) if rotated else image)
+    return _to_eight_bits(turn_upright(image))
+
+
+def turn_upright(image: Image.Image) -> Image.Image:
+    """The image, turned by its EXIF orientation."""
+    rotated = _read_orientation(image) != 1  # exif_transpose copies even an image that needs no rotation
+    return ImageOps.exif_transpose(image) if rotated else image
 
 
 def _to_eight_bits(image: Image.Image) -> Image.Image:

@@ -1,34 +1,44 @@
-"""Images with a class for every pixel: Pascal VOC's masks, or COCO's polygons.
+"""Images with a class for every pixel: Pascal VOC's masks, or COCO's polygons and run lengths.
 
-VOC    SegmentationClass/*.png (a palette or grey: the value is the class, 255 is not evaluated), JPEGImages/, and the lists in
-       ImageSets/Segmentation/; classes.txt or labelmap.txt names the values, background first
+VOC    SegmentationClass/*.png (`data.mask_files`), JPEGImages/, and the lists in ImageSets/Segmentation/; classes.txt or
+       labelmap.txt names the values, background first, or the colours
 COCO   as `data.coco`; smaller objects are drawn over larger ones, "iscrowd" is not evaluated
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
 from torch import Tensor
 
-from resnetlab.data import coco
 from resnetlab.data.annotated_dataset import AnnotatedDataset, arrange_annotated_splits
-from resnetlab.data.decode import check_regular_file, decode_pixels
+from resnetlab.data.annotations import (
+    ImageRecord,
+    ObjectRecord,
+    find_label,
+    find_training_classes,
+    keep_images_of_their_size,
+    read_image_of_size,
+)
+from resnetlab.data.coco import read_coco
+from resnetlab.data.decode import read_upright_size
 from resnetlab.data.error_policy import ErrorPolicy
-from resnetlab.data.voc import list_voc_images, read_voc_splits
+from resnetlab.data.mask_files import BACKGROUND, MAX_CLASSES, VOID, MaskFile, decide_mask_classes, read_label_map
+from resnetlab.data.object_masks import ObjectMask, parse_segmentation
+from resnetlab.data.voc import list_by_stem, list_voc_images, read_voc_splits
 from resnetlab.errors import DataError
-
-VOID = 255  # a pixel that is neither trained on nor evaluated
-CLASS_FILES = ("classes.txt", "labelmap.txt")
 
 
 class MaskSource(Protocol):
     """Where a mask comes from."""
+
+    @property
+    def has_objects(self) -> bool:
+        """Whether it has a class other than the first; True if that is not known."""
 
     def read_mask(self, size: tuple[int, int]) -> Tensor:
         """uint8 (H, W), for an image of that size. Raises DataError, naming the file, if there is no such mask."""
@@ -39,11 +49,16 @@ class MaskSource(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class MaskedImage:
-    """One image and the source of its mask."""
+    """One image and the source of its mask.
+
+    Attributes:
+        size: (height, width) according to the annotation; (0, 0) where it gives none.
+    """
 
     name: str
     file: Path
     source: MaskSource
+    size: tuple[int, int] = (0, 0)
 
     def read(self) -> tuple[Tensor, Tensor]:
         """Pixels uint8 (H, W, 3) and mask uint8 (H, W). Raises DataError if either is unreadable or they do not fit."""
@@ -51,178 +66,139 @@ class MaskedImage:
         return pixels, self.source.read_mask((pixels.shape[0], pixels.shape[1]))
 
     def read_pixels(self) -> Tensor:
-        """Decodes the image, uint8 (H, W, 3). Raises DataError if it is unreadable."""
-        check_regular_file(self.file)
-        try:
-            return decode_pixels(self.file.read_bytes(), str(self.file))
-        except OSError as error:
-            raise DataError(f"{self.file} cannot be read ({error.strerror}).") from error
+        """Decodes the image, uint8 (H, W, 3). Raises DataError if it is unreadable or not of its annotation's size."""
+        return read_image_of_size(self.file, self.size)
 
     def update_hash(self, digest: Any) -> None:
         self.source.update_hash(digest)
 
 
-@dataclass(frozen=True)
-class MaskFile:
-    """A mask in a file of its own."""
-
-    file: Path
-    classes: int
-
-    def read_mask(self, size: tuple[int, int]) -> Tensor:
-        check_regular_file(self.file)
-        try:
-            with Image.open(self.file) as image:
-                image.load()
-                values, mode = np.array(image), image.mode
-        except (OSError, ValueError, SyntaxError) as error:
-            raise DataError(f"{self.file} cannot be read as a mask ({error}).") from error
-        if mode not in ("P", "L", "1"):
-            raise DataError(
-                f"{self.file} has the mode {mode}; a mask is a palette or grey image whose values are classes."
-            )
-        if values.shape != size:
-            raise DataError(
-                f"{self.file} has {values.shape[1]}x{values.shape[0]} pixels, its image {size[1]}x{size[0]}; "
-                "make them one size."
-            )
-        mask = torch.from_numpy(values.astype(np.uint8))
-        if len(invalid := mask[(mask >= self.classes) & (mask != VOID)]):
-            raise DataError(
-                f"{self.file} has the value {int(invalid[0])}, but there are {self.classes} classes, 0 the first."
-            )
-        return mask
-
-    def update_hash(self, digest: Any) -> None:
-        digest.update(self.file.read_bytes())
-
-
 @dataclass(frozen=True, eq=False)
-class Polygons:
-    """Outlines of objects in drawing order: (class, list of [x1, y1, x2, y2, …]); the class of a crowd is VOID."""
+class ObjectMasks:
+    """The masks of an image's objects in drawing order: (class, mask); the class of a crowd is VOID."""
 
-    objects: tuple[tuple[int, tuple[tuple[float, ...], ...]], ...]
+    objects: tuple[tuple[int, ObjectMask], ...]
+
+    @property
+    def has_objects(self) -> bool:
+        return any(value != VOID for value, _ in self.objects)
 
     def read_mask(self, size: tuple[int, int]) -> Tensor:
-        image = Image.new("L", (size[1], size[0]))
-        draw = ImageDraw.Draw(image)
-        for value, outlines in self.objects:
-            for outline in outlines:
-                draw.polygon(outline, fill=value)
-        return torch.from_numpy(np.array(image))
+        mask = np.zeros(size, np.uint8)
+        for value, thing in self.objects:
+            thing.paint(mask, value)
+        return torch.from_numpy(mask)
 
     def update_hash(self, digest: Any) -> None:
-        digest.update(repr(self.objects).encode())
+        for value, thing in self.objects:
+            digest.update(b"%d " % value)
+            thing.update_hash(digest)
 
 
-def load_masks(root: Path, on_bad: str = "stop") -> AnnotatedDataset[MaskedImage]:
+def load_masks(root: Path, on_bad: str = "stop", class_255: str = "") -> AnnotatedDataset[MaskedImage]:
     """The images with masks in a folder; classes with the background first.
 
     Args:
         on_bad: "stop" at an invalid mask or image, or "skip" it: left out, and listed by name.
+        class_255: the class that 255 means in masks, "ignore", or "" to decide by the masks.
 
     Raises:
-        DataError: the folder has neither format, files are broken or missing, or, under "stop", a mask is invalid.
+        DataError: the folder has neither format, files are broken or missing, or, under "stop", a mask is invalid; or no
+            mask to train or evaluate on holds another class than the background.
     """
     if not root.is_dir():
         raise DataError(f"{root} is not a folder; give one in Pascal VOC's format or with COCO's JSON.")
     errors = ErrorPolicy(on_bad, "--on-bad-mask")
-    read = _read_voc_masks if (root / "SegmentationClass").is_dir() else _read_coco_masks
-    classes, splits = read(root, errors)
-    return arrange_annotated_splits(str(root), classes, splits, errors)
+    if (root / "SegmentationClass").is_dir():
+        classes, splits = _read_voc_masks(root, errors, class_255)
+        return _require_classes(arrange_annotated_splits(str(root), classes, splits, errors))
+    found = read_coco(root, errors, masks=True)
+    records = {split: list(keep_images_of_their_size(images, errors)) for split, images in found.splits.items()}
+    classes = found.classes or find_training_classes(records)
+    if len(classes) >= MAX_CLASSES:
+        raise DataError(
+            f"{root} has {len(classes):,} classes; masks hold {MAX_CLASSES - 1} beside the background, so leave some out."
+        )
+    splits = {
+        split: [MaskedImage(r.name, r.file, make_object_masks(r, classes, errors), r.size) for r in images]
+        for split, images in records.items()
+    }
+    data = arrange_annotated_splits(str(root), ("background", *classes), splits, errors, found.notes)
+    return _require_classes(data)
 
 
-def _read_voc_masks(root: Path, errors: ErrorPolicy) -> tuple[tuple[str, ...], dict[str, list[MaskedImage]]]:
+def _require_classes(data: AnnotatedDataset[MaskedImage]) -> AnnotatedDataset[MaskedImage]:
+    """Raises DataError if a split holds nothing but background: an IoU of the background alone is no figure."""
+    if data.classes[0].lower() not in BACKGROUND:
+        return data
+    for split, images in data.splits.items():
+        if not any(image.source.has_objects for image in images):
+            raise DataError(
+                f"{data.name}: no mask of the {split} split has another class than {data.classes[0]}; "
+                "check what the masks' values mean."
+            )
+    return data
+
+
+def _read_voc_masks(
+    root: Path, errors: ErrorPolicy, class_255: str
+) -> tuple[tuple[str, ...], dict[str, list[MaskedImage]]]:
     folder = root / "SegmentationClass"
-    masks = {file.stem: file for file in sorted(folder.glob("*.png"))}
+    masks = list_by_stem(folder, (".png",))
     images = list_voc_images(root / "JPEGImages")
-    splits = read_voc_splits(root / "ImageSets" / "Segmentation") or {"": sorted(set(images) | set(masks))}
+    splits = read_voc_splits(root / "ImageSets" / "Segmentation", [*images, *masks])
+    splits = splits or {"": sorted(set(images) | set(masks))}
     pairs = {}
     for stem in dict.fromkeys(stem for stems in splits.values() for stem in stems):
         if stem not in images:
-            mask = masks.get(stem, folder / f"{stem}.png")
-            errors.reject(str(mask), f"its image {stem} is not in {root / 'JPEGImages'}")
+            errors.reject(
+                str(masks.get(stem, folder / f"{stem}.png")), f"its image {stem} is not in {root / 'JPEGImages'}"
+            )
         elif stem not in masks:
             errors.reject(str(images[stem]), f"it has no mask {folder / f'{stem}.png'}")
         else:
             pairs[stem] = (images[stem], masks[stem])
-    classes = _read_mask_classes(root) or _number_classes([mask for _, mask in pairs.values()])
+    meaning = decide_mask_classes([mask for _, mask in pairs.values()], read_label_map(root), class_255)
     valid = {}
     for stem, (image, file) in pairs.items():
+        source = MaskFile(file, len(meaning.names), meaning.lookup, meaning.colours)
         try:
-            check_regular_file(image)
-            with Image.open(image) as opened:
-                width, height = opened.size
-            MaskFile(file, len(classes)).read_mask((height, width))
+            size = read_upright_size(image)
+        except DataError as error:
+            errors.handle({f"JPEGImages/{image.name}": str(error)})
+            continue
+        try:
+            mask = source.read_mask(size)
         except DataError as error:
             errors.reject(str(file), str(error).removeprefix(f"{file} ").rstrip("."))
-        except OSError as error:
-            errors.reject(str(image), f"it cannot be read ({error})")
         else:
-            valid[stem] = MaskedImage(f"JPEGImages/{image.name}", image, MaskFile(file, len(classes)))
-    return classes, {split: [valid[stem] for stem in stems if stem in valid] for split, stems in splits.items()}
+            source = replace(source, has_objects=bool(((mask > 0) & (mask != VOID)).any()))
+            valid[stem] = MaskedImage(f"JPEGImages/{image.name}", image, source, size)
+    return meaning.names, {split: [valid[stem] for stem in stems if stem in valid] for split, stems in splits.items()}
 
 
-def _read_mask_classes(root: Path) -> tuple[str, ...]:
-    """Class names, one a line, the background first ("name:colour:…" as in CVAT's labelmap); () without a file."""
-    for file in (root / name for name in CLASS_FILES):
-        if file.is_file():
-            lines = [line.strip() for line in file.read_text("utf-8").splitlines()]
-            names = tuple(line.split(":")[0] for line in lines if line and not line.startswith("#"))
-            if len(names) < 2 or len(set(names)) != len(names):
-                raise DataError(f"{file} must name two or more different classes, one a line, the background first.")
-            return names
-    return ()
+def make_object_masks(record: ImageRecord, classes: tuple[str, ...], errors: ErrorPolicy) -> ObjectMasks:
+    """The masks of an image's objects, the largest first, so that smaller objects are drawn over larger ones.
+
+    An object that is rejected is left out of training and evaluation: the pixels of its box are VOID, not background.
+    """
+    drawn = []
+    for number, thing in enumerate(record.objects, 1):
+        label, mask = find_label(thing, number, record, classes, errors), None
+        try:
+            mask = parse_segmentation(thing.segmentation, record.size)
+        except ValueError as error:
+            if thing.label is not None and label is not None:
+                errors.reject(thing.where, f"its segmentation {error}")
+            mask, label = _mask_of_box(thing, record.size), None
+        if mask is not None:
+            drawn.append((VOID if thing.ignored or label is None else label + 1, mask))
+    return ObjectMasks(tuple(sorted(drawn, key=lambda item: -item[1].area())))
 
 
-def _number_classes(files: list[Path]) -> tuple[str, ...]:
-    """Names for the values that occur in masks: "background", "class 1", …"""
-    largest = 0
-    for file in files:
-        with Image.open(file) as image:
-            values = np.array(image)
-        largest = max(largest, int(values[values != VOID].max(initial=0)))
-    if not largest:
-        raise DataError(f"the masks hold no value but 0 and {VOID}; there is no class to train on.")
-    return ("background", *(f"class {i}" for i in range(1, largest + 1)))
-
-
-def _read_coco_masks(root: Path, errors: ErrorPolicy) -> tuple[tuple[str, ...], dict[str, list[MaskedImage]]]:
-    files = coco.find_coco_files(root)
-    documents = {split: coco.read_coco_document(file) for split, file in files.items()}
-    classes = coco.read_coco_classes(files, documents)
-    splits: dict[str, list[MaskedImage]] = {}
-    for split, file in files.items():
-        values = {c["id"]: classes.index(str(c["name"])) + 1 for c in documents[split]["categories"]}
-        splits[split] = [
-            MaskedImage(image.name, image.file, Polygons(_read_polygons(image, file, values, errors)))
-            for image in coco.list_coco_images(root, file, documents[split], split, errors)
-        ]
-    return ("background", *classes), splits
-
-
-def _read_polygons(
-    image: coco.CocoImage, source: Path, values: dict[Any, int], errors: ErrorPolicy
-) -> tuple[tuple[int, tuple[tuple[float, ...], ...]], ...]:
-    """The outlines of an image's objects, the largest object first; `values`: category id -> mask value."""
-    objects = []
-    for a in image.annotations:
-        where = f"{source}, annotation {a.get('id')}"
-        outlines = a.get("segmentation")
-        if a.get("category_id") not in values:
-            errors.reject(where, f"its category {a.get('category_id')!r} is not among the categories")
-        elif not isinstance(outlines, list) or not outlines:
-            errors.reject(where, "its segmentation is not a list of polygons (run lengths are not read; convert them)")
-        elif any(len(o) < 6 or len(o) % 2 or not all(isinstance(v, int | float) for v in o) for o in outlines):
-            errors.reject(where, "one of its polygons has fewer than three corners, or is not made of numbers")
-        else:
-            value = VOID if a.get("iscrowd") else values[a["category_id"]]
-            shapes = tuple(tuple(float(v) for v in o) for o in outlines)
-            objects.append((sum(map(_polygon_area, shapes)), (value, shapes)))
-    return tuple(shape for _, shape in sorted(objects, key=lambda item: -item[0]))
-
-
-def _polygon_area(outline: tuple[float, ...]) -> float:
-    """Area of a polygon [x1, y1, x2, y2, …], by the shoelace formula."""
-    xs, ys = outline[::2], outline[1::2]
-    return abs(sum(xs[i - 1] * ys[i] - xs[i] * ys[i - 1] for i in range(len(xs)))) / 2
+def _mask_of_box(thing: ObjectRecord, size: tuple[int, int]) -> ObjectMask | None:
+    """The pixels of an object's box as far as it is in the image; None without a box."""
+    if thing.box is None or not all(abs(v) < 1e7 for v in thing.box):
+        return None
+    (x1, x2), (y1, y2) = (np.clip(thing.box[i::2], 0, size[1 - i]).tolist() for i in range(2))
+    return parse_segmentation([[x1, y1, x2, y1, x2, y2, x1, y2]], size)

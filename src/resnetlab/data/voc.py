@@ -3,28 +3,35 @@
     <annotation><size><width>640</width><height>480</height></size>
       <object><name>WBC</name><difficult>0</difficult><bndbox><xmin>260</xmin>…</bndbox></object></annotation>
 
-Without lists there is one split "" of all annotated images. An image without an <object> is background.
+Without lists there is one split "" of all annotated images. An image without an <object> is background. An object may have a
+<polygon><x1>…</x1><y1>…</y1>…</polygon> (RectLabel, Labelbox) in the place of its <bndbox>.
 """
 
 from __future__ import annotations
 
+import re
+from collections import Counter
+from collections.abc import Container, Iterable
 from pathlib import Path
 from xml.etree import ElementTree
 
-from resnetlab.data.annotations import AnnotatedImage, make_annotated_image
+from resnetlab.data.annotations import Annotations, ImageRecord, ObjectRecord
 from resnetlab.data.decode import SUFFIXES
 from resnetlab.data.error_policy import ErrorPolicy
+from resnetlab.data.file_lookup import LABEL_AT_END, NameIndex
+from resnetlab.data.text_files import read_bytes, read_lines
 from resnetlab.errors import DataError
 
 SPLIT_NAMES = ("train", "trainval", "val", "test")
-VocObject = tuple[tuple[float, float, float, float], str, bool]  # box, class, difficult
+TRUE = ("1", "true", "yes")
 
 
-def read_voc_boxes(root: Path, errors: ErrorPolicy) -> tuple[tuple[str, ...], dict[str, list[AnnotatedImage]]]:
-    """Classes, in the order of their names, and the images of each split."""
+def read_voc_boxes(root: Path, errors: ErrorPolicy) -> Annotations:
+    """The images of each split with their objects; the classes are those of the training objects."""
     images = list_voc_images(root / "JPEGImages")
-    annotations = {file.stem: file for file in sorted((root / "Annotations").glob("*.xml"))}
-    lists = read_voc_splits(root / "ImageSets" / "Main") or {"": sorted(set(images) | set(annotations))}
+    annotations = list_by_stem(root / "Annotations", (".xml",))
+    lists = read_voc_splits(root / "ImageSets" / "Main", [*images, *annotations])
+    lists = lists or {"": sorted(set(images) | set(annotations))}
     parsed = {}
     for stem in dict.fromkeys(stem for stems in lists.values() for stem in stems):
         expected = annotations.get(stem, root / "Annotations" / f"{stem}.xml")
@@ -32,64 +39,49 @@ def read_voc_boxes(root: Path, errors: ErrorPolicy) -> tuple[tuple[str, ...], di
             errors.reject(str(expected), f"its image {stem} is not in {root / 'JPEGImages'}")
         elif stem not in annotations:
             errors.reject(str(images[stem]), f"it has no annotation {expected}")
-        else:
-            parsed[stem] = parse_voc_annotation(annotations[stem])
-    training = lists.get("train") or lists.get("trainval") or next(iter(lists.values()))
-    classes = tuple(sorted({name for stem in training if stem in parsed for _, name, _ in parsed[stem][1]}))
-    if not classes:
-        raise DataError(f"{root} has no box to train on; each <object> needs a <name> and a <bndbox>.")
-    splits = {
-        split: [_make_image(images[s], annotations[s], *parsed[s], classes, errors) for s in stems if s in parsed]
-        for split, stems in lists.items()
-    }
-    return classes, splits
-
-
-def _make_image(
-    file: Path,
-    source: Path,
-    size: tuple[int, int],
-    objects: list[VocObject],
-    classes: tuple[str, ...],
-    errors: ErrorPolicy,
-) -> AnnotatedImage:
-    boxes = []
-    for i, (box, name, difficult) in enumerate(objects):
-        if name in classes:
-            boxes.append((box, classes.index(name), difficult))
-        else:
-            where = f"{source}, box {i + 1} of {file.name}"
-            errors.reject(where, f"its class {name!r} is none of the training classes ({', '.join(classes)})")
-    return make_annotated_image(errors, f"JPEGImages/{file.name}", file, str(source), size, boxes)
+        elif (record := read_voc_annotation(expected, images[stem], errors)) is not None:
+            parsed[stem] = record
+    splits = {split: [parsed[stem] for stem in stems if stem in parsed] for split, stems in lists.items()}
+    return Annotations("Pascal VOC", None, dict(splits))
 
 
 def list_voc_images(folder: Path) -> dict[str, Path]:
     """The images of a folder by their names without suffix. Raises DataError for two of one name, or no image."""
-    images: dict[str, Path] = {}
-    for file in sorted(folder.iterdir()) if folder.is_dir() else ():
-        if file.suffix.lower() in SUFFIXES and not file.name.startswith("."):
-            if file.stem in images:
-                raise DataError(
-                    f"{images[file.stem]} and {file.name} have one name for two images; rename one of them."
-                )
-            images[file.stem] = file
-    if not images:
+    if not (images := list_by_stem(folder, SUFFIXES)):
         raise DataError(f"{folder} holds no image ({', '.join(sorted(SUFFIXES))}).")
     return images
 
 
-def read_voc_splits(folder: Path) -> dict[str, list[str]]:
-    """The image names in each list of a folder such as ImageSets/Main: the first word of each line.
+def list_by_stem(folder: Path, suffixes: Container[str]) -> dict[str, Path]:
+    """The files of a folder that have one of some suffixes, by their names without it; raises DataError for two of one name."""
+    files: dict[str, Path] = {}
+    for file in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if file.suffix.lower() in suffixes and not file.name.startswith("."):
+            if file.stem in files:
+                kind = "annotations" if ".xml" in suffixes else "images"
+                raise DataError(f"{files[file.stem]} and {file.name} have one name for two {kind}; rename one of them.")
+            files[file.stem] = file
+    return files
+
+
+def read_voc_splits(folder: Path, stems: Iterable[str]) -> dict[str, list[str]]:
+    """The image names in each list of a folder such as ImageSets/Main.
+
+    Args:
+        stems: known names. A line may be one, a file name, a path or two (image and mask), or have VOC's " -1" behind it; a
+            line that is none of them is given without a label.
 
     Raises DataError if a list names an image twice, or train shares an image with val or test.
     """
     splits: dict[str, list[str]] = {}
+    index = NameIndex(stems)
     for split in SPLIT_NAMES:
         file = folder / f"{split}.txt"
         if file.is_file():
-            splits[split] = [line.split()[0] for line in file.read_text("utf-8").splitlines() if line.strip()]
-            if twice := sorted({name for name in splits[split] if splits[split].count(name) > 1}):
-                raise DataError(f"{file} names {twice[0]} twice; remove one line.")
+            splits[split] = [index.find_list_entry(line) or LABEL_AT_END.sub("", line) for line in read_lines(file)]
+            if len(set(splits[split])) < len(splits[split]):
+                twice = min(name for name, n in Counter(splits[split]).items() if n > 1)
+                raise DataError(f"{file} names {twice} twice; remove one line.")
     if "train" in splits:
         splits.pop("trainval", None)
     for split in ("val", "test"):
@@ -100,29 +92,57 @@ def read_voc_splits(folder: Path) -> dict[str, list[str]]:
     return splits
 
 
-def parse_voc_annotation(file: Path) -> tuple[tuple[int, int], list[VocObject]]:
-    """(height, width), (0, 0) if it gives none, and the objects of an annotation. Raises DataError if it is broken."""
+def read_voc_annotation(file: Path, image: Path, errors: ErrorPolicy) -> ImageRecord | None:
+    """The objects of an annotation; rejects objects that are broken, or the whole file (None)."""
     try:
-        tree = ElementTree.parse(file).getroot()
+        tree = ElementTree.fromstring(read_bytes(file))
+    except (ElementTree.ParseError, ValueError, LookupError) as error:  # an unknown encoding is a LookupError
+        errors.reject(str(file), f"it is broken XML ({error})")
+        return None
+    try:
         size = tree.find("size")
-        height, width = (int(_child_text(size, key)) for key in ("height", "width")) if size is not None else (0, 0)
-        objects = []
-        for item in tree.findall("object"):
-            x1, y1, x2, y2 = (float(_child_text(item, f"bndbox/{key}")) for key in ("xmin", "ymin", "xmax", "ymax"))
-            difficult = (item.findtext("difficult") or "0").strip() == "1"
-            objects.append(((x1, y1, x2, y2), _child_text(item, "name"), difficult))
-    except (ElementTree.ParseError, UnicodeDecodeError) as error:
-        raise DataError(f"{file} is broken XML ({error}); write it again.") from error
-    except (KeyError, ValueError) as error:
-        raise DataError(f"{file} is not a Pascal VOC annotation: {error}.") from error
-    except OSError as error:
-        raise DataError(f"{file} cannot be read ({error.strerror}).") from error
-    return (height, width), objects
+        given = ("height", "width") if size is not None else ()
+        height, width = tuple(_child_number(tree, f"size/{key}") for key in given) or (0.0, 0.0)
+        if not (height.is_integer() and width.is_integer() and min(height, width) >= 0):
+            raise ValueError(f"its size is {width:g}x{height:g}")
+    except ValueError as error:
+        errors.reject(str(file), f"it is not a Pascal VOC annotation: {error}")
+        return None
+    objects = []
+    for number, item in enumerate(tree.findall("object"), 1):
+        try:
+            objects.append(_parse_object(item, f"{file}, object {number}"))
+        except ValueError as error:
+            errors.reject(f"{file}, object {number}", str(error))
+            objects.append(ObjectRecord(f"{file}, object {number}", None, None))
+    known = (int(height), int(width)) if height and width else (0, 0)
+    return ImageRecord(f"JPEGImages/{image.name}", image, str(file), known, objects)
 
 
-def _child_text(element: ElementTree.Element | None, path: str) -> str:
+def _parse_object(item: ElementTree.Element, where: str) -> ObjectRecord:
+    """One <object>; raises ValueError."""
+    name = _child_text(item, "name")
+    ignored = (item.findtext("difficult") or "").strip().lower() in TRUE
+    polygon = item.find("polygon")
+    if item.find("bndbox") is None and polygon is not None:
+        corners = sorted(
+            polygon, key=lambda corner: (int(re.sub(r"\D", "", corner.tag) or 0), corner.tag)
+        )  # x1, y1, x2, …
+        return ObjectRecord(where, name, None, [[float(corner.text or "nan") for corner in corners]], ignored)
+    x1, y1, x2, y2 = (_child_number(item, f"bndbox/{key}") for key in ("xmin", "ymin", "xmax", "ymax"))
+    return ObjectRecord(where, name, (x1, y1, x2, y2), None, ignored)
+
+
+def _child_text(element: ElementTree.Element, path: str) -> str:
     """The text of a child element; raises ValueError if there is none."""
-    text = (element.findtext(path) or "").strip() if element is not None else ""
-    if not text:
+    if not (text := (element.findtext(path) or "").strip()):
         raise ValueError(f"<{path.replace('/', '><')}> is missing or empty")
     return text
+
+
+def _child_number(element: ElementTree.Element, path: str) -> float:
+    text = _child_text(element, path)
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"<{path.replace('/', '><')}> is {text!r}, not a number") from None

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from resnetlab.data.error_policy import ErrorPolicy
-from resnetlab.data.mask_dataset import VOID, MaskedImage
+from resnetlab.data.mask_dataset import MaskedImage
+from resnetlab.data.mask_files import VOID
 from resnetlab.device import DeviceConfig, eval_mode, to_device
 from resnetlab.models.head_spec import SegmenterSpec
 

@@ -174,7 +174,8 @@ class Segmenter(AnnotatedPredictor):
     def _compute_metrics(
         self, data: Path, split: str, on_bad: str, on_progress: ProgressFn
     ) -> tuple[str, dict[str, Any], dict[str, str]]:
-        dataset, classes = mask_dataset.load_masks(data, on_bad), self.model.classes
+        class_255 = str(self.model.recipe.get("class_255", ""))
+        dataset, classes = mask_dataset.load_masks(data, on_bad, class_255), self.model.classes
         if dataset.classes != classes:
             raise DataError(
                 f"{data} has the classes {', '.join(dataset.classes)}, {self.path} has {', '.join(classes)}; "

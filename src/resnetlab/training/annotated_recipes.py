@@ -66,6 +66,7 @@ class SegmentationRecipe(AnnotatedRecipe):
 
     head: str = "fcn"  # "fcn" or "deeplab" (DeepLabV3's)
     output_stride: int = 16  # stride of the map that the head reads: 8, 16 or 32
+    class_255: str = ""  # what 255 means in masks: a class, "ignore" (not evaluated), or "" to decide by the masks
     on_bad_mask: str = "stop"  # at an invalid mask or image: "stop", or "skip" it (left out, and listed)
 
 

@@ -15,7 +15,8 @@ from torch.nn import functional as F
 from resnetlab.data import mask_dataset
 from resnetlab.data.annotated_dataset import AnnotatedDataset
 from resnetlab.data.annotated_sampler import AugmentationDraw, flip_image
-from resnetlab.data.mask_dataset import VOID, MaskedImage
+from resnetlab.data.mask_dataset import MaskedImage
+from resnetlab.data.mask_files import VOID
 from resnetlab.device import to_device
 from resnetlab.evaluation import overlays
 from resnetlab.evaluation.segmentation import SegmentationMetrics, compute_segmentation_metrics, segment_image
@@ -72,7 +73,7 @@ class SegmentationTask(AnnotatedTask[MaskedImage, SegmentationSample]):
 
     @classmethod
     def load_data(cls, recipe: SegmentationRecipe, path: Path) -> AnnotatedDataset[MaskedImage]:
-        return mask_dataset.load_masks(path, recipe.on_bad_mask)
+        return mask_dataset.load_masks(path, recipe.on_bad_mask, recipe.class_255)
 
     @classmethod
     def choose_head(

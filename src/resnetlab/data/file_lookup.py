@@ -1,0 +1,119 @@
+"""Finds the file or folder that a name in an annotation, a list or a convention means: the one place for all readers.
+
+A name means the file of that very name if there is one; otherwise the one file whose name differs only in Unicode form (macOS
+stores é as two characters), capitals, backslashes or a leading slash.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import unicodedata
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from urllib.parse import unquote
+
+from resnetlab.data.decode import list_images
+from resnetlab.data.folder import guess_split
+from resnetlab.errors import DataError
+
+YEAR = re.compile(r"([ _-]?dev)?[ _-]?\d{4}$")  # "train2017", "test-dev2017"
+LABEL_AT_END = re.compile(r"\s+-?[01]$")  # VOC's lists of a class: "2008_000008 -1"
+
+
+def _key(name: str) -> str:
+    """What names have in common that mean the same file."""
+    return unicodedata.normalize("NFC", name.replace("\\", "/")).casefold().lstrip("./")
+
+
+class NameIndex:
+    """Known names; `find` gives the one that a name means."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self._names = set(names)
+        self._by_key: dict[str, list[str]] = defaultdict(list)
+        for name in self._names:
+            self._by_key[_key(name)].append(name)
+
+    def find(self, name: str) -> str | None:
+        """The known name that `name` means; None if there is none, or several."""
+        if name in self._names:
+            return name
+        found = self._by_key.get(_key(name), ())
+        return found[0] if len(found) == 1 else None
+
+    def find_list_entry(self, line: str) -> str | None:
+        """The known stem that a line of a list means: a stem, a file name, a path, with a label or a second path behind it."""
+        whole = LABEL_AT_END.sub("", line)
+        for entry in (line, whole, *whole.split()[:1]):
+            last = entry.replace("\\", "/").rsplit("/", 1)[-1]
+            for stem in (entry, last, os.path.splitext(last)[0]):
+                if (found := self.find(stem)) is not None:
+                    return found
+        return None
+
+
+class ImageFinder:
+    """The images below a folder; `find` gives the file that an annotation's file name means."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._paths = [os.path.relpath(file, root).replace(os.sep, "/") for file in _list_files(root)]
+        self._index = NameIndex(self._paths)
+        self.folders = sorted({path.rpartition("/")[0] for path in self._paths})
+        self._by_last: dict[str, list[str]] = defaultdict(list)
+        for path in self._paths:
+            self._by_last[_key(path.rsplit("/", 1)[-1])].append(path)
+
+    def find(self, name: str, folders: Sequence[str]) -> Path | None:
+        """The image that `name` means in one of some folders (paths below the root, "" for itself), or else its last part.
+
+        None if there is none, or several files have that last part.
+        """
+        for folder in folders:
+            if (found := self._index.find(f"{folder}/{name}" if folder else name)) is not None:
+                return self.root / found
+        for folder in folders:  # elsewhere, hidden, or with an unusual suffix
+            if (self.root / folder / name).is_file():
+                return self.root / folder / name
+        last = re.split(r"[/\\]", name)[-1]
+        for spelled in (last, unquote(last)):
+            if len(found_by_last := self._by_last.get(_key(spelled), [])) == 1:
+                return self.root / found_by_last[0]
+        return None
+
+    def count_named(self, name: str) -> int:
+        """How many images have the last part of a name."""
+        return len(self._by_last.get(_key(re.split(r"[/\\]", name)[-1]), ()))
+
+
+def _list_files(root: Path) -> list[Path]:
+    files = []
+    for file in list_images(root):
+        if isinstance(file, DataError):
+            if "holds no image" in str(file):
+                return []
+            raise file
+        files.append(file)
+    return files
+
+
+def find_split(name: str) -> str:
+    """The split that a folder or file of this name (without suffix) is for: train, trainval, val or test; "" if none."""
+    plain = YEAR.sub("", name.lower().removeprefix("instances_"))
+    return plain if plain == "trainval" else guess_split(plain)
+
+
+def find_entry(folder: Path, *names: str) -> Path | None:
+    """The file or folder called by one of some names, in any capitals; the first name that is there."""
+    try:
+        entries = {entry.lower(): entry for entry in sorted(os.listdir(folder), reverse=True)}
+    except OSError:
+        return None
+    for name in names:
+        if (folder / name).exists():
+            return folder / name
+        if name.lower() in entries:
+            return folder / entries[name.lower()]
+    return None

@@ -1,0 +1,55 @@
+"""Reads text and JSON that people and their tools wrote: byte order marks, UTF-16 (PowerShell's `>`), CRLF.
+
+The one place for all lists, class files and annotations.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+from pathlib import Path
+from typing import Any
+
+from resnetlab.data.decode import check_regular_file
+from resnetlab.errors import DataError
+
+BYTE_ORDER_MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
+
+
+def read_bytes(file: Path) -> bytes:
+    """A file's content; raises a DataError that names it if it cannot be read, or is a pipe."""
+    check_regular_file(file)
+    try:
+        return file.read_bytes()
+    except FileNotFoundError:
+        raise DataError(f"{file} is not there.") from None
+    except OSError as error:
+        raise DataError(f"{file} cannot be read ({error.strerror}).") from error
+
+
+def find_encoding(start: bytes) -> str:
+    """The encoding of a text by its first bytes; UTF-8 without a byte order mark."""
+    return next((encoding for mark, encoding in BYTE_ORDER_MARKS.items() if start.startswith(mark)), "utf-8")
+
+
+def read_text(file: Path) -> str:
+    """A text without byte order mark; raises DataError if it cannot be read or is not UTF-8."""
+    content = read_bytes(file)
+    try:
+        return content.decode(find_encoding(content))
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file} is not valid UTF-8 (byte {error.start:,}); save it as UTF-8.") from error
+
+
+def read_lines(file: Path) -> list[str]:
+    """The lines of a text without spaces around them; empty lines are left out."""
+    return [line for line in map(str.strip, read_text(file).split("\n")) if line]
+
+
+def read_json(file: Path) -> Any:
+    """The content of a JSON file; raises DataError if it is broken."""
+    text = read_text(file)
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{file} is broken JSON ({error}); write it again.") from error
