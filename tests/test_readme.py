@@ -7,7 +7,6 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,11 +14,12 @@ from PIL import Image
 
 import images
 from readme import FIRST, REPOSITORY, SECOND, UV, blocks, commands
+from resnetlab.cli.main import run_command
 
 
 def runnable(command: str) -> str | None:
-    """A `resnetlab` command line as this Python runs it, training cut to 20 steps, studies to 3; None for any other."""
-    ours, n = re.subn(rf"^{UV}resnetlab(?!\S)", f"{shlex.quote(sys.executable)} -m resnetlab", command)
+    """The arguments of a `resnetlab` command, training cut to 20 steps, studies to 3; None for any other command."""
+    ours, n = re.subn(rf"^{UV}resnetlab(?!\S)", "", command)
     if not n:
         return None
     if " study " in ours:  # the smallest runs, of the smallest networks
@@ -56,16 +56,18 @@ def add_cifar10(command: str, folder: Path, cifar10: Path) -> None:
         link.symlink_to(cifar10, target_is_directory=True)
 
 
-def run(command: str | list[str], folder: Path) -> None:
-    done = subprocess.run(
-        command, shell=isinstance(command, str), cwd=folder, text=True, capture_output=True, stdin=subprocess.DEVNULL
-    )
-    assert done.returncode == 0, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
+@pytest.mark.timeout(900)
+def test_the_readme_runs(
+    tmp_path: Path,
+    subtests: pytest.Subtests,
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Every `resnetlab` command in order, then the Python, in one folder: what one writes the next may read.
 
-
-@pytest.mark.timeout(900)  # it starts a process for every command
-def test_the_readme_runs(tmp_path: Path, subtests: pytest.Subtests, request: pytest.FixtureRequest) -> None:
-    """Every `resnetlab` command in order, then the Python, in one folder: what one writes the next may read."""
+    They run in this process, since starting one for each would take longer than most commands do.
+    """
+    monkeypatch.chdir(tmp_path)
     for command in commands():
         if (ours := runnable(command)) is None:
             continue
@@ -75,11 +77,11 @@ def test_the_readme_runs(tmp_path: Path, subtests: pytest.Subtests, request: pyt
             if "photos" in command:
                 add_photos(tmp_path)
             add_images(command, tmp_path)
-            run(ours, tmp_path)
+            assert run_command(shlex.split(ours)) == 0
     with subtests.test("the Python"):
         program = "\n".join(blocks("python"))
         add_images(program, tmp_path)
-        run([sys.executable, "-c", program], tmp_path)
+        exec(compile(program, "README.md", "exec"), {})
 
 
 def test_every_command_is_known() -> None:

@@ -141,7 +141,7 @@ def test_signals_save_first(tmp_path: Path) -> None:
     again = command("train", "--resume", str(out))
     with subprocess.Popen(again, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) as process:
         wait_until(
-            lambda: any(line["step"] > first + 300 for line in read_metrics(RunFolder(out))), process
+            lambda: any(line["step"] > first + 30 for line in read_metrics(RunFolder(out))), process
         )  # a line may be half written
         process.terminate()
         _, stderr = process.communicate()

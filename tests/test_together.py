@@ -27,14 +27,14 @@ from resnetlab.training.train import RunOptions, resume
 from runs import assert_same
 
 VALUES = {
-    "image_size": 8, "batch": 32, "bn_batch": 8, "log_every": 3, "eval_every": 3, "checkpoint_minutes": 0,
+    "image_size": 8, "batch": 32, "bn_batch": 8, "log_every": 3, "eval_every": 5, "checkpoint_minutes": 0,
     "schedule": "plateau", "patience": 1, "ema_decay": 0.9, "clip_norm": 1.0, "stochastic_depth": 0.3,
     "label_smoothing": 0.1, "precise_bn": 3, "zero_init_last_bn": True,
     "mixup": 0.2, "recompute": True, "precision": "bf16", "threads": 1,
 }  # fmt: skip
 SETTINGS = [part for key, value in VALUES.items() for part in ("--set", f"{key}={str(value).lower()}")]
 COMMAND = [sys.executable, "-m", "resnetlab", "train", "digits", "--net", "resnet8", "--device", "cpu", *SETTINGS]
-STEPS = 30
+STEPS = 16
 
 
 @pytest.fixture(scope="module")
