@@ -84,7 +84,7 @@ def our_batches(folder: Path, form: str) -> Iterator[torch.Tensor]:
     shape = Preprocessing(3, (224, 224), 256, torch.tensor(MEAN), torch.tensor(STD))
     assert data.all_images is not None
     loader = TrainLoader(
-        data.all_images, shape, Augmentation(flip=True), BATCH, 0, select_device("fp32", "cpu"), Crop(form)
+        data.all_images, shape, Augmentation(flip=True, crop=Crop(form)), BATCH, 0, select_device("fp32", "cpu")
     )
     step = 0
     while True:

@@ -112,8 +112,10 @@ def ours(net: str, batch: int, device: torch.device, compiled: bool) -> Step:
     split = MemorySplit(images, torch.randint(10, (4 * batch,)))
     preprocessing = Preprocessing(3, (size, size), size, torch.full((3,), 0.5), torch.full((3,), 0.25))
     model: Any = device_config.place(resnetlab.build(our_name(net), classes=10, seed=0)).train()
-    augmentation = Augmentation(chosen.pad, chosen.pad_with, chosen.flip, chosen.colour)
-    loader = TrainLoader(split, preprocessing, augmentation, batch, 0, device_config, Crop("centre", (256, 480), 1.0))
+    augmentation = Augmentation(
+        chosen.pad, chosen.pad_with, chosen.flip, chosen.colour, crop=Crop("centre", (256, 480), 1.0)
+    )
+    loader = TrainLoader(split, preprocessing, augmentation, batch, 0, device_config)
     task = ClassificationTask(
         chosen, model, tuple("0123456789"), preprocessing, loader, split, split, {}, device_config
     )

@@ -42,6 +42,12 @@ LAYERS = {
 }
 MODULE_LINES = 500
 FUNCTION_LINES = 70  # without the docstring, which holds the help of a command
+PARAMETERS = 6  # without self; more belong into a value object
+# Commands, whose parameters are their options, and functions that people call from Python with the options they want
+MANY_PARAMETERS = re.compile(
+    r"resnetlab\.(cli\.\w+\.(train|evaluate|predict|serve|study|import_|export)"
+    r"|training\.train\.train|models\.resnet\.build|evaluation\.evaluate\.evaluate)"
+)
 
 
 def layer_of(module: str) -> str:
@@ -130,7 +136,20 @@ def oversized(source: Path) -> Iterator[str]:
                 yield f"{module}:{node.lineno} {node.name}: {n} lines, more than {FUNCTION_LINES}"
 
 
-@pytest.mark.parametrize("rule", [wrong_imports, cycles, oversized])
+def with_many_parameters(source: Path) -> Iterator[str]:
+    for module, file in modules(source).items():
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                parameters = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+                n = sum(parameter.arg not in ("self", "cls") for parameter in parameters)
+                if n > PARAMETERS and not MANY_PARAMETERS.fullmatch(f"{module}.{node.name}"):
+                    yield f"{module}:{node.lineno} {node.name}: {n} parameters, more than {PARAMETERS}"
+
+
+RULES = (wrong_imports, cycles, oversized, with_many_parameters)
+
+
+@pytest.mark.parametrize("rule", RULES)
 def test_the_architecture_holds(rule: Callable[[Path], Iterator[str]]) -> None:
     assert len(modules(SOURCE)) > 10
     assert "\n".join(rule(SOURCE)) == ""
@@ -183,13 +202,17 @@ VIOLATIONS = {
         {"nn/a.py": "class A:\n    async def f(self):\n        '''Not\n        counted.'''\n" + "        pass\n" * 70},
         "resnetlab.nn.a:2 f: 71 lines, more than 70",
     ),
+    "many parameters": (
+        {"cli/train.py": "def train(a, b, /, c, *, d, e, f, g): ...\n\ndef show(self, a, b, /, c, *, d, e, f, g): ..."},
+        "resnetlab.cli.train:3 show: 7 parameters, more than 6",
+    ),
 }
 
 
 @pytest.mark.parametrize(("files", "message"), VIOLATIONS.values(), ids=VIOLATIONS)
 def test_violations_are_found(files: dict[str, str], message: str, tmp_path: Path) -> None:
     write(tmp_path, files)
-    assert [*wrong_imports(tmp_path), *cycles(tmp_path), *oversized(tmp_path)] == [message]
+    assert [message for rule in RULES for message in rule(tmp_path)] == [message]
 
 
 def test_allowed_imports_pass(tmp_path: Path) -> None:
@@ -202,7 +225,7 @@ def test_allowed_imports_pass(tmp_path: Path) -> None:
         "__main__.py": "from resnetlab.cli.main import main",
     }
     write(tmp_path, files)
-    assert [*wrong_imports(tmp_path), *cycles(tmp_path), *oversized(tmp_path)] == []
+    assert [message for rule in RULES for message in rule(tmp_path)] == []
 
 
 def write(source: Path, files: dict[str, str]) -> None:

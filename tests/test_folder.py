@@ -47,7 +47,7 @@ def load(root: Path, **reading: object) -> sources.Dataset:
 
 
 def loader(split: object, crop: Crop, **values: object) -> TrainLoader:
-    return TrainLoader(split, SHAPE, Augmentation(flip=True, colour=True), 6, 3, ENGINE, crop, **values)  # type: ignore[arg-type]
+    return TrainLoader(split, SHAPE, Augmentation(flip=True, colour=True, crop=crop), 6, 3, ENGINE, **values)  # type: ignore[arg-type]
 
 
 def test_splits_classes_and_names(tmp_path: Path) -> None:

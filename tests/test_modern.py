@@ -55,10 +55,9 @@ def test_trivial_augment_is_torchvisions(name: str, mode: str) -> None:
 
 def modern(n: int = 40, share: int = 16, **values: object) -> TrainLoader:
     images = torch.stack([torch.from_numpy(np.array(photo(i, 24, 32))) for i in range(n)])
-    mixing = values.pop("mixing", Mixing())
     augmentation = Augmentation(**values)  # type: ignore[arg-type]
     labels = torch.arange(n) % 5
-    return TrainLoader(MemorySplit(images, labels), PLAIN, augmentation, share, 3, ENGINE, mixing=mixing, num_classes=5)  # type: ignore[arg-type]
+    return TrainLoader(MemorySplit(images, labels), PLAIN, augmentation, share, 3, ENGINE)
 
 
 def test_trivial_augment_is_drawn_by_step_and_position_alone() -> None:
@@ -100,7 +99,7 @@ def test_mixup_is_a_weighted_mean_of_neighbours_and_of_their_targets() -> None:
     x, labels = torch.randn(6, 3, 8, 8), torch.tensor([0, 1, 2, 2, 4, 0])
     shares = []
     for step in range(200):
-        mixed, targets = Mixing(mixup=0.2)(x, labels, 5, 0, step)
+        mixed, targets = Mixing(mixup=0.2, classes=5)(x, labels, 0, step)
         share = float(targets[0, 0])
         shares.append(share)
         other = torch.tensor([1, 0, 3, 2, 5, 4])
@@ -116,7 +115,7 @@ def test_mixup_is_a_weighted_mean_of_neighbours_and_of_their_targets() -> None:
 @settings(max_examples=60, deadline=None)
 def test_cutmix_shows_the_neighbour_in_a_box_of_its_share(step: int) -> None:
     x = torch.arange(4.0)[:, None, None, None].expand(4, 3, 20, 30).contiguous(memory_format=torch.channels_last)
-    mixed, targets = Mixing(cutmix=1.0)(x, torch.arange(4), 4, 0, step)
+    mixed, targets = Mixing(cutmix=1.0, classes=4)(x, torch.arange(4), 0, step)
     theirs = mixed != x
     assert torch.equal(mixed[theirs], x[[1, 0, 3, 2]][theirs])
     torch.testing.assert_close(targets.diagonal(), 1 - theirs.float().mean((1, 2, 3)))
@@ -133,8 +132,8 @@ def test_cutmix_box_is_torchvisions() -> None:
 
 def test_both_take_turns() -> None:
     x = torch.rand(2, 1, 16, 16)
-    mixing = Mixing(mixup=1.0, cutmix=1.0)
-    cut = [bool(((mixed := mixing(x, torch.arange(2), 2, 0, s)[0]) == x).logical_or(mixed == x.flip(0)).all())
+    mixing = Mixing(mixup=1.0, cutmix=1.0, classes=2)
+    cut = [bool(((mixed := mixing(x, torch.arange(2), 0, s)[0]) == x).logical_or(mixed == x.flip(0)).all())
            for s in range(100)]  # fmt: skip
     assert 30 < sum(cut) < 70
     with pytest.raises(UsageError, match=r"must be 0 \(none\) or more"):
@@ -145,7 +144,7 @@ def test_both_take_turns() -> None:
 def test_a_image_without_its_neighbour_stays_as_it_is() -> None:
     x, labels, positions = torch.rand(4, 1, 2, 2), torch.arange(4), torch.tensor([1, 4, 5, 6])
     assert find_partners(positions).tolist() == [0, 2, 1, 3]
-    mixed, targets = Mixing(mixup=1.0)(x, labels, 4, 0, 0, positions)
+    mixed, targets = Mixing(mixup=1.0, classes=4)(x, labels, 0, 0, positions)
     assert torch.allclose(mixed[[0, 3]], x[[0, 3]]) and torch.equal(targets[[0, 3]], torch.eye(4)[[0, 3]])
     assert not torch.allclose(mixed[1:3], x[1:3])
 
@@ -154,7 +153,7 @@ def test_the_label_is_the_class_that_a_image_shows_most() -> None:
     plain = modern().batch(0)
     assert torch.equal(plain.targets, plain.labels)
     for step in range(8):
-        batch = modern(mixing=Mixing(mixup=0.5)).batch(step)
+        batch = modern(mixing=Mixing(mixup=0.5, classes=5)).batch(step)
         assert batch.targets.shape == (16, 5) and torch.equal(batch.labels, batch.targets.argmax(1))
 
 

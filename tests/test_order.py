@@ -55,10 +55,10 @@ def batches(split: Split, steps: range, workers: int, world: World, everything: 
         split = replace(split, workers=workers)
     preprocessing = shape(split, 24 if isinstance(split, DiskSplit) else split.read_image(0).shape[0])
     colour = everything and preprocessing.channels == 3
-    augmentation = Augmentation(2, "mean", True, colour, trivial_augment=everything, erasing=0.5 * everything)
     crop = Crop("scale", (26, 40)) if isinstance(split, DiskSplit) else Crop()
-    mixing = Mixing(0.5, 1.0) if everything else Mixing()
-    loader = TrainLoader(split, preprocessing, augmentation, SIZE, 3, ENGINE, crop, mixing, 10, world)
+    mixing = Mixing(0.5, 1.0, classes=10) if everything else Mixing()
+    augmentation = Augmentation(2, "mean", True, colour, everything, 0.5 * everything, crop, mixing)
+    loader = TrainLoader(split, preprocessing, augmentation, SIZE, 3, replace(ENGINE, world=world))
     try:
         return [loader.batch(step) for step in steps]
     finally:

@@ -7,6 +7,7 @@ import inspect
 import io
 import re
 from base64 import b64decode
+from dataclasses import replace
 from html.parser import HTMLParser
 from types import ModuleType
 from typing import Any
@@ -20,6 +21,7 @@ from resnetlab.evaluation import figures
 from resnetlab.evaluation.metrics import ClassificationMetrics, wilson_interval
 from resnetlab.training import curves, report
 from resnetlab.training.curves import curve_points, learning_rate_changes
+from resnetlab.training.result import ClassificationResult
 
 SPEED = {"images_per_second": 900.0, "seconds": 3.2}
 TRAIN = [
@@ -82,32 +84,34 @@ def random_images(n: int, channels: int = 1, side: int = 8) -> Tensor:
 
 def render(evaluated: ClassificationMetrics, images: Tensor | None = None, **changes: Any) -> str:
     held_out = changes.pop("held_out_error", 0.05)
-    result = {
-        "run": "runs/digits",
-        "model": "runs/my digits/model.safetensors",
-        "top1_error": evaluated.top1_error,
-        "top5_error": evaluated.top5_error,
-        "held_out_error": held_out,
-        "n": evaluated.n,
-        "split": "test",
-        "steps": 100,
-        "seconds": 14.23,
-        "images_per_second": 2731.4,
-        "parameters": 174_970,
-    }
+    result = ClassificationResult(
+        run="runs/digits",
+        model="runs/my digits/model.safetensors",
+        report="runs/my digits/report.html",
+        top1_error=evaluated.top1_error,
+        top1_interval=(0.0, 1.0),
+        top5_error=evaluated.top5_error,
+        held_out_error=held_out,
+        n=evaluated.n,
+        split="test",
+        steps=100,
+        seconds=14.23,
+        images_per_second=2731.4,
+        parameters=174_970,
+        budget=None,
+    )
     recipe = {"name": "quick", "data": "digits", "batch": 64, "lr": 0.1, "milestones": [50]}
-    values = {
-        "title": "resnet14 on digits",
-        "recipe": recipe | {"val_images": 0 if held_out is None else 144},
-        "differences": [],
-        "budget": None,
-        "metrics": TRAIN + HELD_OUT if held_out is not None else TRAIN,
-        "evaluation": evaluated,
-        "images": random_images(evaluated.n) if images is None else images,
-        "environment": {"torch": "2.11.0", "gpu": None},
-        "result": result,
-    }
-    return report.render_report(**values | changes)
+    overlays = changes.pop("overlays", ())
+    description = report.RunDescription(
+        title="resnet14 on digits",
+        recipe=recipe | {"val_images": 0 if held_out is None else 144},
+        differences=[],
+        budget=None,
+        metrics=TRAIN + HELD_OUT if held_out is not None else TRAIN,
+        environment={"torch": "2.11.0", "gpu": None},
+    )
+    images = random_images(evaluated.n) if images is None else images
+    return report.render_report(replace(description, **changes), result, evaluated, images, overlays)
 
 
 USUAL = evaluation([[97, 2, 1], [0, 100, 0], [5, 0, 95]])  # 8 of 300 wrong

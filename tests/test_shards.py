@@ -32,7 +32,7 @@ FLOWERS = Path(__file__).resolve().parents[2] / "shared" / "data" / "flowers"
 def batch(data: Dataset) -> torch.Tensor:
     shape = Preprocessing(3, (24, 24), 32, torch.zeros(3), torch.ones(3))
     own = TrainLoader(
-        data.train, shape, Augmentation(flip=True), 6, 3, select_device("fp32", "cpu"), Crop("scale", (26, 40))
+        data.train, shape, Augmentation(flip=True, crop=Crop("scale", (26, 40))), 6, 3, select_device("fp32", "cpu")
     )
     try:
         return own.batch(7).images
@@ -254,7 +254,7 @@ def photographs(data: Dataset, workers: int = 0) -> list[torch.Tensor]:
     assert isinstance(data.train, DiskSplit)
     split = replace(data.train, workers=workers)
     shape = Preprocessing(3, (64, 64), 64, torch.zeros(3), torch.ones(3))
-    own = TrainLoader(split, shape, Augmentation(flip=True), 16, 1, select_device("fp32", "cpu"), Crop("resized"))
+    own = TrainLoader(split, shape, Augmentation(flip=True, crop=Crop("resized")), 16, 1, select_device("fp32", "cpu"))
     try:
         return [own.batch(step).images for step in (13, 14, 15)]  # the end of an epoch of 240, and the next
     finally:

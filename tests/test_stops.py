@@ -89,7 +89,7 @@ def test_adamw_resumes_bit_identically(tmp_path: Path) -> None:
 def test_a_kill_between_model_and_report(tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(report, "render_report", lambda **_: os.kill(os.getpid(), signal.SIGKILL))
+        patch.setattr(report, "render_report", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
         killed(resnetlab.train, tiny(), out=out, device="cpu")
     assert (out / "model.safetensors").exists() and not (out / "report.html").exists()
     resume(out)
@@ -102,7 +102,7 @@ def test_a_signal_in_the_last_evaluation_says_how_to_go_on(
 ) -> None:
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(report, "render_report", lambda **_: os.kill(os.getpid(), signal.SIGTERM))
+        patch.setattr(report, "render_report", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
         with pytest.raises(
             StopSignal, match=r"stopped while evaluating, .* resume with: resnetlab train --resume"
         ) as stop:

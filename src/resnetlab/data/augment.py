@@ -1,14 +1,16 @@
-"""Augmentation of whole batches, a function of (seed, step, position): pad, random crop, flip (2015 §4.2), colour, erasing."""
+"""Augmentation, a function of (seed, step, position); of whole batches here: pad, crop, flip (2015 §4.2), colour, erasing."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from resnetlab.data.crops import Crop
+from resnetlab.data.mixing import Mixing
 from resnetlab.device import to_device
 from resnetlab.errors import UsageError, unknown_name_error
 from resnetlab.preprocessing import Preprocessing
@@ -24,7 +26,8 @@ ERASED_AREA, ERASED_RATIO, ERASING_TRIES = (0.02, 0.33), (0.3, 3.3), 10
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Settings of the augmentation.
+    """Every random change of training images. `crop` and `trivial_augment` change images one by one, before the batch is made
+    of them; `mixing` mixes the finished batch; calling the augmentation makes the other changes.
 
     Attributes:
         pad: pixels added on each side before a crop of the original size is taken; 0 does not crop.
@@ -32,8 +35,9 @@ class Augmentation:
         flip: mirror half of the images.
         colour: add to every pixel of an image a mixture of the principal components of RGB, with weights N(0, 0.1) times
             their eigenvalues (AlexNet's colour augmentation; 2015 §3.4).
-        trivial_augment: one random operation per image (data.trivial_augment); the loader applies it, image by image.
+        trivial_augment: one random operation per image (data.trivial_augment).
         erasing: share of images in which a random rectangle is replaced by the mean (Zhong et al. 2020, arXiv 1708.04896).
+        crop: what part of an image on disk is read.
     """
 
     pad: int = 0
@@ -42,6 +46,8 @@ class Augmentation:
     colour: bool = False
     trivial_augment: bool = False
     erasing: float = 0.0
+    crop: Crop = field(default_factory=Crop)
+    mixing: Mixing = field(default_factory=Mixing)
 
     def __post_init__(self) -> None:
         if self.pad_with not in PADDINGS:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,16 @@ def read_coco(root: Path, errors: ErrorPolicy, masks: bool) -> Annotations:
     classes = _compare_categories(files, categories)
     finder = ImageFinder(root)
     splits: dict[str, Iterable[ImageRecord]] = {
-        split: list(_read_images(finder, files[split], documents.pop(split), categories[split], split, masks, errors))
+        split: list(
+            _read_images(
+                finder,
+                files[split],
+                documents.pop(split),
+                split,
+                partial(_read_object, categories=categories[split], masks=masks, errors=errors),
+                errors,
+            )
+        )
         for split in files
     }
     return Annotations("COCO", classes, splits, notes)
@@ -159,9 +169,8 @@ def _read_images(
     finder: ImageFinder,
     source: Path,
     content: CocoDocument,
-    categories: Mapping[int | str, str],
     split: str,
-    masks: bool,
+    read_object: Callable[[Mapping[str, Any], str], ObjectRecord],
     errors: ErrorPolicy,
 ) -> Iterator[ImageRecord]:
     """The images whose files exist; rejects missing files, and annotations of no image."""
@@ -190,7 +199,7 @@ def _read_images(
             errors.reject(f"{source}, image {key}", f"its width and height are {given}, not numbers of pixels")
         else:
             usable += 1
-            things = [_read_object(a, _describe(source, number, a), categories, masks, errors) for number, a in own]
+            things = [read_object(a, _describe(source, number, a)) for number, a in own]
             yield ImageRecord(name, file, str(source), size, things)
     if names and not usable:
         raise DataError(

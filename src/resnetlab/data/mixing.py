@@ -24,10 +24,12 @@ class Mixing:
     Attributes:
         mixup: a of mixup (Zhang et al. 2018, arXiv 1710.09412): share * image + (1 - share) * partner; 0 turns it off.
         cutmix: a of CutMix (Yun et al. 2019, arXiv 1905.04899): the partner fills a box of 1 - share of the area; 0: off.
+        classes: of the targets; needed if images are mixed.
     """
 
     mixup: float = 0.0
     cutmix: float = 0.0
+    classes: int = 0
 
     def __post_init__(self) -> None:
         if not (0 <= self.mixup < 1e3 and 0 <= self.cutmix < 1e3):
@@ -37,7 +39,7 @@ class Mixing:
         return self.mixup > 0 or self.cutmix > 0
 
     def __call__(
-        self, images: Tensor, labels: Tensor, classes: int, seed: int, step: int, positions: Tensor | None = None
+        self, images: Tensor, labels: Tensor, seed: int, step: int, positions: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Mixed images and soft targets.
 
@@ -64,7 +66,7 @@ class Mixing:
             share = 1 - h * w / (images.shape[2] * images.shape[3])
         else:
             images = torch.lerp(others, images, share)
-        own = F.one_hot(labels, classes).to(images.dtype)  # (B, classes)
+        own = F.one_hot(labels, self.classes).to(images.dtype)  # (B, classes)
         return images, torch.lerp(own.index_select(0, partner), own, share)
 
 

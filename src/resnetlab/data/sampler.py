@@ -6,7 +6,7 @@ A step's batch does not depend on the number of processes that share it: each pr
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from typing import Any, NamedTuple
 
@@ -17,7 +17,6 @@ from resnetlab.data import crops, trivial_augment
 from resnetlab.data.augment import Augmentation
 from resnetlab.data.crops import Crop
 from resnetlab.data.dataset import MemorySplit, Split
-from resnetlab.data.mixing import Mixing
 from resnetlab.data.prefetch import BatchReader, Prefetcher, preprocess_image, stack_images
 from resnetlab.device import DeviceConfig, to_device
 from resnetlab.distributed import World
@@ -138,9 +137,7 @@ class TrainLoader:
     """Training batches of a split.
 
     Attributes:
-        batch_size: images in a step, over all processes.
-        num_classes: needed if images are mixed.
-        world: the processes that share a step; `batch` returns the images of this one.
+        batch_size: images in a step, over all processes of `device_config.world`; `batch` returns the images of this one.
     """
 
     split: Split
@@ -149,10 +146,6 @@ class TrainLoader:
     batch_size: int
     seed: int
     device_config: DeviceConfig
-    crop: Crop = field(default_factory=Crop)
-    mixing: Mixing = field(default_factory=Mixing)
-    num_classes: int = 0
-    world: World = field(default_factory=World)
 
     def batch(self, step: int) -> Batch:
         """This process's images of step `step`, augmented, normalised and mixed, on the device.
@@ -161,7 +154,7 @@ class TrainLoader:
         """
         sampler = self._sampler
         indices, device = sampler.indices(step), self.device_config.device
-        one_by_one = self.augmentation.trivial_augment or self.crop.kind != "centre"
+        one_by_one = self.augmentation.trivial_augment or self.augmentation.crop.kind != "centre"
         if self._on_device is not None and not one_by_one:
             chosen, read = to_device(indices, device), torch.arange(len(indices))
             pixels, labels = (x.index_select(0, chosen) for x in self._on_device)
@@ -181,9 +174,9 @@ class TrainLoader:
             step,
             None if len(read) == self.batch_size else (positions, self.batch_size),
         )
-        if not self.mixing:
+        if not self.augmentation.mixing:
             return Batch(images, labels, labels)
-        images, targets = self.mixing(images, labels, self.num_classes, self.seed, step, positions)
+        images, targets = self.augmentation.mixing(images, labels, self.seed, step, positions)
         return Batch(images, targets.argmax(1), targets)
 
     @cached_property
@@ -200,13 +193,13 @@ class TrainLoader:
         streams = [RandomStream("crop", crops.NUM_DRAWS)]
         if self.augmentation.trivial_augment:
             streams.append(RandomStream("trivial", trivial_augment.NUM_DRAWS))
-        positions = rank_positions(self.batch_size, self.world)
+        positions = rank_positions(self.batch_size, self.device_config.world)
         return Sampler(len(self.split), self.batch_size, self.seed, positions, tuple(streams))
 
     @cached_property
     def _prefetcher(self) -> Prefetcher[Tensor]:
         split, pin = self.split, self.device_config.device.type == "cuda"
-        read = partial(read_train_image, split, self.preprocessing, self.crop)
+        read = partial(read_train_image, split, self.preprocessing, self.augmentation.crop)
         reader = BatchReader(self._sampler, read, split.name_of, stack_images)
         return Prefetcher(reader, split.errors, split.workers, pin)
 

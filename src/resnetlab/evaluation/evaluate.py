@@ -18,7 +18,7 @@ from resnetlab.data.dataset import MemorySplit, Split
 from resnetlab.data.disk_split import ReadOptions
 from resnetlab.data.prefetch import PreprocessedSplit
 from resnetlab.device import DeviceConfig, select_device, standard_torch_state
-from resnetlab.distributed import World, join_process_group
+from resnetlab.distributed import join_process_group
 from resnetlab.errors import DataError, DivergedError, UsageError
 from resnetlab.evaluation.calibration import describe_calibration, fit_temperature
 from resnetlab.evaluation.comparison import Comparison, compare_models
@@ -122,20 +122,12 @@ def evaluate_network(
     preprocessing: Preprocessing,
     classes: tuple[str, ...],
     device_config: DeviceConfig,
-    *,
-    temperature: float = 1.0,
-    world: World | None = None,
-    on_progress: Callable[[int], None] = lambda done: None,
 ) -> ClassificationMetrics:
-    """Evaluates a network on every image of a split, one crop each.
+    """Evaluates a network on every image of a split, of any size, one crop each.
 
-    Args:
-        split: images of any size; those on disk are decoded batch by batch.
-        world: the processes that share the images; each returns the same.
-        on_progress: called with the number of images done so far.
+    The processes of `device_config.world` share the images; each returns the same.
     """
-    member = Member.from_network(net, preprocessing, device_config, temperature=temperature)
-    all_scores = predict_scores([member], split, device_config, world=world, on_progress=on_progress)
+    all_scores = predict_scores([Member.from_network(net, preprocessing, device_config)], split, device_config)
     ((labels, scores),), skipped = drop_skipped(split, split.labels, all_scores)
     return replace(ClassificationMetrics.from_scores(classes, scores, labels), skipped=skipped)
 
@@ -231,17 +223,17 @@ def evaluate(
     labels = _labels_by_name(images, source.classes, classes)
     notes = describe_overlap(source, images, trained, names)
     with join_process_group() as world:
-        device_config = select_device(precision, device)
+        device_config = replace(select_device(precision, device), world=world)
         if fit_on is not None:
             truth, about = _labels_by_name(held_out, source.classes, classes), {"data": data} | about
-            trained = fit_temperatures(trained, columns, held_out, truth, device_config, world, about)
+            trained = fit_temperatures(trained, columns, held_out, truth, device_config, about)
         temperatures = [each.temperature for each in trained]
         all_members = _make_members(trained, columns, temperatures, device_config)
 
         def on_progress(done: int) -> None:
             progress(done, len(images))
 
-        scores = predict_scores(all_members, images, device_config, parsed, world=world, on_progress=on_progress)
+        scores = predict_scores(all_members, images, device_config, parsed, on_progress)
     results, skipped = drop_skipped(images, labels, scores)
     if skipped:
         images = images.subset(torch.tensor([i for i, name in enumerate(images.names) if name not in skipped]))
@@ -269,12 +261,11 @@ def fit_temperatures(
     split: Split,
     labels: Tensor,
     device_config: DeviceConfig,
-    world: World,
     about: dict[str, Any],
 ) -> list[TrainedModel]:
     """Copies of the models with the temperatures that fit a split best, one crop for each image."""
     members = _make_members(models, columns, [1.0] * len(models), device_config)
-    results, skipped = drop_skipped(split, labels, predict_scores(members, split, device_config, world=world))
+    results, skipped = drop_skipped(split, labels, predict_scores(members, split, device_config))
     calibrated = []
     for model, (truth, scores) in zip(models, results, strict=True):
         log_scores = ClassificationMetrics.from_scores(models[0].classes, scores, truth).log_scores

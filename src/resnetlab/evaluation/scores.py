@@ -18,7 +18,6 @@ from torch import Tensor
 
 from resnetlab.data.dataset import Split
 from resnetlab.device import DeviceConfig, eval_mode, to_device
-from resnetlab.distributed import World
 from resnetlab.evaluation.protocols import ONE_CROP, Protocol, generate_views
 from resnetlab.models.fold import fold_batchnorm
 from resnetlab.models.resnet import ResNet
@@ -67,11 +66,9 @@ def predict_scores(
     split: Split,
     device_config: DeviceConfig,
     protocol: Protocol = ONE_CROP,
-    *,
-    world: World | None = None,
     on_progress: Callable[[int], None] = lambda done: None,
 ) -> list[Tensor]:
-    """Softmax scores of every member for every image, each float32 (N, classes), in every process.
+    """Softmax scores of every member for every image, each float32 (N, classes), in every process of `device_config.world`.
 
     The scores of an image that cannot be read, where the split skips such images, are SKIPPED.
 
@@ -82,8 +79,7 @@ def predict_scores(
         DataError: an image cannot be read and the split does not skip such images.
         UsageError: the protocol's crop is larger than the image.
     """
-    world = world or World()
-    n = len(split)
+    world, n = device_config.world, len(split)
     scores = [torch.zeros(n, len(member.columns)) for member in members]
     counts = torch.zeros(n, dtype=torch.int32)
     done = 0

@@ -80,18 +80,20 @@ def segment_image(net: nn.Module, pixels: Tensor, spec: SegmenterSpec, device_co
 
 
 def compute_segmentation_metrics(
-    net: nn.Module,
+    segment: Callable[[Tensor], Tensor],
     images: Sequence[MaskedImage],
     classes: tuple[str, ...],
-    spec: SegmenterSpec,
-    device_config: DeviceConfig,
     errors: ErrorPolicy,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> SegmentationMetrics:
-    """Evaluates a segmenter on images at their own size; `errors` handles those that cannot be read."""
+    """Evaluates a segmenter on images at their own size; `errors` handles those that cannot be read.
+
+    Args:
+        segment: the segmenter, uint8 (H, W, 3) -> int64 (H, W), the class of every pixel.
+    """
     confusion, evaluated = torch.zeros(len(classes), len(classes), dtype=torch.int64), []
     for image, (pixels, mask) in errors.read_each(images, MaskedImage.read):
-        predicted = segment_image(net, pixels, spec, device_config)
+        predicted = segment(pixels)
         valid = mask != VOID
         pairs = mask[valid].long() * len(classes) + predicted[valid]
         confusion += torch.bincount(pairs, minlength=len(classes) ** 2).view_as(confusion)

@@ -88,10 +88,12 @@ def draw_convergence(plain: str, residual: str, outcomes: RunOutcomes) -> figure
 
     return figures.draw_study_figure(
         "convergence",
-        "Who is ahead",
         draw,
-        height=320,
+        figures.FigureText(
+            "Who is ahead",
+            "As 2015 Fig. 4, plain and residual in one panel.",
+            f"Error by training step of {plain} and {residual}.",
+        ),
+        figures.PanelLayout(height=320),
         legend=[*figures.colour_keys(list(colours)), *figures.LEARNING_KEYS],
-        caption="As 2015 Fig. 4, plain and residual in one panel.",
-        label=f"Error by training step of {plain} and {residual}.",
     )

@@ -154,13 +154,15 @@ def draw_cost(counts: dict[str, tuple[int, int]]) -> figures.StudyFigure:
 
     return figures.draw_study_figure(
         "cost",
-        "What the ImageNet nets cost",
         draw,
-        height=380,
+        figures.FigureText(
+            "What the ImageNet nets cost",
+            "One image of 224 pixels; logarithmic scales. Plain-18 and -34 have the points of their residual twins.",
+            "Multiply-adds against parameters of the ImageNet networks, AlexNet, VGG and GoogLeNet.",
+        ),
+        figures.PanelLayout(height=380),
         legend=[
             figures.LegendKey("the paper's", "--series-0", "dot"),
             figures.LegendKey("torchvision's others", "--series-1", "dot"),
         ],
-        caption="One image of 224 pixels; logarithmic scales. Plain-18 and -34 have the points of their residual twins.",
-        label="Multiply-adds against parameters of the ImageNet networks, AlexNet, VGG and GoogLeNet.",
     )

@@ -92,11 +92,12 @@ def draw_degradation(depths: Sequence[int], outcomes: RunOutcomes) -> figures.St
 
     return figures.draw_study_figure(
         "degradation",
-        "Error by step, plain and residual",
         draw,
-        panels=2,
-        height=340,
+        figures.FigureText(
+            "Error by step, plain and residual",
+            "Laid out as 2015 Fig. 6 (left, middle), Fig. 1 and 4. Means over seeds; bands from the lowest to the highest.",
+            "Error by training step of plain nets (left) and residual nets (right), one colour for each depth.",
+        ),
+        figures.PanelLayout(panels=2, height=340),
         legend=[*figures.colour_keys([f"{depth} layers" for depth in depths]), *figures.LEARNING_KEYS],
-        caption="Laid out as 2015 Fig. 6 (left, middle), Fig. 1 and 4. Means over seeds; bands from the lowest to the highest.",
-        label="Error by training step of plain nets (left) and residual nets (right), one colour for each depth.",
     )

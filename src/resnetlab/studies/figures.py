@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from resnetlab.evaluation import figures
 from resnetlab.evaluation.figures import SERIES as SERIES
@@ -47,27 +47,39 @@ def colour_keys(labels: Sequence[str]) -> list[LegendKey]:
     return [LegendKey(label, f"--series-{i % len(SERIES)}") for i, label in enumerate(labels)]
 
 
+class FigureText(NamedTuple):
+    """The words of a figure; `label` is for readers who cannot see it."""
+
+    title: str
+    caption: str
+    label: str
+
+
+class PanelLayout(NamedTuple):
+    """How many panels, in how many rows of how many pixels; in the narrow form they are one below the other."""
+
+    panels: int = 1
+    rows: int = 1
+    height: int = 300
+
+
+ONE_PANEL = PanelLayout()
+
+
 def draw_study_figure(
     name: str,
-    title: str,
     draw: Callable[[Panels], None],
-    *,
-    panels: int = 1,
-    rows: int = 1,
-    height: int = 300,
-    caption: str,
-    label: str,
+    text: FigureText,
+    layout: PanelLayout = ONE_PANEL,
     legend: Sequence[LegendKey] = (),
 ) -> StudyFigure:
-    """Draws a figure whose panels are side by side in its wide form and one below the other in its narrow one.
+    """Draws a figure in its wide and its narrow form.
 
     Args:
         name: unique in the page.
         draw: draws on the panels' axes, left to right, row by row.
-        panels, rows: how many panels, in how many rows.
-        height: of a row, in pixels.
-        label: the text for readers who cannot see the figure.
     """
+    panels, rows, height = layout
 
     def draw_form(width: int) -> str:
         columns = -(-panels // rows) if width == WIDE else 1
@@ -78,9 +90,11 @@ def draw_study_figure(
             draw(_add_grid(figure, panels, columns, num_rows, width, size))
 
         kind = "wide" if width == WIDE else "narrow"
-        return figures.inline_svg(draw_panels, width=width, height=num_rows * size, name=f"{name}-{kind}", label=label)
+        return figures.inline_svg(
+            draw_panels, width=width, height=num_rows * size, name=f"{name}-{kind}", label=text.label
+        )
 
-    return StudyFigure(title, draw_form(WIDE), draw_form(NARROW), caption, legend)
+    return StudyFigure(text.title, draw_form(WIDE), draw_form(NARROW), text.caption, legend)
 
 
 def _add_grid(figure: Figure, panels: int, columns: int, rows: int, width: int, height: int) -> list[Axes]:

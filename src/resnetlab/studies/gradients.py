@@ -176,16 +176,18 @@ def draw_signals(flows: dict[str, list[SignalFlow]]) -> figures.StudyFigure:
 
     return figures.draw_study_figure(
         "signals",
-        "Signals forwards and backwards",
         draw,
-        panels=2,
+        figures.FigureText(
+            "Signals forwards and backwards",
+            "Variance of each BN's output, and norm of the loss's gradient there; means over seeds, logarithmic scales.",
+            "Forward variance and backward gradient norm of each layer.",
+        ),
+        figures.PanelLayout(panels=2),
         legend=[
             *figures.colour_keys(list(flows)),
             figures.LegendKey("before training", line="dashed"),
             figures.LegendKey("after training"),
         ],
-        caption="Variance of each BN's output, and norm of the loss's gradient there; means over seeds, logarithmic scales.",
-        label="Forward variance and backward gradient norm of each layer.",
     )
 
 
@@ -206,10 +208,12 @@ def draw_identities(units: dict[str, list[list[IdentityFlow]]]) -> figures.Study
 
     return figures.draw_study_figure(
         "identities",
-        "Parts of the gradient",
         draw,
-        panels=2,
+        figures.FigureText(
+            "Parts of the gradient",
+            "dE/dx_l = dE/dx_L (1 + d/dx_l ΣF) (2016 eq. 5), x_L being its stage's last output. Means over seeds.",
+            "Size of the gradient at each unit, and of its additive term.",
+        ),
+        figures.PanelLayout(panels=2),
         legend=[figures.LegendKey(net, f"--series-{i}") for i, net in enumerate(units, 1)],
-        caption="dE/dx_l = dE/dx_L (1 + d/dx_l ΣF) (2016 eq. 5), x_L being its stage's last output. Means over seeds.",
-        label="Size of the gradient at each unit, and of its additive term.",
     )

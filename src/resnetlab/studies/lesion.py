@@ -181,13 +181,14 @@ def draw_lesion_errors(errors: Mapping[str, Mapping[int, LesionErrors]]) -> figu
 
     return figures.draw_study_figure(
         "lesion",
-        "Error after lesions",
         draw,
-        panels=3,
-        height=280,
+        figures.FigureText(
+            "Error after lesions",
+            "Means over seeds. Blocks count from the stem; a gap is a block that cannot be left out of a plain net.",
+            "Error of a plain and a residual net after lesions.",
+        ),
+        figures.PanelLayout(panels=3, height=280),
         legend=[figures.LegendKey(net, f"--series-{i}") for net, i in zip(errors, (1, 0), strict=True)],
-        caption="Means over seeds. Blocks count from the stem; a gap is a block that cannot be left out of a plain net.",
-        label="Error of a plain and a residual net after lesions.",
     )
 
 

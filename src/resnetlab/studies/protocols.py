@@ -127,11 +127,11 @@ def draw_protocols(errors: Errors) -> figures.StudyFigure:
 
     return figures.draw_study_figure(
         "protocols",
-        "The same models by every protocol",
         draw,
-        panels=len(labels),
-        rows=-(-len(labels) // 2),
-        height=90 + 30 * len(errors),
-        caption="Test error, every seed, mean ± sd.",
-        label="Test error of each model by each protocol.",
+        figures.FigureText(
+            "The same models by every protocol",
+            "Test error, every seed, mean ± sd.",
+            "Test error of each model by each protocol.",
+        ),
+        figures.PanelLayout(panels=len(labels), rows=-(-len(labels) // 2), height=90 + 30 * len(errors)),
     )

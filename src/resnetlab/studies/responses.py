@@ -95,12 +95,12 @@ def draw_responses(deviations: Mapping[str, Layers], depths: Sequence[int]) -> f
 
     return figures.draw_study_figure(
         "responses",
-        "Standard deviation of layer responses",
         draw,
-        panels=2,
-        rows=2,
-        height=260,
+        figures.FigureText(
+            "Standard deviation of layer responses",
+            "As 2015 Fig. 7: BN's output, before nonlinearity and addition; a point is a 3x3 layer. Plain nets are dashed.",
+            "Standard deviation of each layer's response, in original order and sorted.",
+        ),
+        figures.PanelLayout(panels=2, rows=2, height=260),
         legend=figures.colour_keys(nets),
-        caption="As 2015 Fig. 7: BN's output, before nonlinearity and addition; a point is a 3x3 layer. Plain nets are dashed.",
-        label="Standard deviation of each layer's response, in original order and sorted.",
     )

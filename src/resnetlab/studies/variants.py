@@ -152,13 +152,14 @@ def draw_curves_and_ends(name: str, labels: Sequence[str], outcomes: RunOutcomes
 
     return figures.draw_study_figure(
         name,
-        "While learning, and at the end",
         draw,
-        panels=2,
-        height=max(300, 60 + 34 * len(labels)),
+        figures.FigureText(
+            "While learning, and at the end",
+            caption,
+            f"Error by training step, and test error at the end, of {', '.join(labels)}.",
+        ),
+        figures.PanelLayout(panels=2, height=max(300, 60 + 34 * len(labels))),
         legend=[*figures.colour_keys(labels), *figures.LEARNING_KEYS],
-        caption=caption,
-        label=f"Error by training step, and test error at the end, of {', '.join(labels)}.",
     )
 
 

@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from resnetlab.device import default_precision
 from resnetlab.evaluation import figures
-from resnetlab.evaluation.page import load_templates
-from resnetlab.run_folder import RunFolder, read_metrics
-from resnetlab.training import recipes
 from resnetlab.training.curves import curve_points
-from resnetlab.training.recipe import BaseRecipe
-from resnetlab.training.report import format_page_duration, format_value, recipe_rows
+from resnetlab.training.report import RunDescription
 from resnetlab.training.result import TrainResult
-from resnetlab.training.tasks.base import Task
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -23,53 +18,41 @@ if TYPE_CHECKING:
 MAX_IMAGES = 12  # in a report
 
 
-def render_annotated_report(
-    task: Task,
-    recipe: BaseRecipe,
-    run: RunFolder,
-    result: TrainResult,
-    *,
-    title: str,
-    merit: str,
-    lead: str,
-    columns: Sequence[tuple[str, str]],
-    images: Sequence[tuple[str, str]],
-    curve: str | None,
-    caption: str,
-) -> str:
-    """Renders the report as HTML.
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSummary:
+    """What the report shows of the evaluation.
 
-    Args:
+    Attributes:
         merit, lead: the headline metric, and a sentence on what was measured.
         columns: (key, heading) of the per-class table; floats are fractions.
         images: (name, data URI) of the first evaluated images, with predictions.
         curve: an inline SVG beside the table, such as precision against recall.
         caption: what the images show.
     """
-    templates = load_templates()
-    templates.filters |= {"duration": format_page_duration, "plain": format_value}
-    differences = recipes.describe_changes(recipe, default_precision(task.device_config.device))
-    model, data = shlex.quote(result.model), shlex.quote(recipe.data)
-    page = templates.get_template("annotated.html.j2").render(
-        title=title,
-        merit=merit,
-        lead=lead,
+
+    merit: str
+    lead: str
+    columns: Sequence[tuple[str, str]]
+    images: Sequence[tuple[str, str]]
+    curve: str | None = None
+    caption: str
+
+
+def render_annotated_report(
+    description: RunDescription, task: str, result: TrainResult, summary: EvaluationSummary
+) -> str:
+    """Renders the report as HTML."""
+    model, data = shlex.quote(result.model), shlex.quote(description.recipe["data"])
+    return description.render(
+        "annotated.html.j2",
+        **vars(summary),
         result=result.to_json(),
-        columns=columns,
-        images=images,
-        curve=curve,
-        caption=caption,
-        learning=learning_curve_svg(read_metrics(run)),
-        recipe=recipe.to_json(),
-        recipe_rows=recipe_rows(recipe.to_json(), differences),
-        changed=len(differences),
-        environment=run.read_json("environment.json") or {},
+        learning=learning_curve_svg(description.metrics),
         commands=[
-            f"resnetlab {recipe.task} predict {model} IMAGE...",
-            f"resnetlab {recipe.task} evaluate {model} --data {data}",
+            f"resnetlab {task} predict {model} IMAGE...",
+            f"resnetlab {task} evaluate {model} --data {data}",
         ],
     )
-    return page.encode(errors="replace").decode()  # file names that are not valid UTF-8
 
 
 def learning_curve_svg(metrics: Sequence[Mapping[str, Any]]) -> str | None:

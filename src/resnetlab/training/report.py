@@ -5,17 +5,23 @@ from __future__ import annotations
 import shlex
 from ast import literal_eval
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Self
 
 from torch import Tensor
 
 from resnetlab.data.prefetch import PreprocessedSplit
+from resnetlab.device import DeviceConfig, default_precision
 from resnetlab.evaluation import figures
 from resnetlab.evaluation.gradcam import CamOverlay
 from resnetlab.evaluation.metrics import ClassificationMetrics, wilson_interval
 from resnetlab.evaluation.page import format_interval, load_templates
 from resnetlab.formatting import format_duration, unbreakable
+from resnetlab.run_folder import RunFolder, read_metrics
+from resnetlab.training import recipes
 from resnetlab.training.curves import draw_curves
+from resnetlab.training.recipe import BaseRecipe
+from resnetlab.training.result import ClassificationResult
 
 MISTAKES = 24  # images shown at most
 PAIRS = 12  # rows of confused classes shown at most
@@ -23,84 +29,94 @@ OVERLAYS = 6  # heat maps of correct images, and of wrong ones
 CLASSES = 24  # rows of classes shown at first; the others are folded
 
 
-def render_report(
-    *,
-    title: str,
-    recipe: Mapping[str, Any],
-    differences: Sequence[str],
-    budget: str | None,
-    metrics: Sequence[Mapping[str, Any]],
-    evaluation: ClassificationMetrics,
-    images: Tensor | PreprocessedSplit,
-    overlays: Sequence[CamOverlay] = (),
-    environment: Mapping[str, Any],
-    result: Mapping[str, Any],
-) -> str:
-    """The report as HTML.
+@dataclass(frozen=True, kw_only=True)
+class RunDescription:
+    """What the page of any run shows, finished or not.
 
-    Args:
+    Attributes:
         title: network and data, "resnet14 on digits".
         recipe: every value of it, resolved.
         differences: what it changes in the recipe it is named after, each "key = value (not value)".
         budget: the label of a run that is shorter than its recipe; None where it is not.
         metrics: the lines of metrics.jsonl; may be empty.
+        environment: versions and hardware.
+    """
+
+    title: str
+    recipe: Mapping[str, Any]
+    differences: Sequence[str]
+    budget: str | None
+    metrics: Sequence[Mapping[str, Any]]
+    environment: Mapping[str, Any]
+
+    @classmethod
+    def from_run(cls, run: RunFolder, title: str, recipe: BaseRecipe, device_config: DeviceConfig) -> Self:
+        """The description of a run in its folder."""
+        return cls(
+            title=title,
+            recipe=recipe.to_json(),
+            differences=recipes.describe_changes(recipe, default_precision(device_config.device)),
+            budget=recipes.describe_budget(recipe),
+            metrics=read_metrics(run),
+            environment=run.read_json("environment.json") or {},
+        )
+
+    def render(self, template: str, **values: Any) -> str:
+        """A page of pages/, as HTML: the description, and what the template shows beside it."""
+        templates = load_templates()
+        templates.filters |= {"duration": format_page_duration, "plain": format_value}
+        rows, changed = recipe_rows(self.recipe, self.differences), len(self.differences)
+        page = templates.get_template(template).render(**vars(self), recipe_rows=rows, changed=changed, **values)
+        return page.encode(errors="replace").decode()  # a file name may not be valid UTF-8
+
+
+def render_report(
+    description: RunDescription,
+    result: ClassificationResult,
+    evaluation: ClassificationMetrics,
+    images: Tensor | PreprocessedSplit,
+    overlays: Sequence[CamOverlay] = (),
+) -> str:
+    """The report as HTML.
+
+    Args:
         evaluation: the metrics of the test split, by the last iterate.
         images: the test images, uint8 (N, h, w, C), in the order of `evaluation`.
         overlays: heat maps of some of them.
-        environment: versions and hardware.
-        result: the figures that the run ended with; errors are fractions, `held_out_error` None where nothing was held out.
     """
-    templates = load_templates()
-    templates.filters |= {"duration": format_page_duration, "plain": format_value}
-    confusion, n = evaluation.confusion, int(result["n"])
+    confusion, figures_of_run = evaluation.confusion, result.to_json()
     rows = figures.class_rows(evaluation.classes, confusion)
-    page = templates.get_template("report.html.j2").render(
-        title=title,
-        recipe=recipe,
-        recipe_rows=recipe_rows(recipe, differences),
-        changed=len(differences),
-        budget=budget,
+    model, data = shlex.quote(result.model), shlex.quote(str(description.recipe.get("data", "DATA")))
+    return description.render(
+        "report.html.j2",
         evaluation=evaluation,
-        environment=environment,
-        result=result,
-        interval=format_interval(*wilson_interval(float(result["top1_error"]), n), n),
-        wrong=round(float(result["top1_error"]) * n),
-        curves=draw_curves(metrics, recipe, result),
+        result=figures_of_run,
+        interval=format_interval(*wilson_interval(result.top1_error, result.n), result.n),
+        wrong=round(result.top1_error * result.n),
+        curves=draw_curves(description.metrics, description.recipe, figures_of_run),
         matrix=figures.confusion_svg(evaluation.classes, confusion) if len(rows) <= figures.MAX_MATRIX else None,
         pairs=figures.confused_pairs(evaluation.classes, confusion, PAIRS),
         classes=rows,
         worst_classes=sorted(rows, key=lambda row: -(row.error or 0))[:CLASSES],
         mistakes=figures.worst_mistakes(evaluation, images, MISTAKES),
         overlays=overlays,
-        commands=next_commands(recipe, result),
+        commands=[
+            f"resnetlab predict {model} IMAGE...",
+            f"resnetlab explain {model} IMAGE...",
+            f"resnetlab evaluate {model} --data {data}",
+        ],
     )
-    return page.encode(errors="replace").decode()  # a file name may not be valid UTF-8
 
 
-def render_progress(
-    *,
-    title: str,
-    recipe: Mapping[str, Any],
-    differences: Sequence[str],
-    budget: str | None,
-    metrics: Sequence[Mapping[str, Any]],
-    environment: Mapping[str, Any],
-    run: str,
-) -> str:
-    """The page of an unfinished run, as HTML that reloads every half minute; arguments as for `render_report`."""
-    templates = load_templates()
-    templates.filters |= {"duration": format_page_duration, "plain": format_value}
-    train = [line for line in metrics if line["kind"] == "train"]
-    held_out = [line for line in metrics if line["kind"] == "held_out"]
-    return templates.get_template("running.html.j2").render(
-        title=title,
-        recipe=recipe,
-        recipe_rows=recipe_rows(recipe, differences),
-        budget=budget,
-        curves=draw_curves(metrics, recipe, None),
+def render_progress(description: RunDescription, run: str) -> str:
+    """The page of an unfinished run, as HTML that reloads every half minute."""
+    train = [line for line in description.metrics if line["kind"] == "train"]
+    held_out = [line for line in description.metrics if line["kind"] == "held_out"]
+    return description.render(
+        "running.html.j2",
+        curves=draw_curves(description.metrics, description.recipe, None),
         last=train[-1] if train else None,
         held_out=held_out[-1] if held_out else None,
-        environment=environment,
         run=run,
     )
 
@@ -135,13 +151,3 @@ def recipe_rows(recipe: Mapping[str, Any], differences: Sequence[str]) -> list[t
         except (ValueError, SyntaxError):
             defaults[key] = default
     return [(key, format_value(value), defaults.get(key)) for key, value in recipe.items()]
-
-
-def next_commands(recipe: Mapping[str, Any], result: Mapping[str, Any]) -> list[str]:
-    """Commands that use the model."""
-    model = shlex.quote(str(result["model"]))
-    return [
-        f"resnetlab predict {model} IMAGE...",
-        f"resnetlab explain {model} IMAGE...",
-        f"resnetlab evaluate {model} --data {shlex.quote(str(recipe.get('data', 'DATA')))}",
-    ]

@@ -51,7 +51,7 @@ def time_data_loading(split: Split, recipe: Recipe, classes: int, device: str = 
         torch.ones(3),
     )
     crop = Crop(recipe.crop, recipe.scale, recipe.area)
-    loader = TrainLoader(split, shape, Augmentation(flip=recipe.flip), recipe.batch, 0, device_config, crop)
+    loader = TrainLoader(split, shape, Augmentation(flip=recipe.flip, crop=crop), recipe.batch, 0, device_config)
     batch = loader.batch(0)
     start = time.perf_counter()
     for step in (1, 2):

@@ -31,7 +31,8 @@ from resnetlab.random import seed_for
 from resnetlab.run_folder import RunFolder, write_atomically
 from resnetlab.training import recipes
 from resnetlab.training.annotated_recipes import AnnotatedRecipe
-from resnetlab.training.annotated_report import render_annotated_report
+from resnetlab.training.annotated_report import EvaluationSummary, render_annotated_report
+from resnetlab.training.report import RunDescription
 from resnetlab.training.result import TrainResult
 from resnetlab.training.run_state import RunState
 from resnetlab.training.tasks.base import Task, TaskSetup
@@ -158,8 +159,8 @@ class AnnotatedTask(Task, Generic[P, S]):
         """Evaluates the network with its current weights."""
 
     @abstractmethod
-    def describe_result(self, result: Any, metrics: Any) -> dict[str, Any]:
-        """What the report shows of the result: the keyword arguments of `render_annotated_report` but `title`."""
+    def summarise_evaluation(self, result: Any, metrics: Any) -> EvaluationSummary:
+        """What the report shows of the evaluation."""
 
     @property
     def skipped(self) -> Mapping[str, str]:
@@ -210,10 +211,9 @@ class AnnotatedTask(Task, Generic[P, S]):
         )
         if is_first:
             title = f"{self.title} on {sources.short_name(recipe.data)}"
-            page = render_annotated_report(
-                self, recipe, run, result, title=title, **self.describe_result(result, metrics)
-            )
-            write_atomically(run.report, page)
+            description = RunDescription.from_run(run, title, recipe, self.device_config)
+            summary = self.summarise_evaluation(result, metrics)
+            write_atomically(run.report, render_annotated_report(description, self.name, result, summary))
         return result
 
 

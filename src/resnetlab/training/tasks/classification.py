@@ -24,7 +24,7 @@ from resnetlab.data.mixing import Mixing
 from resnetlab.data.prefetch import PreprocessedSplit, default_workers
 from resnetlab.data.sampler import Batch, TrainLoader
 from resnetlab.data.statistics import compute_statistics
-from resnetlab.device import DeviceConfig, default_precision
+from resnetlab.device import DeviceConfig
 from resnetlab.distributed import World
 from resnetlab.errors import DataError, RunError, UsageError
 from resnetlab.evaluation.calibration import fit_temperature
@@ -37,7 +37,7 @@ from resnetlab.models.reference_images import MAX_CHECK, MAX_TRAINING, Reference
 from resnetlab.models.resnet import ResNet
 from resnetlab.nn.batchnorm import convert_sync_batchnorm
 from resnetlab.preprocessing import Preprocessing
-from resnetlab.run_folder import RunFolder, read_metrics, write_atomically
+from resnetlab.run_folder import RunFolder, write_atomically
 from resnetlab.training import recipes, report
 from resnetlab.training.average import reestimate_bn_statistics
 from resnetlab.training.compilation import choose_compilation
@@ -116,16 +116,10 @@ class ClassificationTask(Task):
         loader = TrainLoader(
             train,
             preprocessing,
-            Augmentation(
-                recipe.pad, recipe.pad_with, recipe.flip, recipe.colour, recipe.trivial_augment, recipe.erasing
-            ),
+            choose_augmentation(recipe, len(source.classes)),
             recipe.batch,
             recipe.seed,
             device_config,
-            Crop(recipe.crop, recipe.scale, recipe.area),
-            Mixing(recipe.mixup, recipe.cutmix),
-            len(source.classes),
-            world,
         )
         if not recipe.net:
             name, changes = nearest_name(net.spec)
@@ -195,9 +189,7 @@ class ClassificationTask(Task):
 
     def evaluate(self, split: Split) -> ClassificationMetrics:
         """Evaluates the network with its current weights."""
-        return evaluate_network(
-            self.net, split, self.preprocessing, self.classes, self.device_config, world=self.device_config.world
-        )
+        return evaluate_network(self.net, split, self.preprocessing, self.classes, self.device_config)
 
     def evaluate_held_out(self) -> dict[str, float] | None:
         """Top-1 error and loss on the held-out images."""
@@ -344,36 +336,36 @@ class ClassificationTask(Task):
             overlays = make_cam_overlays(
                 self.net, evaluation, images, self.preprocessing, self.device_config, report.OVERLAYS
             )
-            page = report.render_report(
-                **self._report_values(run),
-                evaluation=evaluation,
-                images=images,
-                overlays=overlays,
-                result=result.to_json(),
-            )
+            page = report.render_report(self._describe_run(run), result, evaluation, images, overlays)
             write_atomically(run.report, page)
         return result
 
     def write_running_report(self, run: RunFolder) -> None:
         """Writes the report of a run that is still training: its curves so far, and its recipe."""
-        write_atomically(run.report, report.render_progress(**self._report_values(run), run=str(run.path)))
+        write_atomically(run.report, report.render_progress(self._describe_run(run), str(run.path)))
 
-    def _report_values(self, run: RunFolder) -> dict[str, Any]:
-        """The arguments shared by both reports."""
-        recipe = self._shared_recipe
-        return {
-            "title": f"{recipe.net} on {sources.short_name(recipe.data)}",
-            "recipe": recipe.to_json(),
-            "differences": recipes.describe_changes(recipe, default_precision(self.device_config.device)),
-            "budget": recipes.describe_budget(recipe),
-            "metrics": read_metrics(run),
-            "environment": run.read_json("environment.json") or {},
-        }
+    def _describe_run(self, run: RunFolder) -> report.RunDescription:
+        title = f"{self.recipe.net} on {sources.short_name(self.recipe.data)}"
+        return report.RunDescription.from_run(run, title, self._shared_recipe, self.device_config)
 
     @property
     def _shared_recipe(self) -> Recipe:
         """The recipe for files to give away: the address of its data has no signature. recipe.toml has the full address."""
         return replace(self.recipe, data=sources.strip_signature(self.recipe.data))
+
+
+def choose_augmentation(recipe: Recipe, num_classes: int) -> Augmentation:
+    """Every random change of training images that a recipe asks for."""
+    return Augmentation(
+        pad=recipe.pad,
+        pad_with=recipe.pad_with,
+        flip=recipe.flip,
+        colour=recipe.colour,
+        trivial_augment=recipe.trivial_augment,
+        erasing=recipe.erasing,
+        crop=Crop(recipe.crop, recipe.scale, recipe.area),
+        mixing=Mixing(recipe.mixup, recipe.cutmix, num_classes),
+    )
 
 
 def _load_source(recipe: Recipe, setup: TaskSetup) -> Dataset:

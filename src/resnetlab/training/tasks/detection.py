@@ -28,7 +28,7 @@ from resnetlab.evaluation.detection import (
 from resnetlab.models.annotated_model import load_annotated
 from resnetlab.models.head_spec import DetectionOptions, DetectorSpec
 from resnetlab.training.annotated_recipes import DetectionRecipe
-from resnetlab.training.annotated_report import MAX_IMAGES
+from resnetlab.training.annotated_report import MAX_IMAGES, EvaluationSummary
 from resnetlab.training.result import DetectionResult
 from resnetlab.training.tasks.annotated import AnnotatedTask, StartingNetwork
 
@@ -124,22 +124,22 @@ class DetectionTask(AnnotatedTask[AnnotatedImage, DetectionSample]):
         metrics = self.evaluate(self.held_out)
         return {"map_50": metrics.map_50, "map": metrics.map}
 
-    def describe_result(self, result: DetectionResult, metrics: DetectionMetrics) -> dict[str, Any]:
+    def summarise_evaluation(self, result: DetectionResult, metrics: DetectionMetrics) -> EvaluationSummary:
         count = sum(row["n"] for row in result.per_class)
         scope = f"On the {self.evaluated_split} split, {result.n:,} images with {count:,} boxes"
         images = []
         for truth, found in list(zip(metrics.truth, metrics.detections, strict=True))[:MAX_IMAGES]:
             overlay = overlays.draw_boxes(truth.read_pixels(), found.at_least(MIN_SCORE), self.classes, truth)
             images.append((truth.name, overlays.jpeg_data_uri(overlay)))
-        return {
-            "merit": f"{result.map_50:.3f} mAP@.5, {result.map:.3f} mAP",
-            "lead": f"{scope}; Pascal VOC's mAP is {result.voc_map:.3f}.",
-            "columns": COLUMNS,
-            "images": images,
-            "curve": overlays.precision_recall_svg(metrics),
-            "caption": f"Boxes of score {MIN_SCORE:g} or more in their class's colour, true boxes thin and white; "
+        return EvaluationSummary(
+            merit=f"{result.map_50:.3f} mAP@.5, {result.map:.3f} mAP",
+            lead=f"{scope}; Pascal VOC's mAP is {result.voc_map:.3f}.",
+            columns=COLUMNS,
+            images=images,
+            curve=overlays.precision_recall_svg(metrics),
+            caption=f"Boxes of score {MIN_SCORE:g} or more in their class's colour, true boxes thin and white; "
             "the first images.",
-        }
+        )
 
 
 def choose_anchors(images: Sequence[AnnotatedImage], size: int, longest: int, form: str) -> tuple[int, ...]:

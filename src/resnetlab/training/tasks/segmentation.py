@@ -23,7 +23,7 @@ from resnetlab.evaluation.segmentation import SegmentationMetrics, compute_segme
 from resnetlab.models.annotated_model import load_annotated
 from resnetlab.models.head_spec import SegmenterSpec
 from resnetlab.training.annotated_recipes import SegmentationRecipe
-from resnetlab.training.annotated_report import MAX_IMAGES
+from resnetlab.training.annotated_report import MAX_IMAGES, EvaluationSummary
 from resnetlab.training.result import SegmentationResult
 from resnetlab.training.tasks.annotated import AnnotatedTask, StartingNetwork
 
@@ -107,26 +107,27 @@ class SegmentationTask(AnnotatedTask[MaskedImage, SegmentationSample]):
 
     def evaluate(self, images: Sequence[MaskedImage]) -> SegmentationMetrics:
         """Evaluates the network with its current weights."""
-        return compute_segmentation_metrics(
-            self.net, images, self.classes, self.head_spec, self.device_config, self.errors
-        )
+        return compute_segmentation_metrics(self.segment, images, self.classes, self.errors)
+
+    def segment(self, pixels: Tensor) -> Tensor:
+        """The class of every pixel of an image by the current weights, uint8 (H, W, 3) -> int64 (H, W)."""
+        return segment_image(self.net, pixels, self.head_spec, self.device_config)
 
     def evaluate_held_out(self) -> dict[str, float] | None:
         """Mean intersection over union on the held-out images."""
         return {"mean_iou": self.evaluate(self.held_out).mean_iou} if self.held_out else None
 
-    def describe_result(self, result: SegmentationResult, metrics: SegmentationMetrics) -> dict[str, Any]:
+    def summarise_evaluation(self, result: SegmentationResult, metrics: SegmentationMetrics) -> EvaluationSummary:
         images = []
         for image in metrics.images[:MAX_IMAGES]:
             pixels = image.read_pixels()
-            overlay = overlays.draw_mask(pixels, segment_image(self.net, pixels, self.head_spec, self.device_config))
+            overlay = overlays.draw_mask(pixels, self.segment(pixels))
             images.append((image.name, overlays.jpeg_data_uri(overlay)))
-        return {
-            "merit": f"{result.mean_iou:.3f} mean IoU",
-            "lead": f"On the {self.evaluated_split} split, {result.n:,} images; {100 * result.pixel_error:.2f} % of pixels "
+        return EvaluationSummary(
+            merit=f"{result.mean_iou:.3f} mean IoU",
+            lead=f"On the {self.evaluated_split} split, {result.n:,} images; {100 * result.pixel_error:.2f} % of pixels "
             "are wrong.",
-            "columns": COLUMNS,
-            "images": images,
-            "curve": None,
-            "caption": "Each class in its colour, the background unchanged; the first images of the split.",
-        }
+            columns=COLUMNS,
+            images=images,
+            caption="Each class in its colour, the background unchanged; the first images of the split.",
+        )
