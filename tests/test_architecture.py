@@ -20,6 +20,7 @@ LAYERS = {
         "errors",
         "migrate_v01",
         "peer_words",
+        "progress",
         "tensor_file",
         "preprocessing",
         "run_folder",

@@ -99,7 +99,7 @@ def test_what_cannot_be_found_exits_with_1(capsys: pytest.CaptureFixture[str], t
             ["evaluate", str(tmp_path / "no.safetensors"), "--data", "digits"],
             "does not exist; `resnetlab train` writes",
         ),
-        (["evaluate", str(model.parent), "--data", "digits"], "is a folder; did you mean"),
+        (["evaluate", str(tmp_path), "--data", "digits"], "is a folder without model.safetensors"),
         (["evaluate", str(model), "--data=~/no photos"], f"{Path.home()}/no photos is not there"),  # as shells leave it
         (["train", "digits", "--out", str(model.parent), *SHORT], "is not empty; choose another --out"),
         (["train", "digits", "--out", str(model), *SHORT], "is a file; --out names a folder for the run."),

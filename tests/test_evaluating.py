@@ -210,9 +210,8 @@ def test_training_fits_a_temperature_and_predictions_are_calibrated(trained: Pat
     assert kept.metrics["test"]["loss"] != pytest.approx(found.loss, rel=1e-4)
     again = evaluate(kept, "digits", device="cpu", precision="fp32")
     assert again.metrics.loss == pytest.approx(kept.metrics["test"]["loss"], rel=1e-4)
-    with pytest.raises(UsageError, match=r"a Pillow image, not ndarray; PIL.Image.fromarray makes one of an array"):
-        kept.predict(data.test.images[0, :, :, 0].numpy())  # type: ignore[arg-type]
     first = kept.predict(Image.fromarray(data.test.images[0, :, :, 0].numpy()), top=1)
+    assert kept.predict(data.test.images[0, :, :, 0].numpy(), top=1) == first
     assert first.top[0][1] == pytest.approx(float(again.metrics.scores[0].max()), abs=1e-5)
 
 

@@ -44,15 +44,15 @@ def test_help_lists_every_command_with_its_description() -> None:
     from resnetlab.cli.main import app
 
     described = []
-    for group in (app, app["data"], app["detect"], app["segment"]):
+    for group in (app, app["data"], app["detect"], app["segment"], app["runs"]):
         for name in group:
             if not name.startswith(("-", "_")):
                 described.append(name)
                 assert group[name].help.strip().splitlines()[0], f"{name} has no description"
-    assert len(described) == 13 + 2 + 5 + 4  # of the top level, data, detect, segment
+    assert len(described) == 17 + 2 + 5 + 4 + 1  # of the top level, data, detect, segment, runs
     heavy, output = loaded_by(MAIN.format(arguments=["--help"]))
     lines = [line.strip("│").split() for line in output.splitlines() if line.startswith("│ ") and line[2] != " "]
-    assert not heavy and len(lines) == 13 + 2 and all(len(line) > 2 for line in lines)  # and --help, --version
+    assert not heavy and len(lines) == 17 + 3 and all(len(line) > 2 for line in lines)  # and --help, …
 
 
 def test_what_is_heavy_would_be_seen() -> None:

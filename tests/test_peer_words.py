@@ -57,7 +57,7 @@ train x --config paper-cifar = train x --recipe=paper-cifar
 train x --cpu = train x --device=cpu
 train x --amp = train x --precision=bf16
 train --resume-from-checkpoint runs/a = train --resume=runs/a
-detect train x --batch-size 2 --arch resnet50 = detect train x --set batch=2 --net=resnet50
+detect train x --batch-size 2 --arch resnet50 = detect train x --batch=2 --net=resnet50
 evaluate --model m.safetensors --data-path x --tta = evaluate m.safetensors --data=x --protocol=flip
 evaluate --checkpoint m.safetensors --val-dir x = evaluate m.safetensors --data=x
 predict --model m.safetensors --source a.png b.png --topk 3 = predict m.safetensors b.png --top=3 a.png

@@ -23,14 +23,14 @@ __all__ = ["__version__", "build", "evaluate", "load", "train"]
 
 if TYPE_CHECKING:
     from resnetlab.evaluation.evaluate import evaluate
-    from resnetlab.inference.predict import load
+    from resnetlab.inference.open_model import load
     from resnetlab.models.resnet import build
     from resnetlab.training.train import train
 
 _MODULES = {
     "build": "resnetlab.models.resnet",
     "evaluate": "resnetlab.evaluation.evaluate",
-    "load": "resnetlab.inference.predict",
+    "load": "resnetlab.inference.open_model",
     "train": "resnetlab.training.train",
 }
 

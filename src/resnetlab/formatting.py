@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from html import escape
 
 
 def format_percent(fraction: float, decimals: int = 2) -> str:
@@ -61,3 +62,14 @@ def format_list(names: Sequence[str], limit: int = 8) -> str:
 def unbreakable(text: str) -> str:
     """The text with spaces at which a browser breaks no line."""
     return text.replace(" ", "\u00a0")
+
+
+def html_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A table for notebooks.
+
+    >>> html_table(["a"], [["<b>"]])
+    '<table><tr><th>a</th></tr><tr><td>&lt;b&gt;</td></tr></table>'
+    """
+    cells = [[f"<th>{escape(name)}</th>" for name in columns]]
+    cells += [[f"<td>{escape(str(value))}</td>" for value in row] for row in rows]
+    return "<table>" + "".join(f"<tr>{''.join(row)}</tr>" for row in cells) + "</table>"

@@ -89,10 +89,11 @@ def _restrict(command: Callable[..., None], task: str, hidden: Collection[str]) 
     def decorate(stub: Callable[[], None]) -> Callable[..., None]:
         @functools.wraps(command)
         def run(*models: str, **options: Any) -> None:
+            from resnetlab.inference.download import find_model
             from resnetlab.models.annotated_model import check_task
 
             for model in models[:1]:  # `predict` has images after it
-                check_task(Path(model), task)
+                check_task(Path(find_model(model)), task)
             command(*models, **options)
 
         signature = inspect.signature(command, eval_str=True)

@@ -93,10 +93,11 @@ def evaluate(
     from resnetlab.distributed import is_first_process
     from resnetlab.evaluation.evaluate import evaluate as evaluate_models
     from resnetlab.evaluation.predictions import check_predictions_file
-    from resnetlab.inference.download import get_scheme, load_or_download
+    from resnetlab.inference.download import find_model, get_scheme, load_or_download
     from resnetlab.models.annotated_model import TASK_NOUNS, read_task
     from resnetlab.run_folder import check_output_file
 
+    models = tuple(map(find_model, models))
     task = next((task for task in map(read_task, map(Path, models)) if task != "classify"), None)
     if task is not None:
         from resnetlab.inference.annotated import open_annotated_model

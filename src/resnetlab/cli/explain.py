@@ -51,10 +51,12 @@ def explain(
         cpu, cuda, cuda:1, … ; auto takes a GPU where there is one.
     """
     from resnetlab.data.decode import decode, find_image_files
+    from resnetlab.inference.download import find_model
     from resnetlab.inference.explain import explain as explain_image
     from resnetlab.inference.predict import load
     from resnetlab.models.annotated_model import read_task
 
+    model = find_model(model)
     if (task := read_task(Path(model))) != "classify":
         from resnetlab.inference.annotated import PREDICTORS
 

@@ -70,7 +70,7 @@ class Job(NamedTuple):
         from resnetlab.training.train import check_resume
 
         _check_process_count(self.processes, self.options.device)
-        check_resume(path, self.task, overrides)
+        check_resume(path, self.task, overrides, self.options)
         return self._launch(RunFolder(path))
 
     def _launch(self, run: RunFolder) -> TrainResult:
@@ -116,6 +116,7 @@ class Job(NamedTuple):
                 "device": self.options.device,
                 "workers": self.options.workers,
                 "fit_micro_batch": self.options.fit_micro_batch,
+                "epochs": self.options.epochs,
             }
             try:
                 elastic_launch(config, sys.executable)("-m", "resnetlab", "_train-process", json.dumps(request))
@@ -145,15 +146,18 @@ class Job(NamedTuple):
 
 def train_process(request: str) -> None:
     """Resume a run as one of several processes; `--procs` starts this command."""
+    from resnetlab.training.recipe import Epochs
+    from resnetlab.training.result import show_training
     from resnetlab.training.train import RunOptions, resume
 
     values = json.loads(request)
-    with console.show_training() as on_progress:
+    with show_training() as on_progress:
         options = RunOptions(
             data_dir=Path(values["data_dir"]) if values["data_dir"] else None,
             device=values["device"],
             workers=values["workers"],
             fit_micro_batch=values["fit_micro_batch"],
+            epochs=values["epochs"] and Epochs(*values["epochs"]),
             report=console.log,
             on_progress=on_progress,
         )

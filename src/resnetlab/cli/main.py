@@ -13,7 +13,7 @@ from types import FrameType
 from cyclopts import App, CycloptsError
 
 import resnetlab
-from resnetlab.cli import annotated, console, data, weights
+from resnetlab.cli import annotated, catalogue, console, data, runs, weights
 from resnetlab.cli.evaluate import evaluate
 from resnetlab.cli.explain import explain
 from resnetlab.cli.inspect import inspect
@@ -47,6 +47,11 @@ data_app = App(name="data", help="Check data before training; pack them into sha
 data_app.command(data.check)
 data_app.command(data.pack)
 app.command(data_app)
+app.command(runs.app)
+app.command(catalogue.models)
+app.command(catalogue.recipes)
+app.command(catalogue.doctor)
+app.register_install_completion_command(help="Install completion of commands and options for this shell.")
 
 detect = App(name="detect", help="Detect objects: train a detector on boxes, evaluate it, use it.")
 segment = App(name="segment", help="Label every pixel: train a segmenter on masks, evaluate it, use it.")

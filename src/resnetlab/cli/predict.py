@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from resnetlab.inference.annotated import AnnotatedPrediction, Detector, Segmenter
-    from resnetlab.inference.predict import ImageInput, Model, Prediction
+    from resnetlab.inference.images import ImageInput
+    from resnetlab.inference.predict import Model, Prediction
 
 CLASSIFIER_PREDICTION = {"top", "backend", "calibrate"}  # options that only classifiers have
 DETECTOR_OPTIONS = {"scales", "refine"}

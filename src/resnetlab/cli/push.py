@@ -33,10 +33,11 @@ def push(
         Create a private repository.
     """
     from resnetlab.inference import hub
+    from resnetlab.inference.download import find_model
     from resnetlab.models.model_file import load_trained_model
     from resnetlab.run_folder import check_output_file
 
-    trained = load_trained_model(model)
+    trained = load_trained_model(Path(find_model(model)))
     if to.startswith("hf:"):
         print(hub.push_to_hub(trained, to.removeprefix("hf:"), private))
         return

@@ -27,6 +27,7 @@ def study(
     seeds: int | None = None,
     depths: Annotated[str | None, Parameter(help="Depths of the networks, separated by commas, such as 20,56.")] = None,
     steps: int | None = None,
+    epochs: float | None = None,
     yes: Annotated[bool, Parameter(negative="")] = False,
     data_dir: Path = Path("data"),
     device: str = "auto",
@@ -52,6 +53,8 @@ def study(
         Runs of each network; by default 1, 3 and 5 for the three budgets.
     steps
         Length of each run, in place of the budget's.
+    epochs
+        The same in epochs.
     yes
         Start even if it takes more than a day.
     data_dir
@@ -69,13 +72,14 @@ def study(
     from resnetlab.studies.study import Callbacks, run_studies
 
     num_seeds = SEEDS.get(budget, 1) if seeds is None else seeds
-    setting = Setting(data, data_dir, budget, num_seeds, _parse_depths(depths), device, steps)
+    setting = Setting(data, data_dir, budget, num_seeds, _parse_depths(depths), device, steps, epochs=epochs)
     if name is None:
         return _print_catalogue(setting, json)
     studies = catalogue.select_studies(name)
     with console.ProgressBar(f"study {name}") as bar:
         outputs = run_studies(studies, setting, yes=yes, callbacks=Callbacks(console.log, bar.update, bar.update))
-    folder = out or Path("runs") / f"study-{name}-{sources.short_name(data)}-{f'{steps}-steps' if steps else budget}"
+    length = f"{steps}-steps" if steps else f"{epochs:g}-epochs" if epochs else budget
+    folder = out or Path("runs") / f"study-{name}-{sources.short_name(data)}-{length}"
     command = shlex.join(["resnetlab", *sys.argv[1:]])
     report.write_study(outputs, folder, command)
     console.log(f"report: {folder / 'report.html'}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -30,13 +30,20 @@ class TrainOptions:
     net
         Network, such as resnet20, plain56, preresnet110 or resnet18 (`resnetlab inspect NET` shows one).
     recipe
-        Recipe. Classifiers: quick (digits), photos and finetune (folders), paper-cifar, preact-cifar, paper-imagenet,
-        preact-imagenet, modern, modern-long. Detectors: boxes (a feature pyramid, small images), paper-boxes (the 2015
-        paper's schedule and form). Segmenters: masks.
+        Recipe, or a TOML file: a run's own recipe.toml, which then runs again identically, or some values and the name of the
+        recipe that has the others. Classifiers: quick (digits), photos and finetune (folders), paper-cifar, preact-cifar,
+        paper-imagenet, preact-imagenet, modern, modern-long. Detectors: boxes (a feature pyramid, small images), paper-boxes
+        (the 2015 paper's schedule and form). Segmenters: masks.
     start_from
         A classifier's model file to start from (recipe finetune); it gets a new head if the data have other classes.
     steps
         Length of the run; the recipe's schedule is rescaled to it, and the result is marked as shortened.
+    epochs
+        The same in epochs: how often each training image is seen.
+    batch
+        Images per step. auto, for a classifier, keeps the recipe's and takes the largest micro-batch that fits into memory.
+    lr
+        Learning rate after warm-up.
     set_
         Changes one value of the recipe or of the network's specification, key=value; may be given several times.
     seed
@@ -54,6 +61,7 @@ class TrainOptions:
         With --procs: how often the processes are restarted from the last checkpoint after one of them has died.
     resume
         Resume the run in this folder from its last checkpoint; the result is bit-identical to that of an uninterrupted run.
+        A finished run is extended with --epochs or --steps.
     show_recipe
         Print a recipe and its purpose, and train nothing.
     json
@@ -64,6 +72,9 @@ class TrainOptions:
     recipe: str | None = None
     start_from: str | None = None
     steps: int | None = None
+    epochs: float | None = None
+    batch: str | None = None
+    lr: float | None = None
     set_: Annotated[tuple[str, ...], Parameter(name="--set", negative="", consume_multiple=False)] = ()
     seed: int | None = None
     out: Path | None = None
@@ -84,7 +95,6 @@ def train(
     /,
     *,
     options: TrainOptions = DEFAULT_OPTIONS,
-    batch: str | None = None,
     data_dir: Path | None = None,
     precision: str | None = None,
     compile: str | None = None,
@@ -105,8 +115,6 @@ def train(
         one; a table (.csv, .tsv, .parquet) with columns of paths, labels and if you like splits, which
         photos.csv:path=file,label=species names; or tar shards, as a pattern such as train-{000000..000009}.tar, or an
         address of one.
-    batch
-        Images per step; auto keeps the recipe's and takes the largest micro-batch that fits into memory.
     data_dir
         Folder of the archives; "data" by default.
     precision
@@ -124,12 +132,11 @@ def train(
     """
     if options.show_recipe is not None:
         return print_recipe(options.show_recipe)
-    fixed_batch = None if batch == "auto" else batch
-    values = {"batch": fixed_batch, "precision": precision, "compile": compile, "on_bad_image": on_bad_image}
+    values = {"precision": precision, "compile": compile, "on_bad_image": on_bad_image}
     overrides = read_overrides(data, options, values | {"quarantine": quarantine})
     if verify_resume:
-        return _verify(options, overrides, data_dir, fit_micro_batch=batch == "auto")
-    with prepare_run("classify", options, overrides, data_dir=data_dir, fit_micro_batch=batch == "auto") as run:
+        return _verify(options, overrides, data_dir)
+    with prepare_run("classify", options, overrides, data_dir=data_dir) as run:
         result = run()
     if print_json_result(result, options):
         return None
@@ -155,32 +162,52 @@ def read_overrides(data: str | None, options: TrainOptions, values: Mapping[str,
         raise UsageError(
             "--max-restarts is for processes that --procs starts; give it, or torchrun its own --max-restarts."
         )
-    given = {key: str(value) for key, value in {"start_from": options.start_from, **values}.items() if value}
-    pairs = console.parse_pairs(options.set_) | given
-    return Overrides(data=data, net=options.net, steps=options.steps, seed=options.seed, values=pairs)
+    own = {
+        "start_from": options.start_from,
+        "lr": options.lr,
+        "batch": None if options.batch == "auto" else options.batch,
+    }
+    given = {key: str(value) for key, value in (own | dict(values)).items() if value not in (None, "")}
+    settings = console.parse_pairs(options.set_)
+    if twice := next((key for key in given if key in settings), None):
+        raise UsageError(f"{twice} is given twice, by --{twice.replace('_', '-')} and by --set; give it once.")
+    changes: dict[str, Any] = {
+        "net": options.net,
+        "steps": options.steps,
+        "epochs": options.epochs,
+        "seed": options.seed,
+    }
+    return Overrides(data=data, values=settings | given, **changes)
 
 
 @contextlib.contextmanager
 def prepare_run(
-    task: str, options: TrainOptions, overrides: Overrides, **run_options: Any
+    task: str, options: TrainOptions, overrides: Overrides, data_dir: Path | None = None
 ) -> Iterator[Callable[[], Any]]:
-    """A progress bar, and a function that starts or resumes the run and returns its result, to be called meanwhile.
-
-    Args:
-        run_options: what `RunOptions` has beside the device and the workers.
-    """
+    """A progress bar, and a function that starts or resumes the run and returns its result, to be called meanwhile."""
+    from resnetlab.models.annotated_model import TASK_NOUNS
+    from resnetlab.training.result import show_training
     from resnetlab.training.train import RunOptions, resume, start_run
 
-    run_options |= {"device": options.device, "workers": options.workers, "report": console.log}
+    if options.batch == "auto" and task != "classify":
+        raise UsageError(f"--batch auto is for classifiers; give {TASK_NOUNS[task]} a number.")
+    settings = RunOptions(
+        data_dir=data_dir,
+        device=options.device,
+        workers=options.workers,
+        fit_micro_batch=options.batch == "auto",
+        epochs=overrides.length,
+        report=console.log,
+    )
     if options.procs is not None:  # they show the progress
-        job = launch.Job(task, RunOptions(**run_options), options.procs, options.max_restarts)
+        job = launch.Job(task, settings, options.procs, options.max_restarts)
         if options.resume is not None:
             yield partial(job.resume, options.resume, overrides)
         else:
             yield partial(job.start, complete_recipe(task, options, overrides), options.out)
         return
-    with console.show_training() as on_progress:
-        settings = RunOptions(**run_options, on_progress=on_progress)
+    with show_training() as on_progress:
+        settings = replace(settings, on_progress=on_progress)
         if options.resume is not None:
             yield partial(resume, options.resume, settings, task=task, overrides=overrides)
         else:
@@ -202,15 +229,17 @@ def complete_recipe(task: str, options: TrainOptions, overrides: Overrides) -> B
     return overrides.apply(recipe)
 
 
-def _verify(options: TrainOptions, overrides: Overrides, data_dir: Path | None, fit_micro_batch: bool) -> None:
+def _verify(options: TrainOptions, overrides: Overrides, data_dir: Path | None) -> None:
     """Verifies resume and prints the result."""
     from resnetlab.training.verify import verify_resume
 
-    if fit_micro_batch or options.procs is not None or options.json:
+    if options.batch == "auto" or options.procs is not None or options.json:
         raise UsageError(
             "--verify-resume uses one process and the recipe's batch, and prints a sentence; leave out --procs, "
             "--batch auto and --json."
         )
+    if options.epochs is not None:
+        raise UsageError("--verify-resume trains the recipe's first steps, however long it is; leave out --epochs.")
     if options.resume is not None:
         raise UsageError("--verify-resume takes a recipe, not a run; leave out --resume.")
     recipe = complete_recipe("classify", options, overrides)

@@ -151,9 +151,10 @@ def export(
     json
         Print the parity report as one JSON document.
     """
-    from resnetlab.inference.download import get_scheme, load_or_download
+    from resnetlab.inference.download import find_model, get_scheme, load_or_download
     from resnetlab.models.annotated_model import TASK_NOUNS, read_task
 
+    model = find_model(model)
     if (task := read_task(Path(model))) != "classify":
         from resnetlab.cli.annotated import export_annotated
 

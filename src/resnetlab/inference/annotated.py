@@ -15,7 +15,6 @@ from torch import Tensor
 
 from resnetlab.data import box_dataset, mask_dataset
 from resnetlab.data.annotated_dataset import AnnotatedDataset, AnnotatedItem
-from resnetlab.data.decode import decode
 from resnetlab.device import DeviceConfig, select_device, standard_torch_state
 from resnetlab.errors import DataError, unknown_name_error
 from resnetlab.evaluation import overlays
@@ -27,7 +26,8 @@ from resnetlab.evaluation.detection import (
     require_coco_eval,
 )
 from resnetlab.evaluation.segmentation import compute_segmentation_metrics, segment_image
-from resnetlab.inference.predict import ImageInput
+from resnetlab.formatting import format_list
+from resnetlab.inference.images import ImageInput, expand_images, is_many, read_image
 from resnetlab.models.annotated_model import AnnotatedModel, load_annotated
 from resnetlab.models.head_spec import DetectionOptions, DetectorSpec, SegmenterSpec
 
@@ -53,7 +53,7 @@ class AnnotatedPrediction:
         return {"image": self.name} | ({"error": self.error} if self.error else self.result)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class AnnotatedPredictor(ABC):
     """A detector or segmenter on its device."""
 
@@ -63,6 +63,38 @@ class AnnotatedPredictor(ABC):
 
     no_explanation: ClassVar[str]
     overlay_suffix: ClassVar[str]
+
+    def predict(self, image: Any) -> Any:
+        """The prediction for an image, or a list of them for several; see `inference.predict.Model`.
+
+        Raises DataError if the one image cannot be read, UsageError if it is of another type.
+        """
+        predictions = list(self.predictions(expand_images(image)))
+        if is_many(image):
+            return predictions
+        if (error := predictions[0].error) is not None:
+            raise DataError(error)
+        return predictions[0]
+
+    __call__ = predict
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The names of the classes."""
+        return self.model.classes
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the network."""
+        return self.device_config.device
+
+    def save(self, path: str | Path) -> None:
+        """Writes the model file."""
+        self.model.save(Path(path))
+
+    def __repr__(self) -> str:
+        name = type(self).__name__
+        return f"{name}({self.path}, {len(self.classes)} classes: {format_list(self.classes, 3)}, {self.device})"
 
     def predictions(self, images: Iterable[tuple[str, ImageInput | DataError]]) -> Iterator[AnnotatedPrediction]:
         """Predicts named images in order; an unreadable image, or an error in place of one, gives its error."""
@@ -81,7 +113,7 @@ class AnnotatedPredictor(ABC):
     @standard_torch_state()
     def evaluate(
         self,
-        data: Path,
+        data: str | Path,
         *,
         split: str = "test",
         on_bad: str = "stop",
@@ -95,7 +127,7 @@ class AnnotatedPredictor(ABC):
         Raises:
             DataError, UsageError: see resnetlab.errors.
         """
-        name, metrics, skipped = self._compute_metrics(data, split, on_bad, on_progress)
+        name, metrics, skipped = self._compute_metrics(Path(data), split, on_bad, on_progress)
         document = {"model": str(self.path), "data": str(data), "split": name} | metrics
         return document | ({"skipped": skipped} if skipped else {})
 
@@ -106,7 +138,7 @@ class AnnotatedPredictor(ABC):
         """The split's own name, the metrics as JSON, and what was skipped."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Detector(AnnotatedPredictor):
     """A detector.
 
@@ -150,7 +182,7 @@ class Detector(AnnotatedPredictor):
         return name, additions | metrics.to_json(), dataset.errors.skipped
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Segmenter(AnnotatedPredictor):
     """A segmenter."""
 
@@ -230,8 +262,4 @@ def class_shares(mask: Tensor, classes: Sequence[str]) -> list[dict[str, Any]]:
 
 def read_pixels(image: ImageInput | DataError) -> Tensor:
     """An image as uint8 (H, W, 3). Raises DataError if it is unreadable, or is such an error itself."""
-    if isinstance(image, DataError):
-        raise image
-    if not isinstance(image, Image.Image):
-        image = decode(Path(image) if isinstance(image, str) else image)
-    return torch.from_numpy(np.array(image.convert("RGB")))
+    return torch.from_numpy(np.array(read_image(image).convert("RGB")))

@@ -1,9 +1,12 @@
-"""Class names in the order of a network's logits: of a data set, from a file, or as a list."""
+"""Class names in the order of a network's logits: of a data set, from a file, or as a list; and the best of them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
+
+from torch import Tensor
 
 from resnetlab.data import imagenet
 from resnetlab.errors import UsageError
@@ -58,3 +61,19 @@ def dataset_class_names(name: str) -> tuple[str, ...]:
     if name == "imagenet":
         return tuple(imagenet.imagenet_class_names().values())
     return tuple({"cifar10": CIFAR10, "cifar100": CIFAR100}[name].split())
+
+
+class ClassScore(NamedTuple):
+    """A class and its softmax score."""
+
+    label: str
+    score: float
+
+    def __str__(self) -> str:
+        return f"{self.label} {self.score:.1%}"
+
+
+def top_classes(classes: Sequence[str], scores: Tensor, top: int) -> tuple[ClassScore, ...]:
+    """The `top` classes with the highest scores (classes,), best first."""
+    values, indices = scores.topk(min(top, len(classes)))
+    return tuple(ClassScore(classes[i], round(v, 6)) for i, v in zip(indices.tolist(), values.tolist(), strict=True))

@@ -18,11 +18,13 @@ from pathlib import Path
 from typing import Any, cast
 
 from resnetlab.data import imagenet
+from resnetlab.data.decode import SUFFIXES
 from resnetlab.device import standard_torch_state
 from resnetlab.errors import ModelFileError, UsageError, missing_package, unknown_name_error
 from resnetlab.inference.import_model import IMAGENET_MEAN, IMAGENET_STD, ImportOptions, import_state_dict
 from resnetlab.models.import_weights import SUPPORTED
 from resnetlab.models.model_file import TrainedModel, load_trained_model
+from resnetlab.models.spec import is_network_name
 from resnetlab.models.state_dicts import StateDictFile, parse_state_dict, read_state_dict
 from resnetlab.models.weight_files import unsafe_pickle_error
 
@@ -37,9 +39,46 @@ def get_scheme(name: str) -> str | None:
     return head if colon and head in SCHEMES else None
 
 
+def find_model(name: str | Path) -> str:
+    """The model file that is meant: the one in a run folder, or `name` itself, which may be a published one.
+
+    Raises:
+        ModelFileError: the run folder has no model yet, or the folder is none.
+        UsageError: the name is that of a network, or of an image.
+    """
+    if not isinstance(name, str | Path):
+        raise UsageError(f"a model is a model file, a run folder or a published name, not {type(name).__name__}.")
+    path, text = Path(name), str(name)
+    if get_scheme(text) or path.is_file():
+        if path.suffix.lower() in SUFFIXES:
+            raise UsageError(
+                f"{name} is an image; the model comes first: a model file, a run folder or a published name."
+            )
+        return text
+    if path.is_dir():
+        model = path / "model.safetensors"
+        if model.is_file():
+            return str(model)
+        if (path / "recipe.toml").is_file():
+            raise ModelFileError(f"{path} is a run that has no model yet; go on with: resnetlab train --resume {path}")
+        raise ModelFileError(f"{path} is a folder without model.safetensors; give a model file or a run folder.")
+    if not path.exists() and is_network_name(text):
+        published = text.removesuffix("v1.5")
+        weights = f"published weights are torchvision:{published}" if published in SUPPORTED["torchvision"] else ""
+        raise UsageError(
+            f"{text} is the name of a network, without weights: resnetlab.build({text!r}) makes it, "
+            f"`resnetlab train --net {text}` trains it{weights and f'; {weights}'}."
+        )
+    return text
+
+
 def load_or_download(name: str | Path) -> TrainedModel:
-    """Loads a model file, or downloads a published name; raises as `load_trained_model` and `download_model`."""
-    return download_model(str(name))[0] if get_scheme(str(name)) else load_trained_model(Path(name))
+    """Loads a model file or that of a run folder, or downloads a published name.
+
+    Raises as `find_model`, `load_trained_model` and `download_model`.
+    """
+    found = find_model(name)
+    return download_model(found)[0] if get_scheme(found) else load_trained_model(Path(found))
 
 
 @standard_torch_state()

@@ -4,17 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from resnetlab.device import eval_mode, standard_torch_state
+from resnetlab.device import DeviceConfig, eval_mode, standard_torch_state
 from resnetlab.evaluation.gradcam import draw_overlay, grad_cam
-from resnetlab.inference.predict import Model, top_classes
+from resnetlab.inference.classes import top_classes
 from resnetlab.models.contributions import measure_contributions
 from resnetlab.models.lesion import removable_blocks, remove_blocks
+from resnetlab.models.resnet import ResNet
+from resnetlab.preprocessing import Preprocessing
+
+
+class Model(Protocol):
+    """What is needed of a classifier on its device (inference.predict)."""
+
+    net: ResNet
+    classes: tuple[str, ...]
+    preprocessing: Preprocessing
+    temperature: float
+    device_config: DeviceConfig
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from resnetlab.device import default_precision
-from resnetlab.errors import unknown_name_error
+from resnetlab.errors import UsageError, unknown_name_error
 from resnetlab.inference.export_graphs import PIXELS, ExportGraphs, export_metadata, export_resize
 from resnetlab.inference.inference_module import InferenceModule
 from resnetlab.inference.state_dict_export import list_differences, write_state_dict
@@ -198,3 +198,12 @@ def get_format(name: str) -> ExportFormat:
     if name not in FORMATS:
         raise unknown_name_error("target", name, FORMATS)
     return FORMATS[name]
+
+
+def find_format(suffix: str) -> str:
+    """The name of the format whose files have a suffix, such as ".onnx"; raises UsageError if there is none."""
+    found = [name for name, format in FORMATS.items() if suffix in format.suffixes]
+    if not found:
+        known = ", ".join(suffix for format in FORMATS.values() for suffix in format.suffixes)
+        raise UsageError(f"no format has files that end in {suffix!r}; known: {known}.")
+    return found[0]

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from resnetlab.errors import UsageError
+from resnetlab.inference import predict
+from resnetlab.inference.download import find_model
 from resnetlab.models.annotated_model import TASK_NOUNS, read_task
 
 if TYPE_CHECKING:
@@ -13,10 +15,35 @@ if TYPE_CHECKING:
     from resnetlab.inference.predict import Model
 
 
+def load(path: str | Path, *, precision: str = "fp32", device: str = "auto") -> Model | Detector | Segmenter:
+    """Loads a model for prediction.
+
+    Args:
+        path: a model file, a run folder, or the name of a published classifier, which is downloaded:
+            "torchvision:resnet50.IMAGENET1K_V2", "timm:resnet50.a1_in1k", "hf:OWNER/REPOSITORY".
+        precision: "fp32", "bf16" or "auto".
+        device: "cpu", "cuda", "cuda:1", "mps", or "auto": a GPU if there is one.
+
+    Returns:
+        A Model (classifier) with network, classes and preprocessing; or a Detector or Segmenter. All have `predict`,
+        `evaluate` and `save`.
+
+    Raises:
+        ModelFileError: the file is missing, damaged or foreign; the run has no model yet; or the download fails.
+        UsageError: it is a network's name, or there is no such published model.
+    """
+    found = find_model(path)
+    if (task := read_task(Path(found))) == "classify":
+        return predict.load(found, precision=precision, device=device)
+    from resnetlab.inference.annotated import open_annotated_model
+
+    return open_annotated_model(Path(found), task, precision, device)
+
+
 def open_model(
     name: str, *, backend: str = "auto", precision: str = "auto", device: str = "auto"
 ) -> Model | Detector | Segmenter:
-    """Opens a model file, or downloads a published classifier.
+    """Opens a model as commands do.
 
     A classifier opens in torch fp32; its backend and precision are selected by `Model.select_backend`.
 
@@ -24,17 +51,10 @@ def open_model(
         backend, precision: of a detector or segmenter, which runs on torch, in fp32 unless `precision` is "bf16" (bf16 rounds
             boxes to whole pixels).
 
-    Raises:
-        ModelFileError: the file is missing, damaged, foreign, or a folder; or the download fails.
-        UsageError: the task has no such backend or precision, or there is no such published model.
+    Raises as `load`, and UsageError if the task has no such backend or precision.
     """
+    name = find_model(name)
     task = read_task(Path(name))
-    if task == "classify":
-        from resnetlab.inference.predict import load
-
-        return load(name, device=device)
-    if backend not in ("auto", "torch") or precision not in ("auto", "fp32", "bf16"):
+    if task != "classify" and (backend not in ("auto", "torch") or precision not in ("auto", "fp32", "bf16")):
         raise UsageError(f"{TASK_NOUNS[task]} runs on torch in fp32 or bf16; leave out --backend and --precision.")
-    from resnetlab.inference.annotated import open_annotated_model
-
-    return open_annotated_model(Path(name), task, "fp32" if precision == "auto" else precision, device)
+    return load(name, precision="fp32" if task == "classify" or precision == "auto" else precision, device=device)

@@ -9,31 +9,61 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
-from PIL import Image
 from torch import Tensor
 
-from resnetlab.data.decode import convert_image, decode
 from resnetlab.device import DeviceConfig, select_device, standard_torch_state
 from resnetlab.errors import DataError, UsageError
+from resnetlab.formatting import html_table
 from resnetlab.inference.backends import BackendRequest, LoadedBackend, load_network, select_backend
+from resnetlab.inference.classes import ClassScore, top_classes
 from resnetlab.inference.download import load_or_download
+from resnetlab.inference.images import ImageInput, expand_images, is_many, read_image
 from resnetlab.models.model_file import TrainedModel
 
-ImageInput = str | Path | bytes | Image.Image
+if TYPE_CHECKING:
+    from resnetlab.evaluation.evaluate import Evaluation
+    from resnetlab.inference.explain import Explanation
+
+PREDICTION_COLUMNS = ("image", "rank", "class", "score", "error")  # of tables
 BATCH = 64  # images per batch
 PREFETCH = 2 * BATCH  # images that are decoded ahead
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Prediction:
-    """The classes with the highest scores for one image, best first; or why it cannot be read."""
+    """The classes with the highest scores for one image, best first; or why it cannot be read.
+
+    `prediction[0].label` and `prediction.label` are the best class.
+    """
 
     name: str
-    top: tuple[tuple[str, float], ...] = ()  # (class, score); scores are softmax probabilities
+    top: tuple[ClassScore, ...] = ()  # scores are softmax probabilities
     error: str | None = None
+
+    def __getitem__(self, rank: int) -> ClassScore:
+        return self.top[rank]
+
+    def __len__(self) -> int:
+        return len(self.top)
+
+    @property
+    def label(self) -> str:
+        """The best class; raises DataError if the image could not be read."""
+        return self._best.label
+
+    @property
+    def score(self) -> float:
+        """The score of the best class; raises DataError if the image could not be read."""
+        return self._best.score
+
+    @property
+    def _best(self) -> ClassScore:
+        if self.error is not None:
+            raise DataError(self.error)
+        return self.top[0]
 
     def to_json(self) -> dict[str, Any]:
         """A JSON dictionary; keys as in docs/json.md."""
@@ -41,10 +71,53 @@ class Prediction:
             return {"image": self.name, "error": self.error}
         return {"image": self.name, "top": [{"class": name, "score": score} for name, score in self.top]}
 
+    to_dict = to_json
 
-@dataclass(eq=False)
+    def to_rows(self) -> list[tuple[str, int | str, str, float | str, str]]:
+        """Rows of image, rank, class, score and error, "" where there is none."""
+        if self.error is not None:
+            return [(self.name, "", "", "", self.error)]
+        return [(self.name, rank, each.label, each.score, "") for rank, each in enumerate(self.top, 1)]
+
+    def to_pandas(self) -> Any:
+        """A pandas DataFrame, a row for each class. Raises UsageError without pandas."""
+        return Predictions([self]).to_pandas()
+
+    def __repr__(self) -> str:
+        return f"Prediction({self.name}: {self.error or '  '.join(map(str, self.top))})"
+
+    def _repr_html_(self) -> str:
+        return Predictions([self])._repr_html_()
+
+
+class Predictions(list[Prediction]):
+    """The predictions for several images, in their order."""
+
+    def to_dict(self) -> list[dict[str, Any]]:
+        """A list of JSON dictionaries."""
+        return [prediction.to_json() for prediction in self]
+
+    def to_pandas(self) -> Any:
+        """A pandas DataFrame, a row for each image and class. Raises UsageError without pandas."""
+        try:
+            import pandas  # type: ignore[import-untyped, unused-ignore]
+        except ImportError as error:
+            raise UsageError("to_pandas needs the package pandas; to_dict gives the same without it.") from error
+        return pandas.DataFrame([row for each in self for row in each.to_rows()], columns=PREDICTION_COLUMNS)
+
+    def _repr_html_(self) -> str:
+        """The first of them as a table for notebooks."""
+        rows = [(each.name, each.error or "  ".join(map(str, each.top))) for each in self[:20]]
+        rest = f"<p>and {len(self) - 20:,} more</p>" if len(self) > 20 else ""
+        return html_table(("image", "classes and scores"), rows) + rest
+
+
+@dataclass(eq=False, repr=False)
 class Model(TrainedModel):
-    """A model ready for prediction: network, classes, preprocessing, and `predict`.
+    """A model ready for prediction: network, classes, preprocessing, and `predict`, which `model(image)` is too.
+
+    Where it takes an image, that is a path, an address, the bytes of a file, an open file, a Pillow image, a NumPy array
+    (H, W, C) or a tensor (C, H, W); several are a list, a folder, a pattern such as "photos/*.jpg", or a 4-D array.
 
     Attributes:
         device_config: device and precision of the network.
@@ -95,40 +168,48 @@ class Model(TrainedModel):
         pixels = [x for image in images if isinstance(x := self._prepare_input(image), Tensor)]
         return torch.stack(pixels) if pixels else None
 
-    def predict(self, image: ImageInput, *, top: int = 5) -> Prediction:
-        """The `top` best classes of one image.
-
-        Args:
-            image: a path, an encoded image's bytes, or a PIL image of any mode and size.
+    def predict(self, image: Any, *, top: int | None = None) -> Any:
+        """The `top` best classes of an image, five by default: a Prediction; of several images Predictions, a list.
 
         Raises:
-            DataError: the image is missing, damaged or not an image.
-            UsageError: it has another type.
+            DataError: the image is missing, damaged or not an image; of several, the prediction has the error.
+            UsageError: it has another type, or `top` is below 1.
         """
-        prediction = next(self.predictions([image], top=top))
-        if prediction.error is not None:
-            raise DataError(prediction.error)
-        return prediction
+        predictions = Predictions(self.predictions(image, top=top))
+        if is_many(image):
+            return predictions
+        if (error := predictions[0].error) is not None:
+            raise DataError(error)
+        return predictions[0]
 
-    def predictions(self, images: Iterable[ImageInput], *, top: int = 5) -> Iterator[Prediction]:
+    __call__ = predict
+
+    def predictions(self, images: Any, *, top: int | None = None) -> Iterator[Prediction]:
         """Predicts images in order, in batches; an unreadable one gives a prediction with its error."""
-        return self.named_predictions(((_get_image_name(image), image) for image in images), top=top)
+        return self.named_predictions(expand_images(images), top=top)
 
     def named_predictions(
-        self, images: Iterable[tuple[str, ImageInput | DataError]], *, top: int = 5
+        self, images: Iterable[tuple[str, ImageInput | DataError]], *, top: int | None = None
     ) -> Iterator[Prediction]:
         """Like `predictions`, for images with names; an error in place of an image becomes its prediction's error.
 
         Threads decode ahead while the backend computes. At most PREFETCH + BATCH images are in memory.
         """
-        if top < 1:
-            raise UsageError(f"top must be 1 or more, not {top}.")
+        top = 5 if top is None else top
+        if not isinstance(top, int) or isinstance(top, bool) or top < 1:
+            raise UsageError(f"top must be a whole number from 1 up, not {top!r}.")
+        return self._predict_batches(images, top)
+
+    def _predict_batches(self, images: Iterable[tuple[str, ImageInput | DataError]], top: int) -> Iterator[Prediction]:
         decoded = self._decode_ahead(images)
         while group := list(islice(decoded, BATCH)):
             pixels = [x for _, x in group if isinstance(x, Tensor)]
             scores = iter(self.predict_scores(torch.stack(pixels)) if pixels else ())
             for name, x in group:
-                yield Prediction(name, error=x) if isinstance(x, str) else self._best(name, next(scores), top)
+                if isinstance(x, str):
+                    yield Prediction(name, error=x)
+                else:
+                    yield Prediction(name, top_classes(self.classes, next(scores), top))
 
     @standard_torch_state()
     def predict_scores(self, pixels: Tensor) -> Tensor:
@@ -153,48 +234,85 @@ class Model(TrainedModel):
     def _prepare_input(self, image: ImageInput | DataError) -> Tensor | str:
         """Decodes and preprocesses an image: uint8 (h, w, C), or the error message."""
         try:
-            if isinstance(image, DataError):
-                return str(image)
-            if isinstance(image, Image.Image):
-                return self.preprocessing(convert_image(image))
-            if not isinstance(image, ImageInput):
-                raise UsageError(
-                    f"an image is a path, the bytes of a file, or a Pillow image, not {type(image).__name__}; "
-                    "PIL.Image.fromarray makes one of an array."
-                )
-            return self.preprocessing(decode(Path(image) if isinstance(image, str) else image))
+            return self.preprocessing(read_image(image))
         except DataError as error:
             return str(error)
 
-    def _best(self, name: str, scores: Tensor, top: int) -> Prediction:
-        return Prediction(name, top_classes(self.classes, scores, top))
+    @property
+    def device(self) -> torch.device:
+        """The device of the network."""
+        return self.device_config.device
 
+    @property
+    def names(self) -> dict[int, str]:
+        """The class of each output."""
+        return dict(enumerate(self.classes))
 
-def top_classes(classes: Sequence[str], scores: Tensor, top: int) -> tuple[tuple[str, float], ...]:
-    """The `top` classes with the highest scores (classes,), best first."""
-    values, indices = scores.topk(min(top, len(classes)))
-    return tuple((classes[i], round(v, 6)) for i, v in zip(indices.tolist(), values.tolist(), strict=True))
+    @standard_torch_state()
+    def to(self, device: str | torch.device) -> Self:
+        """Moves the model to a device, such as "cuda" or "cpu", where torch predicts until `select_backend` is called.
 
+        Raises UsageError if the device is not available.
+        """
+        self.device_config = select_device("auto" if self.device_config.precision == "bf16" else "fp32", str(device))
+        self.__post_init__()
+        return self
 
-def _get_image_name(image: ImageInput) -> str:
-    return str(image) if isinstance(image, str | Path) else "image"
+    def eval(self) -> Self:
+        """Returns the model: it is always in eval mode."""
+        return self
+
+    def evaluate(self, data: str | Path, **options: Any) -> Evaluation:
+        """Evaluates the model on a data set; see `resnetlab.evaluate` for the options."""
+        from resnetlab.evaluation.evaluate import evaluate
+
+        return evaluate(self, data, **{"device": str(self.device), **options})
+
+    def explain(self, image: ImageInput, *, top: int = 5) -> Explanation:
+        """Explains the prediction for an image: Grad-CAM (`overlay`), and what each block does for it (`blocks`).
+
+        Raises DataError, UsageError: as `predict`.
+        """
+        from resnetlab.inference.explain import explain
+
+        return explain(self, self.preprocessing(read_image(image)), top=top)
+
+    def export(
+        self,
+        out: str | Path,
+        *,
+        to: str | None = None,
+        precision: str = "fp32",
+        data: str | None = None,
+        images: str | Path | None = None,
+        data_dir: str | Path = "data",
+    ) -> Path:
+        """Writes the model for other programs, checked against this network on real images; returns the file.
+
+        Args:
+            to: "onnx", "torch", "openvino" or "torchvision"; None decides by the file's ending.
+            precision, data, images, data_dir: as for `resnetlab export`.
+
+        Raises:
+            UsageError: an unknown format or ending, or a missing package.
+            ModelFileError: the file's scores differ from the network's beyond the bound.
+        """
+        from resnetlab.inference.export import export_model, export_weights
+        from resnetlab.inference.export_images import load_export_images
+        from resnetlab.inference.formats import find_format, get_format
+
+        out = Path(out)
+        to = to or find_format(out.suffix)
+        if get_format(to).read is None:
+            export_weights(self, to, out)
+        else:
+            folder = None if images is None else Path(images)
+            check_images, calibration_images = load_export_images(self, data, folder, Path(data_dir))
+            export_model(self, to, precision, out, check_images, calibration_images)
+        return out
 
 
 @standard_torch_state()
 def load(path: str | Path, *, precision: str = "fp32", device: str = "auto") -> Model:
-    """Loads a model for prediction.
-
-    Args:
-        path: a model file, or a published name to download: "torchvision:resnet50.IMAGENET1K_V2", "timm:resnet50.a1_in1k",
-            "hf:OWNER/REPOSITORY".
-        precision: "fp32", "bf16" or "auto".
-
-    Returns:
-        Network, classes and preprocessing, with `predict` (one image), `predictions` (many) and `predict_scores`
-        (uint8 (B, h, w, C) -> softmax scores (B, classes)).
-
-    Raises:
-        ModelFileError: the file is missing, damaged, foreign, or a folder; or the download fails.
-        UsageError: there is no such published model.
-    """
+    """Loads a classifier for prediction; see `open_model.load`."""
     return Model(**vars(load_or_download(path)), device_config=select_device(precision, device))

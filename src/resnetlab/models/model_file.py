@@ -19,6 +19,7 @@ from torch import Tensor
 
 from resnetlab.device import standard_torch_state
 from resnetlab.errors import ModelFileError
+from resnetlab.formatting import format_list, html_table
 from resnetlab.models.reference_images import ReferenceImages
 from resnetlab.models.resnet import ResNet
 from resnetlab.models.spec import Specification
@@ -29,7 +30,7 @@ MEAN_TENSOR = "preprocessing.mean"
 FINGERPRINTS = "fingerprints."  # prefix of tensor names
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class TrainedModel:
     """A classifier with everything that its model file holds.
 
@@ -64,8 +65,27 @@ class TrainedModel:
         """The network's specification."""
         return self.net.spec
 
-    def save(self, path: Path) -> None:
+    def describe(self) -> dict[str, str]:
+        """The model in a few words: network, classes, input, and the errors that were measured."""
+        spec, (height, width) = self.spec, self.preprocessing.size
+        blocks = f"{spec.depth} layers, {spec.block} blocks {'-'.join(map(str, spec.depths))}"
+        errors = [f"{key} {value['top1_error']:.2%}" for key, value in self.metrics.items() if "top1_error" in value]
+        return {
+            "network": f"{self.recipe.get('net', 'residual network')} ({blocks})",
+            "classes": f"{len(self.classes):,}: {format_list(self.classes, 5)}",
+            "input": f"{height}x{width} pixels, {'grey' if spec.channels == 1 else 'colour'}",
+            "top-1 error": ", ".join(errors) or "not measured",
+        }
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({'; '.join(f'{key} {text}' for key, text in self.describe().items())})"
+
+    def _repr_html_(self) -> str:
+        return html_table(("", type(self).__name__), self.describe().items())
+
+    def save(self, path: str | Path) -> None:
         """Writes the model file atomically."""
+        path = Path(path)
         metadata = {
             "task": "classify",
             "specification": self.spec.to_json(),

@@ -153,6 +153,11 @@ def list_network_names() -> list[str]:
     return names + [f"resnet{depth}v1.5" for depth, (block, _) in IMAGENET_DEPTHS.items() if block == "bottleneck"]
 
 
+def is_network_name(name: str) -> bool:
+    """Whether a word has the form of a network's name."""
+    return _NAME.fullmatch(name) is not None
+
+
 def get_specification(name: str, **changes: Any) -> Specification:
     """The specification of a network name, with any of its values changed.
 

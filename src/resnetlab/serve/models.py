@@ -29,9 +29,10 @@ from resnetlab.inference.annotated import (
     class_shares,
     read_pixels,
 )
+from resnetlab.inference.classes import top_classes
 from resnetlab.inference.explain import explain
 from resnetlab.inference.open_model import open_model
-from resnetlab.inference.predict import Model, top_classes
+from resnetlab.inference.predict import Model
 from resnetlab.models.annotated_model import AnnotatedModel
 from resnetlab.models.cost import count_parameters
 from resnetlab.models.spec import Specification

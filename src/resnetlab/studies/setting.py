@@ -44,7 +44,7 @@ class Setting:
         data: a data set's name, or a folder of class folders.
         seeds: number of runs of each network; their seeds are 0, 1, ….
         depths: of the networks, where the user gives them; empty takes the study's own.
-        steps: length of a run, where the user gives it; else the budget's.
+        steps, epochs: length of a run, where the user gives it; else the budget's.
         photographs: the networks are ImageNet's, trained by the recipe `photos`; else CIFAR's.
     """
 
@@ -56,6 +56,7 @@ class Setting:
     device: str = "auto"
     steps: int | None = None
     photographs: bool = False
+    epochs: float | None = None
 
     def __post_init__(self) -> None:
         if self.budget not in BUDGETS:
@@ -64,6 +65,8 @@ class Setting:
             raise UsageError(f"--seeds must be from 1 to 1,000, not {self.seeds}.")
         if self.steps is not None and self.steps < 1:
             raise UsageError(f"--steps must be 1 or more, not {self.steps}.")
+        if self.epochs is not None and (self.steps is not None or not 0 < self.epochs <= 1e6):
+            raise UsageError("--epochs must be above 0 and at most 1,000,000, and is given without --steps.")
         for depth in self.depths:
             check_depth(depth)
         object.__setattr__(self, "depths", tuple(sorted(set(self.depths))))
@@ -94,6 +97,8 @@ class Setting:
         return replace(short, val_images=held_out, eval_every=max(1, short.steps // EVALUATIONS))
 
     def _steps(self, batch: int) -> int:
+        if self.epochs is not None:
+            return max(1, round(self.epochs * len(self.source.train) / batch))
         _, share, least = BUDGETS[self.budget]
         paper = self.paper_epochs * len(self.source.train) / batch
         return round(min(paper, max(share * paper, least)))

@@ -120,6 +120,38 @@ def upgrade_run(run: RunFolder, recipe: BaseRecipe) -> None:
     write_atomically(run.path / "recipe.toml", recipe.to_toml())
 
 
+def change_identity(run: RunFolder, before: BaseRecipe, recipe: BaseRecipe) -> None:
+    """Makes the last checkpoint of a finished run one of another recipe; raises RunError if there is none.
+
+    It may have been changed by an extension that was interrupted.
+    """
+    new = recipe.ignoring_bad_images().key
+    for path in list_checkpoints(run)[-1:]:
+        tensors, metadata = read_tensor_file(path, "checkpoint")
+        _, _, data = str(metadata.get("identity")).partition("/")
+        if metadata.get("step") == before.steps:
+            return write_tensor_file(path, tensors, metadata | {"identity": f"{new}/{data}"})
+    raise RunError(
+        f"{run.checkpoints} has no checkpoint of the last step, so the run cannot be extended; start a new one with "
+        f"--start-from {run.model}."
+    )
+
+
+def drop_optimizer_state(run: RunFolder) -> None:
+    """Removes what a finished run no longer needs: all checkpoints but the last, and the optimizer's state in that one."""
+    for last in list_checkpoints(run)[-1:]:
+        with contextlib.suppress(ModelFileError, RunError):  # no space: the run is finished all the same
+            tensors, metadata = read_tensor_file(last, "checkpoint")
+            write_tensor_file(last, {k: v for k, v in tensors.items() if not _is_optimizer_state(k)}, metadata)
+    for other in list_checkpoints(run)[:-1]:
+        with contextlib.suppress(OSError):
+            other.unlink()
+
+
+def _is_optimizer_state(name: str) -> bool:
+    return not name.startswith(("net.", "average.")) and name not in ("losses", "errors")
+
+
 def _get_step(path: Path) -> int:
     return int(path.stem.removeprefix("step-"))
 
@@ -175,7 +207,8 @@ def _read_latest(run: RunFolder, train_state: TrainState) -> list[str]:
 
 @torch.no_grad()
 def _apply(tensors: dict[str, Tensor], metadata: dict[str, Any], train_state: TrainState) -> None:
-    train_state.optimizer.init_state()
+    if any(map(_is_optimizer_state, tensors)):
+        train_state.optimizer.init_state()  # a finished run has none
     for name, tensor in train_state.tensors().items():
         tensor.copy_(tensors[name])
     device = train_state.task.device_config.device

@@ -8,7 +8,7 @@ import math
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 
 import tomli_w
 
@@ -47,6 +47,7 @@ _RANGES: dict[str, tuple[float, float, str]] = {  # smallest and largest value, 
     "threads": (0, 1024, "from 0 to 1,024"),
     "warmup_error": (5e-324, 1, "above 0 and at most 1"),
 }
+RESCALED = ("milestones", "warmup_steps", "eval_every", "log_every", "ema_decay")  # what another length changes
 _SPECIFICATION = tuple(f.name for f in fields(Specification) if f.name not in ("channels", "classes"))
 
 
@@ -273,20 +274,49 @@ class Recipe(BaseRecipe):
 R = TypeVar("R", bound=BaseRecipe)
 
 
+class Epochs(NamedTuple):
+    """The length of a run in epochs; it becomes steps when the images to train on are counted.
+
+    Attributes:
+        values: that were given beside it, as text; those that a rescaled schedule would change stay as they are.
+    """
+
+    number: float
+    values: Mapping[str, str] = {}
+
+    def apply(self, recipe: R, images: int) -> R:
+        """The recipe rescaled to so many epochs of `images` images, to whole steps."""
+        if not 0 < self.number <= 1e6:
+            raise UsageError(f"--epochs must be above 0 and at most 1,000,000, not {self.number:g}.")
+        rescaled = recipe.rescale(max(1, round(self.number * images / recipe.batch)))
+        return rescaled.with_values({k: v for k, v in self.values.items() if k in RESCALED})
+
+
 @dataclass(frozen=True, kw_only=True)
 class Overrides:
     """Values that a command changes in a recipe; None and the empty mapping change nothing.
 
     Attributes:
         steps: length of the run; the schedule is rescaled to it.
+        epochs: the same in epochs, which `length` gives to `RunOptions`: the images are counted when a run starts.
         values: any other values as text, as `--set` takes them.
     """
 
     data: str | None = None
     net: str | None = None
     steps: int | None = None
+    epochs: float | None = None
     seed: int | None = None
     values: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.steps is not None and self.epochs is not None:
+            raise UsageError("--steps and --epochs are both the length of the run; give one of them.")
+
+    @property
+    def length(self) -> Epochs | None:
+        """The length of the run, if it is given in epochs."""
+        return None if self.epochs is None else Epochs(self.epochs, dict(self.values))
 
     def apply(self, recipe: R) -> R:
         """The recipe with these values. Raises UsageError for an unknown key or a value of the wrong type."""

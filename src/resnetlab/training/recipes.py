@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any, cast
 
-from resnetlab.errors import unknown_name_error
+from resnetlab import migrate_v01
+from resnetlab.data import sources
+from resnetlab.errors import UsageError, unknown_name_error
+from resnetlab.run_folder import RunFolder
 from resnetlab.training.annotated_recipes import ANNOTATED_RECIPES
 from resnetlab.training.recipe import BaseRecipe, Recipe
 
@@ -281,9 +286,50 @@ def find_recipe(name: str, task: str) -> BaseRecipe:
     return known[name]
 
 
-def choose_recipe(name: str | None, *, task: str, data: str | None) -> BaseRecipe:
-    """A task's recipe of a name, or the default of the task and the data."""
+def is_recipe(name: str | Path) -> bool:
+    """Whether a word is a recipe's name or file, rather than data."""
+    return str(name) in RECIPES or str(name).endswith(".toml")
+
+
+def choose_recipe(name: str | Path | None, *, task: str, data: str | None) -> BaseRecipe:
+    """A task's recipe of a name or in a file, or the default of the task and the data."""
+    if name is not None and str(name).endswith(".toml"):
+        return read_recipe_file(Path(name), task)
+    name = None if name is None else str(name)
     return find_recipe(name or DEFAULT_RECIPES.get(task) or DEFAULT_RECIPES.get(data or "digits", "photos"), task)
+
+
+def read_recipe_file(path: Path, task: str) -> BaseRecipe:
+    """The recipe in a TOML file: a run's own, or some values and the `name` of the recipe that has the others.
+
+    Paths in a run's own recipe are relative to the folder that the run was started in, which its environment.json records.
+
+    Raises UsageError if the file cannot be read, or has an unknown key or a value that cannot be used.
+    """
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        raise UsageError(f"{path} is not there; --recipe takes a recipe's name or a TOML file.") from None
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} cannot be read as TOML ({error}); a run's recipe.toml is an example.") from error
+    values = migrate_v01.migrate_recipe(values) if migrate_v01.is_recipe(values) else values
+    if (own := values.pop("task", task)) != task:
+        raise UsageError(f"{path} is a recipe of another task: {own}.")
+    base = choose_recipe(values.pop("name", None), task=task, data=values.get("data"))
+    if not isinstance(specification := values.pop("specification", {}), Mapping):
+        raise UsageError(f"{path}: specification must be a table of values, not {specification!r}.")
+    known = {f.name for f in fields(base)}
+    try:
+        for key in values:
+            if key not in known:
+                raise unknown_name_error("key", key, known)
+        recipe = replace(base, specification={**base.specification, **specification}, **values)
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from None
+    started_in = Path(str((RunFolder(path.parent).read_json("environment.json") or {}).get("started_in", "")))
+    paths: dict[str, Any] = {key: getattr(recipe, key, "") for key in ("data", "start_from", "quarantine")}
+    paths = {key: sources.resolve_data_path(path, started_in) for key, path in paths.items() if path}
+    return replace(recipe, **paths)
 
 
 def describe_changes(recipe: BaseRecipe, precision: str) -> list[str]:
@@ -308,3 +354,10 @@ def describe_budget(recipe: BaseRecipe) -> str | None:
     if recipe.steps == full:
         return None
     return f"{recipe.steps:,} of the {full:,} steps of {recipe.name} ({recipe.steps / full:.1%})"
+
+
+def describe_run_budget(run: RunFolder, recipe: BaseRecipe) -> str | None:
+    """The same for a run in its folder, which may have been extended."""
+    extended = (run.read_json("environment.json") or {}).get("extended_after", [])
+    after = [f"extended after {step:,} steps without the optimizer's momentum" for step in extended]
+    return "; ".join(filter(None, [describe_budget(recipe), *after])) or None

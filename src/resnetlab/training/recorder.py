@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 
 from resnetlab.distributed import World
-from resnetlab.errors import PROCESS_GONE, DivergedError, RunError
+from resnetlab.errors import PROCESS_GONE, DivergedError, ResNetLabError, RunError
 from resnetlab.run_folder import MetricsLog, RunFolder
 from resnetlab.training.checkpoint import TrainState, save_checkpoint
 from resnetlab.training.result import Progress
@@ -19,14 +21,33 @@ from resnetlab.training.run_state import RunState
 from resnetlab.training.step import StepOutput
 from resnetlab.training.stopping import StopRequest, StopSignal
 
+OnEvaluate = Callable[[Mapping[str, float]], bool | None]
+
 
 @dataclass(frozen=True)
 class RunContext:
-    """The folder of a run, and the callbacks for its messages and its progress."""
+    """The folder of a run, and the callbacks for its messages, its progress and its evaluations."""
 
     run: RunFolder
     report: Callable[[str], None]
     on_progress: Callable[[Progress], None]
+    on_evaluate: OnEvaluate | None = None
+
+
+class RunStopped(ResNetLabError):
+    """A run that the function `on_evaluate` has stopped; it is saved and can be resumed.
+
+    Attributes:
+        run: its folder.
+        step: the step that is saved.
+        figures: those of the last evaluation.
+    """
+
+    def __init__(self, run: Path, step: int, figures: Mapping[str, float]) -> None:
+        super().__init__(
+            f"on_evaluate stopped the run at step {step:,}, which is saved; go on with train(resume={str(run)!r})."
+        )
+        self.run, self.step, self.figures = run, step, figures
 
 
 class Recorder:
@@ -38,6 +59,7 @@ class Recorder:
         self._metrics = MetricsLog(context.run, train_state.state.step) if self._world.is_first else None
         self._timer, self._saved = StepTimer(train_state.state), time.monotonic()
         self._held_out: Mapping[str, float] = {}
+        self._evaluation_seconds = 0.0  # of the last one
         self._refresh_report = Throttle(partial(self._task.write_running_report, context.run))
 
     @property
@@ -85,8 +107,11 @@ class Recorder:
         self._timer.stop()
         if logging:
             figures = self._log(output, lr)
-        if last or state.step % recipe.eval_every == 0:
+        evaluating, stop = last or state.step % recipe.eval_every == 0, 0
+        if evaluating:
             self._held_out = self._evaluate()
+            stop = world.all_reduce_max(int(self._asks_to_stop()))[0] * (not last)
+            saving = saving or stop
         if logging:
             self._context.on_progress(self._progress(figures, lr))
         if saving and self._metrics is not None:
@@ -97,6 +122,8 @@ class Recorder:
                 self._refresh_report()
         if signum and not last:
             raise StopSignal(signum, f"stopped at step {state.step:,}, which is saved; {self.how_to_resume}")
+        if stop:
+            raise RunStopped(self._context.run.path, state.step, self._held_out)
 
     def note_skipped(self, skipped: Mapping[str, str]) -> None:
         """Lists in the run folder what was skipped because it could not be used."""
@@ -136,17 +163,24 @@ class Recorder:
 
     def _evaluate(self) -> Mapping[str, float]:
         """Evaluates the held-out images with the weights that would be saved; updates the schedule "plateau"."""
-        state, recipe = self._train_state.state, self._train_state.recipe
+        state, recipe, start = self._train_state.state, self._train_state.recipe, time.perf_counter()
         with self._train_state.average.swap_in():
             figures = self._task.evaluate_held_out() or {}
+        self._evaluation_seconds = time.perf_counter() - start
         if figures and recipe.schedule == "plateau":
             state.update_plateau(next(iter(figures.values())), recipe.patience)
         if figures and self._metrics is not None:
             self._metrics.write("held_out", state.step, **figures)
         return figures
 
+    def _asks_to_stop(self) -> bool:
+        """Whether the caller's function, which sees the figures, asks to stop the run."""
+        ask, state, recipe = self._context.on_evaluate, self._train_state.state, self._train_state.recipe
+        return ask is not None and ask({"step": state.step, "steps": recipe.steps, **self._held_out}) is True
+
     def _progress(self, figures: Mapping[str, float], lr: float) -> Progress:
-        state, steps = self._train_state.state, self._train_state.recipe.steps
+        state, recipe = self._train_state.state, self._train_state.recipe
+        steps, evaluations = recipe.steps, recipe.steps // recipe.eval_every - state.step // recipe.eval_every
         return Progress(
             step=state.step,
             steps=steps,
@@ -155,7 +189,7 @@ class Recorder:
             error=figures["error"],
             held_out=self._held_out,
             images_per_second=figures["images_per_second"],
-            seconds_left=state.seconds / state.step * (steps - state.step),
+            seconds_left=self._timer.seconds_per_step() * (steps - state.step) + evaluations * self._evaluation_seconds,
         )
 
 
@@ -192,7 +226,11 @@ class Throttle:
 class StepTimer:
     """Measures the time of steps and of waiting for data; adds to the totals of the run state."""
 
+    WARMUP = 3  # steps of a process that are no measure of the others: memory, kernels and workers are made ready
+
     def __init__(self, state: RunState) -> None:
+        self._steps: deque[float] = deque(maxlen=100)  # seconds of the latest
+        self._count = 0
         self._state, self._began = state, time.perf_counter() - state.seconds
         self._started = self._logged = time.perf_counter()
         self._waited = 0.0
@@ -209,7 +247,15 @@ class StepTimer:
         """Marks the end of the step."""
         now = time.perf_counter()
         self._state.step_seconds += now - self._started
+        self._count += 1
+        if self._count <= self.WARMUP + 1:
+            self._steps.clear()
+        self._steps.append(now - self._started)
         self._state.seconds = now - self._began
+
+    def seconds_per_step(self) -> float:
+        """The mean of the latest steps of this process, without its first ones."""
+        return sum(self._steps) / max(len(self._steps), 1)
 
     def share_waiting(self) -> float:
         """The share of time spent waiting for images since the last call."""

@@ -56,7 +56,7 @@ class RunDescription:
             title=title,
             recipe=recipe.to_json(),
             differences=recipes.describe_changes(recipe, default_precision(device_config.device)),
-            budget=recipes.describe_budget(recipe),
+            budget=recipes.describe_run_budget(run, recipe),
             metrics=read_metrics(run),
             environment=run.read_json("environment.json") or {},
         )

@@ -1,10 +1,14 @@
-"""The progress of a run, and its result."""
+"""The progress of a run and how it is shown, and its result."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
+
+from resnetlab.formatting import format_duration, format_percent
+from resnetlab.progress import ProgressBar
 
 
 @dataclass(frozen=True)
@@ -19,6 +23,26 @@ class Progress:
     held_out: Mapping[str, float]  # figures of the last held-out evaluation, the most important first; may be empty
     images_per_second: float  # training steps only
     seconds_left: float
+
+    def describe(self) -> list[str]:
+        """The figures as text, the most important first."""
+        figure = next(iter(self.held_out.items()), None)
+        held_out = [] if figure is None else [f"held-out {figure[0].replace('_', ' ')} {format_percent(figure[1])}"]
+        return [
+            f"{format_duration(self.seconds_left)} left",
+            f"loss {self.loss:.4f}",
+            *held_out,
+            f"training error {format_percent(self.error)}",
+            f"{self.images_per_second:,.0f} images/s",
+            f"lr {self.lr:g}",
+        ]
+
+
+@contextlib.contextmanager
+def show_training() -> Iterator[Callable[[Progress], None]]:
+    """A progress bar for a training run; yields the function that updates it."""
+    with ProgressBar("step") as bar:
+        yield lambda p: bar.update(p.step, p.steps, p.describe())
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,16 +13,23 @@ from resnetlab.data.decode import jpeg_decoder
 from resnetlab.device import default_precision, environment, preserve_process_state, select_device
 from resnetlab.distributed import World, join_process_group, was_restarted
 from resnetlab.errors import ResNetLabError, RunError, UsageError, unknown_name_error
+from resnetlab.progress import log
 from resnetlab.run_folder import RunFolder, write_atomically
 from resnetlab.training import recipes
 from resnetlab.training.average import set_train_mode
-from resnetlab.training.checkpoint import TrainState, restore_checkpoint, upgrade_run
+from resnetlab.training.checkpoint import (
+    TrainState,
+    change_identity,
+    drop_optimizer_state,
+    restore_checkpoint,
+    upgrade_run,
+)
 from resnetlab.training.cuda_graph import GraphGradients
 from resnetlab.training.memory import is_out_of_memory
 from resnetlab.training.optim import OPTIMIZERS
-from resnetlab.training.recipe import BaseRecipe, Overrides, Recipe
-from resnetlab.training.recorder import Recorder, RunContext
-from resnetlab.training.result import ClassificationResult, Progress, TrainResult
+from resnetlab.training.recipe import BaseRecipe, Epochs, Overrides, Recipe
+from resnetlab.training.recorder import OnEvaluate, Recorder, RunContext
+from resnetlab.training.result import ClassificationResult, Progress, TrainResult, show_training
 from resnetlab.training.schedule import learning_rate
 from resnetlab.training.step import compute_gradients, train_step
 from resnetlab.training.stopping import catch_stop_signals
@@ -47,45 +54,57 @@ class RunOptions:
         device: None takes a GPU if there is one, or the kind of device that the resumed run started on.
         workers: processes that decode images; None decides by the device.
         fit_micro_batch: take the largest micro-batch that fits into memory; a new run's recipe records it as `bn_batch`.
+        epochs: the length of a new run in epochs; its recipe records the steps.
         report: called with sentences on what happens.
         on_progress: called at every line of metrics.jsonl.
+        on_evaluate: called with the figures of every evaluation of held-out images; if it returns True the run stops.
     """
 
     data_dir: Path | None = None
     device: str | None = None
     workers: int | None = None
     fit_micro_batch: bool = False
+    epochs: Epochs | None = None
     report: Callable[[str], None] = _ignore
     on_progress: Callable[[Progress], None] = _ignore
+    on_evaluate: OnEvaluate | None = None
 
 
 def train(
-    recipe: Recipe | str | None = None,
+    recipe: Recipe | str | Path | None = None,
     *,
-    data: str | Path | None = None,
+    data: Any = None,
     net: str | None = None,
     steps: int | None = None,
+    epochs: float | None = None,
     seed: int | None = None,
     out: str | Path | None = None,
-    data_dir: str | Path = "data",
-    device: str = "auto",
+    resume: str | Path | None = None,
+    data_dir: str | Path | None = None,
+    device: str | None = None,
     workers: int | None = None,
-    progress: Callable[[Progress], None] = _ignore,
-    report: Callable[[str], None] = _ignore,
+    progress: Callable[[Progress], None] | bool = True,
+    report: Callable[[str], None] | None = None,
+    on_evaluate: OnEvaluate | None = None,
     **values: Any,
 ) -> ClassificationResult:
-    """Trains a network into a new run folder.
+    """Trains a network into a new run folder, or resumes a run.
 
     Args:
-        recipe: a Recipe, the name of one, or None for the default of the data ("quick" for digits, "paper-cifar" for CIFAR,
-            "photos" for a folder).
+        recipe: a Recipe, the name of one, its file, such as a run's recipe.toml, or None for the default of the data ("quick"
+            for digits, "paper-cifar" for CIFAR, "photos" for a folder). What is none of these is taken for `data`.
         data, net, seed: change the recipe's values.
-        steps: length of the run; the schedule is rescaled to it.
+        steps, epochs: length of the run; the schedule is rescaled to it.
         out: the run folder; None takes runs/<data>, or the next free name.
-        data_dir: the folder of the archives.
+        resume: the folder of a run to resume; the result is bit-identical to that of an uninterrupted run. A finished run is
+            extended if `steps` or `epochs` is larger than its own.
+        data_dir: the folder of the archives; None takes "data", or that of the resumed run.
         workers: processes that decode images on disk; None decides by the machine. The result does not depend on it.
-        progress: called at every line of metrics.jsonl.
-        report: called with sentences on what happens.
+        progress: True shows progress and messages on standard error, False nothing; a function is called at every line of
+            metrics.jsonl.
+        report: called with sentences on what happens, in place of printing them.
+        on_evaluate: called after every evaluation of held-out images with its figures, and "step" and "steps". If it returns
+            True, the run stops; it is saved and can be resumed.
         **values: any other value of the recipe or of the network's specification, such as batch=64 or shortcut="C".
 
     Returns:
@@ -93,14 +112,38 @@ def train(
 
     Raises:
         UsageError, DataError, RunError, DivergedError: see resnetlab.errors.
+        RunStopped: `on_evaluate` stopped the run.
         StopSignal: SIGINT or SIGTERM, after a checkpoint.
     """
-    name = None if data is None else str(data)
-    base = recipe if isinstance(recipe, Recipe) else recipes.choose_recipe(recipe, task="classify", data=name)
+    if isinstance(recipe, str | Path) and data is None and not recipes.is_recipe(recipe):
+        recipe, data = None, recipe
+    name = None if data is None else _check_data(data)
     texts = {key: ",".join(map(str, v)) if isinstance(v, list | tuple) else str(v) for key, v in values.items()}
-    complete = Overrides(data=name, net=net, steps=steps, seed=seed, values=texts).apply(base)
-    options = RunOptions(data_dir=Path(data_dir), device=device, workers=workers, report=report, on_progress=progress)
-    return cast(ClassificationResult, start_run(complete, Path(out) if out else None, options))
+    overrides = Overrides(data=name, net=net, steps=steps, epochs=epochs, seed=seed, values=texts)
+    with contextlib.ExitStack() as stack:
+        shown = stack.enter_context(show_training()) if progress is True else progress or _ignore
+        options = RunOptions(
+            data_dir=None if data_dir is None else Path(data_dir),
+            device=device,
+            workers=workers,
+            epochs=overrides.length,
+            report=report or (log if progress is True else _ignore),
+            on_progress=shown,
+            on_evaluate=on_evaluate,
+        )
+        if resume is not None and (recipe is not None or out is not None):
+            raise UsageError("resume continues a run with its own recipe in its own folder; leave out recipe and out.")
+        if resume is not None:
+            return cast(ClassificationResult, _resume(Path(resume), options, overrides=overrides))
+        base = recipe if isinstance(recipe, Recipe) else recipes.choose_recipe(recipe, task="classify", data=name)
+        return cast(ClassificationResult, start_run(overrides.apply(base), Path(out) if out else None, options))
+
+
+def _check_data(data: Any) -> str:
+    """The data set's name, folder or pattern; raises UsageError for anything else."""
+    if isinstance(data, str | Path):
+        return str(data)
+    raise UsageError(f"data is a data set's name or a folder of class folders, not {type(data).__name__}.")
 
 
 def start_run(recipe: BaseRecipe, out: Path | None = None, options: RunOptions | None = None) -> TrainResult:
@@ -125,7 +168,7 @@ def start_run(recipe: BaseRecipe, out: Path | None = None, options: RunOptions |
                 stack.enter_context(run.lock())
                 run.check_empty()  # another process may have been faster
                 _write_setup(run, task, options)
-            prepared = task, RunContext(run, options.report, options.on_progress)
+            prepared = task, RunContext(run, options.report, options.on_progress, options.on_evaluate)
         return prepared if isinstance(prepared, TrainResult) else train_to_end(*prepared)
 
 
@@ -147,6 +190,9 @@ def resume(
         world, options = _join(stack, options)
         prepared = _reopen(stack, world, path, options, task, overrides or Overrides())
         return prepared if isinstance(prepared, TrainResult) else train_to_end(*prepared)
+
+
+_resume = resume  # `train` has an argument of this name
 
 
 def train_to_end(task: Task, context: RunContext) -> TrainResult:
@@ -187,6 +233,7 @@ def train_to_end(task: Task, context: RunContext) -> TrainResult:
         if task.device_config.world.is_first:
             recorder.note_skipped(skipped)
             context.run.write_json("result.json", result.to_json())
+            drop_optimizer_state(context.run)
             context.report(f"report: {context.run.report}")
     return result
 
@@ -212,10 +259,13 @@ def build_task(
         data_dir=options.data_dir or Path("data"),
         workers=options.workers,
         started_in=started_in or Path(),
+        epochs=options.epochs,
         report=options.report,
     )
     with world.first_process_first():  # the others find what the first one has downloaded
         task = TASKS[recipe.task].build(recipe, setup)
+    if options.on_evaluate is not None and not len(task.held_out):
+        raise UsageError("on_evaluate sees held-out images, and none are held out; add val_images=100.")
     options.report(f"device: {task.device_config}")
     if changes := recipes.describe_changes(task.recipe, default_precision(device_config.device)):
         options.report(f"recipe {task.recipe.name}, with {'; '.join(changes)}")
@@ -224,11 +274,11 @@ def build_task(
     return task
 
 
-def check_resume(path: Path, task: str, overrides: Overrides) -> None:
-    """Raises RunError or UsageError if `resume` would refuse the run."""
+def check_resume(path: Path, task: str, overrides: Overrides, options: RunOptions) -> None:
+    """Raises RunError or UsageError if `resume` would refuse the run; extends a finished run that is to be longer."""
     run = RunFolder.open(path)
     with run.lock():
-        _read_run(run, task, overrides)
+        _read_run(run, task, overrides, options)
 
 
 def read_result(run: RunFolder, task: type[Task]) -> TrainResult | None:
@@ -277,9 +327,9 @@ def _reopen(
     recorded = None
     if world.is_first:
         stack.enter_context(run.lock())
-        recorded = _read_run(run, task_name, requested)
+        recorded = _read_run(run, task_name, requested, options)
     result, recipe, before = cast(_RecordedRun, world.broadcast(recorded))
-    context = RunContext(run, options.report, options.on_progress)
+    context = RunContext(run, options.report, options.on_progress, options.on_evaluate)
     if result is not None:
         options.report(f"{path} is finished; nothing to do.")
         return result
@@ -292,14 +342,15 @@ def _reopen(
         options,
         data_dir=options.data_dir or Path(str(before.get("data_dir", "data"))),
         device=options.device or str(before.get("device", "auto")),
+        epochs=None,  # the recipe has the steps
     )
     task = build_task(recipe, options, world, Path(str(before.get("started_in", ""))))
     _report_differences(before, _describe_machine(task), recipe, options.report)
     return task, context
 
 
-def _read_run(run: RunFolder, task_name: str, requested: Overrides | BaseRecipe) -> _RecordedRun:
-    """Reads a run, and checks that its recipe is the requested one."""
+def _read_run(run: RunFolder, task_name: str, requested: Overrides | BaseRecipe, options: RunOptions) -> _RecordedRun:
+    """Reads a run, and checks that its recipe is the requested one; a finished run is extended if it is to be longer."""
     values = run.read_recipe()
     name = values.get("task", task_name)
     if name not in TASKS:
@@ -307,22 +358,52 @@ def _read_run(run: RunFolder, task_name: str, requested: Overrides | BaseRecipe)
     task = TASKS[name]
     if name != task_name:
         raise RunError(f"{run.path} is a run of another task; resume with: {task.command} --resume {run.path}")
-    before = task.recipe_type.from_values(values)
+    before, environment = task.recipe_type.from_values(values), run.read_json("environment.json")
     # the recipe of a restarted job: its micro-batch was found when the run began
     requested = requested.with_micro_batch_of(before) if isinstance(requested, BaseRecipe) else requested.apply(before)
+    if options.epochs is not None and environment is not None:
+        if "train_images" not in environment:
+            raise UsageError(f"{run.path} does not record how many images it trains on; give --steps, not --epochs.")
+        requested = options.epochs.apply(requested, int(environment["train_images"]))
+    result = read_result(run, task)
+    result = None if result is not None and result.steps != before.steps else result  # an extension was interrupted
+    if result is not None and requested.steps > before.steps:
+        return _extend(run, before, requested, options)
     recipe = before.skip_bad_images_like(requested)
     if changes := requested.resolve_like(recipe).differences(recipe):
         raise RunError(
             f"{run.path} was started with another recipe: you ask for {'; '.join(changes)}. Resume without it, "
             "or start a new run."
         )
-    result = read_result(run, task)
     if result is None:
         upgrade_run(run, recipe)
     if recipe.to_json() != before.to_json():
         write_atomically(run.path / "recipe.toml", recipe.to_toml())
     run.remove_temporary_files()
-    return _RecordedRun(result, recipe, run.read_json("environment.json"))
+    return _RecordedRun(result, recipe, environment)
+
+
+def _extend(run: RunFolder, before: BaseRecipe, requested: BaseRecipe, options: RunOptions) -> _RecordedRun:
+    """Makes a finished run unfinished: its last checkpoint becomes one of the longer recipe.
+
+    Its schedule is that of the longer run from there on. A finished run keeps no optimizer state, so that starts anew.
+    """
+    if changes := requested.resolve_like(before).differences(before.rescale(requested.steps)):
+        raise RunError(
+            f"{run.path} is extended with its own recipe, but you ask for {'; '.join(changes)}; leave it out."
+        )
+    recipe = before.rescale(requested.steps)
+    change_identity(run, before, recipe)
+    environment = run.read_json("environment.json") or {}
+    environment["extended_after"] = sorted({*environment.get("extended_after", []), before.steps})
+    run.write_json("environment.json", environment)
+    write_atomically(run.path / "recipe.toml", recipe.to_toml())
+    (run.path / "result.json").unlink()
+    options.report(
+        f"{run.path} is extended from {before.steps:,} to {recipe.steps:,} steps: its schedule is that of the longer run "
+        "from here on, and the optimizer starts without its momentum, so the result is not that of a run of this length"
+    )
+    return _RecordedRun(None, recipe, environment)
 
 
 def _write_setup(run: RunFolder, task: Task, options: RunOptions) -> None:
@@ -332,7 +413,8 @@ def _write_setup(run: RunFolder, task: Task, options: RunOptions) -> None:
         run.write_json("holdout.json", {split: list(names) for split, names in task.holdout.items()})
     data_dir = options.data_dir or Path("data")
     paths = {"data_dir": str(data_dir.resolve()), "started_in": str(Path.cwd())}
-    run.write_json("environment.json", _describe_machine(task) | {"decoder": jpeg_decoder()} | paths)
+    counts = {"train_images": task.num_train_images}
+    run.write_json("environment.json", _describe_machine(task) | {"decoder": jpeg_decoder()} | paths | counts)
 
 
 def _describe_machine(task: Task) -> dict[str, object]:

@@ -77,6 +77,7 @@ class AnnotatedTask(Task, Generic[P, S]):
         if recipe.flips not in FLIPS:
             raise unknown_name_error("flips", recipe.flips, FLIPS)
         train, held_out, holdout = divide_images(data, recipe.val_images)
+        recipe = setup.rescale(recipe, len(train))
         some = train[:: max(1, len(train) // STATISTICS_IMAGES)]  # evenly spaced
         images = (pixels for _, pixels in data.errors.read_each(some, lambda image: image.read_pixels()))
         start_from = setup.started_in / recipe.start_from if recipe.start_from else None
@@ -117,9 +118,13 @@ class AnnotatedTask(Task, Generic[P, S]):
         )
         epochs = recipe.steps * recipe.batch / len(train)
         setup.report(
-            f"{recipe.steps:,} steps of {recipe.batch:,} images are {epochs:,.1f} epochs (--steps changes that)"
+            f"{recipe.steps:,} steps of {recipe.batch:,} images are {epochs:,.1f} epochs (--epochs changes that)"
         )
         return task
+
+    @property
+    def num_train_images(self) -> int:
+        return len(self.train)
 
     @classmethod
     def check_batch(cls, recipe: Any, world: World) -> None:
@@ -206,7 +211,7 @@ class AnnotatedTask(Task, Generic[P, S]):
             seconds=round(state.seconds, 3),
             images_per_second=round(recipe.batch * state.step / state.step_seconds, 1),
             parameters=count_parameters(self.net),
-            budget=recipes.describe_budget(recipe),
+            budget=recipes.describe_run_budget(run, self.recipe),
             **{key: values[key] for key in self.metrics},
         )
         if is_first:

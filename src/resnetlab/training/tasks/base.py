@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeVar
 
 from torch import Tensor, nn
 
@@ -14,9 +14,11 @@ from resnetlab.device import DeviceConfig
 from resnetlab.distributed import World
 from resnetlab.errors import RunError
 from resnetlab.run_folder import RunFolder
-from resnetlab.training.recipe import BaseRecipe
+from resnetlab.training.recipe import BaseRecipe, Epochs
 from resnetlab.training.result import TrainResult
 from resnetlab.training.run_state import RunState
+
+R = TypeVar("R", bound=BaseRecipe)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +29,7 @@ class TaskSetup:
         data_dir: the folder of the archives.
         workers: processes that decode images; None decides by the device.
         started_in: the folder that paths in the recipe are relative to.
+        epochs: the length of a new run, if it is given in epochs.
         report: called with sentences on what happens.
     """
 
@@ -34,7 +37,12 @@ class TaskSetup:
     data_dir: Path
     workers: int | None = None
     started_in: Path = field(default_factory=Path)
+    epochs: Epochs | None = None
     report: Callable[[str], None]
+
+    def rescale(self, recipe: R, images: int) -> R:
+        """The recipe at the length that is given in epochs of `images` images, if one is."""
+        return recipe if self.epochs is None else self.epochs.apply(recipe, images)
 
 
 class Task(ABC):
@@ -60,6 +68,12 @@ class Task(ABC):
     device_config: DeviceConfig
     data: Mapping[str, str]
     holdout: Mapping[str, Sequence[str]]
+    held_out: Sized  # images that are evaluated while training; may be empty
+
+    @property
+    @abstractmethod
+    def num_train_images(self) -> int:
+        """The number of images to train on."""
 
     @classmethod
     @abstractmethod

@@ -101,6 +101,7 @@ class ClassificationTask(Task):
             channels, (size, size), recipe.eval_resize or size, torch.zeros(channels), torch.ones(channels)
         )
         train, held_out, test, holdout = _hold_out(recipe, source, shape)
+        recipe = setup.rescale(recipe, len(train))
         preprocessing = _add_statistics(recipe.normalise, train, shape, start)
         fingerprints = start.fingerprints if start else {}
         trained_on = start.data.get("fingerprint", "") if start else ""
@@ -153,16 +154,20 @@ class ClassificationTask(Task):
     def check_batch(cls, recipe: Recipe, world: World) -> None:
         count_micro_batches(recipe, world)
 
+    @property
+    def num_train_images(self) -> int:
+        return len(self.loader.split)
+
     def _describe(self) -> list[str]:
         """Sentences on data, network and length of the run."""
-        recipe, n = self.recipe, len(self.loader.split)
+        recipe, n = self.recipe, self.num_train_images
         evaluated = "" if self.evaluated_split == "test" else f" ({self.evaluated_split})"
         data = sources.strip_signature(recipe.data)
         counts = f"{n:,} images to train on, {len(self.held_out):,} held out, {len(self.test):,} to test on{evaluated}"
         sentences = [f"{recipe.net} on {data}: {counts}; {count_parameters(self.net):,} parameters"]
         if not sources.is_builtin(recipe.data):
             steps, epochs = f"{recipe.steps:,} steps of {recipe.batch:,} images", recipe.steps * recipe.batch / n
-            sentences.append(f"{steps} are {epochs:,.1f} epochs (--steps changes that)")
+            sentences.append(f"{steps} are {epochs:,.1f} epochs (--epochs changes that)")
         return sentences
 
     def micro_batches(self, step: int) -> list[Batch]:
@@ -329,7 +334,7 @@ class ClassificationTask(Task):
             seconds=round(state.seconds, 3),
             images_per_second=round(recipe.batch * state.step / state.step_seconds, 1),
             parameters=count_parameters(self.net),
-            budget=recipes.describe_budget(recipe),
+            budget=recipes.describe_run_budget(run, recipe),
         )
         if is_first:
             images = self.evaluated_images(self.test)

@@ -1,0 +1,137 @@
+"""`resnetlab runs` and `resnetlab runs compare`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import App, Parameter
+
+from resnetlab.cli import console
+from resnetlab.errors import ResNetLabError, RunError, UsageError
+from resnetlab.formatting import format_duration, format_percent
+
+if TYPE_CHECKING:
+    pass
+
+app = App(name="runs", help="List the runs in a folder with their figures; compare some of them on one page.")
+
+
+@app.default
+def list_runs(folder: Path = Path("runs"), /, *, json: Annotated[bool, Parameter(negative="")] = False) -> None:
+    """List the runs in a folder with their figures.
+
+    Example: `resnetlab runs`
+
+    Parameters
+    ----------
+    folder
+        A folder with run folders in it, at any depth.
+    json
+        Print one JSON document.
+    """
+    if not folder.is_dir():
+        raise UsageError(f"{folder} is not a folder; give one with runs in it: `resnetlab train` writes into runs.")
+    found = [summarise_run(recipe.parent) for recipe in sorted(folder.rglob("recipe.toml"))]
+    if json:
+        return console.print_json({"runs": found})
+    if not found:
+        return print(f"no runs in {folder}; `resnetlab train` makes one")
+    return print_runs(found)
+
+
+@app.command
+def compare(
+    *runs: Path,
+    out: Path = Path("runs-compared.html"),
+    json: Annotated[bool, Parameter(negative="")] = False,
+) -> None:
+    """Compare runs: their figures, the values in which their recipes differ, and their curves, on one page.
+
+    Example: `resnetlab runs compare runs/digits runs/digits-2`
+
+    Parameters
+    ----------
+    runs
+        Run folders, at most seven.
+    out
+        The page to write.
+    json
+        Print the figures and differences as one JSON document.
+    """
+    from resnetlab.run_folder import RunFolder, write_atomically
+    from resnetlab.training.run_comparison import MAX_RUNS, compare_recipes, render_comparison
+
+    if not 2 <= len(runs) <= MAX_RUNS:
+        raise UsageError(f"runs compare needs from 2 to {MAX_RUNS} run folders, not {len(runs)}.")
+    folders = [RunFolder.open(run) for run in runs]
+    summaries = [summarise_run(run.path) for run in folders]
+    if broken := next((s for s in summaries if "error" in s), None):
+        raise RunError(broken["error"])
+    differences = compare_recipes(folders)
+    write_atomically(out, render_comparison(folders, summaries, differences))
+    console.log(f"page: {out}")
+    if json:
+        return console.print_json({"page": str(out), "runs": summaries, "differences": differences})
+    print_runs(summaries)
+    print()
+    rows = [(key, *map(str, values)) for key, values in differences.items()]
+    return console.print_table("", ("value", *(s["run"] for s in summaries)), rows)
+
+
+def summarise_run(path: Path) -> dict[str, Any]:
+    """The figures of a run for a table; "error" where its files cannot be read."""
+    from resnetlab.run_folder import RunFolder, read_metrics
+
+    run = RunFolder(path)
+    try:
+        recipe, result = run.read_recipe(), run.read_json("result.json")
+        lines = read_metrics(run)
+    except ResNetLabError as error:
+        return {"run": str(path), "error": str(error)}
+    held_out = [line for line in lines if line["kind"] == "held_out"]
+    summary = {
+        "run": str(path),
+        "task": recipe.get("task", "classify"),
+        "net": recipe.get("net"),
+        "data": recipe.get("data"),
+        "step": result["steps"] if result else max((line["step"] for line in lines), default=0),
+        "steps": recipe.get("steps"),
+        "finished": result is not None,
+        "seconds": result["seconds"] if result else max((line.get("seconds", 0.0) for line in lines), default=0.0),
+    }
+    figures = {k: v for k, v in (held_out[-1] if held_out else {}).items() if k not in ("kind", "step")}
+    return summary | {"held_out": figures, "split": result and result["split"], "result": _main_figures(result or {})}
+
+
+def _main_figures(result: dict[str, Any]) -> dict[str, float]:
+    return {key: result[key] for key in ("top1_error", "map", "map_50", "mean_iou") if key in result}
+
+
+def print_runs(summaries: list[dict[str, Any]]) -> None:
+    """Prints a table of runs."""
+    rows = []
+    for s in summaries:
+        if "error" in s:
+            rows.append((s["run"], s["error"], "", "", "", "", ""))
+            continue
+        held_out = next(iter(s["held_out"].items()), None)
+        figures = [f"{s['split']} {_describe(k, v)}" for k, v in s["result"].items()]
+        rows.append(
+            (
+                s["run"],
+                str(s["net"]),
+                str(s["data"]),
+                f"{s['step']:,}/{s['steps']:,}",
+                format_duration(s["seconds"]),
+                "–" if held_out is None else _describe(*held_out),
+                ", ".join(figures) if s["finished"] else "not finished",
+            )
+        )
+    columns = ("run", "net", "data", "steps", "time", "while training", "result")
+    console.print_table("", columns, rows, right=(3, 4))
+
+
+def _describe(key: str, value: float) -> str:
+    words = key.replace("_", " ").replace("top1 error", "error")
+    return f"{words} {format_percent(value)}"

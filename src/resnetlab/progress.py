@@ -1,0 +1,87 @@
+"""Progress and messages on standard error."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import unicodedata
+from collections.abc import Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from resnetlab.formatting import format_duration
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+BAR = 20  # columns of the bar itself
+
+
+def escape_control(text: str) -> str:
+    r"""Escapes control characters, such as those in file names, as Python does (\n, \x1b)."""
+    return "".join(repr(c)[1:-1] if unicodedata.category(c) == "Cc" else c for c in text)
+
+
+def log(text: str) -> None:
+    """Prints a sentence to standard error."""
+    print(escape_control(text), file=sys.stderr, flush=True)
+
+
+def fit_parts(parts: Sequence[str], width: int) -> str:
+    """The first of the parts, the most important first, that fit side by side into `width` columns; at least one."""
+    text = next(iter(parts), "")
+    for part in parts[1:]:
+        if len(text) + 2 + len(part) > width:
+            break
+        text += f"  {part}"
+    return text
+
+
+class ProgressBar:
+    """Progress of a long task with the time left: a bar on a terminal, otherwise a line from time to time."""
+
+    def __init__(self, what: str) -> None:
+        self._what, self._began, self._last = what, time.monotonic(), 0.0
+        self._rich: Progress | None = None
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> ProgressBar:
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, Progress, TextColumn
+
+            columns = (TextColumn("{task.description}"), BarColumn(BAR), TextColumn("{task.percentage:.0f} %"))
+            self._rich = Progress(*columns, TextColumn("{task.fields[text]}"), console=Console(stderr=True))
+            self._rich.start()
+            self._task = self._rich.add_task(self._what, text="")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._rich is not None:
+            self._rich.stop()
+
+    def update(self, done: int, total: int | None, text: str | Sequence[str] = "") -> None:
+        """Shows that `done` of `total` (None: unknown) are done; only the first process prints.
+
+        Args:
+            text: beside it; of several parts, the most important first, a terminal shows as many as it has room for.
+        """
+        if os.environ.get("RANK", "0") != "0":
+            return
+        now = time.monotonic()
+        if not text and total is None:
+            text = f"{done / max(now - self._began, 1e-9):,.0f}/s"
+        elif not text:
+            text = f"{format_duration((now - self._began) / max(done, 1) * ((total or 0) - done))} left"
+        parts = [text] if isinstance(text, str) else text
+        if self._rich is not None and self._task is not None:
+            room = self._rich.console.width - len(self._what) - BAR - len("  100 %   ")
+            self._rich.update(self._task, completed=done, total=total, text=fit_parts(parts, room))
+            return
+        if now - self._last < max(2.0, (now - self._began) / 20) and done != total:  # fewer lines as time passes
+            return
+        self._last = now
+        log(f"{self._what} {done:,}{'' if total is None else f'/{total:,}'}  {'  '.join(parts)}")
