@@ -32,6 +32,8 @@ from resnetlab.evaluation.metrics import ClassificationMetrics
 from resnetlab.evaluation.predictions import write_predictions
 from resnetlab.evaluation.protocols import parse_protocol
 from resnetlab.evaluation.published import find_published
+from resnetlab.formatting import format_json
+from resnetlab.inference.classes import top_classes
 from resnetlab.models.model_file import TrainedModel, load_trained_model
 from resnetlab.models.resnet import ResNet, build
 from resnetlab.models.spec import get_specification
@@ -407,3 +409,105 @@ def test_splits_that_a_temperature_cannot_be_fitted_on(
         assert sentence in capsys.readouterr().err
     assert run_command(["evaluate", str(file), "--data", "digits", "--fit-temperature", "360"]) == 1
     assert "cannot hold out 360 of 360" in capsys.readouterr().err
+
+
+def test_equal_scores_have_one_order_everywhere(tmp_path: Path) -> None:
+    """A head of zeros gives equal scores: the first class is predicted, and every figure agrees on what is wrong (case 50)."""
+    zero = model(0)
+    zero.net.fc.weight.data.zero_()
+    zero.net.fc.bias.data.zero_()
+    metrics = evaluate(zero, "digits", device="cpu", precision="fp32").metrics
+    wrong = metrics.n - int(metrics.confusion.diag().sum())
+    assert round(metrics.top1_error * metrics.n) == wrong == int((metrics.labels != 0).sum())
+    assert round(metrics.top5_error * metrics.n) == int((metrics.labels > 4).sum())
+    write_predictions(tmp_path / "rows.csv", metrics, [str(i) for i in range(metrics.n)])
+    rows = list(csv.DictReader((tmp_path / "rows.csv").read_text().splitlines()))
+    assert [row["rank"] for row in rows] == [str(1 + int(label)) for label in metrics.labels]
+    assert {row["right"] == "True" for row in rows if row["rank"] == "1"} == {True}
+    assert [name for name, _ in top_classes(NAMES, torch.full((10,), 0.1), 3)] == ["0", "1", "2"]
+
+
+def test_precision_recall_and_f1_are_a_hand_computation() -> None:
+    labels, predicted = torch.tensor([0, 0, 0, 1, 1, 2]), torch.tensor([0, 0, 1, 1, 0, 1])
+    metrics = ClassificationMetrics.from_scores(tuple("abcd"), torch.eye(4)[predicted], labels)
+    rows = {row["class"]: row for row in metrics.to_json()["per_class"]}
+    assert [rows["a"][key] for key in ("precision", "recall", "f1")] == pytest.approx([2 / 3, 2 / 3, 2 / 3])
+    assert [rows["b"][key] for key in ("precision", "recall", "f1")] == pytest.approx([1 / 3, 1 / 2, 2 / 5])
+    assert (rows["c"]["precision"], rows["c"]["recall"], rows["c"]["f1"]) == (None, 0, 0)
+    assert [rows["d"][key] for key in ("top1_error", "precision", "recall", "f1")] == [None] * 4
+    assert metrics.macro("precision") == pytest.approx((2 / 3 + 1 / 3 + 0) / 3)
+    assert metrics.to_json()["f1"] == pytest.approx((2 / 3 + 2 / 5 + 0) / 3)
+
+
+def test_many_classes_have_a_sparse_confusion() -> None:
+    k, n = 3000, 500
+    draw = torch.Generator().manual_seed(0)
+    labels = torch.randint(k, (n,), generator=draw)
+    scores = torch.zeros(n, k)
+    scores[torch.arange(n), torch.where(torch.arange(n) % 2 == 0, labels, 7)] = 1
+    metrics = ClassificationMetrics.from_scores(tuple(map(str, range(k))), scores, labels)
+    document = metrics.to_json()
+    assert document["confusion"] is None and sum(row[2] for row in document["confusion_counts"]) == n
+    text = format_json(document)
+    assert len(text) < 1_000_000 and json.loads(text) == document
+    dense = [[int(value) for value in row] for row in metrics.confusion.nonzero()]
+    assert [row[:2] for row in document["confusion_counts"]] == dense
+    assert (
+        '"confusion_counts": [\n    [' in text and format_json([[1, 2], ["a"]]) == '[\n  [1, 2],\n  [\n    "a"\n  ]\n]'
+    )
+
+
+def test_some_of_a_models_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Scores over all outputs, or over the data's classes alone: by hand, for one model and two, in every output."""
+    classes = ("other", *sorted(NAMES_ON_DISK), "more")
+    colour = Preprocessing(3, (16, 16), 16, torch.full((3,), 0.5), torch.ones(3))
+    root = folder(tmp_path / "d", {"train": 1, "val": 4})
+    members = []
+    for seed, names in ((0, classes), (1, classes[::-1])):
+        net: Any = build("resnet8", classes=5, seed=seed)
+        members.append(TrainedModel(net.eval(), names, colour))
+        members[-1].save(tmp_path / f"{seed}.safetensors")
+    given: dict[str, Any] = {"device": "cpu", "precision": "fp32"}
+    over_all, alone = (evaluate(members[0], root, classes=scope, **given) for scope in ("all", "data"))
+    assert over_all.metrics.classes == classes and alone.metrics.classes == classes[1:4]
+    part = over_all.metrics.scores[:, 1:4]
+    torch.testing.assert_close(alone.metrics.scores, part / part.sum(1, keepdim=True), rtol=1e-4, atol=1e-6)
+    assert over_all.top1_error >= alone.top1_error and over_all.metrics.macro("recall") == 1 - over_all.top1_error
+    both = evaluate(members, root, classes="data", **given)
+    other = evaluate(members[1], root, classes="data", **given).metrics
+    flipped = other.scores[:, [other.classes.index(name) for name in classes[1:4]]]
+    torch.testing.assert_close(both.metrics.scores, (alone.metrics.scores + flipped) / 2, rtol=1e-4, atol=1e-6)
+    command = ["evaluate", str(tmp_path / "0.safetensors"), "--data", str(root), "--device", "cpu"]
+    assert run_command([*command, "--classes", "data"]) == 0
+    assert "scores are over the data's 3 classes alone, of 5 outputs" in capsys.readouterr().out
+    page, document = ((tmp_path / f"evaluation.{kind}").read_text() for kind in ("html", "json"))
+    assert "the data&#39;s 3 classes alone" in page and "top-5" not in page
+    assert json.loads(document)["classes"] == alone.scope
+    assert run_command([*command, "--classes", "folder"]) == 2
+    image = str(next((root / "val").rglob("*.jpg")))
+    explain = [
+        "explain",
+        str(tmp_path / "0.safetensors"),
+        image,
+        "--device",
+        "cpu",
+        "--out",
+        str(tmp_path / "x"),
+        "--json",
+    ]
+    assert run_command([*explain, "--classes", str(root)]) == 0
+    capsys.readouterr()
+    assert run_command([*explain, "--classes", ",".join(classes[1:4])]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["classes"] == "3 classes alone, of 5 outputs" and len(printed["explanations"][0]["top"]) == 3
+    assert run_command([*explain, "--classes", "nothing,at"]) == 2
+    members[0].classes = ("a", *classes[:2], "b", "c")
+    with pytest.raises(DataError, match="only in the data"):
+        evaluate(members[0], root, **given)
+
+
+def test_a_temperature_needs_more_than_a_few_images(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UsageError, match="fitted on 3 images means nothing"):
+        evaluate(model(0), "digits", fit_on="3", device="cpu")
+    few = evaluate(model(0), "digits", fit_on="20", device="cpu")
+    assert any("fitted on only 20 images" in note for note in few.notes)

@@ -283,8 +283,8 @@ def test_a_publishers_name_works_wherever_a_model_file_does(
     assert run_command(["export", name, "--to", "torchvision"]) == 0
     assert (tmp_path / "resnet18.IMAGENET1K_V1.pth").is_file()
     capsys.readouterr()
-    assert run_command(["evaluate", name, "--data", str(root)]) == 1
-    assert "the data and the model name different classes: only in the data none" in capsys.readouterr().err
+    assert run_command(["evaluate", name, "--data", str(root)]) == 0
+    assert "scores are over all 1,000 outputs, of which the data have 3 classes" in capsys.readouterr().out
     monkeypatch.setattr("resnetlab.data.labels.imagenet.imagenet_class_names", dict)
     assert run_command(["evaluate", name, "--data", str(root), "--save-temperature", "--fit-temperature", "1"]) == 2
     assert "import downloaded weights first" in capsys.readouterr().err

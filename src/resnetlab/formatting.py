@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterable, Sequence
 from html import escape
+from typing import Any
 
 
 def format_percent(fraction: float, decimals: int = 2) -> str:
@@ -47,6 +50,18 @@ def format_estimate(seconds: float) -> str:
     if seconds < 5400:
         return f"{seconds / 60:.0f} min"
     return f"{seconds / 3600:.1f} h" if seconds < 2 * 86_400 else f"{seconds / 86_400:.1f} days"
+
+
+def format_json(value: Any, ascii: bool = False) -> str:
+    """JSON with an entry a line, and lists of numbers on one line; `ascii` escapes all other characters.
+
+    >>> print(format_json({"a": [1, 2.5]}))
+    {
+      "a": [1, 2.5]
+    }
+    """
+    text = json.dumps(value, indent=2, ensure_ascii=ascii, allow_nan=False)
+    return re.sub(r"\[\n\s+([-+.\de,\s]+?)\s+\]", lambda m: f"[{' '.join(m[1].split())}]", text)
 
 
 def format_list(names: Sequence[str], limit: int = 8) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from resnetlab.errors import UsageError
+from resnetlab.formatting import format_json
 from resnetlab.progress import ProgressBar as ProgressBar
 from resnetlab.progress import escape_control as escape_control
 from resnetlab.progress import log as log
@@ -44,7 +44,7 @@ def refuse_options(owner: str, options: Mapping[str, bool]) -> None:
 
 def print_json(value: Any) -> None:
     """Prints one JSON document to standard output."""
-    print(json.dumps(value, indent=2, allow_nan=False))
+    print(format_json(value, ascii=True))
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> None:

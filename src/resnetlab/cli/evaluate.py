@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,12 +15,67 @@ from resnetlab.errors import RunError, UsageError
 from resnetlab.formatting import format_percent
 
 if TYPE_CHECKING:
+    from resnetlab.evaluation.corruptions import CorruptionErrors
     from resnetlab.evaluation.evaluate import Evaluation
+    from resnetlab.evaluation.metrics import ClassificationMetrics
     from resnetlab.inference.annotated import Detector, Segmenter
 
 CLASSIFIER_EVALUATION = {  # options that only classifiers have
-    "protocol", "weights", "fit_temperature", "save_temperature", "data_dir", "quarantine", "out", "predictions",
+    "protocol", "weights", "fit_temperature", "save_temperature", "data_dir", "quarantine", "out", "predictions", "classes",
+    "corrupted",
 }  # fmt: skip
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class CorruptionOptions:
+    """The options of an evaluation on corrupted images.
+
+    Parameters
+    ----------
+    corruptions
+        Evaluate on corrupted copies of the images too (Hendrycks & Dietterich 2019): all, or kinds separated by commas, such as
+        gaussian_noise,fog.
+    severities
+        Of the corruptions, 1 to 5.
+    baseline
+        What the mean corruption error is relative to: a model file of the same classes, or alexnet for its published errors on
+        ImageNet, which is the default for data with all of ImageNet's classes.
+    seed
+        Of the corruptions' random numbers.
+    """
+
+    corruptions: str | None = None
+    severities: str = "1,2,3,4,5"
+    baseline: str | None = None
+    seed: int = 0
+
+    def check(self) -> None:
+        """Raises UsageError, before any work is done, for an unknown kind or severity, or a baseline of nothing."""
+        from resnetlab.evaluation.corruptions import parse_corruptions
+
+        if self.corruptions is not None:
+            parse_corruptions(self.corruptions, self.severities)
+        elif self != NO_CORRUPTIONS:
+            raise UsageError("--severities, --baseline and --seed are for --corruptions; give that too.")
+
+    def evaluate(self, evaluation: Evaluation, precision: str, device: str) -> Evaluation:
+        """The evaluation with the errors on corrupted images, if they are asked for."""
+        if self.corruptions is None:
+            return evaluation
+        from resnetlab.evaluation.corruptions import parse_corruptions
+        from resnetlab.evaluation.robustness import ALEXNET, evaluate_corruptions
+        from resnetlab.inference.download import load_or_download
+
+        choice = parse_corruptions(self.corruptions, self.severities, self.seed)
+        baseline = self.baseline if self.baseline in (None, ALEXNET) else load_or_download(self.baseline)
+        with console.ProgressBar("corrupted images") as bar:
+            return evaluate_corruptions(
+                evaluation, choice, baseline=baseline, precision=precision, device=device, progress=bar.update
+            )
+
+
+NO_CORRUPTIONS = CorruptionOptions()
 
 
 def evaluate(
@@ -28,6 +84,8 @@ def evaluate(
     protocol: str = "1crop",
     weights: str | None = None,
     split: str = "test",
+    classes: str = "all",
+    corrupted: CorruptionOptions = NO_CORRUPTIONS,
     fit_temperature: str | None = None,
     save_temperature: Annotated[bool, Parameter(negative="")] = False,
     data_dir: Path = Path("data"),
@@ -63,6 +121,9 @@ def evaluate(
     split
         test, train, or any split of the data (val, held-out, all). A folder's val is its test where it has no other; for
         a folder with neither, the images that the model's own run held out are evaluated.
+    classes
+        Where the data have only some of the model's classes, such as ten of ImageNet's 1,000: all scores over all outputs, data
+        over the data's classes alone. Classes are matched by name.
     fit_temperature
         Fit each model's temperature first: on another split, or on this number of images of the evaluated split, which are then
         left out of the evaluation.
@@ -100,21 +161,17 @@ def evaluate(
     models = tuple(map(find_model, models))
     task = next((task for task in map(read_task, map(Path, models)) if task != "classify"), None)
     if task is not None:
-        from resnetlab.inference.annotated import open_annotated_model
-
-        if len(models) > 1:
-            raise UsageError("only classifiers are evaluated together; give one detector or segmenter.")
         own = {"weights": weights, "fit_temperature": fit_temperature, "quarantine": quarantine, "out": out}
-        is_set = {name: value is not None for name, value in own.items()} | {"save_temperature": save_temperature}
-        is_set |= {"protocol": protocol != "1crop", "predictions": predictions is not None}
-        console.refuse_options(TASK_NOUNS[task], is_set)
-        predictor = open_annotated_model(Path(models[0]), task, precision, device)
-        predictor = configure_detector(predictor, scales, refine)
+        is_set = {name: value is not None for name, value in (own | {"predictions": predictions}).items()}
+        is_set |= {"save_temperature": save_temperature, "protocol": protocol != "1crop", "classes": classes != "all"}
+        console.refuse_options(TASK_NOUNS[task], is_set | {"corruptions": corrupted != NO_CORRUPTIONS})
+        predictor = configure_detector(_open_annotated(models, task, precision, device), scales, refine)
         return _evaluate_annotated(predictor, Path(data), split, on_bad_image, json)
     console.refuse_options("a classifier", {"scales": scales is not None, "refine": refine})
     if predictions is not None:
         check_predictions_file(predictions)
         check_output_file(predictions, [*models, data, *filter(None, [quarantine])], "--predictions")
+    corrupted.check()
     if save_temperature and (fit_temperature is None or any(map(get_scheme, models))):
         raise UsageError("--save-temperature needs --fit-temperature and model files; import downloaded weights first.")
     with console.ProgressBar("images") as bar:
@@ -125,6 +182,7 @@ def evaluate(
             weights=None if weights is None else console.parse_numbers("--weights", weights, "2,1,1"),
             split=split,
             fit_on=fit_temperature,
+            classes=classes,
             names=models,
             data_dir=data_dir,
             on_bad_image=on_bad_image,
@@ -133,11 +191,11 @@ def evaluate(
             device=device,
             progress=bar.update,
         )
+    evaluation = corrupted.evaluate(evaluation, precision, device)
     if not is_first_process():
         return None
-    if save_temperature:
-        for path, model in zip(models, evaluation.trained_models, strict=True):
-            model.save(Path(path))
+    for path, model in zip(models, evaluation.trained_models, strict=True) if save_temperature else ():
+        model.save(Path(path))
     _write_files(evaluation, Path(models[0]).parent, out, predictions)
     return console.print_json(evaluation.to_json()) if json else _print_evaluation(evaluation)
 
@@ -161,6 +219,15 @@ def _write_files(evaluation: Evaluation, default: Path, out: Path | None, predic
         console.log(f"resnetlab: warning: no page: {error}")
     if predictions is not None:
         write_predictions(predictions, evaluation.metrics, evaluation.images.names)
+
+
+def _open_annotated(models: Sequence[str], task: str, precision: str, device: str) -> Detector | Segmenter:
+    """Opens the one detector or segmenter."""
+    from resnetlab.inference.annotated import open_annotated_model
+
+    if len(models) > 1:
+        raise UsageError("only classifiers are evaluated together; give one detector or segmenter.")
+    return open_annotated_model(Path(models[0]), task, precision, device)
 
 
 def _evaluate_annotated(predictor: Detector | Segmenter, data: Path, split: str, on_bad: str, json: bool) -> None:
@@ -209,10 +276,14 @@ def _print_evaluation(evaluation: Evaluation) -> None:
     metrics, figures = evaluation.metrics, evaluation.to_json()
     split = f"the {evaluation.split} split of {evaluation.data}"
     print(f"{' + '.join(evaluation.models)} on {split}, {metrics.n:,} images, {evaluation.protocol}")
+    if evaluation.scope:
+        print(f"scores are over {evaluation.scope} (--classes all or data)")
     low, high = figures["top1_interval"]
     print(f"top-1 error {format_percent(metrics.top1_error)}  (95 % interval {100 * low:.2f} to {100 * high:.2f} %)")
     if len(metrics.classes) > 5:
         print(f"top-5 error {format_percent(metrics.top5_error)}")
+    precision, recall, f1 = (format_percent(figures[key]) for key in ("precision", "recall", "f1"))
+    print(f"precision {precision}, recall {recall}, F1 {f1} (means over the classes)")
     print(f"expected calibration error {format_percent(metrics.calibration_error)}")
     for name, sentence in zip(evaluation.models, evaluation.calibration, strict=True):
         print(sentence if len(evaluation.models) == 1 else f"{name}: {sentence}")
@@ -221,21 +292,46 @@ def _print_evaluation(evaluation: Evaluation) -> None:
     print()
     if evaluation.members:
         _print_members(figures)
+    keys = ("top1_error", "precision", "recall", "f1")
+    taken_for = _list_confusions(metrics)
+    rows = [
+        (c["class"], f"{c['n']:,}", *("–" if c[key] is None else format_percent(c[key]) for key in keys), taken_for[i])
+        for i, c in enumerate(figures["per_class"])
+        if c["n"]
+    ]
+    if evaluation.corruptions:
+        _print_corruptions(evaluation.corruptions)
+    console.print_table(
+        "", ("class", "n", "top-1 error", "precision", "recall", "F1", "taken for"), rows, right=(1, 2, 3, 4, 5)
+    )
+
+
+def _print_corruptions(errors: CorruptionErrors) -> None:
+    """Prints the error of every kind and severity, and the means."""
     rows = []
-    for i, (c, row) in enumerate(zip(figures["per_class"], figures["confusion"], strict=True)):
-        error = "–" if c["top1_error"] is None else format_percent(c["top1_error"])
-        rows.append((c["class"], f"{c['n']:,}", error, _format_confusions(metrics.classes, row, i)))
-    console.print_table("", ("class", "n", "top-1 error", "taken for"), rows, right=(1, 2))
+    for kind, row in errors.errors.items():
+        ratio = errors.corruption_error(kind)
+        relative = "–" if ratio is None else format_percent(ratio)
+        rows.append((kind, *map(format_percent, row), format_percent(sum(row) / len(row)), relative))
+    columns = ("corruption", *(f"severity {each}" for each in errors.severities), "mean", "relative")
+    console.print_table("", columns, rows, right=tuple(range(1, len(columns))))
+    print(
+        f"mean error on corrupted images {format_percent(errors.mean_error)}, clean {format_percent(errors.clean_error)}"
+    )
+    if (mce := errors.mean_corruption_error) is not None:
+        print(f"mean corruption error {format_percent(mce)}, relative to {errors.baseline}")
+    print()
 
 
 def _print_members(figures: dict[str, Any]) -> None:
     """Prints each member beside the ensemble, and the differences between every two."""
-    errors = ("top1_error", "top5_error", "calibration_error")
+    top5 = len(figures["per_class"]) > 5  # of fewer classes it is always 0
+    errors = ("top1_error", *(["top5_error"] if top5 else []), "calibration_error")
     rows = [
         (m["model"], f"{m['weight']:.3f}", *(format_percent(m[key]) for key in errors))
         for m in [*figures["members"], figures | {"model": "the ensemble", "weight": 1.0}]
     ]
-    columns = ("model", "weight", "top-1 error", "top-5 error", "calibration error")
+    columns = ("model", "weight", "top-1 error", *(["top-5 error"] if top5 else []), "calibration error")
     console.print_table("", columns, rows, right=(1, 2, 3, 4))
     print()
     differences = [
@@ -253,7 +349,10 @@ def _print_members(figures: dict[str, Any]) -> None:
     print()
 
 
-def _format_confusions(classes: tuple[str, ...], row: list[int], own: int) -> str:
-    """The classes that are most often predicted for images of class `own`."""
-    wrong = sorted(((n, classes[i]) for i, n in enumerate(row) if n and i != own), reverse=True)
-    return ", ".join(f"{name} ({n})" for n, name in wrong[:3])
+def _list_confusions(metrics: ClassificationMetrics) -> list[str]:
+    """For each class, the classes that its images are most often taken for."""
+    wrong: list[list[tuple[int, str]]] = [[] for _ in metrics.classes]
+    for true, predicted, n in metrics.confusion_counts:
+        if true != predicted:
+            wrong[true].append((n, metrics.classes[predicted]))
+    return [", ".join(f"{name} ({n})" for n, name in sorted(row, reverse=True)[:3]) for row in wrong]

@@ -22,6 +22,7 @@ def explain(
     *images: Path,
     out: Path = Path("explained"),
     top: int = 5,
+    classes: str | None = None,
     json: Annotated[bool, Parameter(negative="")] = False,
     precision: str = "fp32",
     device: str = "auto",
@@ -43,6 +44,9 @@ def explain(
         Folder for the files.
     top
         How many classes to name for each image.
+    classes
+        Let only some of the model's classes compete: their names, separated by commas, or a data set that has them, such as a
+        folder of class folders. By default all outputs do.
     json
         Print the figures as one JSON document.
     precision
@@ -66,6 +70,10 @@ def explain(
     if top < 1:
         raise UsageError(f"--top must be 1 or more, not {top}.")
     loaded, files = load(model, precision=precision, device=device), list(find_image_files(images))
+    outputs = f"all {len(loaded.classes):,} outputs"
+    if classes is not None:
+        loaded.keep_classes(_read_class_names(classes))
+        outputs = f"{len(loaded.classes):,} classes alone, of {outputs[4:]}"
     documents: list[dict[str, Any]] = []
     taken: set[str] = set()
     with console.ProgressBar("blocks") as bar:
@@ -84,11 +92,21 @@ def explain(
             written = _write_files(explanation, file, out, taken, files)
             documents.append({"image": str(file)} | written | explanation.to_json())
     if json:
-        console.print_json({"explanations": documents})
+        console.print_json({"classes": outputs, "explanations": documents})
     else:
+        print(f"scores are over {outputs}")
         _print_explanations(documents)
     if failed := sum("error" in document for document in documents):
         raise DataError(f"{failed} of {len(files)} images could not be read.")
+
+
+def _read_class_names(text: str) -> tuple[str, ...]:
+    """The names in a comma-separated list, or the classes of a data set."""
+    from resnetlab.data import sources
+
+    if sources.is_builtin(text) or Path(text).exists():
+        return sources.load_dataset(text, Path("data")).classes
+    return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 def _write_files(

@@ -8,7 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from resnetlab.errors import UsageError
+
 BINS = 15
+MIN_IMAGES, FEW_IMAGES = 10, 100  # to fit a temperature on: fewer are refused, or noted
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.05, 20.0
 
 
@@ -47,6 +50,17 @@ def describe_calibration(temperature: float, calibration: Mapping[str, Any], pro
     if str(about["split"]).endswith("train"):
         text += ", which the network may have been trained on, so scores may be overconfident"
     return text + (f"; used here for {protocol}, for which it was not fitted" if about["protocol"] != protocol else "")
+
+
+def describe_few_images(n: int) -> list[str]:
+    """A sentence where a temperature is fitted on few images; raises UsageError where they are too few to fit one."""
+    if n < MIN_IMAGES:
+        raise UsageError(
+            f"a temperature fitted on {n} images means nothing; fit it on {FEW_IMAGES} or more, such as --fit-temperature 1000."
+        )
+    return [f"the temperature was fitted on only {n} images and is uncertain; {FEW_IMAGES} or more are better"] * (
+        n < FEW_IMAGES
+    )
 
 
 def fit_temperature(log_scores: Tensor, labels: Tensor) -> float:

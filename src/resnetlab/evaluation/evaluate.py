@@ -19,9 +19,10 @@ from resnetlab.data.disk_split import ReadOptions
 from resnetlab.data.prefetch import PreprocessedSplit
 from resnetlab.device import DeviceConfig, select_device, standard_torch_state
 from resnetlab.distributed import join_process_group
-from resnetlab.errors import DataError, DivergedError, UsageError
-from resnetlab.evaluation.calibration import describe_calibration, fit_temperature
+from resnetlab.errors import DataError, DivergedError, UsageError, unknown_name_error
+from resnetlab.evaluation.calibration import describe_calibration, describe_few_images, fit_temperature
 from resnetlab.evaluation.comparison import Comparison, compare_models
+from resnetlab.evaluation.corruptions import CorruptionErrors
 from resnetlab.evaluation.metrics import ClassificationMetrics
 from resnetlab.evaluation.protocols import ONE_CROP, Protocol, parse_protocol
 from resnetlab.evaluation.published import find_published
@@ -33,6 +34,7 @@ from resnetlab.models.resnet import ResNet
 from resnetlab.preprocessing import Preprocessing
 
 Model = TrainedModel | str | Path
+SCOPES = ("all", "data")  # of the scores where the data have only some of a model's classes
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +47,8 @@ class Evaluation:
         members: the metrics of each model where there are several.
         protocol_options: every option of the protocol, as applied to each model.
         trained_models: the models with the temperatures that were used.
+        corruptions: errors on corrupted images, where they were evaluated (evaluation.robustness).
+        scope: which classes the scores are over, where the data have only some of the models'; "" where they have all.
         notes: sentences on evaluated images that a model saw in training, or may have seen.
     """
 
@@ -58,6 +62,8 @@ class Evaluation:
     protocol_options: tuple[dict[str, Any], ...]
     trained_models: tuple[TrainedModel, ...]
     images: Split
+    scope: str = ""
+    corruptions: CorruptionErrors | None = None
     notes: tuple[str, ...] = ()
 
     @property
@@ -80,6 +86,7 @@ class Evaluation:
             "split": self.split,
             "protocol": str(self.protocol),
             "protocol_options": list(self.protocol_options),
+            "classes": self.scope or "all",
             "notes": list(self.notes),
         }
         scaling = {
@@ -94,6 +101,8 @@ class Evaluation:
         if self.metrics.skipped:
             figures["skipped"] = dict(self.metrics.skipped)
         figures["published"] = known.to_json() if known else None
+        if self.corruptions:
+            figures["corruptions"] = self.corruptions.to_json()
         if self.members:
             figures["members"] = [
                 {"model": name, "weight": weight} | _summarise(each)
@@ -172,6 +181,7 @@ def evaluate(
     weights: Sequence[float] | None = None,
     split: str = "test",
     fit_on: str | None = None,
+    classes: str = "all",
     names: Sequence[str] | None = None,
     data_dir: str | Path = "data",
     on_bad_image: str = "stop",
@@ -193,6 +203,8 @@ def evaluate(
             without val/ and test/, the images that the models' own runs held out.
         fit_on: fit each model's temperature first, on this split, or on so many images of the evaluated split ("1000"), which
             are then not evaluated; `Evaluation.trained_models` have it.
+        classes: where the data have only some of the models' classes, "all" for scores over all outputs, or "data" for scores
+            over the data's classes alone.
         names: of the models; by default their paths.
         data_dir: folder of the archives.
         on_bad_image: "stop" at an image that cannot be read, or "skip" it (`Evaluation.metrics.skipped` lists it).
@@ -200,8 +212,8 @@ def evaluate(
         progress: called with images done and images in all.
 
     Raises:
-        DataError: the models and the data name different classes, the split is empty or without labels, or the archive is
-            missing or damaged.
+        DataError: the data name a class that a model lacks, the models name different ones, the split is empty or without
+            labels, or the archive is missing or damaged.
         ModelFileError: a model file is missing or damaged.
         UsageError: an unknown data set, split or protocol; weights that are not one a model; a crop larger than the image; a
             temperature fitted on images that are evaluated, or that the model was trained on.
@@ -211,21 +223,24 @@ def evaluate(
     weights = _normalise_weights(weights, len(given))
     trained = [each if isinstance(each, TrainedModel) else load_trained_model(Path(each)) for each in given]
     options = tuple(parsed.to_json(model.preprocessing) for model in trained)
-    classes = trained[0].classes
     names = _default_names(given) if names is None else list(names)
-    columns = [_class_columns(each.classes, classes, name, names[0]) for each, name in zip(trained, names, strict=True)]
+    if classes not in SCOPES:
+        raise unknown_name_error("choice of classes", classes, SCOPES)
     source = sources.load_dataset(str(data), Path(data_dir), ReadOptions(on_bad_image, str(quarantine)))
+    scored, scope = _select_classes(trained, names, source.classes, classes)
+    columns = [torch.tensor([each.classes.index(name) for name in scored]) for each in trained]
     data = sources.strip_signature(str(data))  # figures are shared, so addresses lose their signatures
     split, images = pick_split(source, split, trained)
-    _labels_by_name(images, source.classes, classes)
+    _labels_by_name(images, source.classes, scored)
     if fit_on is not None:
         images, held_out, about = select_calibration_images(fit_on, source, split, images, trained)
-    labels = _labels_by_name(images, source.classes, classes)
+    labels = _labels_by_name(images, source.classes, scored)
     notes = describe_overlap(source, images, trained, names)
     with join_process_group() as world:
         device_config = replace(select_device(precision, device), world=world)
         if fit_on is not None:
-            truth, about = _labels_by_name(held_out, source.classes, classes), {"data": data} | about
+            truth, about = _labels_by_name(held_out, source.classes, scored), {"data": data} | about
+            notes += describe_few_images(len(truth))
             trained = fit_temperatures(trained, columns, held_out, truth, device_config, about)
         temperatures = [each.temperature for each in trained]
         all_members = _make_members(trained, columns, temperatures, device_config)
@@ -237,9 +252,9 @@ def evaluate(
     results, skipped = drop_skipped(images, labels, scores)
     if skipped:
         images = images.subset(torch.tensor([i for i, name in enumerate(images.names) if name not in skipped]))
-    members = [ClassificationMetrics.from_scores(classes, scores, truth) for truth, scores in results]
+    members = [ClassificationMetrics.from_scores(scored, scores, truth) for truth, scores in results]
     mean = torch.stack([w * scores for w, (_, scores) in zip(weights, results, strict=True)]).sum(0)
-    metrics = ClassificationMetrics.from_scores(classes, mean, results[0][0]) if len(members) > 1 else members[0]
+    metrics = ClassificationMetrics.from_scores(scored, mean, results[0][0]) if len(members) > 1 else members[0]
     return Evaluation(
         metrics=replace(metrics, split=split, skipped=skipped),
         models=tuple(names),
@@ -251,6 +266,7 @@ def evaluate(
         protocol_options=options,
         trained_models=tuple(trained),
         images=images,
+        scope=scope,
         notes=tuple(notes),
     )
 
@@ -268,7 +284,8 @@ def fit_temperatures(
     results, skipped = drop_skipped(split, labels, predict_scores(members, split, device_config))
     calibrated = []
     for model, (truth, scores) in zip(models, results, strict=True):
-        log_scores = ClassificationMetrics.from_scores(models[0].classes, scores, truth).log_scores
+        tiny = torch.finfo(torch.float32).tiny
+        log_scores = scores.double().clamp_min(tiny).log()
         calibrated.append(copy.copy(model))
         calibrated[-1].temperature = fit_temperature(log_scores, truth)
         calibrated[-1].calibration = about | {"n": len(split) - len(skipped), "protocol": str(ONE_CROP)}
@@ -307,19 +324,39 @@ def _normalise_weights(weights: Sequence[float] | None, n: int) -> tuple[float, 
     return tuple(w / sum(weights) for w in weights)
 
 
-def _class_columns(own: tuple[str, ...], classes: tuple[str, ...], name: str, first: str) -> Tensor:
-    """The position of each of `classes` among a model's own; raises DataError where the names differ."""
-    if differing := _describe_differences(own, classes, name, first):
+def _select_classes(
+    models: Sequence[TrainedModel], names: Sequence[str], data: tuple[str, ...], scope: str
+) -> tuple[tuple[str, ...], str]:
+    """The classes to score, in the first model's order, and a sentence on them where the data have only some.
+
+    Raises DataError where a model lacks one of the data's classes, or the members of an ensemble name different ones.
+    """
+    classes = models[0].classes
+    if missing := sorted(set(data) - set(classes)):
+        only = sorted(set(classes) - set(data))
         raise DataError(
-            f"the members of an ensemble name different classes: {differing}; take models of the same classes."
+            f"the data and the model name different classes: only in the data {format_list(missing)}, only in the model "
+            f"{format_list(only)}; evaluate on data with the model's classes, or some of them."
         )
-    return torch.tensor([own.index(each) for each in classes])
+    scored = classes if scope == "all" else tuple(name for name in classes if name in set(data))
+    for model, name in zip(models, names, strict=True):
+        one, other = set(model.classes), set(classes)
+        if (scope == "all" and one != other) or set(scored) - one:
+            raise DataError(
+                f"the members of an ensemble name different classes: only in {name} {format_list(sorted(one - other))}, only "
+                f"in {names[0]} {format_list(sorted(other - one))}; take models of the same classes."
+            )
+    if len(set(data)) == len(classes):
+        return scored, ""
+    if scope == "all":
+        return scored, f"all {len(classes):,} outputs, of which the data have {len(data):,} classes"
+    return scored, f"the data's {len(data):,} classes alone, of {len(classes):,} outputs"
 
 
-def _labels_by_name(split: Split, data: tuple[str, ...], model: tuple[str, ...]) -> Tensor:
-    """Labels as positions in the model's classes, matched by name.
+def _labels_by_name(split: Split, data: tuple[str, ...], scored: tuple[str, ...]) -> Tensor:
+    """Labels as positions in the scored classes, matched by name.
 
-    Raises DataError where the names differ, an image has no label, or there is no image.
+    Raises DataError where an image has no label, or there is no image.
     """
     labels = split.labels
     if not len(split):
@@ -328,16 +365,4 @@ def _labels_by_name(split: Split, data: tuple[str, ...], model: tuple[str, ...])
         raise DataError(
             "the images have no labels and cannot be evaluated; `resnetlab predict` takes images without labels."
         )
-    if differing := _describe_differences(data, model, "the data", "the model"):
-        raise DataError(
-            f"the data and the model name different classes: {differing}; evaluate on data with the model's classes."
-        )
-    return torch.tensor([model.index(name) for name in data])[labels]
-
-
-def _describe_differences(one: tuple[str, ...], other: tuple[str, ...], one_name: str, other_name: str) -> str:
-    """The names that are in one list of classes only; empty where both have the same names."""
-    only = sorted(set(one) - set(other)), sorted(set(other) - set(one))
-    if not any(only):
-        return ""
-    return f"only in {one_name} {format_list(only[0])}, only in {other_name} {format_list(only[1])}"
+    return torch.tensor([scored.index(name) for name in data])[labels]

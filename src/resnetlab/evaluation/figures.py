@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from resnetlab.data.prefetch import PreprocessedSplit
-from resnetlab.evaluation.metrics import ClassificationMetrics
+from resnetlab.evaluation.metrics import ClassificationMetrics, ClassMetrics
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -59,17 +59,27 @@ _STYLE: Any = {
 
 @dataclass(frozen=True)
 class ClassRow:
-    """One class of a split: its images, how many of them are wrong, and the class most often predicted instead."""
+    """One class of a split: its figures, and the class most often predicted instead."""
 
-    name: str
-    n: int
-    wrong: int
+    metrics: ClassMetrics
     taken_for: str | None  # None where nothing is wrong
+
+    @property
+    def name(self) -> str:
+        return self.metrics.name
+
+    @property
+    def n(self) -> int:
+        return self.metrics.n
+
+    @property
+    def wrong(self) -> int:
+        return self.metrics.n - self.metrics.right
 
     @property
     def error(self) -> float | None:
         """The class's top-1 error; None where the split has no image of it."""
-        return self.wrong / self.n if self.n else None
+        return self.metrics.error
 
 
 @dataclass(frozen=True)
@@ -95,21 +105,21 @@ class Mistake:
     small: bool  # enlarged without smoothing
 
 
-def class_rows(classes: Sequence[str], confusion: Tensor) -> list[ClassRow]:
-    """A row for every class, in the order of `classes`; `confusion` is int64 (classes, classes), rows are true classes."""
-    off = confusion - confusion.diag().diag()
-    most, where = off.max(1)
-    columns = zip(classes, confusion.sum(1).tolist(), off.sum(1).tolist(), most.tolist(), where.tolist(), strict=True)
-    return [ClassRow(name, n, wrong, classes[j] if count else None) for name, n, wrong, count, j in columns]
+def class_rows(metrics: ClassificationMetrics) -> list[ClassRow]:
+    """A row for every class, in the order of the metrics."""
+    most: dict[int, tuple[int, int]] = {}  # true class -> (images, class they are taken for)
+    for true, predicted, count in metrics.confusion_counts:
+        if true != predicted and count > most.get(true, (0, 0))[0]:
+            most[true] = count, predicted
+    taken_for = {true: metrics.classes[predicted] for true, (_, predicted) in most.items()}
+    return [ClassRow(each, taken_for.get(i)) for i, each in enumerate(metrics.per_class)]
 
 
-def confused_pairs(classes: Sequence[str], confusion: Tensor, limit: int) -> list[ConfusedPair]:
-    """The pairs of classes that are confused most often, by count; at most `limit`, none of them zero."""
-    off = (confusion - confusion.diag().diag()).flatten()
-    n = confusion.sum(1)
-    order = off.argsort(descending=True, stable=True)[:limit]
-    rows = [(int(cell) // len(classes), int(cell) % len(classes), int(off[cell])) for cell in order]
-    return [ConfusedPair(classes[i], classes[j], count, int(n[i])) for i, j, count in rows if count]
+def confused_pairs(metrics: ClassificationMetrics, limit: int) -> list[ConfusedPair]:
+    """The pairs of classes that are confused most often, by count; at most `limit`."""
+    wrong = sorted((row for row in metrics.confusion_counts if row[0] != row[1]), key=lambda row: -row[2])[:limit]
+    classes, n = metrics.classes, [each.n for each in metrics.per_class]
+    return [ConfusedPair(classes[true], classes[predicted], count, n[true]) for true, predicted, count in wrong]
 
 
 def worst_mistakes(metrics: ClassificationMetrics, images: Tensor | PreprocessedSplit, limit: int) -> list[Mistake]:

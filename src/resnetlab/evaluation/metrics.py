@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,10 +16,53 @@ from torch import Tensor
 
 from resnetlab.evaluation.calibration import reliability_bins
 
+MAX_CONFUSION = 1000  # classes of a confusion matrix; with more, only the counts that are not 0 are listed
+
+
+@dataclass(frozen=True)
+class ClassMetrics:
+    """The figures of one class.
+
+    Attributes:
+        n: images of the class.
+        right: images of it that are predicted as such.
+        predicted: images that are predicted as it.
+    """
+
+    name: str
+    n: int
+    right: int
+    predicted: int
+
+    @property
+    def error(self) -> float | None:
+        """The share of its images that are taken for others; None without an image."""
+        return (self.n - self.right) / self.n if self.n else None
+
+    @property
+    def precision(self) -> float | None:
+        """The share of what is predicted as the class that is right; None where nothing is."""
+        return self.right / self.predicted if self.predicted else None
+
+    @property
+    def recall(self) -> float | None:
+        """The share of its images that are right; None without an image."""
+        return self.right / self.n if self.n else None
+
+    @property
+    def f1(self) -> float | None:
+        """The harmonic mean of precision and recall; None where the class neither has images nor is predicted."""
+        return 2 * self.right / (self.n + self.predicted) if self.n + self.predicted else None
+
+    def to_json(self) -> dict[str, Any]:
+        """A plain dictionary; keys as in docs/json.md."""
+        figures = {"precision": self.precision, "recall": self.recall, "f1": self.f1}
+        return {"class": self.name, "n": self.n, "top1_error": self.error} | figures
+
 
 @dataclass(frozen=True, eq=False)
 class ClassificationMetrics:
-    """A network's scores for a split, and the figures computed from them.
+    """A network's scores for a split, and the figures computed from them. Of equal scores the class that comes first is higher.
 
     Attributes:
         scores: softmax, float32 (N, classes).
@@ -61,6 +105,13 @@ class ClassificationMetrics:
         """The class with the highest score; int64 (N,)."""
         return self.scores.argmax(1)
 
+    @cached_property
+    def ranks(self) -> Tensor:
+        """The true class's place among the scores, from 1; int64 (N,)."""
+        true_scores = self.scores[torch.arange(self.n), self.labels][:, None]
+        before = torch.arange(self.scores.shape[1]) < self.labels[:, None]
+        return 1 + ((self.scores > true_scores) | ((self.scores == true_scores) & before)).sum(1)
+
     @property
     def top1_error(self) -> float:
         return self.top_error(1)
@@ -71,14 +122,33 @@ class ClassificationMetrics:
 
     def top_error(self, k: int) -> float:
         """The share of images whose class is not among the k highest scores."""
-        best = self.scores.topk(min(k, len(self.classes)), dim=1).indices  # (N, k)
-        return int((best != self.labels[:, None]).all(1).sum()) / self.n
+        return int((self.ranks > k).sum()) / self.n
 
     @property
     def confusion(self) -> Tensor:
         """Counts, int64 (classes, classes): rows are true classes, columns predicted ones."""
         k = len(self.classes)
         return torch.bincount(self.labels * k + self.predicted, minlength=k * k).view(k, k)
+
+    @cached_property
+    def confusion_counts(self) -> list[tuple[int, int, int]]:
+        """(true class, predicted class, images) of every pair that occurs, in the order of the matrix."""
+        k = len(self.classes)
+        cells, counts = torch.unique(self.labels * k + self.predicted, return_counts=True)
+        return [(cell // k, cell % k, n) for cell, n in zip(cells.tolist(), counts.tolist(), strict=True)]
+
+    @cached_property
+    def per_class(self) -> list[ClassMetrics]:
+        """The figures of every class, in the order of `classes`."""
+        k = len(self.classes)
+        right = self.labels[self.predicted == self.labels]
+        columns = (torch.bincount(values, minlength=k).tolist() for values in (self.labels, right, self.predicted))
+        return [ClassMetrics(*row) for row in zip(self.classes, *columns, strict=True)]
+
+    def macro(self, figure: str) -> float:
+        """The mean of "precision", "recall" or "f1" over the classes that have images; 0 for a class never predicted."""
+        values = [getattr(each, figure) or 0.0 for each in self.per_class if each.n]
+        return sum(values) / len(values)
 
     @property
     def calibration_error(self) -> float:
@@ -90,15 +160,7 @@ class ClassificationMetrics:
 
     def to_json(self) -> dict[str, Any]:
         """The figures as a plain dictionary; keys as in docs/json.md."""
-        confusion = self.confusion
-        per_class = [
-            {
-                "class": name,
-                "n": int(row.sum()),
-                "top1_error": int(row.sum() - row[i]) / int(row.sum()) if row.sum() else None,
-            }
-            for i, (name, row) in enumerate(zip(self.classes, confusion, strict=True))
-        ]
+        dense = len(self.classes) <= MAX_CONFUSION
         return {
             "top1_error": self.top1_error,
             "top1_interval": list(wilson_interval(self.top1_error, self.n)),
@@ -107,9 +169,10 @@ class ClassificationMetrics:
             "loss": self.loss,
             "calibration_error": self.calibration_error,
             "reliability": [each._asdict() for each in reliability_bins(self.scores, self.labels)],
-            "per_class": per_class,
-            "confusion": confusion.tolist(),
-        }
+            **{figure: self.macro(figure) for figure in ("precision", "recall", "f1")},
+            "per_class": [each.to_json() for each in self.per_class],
+            "confusion": self.confusion.tolist() if dense else None,
+        } | ({} if dense else {"confusion_counts": list(map(list, self.confusion_counts))})
 
 
 def wilson_interval(rate: float, n: int, z: float = 1.959964) -> tuple[float, float]:

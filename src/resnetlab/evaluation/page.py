@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +12,7 @@ from resnetlab.evaluation import figures
 from resnetlab.evaluation.calibration import reliability_bins
 from resnetlab.evaluation.evaluate import Evaluation
 from resnetlab.evaluation.metrics import ClassificationMetrics, wilson_interval
-from resnetlab.formatting import format_percent, unbreakable
+from resnetlab.formatting import format_json, format_percent, unbreakable
 from resnetlab.preprocessing import Preprocessing, tensor_to_pil
 from resnetlab.run_folder import write_together
 
@@ -61,16 +60,22 @@ class _CroppedImages:
 
 
 def write_evaluation(evaluation: Evaluation, folder: Path) -> None:
-    """Writes evaluation.json and evaluation.html; raises RunError where there is no space or no permission."""
-    figures = json.dumps(evaluation.to_json(), indent=2, ensure_ascii=False) + "\n"
-    write_together(folder, {"evaluation.json": figures, "evaluation.html": render_evaluation(evaluation)})
+    """Writes evaluation.json, evaluation.html and, with corrupted images, corruptions.csv.
+
+    Raises RunError where there is no space or no permission.
+    """
+    figures = format_json(evaluation.to_json()) + "\n"
+    files = {"evaluation.json": figures, "evaluation.html": render_evaluation(evaluation)}
+    if evaluation.corruptions:
+        files["corruptions.csv"] = evaluation.corruptions.to_csv()
+    write_together(folder, files)
 
 
 def render_evaluation(evaluation: Evaluation) -> str:
     """The page as HTML."""
     metrics, n = evaluation.metrics, evaluation.n
-    confusion = metrics.confusion
-    rows = figures.class_rows(metrics.classes, confusion)
+    rows = figures.class_rows(metrics)
+    with_images = [row for row in rows if row.n]
     images: Any = _CroppedImages(evaluation.images, evaluation.trained_models[0].preprocessing)
     mistakes = figures.worst_mistakes(metrics, images, MISTAKES)
     names = evaluation.images.names
@@ -83,11 +88,13 @@ def render_evaluation(evaluation: Evaluation) -> str:
         n=n,
         interval=format_interval(*wilson_interval(metrics.top1_error, n), n),
         wrong=int((metrics.predicted != metrics.labels).sum()),
-        matrix=figures.confusion_svg(metrics.classes, confusion) if len(rows) <= figures.MAX_MATRIX else None,
+        matrix=figures.confusion_svg(metrics.classes, metrics.confusion) if len(rows) <= figures.MAX_MATRIX else None,
         diagram=draw_reliability(metrics),
-        pairs=figures.confused_pairs(metrics.classes, confusion, PAIRS),
-        classes=sorted(rows, key=lambda row: -(row.error or 0))[:CLASSES],
-        total_classes=len(rows),
+        pairs=figures.confused_pairs(metrics, PAIRS),
+        classes=sorted(with_images, key=lambda row: -(row.error or 0))[:CLASSES],
+        total_classes=len(with_images),
+        show_top5=len(rows) > 5,
+        scope=evaluation.scope,
         mistakes=[(names[m.index], m) for m in mistakes],
     )
     return page.encode(errors="replace").decode()  # a file name may not be valid UTF-8

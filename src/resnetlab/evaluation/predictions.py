@@ -32,7 +32,6 @@ def tabulate_predictions(metrics: ClassificationMetrics, names: Sequence[str]) -
     """Columns: image, true and predicted class, whether correct, both classes' scores, and the true class's rank from 1."""
     score, predicted = metrics.scores.max(1)
     true_score = metrics.scores[torch.arange(metrics.n), metrics.labels]
-    rank = 1 + (metrics.scores > true_score[:, None]).sum(1)
     return {
         "image": list(names),
         "true": [metrics.classes[i] for i in metrics.labels.tolist()],
@@ -40,7 +39,7 @@ def tabulate_predictions(metrics: ClassificationMetrics, names: Sequence[str]) -
         "right": (predicted == metrics.labels).tolist(),
         "score": score.double().tolist(),
         "true_score": true_score.double().tolist(),
-        "rank": rank.tolist(),
+        "rank": metrics.ranks.tolist(),
     }
 
 

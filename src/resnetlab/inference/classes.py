@@ -74,6 +74,6 @@ class ClassScore(NamedTuple):
 
 
 def top_classes(classes: Sequence[str], scores: Tensor, top: int) -> tuple[ClassScore, ...]:
-    """The `top` classes with the highest scores (classes,), best first."""
-    values, indices = scores.topk(min(top, len(classes)))
-    return tuple(ClassScore(classes[i], round(v, 6)) for i, v in zip(indices.tolist(), values.tolist(), strict=True))
+    """The `top` classes with the highest scores (classes,), best first; of equal scores the class that comes first."""
+    values, indices = (x[:top].tolist() for x in scores.sort(descending=True, stable=True))
+    return tuple(ClassScore(classes[i], round(v, 6)) for i, v in zip(indices, values, strict=True))

@@ -6,16 +6,16 @@ import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from resnetlab.device import DeviceConfig, select_device, standard_torch_state
-from resnetlab.errors import DataError, UsageError
+from resnetlab.errors import DataError, UsageError, unknown_name_error
 from resnetlab.formatting import html_table
 from resnetlab.inference.backends import BackendRequest, LoadedBackend, load_network, select_backend
 from resnetlab.inference.classes import ClassScore, top_classes
@@ -162,6 +162,22 @@ class Model(TrainedModel):
     def backend_name(self) -> str:
         """What computes the scores, such as "openvino bf16"."""
         return f"{self.backend.name} {self.backend.precision}"
+
+    def keep_classes(self, names: Sequence[str]) -> None:
+        """Removes all other classes from the head, so that scores are over these alone.
+
+        Raises UsageError for a name that is not one of the classes, or fewer than two of them.
+        """
+        names = tuple(dict.fromkeys(names))
+        if unknown := [name for name in names if name not in self.classes]:
+            raise unknown_name_error("class of the model", unknown[0], self.classes)
+        if len(names) < 2:
+            raise UsageError(f"two classes or more can compete, not {len(names)}; give more names.")
+        rows = torch.tensor([self.classes.index(name) for name in names], device=self.net.fc.weight.device)
+        head = nn.Linear(self.net.fc.in_features, len(names), device="meta")
+        head.weight, head.bias = nn.Parameter(self.net.fc.weight[rows]), nn.Parameter(self.net.fc.bias[rows])
+        self.net.fc, self.net.spec, self.classes = head, replace(self.net.spec, classes=len(names)), names
+        self.reference_images, self.backend = None, load_network(self, self.device_config)
 
     def _read_images(self, images: Sequence[ImageInput]) -> Tensor | None:
         """The readable images, uint8 (n, h, w, C); None if there is none."""

@@ -84,8 +84,10 @@ def render_report(
         images: the test images, uint8 (N, h, w, C), in the order of `evaluation`.
         overlays: heat maps of some of them.
     """
-    confusion, figures_of_run = evaluation.confusion, result.to_json()
-    rows = figures.class_rows(evaluation.classes, confusion)
+    rows, figures_of_run = figures.class_rows(evaluation), result.to_json()
+    matrix = (
+        figures.confusion_svg(evaluation.classes, evaluation.confusion) if len(rows) <= figures.MAX_MATRIX else None
+    )
     model, data = shlex.quote(result.model), shlex.quote(str(description.recipe.get("data", "DATA")))
     return description.render(
         "report.html.j2",
@@ -94,8 +96,8 @@ def render_report(
         interval=format_interval(*wilson_interval(result.top1_error, result.n), result.n),
         wrong=round(result.top1_error * result.n),
         curves=draw_curves(description.metrics, description.recipe, figures_of_run),
-        matrix=figures.confusion_svg(evaluation.classes, confusion) if len(rows) <= figures.MAX_MATRIX else None,
-        pairs=figures.confused_pairs(evaluation.classes, confusion, PAIRS),
+        matrix=matrix,
+        pairs=figures.confused_pairs(evaluation, PAIRS),
         classes=rows,
         worst_classes=sorted(rows, key=lambda row: -(row.error or 0))[:CLASSES],
         mistakes=figures.worst_mistakes(evaluation, images, MISTAKES),
