@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import fcntl
 import os
 import shutil
 import subprocess
@@ -12,6 +11,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 # Before anything imports torch, and for the processes that tests start: as many workers run as there are cores, and a
 # thread more each would only take turns.
@@ -41,8 +41,7 @@ def cifar10_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if "PYTEST_XDIST_WORKER" in os.environ:
         root = root.parent  # each worker has a folder of its own in there
     folder = root / "cifar10"
-    with open(root / "cifar10.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # one worker writes the files, the others wait
+    with FileLock(root / "cifar10.lock"):  # one worker writes the files, the others wait
         if not (folder / "cifar-10-batches-bin" / "batches.meta.txt").is_file():  # the script writes it last
             subprocess.run([sys.executable, script, folder], check=True)
     return folder

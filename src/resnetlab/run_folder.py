@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 import tomllib
@@ -23,13 +22,18 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from resnetlab import migrate_v01
 from resnetlab.errors import RunError, UsageError
+
+DISK_FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}  # Windows has no quotas
+WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # of file systems, some network ones among them
 
 
 def write_error(path: Path, error: OSError) -> RunError:
     """The error for a file that could not be written."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno in DISK_FULL:
         return RunError(f"no space left to write {path}; free some, then resume with: resnetlab train --resume RUN")
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return RunError(f"no permission to write {path}; allow it, or choose another folder with --out.")
@@ -95,12 +99,41 @@ def check_output_file(out: Path, inputs: Iterable[str | Path], option: str = "--
 
 
 def _sync_folder(folder: Path) -> None:
-    """Flushes a folder to disk: only then is a rename in it durable."""
+    """Flushes a folder to disk: only then is a rename in it durable. Windows opens no folders, and needs no flush."""
+    if os.name == "nt":
+        return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def hold_lock(file: Path, timeout: float = -1) -> Iterator[None]:
+    """Locks a file, which is created, against other processes; a process that is killed releases it too.
+
+    On a file system without locks it goes on without.
+
+    Args:
+        timeout: seconds to wait; -1 waits without end.
+
+    Raises:
+        Timeout: another process holds it.
+        RunError: the file cannot be created.
+    """
+    lock = FileLock(file, timeout, fallback_to_soft=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise
+    except OSError as error:
+        if error.errno not in WITHOUT_LOCKS:
+            raise write_error(file.parent, error) from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _is_temporary(path: Path) -> bool:
@@ -180,23 +213,14 @@ class RunFolder:
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
         """Locks the folder for this process. Raises RunError if another process is training in it."""
-        try:
-            file = open(self.path / ".lock", "w")  # noqa: SIM115 - closed below, which also releases the lock
-        except OSError as error:
-            raise write_error(self.path, error) from error
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.close()
-            raise RunError(
-                f"another process is training in {self.path}; wait for it, or choose another --out."
-            ) from error
-        except OSError:  # the file system has no locks, as some network ones: go on without
-            pass
-        try:
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(hold_lock(self.path / ".lock", timeout=0))
+            except Timeout as error:
+                raise RunError(
+                    f"another process is training in {self.path}; wait for it, or choose another --out."
+                ) from error
             yield
-        finally:
-            file.close()
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
         """Writes a JSON file into the folder, atomically."""

@@ -7,7 +7,6 @@ process that fetches, and .NAME.origin, which records the server's version of th
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -22,7 +21,7 @@ from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 from resnetlab.errors import DataError
-from resnetlab.run_folder import write_atomically, write_error
+from resnetlab.run_folder import hold_lock, write_atomically, write_error
 
 PAUSES = (0.5, 1.0, 2.0, 4.0)  # seconds between attempts, of which there is one more
 TIMEOUT = 30  # seconds without a byte
@@ -63,12 +62,9 @@ def file_lock(target: Path) -> Iterator[None]:
     """Waits until no other process fetches `target`. Raises RunError if its folder cannot be written."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        file = open(target.with_name(f".{target.name}.lock"), "w")  # noqa: SIM115 - closed below, which releases the lock
     except OSError as error:
         raise write_error(target, error) from error
-    with file:
-        with contextlib.suppress(OSError):  # a file system without locks: continue without
-            fcntl.flock(file, fcntl.LOCK_EX)
+    with hold_lock(target.with_name(f".{target.name}.lock")):
         yield
 
 

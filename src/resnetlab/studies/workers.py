@@ -35,10 +35,15 @@ class Message:
     text: str = ""
 
 
+def available_cores() -> int:
+    """CPU cores that this process may use; where the system does not say, those of the machine."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def worker_devices(device: str, num_runs: int) -> list[str]:
     """A device for each process: every core, or several on each GPU; no more than there are runs."""
     if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
-        devices = ["cpu"] * len(os.sched_getaffinity(0))
+        devices = ["cpu"] * available_cores()
     else:
         gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if device in ("auto", "cuda") else [device]
         devices = gpus * WORKERS_PER_GPU

@@ -8,6 +8,7 @@ import gc
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import nn
@@ -15,6 +16,12 @@ from torch import nn
 from resnetlab.device import DeviceConfig, release_memory
 from resnetlab.training.average import set_train_mode
 from resnetlab.training.timing import forward_backward
+
+resource: ModuleType | None
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 BATCHES_IN_MEMORY = 3  # the step's own, and those prefetched
 MAX_TRIED = 4  # micro-batches in a row, because each leaves memory more fragmented
@@ -79,11 +86,9 @@ def _fits(net: nn.Module, device_config: DeviceConfig, shape: tuple[int, int, in
 def _limit_to_free_memory(device: torch.device) -> Iterator[None]:
     """On a CPU: makes an allocation fail before the system would kill this or another process for lack of memory."""
     free = _free_memory() if device.type == "cpu" else None
-    if free is None:
+    if free is None or resource is None:
         yield
         return
-    import resource
-
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     limits = [limit for limit in (soft, hard, used + free) if limit != resource.RLIM_INFINITY]

@@ -27,6 +27,8 @@ from resnetlab.training.recipe import BaseRecipe
 from resnetlab.training.result import Progress
 
 STEPS = 24
+KILL = getattr(signal, "SIGKILL", signal.SIGTERM)  # on Windows os.kill ends a process at once with any signal,
+KILLED = -KILL if os.name == "posix" else KILL  # and its number is the exit code
 TIMING_KEYS = ("seconds", "images_per_second", "share_waiting")  # timing fields of metrics.jsonl
 
 
@@ -45,7 +47,7 @@ def verify_resume(
         report(f"training {STEPS} steps without a stop …")
         _run_child(setup, straight, stop_at=STEPS, kill_at=0, expect=stopped)
         report(f"the same again, killed by SIGKILL after step {half} …")
-        _run_child(setup, broken, stop_at=0, kill_at=half, expect=-signal.SIGKILL)
+        _run_child(setup, broken, stop_at=0, kill_at=half, expect=KILLED)
         report("and resumed …")
         _run_child(setup, broken, stop_at=STEPS, kill_at=0, expect=stopped)
         tensors, figures = _compare(RunFolder(straight), RunFolder(broken))
@@ -75,9 +77,9 @@ def _train(text: str) -> None:
 
     def progress(p: Progress) -> None:
         if p.step == values["kill_at"]:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), KILL)
         if p.step == values["stop_at"] - 1:
-            os.kill(os.getpid(), signal.SIGTERM)  # handled at the next step, after a checkpoint
+            signal.raise_signal(signal.SIGTERM)  # handled at the next step, after a checkpoint
 
     options, out = RunOptions(workers=values["workers"], on_progress=progress), Path(values["out"])
     try:
