@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 import resnetlab
+from resnetlab import migrate_v01
 from resnetlab.cli.main import app, run_command
 from resnetlab.cli.peer_options import understand
-from resnetlab.errors import UsageError
+from resnetlab.errors import UsageError, unknown_name_error
+from resnetlab.models.spec import Specification
+from resnetlab.peer_words import translate
+from resnetlab.training.recipe import Recipe
 from resnetlab.training.recipes import quick
 
 UNDERSTOOD = """
@@ -150,3 +155,11 @@ def test_other_packages_functions_are_answered(name: str, ours: str) -> None:
     with pytest.raises(UsageError, match="use ") as error:
         getattr(resnetlab, name)
     assert f"has no attribute {name!r}; use {ours}" in str(error.value)
+
+
+def test_the_names_of_version_01_lead_to_todays() -> None:
+    keys = [*(field.name for field in fields(Recipe)), *(field.name for field in fields(Specification))]
+    for old, new in (migrate_v01._RECIPE | migrate_v01._SPECIFICATION).items():
+        assert f"did you mean {new!r}?" in str(unknown_name_error("key", old, keys)), old
+    for old, command in {"engine": ["backend"], "pictures": ["images"], "input": ["channel_order", "classes"]}.items():
+        assert translate(old, command) == command[0]

@@ -1,4 +1,5 @@
-"""The words that people bring from Ultralytics, timm, torchvision, Lightning and Keras: our word for each, or an answer.
+"""The words that people bring from Ultralytics, timm, torchvision, Lightning and Keras, and from our version 0.1: our word for
+each, or an answer.
 
 A word is written with underscores and without leading dashes: "batch_size" stands for `--batch-size` and `batch_size=`.
 """
@@ -14,6 +15,7 @@ _SYNONYMS = {
     "NET": "model model_name arch architecture backbone network a m",
     "MODEL": "model m checkpoint ckpt ckpt_path checkpoint_path model_path weights pretrained pretrained_weights file load",
     "start_from": "weights checkpoint_path finetune_from init_from initial_checkpoint load_weights pretrained_weights",
+    "channel_order": "input",
     "DATA": "data dataset data_path data_root root train_dir train_data train data_set d",
     "data": "dataset data_path data_root root val val_dir test_dir data_set d",
     "IMAGES": "source input image images input_path img",
@@ -22,7 +24,7 @@ _SYNONYMS = {
     "steps": "max_steps iterations iters max_iter num_steps train_steps",
     "lr": "learning_rate lr0 base_lr",
     "image_size": "imgsz img_size input_size crop_size train_crop_size size resolution",
-    "eval_resize": "val_resize_size test_input_size",
+    "eval_resize": "val_resize_size test_input_size resize",
     "classes": "num_classes nc n_classes class_names labels names",
     "channels": "in_chans in_channels ch input_channels",
     "optimizer": "opt optim",
@@ -40,10 +42,10 @@ _SYNONYMS = {
     "bn_sync": "sync_bn sync_batchnorm syncbn",
     "frozen_bn": "freeze_bn",
     "zero_init_last_bn": "zero_init_residual zero_gamma",
-    "log_every": "print_freq log_interval log_every_n_steps logging_steps",
-    "eval_every": "val_interval check_val_every_n_epoch eval_steps",
+    "log_every": "print_freq log_interval log_every_n_steps logging_steps record_every",
+    "eval_every": "val_interval check_val_every_n_epoch eval_steps judge_every",
     "checkpoint_minutes": "save_period save_steps",
-    "val_images": "val_size val_split validation_split val_fraction",
+    "val_images": "val_size val_split validation_split val_fraction held_out",
     "out": "output output_dir out_dir save_dir logdir log_dir result_dir default_root_dir run_dir o",
     "resume": "resume_from resume_from_checkpoint",
     "recipe": "config cfg config_file c",
@@ -56,6 +58,13 @@ _SYNONYMS = {
     "min_score": "conf threshold score_threshold conf_thres confidence score",
     "to": "format export_format",
     "split": "subset",
+    "backbone_lr_scale": "trunk_lr",
+    "activation_order": "order",
+    "stride_in": "stride_site",
+    "zero_pad": "zeros",
+    "preact_transition": "boundary",
+    "backend": "engine",
+    "images": "pictures",
     "json": "as_json",
 }
 _FLAGS = {  # a word without a value: our option and its value
