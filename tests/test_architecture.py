@@ -33,7 +33,7 @@ LAYERS = {
     "models": {"nn"},
     "data": {"bottom"},
     "evaluation": {"models", "data"},
-    "training": {"evaluation"},
+    "training": {"inference"},
     "studies": {"training"},
     "inference": {"evaluation"},
     "serve": {"inference"},
@@ -47,7 +47,7 @@ PARAMETERS = 6  # without self; more belong into a value object
 # Commands, whose parameters are their options, and functions that people call from Python with the options they want
 MANY_PARAMETERS = re.compile(
     r"resnetlab\.(cli\.\w+\.(train|evaluate|predict|explain|serve|study|import_|export)"
-    r"|training\.train\.train|models\.resnet\.build|evaluation\.evaluate\.evaluate)"
+    r"|training\.train\.train|inference\.build\.build|evaluation\.evaluate\.evaluate)"
 )
 
 

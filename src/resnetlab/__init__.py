@@ -1,7 +1,7 @@
 """ResNetLab: residual networks, their recipes and experiments, and classifiers for your own images.
 
     import resnetlab
-    net = resnetlab.build("resnet20", classes=10)              # an nn.Module
+    net = resnetlab.build("resnet20", num_classes=10)             # an nn.Module
     result = resnetlab.train(data="digits")                    # a run folder with a model and a report
     model = resnetlab.load(result.model)                       # network + classes + preprocessing
     model.predict("three.png", top=3)
@@ -19,17 +19,18 @@ from resnetlab.errors import UsageError
 from resnetlab.peer_words import PYTHON
 
 __version__ = "0.2.0.dev0"  # the only place; pyproject.toml reads it
-__all__ = ["__version__", "build", "evaluate", "load", "train"]
+__all__ = ["__version__", "build", "evaluate", "list_models", "load", "train"]
 
 if TYPE_CHECKING:
     from resnetlab.evaluation.evaluate import evaluate
+    from resnetlab.inference.build import build, list_models
     from resnetlab.inference.open_model import load
-    from resnetlab.models.resnet import build
     from resnetlab.training.train import train
 
 _MODULES = {
-    "build": "resnetlab.models.resnet",
+    "build": "resnetlab.inference.build",
     "evaluate": "resnetlab.evaluation.evaluate",
+    "list_models": "resnetlab.inference.build",
     "load": "resnetlab.inference.open_model",
     "train": "resnetlab.training.train",
 }

@@ -35,7 +35,8 @@ class TrainOptions:
         paper-imagenet, preact-imagenet, modern, modern-long. Detectors: boxes (a feature pyramid, small images), paper-boxes
         (the 2015 paper's schedule and form). Segmenters: masks.
     start_from
-        A classifier's model file to start from (recipe finetune); it gets a new head if the data have other classes.
+        Weights to start from (recipe finetune): a model file, a published name such as torchvision:resnet18.IMAGENET1K_V1, or a
+        weight file of another program. They bring their network, and get a new head if the data have other classes.
     steps
         Length of the run; the recipe's schedule is rescaled to it, and the result is marked as shortened.
     epochs

@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from resnetlab.errors import ModelFileError, UsageError, unknown_name_error
 from resnetlab.formatting import format_list
@@ -233,7 +233,7 @@ def build_from_state(state: StateDictFile, spec: Specification) -> ResNet:
             f"{'-'.join(map(str, spec.depths))}, shortcut {spec.shortcut}): {wrong}."
         )
     float32 = {name: value.float() if value.is_floating_point() else value for name, value in tensors.items()}
-    net.load_state_dict({name: float32[name].clone().contiguous() for name in expected}, assign=True)
+    nn.Module.load_state_dict(net, {name: float32[name].clone().contiguous() for name in expected}, assign=True)
     return net.eval().requires_grad_(True)
 
 

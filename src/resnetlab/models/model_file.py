@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from resnetlab.device import standard_torch_state
 from resnetlab.errors import ModelFileError
@@ -150,7 +150,7 @@ def load_trained_model(path: Path) -> TrainedModel:
         with torch.device("meta"):
             net = ResNet(spec)
         dtypes = {name: tensor.dtype for name, tensor in net.state_dict().items()}
-        net.load_state_dict({k: v.to(dtypes.get(k, v.dtype)) for k, v in tensors.items()}, assign=True)
+        nn.Module.load_state_dict(net, {k: v.to(dtypes.get(k, v.dtype)) for k, v in tensors.items()}, assign=True)
         model = TrainedModel(
             net=net.eval().requires_grad_(True),
             classes=tuple(metadata["classes"]),

@@ -9,8 +9,9 @@ from __future__ import annotations
 import contextlib
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import partial
 from typing import Any, cast
 
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from resnetlab.errors import UsageError
-from resnetlab.models.spec import Specification, get_specification
+from resnetlab.models.spec import Specification, get_specification, nearest_name
 from resnetlab.nn import shortcuts
 from resnetlab.nn.blocks import (
     ACTIVATION_ORDERS,
@@ -126,6 +127,26 @@ class ResNet(nn.Module):
         if window != (1, 1):
             last = F.avg_pool2d(last, window, stride=1)
         return F.conv2d(last, self.fc.weight[:, :, None, None], self.fc.bias)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """torch's, marked with the place of the stride, which names and shapes do not tell."""
+        state = super().state_dict(*args, **kwargs)
+        if (own := getattr(state, "_metadata", {}).get(kwargs.get("prefix", "").rstrip("."))) is not None:
+            own["stride_in"] = self.spec.stride_in
+        return state
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """torch's; warns where weights do not say that bottlenecks have their stride where this network's have it."""
+        mark = getattr(state_dict, "_metadata", {}).get("", {}).get("stride_in")
+        if self.spec.block == "bottleneck" and mark != self.spec.stride_in and (mark or self.spec.stride_in == "first"):
+            name = nearest_name(replace(self.spec, stride_in=mark or "3x3"))[0]
+            theirs = f"from {name}" if mark else "that do not say where the bottlenecks have their stride"
+            warnings.warn(
+                f"weights {theirs} are loaded into {nearest_name(self.spec)[0]}; names and shapes are the same, but "
+                f"torchvision's and timm's have it in the 3x3: build {name!r} for those.",
+                stacklevel=2,
+            )
+        return super().load_state_dict(state_dict, strict, assign)
 
     def forward(self, x: Tensor) -> Tensor:
         last = self.forward_features(x)

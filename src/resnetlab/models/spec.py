@@ -108,6 +108,22 @@ class Specification:
         """Layers as the papers count them: convolutions and the fully connected layer, without projections."""
         return 2 + sum(self.depths) * (3 if self.block == "bottleneck" else self.layers)
 
+    def canonical(self) -> Specification:
+        """The same network, with the defaults for values that mean nothing for it, such as a basic block's `stride_in`."""
+        projects = self.shortcut in ("B", *shortcuts.PROJECT_EVERYWHERE)
+        used = {
+            "stride_in": self.block == "bottleneck",
+            "maxpool": self.stem == "imagenet",
+            "zero_pad": not projects and self.shortcut != "none",
+            "preact_transition": not projects and ACTIVATION_ORDERS[self.activation_order].preactivated,
+            "shortcut_scale": self.shortcut == "constant",
+            "residual_scale": self.shortcut == "constant",
+            "gate_bias": self.shortcut in shortcuts.GATES,
+            "shortcut_dropout": self.shortcut == "dropout",
+        }
+        defaults: dict[str, Any] = {field.name: field.default for field in fields(self)}
+        return replace(self, **{key: defaults[key] for key, is_used in used.items() if not is_used})
+
     def to_json(self) -> dict[str, Any]:
         """A JSON dictionary, as in the model file."""
         return asdict(self) | {"depths": list(self.depths), "widths": list(self.widths)}
@@ -233,3 +249,16 @@ def parse_value(key: str, text: str, kind: str) -> Any:
     except (KeyError, ValueError):
         kinds = {"bool": "true or false", "int": "a whole number", "float": "a number"}
         raise UsageError(f"{key} takes {kinds.get(kind, 'whole numbers separated by commas')}, not {text!r}.") from None
+
+
+def nearest_name(spec: Specification) -> tuple[str, dict[str, Any]]:
+    """The name nearest to a specification, and the changes to it; without channels and classes."""
+    own = asdict(spec.canonical())
+    best: tuple[str, dict[str, Any]] | None = None
+    for name in list_network_names():
+        named = asdict(get_specification(name).canonical())
+        changes = {k: v for k, v in own.items() if v != named[k] and k not in ("channels", "classes")}
+        if best is None or len(changes) < len(best[1]):
+            best = name, changes
+    assert best is not None
+    return best

@@ -322,6 +322,8 @@ class Overrides:
         """The recipe with these values. Raises UsageError for an unknown key or a value of the wrong type."""
         given: dict[str, Any] = {"data": self.data, "net": self.net, "seed": self.seed}
         recipe = replace(recipe, **{key: value for key, value in given.items() if value is not None})
+        if self.values.get("start_from") and self.net is None:
+            recipe = replace(recipe, net="")  # the weights bring their network
         if self.steps is not None:
             if self.steps < 1:
                 raise UsageError(f"--steps must be 1 or more, not {self.steps}.")

@@ -21,12 +21,12 @@ from resnetlab.data.prefetch import default_workers
 from resnetlab.device import DeviceConfig
 from resnetlab.distributed import World
 from resnetlab.errors import DataError, UsageError, unknown_name_error
+from resnetlab.inference.start import choose_specification, load_start, resolve_start
 from resnetlab.models.annotated_model import AnnotatedModel, build_annotated_net
 from resnetlab.models.cost import count_parameters
 from resnetlab.models.head_spec import HeadSpec
-from resnetlab.models.model_file import load_trained_model
 from resnetlab.models.resnet import ResNet, build_from_spec
-from resnetlab.models.spec import Specification, get_specification
+from resnetlab.models.spec import Specification, get_specification, nearest_name
 from resnetlab.random import seed_for
 from resnetlab.run_folder import RunFolder, write_atomically
 from resnetlab.training import recipes
@@ -80,8 +80,12 @@ class AnnotatedTask(Task, Generic[P, S]):
         recipe = setup.rescale(recipe, len(train))
         some = train[:: max(1, len(train) // STATISTICS_IMAGES)]  # evenly spaced
         images = (pixels for _, pixels in data.errors.read_each(some, lambda image: image.read_pixels()))
-        start_from = setup.started_in / recipe.start_from if recipe.start_from else None
-        start = build_starting_network(recipe, start_from, images)
+        start = build_starting_network(recipe, resolve_start(recipe.start_from, setup.started_in), images)
+        if not recipe.net:
+            name, changes = nearest_name(start.net.spec)
+            recipe = replace(recipe, net=name, specification=changes)
+        for sentence in start.notes:
+            setup.report(sentence)
         head_spec = cls.choose_head(recipe, start, train)
         net = build_annotated_net(start.net, head_spec, len(data.classes), seed=recipe.seed, **cls.head_options(recipe))
         device_config = setup.device_config
@@ -223,49 +227,49 @@ class AnnotatedTask(Task, Generic[P, S]):
 
 
 class StartingNetwork(NamedTuple):
-    """The network, mean and std of channels in units of [0, 1], and a digest of the weights ("" if they are random)."""
+    """The network, mean and std of channels in units of [0, 1], a digest of the weights ("" if they are random), and notes."""
 
     net: ResNet
     mean: tuple[float, ...]
     std: tuple[float, ...]
     digest: str
+    notes: list[str]
 
 
 def build_starting_network(
-    recipe: AnnotatedRecipe, start_from: Path | None, images: Iterator[Tensor]
+    recipe: AnnotatedRecipe, start_from: str | Path, images: Iterator[Tensor]
 ) -> StartingNetwork:
     """A classifier with its own channel statistics, from a model file; or a new network with the statistics of images.
 
     Args:
-        start_from: a classifier's model file; None starts from random weights.
+        start_from: a classifier's model file, a published name or a weight file; "" starts from random weights.
         images: training images, uint8 (H, W, 3); read only without a model file.
 
     Raises:
         UsageError: the file holds another network, or BN is fixed and there is no file.
         ModelFileError: the file cannot be read.
     """
-    spec = get_specification(recipe.net, **{"channels": 3, "classes": 1} | dict(recipe.specification))
-    if start_from is None:
+    if not start_from:
+        spec = get_specification(recipe.net, **{"channels": 3, "classes": 1} | dict(recipe.specification))
         if recipe.bn == "fixed":
             raise UsageError(
                 "bn=fixed keeps the statistics of a classifier, but there is none: give --start-from MODEL, or --set bn=live."
             )
         mean, std = channel_statistics(images)
         return StartingNetwork(
-            build_from_spec(spec, init=recipe.init, seed=seed_for(recipe.seed, "init")), mean, std, ""
+            build_from_spec(spec, init=recipe.init, seed=seed_for(recipe.seed, "init")), mean, std, "", []
         )
-    bundle = load_trained_model(start_from)
-    if replace(bundle.spec, classes=1) != replace(spec, classes=1):
-        raise UsageError(
-            f"{start_from} holds another network than {recipe.net}; name its own with --net, and its changes with --set."
-        )
+    bundle, _, notes = load_start(str(start_from), recipe.specification)
+    if bundle.spec.channels != 3:
+        raise UsageError(f"{start_from} takes images of {bundle.spec.channels} channel, not of 3; start from another.")
+    notes = [*notes, *choose_specification(str(start_from), bundle.spec, recipe.net, dict(recipe.specification))]
     preprocessing = bundle.preprocessing
     means = preprocessing.mean if preprocessing.mean.ndim == 1 else preprocessing.mean.mean((0, 1))
     digest = hashlib.sha256()
     for tensor in bundle.net.state_dict().values():
         digest.update(tensor.contiguous().numpy().tobytes())
     return StartingNetwork(
-        bundle.net.train(), tuple(means.tolist()), tuple(preprocessing.std.tolist()), digest.hexdigest()[:16]
+        bundle.net.train(), tuple(means.tolist()), tuple(preprocessing.std.tolist()), digest.hexdigest()[:16], notes
     )
 
 

@@ -31,10 +31,12 @@ from resnetlab.evaluation.calibration import fit_temperature
 from resnetlab.evaluation.evaluate import evaluate_network, prepare_split
 from resnetlab.evaluation.gradcam import make_cam_overlays
 from resnetlab.evaluation.metrics import ClassificationMetrics
+from resnetlab.inference.start import resolve_start
 from resnetlab.models.cost import count_parameters
 from resnetlab.models.model_file import TrainedModel, load_trained_model
 from resnetlab.models.reference_images import MAX_CHECK, MAX_TRAINING, ReferenceImages, spread_positions
 from resnetlab.models.resnet import ResNet
+from resnetlab.models.spec import nearest_name
 from resnetlab.nn.batchnorm import convert_sync_batchnorm
 from resnetlab.preprocessing import Preprocessing
 from resnetlab.run_folder import RunFolder, write_atomically
@@ -47,7 +49,7 @@ from resnetlab.training.recipe import Recipe
 from resnetlab.training.result import ClassificationResult
 from resnetlab.training.run_state import RunState
 from resnetlab.training.tasks.base import Task, TaskSetup
-from resnetlab.training.tasks.starting_network import build_network, file_digest, nearest_name
+from resnetlab.training.tasks.starting_network import build_network
 
 NORMALISATIONS = ("per-pixel mean", "per-channel mean and std", "as start_from")
 
@@ -94,8 +96,9 @@ class ClassificationTask(Task):
             raise UsageError(f"unknown normalise {recipe.normalise!r}; known: {known}.")
         source = _load_source(recipe, setup)
         channels = source.train.images.shape[-1] if isinstance(source.train, MemorySplit) else 3
-        start_from = str(setup.started_in / recipe.start_from) if recipe.start_from else ""
-        net, start, notes = build_network(recipe, start_from, channels, source.classes)
+        start_from = resolve_start(recipe.start_from, setup.started_in)
+        net, begun, notes = build_network(recipe, start_from, channels, source.classes)
+        start = begun.model if begun else None
         size = recipe.image_size
         shape = Preprocessing(
             channels, (size, size), recipe.eval_resize or size, torch.zeros(channels), torch.ones(channels)
@@ -130,7 +133,7 @@ class ClassificationTask(Task):
             recipe = replace(recipe, compile="on" if device_config.compiled else "off")
         if recipe.bn_sync:
             convert_sync_batchnorm(net, world)
-        origin = {"start_from": file_digest(start_from)} if start else {}
+        origin = {"start_from": begun.digest} if begun else {}
         task = cls(
             recipe=recipe,
             net=net,

@@ -1,0 +1,95 @@
+"""Builds networks by name, with random or published weights."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from resnetlab.errors import UsageError
+from resnetlab.inference.start import NO_HEAD, choose_specification, load_start
+from resnetlab.models import resnet
+from resnetlab.models.resnet import ResNet
+from resnetlab.models.spec import get_specification, list_network_names
+
+
+def build(
+    name: str,
+    *,
+    num_classes: int | None = None,
+    in_chans: int | None = None,
+    weights: str | None = None,
+    device: str | torch.device | None = None,
+    init: str = "fan_in",
+    seed: int | None = None,
+    **changes: Any,
+) -> ResNet:
+    """Builds a network by name.
+
+    Args:
+        name: a name of `resnetlab.models.spec`, such as "resnet20", "plain34", "preresnet164" or "resnet50v1.5".
+        num_classes: outputs, also called `classes`. With weights of another number the head is new.
+        in_chans: channels of the images, also called `channels`. With weights the first convolution is converted as timm does:
+            its kernels are summed for one channel, repeated and scaled for other numbers.
+        weights: a published name such as "torchvision:resnet50.IMAGENET1K_V2", a model file or a weight file; None for random
+            ones. Weights bring their own place of the stride: "resnet50" with torchvision's is "resnet50v1.5", with a warning.
+        device: of the network; by default torch's, as `torch.device(…)` as a context sets it.
+        init: "fan_in" or "fan_out", the n of He et al.'s N(0, sqrt(2/n)) (arXiv 1502.01852).
+        seed: of the initialisation; by default torch's global generator is used.
+        **changes: any value of the specification, such as shortcut="C" or activation_order="preact".
+
+    Returns:
+        A network in training mode, float32 (B, channels, H, W) -> logits (B, classes); its `spec` is its specification.
+
+    Raises:
+        UsageError: an unknown name, key or value (the message suggests the nearest known one), or weights of another network.
+        ModelFileError: the weights cannot be read or downloaded.
+    """
+    for new, old, value in (("num_classes", "classes", num_classes), ("in_chans", "channels", in_chans)):
+        if value is not None:
+            if old in changes:
+                raise UsageError(f"{new} and {old} are the same; give one of them.")
+            changes[old] = value
+    where = torch.get_default_device() if device is None else torch.device(device)
+    if weights is None:
+        return resnet.build(name, init=init, seed=seed, **changes).to(where)
+    own = {key: value for key, value in changes.items() if key not in ("classes", "channels")}
+    get_specification(name, **changes)  # raises for an unknown name, key or value
+    start = load_start(weights, own)
+    for note in choose_specification(weights, start.model.spec, name, own):
+        warnings.warn(f"{note}.", stacklevel=2)
+    net = start.model.net
+    if (classes := changes.get("classes")) is None and start.model.classes == NO_HEAD:
+        raise UsageError(f"{weights} has no head; give num_classes for a new one.")
+    wanted = {"classes": classes or net.spec.classes, "channels": changes.get("channels", net.spec.channels)}
+    fresh = resnet.build_from_spec(replace(net.spec, **wanted), init=init, seed=seed)
+    state = dict(net.state_dict())
+    state["conv1.weight"] = adapt_channels(state["conv1.weight"], wanted["channels"])
+    if wanted["classes"] != net.spec.classes or start.model.classes == NO_HEAD:
+        state |= {key: value for key, value in fresh.state_dict().items() if key.startswith("fc.")}
+    nn.Module.load_state_dict(fresh, state)
+    return fresh.to(where)
+
+
+def adapt_channels(kernels: Tensor, channels: int) -> Tensor:
+    """The first convolution's kernels (C_out, C_in, k, k) for another number of channels, as timm converts them.
+
+    One channel gets the sum over the old ones; more get them repeated, scaled to keep the sum.
+    """
+    old = kernels.shape[1]
+    if channels == old:
+        return kernels
+    if channels == 1:
+        return kernels.sum(1, keepdim=True)
+    repeated = kernels.repeat(1, math.ceil(channels / old), 1, 1)[:, :channels]
+    return repeated * (old / channels)
+
+
+def list_models(pattern: str = "*") -> list[str]:
+    """The names of networks that match a pattern, such as "resnet*v1.5"."""
+    return [name for name in list_network_names() if fnmatchcase(name, pattern)]
