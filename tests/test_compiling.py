@@ -26,7 +26,8 @@ needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="there is no
 @pytest.mark.parametrize(
     ("recipe", "compiled", "why"),
     [
-        (paper_cifar(), True, "long enough"),
+        (replace(paper_cifar(), bn_batch=0), True, "long enough"),
+        (paper_cifar(), False, "micro-batches side by side"),
         (paper_cifar().rescale(2000), False, "too short"),
         (replace(paper_cifar().rescale(2000), compile="on"), True, "as requested"),
         (replace(paper_cifar(), compile="off"), False, "as requested"),
@@ -43,7 +44,7 @@ def test_long_runs_on_small_images_are_compiled(recipe: Recipe, compiled: bool, 
 def test_without_a_compiler_nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setattr(shutil, "which", lambda _: None)
-    assert not choose_compilation(CPU, paper_cifar(), NET).compiled
+    assert "no C++ compiler" in choose_compilation(CPU, replace(paper_cifar(), bn_batch=0), NET).reason
 
 
 @needs_compiler

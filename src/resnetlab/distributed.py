@@ -134,6 +134,11 @@ def was_restarted() -> bool:
     return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
 
 
+def local_process_count() -> int:
+    """The number of this job's processes on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else 1
+
+
 def is_first_process() -> bool:
     """Whether this is the process that prints and writes files."""
     return os.environ.get("RANK", "0") == "0"

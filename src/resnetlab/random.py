@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+_DRAWING = {  # torch's functions and methods that draw; all take a generator
+    "rand", "randn", "randint", "randperm", "bernoulli", "normal", "multinomial", "poisson", "uniform_", "normal_",
+    "bernoulli_", "random_", "exponential_", "geometric_", "cauchy_", "log_normal_",
+}  # fmt: skip
+_active = threading.local()
 
 
 def seed_for(seed: int, *parts: int | str) -> int:
@@ -20,3 +32,47 @@ def seed_for(seed: int, *parts: int | str) -> int:
 def make_generator(seed: int, *parts: int | str) -> torch.Generator:
     """A CPU generator seeded with `seed_for(seed, *parts)`."""
     return torch.Generator().manual_seed(seed_for(seed, *parts))
+
+
+def active_generator() -> torch.Generator | None:
+    """The generator that this thread draws from, inside `draw_from`."""
+    return getattr(_active, "generator", None)
+
+
+@contextlib.contextmanager
+def draw_from(generator: torch.Generator) -> Iterator[None]:
+    """Makes what a network draws in this thread, on the CPU, come from a generator instead of torch's global one.
+
+    The numbers are those that the global generator would give in the same state. Threads side by side would take numbers from
+    the global one in an order that changes from run to run.
+    """
+    before, _active.generator = active_generator(), generator
+    try:
+        with _DrawFrom(generator):
+            yield
+    finally:
+        _active.generator = before
+
+
+class _DrawFrom(TorchFunctionMode):
+    def __init__(self, generator: torch.Generator) -> None:
+        super().__init__()
+        self._generator = generator
+
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if function is F.dropout:
+            return self._dropout(*args, **kwargs)
+        if getattr(function, "__name__", "") in _DRAWING and kwargs.get("generator") is None:
+            kwargs = kwargs | {"generator": self._generator}
+        return function(*args, **kwargs)
+
+    def _dropout(self, x: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
+        """F.dropout, which takes no generator, computed as torch computes it on a CPU."""
+        if not training or p == 0:
+            return x
+        kept = torch.empty_like(x).bernoulli_(1 - p, generator=self._generator)
+        kept = kept if p == 1 else kept.div_(1 - p)
+        return x.mul_(kept) if inplace else x * kept

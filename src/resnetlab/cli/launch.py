@@ -52,7 +52,7 @@ class Job(NamedTuple):
         from resnetlab.training.train import TASKS
 
         _check_process_count(self.processes, self.options.device)
-        TASKS[self.task].check_batch(recipe, World(0, self.processes))
+        TASKS[self.task].count_micro_batches(recipe, World(0, self.processes))
         run = RunFolder.create(out, short_name(recipe.data))
         write_atomically(run.path / "recipe.toml", recipe.to_toml())
         try:

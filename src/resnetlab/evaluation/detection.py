@@ -40,10 +40,15 @@ def predict_boxes(
 ) -> tuple[list[AnnotatedImage], list[Detections]]:
     """The images that can be read, and the boxes found in each; `errors` handles the others."""
     readable, detections = [], []
-    for image, pixels in errors.read_each(images, AnnotatedImage.read_pixels):
-        readable.append(image)
-        detections.append(predict_image_boxes(net, pixels, device_config, testing))
-        on_progress(len(readable), len(images))
+
+    def predict(read: tuple[AnnotatedImage, Tensor]) -> tuple[AnnotatedImage, Detections]:
+        return read[0], predict_image_boxes(net, read[1], device_config, testing)
+
+    with eval_mode(net), device_config.side_by_side_map(len(images)) as side_by_side:
+        for image, found in side_by_side(predict, errors.read_each(images, AnnotatedImage.read_pixels)):
+            readable.append(image)
+            detections.append(found)
+            on_progress(len(readable), len(images))
     return readable, detections
 
 

@@ -82,19 +82,27 @@ def predict_scores(
     world, n = device_config.world, len(split)
     scores = [torch.zeros(n, len(member.columns)) for member in members]
     counts = torch.zeros(n, dtype=torch.int32)
-    done = 0
     batches = torch.split(torch.arange(n), _batch_size(members, device_config))
-    for i, indices in enumerate(batches):
-        done += len(indices)
-        if i % world.size != world.rank:
-            continue
-        for rows in scores:
-            rows[indices] = SKIPPED  # until they are read
-        for positions, images in _read_batches(split, indices.tolist()):
-            for rows, member in zip(scores, members, strict=True):
-                rows[positions] = score_images(member, images, protocol, device_config).float()
-        counts[indices] += 1
-        on_progress(done)
+    own = batches[world.rank :: world.size]
+
+    def read() -> Iterator[tuple[Tensor, list[int], list[Tensor]]]:  # in this thread, beside those that compute
+        for indices in own:
+            for rows in scores:
+                rows[indices] = SKIPPED  # until they are read
+            for positions, images in _read_batches(split, indices.tolist()):
+                yield indices, positions, images
+            counts[indices] += 1
+
+    def score(batch: tuple[Tensor, list[int], list[Tensor]]) -> tuple[int, list[int], list[Tensor]]:
+        indices, positions, images = batch
+        found = [score_images(member, images, protocol, device_config).float() for member in members]
+        return int(indices[-1]) + 1, positions, found
+
+    with device_config.side_by_side_map(len(own)) as side_by_side:
+        for done, positions, found in side_by_side(score, read()):
+            for rows, values in zip(scores, found, strict=True):
+                rows[positions] = values
+            on_progress(done)
     for rows in scores:
         world.all_reduce_(rows)  # every row was filled by one process and is zero in the others, so the sum is exact
     world.all_reduce_(counts)

@@ -84,19 +84,26 @@ def compute_segmentation_metrics(
     images: Sequence[MaskedImage],
     classes: tuple[str, ...],
     errors: ErrorPolicy,
+    device_config: DeviceConfig,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> SegmentationMetrics:
     """Evaluates a segmenter on images at their own size; `errors` handles those that cannot be read.
 
     Args:
-        segment: the segmenter, uint8 (H, W, 3) -> int64 (H, W), the class of every pixel.
+        segment: the segmenter, uint8 (H, W, 3) -> int64 (H, W), the class of every pixel; its network is in eval mode, since
+            several threads call it.
     """
     confusion, evaluated = torch.zeros(len(classes), len(classes), dtype=torch.int64), []
-    for image, (pixels, mask) in errors.read_each(images, MaskedImage.read):
-        predicted = segment(pixels)
-        valid = mask != VOID
+
+    def count(read: tuple[MaskedImage, tuple[Tensor, Tensor]]) -> tuple[MaskedImage, Tensor]:
+        image, (pixels, mask) = read
+        predicted, valid = segment(pixels), mask != VOID
         pairs = mask[valid].long() * len(classes) + predicted[valid]
-        confusion += torch.bincount(pairs, minlength=len(classes) ** 2).view_as(confusion)
-        evaluated.append(image)
-        on_progress(len(evaluated), len(images))
+        return image, torch.bincount(pairs, minlength=len(classes) ** 2).view_as(confusion)
+
+    with device_config.side_by_side_map(len(images)) as side_by_side:
+        for image, pairs in side_by_side(count, errors.read_each(images, MaskedImage.read)):
+            confusion += pairs
+            evaluated.append(image)
+            on_progress(len(evaluated), len(images))
     return SegmentationMetrics(classes, confusion, evaluated)

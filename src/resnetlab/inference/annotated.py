@@ -214,7 +214,9 @@ class Segmenter(AnnotatedPredictor):
                 "give the same names, in the same order, to both."
             )
         name, images = select_split(dataset, split)
-        metrics = compute_segmentation_metrics(self.segment, images, classes, dataset.errors, on_progress)
+        metrics = compute_segmentation_metrics(
+            self.segment, images, classes, dataset.errors, self.device_config, on_progress
+        )
         return name, metrics.to_json(), dataset.errors.skipped
 
 

@@ -30,6 +30,7 @@ from resnetlab.nn.blocks import (
     make_basic_layers,
     make_bottleneck_layers,
 )
+from resnetlab.random import active_generator, draw_from
 
 
 class SmallImageWarning(UserWarning):
@@ -109,8 +110,9 @@ class ResNet(nn.Module):
         size = max(1, round(math.sqrt(sum(self.spec.depths))))
         for start in range(0, len(stage), size):
             group = stage[start : start + size]
-            contexts = partial(_recompute_contexts, group)
-            x = checkpoint(group, x, use_reentrant=False, context_fn=contexts)
+            generator = active_generator()
+            contexts = partial(_recompute_contexts, group, generator)
+            x = checkpoint(group, x, use_reentrant=False, context_fn=contexts, preserve_rng_state=generator is None)
         return x
 
     def forward_features(self, x: Tensor) -> Tensor:
@@ -153,20 +155,29 @@ class ResNet(nn.Module):
         return cast(Tensor, self.fc(last.mean((2, 3))))  # (B, C, h, w) -> (B, C) -> (B, classes)
 
 
-def _recompute_contexts(net: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """Contexts for the forward pass and for its recomputation."""
-    return contextlib.nullcontext(), _freeze_bn_statistics(net)
+def _recompute_contexts(
+    net: nn.Module, generator: torch.Generator | None
+) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Contexts for the forward pass and for its recomputation, which draws the same numbers from a thread's generator.
+
+    Without one the network draws from torch's global generator, whose state `checkpoint` keeps.
+    """
+    return contextlib.nullcontext(), _repeat(net, generator, None if generator is None else generator.get_state())
 
 
 @contextlib.contextmanager
-def _freeze_bn_statistics(net: nn.Module) -> Iterator[None]:
+def _repeat(net: nn.Module, generator: torch.Generator | None, state: Tensor | None) -> Iterator[None]:
     """BN uses batch statistics as in training, without updating its running statistics a second time."""
     modules = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
     before = [(m.momentum, m.num_batches_tracked) for m in modules]
     for module in modules:
         module.momentum, module.num_batches_tracked = 0.0, None
+    draws: AbstractContextManager[None] = contextlib.nullcontext()
+    if generator is not None and state is not None:  # torch's backward pass leaves the forward pass's `draw_from`
+        draws = draw_from(generator.set_state(state))
     try:
-        yield
+        with draws:
+            yield
     finally:
         for module, (momentum, count) in zip(modules, before, strict=True):
             module.momentum, module.num_batches_tracked = momentum, count

@@ -51,11 +51,13 @@ class TrainState:
     def recipe(self) -> BaseRecipe:
         return self.task.recipe
 
+    def network_seed(self, micro_batch: int) -> int:
+        """The seed of what the network draws (stochastic depth): a function of run, step and the micro-batch's number."""
+        return seed_for(self.recipe.seed, "network", self.state.step, *([micro_batch] if micro_batch else []))
+
     def seed_network(self, micro_batch: int) -> None:
-        """Seeds what the network draws (stochastic depth): a function of the seed, the step and the micro-batch's number."""
-        torch.manual_seed(
-            seed_for(self.recipe.seed, "network", self.state.step, *([micro_batch] if micro_batch else []))
-        )
+        """Seeds torch's global generator with `network_seed`."""
+        torch.manual_seed(self.network_seed(micro_batch))
 
     @property
     def identity(self) -> str:

@@ -45,6 +45,8 @@ def _reason_not_to_compile(device_config: DeviceConfig, recipe: Recipe, spec: Sp
     work = 6.0 * compute_cost(spec, (recipe.image_size, recipe.image_size)).multiply_adds * recipe.batch * recipe.steps
     if SAVED_SHARE * work / OPERATIONS_PER_SECOND < COMPILE_SECONDS:
         return "not compiled: the run is too short for compiling to pay off"
+    if recipe.bn_batch and recipe.batch > recipe.bn_batch:
+        return "not compiled: that does not speed up micro-batches side by side"
     return "" if compiler else "not compiled: there is no C++ compiler"
 
 

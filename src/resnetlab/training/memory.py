@@ -54,7 +54,10 @@ def largest_micro_batch(
 
 
 def _fits(net: nn.Module, device_config: DeviceConfig, shape: tuple[int, int, int], share: int, size: int) -> bool:
-    """Tries what a step needs on a copy of the network: prefetched batches, and micro-batches a quarter larger than `size`."""
+    """Tries what a step needs on a copy of the network: prefetched batches, and micro-batches a quarter larger than `size`.
+
+    On a CPU as many micro-batches are in memory at once as there are threads.
+    """
     gc.collect()
     device = device_config.device
     release_memory(device)
@@ -65,9 +68,10 @@ def _fits(net: nn.Module, device_config: DeviceConfig, shape: tuple[int, int, in
             parameters = list(net.parameters())
             momentum, gradients = [torch.zeros_like(p) for p in parameters], []
             batches = torch.zeros((BATCHES_IN_MEMORY, share, *shape), device=device)
-            images = torch.zeros((size + size // 4 + 1, *shape), device=device)
+            at_once = min(device_config.threads, share // size) if device.type == "cpu" else 1
+            images = torch.zeros((at_once * (size + size // 4 + 1), *shape), device=device)
             labels = torch.zeros(len(images), dtype=torch.long, device=device)
-            for _ in range(min(share // size, MAX_TRIED)):
+            for _ in range(min(share // size // at_once, MAX_TRIED)):
                 loss = forward_backward(
                     net, images.to(memory_format=device_config.memory_format), labels, device_config
                 )

@@ -44,7 +44,7 @@ _RANGES: dict[str, tuple[float, float, str]] = {  # smallest and largest value, 
     ),
     "batch": (1, 2**20, "from 1 to 1,048,576"),
     "image_size": (1, 4096, "from 1 to 4,096"),
-    "threads": (0, 1024, "from 0 to 1,024"),
+    **dict.fromkeys(("threads", "op_threads"), (0, 1024, "from 0 to 1,024")),
     "warmup_error": (5e-324, 1, "above 0 and at most 1"),
 }
 RESCALED = ("milestones", "warmup_steps", "eval_every", "log_every", "ema_decay")  # what another length changes
@@ -88,7 +88,10 @@ class BaseRecipe:
         0.0  # decay per step of a moving average of the weights, which is evaluated and saved; 0 for none
     )
     precision: str = "auto"  # "bf16", "fp32", or "auto": bf16 where the hardware computes it
-    threads: int = 0  # CPU threads; 0: one per core. The result's last bits depend on it, so a run keeps its number
+    threads: int = 0  # CPU threads of all processes; 0: one per core. A run may be resumed with another number
+    op_threads: int = (
+        0  # threads inside each operation, which decide the last bits; 0: those that micro-batches leave over
+    )
     log_every: int = 50  # steps between lines of metrics.jsonl
     eval_every: int = 1000  # steps between evaluations of the held-out images
     checkpoint_minutes: float = 1.0  # time between checkpoints; 0 writes one after every step
@@ -148,11 +151,11 @@ class BaseRecipe:
         )
 
     def resolve_like(self, recorded: BaseRecipe) -> Self:
-        """The recipe with the values that are left open taken from a recorded one: "auto", threads 0, no network."""
+        """The recipe with the values that are left open taken from a recorded one: "auto", op_threads 0, no network."""
         values = {key: getattr(recorded, key) for key in ("precision", "compile") if getattr(self, key, "") == "auto"}
         if not self.net:
             values |= {"net": recorded.net, "specification": recorded.specification}
-        return replace(self, threads=self.threads or recorded.threads, **values)
+        return replace(self, threads=recorded.threads, op_threads=self.op_threads or recorded.op_threads, **values)
 
     def with_micro_batch_of(self, recorded: BaseRecipe) -> Self:
         """The recipe with the micro-batch of a recorded one, where that is found by trying."""
@@ -161,6 +164,10 @@ class BaseRecipe:
     def skip_bad_images_like(self, requested: BaseRecipe) -> Self:
         """The recipe that skips unreadable images if the requested one does: a run that one stopped may continue so."""
         return self
+
+    def with_threads_of(self, requested: BaseRecipe) -> Self:
+        """The recipe with the requested number of threads, which does not change the result."""
+        return replace(self, threads=requested.threads)
 
     def ignoring_bad_images(self) -> Self:
         """The recipe without its choice for unreadable images, which changes nothing in a run that has met none."""
@@ -186,6 +193,8 @@ class BaseRecipe:
     @classmethod
     def from_values(cls, values: Mapping[str, Any]) -> Self:
         """The inverse of `to_json` and `to_toml`; raises RunError if values are missing or unknown."""
+        # until this key was recorded, all threads worked inside each operation, on one micro-batch after the other
+        values = {"op_threads": values.get("threads", 0)} | dict(values)
         known = {f.name for f in fields(cls)}
         if strange := sorted(set(values) - known - {"task"}):
             raise RunError(f"recipe.toml has unknown keys {strange}; it was written by another version of resnetlab.")
@@ -196,8 +205,10 @@ class BaseRecipe:
 
     @property
     def key(self) -> str:
-        """A hash of all values, 16 hex digits: runs with equal keys are the same run."""
-        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()[:16]
+        """A hash of all values that decide the result, 16 hex digits: runs with equal keys are the same run."""
+        values = self.to_json()
+        values["threads"] = values.pop("op_threads") or self.threads  # as it was called when there were no others
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -341,7 +341,7 @@ def describe_changes(recipe: BaseRecipe, precision: str) -> list[str]:
         return []
     own = find_recipe(recipe.name, recipe.task)
     same_length = own if own.steps == recipe.steps else own.rescale(recipe.steps)
-    resolved: dict[str, Any] = {"threads": own.threads or recipe.threads}
+    resolved: dict[str, Any] = {"threads": recipe.threads, "op_threads": own.op_threads or recipe.op_threads}
     resolved["precision"] = precision if own.precision == "auto" else own.precision
     if isinstance(recipe, Recipe) and isinstance(own, Recipe):
         resolved["compile"] = recipe.compile if own.compile == "auto" else own.compile

@@ -8,10 +8,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
+import torch
+
 from resnetlab.data import sources
 from resnetlab.data.decode import jpeg_decoder
-from resnetlab.device import default_precision, environment, preserve_process_state, select_device
-from resnetlab.distributed import World, join_process_group, was_restarted
+from resnetlab.device import count_cores, default_precision, environment, preserve_process_state, select_device
+from resnetlab.distributed import World, join_process_group, local_process_count, was_restarted
 from resnetlab.errors import ResNetLabError, RunError, UsageError, unknown_name_error
 from resnetlab.progress import log
 from resnetlab.run_folder import RunFolder, write_atomically
@@ -31,7 +33,8 @@ from resnetlab.training.recipe import BaseRecipe, Epochs, Overrides, Recipe
 from resnetlab.training.recorder import OnEvaluate, Recorder, RunContext
 from resnetlab.training.result import ClassificationResult, Progress, TrainResult, show_training
 from resnetlab.training.schedule import learning_rate
-from resnetlab.training.step import compute_gradients, train_step
+from resnetlab.training.side_by_side import SideBySideGradients, divide_threads
+from resnetlab.training.step import Gradients, compute_gradients, train_step
 from resnetlab.training.stopping import catch_stop_signals
 from resnetlab.training.tasks.base import Task, TaskSetup
 from resnetlab.training.tasks.classification import ClassificationTask
@@ -161,7 +164,7 @@ def start_run(recipe: BaseRecipe, out: Path | None = None, options: RunOptions |
         if world.broadcast(was_restarted() and out is not None and (out / "recipe.toml").is_file()):
             prepared = _reopen(stack, world, cast(Path, out), options, recipe.task, recipe)
         else:
-            task = _fit_micro_batch(build_task(recipe, options, world), options)
+            task = build_task(recipe, options, world)
             path = RunFolder.create(out, sources.short_name(recipe.data)).path if world.is_first else None
             run = RunFolder(world.broadcast(path) or Path())
             if world.is_first:
@@ -205,7 +208,7 @@ def train_to_end(task: Task, context: RunContext) -> TrainResult:
         context.report(f"resuming from step {state.step:,}")
     with catch_stop_signals() as request:
         recorder = Recorder(train_state, context, request)
-        gradients = GraphGradients(recorder.report_graph) if task.device_config.cuda_graph else compute_gradients
+        gradients = select_gradients(task, recorder.report_graph)
         set_train_mode(task.net)
         with recorder.closing():
             try:
@@ -238,6 +241,17 @@ def train_to_end(task: Task, context: RunContext) -> TrainResult:
     return result
 
 
+def select_gradients(task: Task, report_graph: Callable[[str], None]) -> Gradients:
+    """The way to compute gradients that the task's device config names; all are bit-identical.
+
+    Args:
+        report_graph: called once with a sentence on whether steps are replayed from a CUDA graph, if that is tried.
+    """
+    if task.device_config.cuda_graph:
+        return GraphGradients(report_graph)
+    return SideBySideGradients(task) if task.device_config.side_by_side > 1 else compute_gradients
+
+
 def build_task(
     recipe: BaseRecipe, options: RunOptions, world: World | None = None, started_in: Path | None = None
 ) -> Task:
@@ -249,11 +263,14 @@ def build_task(
     if recipe.optimizer not in OPTIMIZERS:
         raise unknown_name_error("optimizer", recipe.optimizer, OPTIMIZERS)
     device, world = options.device or "auto", world or World()
-    device_config = replace(select_device(recipe.precision, device, recipe.threads), world=world)
+    threads = -(-recipe.threads // local_process_count())  # rounded up
+    device_config = replace(select_device(recipe.precision, device, threads), world=world)
+    count = TASKS[recipe.task].count_micro_batches(recipe, world)  # raises before anything takes time
+    torch.set_num_threads(recipe.op_threads or max(1, device_config.threads // count))
     if world.size > 1 and device_config.device.index is not None:
         kind = device_config.device.type
         raise UsageError(f"several processes take one device each; give its kind, not {device!r}: --device {kind}.")
-    recipe = replace(recipe, precision=device_config.precision, threads=device_config.threads)
+    recipe = replace(recipe, precision=device_config.precision)
     setup = TaskSetup(
         device_config=device_config,
         data_dir=options.data_dir or Path("data"),
@@ -266,7 +283,10 @@ def build_task(
         task = TASKS[recipe.task].build(recipe, setup)
     if options.on_evaluate is not None and not len(task.held_out):
         raise UsageError("on_evaluate sees held-out images, and none are held out; add val_images=100.")
+    task = divide_threads(task.fit_micro_batch(options.report) if options.fit_micro_batch else task)
     options.report(f"device: {task.device_config}")
+    if device_config.device.type == "cpu" and threads > (cores := count_cores()):
+        options.report(f"{threads} threads share {cores} core{'s' * (cores > 1)}: threads={cores} is faster")
     if changes := recipes.describe_changes(task.recipe, default_precision(device_config.device)):
         options.report(f"recipe {task.recipe.name}, with {'; '.join(changes)}")
     if label := recipes.describe_budget(task.recipe):
@@ -307,10 +327,6 @@ def _join(stack: contextlib.ExitStack, options: RunOptions | None) -> tuple[Worl
     return world, options if world.is_first else replace(options, report=_ignore, on_progress=_ignore)
 
 
-def _fit_micro_batch(task: Task, options: RunOptions) -> Task:
-    return task.fit_micro_batch(options.report) if options.fit_micro_batch else task
-
-
 def _reopen(
     stack: contextlib.ExitStack,
     world: World,
@@ -334,12 +350,13 @@ def _reopen(
         options.report(f"{path} is finished; nothing to do.")
         return result
     if before is None:  # a folder with nothing but its recipe, as --procs makes it
-        task = _fit_micro_batch(build_task(recipe, options, world), options)
+        task = build_task(recipe, options, world)
         if world.is_first:
             _write_setup(run, task, options)
         return task, context
     options = replace(
         options,
+        fit_micro_batch=False,  # the recipe records what was found
         data_dir=options.data_dir or Path(str(before.get("data_dir", "data"))),
         device=options.device or str(before.get("device", "auto")),
         epochs=None,  # the recipe has the steps
@@ -369,7 +386,7 @@ def _read_run(run: RunFolder, task_name: str, requested: Overrides | BaseRecipe,
     result = None if result is not None and result.steps != before.steps else result  # an extension was interrupted
     if result is not None and requested.steps > before.steps:
         return _extend(run, before, requested, options)
-    recipe = before.skip_bad_images_like(requested)
+    recipe = before.skip_bad_images_like(requested).with_threads_of(requested)
     if changes := requested.resolve_like(recipe).differences(recipe):
         raise RunError(
             f"{run.path} was started with another recipe: you ask for {'; '.join(changes)}. Resume without it, "

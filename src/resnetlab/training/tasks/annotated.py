@@ -131,8 +131,9 @@ class AnnotatedTask(Task, Generic[P, S]):
         return len(self.train)
 
     @classmethod
-    def check_batch(cls, recipe: Any, world: World) -> None:
-        divide_batch(recipe.batch, recipe.bn_batch, world.size)
+    def count_micro_batches(cls, recipe: Any, world: World) -> int:
+        share, size = divide_batch(recipe.batch, recipe.bn_batch, world.size)
+        return share // size
 
     @classmethod
     @abstractmethod
@@ -189,7 +190,7 @@ class AnnotatedTask(Task, Generic[P, S]):
         from resnetlab import __version__
 
         versions = {"resnetlab": __version__, "torch": torch.__version__}
-        recipe = self.recipe.to_json()
+        recipe = replace(self.recipe, threads=0).to_json()  # the number of threads does not change the model
         return AnnotatedModel(
             self.name, self.net, self.spec, self.head_spec, self.classes, recipe, metrics, self.data, versions
         )

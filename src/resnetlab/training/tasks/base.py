@@ -86,8 +86,13 @@ class Task(ABC):
 
     @classmethod
     @abstractmethod
-    def check_batch(cls, recipe: Any, world: World) -> None:
-        """Raises UsageError if so many processes cannot share the batch."""
+    def count_micro_batches(cls, recipe: Any, world: World) -> int:
+        """The number of micro-batches in each process's share. Raises UsageError if they cannot share the batch."""
+
+    @property
+    def num_micro_batches(self) -> int:
+        """The number of micro-batches in this process's share of a step."""
+        return self.count_micro_batches(self.recipe, self.device_config.world)
 
     @staticmethod
     @abstractmethod

@@ -62,7 +62,6 @@ class ClassificationTask(Task):
         held_out: images evaluated during training and never trained on; may be empty.
         test: evaluated once, at the end.
         evaluated_split: the name of `test`: "test", "val" or "held-out".
-        num_micro_batches: of this process's share of a step; they go through the network one after the other.
         start_fingerprints: of the images that the model was trained on which training started from.
     """
 
@@ -83,14 +82,12 @@ class ClassificationTask(Task):
     device_config: DeviceConfig
     evaluated_split: str = "test"
     holdout: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    num_micro_batches: int = 1
     start_fingerprints: Mapping[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def build(cls, recipe: Recipe, setup: TaskSetup) -> Self:
         """Loads the data, holds images out, computes the training images' statistics, and builds the network."""
         device_config, world = setup.device_config, setup.device_config.world
-        num_micro_batches = count_micro_batches(recipe, world)  # raises before anything takes time
         if recipe.normalise not in NORMALISATIONS:
             known = ", ".join(map(repr, NORMALISATIONS))
             raise UsageError(f"unknown normalise {recipe.normalise!r}; known: {known}.")
@@ -146,7 +143,6 @@ class ClassificationTask(Task):
             device_config=device_config,
             evaluated_split=source.evaluated_split,
             holdout=holdout,
-            num_micro_batches=num_micro_batches,
             start_fingerprints=fingerprints,
         )
         for sentence in [*notes, *task._describe()]:
@@ -154,8 +150,8 @@ class ClassificationTask(Task):
         return task
 
     @classmethod
-    def check_batch(cls, recipe: Recipe, world: World) -> None:
-        count_micro_batches(recipe, world)
+    def count_micro_batches(cls, recipe: Recipe, world: World) -> int:
+        return count_micro_batches(recipe, world)
 
     @property
     def num_train_images(self) -> int:
@@ -219,7 +215,7 @@ class ClassificationTask(Task):
         world = self.device_config.world
         recipe = replace(self.recipe, bn_batch=size * world.size if self.recipe.bn_sync else size)
         report(f"batch auto: micro-batches of {size:,} images fit")
-        return replace(self, recipe=recipe, num_micro_batches=count_micro_batches(recipe, world))
+        return replace(self, recipe=recipe)
 
     def out_of_memory_error(self) -> RunError:
         """The error for a step that does not fit into memory, with the micro-batch that would fit."""
@@ -358,8 +354,11 @@ class ClassificationTask(Task):
 
     @property
     def _shared_recipe(self) -> Recipe:
-        """The recipe for files to give away: the address of its data has no signature. recipe.toml has the full address."""
-        return replace(self.recipe, data=sources.strip_signature(self.recipe.data))
+        """The recipe for files to give away: the address of its data has no signature (recipe.toml has the full one).
+
+        It does not have the number of threads either, which does not change the model.
+        """
+        return replace(self.recipe, data=sources.strip_signature(self.recipe.data), threads=0)
 
 
 def choose_augmentation(recipe: Recipe, num_classes: int) -> Augmentation:

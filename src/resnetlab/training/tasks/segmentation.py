@@ -17,7 +17,7 @@ from resnetlab.data.annotated_dataset import AnnotatedDataset
 from resnetlab.data.annotated_sampler import AugmentationDraw, flip_image
 from resnetlab.data.mask_dataset import MaskedImage
 from resnetlab.data.mask_files import VOID
-from resnetlab.device import to_device
+from resnetlab.device import eval_mode, to_device
 from resnetlab.evaluation import overlays
 from resnetlab.evaluation.segmentation import SegmentationMetrics, compute_segmentation_metrics, segment_image
 from resnetlab.models.annotated_model import load_annotated
@@ -107,7 +107,8 @@ class SegmentationTask(AnnotatedTask[MaskedImage, SegmentationSample]):
 
     def evaluate(self, images: Sequence[MaskedImage]) -> SegmentationMetrics:
         """Evaluates the network with its current weights."""
-        return compute_segmentation_metrics(self.segment, images, self.classes, self.errors)
+        with eval_mode(self.net):
+            return compute_segmentation_metrics(self.segment, images, self.classes, self.errors, self.device_config)
 
     def segment(self, pixels: Tensor) -> Tensor:
         """The class of every pixel of an image by the current weights, uint8 (H, W, 3) -> int64 (H, W)."""

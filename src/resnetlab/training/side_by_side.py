@@ -1,0 +1,132 @@
+"""The micro-batches of a step side by side on a CPU: one thread carries one micro-batch.
+
+Threads inside an operation meet at a barrier several hundred times a step; where another program takes one core for a time
+slice, all wait. Threads with a micro-batch each meet once a step, and what a micro-batch computes does not depend on how many
+threads there are. So a run is bit-identical for any number of threads up to the number of micro-batches.
+
+Each thread has a replica of the network: parameters of its own, which share the memory of the weights, and BN statistics of its
+own. Autocast's cache of cast weights is one for all threads and is cleared when a thread leaves autocast, so these threads
+never leave it, and the cache is cleared after the step.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import is_dataclass, replace
+from queue import SimpleQueue
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from resnetlab.device import map_in_order, use_one_heap
+from resnetlab.random import draw_from
+from resnetlab.training.average import set_train_mode
+from resnetlab.training.checkpoint import TrainState
+from resnetlab.training.micro_batches import BatchNormStatistics, TreeMean
+from resnetlab.training.tasks.base import Task
+
+OURS = ("torch", "torchvision", "resnetlab")  # packages whose layers may run in several threads
+T = TypeVar("T", bound=Task)
+
+
+def divide_threads(task: T) -> T:
+    """The task with the number of threads inside an operation decided (the recipe's `op_threads`), and torch told of it.
+
+    Micro-batches go side by side as far as there are threads for them; threads that are left over work inside operations.
+    """
+    recipe, config, side_by_side = task.recipe, task.device_config, task.num_micro_batches
+    if side_by_side > 1 and (reason := reason_for_turns(task)):
+        side_by_side = 1
+        if config.device.type == "cpu" and config.threads > 1:
+            config = replace(config, reason=f"{config.reason}; one micro-batch after the other: {reason}")
+    op_threads = recipe.op_threads or max(1, config.threads // side_by_side)
+    side_by_side = max(1, min(side_by_side, config.threads // op_threads))
+    torch.set_num_threads(op_threads)
+    config = replace(config, op_threads=op_threads, side_by_side=side_by_side)
+    return replace(task, recipe=replace(recipe, op_threads=op_threads), device_config=config)  # type: ignore[type-var]
+
+
+def reason_for_turns(task: Task) -> str:
+    """Why the micro-batches of a task go through the network one after the other; empty if they may go side by side."""
+    config = task.device_config
+    if config.device.type != "cpu":
+        return "a GPU computes them"
+    if config.compiled:
+        return "the network is compiled"
+    if getattr(task.recipe, "bn_sync", False):
+        return "synchronised BN exchanges its statistics in every layer"
+    if not is_dataclass(task):
+        return "the task cannot be copied"
+    for module in task.net.modules():
+        kind = type(module)
+        if kind.__module__.split(".")[0] not in OURS and not getattr(kind, "thread_safe", False):
+            return f"{kind.__qualname__} may not be safe in several threads (if it is: thread_safe = True in its class)"
+    return ""
+
+
+class Replica:
+    """A task whose network shares another's weights, with gradients, BN statistics and random numbers of its own."""
+
+    def __init__(self, task: Task) -> None:
+        net = share_weights(task.net)
+        set_train_mode(net)
+        self.task: Task = replace(task, net=net)  # type: ignore[type-var]
+        self._parameters = [p for p in net.parameters() if p.requires_grad]
+        self._statistics, self._before = BatchNormStatistics(net), BatchNormStatistics(task.net).averages
+        self._generator = torch.Generator()
+
+    def gradients(self, micro_batch: Any, seed: int) -> list[Tensor]:
+        """Loss, error, the gradient of every parameter that has one, and the BN averages that the micro-batch leads to."""
+        with torch.no_grad():
+            torch._foreach_copy_(self._statistics.averages, self._before)
+        with draw_from(self._generator.manual_seed(seed)):
+            with self.task.device_config.autocast():
+                loss, error = self.task.loss(micro_batch)
+            loss.backward()  # type: ignore[no-untyped-call]
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        for p in self._parameters:
+            p.grad = None
+        return [loss.detach(), error, *gradients, *(average.clone() for average in self._statistics.averages)]
+
+
+def share_weights(net: nn.Module) -> nn.Module:
+    """A copy of a network whose parameters are new but have the memory of the given ones; its buffers are copies."""
+    return copy.deepcopy(net, {id(p): nn.Parameter(p.data, p.requires_grad) for p in net.parameters()})
+
+
+class SideBySideGradients:
+    """`compute_gradients` with one thread for each of as many micro-batches as the task's device config names."""
+
+    def __init__(self, task: Task) -> None:
+        self._threads = task.device_config.side_by_side
+        self._replicas: SimpleQueue[Replica] = SimpleQueue()
+        for _ in range(self._threads):
+            self._replicas.put(Replica(task))
+        # a thread that is inside autocast already does not clear the cache when it leaves autocast again
+        use_one_heap()
+        self._pool = ThreadPoolExecutor(self._threads, "micro-batch", torch.autocast_increment_nesting)
+
+    def __call__(self, train_state: TrainState, micro_batches: Sequence[Any]) -> list[Tensor]:
+        task, statistics = train_state.task, train_state.statistics
+        mean, first = TreeMean(task.device_config.world), task.device_config.world.rank * len(micro_batches)
+        jobs = [(part, train_state.network_seed(number)) for number, part in enumerate(micro_batches, first)]
+        try:
+            for results in map_in_order(self._pool, 2 * self._threads, self._carry, jobs):
+                mean.add(results)
+        finally:
+            torch.clear_autocast_cache()
+        results = mean.result()
+        count = len(results) - len(statistics.averages)
+        statistics.set(results[count:])
+        train_state.optimizer.set_grads(results[2:count])
+        return results[:count]
+
+    def _carry(self, job: tuple[Any, int]) -> list[Tensor]:
+        replica = self._replicas.get()
+        try:
+            return replica.gradients(*job)
+        finally:
+            self._replicas.put(replica)
