@@ -10,14 +10,18 @@ Per core: everything runs in this process with one thread. Whole batches are com
     ours ...               the same two, with Pillow and with simplejpeg (the extra "fast")
 
 Then: CIFAR's augmentation of a whole batch beside a ResNet-20 training step, and memory while reading from folders of 10,000
-and 100,000 names. Ratios to torchvision's form are medians over rounds; figures of two runs are not comparable.
+and 100,000 names. `--coco 120000` only reads a COCO document of so many images, beside pycocotools. Ratios to torchvision's
+form are medians over rounds; figures of two runs are not comparable.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
 import os
+import random
 import statistics
 import subprocess
 import sys
@@ -149,18 +153,75 @@ def memory(folder: Path, count: int) -> dict[str, float]:
     return dict(json.loads(done.stdout))
 
 
-def grown(folder: Path) -> dict[str, float]:
-    def peak() -> float:
-        lines = Path("/proc/self/status").read_text().splitlines()  # getrusage's figure would be the parent's
-        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
+def peak_memory() -> float:
+    """MiB that this process had at most."""
+    lines = Path("/proc/self/status").read_text().splitlines()  # getrusage's figure would be the parent's
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
 
-    before = peak()
+
+def grown(folder: Path) -> dict[str, float]:
+    before = peak_memory()
     stream = our_batches(folder, "resized")
     next(stream)
-    indexed = peak()
+    indexed = peak_memory()
     for _ in range(40):
         next(stream)
-    return {"index_and_first_batch": round(indexed - before, 1), "forty_batches_more": round(peak() - indexed, 1)}
+    return {
+        "index_and_first_batch": round(indexed - before, 1),
+        "forty_batches_more": round(peak_memory() - indexed, 1),
+    }
+
+
+def write_coco_document(file: Path, images: int, objects: int = 7) -> None:
+    """A document like instances_train2017.json: 24 corners an object, the keys that COCO has."""
+    draw = random.Random(0)
+    url = "http://farm9.staticflickr.com/8186/8119368305_4e622c8349_z.jpg"
+    with file.open("w") as stream:
+        stream.write('{"info": {}, "images": [')
+        for i in range(images):
+            entry = {"license": 3, "file_name": f"{i:012}.jpg", "height": 480, "width": 640, "flickr_url": url, "id": i}
+            stream.write(", " * (i > 0) + json.dumps(entry))
+        stream.write('], "annotations": [')
+        for i in range(images * objects):
+            x, y = draw.uniform(0, 500), draw.uniform(0, 350)
+            outline = [round(v + draw.uniform(0, 100), 2) for _ in range(24) for v in (x, y)]
+            entry = {"segmentation": [outline], "area": 702.1, "iscrowd": 0, "image_id": i // objects}
+            entry |= {"bbox": [round(x, 2), round(y, 2), 100.0, 100.0], "category_id": 1 + i % 80, "id": i}
+            stream.write(", " * (i > 0) + json.dumps(entry))
+        stream.write('], "categories": [')
+        stream.write(
+            ", ".join(json.dumps({"supercategory": "s", "id": i, "name": f"c{i}"}) for i in range(1, 81)) + "]}"
+        )
+
+
+def read_document(file: Path, reader: str) -> dict[str, float]:
+    """Processor seconds and MiB by which this process grows while it reads a COCO document."""
+    from resnetlab.data.coco_document import read_coco_document
+
+    before, began = peak_memory(), time.process_time()
+    if reader == "pycocotools":
+        from pycocotools.coco import COCO
+
+        with contextlib.redirect_stdout(io.StringIO()):
+            document: object = COCO(str(file))
+    else:
+        document = read_coco_document(file, masks=reader == "ours, masks")
+    return {"seconds": round(time.process_time() - began, 1), "mib": round(peak_memory() - before) * bool(document)}
+
+
+def coco_documents(images: int) -> dict[str, dict[str, float]]:
+    """`read_document` of every reader, each in a fresh process."""
+    with tempfile.TemporaryDirectory() as place:
+        file = Path(place) / "instances_train.json"
+        write_coco_document(file, images)
+        commands = {
+            reader: [sys.executable, __file__, "--document-of", str(file), "--reader", reader]
+            for reader in ("ours, boxes", "ours, masks", "pycocotools")
+        }
+        return {
+            reader: dict(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+            for reader, command in commands.items()
+        }
 
 
 def main() -> None:
@@ -170,7 +231,16 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=3)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--memory-of", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--coco", type=int, help="only read a COCO document of so many images")
+    parser.add_argument("--document-of", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--reader", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.document_of:
+        return print(json.dumps(read_document(options.document_of, options.reader)))
+    if options.coco:
+        for reader, values in coco_documents(options.coco).items():
+            print(f"{reader:<14} {values['seconds']:.1f} s, {values['mib']:,.0f} MiB for {options.coco:,} images")
+        return None
     torch.set_num_threads(1)
     if options.memory_of:
         return print(json.dumps(grown(options.memory_of)))

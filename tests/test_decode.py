@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from PIL import Image, PngImagePlugin
 import resnetlab
 from images import photo, png_bomb
 from resnetlab.data import decode
+from resnetlab.data.check import check_file
 from resnetlab.data.decode import decode_pixels
 from resnetlab.errors import DataError
 from resnetlab.models.model_file import TrainedModel
@@ -279,3 +281,57 @@ def test_values_without_a_known_white_are_refused(values: np.ndarray) -> None:
 @pytest.mark.usefixtures("decoder")
 def test_16_bits_in_a_pgm_are_scaled() -> None:
     assert pixels(b"P5 2 1 65535\n" + struct.pack(">2H", 256, 65535))[0, :, 0].tolist() == [1, 255]
+
+
+def png_with(chunk: bytes, content: bytes) -> bytes:
+    """A PNG with one more chunk in front of its pixels."""
+    whole = encoded(photo(1), "PNG")
+    added = struct.pack(">I", len(content)) + chunk + content + struct.pack(">I", zlib.crc32(chunk + content))
+    return whole[:33] + added + whole[33:]
+
+
+LARGE = zlib.compress(b"x" * 3_000_000)
+METADATA = {
+    "a large profile": png_with(b"iCCP", b"icc\0\0" + LARGE),
+    "a large text": png_with(b"zTXt", b"parameters\0\0" + LARGE),
+    "large XMP": png_with(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + LARGE),
+    "broken EXIF": png_with(b"eXIf", b"no tiff header at all"),
+    "broken EXIF in WebP": encoded(photo(1), "WEBP", lossless=True, exif=b"no tiff header at all"),
+}
+
+
+@pytest.mark.parametrize("content", METADATA.values(), ids=METADATA)
+def test_metadata_beside_whole_pixels_do_not_matter(content: bytes, tmp_path: Path) -> None:
+    assert np.array_equal(pixels(content), np.asarray(photo(1)))
+    (tmp_path / "x").write_bytes(content)
+    assert decode.read_upright_size(tmp_path / "x") == photo(1).size[::-1]
+    info = check_file(content, "x")
+    assert info.size == photo(1).size and any("EXIF cannot be read" in words for words in info.suspicious) == (
+        b"no tiff header" in content
+    )
+
+
+def grey_tiff(values: np.ndarray, bits: int, photometric: int = 1, **more: int) -> bytes:
+    """A grey TIFF of one strip: 12 bits are packed, 16 are words; `more`: tag number -> value."""
+    data = values.astype("<u2").tobytes()
+    if bits == 12:
+        one, two = values.ravel()[::2].astype(int), values.ravel()[1::2].astype(int)
+        packed = np.stack([one >> 4, ((one & 15) << 4) | (two >> 8), two & 255], 1)
+        data = packed.astype(np.uint8).tobytes()
+    height, width = values.shape
+    tags = [(256, width), (257, height), (258, bits), (259, 1), (262, photometric), (273, 8), (277, 1), (278, height)]
+    tags += [(279, len(data)), *((int(tag[1:]), value) for tag, value in more.items())]
+    data += b"\0" * (len(data) % 2)
+    entries = b"".join(struct.pack("<HHII", tag, 3 if value < 2**16 else 4, 1, value) for tag, value in tags)
+    return b"II*\0" + struct.pack("<I", 8 + len(data)) + data + struct.pack("<H", len(tags)) + entries + bytes(4)
+
+
+def test_grey_tiffs_are_scaled_by_the_depth_that_they_declare() -> None:
+    values = np.array([[0, 16, 2048, 4095]])
+    expected = [0, 1, 128, 255]
+    assert pixels(grey_tiff(values, 12))[0, :, 0].tolist() == expected
+    assert pixels(grey_tiff(values * 16 + 15, 16))[0, :, 0].tolist() == expected
+    assert pixels(grey_tiff(values, 16, t281=4095))[0, :, 0].tolist() == expected  # 12 bits in words of 16
+    assert pixels(grey_tiff(65535 - values * 16, 16, photometric=0))[0, :, 0].tolist() == expected  # 0 is white
+    with pytest.raises(DataError, match=r"^x has signed values of 16 bits and does not define which value is white"):
+        pixels(grey_tiff(values, 16, t339=2))

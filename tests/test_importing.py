@@ -412,3 +412,9 @@ def test_class_names(tmp_path: Path) -> None:
     (tmp_path / "names").write_text("a\nb\n\nc\n")
     assert parse_class_names(str(tmp_path / "names"), 3) == parse_class_names("a, b,c", 3) == ("a", "b", "c")
     assert len(parse_class_names("cifar100", 100)) == 100 and len(parse_class_names("imagenet", 1000)) == 1000
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_class_file_may_begin_with_a_byte_order_mark(encoding: str, tmp_path: Path) -> None:
+    (tmp_path / "names.txt").write_text("cat\r\nd\u00f6g\r\n", encoding)
+    assert parse_class_names(str(tmp_path / "names.txt"), 2) == ("cat", "d\u00f6g")

@@ -144,3 +144,13 @@ def test_the_onnx_graph_agrees_with_pytorch(trained: Path, tmp_path: Path, capsy
     assert resnetlab_(["segment", "export", model, known, str(other), "--out", str(tmp_path / "m.onnx"), "--json"]) == 0
     proof = json.loads(capsys.readouterr().out)
     assert proof["images"] == 2 and proof["agreement"] > 0.99 and proof["largest_difference"] < 1e-4
+
+
+def test_an_unreadable_image_to_evaluate_is_found_before_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = cells.make_voc_folder(tmp_path / "voc")
+    file = root / "JPEGImages" / "p7.png"
+    file.write_bytes(file.read_bytes()[:-2000])  # its header can be read
+    assert resnetlab_(["segment", "train", str(root), *SETTINGS, "--out", str(tmp_path / "run")]) == 1
+    assert "p7.png is damaged" in capsys.readouterr().err and not (tmp_path / "run").exists()

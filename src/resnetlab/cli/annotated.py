@@ -41,8 +41,8 @@ def detect_train(
     Parameters
     ----------
     data
-        A folder in Pascal VOC's format (Annotations/, JPEGImages/, ImageSets/Main/) or with COCO's JSON (train.json, val.json,
-        or annotations/instances_train.json and so on).
+        A folder as a tool wrote it: Pascal VOC's (Annotations/, JPEGImages/), COCO's JSON, YOLO's text files, or an export of
+        Roboflow, CVAT, Label Studio, LabelMe or FiftyOne. docs/layouts.md has the list.
     on_bad_box
         stop at an invalid box or image, or skip it: left out, and listed in the run folder.
     """
@@ -67,8 +67,8 @@ def segment_train(
     Parameters
     ----------
     data
-        A folder in Pascal VOC's format (SegmentationClass/, JPEGImages/, ImageSets/Segmentation/, classes.txt) or with COCO's
-        JSON.
+        A folder of images and masks (Pascal VOC's SegmentationClass/, images/ and masks/, CamVid's, Cityscapes'), or one with
+        outlines of objects (COCO, YOLO, LabelMe, Label Studio). docs/layouts.md has the list.
     on_bad_mask
         stop at an invalid mask or image, or skip it: left out, and listed in the run folder.
     """

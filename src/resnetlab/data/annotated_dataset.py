@@ -10,6 +10,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from torch import Tensor
 
+from resnetlab.data.annotations import Annotations
 from resnetlab.data.error_policy import ErrorPolicy
 from resnetlab.errors import DataError
 from resnetlab.random import seed_for
@@ -42,6 +43,7 @@ class AnnotatedDataset(Generic[P]):
         evaluated_split: the name of `test`: "test", "val", or "held-out" if it was drawn from all images.
         val: evaluated while training; may be empty.
         errors: handles images and annotations that cannot be used; lists those that were skipped.
+        layout: what was found, "COCO, 2 splits, 128 images, 80 classes".
     """
 
     name: str
@@ -51,6 +53,7 @@ class AnnotatedDataset(Generic[P]):
     test: tuple[P, ...]
     evaluated_split: str
     errors: ErrorPolicy = field(default_factory=ErrorPolicy)
+    layout: str = ""
 
     @property
     def fingerprint(self) -> str:
@@ -69,26 +72,36 @@ class AnnotatedDataset(Generic[P]):
 
 
 def arrange_annotated_splits(
-    name: str, classes: tuple[str, ...], splits: dict[str, list[P]], errors: ErrorPolicy, notes: Sequence[str] = ()
+    name: str, classes: tuple[str, ...], splits: dict[str, list[P]], errors: ErrorPolicy, found: Annotations
 ) -> AnnotatedDataset[P]:
     """The data set of splits named "train", "val", "test", "trainval", or "" for images without a split.
 
-    Where there is no split to evaluate on, a fifth of the images is held out, chosen by name. Warns of `notes`: what a reader
-    left out or translated.
+    Where there is no split to evaluate on, a fifth of the images is held out, chosen by name. Warns of what the reader left out
+    or translated (`found.notes`).
     """
-    for note in notes:
+    for note in found.notes:
         warnings.warn(f"{name}: {note}.", UserWarning, stacklevel=3)
+    count, splits = sum(map(len, splits.values())), {split: images for split, images in splits.items() if images}
+    if not splits:
+        raise DataError(f"{name} ({found.layout}) has no image that can be used.")
+    plural = "s" if len(splits) > 1 else "", "es" if len(classes) > 1 else ""
+    layout = f"{found.layout}, {len(splits)} split{plural[0]}, {count:,} images, {len(classes):,} class{plural[1]}"
+    train, val, test, evaluated = _choose_splits(splits)
+    return AnnotatedDataset(name, classes, train, val, test, evaluated, errors, layout)
+
+
+def _choose_splits(splits: dict[str, list[P]]) -> tuple[tuple[P, ...], tuple[P, ...], tuple[P, ...], str]:
+    """(train, val, test, the name of the split that `test` is)."""
     if "trainval" in splits and "test" in splits:  # 2015, appendix A: trained on both, evaluated on test
-        return AnnotatedDataset(name, classes, tuple(splits["trainval"]), (), tuple(splits["test"]), "test", errors)
+        return tuple(splits["trainval"]), (), tuple(splits["test"]), "test"
     if "train" not in splits and (only := splits.get("", splits.get("trainval"))) is not None:
         train, test = hold_out_images(only, max(1, round(HELD_OUT_FRACTION * len(only))))
-        return AnnotatedDataset(name, classes, train, (), test, "held-out", errors)
+        return train, (), test, "held-out"
     evaluated = next((split for split in ("test", "val") if split in splits), None)
     if evaluated is None:
-        return arrange_annotated_splits(name, classes, {"": splits["train"]}, errors)
-    train, test = tuple(splits.get("train", [])), tuple(splits[evaluated])
+        return _choose_splits({"": splits["train"]})
     val = tuple(splits.get("val", [])) if evaluated == "test" else ()
-    return AnnotatedDataset(name, classes, train, val, test, evaluated, errors)
+    return tuple(splits.get("train", [])), val, tuple(splits[evaluated]), evaluated
 
 
 def hold_out_images(images: Sequence[P], count: int) -> tuple[tuple[P, ...], tuple[P, ...]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -22,8 +22,9 @@ from resnetlab.data.text_files import read_bytes
 from resnetlab.errors import DataError
 
 MIN_EXTENT = (
-    0.01  # pixels: a narrower box is nothing that was drawn, and may be empty in float32 once the image is resized
+    0.01  # pixels: a narrower box was not drawn by anybody, and may be empty in float32 once the image is resized
 )
+ROUNDING = 1e-3  # by which fractions of an image's side may be below 0 or above 1, since tools round them
 
 Box = tuple[float, float, float, float]
 
@@ -53,6 +54,8 @@ class ImageRecord(NamedTuple):
         name: the image file's path inside the data's folder.
         source: the annotation file, for messages.
         size: (height, width) according to the annotation; (0, 0) where it gives none.
+        relative: whether the objects' coordinates are fractions of the image's width and height.
+        mask: the file of its mask, if the masks are files.
     """
 
     name: str
@@ -60,13 +63,15 @@ class ImageRecord(NamedTuple):
     source: str
     size: tuple[int, int]
     objects: list[ObjectRecord]
+    relative: bool = False
+    mask: Path | None = None
 
 
 class Annotations(NamedTuple):
     """What a folder holds.
 
     Attributes:
-        layout: the format's name.
+        layout: the format's name, completed by `describe`.
         classes: None if the files do not list them: those of the training objects.
         splits: images by split: "train", "trainval", "val", "test", or "" for images of no split.
         notes: what was left out or translated, a sentence each.
@@ -131,7 +136,24 @@ def keep_images_of_their_size(records: Iterable[ImageRecord], errors: ErrorPolic
         except DataError as error:
             errors.handle({record.name: str(error)})
         else:
-            yield record._replace(size=upright)
+            objects = _to_pixels(record.objects, upright) if record.relative else record.objects
+            yield record._replace(size=upright, objects=objects, relative=False)
+
+
+def _to_pixels(objects: list[ObjectRecord], size: tuple[int, int]) -> list[ObjectRecord]:
+    """Objects whose coordinates were fractions of (height, width)."""
+
+    def scale(values: Sequence[float]) -> list[float]:
+        near = [min(max(v, 0.0), 1.0) if -ROUNDING <= v <= 1 + ROUNDING else v for v in values]
+        return [v * size[1 - i % 2] for i, v in enumerate(near)]
+
+    return [
+        thing._replace(
+            box=None if thing.box is None else cast(Box, tuple(scale(thing.box))),
+            segmentation=[scale(polygon) for polygon in thing.segmentation] if thing.segmentation else None,
+        )
+        for thing in objects
+    ]
 
 
 def find_training_classes(splits: dict[str, list[ImageRecord]]) -> tuple[str, ...]:

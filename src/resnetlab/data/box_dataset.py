@@ -1,4 +1,4 @@
-"""Images with boxes in a folder, in Pascal VOC's format (`data.voc`) or COCO's (`data.coco`)."""
+"""Images with boxes in a folder, in any layout of `data.layouts`."""
 
 from __future__ import annotations
 
@@ -14,31 +14,28 @@ from resnetlab.data.annotations import (
     keep_images_of_their_size,
     make_annotated_image,
 )
-from resnetlab.data.coco import read_coco
 from resnetlab.data.error_policy import ErrorPolicy
-from resnetlab.data.voc import read_voc_boxes
+from resnetlab.data.layouts import read_annotations
 from resnetlab.errors import DataError
 
 
 def load_boxes(root: Path, on_bad: str = "stop") -> AnnotatedDataset[AnnotatedImage]:
-    """The images with boxes in a folder: Pascal VOC's (Annotations/, JPEGImages/) or COCO's (one JSON per split).
+    """The images with boxes in a folder; an object that has only an outline gets the box around it.
 
     Args:
         on_bad: "stop" at an invalid box or image, or "skip" it: left out, and listed by name.
 
     Raises:
-        DataError: the folder has neither format, files are broken or missing, or, under "stop", a box is invalid.
+        DataError: the folder has no known layout, files are broken or missing, or, under "stop", a box is invalid.
     """
-    if not root.is_dir():
-        raise DataError(f"{root} is not a folder; give one in Pascal VOC's format or with COCO's JSON.")
     errors = ErrorPolicy(on_bad, "--on-bad-box")
-    found = read_voc_boxes(root, errors) if (root / "Annotations").is_dir() else read_coco(root, errors, masks=False)
+    found = read_annotations(root, errors, masks=False)
     records = {split: list(keep_images_of_their_size(images, errors)) for split, images in found.splits.items()}
     classes = found.classes or find_training_classes(records)
     if not classes:
         raise DataError(f"{root} has no box to train on; each object needs a class and a box.")
     splits = {split: [make_annotated_image(errors, r, classes) for r in images] for split, images in records.items()}
-    return arrange_annotated_splits(str(root), classes, splits, errors, found.notes)
+    return arrange_annotated_splits(str(root), classes, splits, errors, found)
 
 
 def relabel_boxes(image: AnnotatedImage, indices: Tensor) -> AnnotatedImage:

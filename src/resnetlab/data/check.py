@@ -208,15 +208,18 @@ def check_file(content: bytes, name: str) -> ImageInfo:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         image = decode(content, name)
-        try:
-            with Image.open(io.BytesIO(content)) as header:
-                kind, mode = header.format or "?", header.mode
+        with Image.open(io.BytesIO(content)) as header:
+            kind, mode = header.format or "?", header.mode
+            try:
                 header.getexif()
-        except Exception as error:  # the pixels are intact, but the metadata are not
-            raise DataError(f"{name} is damaged: {error}") from error
+                metadata = ""
+            except Exception as error:  # the pixels are intact, but the metadata are not
+                metadata = f"its EXIF cannot be read and counts as absent: {error or type(error).__name__}"
     suspicious = [
         f"Pillow says: {str(w.message).strip()}" for w in caught if not issubclass(w.category, DeprecationWarning)
     ]
+    if metadata:
+        suspicious.append(metadata)
     if (damage := find_damage(content, kind)) is not None:
         suspicious.append(f"it is damaged, though it can be read: {damage}")
     suffix = os.path.splitext(name)[1].lower()

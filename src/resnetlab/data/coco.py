@@ -8,6 +8,7 @@ folder, in images/, or in a folder named after the split.
 from __future__ import annotations
 
 import re
+from array import array
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
@@ -15,17 +16,16 @@ from pathlib import Path
 from typing import Any
 
 from resnetlab.data.annotations import Annotations, Box, ImageRecord, ObjectRecord
+from resnetlab.data.coco_document import CocoAnnotation, CocoDocument, read_coco_document
 from resnetlab.data.decode import SUFFIXES
 from resnetlab.data.error_policy import ErrorPolicy
 from resnetlab.data.file_lookup import ImageFinder, find_split
-from resnetlab.data.text_files import read_json
 from resnetlab.errors import DataError
 from resnetlab.formatting import format_list
 
 SPLITS = ("train", "val", "test")
 # of official COCO's other documents, and of what data sets keep beside
 OTHER_DOCUMENTS = re.compile(r"(captions|person_keypoints|panoptic|stuff|image_info)_.*")
-CocoDocument = dict[str, list[dict[str, Any]]]
 OWN_FOLDERS = re.compile(
     r"_annotations\.coco|labels|annotations|instances|coco|result|data"
 )  # named after their folder
@@ -34,7 +34,7 @@ OWN_FOLDERS = re.compile(
 def read_coco(root: Path, errors: ErrorPolicy, masks: bool) -> Annotations:
     """The images of each split with their objects; classes in the order of the categories' ids."""
     files = find_coco_files(root)
-    documents = {split: read_coco_document(file) for split, file in files.items()}
+    documents = {split: read_coco_document(file, masks) for split, file in files.items()}
     notes = _drop_root_category(documents)
     categories = {split: _read_categories(files[split], content) for split, content in documents.items()}
     classes = _compare_categories(files, categories)
@@ -56,7 +56,7 @@ def read_coco(root: Path, errors: ErrorPolicy, masks: bool) -> Annotations:
 
 
 def find_coco_files(root: Path) -> dict[str, Path]:
-    """The JSON of each split; "" for a single file that is of no split. Raises DataError if there is none."""
+    """The JSON of each split; "" for a single file of no split. Raises DataError if it is not clear which is which."""
     found: dict[str, Path] = {}
     other = []
     for file in _list_documents(root):
@@ -69,12 +69,12 @@ def find_coco_files(root: Path) -> dict[str, Path]:
             raise DataError(f"{found[split]} and {file} are both for the split {split}; keep one of them.")
         else:
             found[split] = file
-    if not found:
-        if len(other) != 1:
-            raise DataError(
-                f"{root} is neither in Pascal VOC's format (Annotations/, JPEGImages/) nor in COCO's "
-                "(train.json, val.json, or annotations/instances_train.json and so on)."
-            )
+    if not found and len(other) > 1:
+        names = format_list([file.relative_to(root).as_posix() for file in other])
+        raise DataError(
+            f"{root}: no document is named after a split ({names}); call them train.json, val.json, test.json."
+        )
+    if not found and other:
         found[""] = other[0]
     return dict(sorted(found.items(), key=lambda item: (*SPLITS, "trainval", "").index(item[0])))
 
@@ -91,21 +91,6 @@ def _list_documents(root: Path) -> list[Path]:
     return instances or files
 
 
-def read_coco_document(file: Path) -> CocoDocument:
-    """The JSON of a split. Raises DataError if it is broken or not a COCO document."""
-    content = read_json(file)
-    for key in ("images", "annotations", "categories"):
-        entries = content.get(key) if isinstance(content, dict) else None
-        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-            raise DataError(f"{file} is not a COCO document: its {key!r} is not a list of objects.")
-    required = {"images": ("id", "file_name"), "categories": ("id", "name"), "annotations": ("image_id",)}
-    for key, fields in required.items():
-        for i, entry in enumerate(content[key]):
-            if missing := [field for field in fields if field not in entry]:
-                raise DataError(f"{file}: entry {i} of {key!r} has no {missing[0]!r}.")
-    return dict(content)
-
-
 def _identify(value: Any) -> int | str | None:
     """An id, a number or a word; None for any other value. Numbers in quotes are numbers."""
     if isinstance(value, bool) or not isinstance(value, int | str | float):
@@ -119,7 +104,7 @@ def _drop_root_category(documents: Mapping[str, CocoDocument]) -> tuple[str, ...
     """Leaves out Roboflow's root: a category that others name as their supercategory and that no object in any split has."""
     roots = set.intersection(*(_find_unused_parents(content) for content in documents.values()))
     for content in documents.values():
-        content["categories"] = [c for c in content["categories"] if (_identify(c["id"]), str(c["name"])) not in roots]
+        content.categories = [c for c in content.categories if (_identify(c["id"]), str(c["name"])) not in roots]
     return tuple(
         f"the category {name!r} is only the supercategory of others and has no object; it is left out"
         for _, name in sorted(roots, key=str)
@@ -127,12 +112,12 @@ def _drop_root_category(documents: Mapping[str, CocoDocument]) -> tuple[str, ...
 
 
 def _find_unused_parents(content: CocoDocument) -> set[tuple[int | str | None, str]]:
-    used = {_identify(a.get("category_id")) for a in content["annotations"]}
-    unused = [c for c in content["categories"] if _identify(c["id"]) not in used]
+    used = {_identify(a.category_id) for a in content.annotations}
+    unused = [c for c in content.categories if _identify(c["id"]) not in used]
     return {
         (_identify(c["id"]), str(c["name"]))
         for c in unused
-        if any(other.get("supercategory") == c["name"] for other in content["categories"] if other is not c)
+        if any(other.get("supercategory") == c["name"] for other in content.categories if other is not c)
     }
 
 
@@ -142,7 +127,7 @@ def _read_categories(file: Path, content: CocoDocument) -> dict[int | str, str]:
     Raises DataError if two categories are not distinct, or an id is neither a number nor a word.
     """
     names: dict[int | str, str] = {}
-    for i, category in enumerate(content["categories"]):
+    for i, category in enumerate(content.categories):
         if (key := _identify(category["id"])) is None:
             raise DataError(f"{file}: entry {i} of 'categories' has the id {category['id']!r}; give it a number.")
         if key in names or str(category["name"]) in names.values():
@@ -170,17 +155,17 @@ def _read_images(
     source: Path,
     content: CocoDocument,
     split: str,
-    read_object: Callable[[Mapping[str, Any], str], ObjectRecord],
+    read_object: Callable[[CocoAnnotation, str], ObjectRecord],
     errors: ErrorPolicy,
 ) -> Iterator[ImageRecord]:
     """The images whose files exist; rejects missing files, and annotations of no image."""
-    objects = _group_annotations(source, content["annotations"], errors)
+    objects = _group_annotations(source, content.annotations, errors)
     folders = _list_image_folders(finder, source, split)
     places = format_list([folder or "." for folder in folders])
     name_by_id: dict[int | str, str] = {}
     names: set[str] = set()
     usable = 0
-    for i, entry in enumerate(content["images"]):
+    for i, entry in enumerate(content.images):
         name, key = str(entry["file_name"]), _identify(entry["id"])
         if key is None:
             raise DataError(f"{source}: entry {i} of 'images' has the id {entry['id']!r}; give it a number.")
@@ -199,39 +184,27 @@ def _read_images(
             errors.reject(f"{source}, image {key}", f"its width and height are {given}, not numbers of pixels")
         else:
             usable += 1
-            things = [read_object(a, _describe(source, number, a)) for number, a in own]
+            things = [read_object(a, a.describe(source)) for a in own]
             yield ImageRecord(name, file, str(source), size, things)
     if names and not usable:
         raise DataError(
             f"{source}: none of its {len(names):,} images can be used, such as {min(names)}; looked in {places}."
         )
     for key, entries in objects.items():
-        errors.reject(_describe(source, *entries[0]), f"it is for the image {key!r}, which is not among the images")
+        errors.reject(entries[0].describe(source), f"it is for the image {key!r}, which is not among the images")
     _reject_unlisted_images(source, names, errors)
 
 
-Entry = tuple[int, dict[str, Any]]  # an annotation and its position
-
-
-def _describe(source: Path, number: int, annotation: Mapping[str, Any]) -> str:
-    """File and entry of an annotation, for messages."""
-    return (
-        f"{source}, annotation {annotation['id']}" if "id" in annotation else f"{source}, entry {number} of annotations"
-    )
-
-
 def _group_annotations(
-    source: Path, annotations: list[dict[str, Any]], errors: ErrorPolicy
-) -> dict[int | str, list[Entry]]:
+    source: Path, annotations: list[CocoAnnotation], errors: ErrorPolicy
+) -> dict[int | str, list[CocoAnnotation]]:
     """The annotations of each image by its id; rejects those whose image_id is neither a number nor a word."""
-    groups: dict[int | str, list[Entry]] = defaultdict(list)
-    for number, annotation in enumerate(annotations):
-        if (key := _identify(annotation["image_id"])) is None:
-            errors.reject(
-                _describe(source, number, annotation), f"its image_id is {annotation['image_id']!r}, not a number"
-            )
+    groups: dict[int | str, list[CocoAnnotation]] = defaultdict(list)
+    for annotation in annotations:
+        if (key := _identify(annotation.image_id)) is None:
+            errors.reject(annotation.describe(source), f"its image_id is {annotation.image_id!r}, not a number")
         else:
-            groups[key].append((number, annotation))
+            groups[key].append(annotation)
     return groups
 
 
@@ -263,19 +236,19 @@ def _read_size(entry: Mapping[str, Any]) -> tuple[int, int] | None:
 
 
 def _read_object(
-    annotation: Mapping[str, Any], where: str, categories: Mapping[int | str, str], masks: bool, errors: ErrorPolicy
+    annotation: CocoAnnotation, where: str, categories: Mapping[int | str, str], masks: bool, errors: ErrorPolicy
 ) -> ObjectRecord:
     """One annotation; without a label if it has been rejected."""
-    key = _identify(annotation.get("category_id"))
-    label, bbox = categories.get(key) if key is not None else None, annotation.get("bbox")
+    key = _identify(annotation.category_id)
+    label, bbox = categories.get(key) if key is not None else None, annotation.bbox
     if label is None:
-        errors.reject(where, f"its category {annotation.get('category_id')!r} is not among the categories")
+        errors.reject(where, f"its category {annotation.category_id!r} is not among the categories")
     box = _read_box(bbox)
-    if box is None and not masks and label is not None and (bbox or not annotation.get("segmentation")):
-        errors.reject(where, f"its bbox is {bbox!r}, not [x, y, width, height]")
+    if box is None and not masks and label is not None and (bbox or not annotation.segmentation):
+        given = [int(v) if v.is_integer() else v for v in bbox] if isinstance(bbox, array) else bbox
+        errors.reject(where, f"its bbox is {given!r}, not [x, y, width, height]")
         label = None
-    crowd = annotation.get("iscrowd") in (1, "1", "true")
-    return ObjectRecord(where, label, box, annotation.get("segmentation"), crowd)
+    return ObjectRecord(where, label, box, annotation.segmentation, annotation.crowd)
 
 
 def _read_box(bbox: Any) -> Box | None:

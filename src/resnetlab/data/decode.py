@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
 try:  # the extra "fast": the same pixels, faster
@@ -24,7 +24,19 @@ except ImportError:
 from resnetlab.errors import DataError
 
 ORIENTATION = 0x0112  # an EXIF tag
+TRANSPOSITIONS = {  # its value -> what turns the image upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 TURNED = (5, 6, 7, 8)  # its values that exchange width and height
+BITS_PER_SAMPLE, PHOTOMETRIC, MAX_SAMPLE_VALUE, SAMPLE_FORMAT = 258, 262, 281, 339  # TIFF tags
+# bytes that a PNG's profile, text or XMP may unpack to: Photoshop's and scanners' are larger than Pillow's limit of 1 MiB
+PngImagePlugin.MAX_TEXT_CHUNK = 64 * 2**20
 JPEG, EXIF = b"\xff\xd8\xff", b"Exif\0\0"  # their first bytes
 SIXTEEN_BIT_FORMATS = ("PNG", "PPM")  # Pillow may hold their 16 bits in 32
 SUFFIXES = frozenset(
@@ -196,25 +208,41 @@ def _read_orientation(image: Image.Image) -> int:
 def _apply_orientation(image: Image.Image) -> Image.Image:
     image.load()
     if image.mode == "F" or (image.mode == "I" and image.format not in SIXTEEN_BIT_FORMATS):
-        raise DataError("has 32 bits per value and does not define which value is white; save it with 8 or 16 bits.")
-    return _to_eight_bits(turn_upright(image))
+        tags = getattr(image, "tag_v2", {})
+        signed = tags.get(SAMPLE_FORMAT) == (2,) and tags.get(BITS_PER_SAMPLE) == (16,)
+        kind = "signed values of 16 bits" if signed else "32 bits per value"
+        raise DataError(f"has {kind} and does not define which value is white; save it with 8 or 16 bits.")
+    return _to_eight_bits(turn_upright(image), *_read_grey_scale(image))
 
 
 def turn_upright(image: Image.Image) -> Image.Image:
-    """The image, turned by its EXIF orientation."""
-    rotated = _read_orientation(image) != 1  # exif_transpose copies even an image that needs no rotation
-    return ImageOps.exif_transpose(image) if rotated else image
+    """The image, turned by its EXIF orientation; no copy of one that is upright."""
+    transposition = TRANSPOSITIONS.get(_read_orientation(image))
+    return image if transposition is None else image.transpose(transposition)
 
 
-def _to_eight_bits(image: Image.Image) -> Image.Image:
-    """Converts any Pillow mode to L or RGB."""
+def _read_grey_scale(image: Image.Image) -> tuple[int, bool]:
+    """(bits of a value, whether 0 is white) as a TIFF declares them; (16, False) for other formats."""
+    tags = getattr(image, "tag_v2", None)
+    if tags is None:
+        return 16, False
+    bits, largest = tags.get(BITS_PER_SAMPLE, (16,))[0], tags.get(MAX_SAMPLE_VALUE)
+    if largest:  # 12 bits in words of 16
+        bits = min(bits, int(largest[0] if isinstance(largest, tuple) else largest).bit_length())
+    return max(bits, 8), tags.get(PHOTOMETRIC) == 0
+
+
+def _to_eight_bits(image: Image.Image, bits: int, white_is_zero: bool) -> Image.Image:
+    """Converts any Pillow mode to L or RGB; `bits` and `white_is_zero` are for modes of 16 bits per value."""
     clear = image.info.get("transparency")  # a value or a colour; for a palette, one or many alphas
     if image.mode in ("L", "RGB") and clear is None:
         return image
     if image.mode.startswith("I"):  # 16 bits per value; Pillow's own conversion would clip it at 255
-        values = np.asarray(image).astype(np.int64)
-        values = np.where(values == clear, 65535, values) if isinstance(clear, int) else values
-        return Image.fromarray((values.clip(0, 65535) >> 8).astype(np.uint8))
+        white = (1 << bits) - 1
+        values = np.asarray(image).astype(np.int64).clip(0, white)
+        values = white - values if white_is_zero else values
+        values = np.where(values == clear, white, values) if isinstance(clear, int) else values
+        return Image.fromarray((values >> (bits - 8)).astype(np.uint8))
     if image.mode in ("LA", "La"):
         image = image.convert("RGBA")
     if image.mode in ("RGBA", "RGBa", "PA") or clear is not None:

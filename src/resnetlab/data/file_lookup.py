@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from urllib.parse import unquote
 
-from resnetlab.data.decode import list_images
+from resnetlab.data.decode import is_hidden, list_images
 from resnetlab.data.folder import guess_split
 from resnetlab.errors import DataError
 
@@ -59,11 +59,11 @@ class ImageFinder:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self._paths = [os.path.relpath(file, root).replace(os.sep, "/") for file in _list_files(root)]
-        self._index = NameIndex(self._paths)
-        self.folders = sorted({path.rpartition("/")[0] for path in self._paths})
+        self.paths = [os.path.relpath(file, root).replace(os.sep, "/") for file in _list_files(root)]
+        self._index = NameIndex(self.paths)
+        self.folders = sorted({path.rpartition("/")[0] for path in self.paths})
         self._by_last: dict[str, list[str]] = defaultdict(list)
-        for path in self._paths:
+        for path in self.paths:
             self._by_last[_key(path.rsplit("/", 1)[-1])].append(path)
 
     def find(self, name: str, folders: Sequence[str]) -> Path | None:
@@ -82,6 +82,15 @@ class ImageFinder:
             if len(found_by_last := self._by_last.get(_key(spelled), [])) == 1:
                 return self.root / found_by_last[0]
         return None
+
+    def name_of(self, file: Path) -> str:
+        """The path of a file below the root, with slashes; its own name if it is elsewhere."""
+        return file.relative_to(self.root).as_posix() if file.is_relative_to(self.root) else file.name
+
+    def by_stem(self, folder: str) -> dict[str, Path]:
+        """The images of one folder (a path below the root) by their names without suffix."""
+        inside = [path for path in self.paths if path.rpartition("/")[0] == folder]
+        return {os.path.splitext(path.rpartition("/")[2])[0]: self.root / path for path in inside}
 
     def count_named(self, name: str) -> int:
         """How many images have the last part of a name."""
@@ -103,6 +112,11 @@ def find_split(name: str) -> str:
     """The split that a folder or file of this name (without suffix) is for: train, trainval, val or test; "" if none."""
     plain = YEAR.sub("", name.lower().removeprefix("instances_"))
     return plain if plain == "trainval" else guess_split(plain)
+
+
+def list_subfolders(folder: Path) -> list[Path]:
+    """The folders in a folder, sorted, without hidden ones."""
+    return sorted(path for path in folder.iterdir() if path.is_dir() and not is_hidden(path.name))
 
 
 def find_entry(folder: Path, *names: str) -> Path | None:

@@ -1,12 +1,12 @@
-"""Images with a class for every pixel: Pascal VOC's masks, or COCO's polygons and run lengths.
+"""Images with a class for every pixel, in any layout of `data.layouts`: masks in files, or outlines and run lengths of objects.
 
-VOC    SegmentationClass/*.png (`data.mask_files`), JPEGImages/, and the lists in ImageSets/Segmentation/; classes.txt or
-       labelmap.txt names the values, background first, or the colours
-COCO   as `data.coco`; smaller objects are drawn over larger ones, "iscrowd" is not evaluated
+Files are read by `data.mask_files`. Smaller objects are drawn over larger ones; COCO's "iscrowd" is not evaluated.
 """
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,13 +24,13 @@ from resnetlab.data.annotations import (
     keep_images_of_their_size,
     read_image_of_size,
 )
-from resnetlab.data.coco import read_coco
-from resnetlab.data.decode import read_upright_size
 from resnetlab.data.error_policy import ErrorPolicy
+from resnetlab.data.layouts import read_annotations
 from resnetlab.data.mask_files import BACKGROUND, MAX_CLASSES, VOID, MaskFile, decide_mask_classes, read_label_map
+from resnetlab.data.mask_folders import cityscapes_classes
 from resnetlab.data.object_masks import ObjectMask, parse_segmentation
-from resnetlab.data.voc import list_by_stem, list_voc_images, read_voc_splits
 from resnetlab.errors import DataError
+from resnetlab.formatting import format_list
 
 
 class MaskSource(Protocol):
@@ -106,25 +106,23 @@ def load_masks(root: Path, on_bad: str = "stop", class_255: str = "") -> Annotat
         DataError: the folder has neither format, files are broken or missing, or, under "stop", a mask is invalid; or no
             mask to train or evaluate on holds another class than the background.
     """
-    if not root.is_dir():
-        raise DataError(f"{root} is not a folder; give one in Pascal VOC's format or with COCO's JSON.")
     errors = ErrorPolicy(on_bad, "--on-bad-mask")
-    if (root / "SegmentationClass").is_dir():
-        classes, splits = _read_voc_masks(root, errors, class_255)
-        return _require_classes(arrange_annotated_splits(str(root), classes, splits, errors))
-    found = read_coco(root, errors, masks=True)
+    found = read_annotations(root, errors, masks=True)
     records = {split: list(keep_images_of_their_size(images, errors)) for split, images in found.splits.items()}
-    classes = found.classes or find_training_classes(records)
-    if len(classes) >= MAX_CLASSES:
-        raise DataError(
-            f"{root} has {len(classes):,} classes; masks hold {MAX_CLASSES - 1} beside the background, so leave some out."
-        )
-    splits = {
-        split: [MaskedImage(r.name, r.file, make_object_masks(r, classes, errors), r.size) for r in images]
-        for split, images in records.items()
-    }
-    data = arrange_annotated_splits(str(root), ("background", *classes), splits, errors, found.notes)
-    return _require_classes(data)
+    if any(record.mask for images in records.values() for record in images):
+        classes, splits = _read_mask_files(root, records, errors, class_255)
+    else:
+        names = found.classes or find_training_classes(records)
+        if len(names) >= MAX_CLASSES:
+            raise DataError(
+                f"{root} has {len(names):,} classes; masks hold {MAX_CLASSES - 1} beside the background, so leave some out."
+            )
+        classes = ("background", *(name for name in names if name.lower() not in BACKGROUND))
+        splits = {
+            split: [MaskedImage(r.name, r.file, make_object_masks(r, classes, errors), r.size) for r in images]
+            for split, images in records.items()
+        }
+    return _require_classes(arrange_annotated_splits(str(root), classes, splits, errors, found))
 
 
 def _require_classes(data: AnnotatedDataset[MaskedImage]) -> AnnotatedDataset[MaskedImage]:
@@ -140,41 +138,37 @@ def _require_classes(data: AnnotatedDataset[MaskedImage]) -> AnnotatedDataset[Ma
     return data
 
 
-def _read_voc_masks(
-    root: Path, errors: ErrorPolicy, class_255: str
+def _read_mask_files(
+    root: Path, records: Mapping[str, list[ImageRecord]], errors: ErrorPolicy, class_255: str
 ) -> tuple[tuple[str, ...], dict[str, list[MaskedImage]]]:
-    folder = root / "SegmentationClass"
-    masks = list_by_stem(folder, (".png",))
-    images = list_voc_images(root / "JPEGImages")
-    splits = read_voc_splits(root / "ImageSets" / "Segmentation", [*images, *masks])
-    splits = splits or {"": sorted(set(images) | set(masks))}
-    pairs = {}
-    for stem in dict.fromkeys(stem for stems in splits.values() for stem in stems):
-        if stem not in images:
-            errors.reject(
-                str(masks.get(stem, folder / f"{stem}.png")), f"its image {stem} is not in {root / 'JPEGImages'}"
-            )
-        elif stem not in masks:
-            errors.reject(str(images[stem]), f"it has no mask {folder / f'{stem}.png'}")
-        else:
-            pairs[stem] = (images[stem], masks[stem])
-    meaning = decide_mask_classes([mask for _, mask in pairs.values()], read_label_map(root), class_255)
-    valid = {}
-    for stem, (image, file) in pairs.items():
-        source = MaskFile(file, len(meaning.names), meaning.lookup, meaning.colours)
-        try:
-            size = read_upright_size(image)
-        except DataError as error:
-            errors.handle({f"JPEGImages/{image.name}": str(error)})
-            continue
-        try:
-            mask = source.read_mask(size)
-        except DataError as error:
-            errors.reject(str(file), str(error).removeprefix(f"{file} ").rstrip("."))
-        else:
-            source = replace(source, has_objects=bool(((mask > 0) & (mask != VOID)).any()))
-            valid[stem] = MaskedImage(f"JPEGImages/{image.name}", image, source, size)
-    return meaning.names, {split: [valid[stem] for stem in stems if stem in valid] for split, stems in splits.items()}
+    """Classes, and the images whose masks fit; the masks of the training images come first in deciding what values mean."""
+    ordered = sorted(records, key=lambda split: split not in ("train", "trainval"))
+    files = [record.mask for split in ordered for record in records[split] if record.mask is not None]
+    meaning = cityscapes_classes(files) or decide_mask_classes(files, read_label_map(root), class_255)
+    if meaning.note:
+        warnings.warn(f"{root}: {meaning.note}.", UserWarning, stacklevel=3)
+    splits: dict[str, list[MaskedImage]] = {split: [] for split in records}
+    trained = torch.zeros(VOID + 1, dtype=torch.int64)  # pixels of each value in the masks to train on
+    for split, images in records.items():
+        for record in images:
+            assert record.mask is not None
+            source = MaskFile(record.mask, len(meaning.names), meaning.lookup, meaning.colours)
+            try:
+                mask = source.read_mask(record.size)
+            except DataError as error:
+                errors.reject(str(record.mask), str(error).removeprefix(f"{record.mask} ").rstrip("."))
+            else:
+                counts = torch.bincount(mask.flatten(), minlength=VOID + 1)
+                source = replace(source, has_objects=bool(counts[1:VOID].any()))
+                trained += counts * (split in (ordered[0], "train", "trainval"))
+                splits[split].append(MaskedImage(record.name, record.file, source, record.size))
+    if absent := [name for i, name in enumerate(meaning.names) if not trained[i]]:
+        void = f"; {VOID}, which is not evaluated, has {int(trained[VOID]):,} (class_255 changes that)" * bool(
+            trained[VOID]
+        )
+        words = f"{root}: no mask to train on has a pixel of {format_list(absent)}{void}."
+        warnings.warn(words, UserWarning, stacklevel=3)
+    return meaning.names, splits
 
 
 def make_object_masks(record: ImageRecord, classes: tuple[str, ...], errors: ErrorPolicy) -> ObjectMasks:
@@ -192,7 +186,7 @@ def make_object_masks(record: ImageRecord, classes: tuple[str, ...], errors: Err
                 errors.reject(thing.where, f"its segmentation {error}")
             mask, label = _mask_of_box(thing, record.size), None
         if mask is not None:
-            drawn.append((VOID if thing.ignored or label is None else label + 1, mask))
+            drawn.append((VOID if thing.ignored or label is None else label, mask))
     return ObjectMasks(tuple(sorted(drawn, key=lambda item: -item[1].area())))
 
 

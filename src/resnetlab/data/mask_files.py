@@ -45,11 +45,13 @@ class MaskClasses(NamedTuple):
     Attributes:
         names: the background first.
         lookup: the class of each value, or VOID; of each colour (0xRRGGBB) if `colours`.
+        note: what was decided by the masks, for a message.
     """
 
     names: tuple[str, ...]
     lookup: Mapping[int, int]
     colours: bool = False
+    note: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,18 +181,18 @@ def decide_mask_classes(files: Sequence[Path], label_map: LabelMap | None, class
         if label_map is not None:
             raise unknown_name_error("class_255", class_255, (*names, IGNORE))
         names = (*names, class_255)
+    note = ""
     if class_255 == "" and used == [0, VOID] and len(names) <= 2:
-        class_255, names = (
-            names[-1] if label_map else "foreground",
-            names if label_map else ("background", "foreground"),
-        )
+        names = names if label_map is not None else ("background", "foreground")
+        class_255 = names[-1]
+        note = f"the masks hold only 0 and {VOID}: {VOID} is read as {class_255}"
     white = VOID if class_255 in ("", IGNORE) else names.index(class_255)
     if not any(values) and white == VOID:
         raise DataError(
             f"the masks hold no value but 0 and {VOID}, which is not evaluated; there is no class to train on. If "
             f"{VOID} is a class, say which: --set class_255={names[1] if len(names) > 1 else 'NAME'}."
         )
-    return MaskClasses(names, {value: value for value in range(len(names)) if value != VOID} | {VOID: white})
+    return MaskClasses(names, {value: value for value in range(len(names)) if value != VOID} | {VOID: white}, note=note)
 
 
 def _list_values(file: Path) -> NDArray[np.int64]:

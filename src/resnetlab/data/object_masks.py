@@ -6,6 +6,7 @@ pycocotools reads past them. `tests/test_object_masks.py` compares the two.
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,8 +59,8 @@ class ObjectMask:
 
     def update_hash(self, digest: Any) -> None:
         """Adds the mask to a hash."""
-        for array in (*self.polygons, *((self.runs,) if self.runs is not None else ())):
-            digest.update(b"%d " % array.size + array.tobytes())
+        for numbers in (*self.polygons, *((self.runs,) if self.runs is not None else ())):
+            digest.update(b"%d " % numbers.size + numbers.tobytes())
 
 
 def parse_segmentation(segmentation: Any, size: tuple[int, int]) -> ObjectMask:
@@ -85,7 +86,8 @@ def _is_number(value: Any) -> bool:
 
 
 def _parse_polygon(polygon: Any, size: tuple[int, int]) -> NDArray[np.int32]:
-    if not isinstance(polygon, list | tuple) or not all(_is_number(value) for value in polygon):
+    listed = isinstance(polygon, list | tuple) and all(_is_number(value) for value in polygon)
+    if not listed and not isinstance(polygon, array):
         raise ValueError("has a polygon that is no list of numbers")
     if len(polygon) < 6 or len(polygon) % 2:
         raise ValueError("has a polygon of fewer than three corners (x and y of each)")

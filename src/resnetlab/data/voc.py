@@ -4,7 +4,8 @@
       <object><name>WBC</name><difficult>0</difficult><bndbox><xmin>260</xmin>…</bndbox></object></annotation>
 
 Without lists there is one split "" of all annotated images. An image without an <object> is background. An object may have a
-<polygon><x1>…</x1><y1>…</y1>…</polygon> (RectLabel, Labelbox) in the place of its <bndbox>.
+<polygon><x1>…</x1><y1>…</y1>…</polygon> (RectLabel, Labelbox) in the place of its <bndbox>. Images may also be in images/, or
+beside their XML, in the folder (LabelImg) or in a folder for each split (Roboflow).
 """
 
 from __future__ import annotations
@@ -18,31 +19,46 @@ from xml.etree import ElementTree
 from resnetlab.data.annotations import Annotations, ImageRecord, ObjectRecord
 from resnetlab.data.decode import SUFFIXES
 from resnetlab.data.error_policy import ErrorPolicy
-from resnetlab.data.file_lookup import LABEL_AT_END, NameIndex
+from resnetlab.data.file_lookup import LABEL_AT_END, NameIndex, find_entry, find_split, list_subfolders
 from resnetlab.data.text_files import read_bytes, read_lines
 from resnetlab.errors import DataError
 
-SPLIT_NAMES = ("train", "trainval", "val", "test")
 TRUE = ("1", "true", "yes")
 
 
-def read_voc_boxes(root: Path, errors: ErrorPolicy) -> Annotations:
+def find_voc_folders(root: Path) -> dict[str, tuple[Path, Path]]:
+    """(folder of annotations, folder of images) of each split; "" for all together. Empty if there is no XML."""
+    annotations = find_entry(root, "Annotations")
+    if annotations is not None and list_by_stem(annotations, (".xml",)):
+        return {"": (annotations, find_entry(root, "JPEGImages", "images") or root / "JPEGImages")}
+    found: dict[str, tuple[Path, Path]] = {}
+    for folder in (root, *list_subfolders(root)):
+        split = find_split(folder.name) if folder != root else ""
+        if split not in found and list_by_stem(folder, (".xml",)):
+            found[split] = (folder, folder)
+    return found
+
+
+def read_voc(root: Path, errors: ErrorPolicy, masks: bool) -> Annotations:
     """The images of each split with their objects; the classes are those of the training objects."""
-    images = list_voc_images(root / "JPEGImages")
-    annotations = list_by_stem(root / "Annotations", (".xml",))
-    lists = read_voc_splits(root / "ImageSets" / "Main", [*images, *annotations])
-    lists = lists or {"": sorted(set(images) | set(annotations))}
-    parsed = {}
-    for stem in dict.fromkeys(stem for stems in lists.values() for stem in stems):
-        expected = annotations.get(stem, root / "Annotations" / f"{stem}.xml")
-        if stem not in images:
-            errors.reject(str(expected), f"its image {stem} is not in {root / 'JPEGImages'}")
-        elif stem not in annotations:
-            errors.reject(str(images[stem]), f"it has no annotation {expected}")
-        elif (record := read_voc_annotation(expected, images[stem], errors)) is not None:
-            parsed[stem] = record
-    splits = {split: [parsed[stem] for stem in stems if stem in parsed] for split, stems in lists.items()}
-    return Annotations("Pascal VOC", None, dict(splits))
+    folders = find_voc_folders(root)
+    splits: dict[str, Iterable[ImageRecord]] = {}
+    for split, (annotation_folder, image_folder) in folders.items():
+        images, annotations = list_voc_images(image_folder), list_by_stem(annotation_folder, (".xml",))
+        lists = {split: sorted(set(images) | set(annotations))}
+        if not split:
+            lists = read_voc_splits(root / "ImageSets" / "Main", [*images, *annotations]) or lists
+        parsed = {}
+        for stem in dict.fromkeys(stem for stems in lists.values() for stem in stems):
+            expected = annotations.get(stem, annotation_folder / f"{stem}.xml")
+            if stem not in images:
+                errors.reject(str(expected), f"its image {stem} is not in {image_folder}")
+            elif stem not in annotations:
+                errors.reject(str(images[stem]), f"it has no annotation {expected}")
+            elif (record := read_voc_annotation(root, expected, images[stem], errors)) is not None:
+                parsed[stem] = record
+        splits |= {name: [parsed[stem] for stem in stems if stem in parsed] for name, stems in lists.items()}
+    return Annotations("Pascal VOC", None, splits)
 
 
 def list_voc_images(folder: Path) -> dict[str, Path]:
@@ -75,9 +91,10 @@ def read_voc_splits(folder: Path, stems: Iterable[str]) -> dict[str, list[str]]:
     """
     splits: dict[str, list[str]] = {}
     index = NameIndex(stems)
-    for split in SPLIT_NAMES:
-        file = folder / f"{split}.txt"
-        if file.is_file():
+    for file in sorted(folder.glob("*.txt")) if folder.is_dir() else ():
+        if split := find_split(file.stem):
+            if split in splits:
+                raise DataError(f"{folder} has two lists of the {split} split, {file.name} is one; keep one of them.")
             splits[split] = [index.find_list_entry(line) or LABEL_AT_END.sub("", line) for line in read_lines(file)]
             if len(set(splits[split])) < len(splits[split]):
                 twice = min(name for name, n in Counter(splits[split]).items() if n > 1)
@@ -92,7 +109,7 @@ def read_voc_splits(folder: Path, stems: Iterable[str]) -> dict[str, list[str]]:
     return splits
 
 
-def read_voc_annotation(file: Path, image: Path, errors: ErrorPolicy) -> ImageRecord | None:
+def read_voc_annotation(root: Path, file: Path, image: Path, errors: ErrorPolicy) -> ImageRecord | None:
     """The objects of an annotation; rejects objects that are broken, or the whole file (None)."""
     try:
         tree = ElementTree.fromstring(read_bytes(file))
@@ -116,7 +133,7 @@ def read_voc_annotation(file: Path, image: Path, errors: ErrorPolicy) -> ImageRe
             errors.reject(f"{file}, object {number}", str(error))
             objects.append(ObjectRecord(f"{file}, object {number}", None, None))
     known = (int(height), int(width)) if height and width else (0, 0)
-    return ImageRecord(f"JPEGImages/{image.name}", image, str(file), known, objects)
+    return ImageRecord(image.relative_to(root).as_posix(), image, str(file), known, objects)
 
 
 def _parse_object(item: ElementTree.Element, where: str) -> ObjectRecord:

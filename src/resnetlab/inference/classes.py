@@ -9,7 +9,8 @@ from typing import NamedTuple
 from torch import Tensor
 
 from resnetlab.data import imagenet
-from resnetlab.errors import UsageError
+from resnetlab.data.text_files import read_lines
+from resnetlab.errors import DataError, UsageError
 
 CIFAR10 = "airplane automobile bird cat deer dog frog horse ship truck"
 CIFAR100 = """
@@ -35,11 +36,9 @@ def parse_class_names(text: str | Sequence[str], n: int) -> tuple[str, ...]:
         names = dataset_class_names(text)
     elif Path(text).is_file():
         try:
-            names = tuple(line.strip() for line in Path(text).read_text().splitlines() if line.strip())
-        except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(
-                f"--classes {text}: the file cannot be read ({error}); it must have one name per line."
-            ) from error
+            names = tuple(read_lines(Path(text)))
+        except DataError as error:
+            raise UsageError(f"--classes: {str(error).rstrip('.')}; it must have one name per line.") from error
     elif "," in text or n == 1:
         names = tuple(part.strip() for part in text.split(","))
     else:

@@ -78,8 +78,11 @@ class AnnotatedTask(Task, Generic[P, S]):
             raise unknown_name_error("flips", recipe.flips, FLIPS)
         train, held_out, holdout = divide_images(data, recipe.val_images)
         recipe = setup.rescale(recipe, len(train))
+        # what cannot be evaluated is found now, not after the last step
+        held_out = tuple(image for image, _ in data.errors.read_each(held_out, read_pixels))
+        test = tuple(image for image, _ in data.errors.read_each(data.test, read_pixels))
         some = train[:: max(1, len(train) // STATISTICS_IMAGES)]  # evenly spaced
-        images = (pixels for _, pixels in data.errors.read_each(some, lambda image: image.read_pixels()))
+        images = (pixels for _, pixels in data.errors.read_each(some, read_pixels))
         start = build_starting_network(recipe, resolve_start(recipe.start_from, setup.started_in), images)
         if not recipe.net:
             name, changes = nearest_name(start.net.spec)
@@ -109,13 +112,14 @@ class AnnotatedTask(Task, Generic[P, S]):
             loader=loader,
             train=train,
             held_out=held_out,
-            test=data.test,
+            test=test,
             evaluated_split=data.evaluated_split,
             data={"name": sources.short_name(recipe.data), "fingerprint": data.fingerprint + start.digest},
             device_config=device_config,
             errors=data.errors,
             holdout=holdout,
         )
+        setup.report(f"{recipe.data}: {data.layout}")
         setup.report(
             f"{task.title} on {recipe.data}: {task.describe_data()} to train on, {len(held_out):,} held out, "
             f"{len(task.test):,} to test on ({task.evaluated_split}); {count_parameters(task.net):,} parameters"
@@ -225,6 +229,11 @@ class AnnotatedTask(Task, Generic[P, S]):
             summary = self.summarise_evaluation(result, metrics)
             write_atomically(run.report, render_annotated_report(description, self.name, result, summary))
         return result
+
+
+def read_pixels(image: AnnotatedItem) -> Tensor:
+    """Reads an image, uint8 (H, W, 3); raises DataError."""
+    return image.read_pixels()
 
 
 class StartingNetwork(NamedTuple):

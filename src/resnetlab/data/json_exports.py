@@ -1,0 +1,242 @@
+"""Annotation tools' own JSON: LabelMe (a file beside each image), Label Studio (one list of tasks), FiftyOne (labels.json)."""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+import re
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+import numpy as np
+from PIL import Image
+
+from resnetlab.data.annotations import Annotations, ImageRecord, ObjectRecord
+from resnetlab.data.error_policy import ErrorPolicy
+from resnetlab.data.file_lookup import ImageFinder, find_entry, find_split, list_subfolders
+from resnetlab.data.text_files import read_json, read_lines
+from resnetlab.errors import DataError
+
+CIRCLE_CORNERS = 64
+NO_CLASSES = ("__ignore__", "_background_")  # of LabelMe's labels.txt
+UPLOAD_PREFIX = re.compile(r"^[0-9a-f]{8}-")  # that Label Studio gives to an uploaded file's name
+
+
+def list_json_files(root: Path) -> list[Path]:
+    """The JSON files in a folder and the folders in it, sorted; not hidden ones."""
+    folders = [root, *list_subfolders(root)]
+    return [
+        file
+        for folder in folders
+        for file in sorted(folder.iterdir())
+        if file.suffix.lower() == ".json" and not file.name.startswith(".")
+    ]
+
+
+def _add(splits: dict[str, list[ImageRecord]], file: Path, root: Path, record: ImageRecord) -> None:
+    """Adds an image to the split that a folder above its file names."""
+    parts = file.relative_to(root).parts[:-1]
+    splits.setdefault(next((split for split in map(find_split, parts) if split), ""), []).append(record)
+
+
+def read_labelme(root: Path, errors: ErrorPolicy, masks: bool) -> Annotations:
+    """LabelMe: {"imagePath", "imageHeight", "imageWidth", "shapes": [{"label", "points", "shape_type", "group_id"}]}."""
+    splits: dict[str, list[ImageRecord]] = {}
+    finder = ImageFinder(root)
+    for file in list_json_files(root):
+        try:
+            content = read_json(file)
+            name, shapes = str(content["imagePath"]), list(content["shapes"])
+        except DataError as error:
+            errors.handle({str(file): str(error)})
+            continue
+        except (TypeError, KeyError):
+            errors.reject(str(file), "it is not a LabelMe file with imagePath and shapes")
+            continue
+        beside = file.parent.relative_to(root).as_posix().removeprefix(".")
+        image = finder.find(name, (beside, "")) or finder.find(f"{file.stem}{Path(name).suffix}", (beside, ""))
+        if image is None:
+            errors.reject(str(file), f"its image {name} does not exist")
+            continue
+        size = (int(content.get("imageHeight") or 0), int(content.get("imageWidth") or 0))
+        objects = _group([_read_shape(s, f"{file}, shape {i}", size, errors) for i, s in enumerate(shapes, 1)])
+        record = ImageRecord(finder.name_of(image), image, str(file), size if all(size) else (0, 0), objects)
+        _add(splits, file, root, record)
+    listed = find_entry(root, "labels.txt")
+    classes = tuple(name for name in read_lines(listed) if name not in NO_CLASSES) if listed is not None else None
+    return Annotations("LabelMe", classes, dict(splits))
+
+
+def _read_shape(shape: Any, where: str, size: tuple[int, int], errors: ErrorPolicy) -> tuple[ObjectRecord, Any]:
+    """One shape and the id of the group that makes it one object with others; without a label if it is rejected."""
+    try:
+        label, kind = str(shape["label"]), shape.get("shape_type") or "polygon"
+        points = [(float(x), float(y)) for x, y in shape["points"]]
+        polygons = _outline(kind, points, shape, size)
+    except (KeyError, TypeError, ValueError, AttributeError, OSError) as error:
+        errors.reject(where, f"its shape cannot be used: {error or type(error).__name__}")
+        return ObjectRecord(where, None, None), None
+    ignored = label == "__ignore__"
+    return ObjectRecord(where, label, None, polygons, ignored), shape.get("group_id")
+
+
+def _outline(kind: str, points: list[tuple[float, float]], shape: Any, size: tuple[int, int]) -> Any:
+    """COCO's segmentation of a shape; raises ValueError for one without an area."""
+    if kind == "polygon":
+        return [[v for point in points for v in point]]
+    if kind in ("rectangle", "mask") and len(points) == 2:
+        (x1, x2), (y1, y2) = (sorted(axis) for axis in zip(*points, strict=True))
+        if kind == "mask":
+            return _decode_mask(shape["mask"], round(x1), round(y1), size)
+        return [[x1, y1, x2, y1, x2, y2, x1, y2]]
+    if kind == "circle" and len(points) == 2:
+        (x, y), radius = points[0], math.dist(*points)
+        angles = [2 * math.pi * i / CIRCLE_CORNERS for i in range(CIRCLE_CORNERS)]
+        return [[v for a in angles for v in (x + radius * math.cos(a), y + radius * math.sin(a))]]
+    raise ValueError(f"a {kind} of {len(points)} points encloses no area")
+
+
+def _decode_mask(text: str, left: int, top: int, size: tuple[int, int]) -> dict[str, Any]:
+    """Run lengths of LabelMe's mask, a PNG in base64 that begins at (left, top)."""
+    with Image.open(io.BytesIO(base64.b64decode(text))) as image:
+        inside = np.asarray(image.convert("L")) > 0
+    whole = np.zeros(size, bool)
+    if top + inside.shape[0] > size[0] or left + inside.shape[1] > size[1]:
+        raise ValueError("its mask is larger than the image")
+    whole[top : top + inside.shape[0], left : left + inside.shape[1]] = inside
+    changes = np.flatnonzero(np.diff(whole.T.ravel(), prepend=False))
+    return {"size": list(size), "counts": np.diff([0, *changes, whole.size]).tolist()}
+
+
+def _group(shapes: list[tuple[ObjectRecord, Any]]) -> list[ObjectRecord]:
+    """Objects, those polygons of one label and group united."""
+    objects: dict[Any, ObjectRecord] = {}
+    for i, (thing, group) in enumerate(shapes):
+        key = (thing.label, group) if group is not None and isinstance(thing.segmentation, list) else i
+        if key in objects:
+            thing = thing._replace(segmentation=[*objects[key].segmentation, *thing.segmentation])
+        objects[key] = thing
+    return list(objects.values())
+
+
+def read_label_studio(root: Path, errors: ErrorPolicy, masks: bool) -> Annotations:
+    """Label Studio: tasks with data.image and annotations[].result[], their coordinates in percent of the image."""
+    splits: dict[str, list[ImageRecord]] = {}
+    finder = ImageFinder(root)
+    several = 0
+    for file in list_json_files(root):
+        for number, task in enumerate(read_json(file), 1):
+            where = f"{file}, task {task.get('id', number) if isinstance(task, dict) else number}"
+            try:
+                results, count = _list_results(task)
+                address = _find_address(task)
+            except (KeyError, TypeError, AttributeError, StopIteration):
+                errors.reject(where, "it is no task with an image and annotations")
+                continue
+            several += count > 1
+            last = re.split(r"[/\\=]", unquote(address))[-1]
+            image = finder.find(last, ("", "images")) or finder.find(UPLOAD_PREFIX.sub("", last), ("", "images"))
+            if image is None:
+                errors.reject(where, f"its image {last} does not exist below {root}")
+                continue
+            objects = [
+                thing
+                for i, result in enumerate(results, 1)
+                if (thing := _read_result(result, f"{where}, result {i}", errors)) is not None
+            ]
+            record = ImageRecord(finder.name_of(image), image, str(file), (0, 0), objects, relative=True)
+            _add(splits, image, root, record)
+    note = f"{several:,} tasks have several annotations; the first of each is read"
+    return Annotations("Label Studio", None, dict(splits), (note,) if several else ())
+
+
+def _list_results(task: Any) -> tuple[list[Any], int]:
+    """The results of a task's first annotation that was not cancelled, and how many there are; JSON-MIN has them directly."""
+    if "data" not in task:  # JSON-MIN: {"image": …, "label": [{"x": …, "rectanglelabels": […]}]}
+        lists = [value for value in task.values() if isinstance(value, list)]
+        return [{"value": value} for values in lists[:1] for value in values], 1
+    annotations = task["annotations"] if "annotations" in task else task["completions"]
+    kept = [a for a in annotations if not a.get("was_cancelled")]
+    return (list(kept[0]["result"]) if kept else []), len(kept)
+
+
+def _find_address(task: Any) -> str:
+    """The address of a task's image; raises StopIteration if it has none."""
+    data = task.get("data", task)
+    return next(str(data[key]) for key in ("image", "img", "image_url", "ocr", *data) if isinstance(data.get(key), str))
+
+
+def _read_result(result: Any, where: str, errors: ErrorPolicy) -> ObjectRecord | None:
+    """One rectangle, ellipse or polygon; None for what is no region (a choice, a text)."""
+    try:
+        value = result["value"]
+        key = next((key for key in value if key.endswith("labels")), None)
+        if key is None or not value[key]:
+            return None
+        label = str(value[key][0])
+        if "points" in value:
+            outline = [float(v) / 100 for point in value["points"] for v in point]
+            return ObjectRecord(where, label, None, [outline])
+        return ObjectRecord(where, label, None, [_region_outline(value, result)])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        errors.reject(
+            where, f"its region cannot be read ({error or type(error).__name__}); brushes: export masks as PNG"
+        )
+        return ObjectRecord(where, None, None)
+
+
+def _region_outline(value: Any, result: Any) -> list[float]:
+    """The corners of a rectangle or ellipse as fractions of the image, turned by its rotation about the first corner."""
+    if "radiusX" in value:
+        x, y, rx, ry = (float(value[k]) / 100 for k in ("x", "y", "radiusX", "radiusY"))
+        angles = [2 * math.pi * i / CIRCLE_CORNERS for i in range(CIRCLE_CORNERS)]
+        pivot, corners = (x, y), [(x + rx * math.cos(a), y + ry * math.sin(a)) for a in angles]
+    else:
+        x, y, w, h = (float(value[k]) / 100 for k in ("x", "y", "width", "height"))
+        pivot, corners = (x, y), [(x, y), (x + w, y), (x + w, y + h), (x, y + h)]
+    if turn := math.radians(float(value.get("rotation") or 0)):
+        ratio = float(result["original_width"]) / float(result["original_height"])  # turned in pixels, not in fractions
+        away = [((px - pivot[0]) * ratio, py - pivot[1]) for px, py in corners]
+        corners = [
+            (
+                pivot[0] + (dx * math.cos(turn) - dy * math.sin(turn)) / ratio,
+                pivot[1] + dx * math.sin(turn) + dy * math.cos(turn),
+            )
+            for dx, dy in away
+        ]
+    return [v for corner in corners for v in corner]
+
+
+def read_fiftyone(root: Path, errors: ErrorPolicy, masks: bool) -> Annotations:
+    """FiftyOne's image detections: {"classes": […], "labels": {name: [{"label", "bounding_box": [x, y, w, h]}]}} and data/."""
+    splits: dict[str, list[ImageRecord]] = {}
+    finder = ImageFinder(root)
+    classes: tuple[str, ...] = ()
+    for file in (file for file in list_json_files(root) if file.stem.lower() == "labels"):
+        content = read_json(file)
+        classes = classes or tuple(map(str, content["classes"] or ()))
+        beside = file.parent.relative_to(root).as_posix().removeprefix(".")
+        by_stem = finder.by_stem(f"{beside}/data".strip("/"))
+        for name, entries in content["labels"].items():
+            if (image := by_stem.get(name) or by_stem.get(Path(name).stem)) is None:
+                errors.reject(f"{file}, {name}", f"its image does not exist in {file.parent / 'data'}")
+                continue
+            objects = [
+                _read_detection(e, f"{file}, {name}, detection {i}", classes, errors)
+                for i, e in enumerate(entries or (), 1)
+            ]
+            record = ImageRecord(finder.name_of(image), image, str(file), (0, 0), objects, relative=True)
+            _add(splits, file, root, record)
+    return Annotations("FiftyOne", classes or None, dict(splits))
+
+
+def _read_detection(entry: Any, where: str, classes: tuple[str, ...], errors: ErrorPolicy) -> ObjectRecord:
+    try:
+        label = classes[entry["label"]] if isinstance(entry["label"], int) else str(entry["label"])
+        x, y, w, h = (float(v) for v in entry["bounding_box"])
+    except (KeyError, TypeError, ValueError, IndexError):
+        errors.reject(where, "it has no label and bounding_box [x, y, width, height] as fractions of the image")
+        return ObjectRecord(where, None, None)
+    return ObjectRecord(where, label, (x, y, x + w, y + h))

@@ -1,0 +1,99 @@
+"""The table of the layouts of annotated data that are recognised by themselves, and the one function that does it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from resnetlab.data.annotations import Annotations
+from resnetlab.data.coco import find_coco_files, read_coco
+from resnetlab.data.error_policy import ErrorPolicy
+from resnetlab.data.file_lookup import list_subfolders
+from resnetlab.data.json_exports import list_json_files, read_fiftyone, read_label_studio, read_labelme
+from resnetlab.data.mask_folders import has_mask_folders, read_mask_folders, read_voc_masks
+from resnetlab.data.text_files import find_encoding
+from resnetlab.data.voc import find_voc_folders, read_voc
+from resnetlab.data.yolo import find_yolo_labels, read_yolo
+from resnetlab.errors import DataError
+
+PEEK = 2**16  # bytes of a JSON file that show whose it is
+
+
+class Layout(NamedTuple):
+    """A layout of annotated data.
+
+    Attributes:
+        expected: what is looked for, for messages.
+        matches: whether a folder has it.
+        read: reads it; the last argument is whether masks are wanted, or boxes.
+        gives: "boxes", "masks", or "both".
+    """
+
+    expected: str
+    matches: Callable[[Path], bool]
+    read: Callable[[Path, ErrorPolicy, bool], Annotations]
+    gives: str = "both"
+
+
+def _has_json(root: Path, start: str, *keys: str) -> bool:
+    """Whether a JSON file begins with a character and has some keys in its first 64 KiB."""
+    for file in list_json_files(root):
+        with file.open("rb") as stream:
+            content = stream.read(PEEK)
+        text = content.decode(find_encoding(content), "replace").lstrip()
+        if text.startswith(start) and all(re.search(rf'"{key}"\s*:', text) for key in keys):
+            return True
+    return False
+
+
+def _has_coco(root: Path) -> bool:
+    keys = ("images", "annotations", "categories", "licenses", "info")
+    return any(_has_json(root, "{", key) for key in keys) and bool(find_coco_files(root))
+
+
+LAYOUTS = (  # the first that matches is read
+    Layout(
+        "Pascal VOC's masks (SegmentationClass/, JPEGImages/)",
+        lambda root: (root / "SegmentationClass").is_dir(),
+        read_voc_masks,
+        "masks",
+    ),
+    Layout("Pascal VOC's format (Annotations/*.xml with JPEGImages/, or XML beside images)",
+           lambda root: bool(find_voc_folders(root)), read_voc),
+    Layout("FiftyOne's (labels.json, data/)", lambda root: _has_json(root, "{", "classes", "labels"), read_fiftyone),
+    Layout("LabelMe's (JSON beside images)", lambda root: _has_json(root, "{", "shapes"), read_labelme),
+    Layout("COCO's (train.json, annotations/instances_train2017.json, train/_annotations.coco.json, result.json and so on)",
+           _has_coco, read_coco),
+    Layout("Label Studio's (a JSON list of tasks)", lambda root: _has_json(root, "["), read_label_studio),
+    Layout("YOLO's (data.yaml or classes.txt, with labels/*.txt)", find_yolo_labels, read_yolo),
+    Layout("images and masks in folders (images/ and masks/, train/ and trainannot/, leftImg8bit/ and gtFine/)",
+           has_mask_folders, read_mask_folders, "masks"),
+)  # fmt: skip
+
+
+def read_annotations(root: Path, errors: ErrorPolicy, masks: bool) -> Annotations:
+    """The images of a folder with their boxes or masks, in whatever layout of the table it has, or the only folder in it has.
+
+    Raises DataError if it has none: with the list of what was looked for.
+    """
+    if not root.is_dir():
+        raise DataError(f"{root} is not a folder; give one in Pascal VOC's format or with COCO's JSON.")
+    unwanted = "boxes" if masks else "masks"
+    layouts = [layout for layout in LAYOUTS if layout.gives != unwanted]
+    for folder in _unpacked_folders(root):
+        for layout in layouts:
+            if layout.matches(folder):
+                found = layout.read(folder, errors, masks)
+                inside = "" if folder == root else f" in {folder.relative_to(root).as_posix()}"
+                return found._replace(layout=f"{found.layout}{inside}")
+    raise DataError(f"{root} is neither in {' nor in '.join(layout.expected for layout in layouts)}.")
+
+
+def _unpacked_folders(root: Path) -> list[Path]:
+    """A folder, and the folders in it while each is alone: an archive often unpacks into one (VOCdevkit/VOC2012)."""
+    folders = [root]
+    while len(inner := list_subfolders(folders[-1])) == 1 and len(folders) < 4:
+        folders.append(inner[0])
+    return folders

@@ -1,0 +1,188 @@
+"""YOLO's format (Ultralytics, Roboflow, Label Studio): a text file for each image, and data.yaml or classes.txt for the names.
+
+    images/train/1.jpg   labels/train/1.txt      "3 0.5 0.5 0.2 0.1": class, centre, width and height as fractions of the image,
+    train/images/1.jpg   train/labels/1.txt      or "3 x1 y1 x2 y2 x3 y3 …", an outline
+
+data.yaml has `names`, and `train`, `val` and `test`: folders or lists of images. An image without a text file, or
+with an empty one, is background.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from resnetlab.data.annotations import Annotations, ImageRecord, ObjectRecord
+from resnetlab.data.error_policy import ErrorPolicy
+from resnetlab.data.file_lookup import ImageFinder, find_entry, find_split, list_subfolders
+from resnetlab.data.text_files import read_lines, read_text
+from resnetlab.errors import DataError
+
+CLASS_FILES = ("classes.txt", "obj.names", "_darknet.labels", "labels.txt")
+
+
+class YoloConfig(NamedTuple):
+    """The names of the classes and the places of the splits, as data.yaml gives them; () and {} without one."""
+
+    file: Path | None
+    names: tuple[str, ...]
+    splits: dict[str, list[str]]
+    base: str = ""
+
+
+def find_yolo_labels(root: Path) -> bool:
+    """Whether a folder has YOLO's label files: numbers, a box or outline on each line."""
+    folders = [root, *list_subfolders(root)]
+    folders += [inner for folder in folders[1:] for inner in list_subfolders(folder)]
+    for folder in folders:
+        for file in sorted(folder.glob("*.txt"))[:20]:
+            lines = read_lines(file) if file.stat().st_size < 2**20 else []
+            if lines and all(re.fullmatch(r"\d+(\s+-?[\d.]+(e-?\d+)?){4,}", line) for line in lines):
+                return True
+    return False
+
+
+def read_yolo(root: Path, errors: ErrorPolicy, masks: bool) -> Annotations:
+    """The images of each split with their objects, whose coordinates are fractions."""
+    config = read_yolo_config(root)
+    finder = ImageFinder(root)
+    splits, without, missing = {}, 0, 0
+    for split, images in _list_images(root, finder, config).items():
+        records = []
+        for name in images:
+            labels = _label_file(root / name)
+            objects = _read_labels(labels, config, errors) if labels.is_file() else []
+            without += not labels.is_file()
+            records.append(ImageRecord(name, root / name, str(labels), (0, 0), objects, relative=True))
+        missing += len(records)
+        splits[split] = records
+    if without == missing:
+        raise DataError(f"{root}: none of its {missing:,} images has a label file labels/….txt; check where they are.")
+    note = f"{without:,} of {missing:,} images have no label file and count as background"
+    return Annotations("YOLO", config.names, dict(splits), (note,) if without else ())
+
+
+def read_yolo_config(root: Path) -> YoloConfig:
+    """The content of data.yaml (or another *.yaml with names), or of a class file; raises DataError without names."""
+    for file in sorted((*root.glob("*.yaml"), *root.glob("*.yml")), key=lambda file: (file.stem != "data", file.name)):
+        values = parse_simple_yaml(file)
+        names = values.get("names")
+        if isinstance(names, dict):
+            names = [names[key] for key in sorted(names, key=int)]
+        if isinstance(names, list) and names:
+            places = {find_split(key): value for key, value in values.items() if find_split(key) and value}
+            splits = {split: [value] if isinstance(value, str) else list(value) for split, value in places.items()}
+            return YoloConfig(file, tuple(map(str, names)), splits, str(values.get("path") or ""))
+    if (class_file := find_entry(root, *CLASS_FILES)) is not None:
+        return YoloConfig(None, tuple(read_lines(class_file)), {})
+    raise DataError(f"{root} has YOLO's labels, but no data.yaml with `names` and no classes.txt; add one of them.")
+
+
+def parse_simple_yaml(file: Path) -> dict[str, Any]:
+    """The top level of a YAML file as YOLO's tools write it: texts, lists and mappings of one level, inline or on lines.
+
+    Raises DataError for an inline list or mapping that is not closed.
+    """
+    values: dict[str, Any] = {}
+    key = ""
+    lines = read_text(file).split("\n")
+    for line in (re.sub(r"\s+#.*$|^#.*$", "", line).rstrip() for line in lines):
+        item = re.fullmatch(r"\s*-\s+(.*)", line)
+        pair = re.fullmatch(r"(\s*)([^\s:][^:]*):(?:\s+(.*))?", line)
+        if item and key:
+            values[key] = [*(values[key] or []), _scalar(item[1])]
+        elif pair and pair[1] and key:
+            values[key] = {**(values[key] or {}), _scalar(pair[2]): _scalar(pair[3] or "")}
+        elif pair and not pair[1]:
+            key, text = pair[2].strip(), (pair[3] or "").strip()
+            values[key] = _inline(text, file) if text[:1] in ("[", "{") else _scalar(text)
+    return values
+
+
+def _scalar(text: str) -> str:
+    text = text.strip()
+    return text[1:-1] if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"" else text
+
+
+def _inline(text: str, file: Path) -> Any:
+    if text[-1] != {"[": "]", "{": "}"}[text[0]]:
+        raise DataError(f"{file}: {text[:40]!r} is not closed on its line; write one name a line.")
+    parts = re.findall(r"""\s*((?:"[^"]*"|'[^']*'|[^,"'])+)""", text[1:-1])
+    if text[0] == "[":
+        return [_scalar(part) for part in parts]
+    return {_scalar(key): _scalar(value) for key, _, value in (part.partition(":") for part in parts)}
+
+
+def _list_images(root: Path, finder: ImageFinder, config: YoloConfig) -> dict[str, list[str]]:
+    """The images of each split, paths below the root, by data.yaml, or else by the folders' names."""
+    paths = [path for path in finder.paths if "labels" not in path.split("/")[:-1]]
+    found = {}
+    for split, places in config.splits.items():
+        names = [name for place in places for name in _list_place(root, finder, config, place, paths)]
+        found[split] = list(dict.fromkeys(names))
+    if found:
+        return found
+    for path in paths:
+        split = next((s for s in map(find_split, path.split("/")[:-1]) if s), "")
+        found.setdefault(split, []).append(path)
+    if "train" in found:  # images beside the splits are previews of the tool
+        found.pop("", None)
+    return found
+
+
+def _list_place(root: Path, finder: ImageFinder, config: YoloConfig, place: str, paths: list[str]) -> list[str]:
+    """The images of a folder or list that data.yaml names: relative to `path`, to the file, or with leading parts dropped.
+
+    Raises DataError if there is none.
+    """
+    parts = [part for part in re.split(r"[/\\]", place) if part not in ("", ".", "..")]
+    for start in range(len(parts)):
+        rest = "/".join(parts[start:])
+        entry = root / rest
+        if entry.is_dir():
+            return [path for path in paths if path.startswith(f"{rest}/")]
+        if entry.suffix == ".txt" and entry.is_file():
+            listed = {line: finder.find(line, ("",)) for line in read_lines(entry)}
+            if missing := [line for line, file in listed.items() if file is None]:
+                raise DataError(f"{entry} lists {missing[0]}, which is not below {root}.")
+            return [file.relative_to(root).as_posix() for file in listed.values() if file is not None]
+    raise DataError(f"{config.file} names {place}, which is not below {root}; correct it, or move the images there.")
+
+
+def _label_file(image: Path) -> Path:
+    """labels/….txt for images/….jpg (the last folder of that name), or else the text file beside the image."""
+    parts = list(image.parts[:-1])
+    for i in range(len(parts) - 1, -1, -1):
+        if parts[i].lower() == "images":
+            return Path(*parts[:i], "labels", *parts[i + 1 :], f"{image.stem}.txt")
+    return image.with_suffix(".txt")
+
+
+def _read_labels(file: Path, config: YoloConfig, errors: ErrorPolicy) -> list[ObjectRecord]:
+    objects = []
+    for number, line in enumerate(read_lines(file), 1):
+        where = f"{file}, line {number}"
+        try:
+            objects.append(_parse_line(line, where, config.names))
+        except ValueError as error:
+            errors.reject(where, str(error))
+            objects.append(ObjectRecord(where, None, None))
+    return objects
+
+
+def _parse_line(line: str, where: str, names: tuple[str, ...]) -> ObjectRecord:
+    """One object; raises ValueError."""
+    words = line.split()
+    try:
+        label, values = int(float(words[0])), [float(word) for word in words[1:]]
+    except ValueError:
+        raise ValueError(f"{line[:40]!r} does not consist of numbers") from None
+    if not 0 <= label < len(names):
+        raise ValueError(f"its class is {words[0]}, but there are {len(names)} classes, 0 the first")
+    if len(values) == 4:
+        x, y, w, h = values
+        return ObjectRecord(where, names[label], (x - w / 2, y - h / 2, x + w / 2, y + h / 2))
+    if len(values) < 6 or len(values) % 2:
+        raise ValueError(f"it has {len(values)} numbers behind the class; a box has 4, an outline 6, 8, 10 or more")
+    return ObjectRecord(where, names[label], None, [values])

@@ -1,0 +1,272 @@
+"""The scenes of `cells` as annotation tools and data sets lay them out: 6 training and 3 validation images."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+import cells
+
+SPLITS = {"train": range(6), "val": range(6, 9)}
+NAMES = ("round", "square")
+HEIGHT, WIDTH = cells.SIZE
+COLOURS = {0: (0, 0, 0), 1: (128, 0, 0), 2: (0, 128, 0)}
+
+
+def _save(image: Image.Image, file: Path) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    image.save(file)
+
+
+def _write(file: Path, content: Any, encoding: str = "utf-8") -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(content if isinstance(content, str) else json.dumps(content), encoding)
+
+
+def coco(
+    root: Path,
+    images: str,
+    document: str,
+    *,
+    name: str = "{file}",
+    splits: tuple[str, str] = ("train", "val"),
+    **edit: Any,
+) -> None:
+    """COCO's documents; `images`, `document` and `name` are patterns of the split and the file."""
+    for (split, seeds), word in zip(SPLITS.items(), splits, strict=True):
+        content = cells.coco_document(seeds) | edit
+        for entry in content["images"]:
+            file = entry["file_name"]
+            _save(cells.scene(entry["id"])[0], root / images.format(split=word) / file)
+            entry["file_name"] = name.format(file=file, split=word)
+        _write(root / document.format(split=word, base=split), content)
+
+
+def roboflow_coco(root: Path) -> None:
+    categories = [{"id": 0, "name": "shapes", "supercategory": "none"}]
+    categories += [{"id": k, "name": n, "supercategory": "shapes"} for k, n in ((7, "round"), (9, "square"))]
+    coco(root, "{split}", "{split}/_annotations.coco.json", splits=("train", "valid"), categories=categories)
+
+
+def official_coco(root: Path) -> None:
+    coco(root, "images/{split}2017", "annotations/instances_{split}2017.json")
+    for split in SPLITS:
+        _write(root / f"annotations/captions_{split}2017.json", {"images": [], "annotations": []})
+
+
+def cvat_coco(root: Path) -> None:
+    coco(root, "images/{split}", "annotations/instances_{split}.json", splits=("Train", "Validation"))
+
+
+def fiftyone_coco(root: Path) -> None:
+    coco(root, "{split}/data", "{split}/labels.json", splits=("train", "validation"))
+
+
+def windows_coco(root: Path) -> None:
+    """Names with backslashes and capitals, as Label Studio and X-AnyLabeling write on Windows."""
+    coco(root, "images", "{split}.json", name="images\\{file}")
+    for split in SPLITS:
+        file = root / f"{split}.json"
+        file.write_text(file.read_text().replace(".png", ".PNG"), "utf-8-sig")
+
+
+def yolo(root: Path, config: str | None, images: str, labels: str, outlines: bool = False) -> None:
+    for split, seeds in SPLITS.items():
+        for i in seeds:
+            image, _, objects = cells.scene(i)
+            _save(image, root / images.format(split=split) / f"p{i}.png")
+            lines = []
+            for name, (x1, y1, x2, y2) in objects:
+                numbers = [(x1 + x2) / 2 / WIDTH, (y1 + y2) / 2 / HEIGHT, (x2 - x1) / WIDTH, (y2 - y1) / HEIGHT]
+                if outlines:
+                    numbers = [
+                        x1 / WIDTH,
+                        y1 / HEIGHT,
+                        x2 / WIDTH,
+                        y1 / HEIGHT,
+                        x2 / WIDTH,
+                        y2 / HEIGHT,
+                        x1 / WIDTH,
+                        y2 / HEIGHT,
+                    ]
+                lines.append(" ".join([str(NAMES.index(name)), *(f"{v:.6f}" for v in numbers)]))
+            _write(root / labels.format(split=split) / f"p{i}.txt", "\r\n".join(lines) + "\r\n")
+    if config is not None:
+        _write(root / "data.yaml", config)
+
+
+def ultralytics(root: Path, outlines: bool = False) -> None:
+    config = (
+        "path: ../datasets/shapes  # root\ntrain: images/train\nval: images/val\n\nnames:\n  0: round\n  1: square\n"
+    )
+    yolo(root, config, "images/{split}", "labels/{split}", outlines)
+
+
+def roboflow_yolo(root: Path) -> None:
+    config = (
+        "train: ../train/images\nval: ../val/images\n\nnc: 2\nnames: ['round', 'square']\n\nroboflow:\n  license: MIT\n"
+    )
+    yolo(root, config, "{split}/images", "{split}/labels")
+
+
+def darknet_lists(root: Path) -> None:
+    yolo(root, "train: train.txt\nval: val.txt\nnames:\n- round\n- square\n", "images", "labels")
+    for split, seeds in SPLITS.items():
+        _write(root / f"{split}.txt", "".join(f"./images/p{i}.png\n" for i in seeds))
+
+
+def voc(root: Path) -> None:
+    cells.make_voc_folder(root)
+
+
+def nested_voc(root: Path) -> None:
+    cells.make_voc_folder(root / "VOCdevkit" / "VOC2012")
+
+
+def roboflow_voc(root: Path) -> None:
+    """XML beside the images of each split."""
+    for split, seeds in SPLITS.items():
+        for i in seeds:
+            image, _, objects = cells.scene(i)
+            _save(image, root / split / f"p{i}.png")
+            _write(root / split / f"p{i}.xml", cells.voc_annotation(objects))
+
+
+def labelme(root: Path) -> None:
+    for split, seeds in SPLITS.items():
+        for i in seeds:
+            image, _, objects = cells.scene(i)
+            _save(image, root / split / f"p{i}.png")
+            shapes: list[dict[str, Any]] = []
+            for k, (name, (x1, y1, x2, y2)) in enumerate(objects):
+                kind = ("polygon", "rectangle")[k % 2]
+                points = [[x1, y1], [x2, y1], [x2, y2], [x1, y2]] if kind == "polygon" else [[x2, y2], [x1, y1]]
+                shapes.append({"label": name, "points": points, "group_id": None, "shape_type": kind, "flags": {}})
+            content = {"version": "5.4.1", "flags": {}, "shapes": shapes, "imagePath": f"..\\{split}\\p{i}.png"}
+            content |= {"imageData": None, "imageHeight": HEIGHT, "imageWidth": WIDTH}
+            _write(root / split / f"p{i}.json", content)
+
+
+def label_studio(root: Path) -> None:
+    tasks = []
+    for split, seeds in SPLITS.items():
+        for i in seeds:
+            image, _, objects = cells.scene(i)
+            _save(image, root / split / f"p{i}.png")
+            result: list[dict[str, Any]] = [{"type": "choices", "value": {"choices": ["good"]}}]
+            for k, (name, (x1, y1, x2, y2)) in enumerate(objects):
+                left, top, right, bottom = 100 * x1 / WIDTH, 100 * y1 / HEIGHT, 100 * x2 / WIDTH, 100 * y2 / HEIGHT
+                value: dict[str, Any] = {
+                    "x": left,
+                    "y": top,
+                    "width": right - left,
+                    "height": bottom - top,
+                    "rotation": 0,
+                }
+                kind = "rectanglelabels"
+                if k:
+                    kind, value = (
+                        "polygonlabels",
+                        {"points": [[left, top], [right, top], [right, bottom], [left, bottom]]},
+                    )
+                result.append(
+                    {"type": kind, "original_width": WIDTH, "original_height": HEIGHT, "value": {**value, kind: [name]}}
+                )
+            annotations = [{"was_cancelled": True, "result": []}, {"was_cancelled": False, "result": result}]
+            tasks.append({"id": i, "data": {"image": f"/data/upload/1/0a1b2c3d-p{i}.png"}, "annotations": annotations})
+    _write(root / "project-1.json", tasks)
+
+
+def fiftyone(root: Path) -> None:
+    for split, seeds in SPLITS.items():
+        labels: dict[str, Any] = {}
+        for i in seeds:
+            image, _, objects = cells.scene(i)
+            _save(image, root / split / "data" / f"p{i}.png")
+            labels[f"p{i}"] = [
+                {
+                    "label": NAMES.index(n),
+                    "bounding_box": [x1 / WIDTH, y1 / HEIGHT, (x2 - x1) / WIDTH, (y2 - y1) / HEIGHT],
+                }
+                for n, (x1, y1, x2, y2) in objects
+            ]
+        _write(root / split / "labels.json", {"classes": NAMES, "labels": labels})
+
+
+def masks(root: Path, images: str, files: str, form: Callable[[Image.Image], Image.Image] = lambda mask: mask) -> None:
+    """Images and masks; the patterns have the split and the image's stem."""
+    for split, seeds in SPLITS.items():
+        for i in seeds:
+            image, mask, _ = cells.scene(i)
+            _save(image, root / images.format(split=split, stem=f"p{i}"))
+            _save(form(mask), root / files.format(split=split, stem=f"p{i}"))
+
+
+def coloured(mask: Image.Image) -> Image.Image:
+    return Image.fromarray(np.array([COLOURS[k] for k in range(3)], np.uint8)[np.array(mask)])
+
+
+def palette(mask: Image.Image) -> Image.Image:
+    mask = mask.convert("P")
+    mask.putpalette([channel for k in range(3) for channel in COLOURS[k]])
+    return mask
+
+
+def cvat_masks(root: Path) -> None:
+    """Segmentation mask 1.1: colours, and a label map sorted by name."""
+    cells.make_voc_folder(root)
+    (root / "classes.txt").unlink()
+    for file in (root / "SegmentationClass").iterdir():
+        with Image.open(file) as mask:
+            coloured(mask).save(file)
+    lines = "square:0,128,0::\nbackground:0,0,0::\nround:128,0,0::\n"
+    _write(root / "labelmap.txt", f"# label:color_rgb:parts:actions\n{lines}")
+
+
+def camvid(root: Path) -> None:
+    masks(root, "{split}/{stem}.png", "{split}_labels/{stem}_L.png", coloured)
+    _write(root / "class_dict.csv", "name,r,g,b\nbackground,0,0,0\nround,128,0,0\nsquare,0,128,0\n", "utf-8-sig")
+
+
+def segnet(root: Path) -> None:
+    masks(root, "{split}/{stem}.png", "{split}annot/{stem}.png")
+    _write(root / "classes.txt", "background\nround\nsquare\n")
+    _save(cells.scene(20)[0], root / "test" / "unlabelled.png")
+
+
+def images_and_masks(root: Path) -> None:
+    masks(root, "images/{stem}.png", "masks/{stem}_mask.png", palette)
+    _write(root / "classes.txt", "background\nround\nsquare\n")
+    _write(root / "valid.txt", "".join(f"p{i}.png\n" for i in SPLITS["val"]))
+
+
+def cityscapes(root: Path) -> None:
+    """Round is a person (24), square a car (26), the background a road (7)."""
+    ids = np.array([7, 24, 26], np.uint8)
+    for split, seeds in SPLITS.items():
+        for i in seeds:
+            image, mask, _ = cells.scene(i)
+            stem = f"aachen_{i:06}_000019"
+            _save(image, root / "leftImg8bit" / split / "aachen" / f"{stem}_leftImg8bit.png")
+            place = root / "gtFine" / split / "aachen"
+            _save(Image.fromarray(ids[np.array(mask)]), place / f"{stem}_gtFine_labelIds.png")
+            _save(coloured(mask), place / f"{stem}_gtFine_color.png")
+
+
+BOXES: dict[str, Callable[[Path], None]] = {
+    "voc": voc, "voc in a folder": nested_voc, "roboflow voc": roboflow_voc, "fiftyone": fiftyone,
+    "ultralytics": ultralytics, "roboflow yolo": roboflow_yolo, "darknet": darknet_lists,
+}  # fmt: skip
+OUTLINES: dict[str, Callable[[Path], None]] = {  # both boxes and masks
+    "coco": official_coco, "roboflow coco": roboflow_coco, "cvat coco": cvat_coco, "fiftyone coco": fiftyone_coco,
+    "coco from windows": windows_coco, "yolo outlines": lambda root: ultralytics(root, outlines=True), "labelme": labelme,
+    "label studio": label_studio,
+}  # fmt: skip
+MASKS: dict[str, Callable[[Path], None]] = {
+    "voc": voc, "cvat": cvat_masks, "camvid": camvid, "segnet": segnet, "images and masks": images_and_masks,
+}  # fmt: skip

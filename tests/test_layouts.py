@@ -1,0 +1,149 @@
+"""Every layout that is recognised gives the same boxes and masks; any other is refused with what was looked for."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import annotated_layouts as layouts
+import cells
+from resnetlab.data import box_dataset, mask_dataset
+from resnetlab.errors import DataError
+
+BOXES = layouts.BOXES | layouts.OUTLINES
+
+
+def load(function: Any, root: Path) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # Roboflow's root category, cancelled tasks, images without masks
+        return function(root)
+
+
+@pytest.mark.parametrize("layout", BOXES)
+def test_boxes_of_every_layout(layout: str, tmp_path: Path) -> None:
+    BOXES[layout](tmp_path)
+    data = load(box_dataset.load_boxes, tmp_path)
+    assert data.classes == ("round", "square") and data.evaluated_split == "val"
+    assert data.layout.endswith(", 2 splits, 9 images, 2 classes")
+    images = sorted((*data.train, *data.test), key=lambda image: image.file.name)
+    assert [image.file.name for image in images] == [f"p{i}.png" for i in range(9)] and len(data.train) == 6
+    for i, image in enumerate(images):
+        names, boxes = zip(*cells.scene(i)[2], strict=True)
+        assert [data.classes[label] for label in image.labels] == list(names)
+        torch.testing.assert_close(image.boxes, torch.tensor(boxes).float(), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("layout", layouts.OUTLINES)
+def test_outlines_of_every_layout(layout: str, tmp_path: Path) -> None:
+    layouts.OUTLINES[layout](tmp_path)
+    data = load(mask_dataset.load_masks, tmp_path)
+    assert data.classes == ("background", "round", "square")
+    for image in (*data.train, *data.test):
+        i = int(image.file.stem[1:])
+        expected = torch.zeros(cells.SIZE, dtype=torch.uint8)
+        for name, (x1, y1, x2, y2) in cells.scene(i)[2]:
+            expected[y1:y2, x1:x2] = data.classes.index(name)
+        assert torch.equal(image.read()[1], expected), image.name
+
+
+@pytest.mark.parametrize("layout", layouts.MASKS)
+def test_masks_of_every_layout(layout: str, tmp_path: Path) -> None:
+    layouts.MASKS[layout](tmp_path)
+    data = load(mask_dataset.load_masks, tmp_path)
+    assert set(data.classes) == {"background", "round", "square"} and data.classes[0] == "background"
+    assert len(data.train) == 6 and len(data.test) == 3 and data.evaluated_split == "val"
+    index = torch.tensor([data.classes.index(name) for name in ("background", "round", "square")], dtype=torch.uint8)
+    for image in (*data.train, *data.test):
+        mask = torch.from_numpy(np.array(cells.scene(int(image.file.stem[1:]))[1]).astype(np.int64))
+        assert torch.equal(image.read()[1], index[mask])
+
+
+def test_cityscapes_has_its_19_classes(tmp_path: Path) -> None:
+    layouts.cityscapes(tmp_path)
+    with pytest.warns(UserWarning, match="no mask to train on has a pixel of sidewalk, building, .* and 8 more"):
+        data = mask_dataset.load_masks(tmp_path)
+    assert len(data.classes) == 19 and len(data.train) == 6 and len(data.test) == 3
+    known = {data.classes[value] for image in data.train for value in image.read()[1].unique().tolist()}
+    assert known == {"road", "person", "car"}
+
+
+def test_what_is_left_out_is_said(tmp_path: Path) -> None:
+    layouts.roboflow_coco(tmp_path / "coco")
+    with pytest.warns(
+        UserWarning, match="'shapes' is only the supercategory of others and has no object; it is left out"
+    ):
+        box_dataset.load_boxes(tmp_path / "coco")
+    layouts.segnet(tmp_path / "masks")
+    with pytest.warns(UserWarning, match="the test images have no masks and are left out"):
+        mask_dataset.load_masks(tmp_path / "masks")
+    layouts.ultralytics(tmp_path / "yolo")
+    (tmp_path / "yolo" / "labels" / "train" / "p1.txt").unlink()
+    with pytest.warns(UserWarning, match="1 of 9 images have no label file and count as background"):
+        assert len(box_dataset.load_boxes(tmp_path / "yolo").train[1].boxes) == 0
+
+
+YOLO_FAULTS = {
+    "class": ("2 0.5 0.5 0.1 0.1", r"p1\.txt, line 1: its class is 2, but there are 2 classes"),
+    "words": ("0 a 0.5 0.1 0.1", r"p1\.txt, line 1: '0 a 0.5 0.1 0.1' does not consist of numbers"),
+    "numbers": ("0 0.5 0.5 0.1 0.1 0.9", r"p1\.txt, line 1: it has 5 numbers behind the class"),
+    "pixels": ("0 40 30 10 10", r"p1\.txt, box 1 of images/train/p1\.png: .* reaches outside the image of 80x64"),
+}
+
+
+@pytest.mark.parametrize(("line", "message"), YOLO_FAULTS.values(), ids=YOLO_FAULTS)
+def test_bad_lines_stop_or_are_skipped(line: str, message: str, tmp_path: Path) -> None:
+    layouts.ultralytics(tmp_path)
+    (tmp_path / "labels" / "train" / "p1.txt").write_text(f"{line}\n1 0.5 0.5 0.25 0.25\n")
+    with pytest.raises(DataError, match=message):
+        box_dataset.load_boxes(tmp_path)
+    data = box_dataset.load_boxes(tmp_path, "skip")
+    assert len(data.errors.skipped) == 1 and data.train[1].boxes.tolist() == [[30, 24, 50, 40]]
+
+
+def test_yolo_places_that_do_not_exist_are_named(tmp_path: Path) -> None:
+    layouts.ultralytics(tmp_path)
+    (tmp_path / "data.yaml").write_text("train: images/training\nnames: [round, square]\n")
+    with pytest.raises(DataError, match=r"data\.yaml names images/training, which is not below"):
+        box_dataset.load_boxes(tmp_path)
+    (tmp_path / "data.yaml").unlink()
+    with pytest.raises(DataError, match=r"no data\.yaml with `names` and no classes\.txt"):
+        box_dataset.load_boxes(tmp_path)
+
+
+def test_documents_of_no_split_are_named(tmp_path: Path) -> None:
+    for name in ("first", "second"):
+        (tmp_path / f"{name}.json").write_text(json.dumps(cells.coco_document(range(1))))
+    with pytest.raises(DataError, match=r"no document is named after a split \(first\.json, second\.json\)"):
+        box_dataset.load_boxes(tmp_path)
+
+
+def test_rotated_and_round_regions(tmp_path: Path) -> None:
+    """A Label Studio rectangle turned by 90 degrees about its corner; a LabelMe circle."""
+    value = {"x": 50, "y": 25, "width": 25, "height": 25, "rotation": 90, "rectanglelabels": ["square"]}
+    result = [{"original_width": 80, "original_height": 64, "value": value}]
+    (tmp_path / "a").mkdir()
+    for i in range(2):
+        cells.scene(i)[0].save(tmp_path / "a" / f"p{i}.png")
+    tasks = [{"data": {"image": f"p{i}.png"}, "annotations": [{"result": result}]} for i in range(2)]
+    (tmp_path / "a" / "tasks.json").write_text(json.dumps(tasks))
+    box = box_dataset.load_boxes(tmp_path / "a").train[0].boxes[0]
+    torch.testing.assert_close(box, torch.tensor([24.0, 16, 40, 36]))  # 20x16 pixels, now 16x20, left of the corner
+    layouts.labelme(tmp_path / "b")
+    file = tmp_path / "b" / "train" / "p0.json"
+    content = json.loads(file.read_text())
+    content["shapes"] = [{"label": "round", "points": [[40, 32], [40, 42]], "shape_type": "circle"}]
+    file.write_text(json.dumps(content))
+    mask = mask_dataset.load_masks(tmp_path / "b").train[0].read()[1]
+    assert int(mask.sum()) == pytest.approx(np.pi * 100, rel=0.03)
+    content["shapes"][0]["shape_type"] = "line"
+    file.write_text(json.dumps(content))
+    with pytest.raises(
+        DataError, match=r"p0\.json, shape 1: its shape cannot be used: a line of 2 points encloses no area"
+    ):
+        box_dataset.load_boxes(tmp_path / "b")
