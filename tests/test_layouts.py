@@ -147,3 +147,25 @@ def test_rotated_and_round_regions(tmp_path: Path) -> None:
         DataError, match=r"p0\.json, shape 1: its shape cannot be used: a line of 2 points encloses no area"
     ):
         box_dataset.load_boxes(tmp_path / "b")
+
+
+@pytest.mark.parametrize("layout", ["ultralytics", "yolo outlines", "roboflow coco", "roboflow voc"])
+def test_boxes_are_those_of_supervisions_readers(layout: str, tmp_path: Path) -> None:
+    supervision = pytest.importorskip("supervision", reason="supervision is not installed")
+    BOXES[layout](tmp_path)
+    images = str(tmp_path / ("train" if "roboflow" in layout else "images/train"))
+    reader = supervision.DetectionDataset
+    if layout == "roboflow coco":
+        theirs = reader.from_coco(images, f"{images}/_annotations.coco.json")
+    elif layout == "roboflow voc":
+        theirs = reader.from_pascal_voc(images, images)
+    else:
+        theirs = reader.from_yolo(images, str(tmp_path / "labels" / "train"), str(tmp_path / "data.yaml"))
+    ours = load(box_dataset.load_boxes, tmp_path)
+    found = {Path(file).name: detections for file, detections in theirs.annotations.items()}
+    assert len(found) == len(ours.train) == 6
+    for image in ours.train:
+        detections = found[image.file.name]
+        assert [theirs.classes[k] for k in detections.class_id] == [ours.classes[k] for k in image.labels]
+        atol = 1.001 if layout == "roboflow voc" else 0.01  # it takes 1 off VOC's corners
+        np.testing.assert_allclose(detections.xyxy, image.boxes.numpy(), rtol=0, atol=atol)
