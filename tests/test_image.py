@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from readme import FIRST
+from documents import FIRST
 from resnetlab.cli.main import app
 
 REPOSITORY = Path(__file__).resolve().parents[1]

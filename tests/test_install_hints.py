@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from readme import FIRST, REPOSITORY
+from documents import FIRST, REPOSITORY
 from resnetlab.errors import install_hint, missing_package
 
 SOURCES = [path for path in (REPOSITORY / "src").rglob("*.*") if path.suffix in {".py", ".j2", ".html", ".js"}]

@@ -10,50 +10,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
-import images
-from readme import FIRST, REPOSITORY, SECOND, UV, blocks, commands
-from resnetlab.cli.main import run_command
-
-
-def runnable(command: str) -> str | None:
-    """The arguments of a `resnetlab` command, training cut to 20 steps, studies to 3; None for any other command."""
-    ours, n = re.subn(rf"^{UV}resnetlab(?!\S)", "", command)
-    if not n:
-        return None
-    if " study " in ours:  # the smallest runs, of the smallest networks
-        return re.sub(r" --(steps|seeds|depths)[ =]\S+", "", ours) + " --steps 3 --seeds 1 --depths 8"
-    if " train" not in ours or re.search("--(resume|show-recipe|help)", ours):
-        return ours
-    steps = "2 --set batch=4" if re.search(" (photos|shards)", ours) else "20"
-    return re.sub(r"(?<= )train(?!\S)", f"train --steps {steps}", re.sub(r" --steps[ =]\S+", "", ours), count=1)
-
-
-def add_images(text: str, folder: Path) -> None:
-    """Adds the images that commands read: the repository's, or generated ones. Images after an option are outputs."""
-    for option, name in re.findall(r"(--\S+ )?([\w./-]+\.(?:png|jpe?g))\b", text):
-        if option or (folder / name).exists():
-            continue
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        if (REPOSITORY / name).is_file():
-            shutil.copy(REPOSITORY / name, folder / name)
-        else:
-            Image.linear_gradient("L").resize((32, 32)).convert("RGB").save(folder / name)
-
-
-def add_photos(folder: Path) -> None:
-    """A folder of class folders, like a reader's own."""
-    if not (folder / "photos").exists():
-        images.folder(folder / "photos", {"": 10}, ("daisy", "tulips"))
-
-
-def add_cifar10(command: str, folder: Path, cifar10: Path) -> None:
-    """Puts CIFAR-10 where the command will look for it."""
-    place = re.search(r"--data-dir[ =](\S+)", command)
-    link = folder / (place[1] if place else "data")
-    if not link.exists():
-        link.symlink_to(cifar10, target_is_directory=True)
+from documents import FIRST, README, REPOSITORY, SECOND, UV, blocks, commands, run_document, runnable
 
 
 @pytest.mark.timeout(900)
@@ -67,21 +25,7 @@ def test_the_readme_runs(
 
     They run in this process, since starting one for each would take longer than most commands do.
     """
-    monkeypatch.chdir(tmp_path)
-    for command in commands():
-        if (ours := runnable(command)) is None:
-            continue
-        with subtests.test(command):
-            if "cifar10" in command:
-                add_cifar10(command, tmp_path, request.getfixturevalue("cifar10_dir"))
-            if "photos" in command:
-                add_photos(tmp_path)
-            add_images(command, tmp_path)
-            assert run_command(shlex.split(ours)) == 0
-    with subtests.test("the Python"):
-        program = "\n".join(blocks("python"))
-        add_images(program, tmp_path)
-        exec(compile(program, "README.md", "exec"), {})
+    run_document(README, tmp_path, subtests, request, monkeypatch)
 
 
 def test_every_command_is_known() -> None:

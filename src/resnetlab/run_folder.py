@@ -9,6 +9,7 @@ runs/<name>/
   result.json          the figures `resnetlab train` ends with
   report.html          the same as a page
   tensorboard/         events, if TensorBoard is installed
+  trackers.json        the run's trackers, and their identifiers of it
 """
 
 from __future__ import annotations
@@ -257,7 +258,7 @@ LINE_KEYS = {  # kind of a line in metrics.jsonl -> the keys that it must have
 
 
 class MetricsLog:
-    """metrics.jsonl: one JSON object per line, appended and flushed; also TensorBoard events if that is installed."""
+    """metrics.jsonl: one JSON object per line, appended and flushed."""
 
     def __init__(self, run: RunFolder, step: int) -> None:
         """Opens the file to continue after `step`; removes lines of later steps, which a killed process left."""
@@ -270,7 +271,6 @@ class MetricsLog:
             self._file = open(self._path, "a")  # noqa: SIM115 - closed by close()
         except OSError as error:
             raise write_error(self._path, error) from error
-        self._board = _open_tensorboard(run.path / "tensorboard", step)
 
     def write(self, kind: str, step: int, **figures: float) -> None:
         """Appends the figures of one step."""
@@ -279,9 +279,6 @@ class MetricsLog:
             self._file.flush()
         except OSError as error:
             raise write_error(self._path, error) from error
-        if self._board is not None:
-            for key, value in figures.items():
-                self._board.add_scalar(f"{kind}/{key}", value, step)
 
     def sync(self) -> None:
         """Flushes all lines to disk, before a checkpoint that relies on them."""
@@ -291,11 +288,9 @@ class MetricsLog:
             raise write_error(self._path, error) from error
 
     def close(self) -> None:
-        """Closes the files."""
+        """Closes the file."""
         with contextlib.suppress(OSError):
             self._file.close()
-        if self._board is not None:
-            self._board.close()
 
 
 def read_metrics(run: RunFolder) -> list[dict[str, Any]]:
@@ -308,14 +303,3 @@ def read_metrics(run: RunFolder) -> list[dict[str, Any]]:
                 if isinstance(line, dict) and LINE_KEYS.get(str(line.get("kind")), {""}) <= line.keys():
                     lines.append(line)
     return lines
-
-
-def _open_tensorboard(folder: Path, step: int) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    try:
-        return SummaryWriter(str(folder), purge_step=step + 1)
-    except OSError as error:
-        raise write_error(folder, error) from error

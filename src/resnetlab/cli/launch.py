@@ -117,6 +117,7 @@ class Job(NamedTuple):
                 "workers": self.options.workers,
                 "fit_micro_batch": self.options.fit_micro_batch,
                 "epochs": self.options.epochs,
+                "trackers": self.options.trackers,
             }
             try:
                 elastic_launch(config, sys.executable)("-m", "resnetlab", "_train-process", json.dumps(request))
@@ -158,6 +159,7 @@ def train_process(request: str) -> None:
             workers=values["workers"],
             fit_micro_batch=values["fit_micro_batch"],
             epochs=values["epochs"] and Epochs(*values["epochs"]),
+            trackers=tuple(values["trackers"]),
             report=console.log,
             on_progress=on_progress,
         )

@@ -60,6 +60,8 @@ class TrainOptions:
         torchrun: `torchrun … -m resnetlab train …`
     max_restarts
         With --procs: how often the processes are restarted from the last checkpoint after one of them has died.
+    tracker
+        Send the figures to tensorboard, wandb, mlflow or trackio too; may be given several times. A resumed run remembers it.
     resume
         Resume the run in this folder from its last checkpoint; the result is bit-identical to that of an uninterrupted run.
         A finished run is extended with --epochs or --steps.
@@ -83,6 +85,7 @@ class TrainOptions:
     workers: int | None = None
     procs: int | None = None
     max_restarts: int = 0
+    tracker: Annotated[tuple[str, ...], Parameter(negative="", consume_multiple=False)] = ()
     resume: Path | None = None
     show_recipe: str | None = None
     json: Annotated[bool, Parameter(negative="")] = False
@@ -198,6 +201,7 @@ def prepare_run(
         workers=options.workers,
         fit_micro_batch=options.batch == "auto",
         epochs=overrides.length,
+        trackers=options.tracker,
         report=console.log,
     )
     if options.procs is not None:  # they show the progress

@@ -20,6 +20,7 @@ from resnetlab.training.result import Progress
 from resnetlab.training.run_state import RunState
 from resnetlab.training.step import StepOutput
 from resnetlab.training.stopping import StopRequest, StopSignal
+from resnetlab.training.trackers import Trackers
 
 OnEvaluate = Callable[[Mapping[str, float]], bool | None]
 
@@ -57,6 +58,10 @@ class Recorder:
         self._train_state, self._context, self._request = train_state, context, request
         self._task, self._world = train_state.task, train_state.task.device_config.world
         self._metrics = MetricsLog(context.run, train_state.state.step) if self._world.is_first else None
+        self._trackers = None
+        if self._world.is_first:
+            step, config = train_state.state.step, train_state.recipe.to_json()
+            self._trackers = Trackers(context.run, step, config, context.report)
         self._timer, self._saved = StepTimer(train_state.state), time.monotonic()
         self._held_out: Mapping[str, float] = {}
         self._evaluation_seconds = 0.0  # of the last one
@@ -73,8 +78,9 @@ class Recorder:
             yield
         finally:
             self._task.close()
-            if self._metrics is not None:
+            if self._metrics is not None and self._trackers is not None:
                 self._metrics.close()
+                self._trackers.close()
                 self.note_skipped(self._task.skipped)
 
     def start_step(self) -> None:
@@ -157,8 +163,7 @@ class Recorder:
             "share_waiting": self._timer.share_waiting(),
             "seconds": state.seconds,
         }
-        if self._metrics is not None:
-            self._metrics.write("train", state.step, **figures)
+        self._write("train", figures)
         return figures
 
     def _evaluate(self) -> Mapping[str, float]:
@@ -169,14 +174,21 @@ class Recorder:
         self._evaluation_seconds = time.perf_counter() - start
         if figures and recipe.schedule == "plateau":
             state.update_plateau(next(iter(figures.values())), recipe.patience)
-        if figures and self._metrics is not None:
-            self._metrics.write("held_out", state.step, **figures)
+        if figures:
+            self._write("held_out", figures)
         return figures
 
     def _asks_to_stop(self) -> bool:
         """Whether the caller's function, which sees the figures, asks to stop the run."""
         ask, state, recipe = self._context.on_evaluate, self._train_state.state, self._train_state.recipe
         return ask is not None and ask({"step": state.step, "steps": recipe.steps, **self._held_out}) is True
+
+    def _write(self, kind: str, figures: Mapping[str, float]) -> None:
+        """Writes a line of metrics.jsonl, and sends it to the trackers."""
+        step = self._train_state.state.step
+        if self._metrics is not None and self._trackers is not None:
+            self._metrics.write(kind, step, **figures)
+            self._trackers.write(kind, step, figures)
 
     def _progress(self, figures: Mapping[str, float], lr: float) -> Progress:
         state, recipe = self._train_state.state, self._train_state.recipe

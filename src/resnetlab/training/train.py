@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -40,6 +40,7 @@ from resnetlab.training.tasks.base import Task, TaskSetup
 from resnetlab.training.tasks.classification import ClassificationTask
 from resnetlab.training.tasks.detection import DetectionTask
 from resnetlab.training.tasks.segmentation import SegmentationTask
+from resnetlab.training.trackers import add_trackers, check_trackers
 
 TASKS: dict[str, type[Task]] = {task.name: task for task in (ClassificationTask, DetectionTask, SegmentationTask)}
 
@@ -58,6 +59,7 @@ class RunOptions:
         workers: processes that decode images; None decides by the device.
         fit_micro_batch: take the largest micro-batch that fits into memory; a new run's recipe records it as `bn_batch`.
         epochs: the length of a new run in epochs; its recipe records the steps.
+        trackers: names in training.trackers.TRACKERS, beside those that a resumed run remembers.
         report: called with sentences on what happens.
         on_progress: called at every line of metrics.jsonl.
         on_evaluate: called with the figures of every evaluation of held-out images; if it returns True the run stops.
@@ -68,6 +70,7 @@ class RunOptions:
     workers: int | None = None
     fit_micro_batch: bool = False
     epochs: Epochs | None = None
+    trackers: tuple[str, ...] = ()
     report: Callable[[str], None] = _ignore
     on_progress: Callable[[Progress], None] = _ignore
     on_evaluate: OnEvaluate | None = None
@@ -86,6 +89,7 @@ def train(
     data_dir: str | Path | None = None,
     device: str | None = None,
     workers: int | None = None,
+    trackers: Sequence[str] = (),
     progress: Callable[[Progress], None] | bool = True,
     report: Callable[[str], None] | None = None,
     on_evaluate: OnEvaluate | None = None,
@@ -103,6 +107,7 @@ def train(
             extended if `steps` or `epochs` is larger than its own.
         data_dir: the folder of the archives; None takes "data", or that of the resumed run.
         workers: processes that decode images on disk; None decides by the machine. The result does not depend on it.
+        trackers: experiment trackers that get the figures: "tensorboard", "wandb", "mlflow", "trackio".
         progress: True shows progress and messages on standard error, False nothing; a function is called at every line of
             metrics.jsonl.
         report: called with sentences on what happens, in place of printing them.
@@ -130,6 +135,7 @@ def train(
             device=device,
             workers=workers,
             epochs=overrides.length,
+            trackers=tuple(trackers),
             report=report or (log if progress is True else _ignore),
             on_progress=shown,
             on_evaluate=on_evaluate,
@@ -324,6 +330,7 @@ def _join(stack: contextlib.ExitStack, options: RunOptions | None) -> tuple[Worl
     """The processes of this job, until the stack is closed; only the first one reports."""
     stack.enter_context(preserve_process_state())
     world, options = stack.enter_context(join_process_group()), options or RunOptions()
+    check_trackers(options.trackers)
     return world, options if world.is_first else replace(options, report=_ignore, on_progress=_ignore)
 
 
@@ -363,6 +370,8 @@ def _reopen(
     )
     task = build_task(recipe, options, world, Path(str(before.get("started_in", ""))))
     _report_differences(before, _describe_machine(task), recipe, options.report)
+    if world.is_first:
+        add_trackers(run, options.trackers)
     return task, context
 
 
@@ -430,6 +439,7 @@ def _write_setup(run: RunFolder, task: Task, options: RunOptions) -> None:
         run.write_json("holdout.json", {split: list(names) for split, names in task.holdout.items()})
     data_dir = options.data_dir or Path("data")
     paths = {"data_dir": str(data_dir.resolve()), "started_in": str(Path.cwd())}
+    add_trackers(run, options.trackers)
     counts = {"train_images": task.num_train_images}
     run.write_json("environment.json", _describe_machine(task) | {"decoder": jpeg_decoder()} | paths | counts)
 
