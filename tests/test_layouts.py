@@ -106,6 +106,38 @@ def test_bad_lines_stop_or_are_skipped(line: str, message: str, tmp_path: Path) 
     assert len(data.errors.skipped) == 1 and data.train[1].boxes.tolist() == [[30, 24, 50, 40]]
 
 
+def test_images_in_two_splits_are_refused(tmp_path: Path) -> None:
+    layouts.ultralytics(tmp_path)
+    (tmp_path / "data.yaml").write_text("train: images\nval: images/val\nnames: [round, square]\n")
+    with pytest.raises(
+        DataError, match=r"the training and val splits share images/val/p6\.png, .*do not evaluate on training"
+    ):
+        box_dataset.load_boxes(tmp_path)
+
+
+def test_images_of_one_name_in_two_folders_are_two(tmp_path: Path) -> None:
+    layouts.roboflow_coco(tmp_path)
+    file = tmp_path / "valid" / "_annotations.coco.json"
+    file.write_text(file.read_text().replace("p6.png", "p0.png"))
+    (tmp_path / "valid" / "p6.png").rename(tmp_path / "valid" / "p0.png")
+    data = load(box_dataset.load_boxes, tmp_path)
+    assert data.train[0].name == data.test[0].name == "p0.png" and data.train[0].file != data.test[0].file
+
+
+@pytest.mark.parametrize("layout", ["ultralytics", "voc", "images and masks"])
+def test_files_of_one_name_in_two_unicode_forms_belong_together(layout: str, tmp_path: Path) -> None:
+    """An archive from macOS has é in two characters in one folder, and in one in the other."""
+    (BOXES | layouts.MASKS)[layout](tmp_path)
+    for file in [*tmp_path.rglob("p0.*"), *tmp_path.rglob("p0_mask.*")]:
+        image = file.parent.name in ("JPEGImages", "images") or "images" in file.parts
+        file.rename(file.with_name(file.name.replace("p0", "\u00e9" if image else "e\u0301")))
+    for file in tmp_path.rglob("train.txt"):
+        file.write_text(file.read_text().replace("p0", "\u00e9"))
+    data = load(mask_dataset.load_masks if "masks" in layout else box_dataset.load_boxes, tmp_path)
+    first = next(image for image in data.train if image.file.stem == "\u00e9")
+    assert len(data.train) == 6 and (first.read()[1].any() if "masks" in layout else len(first.boxes) == 2)
+
+
 def test_yolo_places_that_do_not_exist_are_named(tmp_path: Path) -> None:
     layouts.ultralytics(tmp_path)
     (tmp_path / "data.yaml").write_text("train: images/training\nnames: [round, square]\n")
@@ -121,6 +153,13 @@ def test_documents_of_no_split_are_named(tmp_path: Path) -> None:
         (tmp_path / f"{name}.json").write_text(json.dumps(cells.coco_document(range(1))))
     with pytest.raises(DataError, match=r"no document is named after a split \(first\.json, second\.json\)"):
         box_dataset.load_boxes(tmp_path)
+
+
+def test_a_document_beside_those_of_the_splits_is_said(tmp_path: Path) -> None:
+    layouts.official_coco(tmp_path)
+    (tmp_path / "annotations" / "instances_mini.json").write_text("{}")
+    with pytest.warns(UserWarning, match=r"annotations/instances_mini\.json: named after no split, and left out"):
+        assert len(box_dataset.load_boxes(tmp_path).train) == 6
 
 
 def test_rotated_and_round_regions(tmp_path: Path) -> None:

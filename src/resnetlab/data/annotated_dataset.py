@@ -6,6 +6,7 @@ import hashlib
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 from torch import Tensor
@@ -13,6 +14,7 @@ from torch import Tensor
 from resnetlab.data.annotations import Annotations
 from resnetlab.data.error_policy import ErrorPolicy
 from resnetlab.errors import DataError
+from resnetlab.formatting import format_list
 from resnetlab.random import seed_for
 
 HELD_OUT_FRACTION = 0.2  # of data without a split to evaluate on
@@ -24,6 +26,10 @@ class AnnotatedItem(Protocol):
     @property
     def name(self) -> str:
         """The image file's path inside the data's folder."""
+
+    @property
+    def file(self) -> Path:
+        """The image file."""
 
     def update_hash(self, digest: Any) -> None:
         """Adds the annotation to a hash."""
@@ -84,6 +90,12 @@ def arrange_annotated_splits(
     count, splits = sum(map(len, splits.values())), {split: images for split, images in splits.items() if images}
     if not splits:
         raise DataError(f"{name} ({found.layout}) has no image that can be used.")
+    training = {image.file for image in (*splits.get("train", ()), *splits.get("trainval", ()))}
+    for evaluated in ("test",) if "trainval" in splits else ("val", "test"):
+        if shared := [image.name for image in splits.get(evaluated, ()) if image.file in training]:
+            raise DataError(
+                f"{name}: the training and {evaluated} splits share {format_list(shared)}; do not evaluate on training images."
+            )
     plural = "s" if len(splits) > 1 else "", "es" if len(classes) > 1 else ""
     layout = f"{found.layout}, {len(splits)} split{plural[0]}, {count:,} images, {len(classes):,} class{plural[1]}"
     train, val, test, evaluated = _choose_splits(splits)

@@ -36,6 +36,8 @@ def read_coco(root: Path, errors: ErrorPolicy, masks: bool) -> Annotations:
     files = find_coco_files(root)
     documents = {split: read_coco_document(file, masks) for split, file in files.items()}
     notes = _drop_root_category(documents)
+    if unused := [file.relative_to(root).as_posix() for file in _list_documents(root) if file not in files.values()]:
+        notes += (f"{format_list(unused)}: named after no split, and left out",)
     categories = {split: _read_categories(files[split], content) for split, content in documents.items()}
     classes = _compare_categories(files, categories)
     finder = ImageFinder(root)

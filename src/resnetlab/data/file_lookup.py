@@ -22,7 +22,7 @@ YEAR = re.compile(r"([ _-]?dev)?[ _-]?\d{4}$")  # "train2017", "test-dev2017"
 LABEL_AT_END = re.compile(r"\s+-?[01]$")  # VOC's lists of a class: "2008_000008 -1"
 
 
-def _key(name: str) -> str:
+def name_key(name: str) -> str:
     """What names have in common that mean the same file."""
     return unicodedata.normalize("NFC", name.replace("\\", "/")).casefold().lstrip("./")
 
@@ -34,13 +34,13 @@ class NameIndex:
         self._names = set(names)
         self._by_key: dict[str, list[str]] = defaultdict(list)
         for name in self._names:
-            self._by_key[_key(name)].append(name)
+            self._by_key[name_key(name)].append(name)
 
     def find(self, name: str) -> str | None:
         """The known name that `name` means; None if there is none, or several."""
         if name in self._names:
             return name
-        found = self._by_key.get(_key(name), ())
+        found = self._by_key.get(name_key(name), ())
         return found[0] if len(found) == 1 else None
 
     def find_list_entry(self, line: str) -> str | None:
@@ -64,7 +64,7 @@ class ImageFinder:
         self.folders = sorted({path.rpartition("/")[0] for path in self.paths})
         self._by_last: dict[str, list[str]] = defaultdict(list)
         for path in self.paths:
-            self._by_last[_key(path.rsplit("/", 1)[-1])].append(path)
+            self._by_last[name_key(path.rsplit("/", 1)[-1])].append(path)
 
     def find(self, name: str, folders: Sequence[str]) -> Path | None:
         """The image that `name` means in one of some folders (paths below the root, "" for itself), or else its last part.
@@ -79,7 +79,7 @@ class ImageFinder:
                 return self.root / folder / name
         last = re.split(r"[/\\]", name)[-1]
         for spelled in (last, unquote(last)):
-            if len(found_by_last := self._by_last.get(_key(spelled), [])) == 1:
+            if len(found_by_last := self._by_last.get(name_key(spelled), [])) == 1:
                 return self.root / found_by_last[0]
         return None
 
@@ -94,7 +94,7 @@ class ImageFinder:
 
     def count_named(self, name: str) -> int:
         """How many images have the last part of a name."""
-        return len(self._by_last.get(_key(re.split(r"[/\\]", name)[-1]), ()))
+        return len(self._by_last.get(name_key(re.split(r"[/\\]", name)[-1]), ()))
 
 
 def _list_files(root: Path) -> list[Path]:

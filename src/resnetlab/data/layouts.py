@@ -18,7 +18,8 @@ from resnetlab.data.voc import find_voc_folders, read_voc
 from resnetlab.data.yolo import find_yolo_labels, read_yolo
 from resnetlab.errors import DataError
 
-PEEK = 2**16  # bytes of a JSON file that show whose it is
+PEEK = 2**16  # bytes of a JSON file that show whose it is, and
+PEEKED_FILES = 50  # how many files are looked into
 
 
 class Layout(NamedTuple):
@@ -39,7 +40,7 @@ class Layout(NamedTuple):
 
 def _has_json(root: Path, start: str, *keys: str) -> bool:
     """Whether a JSON file begins with a character and has some keys in its first 64 KiB."""
-    for file in list_json_files(root):
+    for file in list_json_files(root)[:PEEKED_FILES]:
         with file.open("rb") as stream:
             content = stream.read(PEEK)
         text = content.decode(find_encoding(content), "replace").lstrip()

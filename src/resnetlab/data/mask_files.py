@@ -192,7 +192,8 @@ def decide_mask_classes(files: Sequence[Path], label_map: LabelMap | None, class
             f"the masks hold no value but 0 and {VOID}, which is not evaluated; there is no class to train on. If "
             f"{VOID} is a class, say which: --set class_255={names[1] if len(names) > 1 else 'NAME'}."
         )
-    return MaskClasses(names, {value: value for value in range(len(names)) if value != VOID} | {VOID: white}, note=note)
+    lookup = {**{value: value for value in range(len(names))}, VOID: white}
+    return MaskClasses(names, {} if white == VOID else lookup, note=note)  # {}: the hash of plain masks stays as it was
 
 
 def _list_values(file: Path) -> NDArray[np.int64]:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from resnetlab.data.annotations import Annotations, ImageRecord
 from resnetlab.data.error_policy import ErrorPolicy
-from resnetlab.data.file_lookup import ImageFinder, find_split
+from resnetlab.data.file_lookup import ImageFinder, find_split, name_key
 from resnetlab.data.mask_files import VOID, MaskClasses
 from resnetlab.data.voc import list_by_stem, list_voc_images, read_voc_splits
 from resnetlab.errors import DataError
@@ -79,9 +79,9 @@ def read_mask_folders(root: Path, errors: ErrorPolicy, masks: bool) -> Annotatio
         words = [*(match["split"] for match in matches if match["split"]), *folders]
         split = next((found for found in map(find_split, words) if found), "")
         if matches and not OTHER_MASKS.search(stem):
-            _add(files, (split, MASK_ENDING.sub("", stem)), path, root)
+            _add(files, (split, name_key(MASK_ENDING.sub("", stem))), path, root)
         elif not matches:
-            _add(images, (split, IMAGE_ENDING.sub("", stem)), path, root)
+            _add(images, (split, name_key(IMAGE_ENDING.sub("", stem))), path, root)
     with_masks = {split for split, _ in files}
     left_out = sorted({split or "unsplit" for split, _ in images if split not in with_masks})
     splits: dict[str, list[ImageRecord]] = {}

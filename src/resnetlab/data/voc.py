@@ -11,6 +11,7 @@ beside their XML, in the folder (LabelImg) or in a folder for each split (Robofl
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Container, Iterable
 from pathlib import Path
@@ -73,10 +74,11 @@ def list_by_stem(folder: Path, suffixes: Container[str]) -> dict[str, Path]:
     files: dict[str, Path] = {}
     for file in sorted(folder.iterdir()) if folder.is_dir() else ():
         if file.suffix.lower() in suffixes and not file.name.startswith("."):
-            if file.stem in files:
+            stem = unicodedata.normalize("NFC", file.stem)
+            if stem in files:
                 kind = "annotations" if ".xml" in suffixes else "images"
-                raise DataError(f"{files[file.stem]} and {file.name} have one name for two {kind}; rename one of them.")
-            files[file.stem] = file
+                raise DataError(f"{files[stem]} and {file.name} have one name for two {kind}; rename one of them.")
+            files[stem] = file
     return files
 
 

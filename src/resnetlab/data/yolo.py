@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from resnetlab.data.annotations import Annotations, ImageRecord, ObjectRecord
 from resnetlab.data.error_policy import ErrorPolicy
-from resnetlab.data.file_lookup import ImageFinder, find_entry, find_split, list_subfolders
+from resnetlab.data.file_lookup import ImageFinder, NameIndex, find_entry, find_split, list_subfolders
 from resnetlab.data.text_files import read_lines, read_text
 from resnetlab.errors import DataError
 
@@ -47,11 +47,13 @@ def read_yolo(root: Path, errors: ErrorPolicy, masks: bool) -> Annotations:
     """The images of each split with their objects, whose coordinates are fractions."""
     config = read_yolo_config(root)
     finder = ImageFinder(root)
+    texts = NameIndex(path.relative_to(root).as_posix() for path in root.rglob("*") if path.suffix.lower() == ".txt")
     splits, without, missing = {}, 0, 0
     for split, images in _list_images(root, finder, config).items():
         records = []
         for name in images:
-            labels = _label_file(root / name)
+            expected = _label_file(name)
+            labels = root / (texts.find(expected) or expected)
             objects = _read_labels(labels, config, errors) if labels.is_file() else []
             without += not labels.is_file()
             records.append(ImageRecord(name, root / name, str(labels), (0, 0), objects, relative=True))
@@ -150,13 +152,14 @@ def _list_place(root: Path, finder: ImageFinder, config: YoloConfig, place: str,
     raise DataError(f"{config.file} names {place}, which is not below {root}; correct it, or move the images there.")
 
 
-def _label_file(image: Path) -> Path:
-    """labels/….txt for images/….jpg (the last folder of that name), or else the text file beside the image."""
-    parts = list(image.parts[:-1])
-    for i in range(len(parts) - 1, -1, -1):
-        if parts[i].lower() == "images":
-            return Path(*parts[:i], "labels", *parts[i + 1 :], f"{image.stem}.txt")
-    return image.with_suffix(".txt")
+def _label_file(image: str) -> str:
+    """labels/….txt for images/….jpg (the last folder of that name), or else the text file beside the image; below the root."""
+    *folders, name = image.split("/")
+    for i in range(len(folders) - 1, -1, -1):
+        if folders[i].lower() == "images":
+            folders[i] = "labels"
+            break
+    return "/".join([*folders, f"{name.rpartition('.')[0]}.txt"])
 
 
 def _read_labels(file: Path, config: YoloConfig, errors: ErrorPolicy) -> list[ObjectRecord]:
