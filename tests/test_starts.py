@@ -13,9 +13,11 @@ from torch import Tensor
 
 import resnetlab
 from images import folder
+from resnetlab.cli.main import run_command
+from resnetlab.cli.train import TrainOptions, complete_recipe, read_overrides
 from resnetlab.errors import UsageError
 from resnetlab.inference.build import adapt_channels
-from resnetlab.inference.start import NO_HEAD, choose_specification, load_start
+from resnetlab.inference.start import NO_HEAD, choose_specification, find_pretrained, load_start
 from resnetlab.models.model_file import TrainedModel, load_trained_model
 from resnetlab.models.resnet import build
 from resnetlab.models.spec import get_specification, nearest_name
@@ -129,3 +131,18 @@ def test_channels_are_converted_as_timm_does(channels: int) -> None:
     manipulate = pytest.importorskip("timm.models._manipulate")
     kernels = torch.randn(4, 3, 3, 3, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(adapt_channels(kernels, channels), manipulate.adapt_input_conv(channels, kernels))
+
+
+def test_pretrained_takes_the_named_networks_imagenet_weights(capsys: pytest.CaptureFixture[str]) -> None:
+    options = TrainOptions(net="resnet50", pretrained=True)
+    overrides = read_overrides("digits", options, {})
+    assert overrides.values["start_from"] == "torchvision:resnet50.IMAGENET1K_V2"
+    assert complete_recipe("classify", options, overrides).name == "finetune"
+    assert find_pretrained("resnet101v1.5") == "torchvision:resnet101.IMAGENET1K_V2"
+    for command, message in (
+        ("--pretrained", "give it. Other weights: --start-from"),
+        ("--pretrained --net resnet20", "there are none of resnet20"),
+        ("--pretrained --net resnet18 --start-from x", "two starts; give one of them"),
+    ):
+        assert run_command(["train", "digits", *command.split()]) == 2
+        assert message in capsys.readouterr().err

@@ -37,6 +37,8 @@ class TrainOptions:
     start_from
         Weights to start from (recipe finetune): a model file, a published name such as torchvision:resnet18.IMAGENET1K_V1, or a
         weight file of another program. They bring their network, and get a new head if the data have other classes.
+    pretrained
+        Start from the published ImageNet weights of --net, which torchvision's server has (resnet18, 34, 50, 101, 152).
     steps
         Length of the run; the recipe's schedule is rescaled to it, and the result is marked as shortened.
     epochs
@@ -74,6 +76,7 @@ class TrainOptions:
     net: str | None = None
     recipe: str | None = None
     start_from: str | None = None
+    pretrained: Annotated[bool, Parameter(negative="")] = False
     steps: int | None = None
     epochs: float | None = None
     batch: str | None = None
@@ -154,6 +157,7 @@ def read_overrides(data: str | None, options: TrainOptions, values: Mapping[str,
 
     Raises UsageError if options contradict each other.
     """
+    from resnetlab.inference.start import find_pretrained
     from resnetlab.training.recipe import Overrides
 
     if options.workers is not None and options.workers < 0:
@@ -166,8 +170,10 @@ def read_overrides(data: str | None, options: TrainOptions, values: Mapping[str,
         raise UsageError(
             "--max-restarts is for processes that --procs starts; give it, or torchrun its own --max-restarts."
         )
+    if options.pretrained and options.start_from:
+        raise UsageError("--pretrained and --start-from are two starts; give one of them.")
     own = {
-        "start_from": options.start_from,
+        "start_from": find_pretrained(options.net) if options.pretrained else options.start_from,
         "lr": options.lr,
         "batch": None if options.batch == "auto" else options.batch,
     }
@@ -224,7 +230,7 @@ def complete_recipe(task: str, options: TrainOptions, overrides: Overrides) -> B
     from resnetlab.data import sources
     from resnetlab.training import recipes
 
-    name = options.recipe or ("finetune" if task == "classify" and options.start_from else None)
+    name = options.recipe or ("finetune" if task == "classify" and "start_from" in overrides.values else None)
     recipe = recipes.choose_recipe(name, task=task, data=overrides.data)
     if overrides.data is None and not sources.is_builtin(recipe.data) and not Path(recipe.data).exists():
         command = "resnetlab train" if task == "classify" else f"resnetlab {task} train"

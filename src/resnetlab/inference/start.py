@@ -22,6 +22,11 @@ from resnetlab.models.weight_files import SUFFIXES
 from resnetlab.tensor_file import read_metadata
 
 NO_HEAD = ("no head",)  # the classes of weights without a head
+PRETRAINED = {  # a network: its best ImageNet weights at torchvision
+    "resnet18": "torchvision:resnet18.IMAGENET1K_V1",
+    "resnet34": "torchvision:resnet34.IMAGENET1K_V1",
+    **{f"resnet{depth}": f"torchvision:resnet{depth}.IMAGENET1K_V2" for depth in (50, 101, 152)},
+}
 
 
 class Start(NamedTuple):
@@ -30,6 +35,16 @@ class Start(NamedTuple):
     model: TrainedModel
     digest: str
     notes: list[str]
+
+
+def find_pretrained(net: str | None) -> str:
+    """The name of a network's published ImageNet weights (v1.5 for bottlenecks); raises UsageError if there are none."""
+    if net is None or (name := PRETRAINED.get(net.removesuffix("v1.5"))) is None:
+        raise UsageError(
+            f"--pretrained takes the ImageNet weights of {', '.join(PRETRAINED)}, named by --net; "
+            f"{f'there are none of {net}' if net else 'give it'}. Other weights: --start-from NAME or FILE."
+        )
+    return name
 
 
 def resolve_start(name: str, folder: Path) -> str:
