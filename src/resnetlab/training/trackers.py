@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from resnetlab.errors import RunError, missing_package, unknown_name_error
+from resnetlab.errors import RunError, UsageError, missing_package, unknown_name_error
 from resnetlab.run_folder import RunFolder, write_error
 
 PROJECT = "resnetlab"  # where a tracker's own variables (WANDB_PROJECT, MLFLOW_EXPERIMENT_NAME, …) name no other
@@ -155,6 +155,8 @@ def check_trackers(names: Sequence[str]) -> None:
     for name in names:
         if name not in TRACKERS:
             raise unknown_name_error("tracker", name, TRACKERS)
+        if not is_installed(name) and name == "trackio":  # its bound on Pillow is below ours, so no extra can bring it
+            raise UsageError("--tracker trackio needs the package trackio, which no extra installs; add it yourself.")
         if not is_installed(name):
             raise missing_package(f"--tracker {name}", name, name)
 
