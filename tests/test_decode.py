@@ -137,8 +137,8 @@ def jpeg_bomb() -> bytes:
     [
         (encoded(photo(1), "JPEG")[:-300], "a b.jpg is damaged: image file is truncated"),
         (encoded(photo(1), "PNG")[:-900], "a b.jpg is damaged: "),
-        (png_bomb(), "a b.jpg claims more than 89,478,485 pixels; make it smaller"),
-        (jpeg_bomb(), "a b.jpg claims more than 89,478,485 pixels; make it smaller"),
+        (png_bomb(), "a b.jpg claims more than 178,956,970 pixels; make it smaller"),
+        (jpeg_bomb(), "a b.jpg claims more than 178,956,970 pixels; make it smaller"),
         (b"", "a b.jpg is not an image that can be read"),
         (b"\xff\xd8\xff", "a b.jpg is not an image that can be read"),
         (b"hello", "a b.jpg is not an image that can be read"),
@@ -335,3 +335,33 @@ def test_grey_tiffs_are_scaled_by_the_depth_that_they_declare() -> None:
     assert pixels(grey_tiff(65535 - values * 16, 16, photometric=0))[0, :, 0].tolist() == expected  # 0 is white
     with pytest.raises(DataError, match=r"^x has signed values of 16 bits and does not define which value is white"):
         pixels(grey_tiff(values, 16, t339=2))
+
+
+def heic_header() -> bytes:
+    return b"\x00\x00\x00\x18ftypheic\x00\x00\x00\x00mif1heic" + bytes(64)
+
+
+def test_heic_is_named_with_the_extra_that_reads_it_and_never_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import sys
+
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    (tmp_path / "IMG_1.HEIC").write_bytes(heic_header())
+    (found,) = decode.list_images(tmp_path)
+    assert found == tmp_path / "IMG_1.HEIC"
+    for source in (found, found.read_bytes()):
+        with pytest.raises(DataError, match=r"is a HEIC image; to read it, install: .*\[heic\]"):
+            decode.decode(source)
+
+
+def test_heic_is_read_with_the_extra(tmp_path: Path) -> None:
+    heif = pytest.importorskip("pillow_heif")
+    heif.register_heif_opener()
+    Image.fromarray(np.full((32, 32, 3), 200, np.uint8)).save(tmp_path / "a.heic")
+    assert decode.decode(tmp_path / "a.heic").size == (32, 32)
+
+
+def test_images_of_108_megapixels_are_taken(tmp_path: Path) -> None:
+    Image.new("1", (12_000, 9_000)).save(tmp_path / "phone.png")
+    assert decode.decode(tmp_path / "phone.png").size == (12_000, 9_000)

@@ -120,7 +120,7 @@ def test_a_restricted_command_refuses_models_of_other_tasks(folder: Path, run: R
     assert code == 1 and "missing.safetensors does not exist" in error
 
 
-@pytest.mark.parametrize("option", [("--score", "0.3"), ("--scales", "240,300"), ("--refine",), ("--out", "x")])
+@pytest.mark.parametrize("option", [("--scales", "240,300"), ("--refine",)])
 def test_a_classifier_refuses_the_options_of_detectors(folder: Path, option: tuple[str, ...], run: Run) -> None:
     image = folder / "voc" / "JPEGImages" / "p7.png"
     code, _, error = run("predict", folder / "classify.safetensors", image, *option)

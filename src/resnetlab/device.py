@@ -136,7 +136,7 @@ def map_in_order(pool: Executor, ahead: int, function: Callable[[A], B], items: 
 
 
 def select_device(precision: str = "auto", device: str = "auto", threads: int = 0) -> DeviceConfig:
-    """Selects device and precision; "auto" takes a GPU if there is one, and bf16 if the hardware computes it.
+    """Selects device and precision; "auto" takes a GPU (CUDA, then MPS) if there is one, and bf16 if the hardware computes it.
 
     Sets the number of CPU threads for the whole process; 0 keeps torch's own number, one per core that the process may use.
 
@@ -145,7 +145,9 @@ def select_device(precision: str = "auto", device: str = "auto", threads: int = 
     if precision not in PRECISIONS:
         raise unknown_name_error("precision", precision, PRECISIONS)
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    elif device.isdecimal():  # as other programs number GPUs
+        device = f"cuda:{device}"
     try:
         selected = torch.device(device)
         float(torch.ones(1, device=selected))

@@ -132,7 +132,7 @@ def detect_predict() -> None:
     """
 
 
-@_restrict(predict, "segment", CLASSIFIER_PREDICTION | DETECTOR_OPTIONS | {"score"})
+@_restrict(predict, "segment", CLASSIFIER_PREDICTION | DETECTOR_OPTIONS | {"min_score"})
 def segment_predict() -> None:
     """Segment images; print each class's fraction as JSON, and write each image tinted by class as a PNG.
 

@@ -79,3 +79,13 @@ def parse_pairs(settings: Sequence[str]) -> dict[str, str]:
             raise UsageError(f"--set {key.strip()} is given twice; give it once.")
         values[key.strip()] = value.strip()
     return values
+
+
+def check_order(command: str, model: str, images: Sequence[str]) -> None:
+    """Raises UsageError, with the right command line, if an image is given in place of the model and a model among images."""
+    from shlex import join
+
+    found = next((image for image in images if image.endswith(".safetensors")), None)
+    if found is not None and not model.endswith(".safetensors"):
+        others = [model, *(image for image in images if image != found)]
+        raise UsageError(f"the model comes first: {join(['resnetlab', command, found, *others])}")

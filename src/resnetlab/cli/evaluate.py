@@ -145,7 +145,8 @@ def evaluate(
     device
         cpu, cuda, cuda:1, … ; auto takes a GPU where there is one.
     out
-        Folder for evaluation.json and evaluation.html; by default the first model's.
+        Folder for evaluation.json and evaluation.html; by default the first model's, or a folder in it named after the data,
+        split and protocol if those of another evaluation are there.
     predictions
         Write the prediction for each image to this file, .csv or .parquet.
     json
@@ -209,7 +210,7 @@ def _write_files(evaluation: Evaluation, default: Path, out: Path | None, predic
         console.log(f"{len(skipped):,} images could not be read and are not counted: {', '.join(skipped)}")
     for sentence in evaluation.notes:
         console.log(f"resnetlab: warning: {sentence}.")
-    folder = default if out is None else out
+    folder = _choose_folder(evaluation, default) if out is None else out
     try:
         write_evaluation(evaluation, folder)
         console.log(f"page: {folder / 'evaluation.html'}")
@@ -219,6 +220,20 @@ def _write_files(evaluation: Evaluation, default: Path, out: Path | None, predic
         console.log(f"resnetlab: warning: no page: {error}")
     if predictions is not None:
         write_predictions(predictions, evaluation.metrics, evaluation.images.names)
+
+
+def _choose_folder(evaluation: Evaluation, default: Path) -> Path:
+    """The folder for the page: `default`, or one in it named after the data if the page of other data is there."""
+    from json import loads
+
+    from resnetlab.data.sources import short_name
+
+    try:
+        known = loads((default / "evaluation.json").read_text("utf-8"))
+        same = (known["data"], known["split"]) == (evaluation.data, evaluation.split)
+    except (OSError, ValueError, KeyError, TypeError):
+        return default
+    return default if same else default / f"evaluation-{short_name(evaluation.data)}-{evaluation.split}"
 
 
 def _open_annotated(models: Sequence[str], task: str, precision: str, device: str) -> Detector | Segmenter:
@@ -279,7 +294,9 @@ def _print_evaluation(evaluation: Evaluation) -> None:
     if evaluation.scope:
         print(f"scores are over {evaluation.scope} (--classes all or data)")
     low, high = figures["top1_interval"]
-    print(f"top-1 error {format_percent(metrics.top1_error)}  (95 % interval {100 * low:.2f} to {100 * high:.2f} %)")
+    interval = f"95 % interval {100 * low:.2f} to {100 * high:.2f} %"
+    accuracy = format_percent(1 - metrics.top1_error)
+    print(f"top-1 error {format_percent(metrics.top1_error)}  ({interval}; accuracy {accuracy})")
     if len(metrics.classes) > 5:
         print(f"top-5 error {format_percent(metrics.top5_error)}")
     precision, recall, f1 = (format_percent(figures[key]) for key in ("precision", "recall", "f1"))

@@ -60,6 +60,7 @@ def explain(
     from resnetlab.inference.predict import load
     from resnetlab.models.annotated_model import read_task
 
+    console.check_order("explain", model, [str(image) for image in images])
     model = find_model(model)
     if (task := read_task(Path(model))) != "classify":
         from resnetlab.inference.annotated import PREDICTORS

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import io
+import re
+import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TextIO
 
 from cyclopts import Parameter
 
@@ -22,7 +26,8 @@ if TYPE_CHECKING:
     from resnetlab.inference.images import ImageInput
     from resnetlab.inference.predict import Model, Prediction
 
-CLASSIFIER_PREDICTION = {"top", "backend", "calibrate"}  # options that only classifiers have
+OUTPUT_SUFFIXES = {".csv": "csv", ".json": "json", ".jsonl": "jsonl", ".parquet": "parquet", ".txt": "table"}
+CLASSIFIER_PREDICTION = {"top", "backend", "calibrate", "sort_into", "protocol"}  # options that only classifiers have
 DETECTOR_OPTIONS = {"scales", "refine"}
 
 
@@ -34,7 +39,9 @@ def predict(
     format: Literal["table", "csv", "json", "jsonl"] | None = None,
     json: Annotated[bool, Parameter(negative="")] = False,
     out: Path | None = None,
-    score: float | None = None,
+    min_score: Annotated[float | None, Parameter(name=("--min-score", "--score"))] = None,
+    sort_into: Path | None = None,
+    protocol: str | None = None,
     scales: str | None = None,
     refine: bool = False,
     backend: str = "auto",
@@ -51,9 +58,10 @@ def predict(
     Parameters
     ----------
     model
-        A model file, or a published name such as torchvision:resnet50.IMAGENET1K_V2.
+        A model file, a run folder, or a published name such as torchvision:resnet50.IMAGENET1K_V2.
     images
-        Images, folders of images (of any number: they stream), tables that name images, or - for one image on standard input.
+        Images, folders of images (of any number: they stream), patterns such as 'photos/*.jpg', addresses (https://…), tables
+        that name images, or - for one image on standard input. Names that begin with - come after --.
     top
         How many classes to show for each image; 5 by default.
     format
@@ -62,9 +70,14 @@ def predict(
     json
         The same as --format json.
     out
-        Folder for images with the boxes (NAME.boxes.png) or tinted by class (NAME.mask.png); by default none are written.
-    score
-        Minimum score of a box; 0.5 by default.
+        A file for the predictions, .csv, .json, .jsonl, .parquet or .txt, in place of standard output. Or, for boxes and masks,
+        a folder for the images with the boxes (NAME.boxes.png) or tinted by class (NAME.mask.png).
+    min_score
+        Show no class or box with a lower score; 0.5 by default for boxes.
+    sort_into
+        Copy each image into FOLDER/CLASS by its best class, into FOLDER/unsure if that has less than --min-score.
+    protocol
+        Views of each image whose scores are averaged, as in `evaluate`: flip, 10crop, dense:320, …; computed by torch.
     scales
         Multi-scale testing of a detector (2015, appendix B): shorter sides in pixels, such as 240,300,360; each region uses
         the two that suit it best.
@@ -81,7 +94,7 @@ def predict(
     device
         cpu, cuda, cuda:1, … ; auto takes a GPU if there is one. On a GPU the backend is torch.
     """
-    from resnetlab.inference.backends import FEW_IMAGES, check_backend_request
+    from resnetlab.inference.backends import check_backend_request
     from resnetlab.inference.open_model import open_model
     from resnetlab.inference.predict import Model
     from resnetlab.models.annotated_model import TASK_NOUNS
@@ -98,40 +111,148 @@ def predict(
         raise UsageError(f"--top must be 1 or more, not {top}.")
     if json and format not in (None, "json"):
         raise UsageError(f"--json and --format {format} contradict each other; give one of them.")
+    if min_score is not None and not 0 <= min_score <= 1:
+        raise UsageError(f"--min-score must be from 0 to 1, not {min_score}.")
+    console.check_order("predict", model, images)
     check_backend_request(backend, precision)
     if calibrate is not None and not calibrate.is_dir():
         raise DataError(f"{calibrate} is not a folder; --calibrate takes a folder of images.")
     opened = open_model(model, backend=backend, precision=precision, device=device)
-    inputs = _expand_inputs(images)
-    output = "json" if json else format
-    if not isinstance(opened, Model):
-        console.refuse_options(
-            TASK_NOUNS[opened.model.task], {"top": top is not None, "calibrate": calibrate is not None}
-        )
-        if output in ("table", "csv"):
-            raise UsageError(f"--format {output} is for classes; boxes and masks are printed as json or jsonl.")
-        return _report(
-            _predict_annotated(configure_detector(opened, scales, refine, score), inputs, out), output or "json"
-        )
-    detector_options = {
-        "out": out is not None,
-        "score": score is not None,
-        "scales": scales is not None,
-        "refine": refine,
-    }
-    console.refuse_options("a classifier", detector_options)
+    inputs, output = _expand_inputs(images), "json" if json else format
+    file = out if out is not None and out.suffix in OUTPUT_SUFFIXES else None
+    with open_output(file, output, images) as (stream, by_suffix):
+        if not isinstance(opened, Model):
+            options = {"top": top is not None, "calibrate": calibrate is not None}
+            options |= {"sort_into": sort_into is not None, "protocol": protocol is not None}
+            console.refuse_options(TASK_NOUNS[opened.model.task], options)
+            chosen = by_suffix or output or "json"
+            if chosen not in ("json", "jsonl"):
+                raise UsageError(f"--format {chosen} is for classes; boxes and masks are printed as json or jsonl.")
+            detector = configure_detector(opened, scales, refine, min_score)
+            return _report(_predict_annotated(detector, inputs, None if file else out), chosen, stream)
+        if out is not None and file is None:
+            raise UsageError(f"--out takes a file that ends in {', '.join(OUTPUT_SUFFIXES)}, not {out}.")
+        console.refuse_options("a classifier", {"scales": scales is not None, "refine": refine})
+        request = ClassRequest(top or 5, min_score or 0.0, sort_into, protocol, (backend, precision, calibrate))
+        with console.ProgressBar("images") as bar:
+            return _report(_predict_classes(opened, inputs, request, bar), by_suffix or output or "table", stream)
+
+
+class ClassRequest(NamedTuple):
+    """What is asked of a classifier's predictions; `backend` is its name, precision and the folder to calibrate on."""
+
+    top: int
+    min_score: float
+    sort_into: Path | None
+    protocol: str | None
+    backend: tuple[str, str, Path | None]
+
+
+def _predict_classes(
+    model: Model, inputs: Iterator[tuple[str, ImageInput | DataError]], request: ClassRequest, bar: console.ProgressBar
+) -> Iterator[Prediction]:
+    """Predicts classes, with the backend that is asked for, and sorts the images."""
+    from resnetlab.inference.backends import FEW_IMAGES
+
+    if request.protocol is not None and request.backend[0] not in ("auto", "torch"):
+        raise UsageError("--protocol is computed by torch; leave out --backend.")
     first = list(islice(inputs, FEW_IMAGES + 1))
-    console.log(f"backend: {_select_model_backend(opened, backend, precision, calibrate, first)}")
-    with console.ProgressBar("images") as bar:
-        predictions = opened.named_predictions(chain(first, inputs), top=top or 5)
-        if len(first) > FEW_IMAGES:
-            predictions = _with_progress(predictions, bar)
-        return _report(predictions, output or "table")
+    if request.protocol is None:
+        console.log(f"backend: {_select_model_backend(model, *request.backend, first)}")
+    predictions = model.named_predictions(chain(first, inputs), top=request.top, protocol=request.protocol)
+    for done, p in enumerate(predictions, 1):
+        if len(first) > FEW_IMAGES and done % 64 == 0:
+            bar.update(done, None)
+        if request.sort_into is not None and p.error is None:
+            _sort_image(p, request.sort_into, request.min_score)
+        yield replace(p, top=tuple(each for each in p.top if each.score >= request.min_score))
 
 
-def _report(predictions: Iterator[Any], format: str) -> None:
+def _sort_image(prediction: Prediction, folder: Path, min_score: float) -> None:
+    """Copies an image into the folder of its best class, under an unused name."""
+    from resnetlab.run_folder import write_error
+
+    source = Path(prediction.name)
+    if not source.is_file():
+        raise UsageError(f"--sort-into copies files, and {prediction.name} is none.")
+    label = prediction.label if prediction.score >= min_score else "unsure"
+    place = folder / re.sub(r'[/\\:*?"<>|]', "_", label)
+    target, number = place / source.name, 1
+    while target.exists():
+        if target.samefile(source) or target.read_bytes() == source.read_bytes():
+            return  # sorted before
+        number += 1
+        target = place / f"{source.stem}-{number}{source.suffix}"
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(source, target)
+    except OSError as error:
+        raise write_error(target, error) from error
+
+
+@contextlib.contextmanager
+def open_output(file: Path | None, format: str | None, inputs: Sequence[str]) -> Iterator[tuple[TextIO, str | None]]:
+    """The stream for predictions, and the format that the file's ending decides; the file appears when all are written.
+
+    Raises UsageError if the format is another, or the file is one of the inputs; RunError if it cannot be written.
+    """
+    from resnetlab.run_folder import check_output_file, write_atomically
+
+    if file is None:
+        yield sys.stdout, None
+        return
+    by_suffix = OUTPUT_SUFFIXES[file.suffix]
+    if format not in (None, by_suffix):
+        raise UsageError(f"--format {format} and --out {file} contradict each other; give one of them.")
+    check_output_file(file, [image for image in inputs if image != "-"])
+    stream = io.StringIO(newline="")
+    written = False
+    try:
+        yield stream, by_suffix
+        written = True
+    except DataError:  # images that could not be read have their lines
+        written = True
+        raise
+    finally:
+        if written:
+            text = stream.getvalue()
+            write_atomically(
+                file, _to_parquet(text) if by_suffix == "parquet" else text.encode("utf-8", "surrogateescape")
+            )
+            console.log(f"predictions: {file}")
+
+
+def _to_parquet(text: str) -> bytes:
+    """The rows of a CSV text as a Parquet file."""
+    from resnetlab.errors import missing_package
+
+    try:
+        import pyarrow
+        from pyarrow import csv as arrow_csv
+        from pyarrow import parquet
+    except ImportError as error:
+        raise missing_package("--out FILE.parquet", error.name, "parquet") from error
+    types = {
+        "image": pyarrow.string(),
+        "rank": pyarrow.int64(),
+        "class": pyarrow.string(),
+        "score": pyarrow.float64(),
+        "error": pyarrow.string(),
+    }
+    table = arrow_csv.read_csv(
+        io.BytesIO(text.encode("utf-8", "replace")),
+        convert_options=arrow_csv.ConvertOptions(column_types=types),
+        parse_options=arrow_csv.ParseOptions(newlines_in_values=True),
+    )
+    content = io.BytesIO()
+    parquet.write_table(table, content)
+    return content.getvalue()
+
+
+def _report(predictions: Iterator[Any], format: str, stream: TextIO) -> None:
     """Prints predictions as they come; raises DataError at the end if an image could not be read."""
-    done, failed, reason = _print_predictions(predictions, format)
+    with contextlib.redirect_stdout(stream):
+        done, failed, reason = _print_predictions(predictions, format)
     if failed:
         raise DataError(f"{failed:,} of {done:,} images could not be read. The first: {reason}")
 
@@ -144,12 +265,10 @@ def configure_detector(
     from resnetlab.models.head_spec import DetectionOptions
 
     if not isinstance(predictor, Detector):
-        options = {"score": score is not None, "scales": scales is not None, "refine": refine}
+        options = {"min_score": score is not None, "scales": scales is not None, "refine": refine}
         console.refuse_options("a segmenter", options)
         return predictor
     min_score = predictor.min_score if score is None else score
-    if not 0 <= min_score <= 1:
-        raise UsageError(f"--score must be from 0 to 1, not {min_score}.")
     try:
         sides = tuple(int(part) for part in scales.split(",")) if scales else ()
     except ValueError:
@@ -188,15 +307,17 @@ def save_overlay(overlay: Image.Image, out: Path, stem: str, suffix: str) -> Pat
 
 def _expand_inputs(images: Sequence[str]) -> Iterator[tuple[str, ImageInput | DataError]]:
     """Yields (name, image or error) of all inputs; folders are listed lazily."""
-    from resnetlab.data.decode import list_images
     from resnetlab.data.tables import is_table, list_table_images
+    from resnetlab.inference.images import expand_images
 
     for image in images:
         if image == "-":
             yield image, sys.stdin.buffer.read()
-            continue
-        for found in list_table_images(image) if is_table(image) else list_images(Path(image)):
-            yield (image if isinstance(found, DataError) else str(found)), found
+        elif is_table(image):
+            for found in list_table_images(image):
+                yield (image if isinstance(found, DataError) else str(found)), found
+        else:
+            yield from expand_images(image)
 
 
 def _select_model_backend(
@@ -214,18 +335,12 @@ def _select_model_backend(
     return model.select_backend(backend, precision, images, calibration, len(first))
 
 
-def _with_progress(predictions: Iterator[Prediction], bar: console.ProgressBar) -> Iterator[Prediction]:
-    for done, prediction in enumerate(predictions, 1):
-        if done % 64 == 0:
-            bar.update(done, None)
-        yield prediction
-
-
 def _print_predictions(predictions: Iterator[Prediction], format: str) -> tuple[int, int, str | None]:
     """Prints predictions as they come; returns their number, the number of errors, and the first error."""
     done = failed = 0
     reason = None
-    write, end = {"table": _table_writer, "csv": _csv_writer, "json": _json_writer, "jsonl": _jsonl_writer}[format]()
+    writers = {"table": _table_writer, "csv": _csv_writer, "json": _json_writer, "jsonl": _jsonl_writer}
+    write, end = (writers | {"parquet": _csv_writer})[format]()
     for p in predictions:
         done += 1
         if p.error is not None:
@@ -243,14 +358,7 @@ Writer = tuple["Callable[[Prediction], object]", Callable[[], object]]  # writes
 def _csv_writer() -> Writer:
     writer = csv.writer(sys.stdout)
     writer.writerow(("image", "rank", "class", "score", "error"))
-
-    def write(p: Prediction) -> None:
-        rows = (
-            [(p.name, "", "", "", p.error)] if p.error else [(p.name, i, c, s, "") for i, (c, s) in enumerate(p.top, 1)]
-        )
-        writer.writerows(rows)
-
-    return write, lambda: None
+    return lambda p: writer.writerows(p.to_rows()), lambda: None
 
 
 def _json_writer() -> Writer:

@@ -149,6 +149,7 @@ def train(
         return None
     low, high = result.top1_interval
     interval = f"95 % interval {100 * low:.2f} to {100 * high:.2f} %, n = {result.n:,}"
+    interval += f"; accuracy {format_percent(1 - result.top1_error)}"
     return print_result(result, {f"{result.split} error, top-1": f"{format_percent(result.top1_error)}  ({interval})"})
 
 

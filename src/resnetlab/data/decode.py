@@ -21,7 +21,7 @@ try:  # the extra "fast": the same pixels, faster
 except ImportError:
     simplejpeg = None
 
-from resnetlab.errors import DataError
+from resnetlab.errors import DataError, install_hint
 
 ORIENTATION = 0x0112  # an EXIF tag
 TRANSPOSITIONS = {  # its value -> what turns the image upright
@@ -40,8 +40,24 @@ PngImagePlugin.MAX_TEXT_CHUNK = 64 * 2**20
 JPEG, EXIF = b"\xff\xd8\xff", b"Exif\0\0"  # their first bytes
 SIXTEEN_BIT_FORMATS = ("PNG", "PPM")  # Pillow may hold their 16 bits in 32
 SUFFIXES = frozenset(
-    {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jfif", ".avif"}
+    {
+        ".jpg",
+        ".jpeg",
+        ".png",
+        ".webp",
+        ".bmp",
+        ".gif",
+        ".tif",
+        ".tiff",
+        ".ppm",
+        ".pgm",
+        ".jfif",
+        ".avif",
+        ".heic",
+        ".heif",
+    }
 )
+HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")  # at byte 8 of a file
 
 
 def jpeg_decoder() -> str:
@@ -123,7 +139,7 @@ def decode(source: Path | bytes, name: str | None = None) -> Image.Image:
     name = name or (str(source) if isinstance(source, Path) else "the image")
     if isinstance(source, Path):
         check_regular_file(source)
-    with _name_errors(name), Image.open(source if isinstance(source, Path) else io.BytesIO(source)) as image:
+    with _name_errors(name), _open(source) as image:
         return _apply_orientation(image)
 
 
@@ -133,6 +149,22 @@ def check_regular_file(file: Path) -> None:
         raise DataError(f"{file} is a folder, not an image.")
     if file.exists() and not file.is_file():
         raise DataError(f"{file} is a pipe or a device, not an image.")
+
+
+def _open(source: Path | bytes) -> Image.Image:
+    try:
+        return Image.open(source if isinstance(source, Path) else io.BytesIO(source))
+    except UnidentifiedImageError:
+        with contextlib.closing(open(source, "rb") if isinstance(source, Path) else io.BytesIO(source)) as file:
+            head = file.read(12)
+        if head[4:8] != b"ftyp" or head[8:12] not in HEIF_BRANDS:
+            raise
+    try:
+        import pillow_heif  # type: ignore[import-not-found, unused-ignore]
+    except ImportError:
+        raise DataError(f"is a HEIC image; to read it, install: {install_hint('heic')}") from None
+    pillow_heif.register_heif_opener()
+    return Image.open(source if isinstance(source, Path) else io.BytesIO(source))
 
 
 def convert_image(image: Image.Image) -> Image.Image:
@@ -157,7 +189,6 @@ class _WarningFilters:
                 self._before = warnings.catch_warnings()
                 self._before.__enter__()
                 warnings.simplefilter("ignore")  # `data check` reports suspicious but readable files
-                warnings.simplefilter("error", Image.DecompressionBombWarning)
 
     def __exit__(self, *_: object) -> None:
         with self._lock:
@@ -181,8 +212,10 @@ def _name_errors(name: str) -> Iterator[None]:
         raise DataError(f"{name} cannot be read: no permission.") from None
     except UnidentifiedImageError:
         raise DataError(f"{name} is not an image that can be read ({', '.join(sorted(SUFFIXES))}).") from None
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise DataError(f"{name} claims more than {Image.MAX_IMAGE_PIXELS:,} pixels; make it smaller.") from None
+    except Image.DecompressionBombError:  # phones take images of 108 megapixels, at which Pillow only warns
+        raise DataError(
+            f"{name} claims more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels; make it smaller."
+        ) from None
     except DataError as error:
         raise DataError(f"{name} {error}") from None
     except Exception as error:  # the decoders of some thirty formats raise errors of many types

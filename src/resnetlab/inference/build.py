@@ -6,13 +6,14 @@ import math
 import warnings
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from resnetlab.errors import UsageError
-from resnetlab.inference.start import NO_HEAD, choose_specification, load_start
+from resnetlab.inference.start import NO_HEAD, choose_specification, find_pretrained, load_start
 from resnetlab.models import resnet
 from resnetlab.models.resnet import ResNet
 from resnetlab.models.spec import get_specification, list_network_names
@@ -23,7 +24,8 @@ def build(
     *,
     num_classes: int | None = None,
     in_chans: int | None = None,
-    weights: str | None = None,
+    weights: str | Path | None = None,
+    pretrained: bool = False,
     device: str | torch.device | None = None,
     init: str = "fan_in",
     seed: int | None = None,
@@ -38,6 +40,7 @@ def build(
             its kernels are summed for one channel, repeated and scaled for other numbers.
         weights: a published name such as "torchvision:resnet50.IMAGENET1K_V2", a model file or a weight file; None for random
             ones. Weights bring their own place of the stride: "resnet50" with torchvision's is "resnet50v1.5", with a warning.
+        pretrained: take torchvision's ImageNet weights.
         device: of the network; by default torch's, as `torch.device(…)` as a context sets it.
         init: "fan_in" or "fan_out", the n of He et al.'s N(0, sqrt(2/n)) (arXiv 1502.01852).
         seed: of the initialisation; by default torch's global generator is used.
@@ -55,19 +58,25 @@ def build(
             if old in changes:
                 raise UsageError(f"{new} and {old} are the same; give one of them.")
             changes[old] = value
-    where = torch.get_default_device() if device is None else torch.device(device)
-    if weights is None:
-        return resnet.build(name, init=init, seed=seed, **changes).to(where)
+    try:
+        where = torch.get_default_device() if device is None else torch.device(device)
+    except RuntimeError as error:
+        raise UsageError(f"device {device!r} cannot be used; there are cpu, cuda, cuda:1, mps and meta.") from error
+    source = find_pretrained(name) if pretrained and weights is None else str(weights or "")
+    if not source:
+        with where:
+            return resnet.build(name, init=init, seed=seed, **changes)
     own = {key: value for key, value in changes.items() if key not in ("classes", "channels")}
     get_specification(name, **changes)  # raises for an unknown name, key or value
-    start = load_start(weights, own)
-    for note in choose_specification(weights, start.model.spec, name, own):
+    start = load_start(source, own)
+    for note in choose_specification(source, start.model.spec, name, own):
         warnings.warn(f"{note}.", stacklevel=2)
     net = start.model.net
     if (classes := changes.get("classes")) is None and start.model.classes == NO_HEAD:
-        raise UsageError(f"{weights} has no head; give num_classes for a new one.")
+        raise UsageError(f"{source} has no head; give num_classes for a new one.")
     wanted = {"classes": classes or net.spec.classes, "channels": changes.get("channels", net.spec.channels)}
-    fresh = resnet.build_from_spec(replace(net.spec, **wanted), init=init, seed=seed)
+    with torch.device("cpu"):
+        fresh = resnet.build_from_spec(replace(net.spec, **wanted), init=init, seed=seed)
     state = dict(net.state_dict())
     state["conv1.weight"] = adapt_channels(state["conv1.weight"], wanted["channels"])
     if wanted["classes"] != net.spec.classes or start.model.classes == NO_HEAD:

@@ -16,12 +16,15 @@ from torch import Tensor, nn
 
 from resnetlab.device import DeviceConfig, select_device, standard_torch_state
 from resnetlab.errors import DataError, UsageError, unknown_name_error
+from resnetlab.evaluation.protocols import Protocol, parse_protocol
+from resnetlab.evaluation.scores import Member, score_images
 from resnetlab.formatting import html_table
 from resnetlab.inference.backends import BackendRequest, LoadedBackend, load_network, select_backend
 from resnetlab.inference.classes import ClassScore, top_classes
 from resnetlab.inference.download import load_or_download
 from resnetlab.inference.images import ImageInput, expand_images, is_many, read_image
 from resnetlab.models.model_file import TrainedModel
+from resnetlab.preprocessing import pil_to_tensor
 
 if TYPE_CHECKING:
     from resnetlab.evaluation.evaluate import Evaluation
@@ -30,6 +33,7 @@ if TYPE_CHECKING:
 PREDICTION_COLUMNS = ("image", "rank", "class", "score", "error")  # of tables
 BATCH = 64  # images per batch
 PREFETCH = 2 * BATCH  # images that are decoded ahead
+VIEWED = 4  # whole images that are in memory for a protocol
 
 
 @dataclass(frozen=True, repr=False)
@@ -184,14 +188,17 @@ class Model(TrainedModel):
         pixels = [x for image in images if isinstance(x := self._prepare_input(image), Tensor)]
         return torch.stack(pixels) if pixels else None
 
-    def predict(self, image: Any, *, top: int | None = None) -> Any:
+    def predict(self, image: Any, *, top: int | None = None, protocol: str | None = None) -> Any:
         """The `top` best classes of an image, five by default: a Prediction; of several images Predictions, a list.
+
+        Args:
+            protocol: average the scores of the views of a test protocol, such as "flip" or "10crop".
 
         Raises:
             DataError: the image is missing, damaged or not an image; of several, the prediction has the error.
             UsageError: it has another type, or `top` is below 1.
         """
-        predictions = Predictions(self.predictions(image, top=top))
+        predictions = Predictions(self.predictions(image, top=top, protocol=protocol))
         if is_many(image):
             return predictions
         if (error := predictions[0].error) is not None:
@@ -200,21 +207,51 @@ class Model(TrainedModel):
 
     __call__ = predict
 
-    def predictions(self, images: Any, *, top: int | None = None) -> Iterator[Prediction]:
+    def predictions(self, images: Any, *, top: int | None = None, protocol: str | None = None) -> Iterator[Prediction]:
         """Predicts images in order, in batches; an unreadable one gives a prediction with its error."""
-        return self.named_predictions(expand_images(images), top=top)
+        return self.named_predictions(expand_images(images), top=top, protocol=protocol)
 
     def named_predictions(
-        self, images: Iterable[tuple[str, ImageInput | DataError]], *, top: int | None = None
+        self,
+        images: Iterable[tuple[str, ImageInput | DataError]],
+        *,
+        top: int | None = None,
+        protocol: str | None = None,
     ) -> Iterator[Prediction]:
         """Like `predictions`, for images with names; an error in place of an image becomes its prediction's error.
 
         Threads decode ahead while the backend computes. At most PREFETCH + BATCH images are in memory.
+
+        Args:
+            protocol: a test protocol, such as "flip" or "10crop" (evaluation.protocols), computed by torch; whole images are
+                in memory then, at most VIEWED at a time.
         """
         top = 5 if top is None else top
         if not isinstance(top, int) or isinstance(top, bool) or top < 1:
             raise UsageError(f"top must be a whole number from 1 up, not {top!r}.")
+        if protocol is not None:
+            return self._predict_views(images, top, parse_protocol(protocol))
         return self._predict_batches(images, top)
+
+    def _predict_views(
+        self, images: Iterable[tuple[str, ImageInput | DataError]], top: int, protocol: Protocol
+    ) -> Iterator[Prediction]:
+        member = Member.from_network(self.net, self.preprocessing, self.device_config, temperature=self.temperature)
+        mode, remaining = "L" if self.preprocessing.channels == 1 else "RGB", iter(images)
+        while group := list(islice(remaining, VIEWED)):
+            pixels: list[Tensor | str] = []
+            for _, image in group:
+                try:
+                    pixels.append(pil_to_tensor(read_image(image).convert(mode)))
+                except DataError as error:
+                    pixels.append(str(error))
+            readable = [x for x in pixels if isinstance(x, Tensor)]
+            scores = iter(score_images(member, readable, protocol, self.device_config)) if readable else iter(())
+            for (name, _), x in zip(group, pixels, strict=True):
+                if isinstance(x, str):
+                    yield Prediction(name, error=x)
+                else:
+                    yield Prediction(name, top_classes(self.classes, next(scores), top))
 
     def _predict_batches(self, images: Iterable[tuple[str, ImageInput | DataError]], top: int) -> Iterator[Prediction]:
         decoded = self._decode_ahead(images)

@@ -27,6 +27,7 @@ from resnetlab.nn.blocks import (
     Block,
     ConvLayer,
     ShortcutOptions,
+    has_hooks,
     make_basic_layers,
     make_bottleneck_layers,
 )
@@ -88,8 +89,9 @@ class ResNet(nn.Module):
         Args:
             last: the deepest map to compute, by default all. `models.backbone.levels` gives their channels and strides.
         """
-        warn_small_image(self.spec, x.shape[-2:])
-        x = F.relu(self.bn1(self.conv1(x)), inplace=True)  # (B, width, H', W')
+        if isinstance(x, Tensor) and not torch.compiler.is_compiling():  # torch.fx traces with proxies
+            warn_small_image(self.spec, x.shape[-2:])
+        x = F.relu(self.bn1(self.conv1(x)), inplace=not has_hooks(self.bn1))  # (B, width, H', W')
         maps = {"C1": x}
         if self.maxpool is not None:
             x = self.maxpool(x)
@@ -150,9 +152,36 @@ class ResNet(nn.Module):
             )
         return super().load_state_dict(state_dict, strict, assign)
 
+    def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
+        """The logits (B, classes) of the last map (B, C, h, w); with `pre_logits` the pooled features (B, C) before `fc`."""
+        pooled = features.mean((2, 3))  # (B, C, h, w) -> (B, C)
+        return pooled if pre_logits else cast(Tensor, self.fc(pooled))
+
     def forward(self, x: Tensor) -> Tensor:
-        last = self.forward_features(x)
-        return cast(Tensor, self.fc(last.mean((2, 3))))  # (B, C, h, w) -> (B, C) -> (B, classes)
+        return self.forward_head(self.forward_features(x))
+
+    @property
+    def num_features(self) -> int:
+        """The number of features before the fully connected layer."""
+        return self.spec.out_widths[-1]
+
+    def get_classifier(self) -> nn.Module:
+        """The fully connected layer; nn.Identity after `reset_classifier(0)`."""
+        return self.fc
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """Replaces the fully connected layer by a newly initialised one; 0 leaves it out: `forward` gives features then."""
+        if num_classes:
+            self.spec = replace(self.spec, classes=num_classes)
+        old = self.conv1.weight
+        head = (
+            nn.Linear(self.num_features, num_classes, device=old.device, dtype=old.dtype)
+            if num_classes
+            else nn.Identity()
+        )
+        self.fc = cast(nn.Linear, head)
+        if num_classes and not old.is_meta:
+            _init_head(self.fc, None)
 
 
 def _recompute_contexts(
@@ -253,11 +282,15 @@ def build(name: str, *, init: str = "fan_in", seed: int | None = None, **changes
 def build_from_spec(
     spec: Specification, *, init: str = "fan_in", seed: int | None = None, zero_last_bn: bool = False
 ) -> ResNet:
-    """Builds and initialises the network of a specification."""
+    """Builds and initialises the network of a specification, on torch's default device; on "meta" without weights."""
+    device = torch.get_default_device()  # also of a context such as `with torch.device("cuda")`
     with torch.device("meta"):
         net = ResNet(spec)
-    init_weights(net.to_empty(device="cpu"), init, seed, zero_last_bn)
-    return net
+    if device.type == "meta":
+        return net
+    with torch.device("cpu"):  # the same bits on every device
+        init_weights(net.to_empty(device="cpu"), init, seed, zero_last_bn)
+    return net.to(device)
 
 
 def init_weights(net: ResNet, init: str = "fan_in", seed: int | None = None, zero_last_bn: bool = False) -> None:
@@ -292,12 +325,16 @@ def init_weights(net: ResNet, init: str = "fan_in", seed: int | None = None, zer
             nn.init.ones_(module.weight)
             nn.init.zeros_(module.bias)
         elif isinstance(module, nn.Linear):
-            bound = 1 / math.sqrt(module.in_features)
-            nn.init.uniform_(module.weight, -bound, bound, generator=generator)
-            nn.init.zeros_(module.bias)
+            _init_head(module, generator)
     for module in net.modules():
         if isinstance(module, shortcuts.GatedShortcut):
             nn.init.constant_(cast(Tensor, module.conv.bias), module.initial_bias)
     if zero_last_bn:
         for _, block in net.blocks():
             nn.init.zeros_(cast(Tensor, block.get_submodule(f"bn{block.num_convs}").weight))
+
+
+def _init_head(fc: nn.Linear, generator: torch.Generator | None) -> None:
+    bound = 1 / math.sqrt(fc.in_features)
+    nn.init.uniform_(fc.weight, -bound, bound, generator=generator)
+    nn.init.zeros_(fc.bias)

@@ -8,6 +8,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.module import _global_backward_hooks, _global_forward_hooks
 
 from resnetlab.nn import shortcuts
 
@@ -79,11 +80,13 @@ class Block(nn.Module):
             (2016, appendix).
 
     Attributes:
+        inplace: apply ReLU in place, to save memory; it is not where a hook on one of the block's modules would see that.
         drop_path: in training, the share of images whose F is dropped; the others' is scaled to keep the mean (stochastic
             depth, Huang et al. 2016, arXiv 1603.09382). The recipe sets it; it is not part of the specification.
     """
 
     drop_path = 0.0
+    inplace = True
 
     def __init__(
         self, layers: list[ConvLayer], order: ActivationOrder, shortcut: ShortcutOptions, first_activation: str
@@ -148,9 +151,19 @@ class Block(nn.Module):
     def _apply_bn_relu(self, ops: str, i: int, x: Tensor) -> Tensor:
         """Applies a sequence of "b" (the i-th BN) and "r" (ReLU) to x.
 
-        ReLU is in place to save memory, except where x may be the block's own input.
+        ReLU is in place to save memory, except where x may be the block's own input, or a hook has seen it.
         """
-        inplace = self.activation_order.before != "r"  # BN and the addition make new tensors
+        inplace = self.inplace and self.activation_order.before != "r"  # BN and the addition make new tensors
+        inplace = inplace and not any(map(has_hooks, self._modules.values()))
         for op in ops:
             x = self._modules[f"bn{i}"](x) if op == "b" else F.relu(x, inplace=inplace)  # type: ignore[misc]
         return x
+
+
+def has_hooks(module: nn.Module | None) -> bool:
+    """Whether a hook sees what goes through a module: one of its own, or one on all modules."""
+    if module is None:
+        return False
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks) or bool(
+        module._backward_pre_hooks or _global_forward_hooks or _global_backward_hooks
+    )

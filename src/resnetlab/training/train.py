@@ -15,6 +15,7 @@ from resnetlab.data.decode import jpeg_decoder
 from resnetlab.device import count_cores, default_precision, environment, preserve_process_state, select_device
 from resnetlab.distributed import World, join_process_group, local_process_count, was_restarted
 from resnetlab.errors import ResNetLabError, RunError, UsageError, unknown_name_error
+from resnetlab.inference.start import find_pretrained
 from resnetlab.progress import log
 from resnetlab.run_folder import RunFolder, write_atomically
 from resnetlab.training import recipes
@@ -90,6 +91,7 @@ def train(
     device: str | None = None,
     workers: int | None = None,
     trackers: Sequence[str] = (),
+    pretrained: bool = False,
     progress: Callable[[Progress], None] | bool = True,
     report: Callable[[str], None] | None = None,
     on_evaluate: OnEvaluate | None = None,
@@ -108,6 +110,7 @@ def train(
         data_dir: the folder of the archives; None takes "data", or that of the resumed run.
         workers: processes that decode images on disk; None decides by the machine. The result does not depend on it.
         trackers: experiment trackers that get the figures: "tensorboard", "wandb", "mlflow", "trackio".
+        pretrained: start from torchvision's ImageNet weights of `net`, by the recipe finetune.
         progress: True shows progress and messages on standard error, False nothing; a function is called at every line of
             metrics.jsonl.
         report: called with sentences on what happens, in place of printing them.
@@ -126,6 +129,8 @@ def train(
     if isinstance(recipe, str | Path) and data is None and not recipes.is_recipe(recipe):
         recipe, data = None, recipe
     name = None if data is None else _check_data(data)
+    if pretrained:
+        recipe, values = recipe or "finetune", {"start_from": find_pretrained(net), **values}
     texts = {key: ",".join(map(str, v)) if isinstance(v, list | tuple) else str(v) for key, v in values.items()}
     overrides = Overrides(data=name, net=net, steps=steps, epochs=epochs, seed=seed, values=texts)
     with contextlib.ExitStack() as stack:

@@ -35,7 +35,7 @@ from resnetlab.inference.start import resolve_start
 from resnetlab.models.cost import count_parameters
 from resnetlab.models.model_file import TrainedModel, load_trained_model
 from resnetlab.models.reference_images import MAX_CHECK, MAX_TRAINING, ReferenceImages, spread_positions
-from resnetlab.models.resnet import ResNet
+from resnetlab.models.resnet import ResNet, warn_small_image
 from resnetlab.models.spec import nearest_name
 from resnetlab.nn.batchnorm import convert_sync_batchnorm
 from resnetlab.preprocessing import Preprocessing
@@ -189,6 +189,8 @@ class ClassificationTask(Task):
 
     @cached_property
     def _forward(self) -> Callable[[Tensor], Tensor]:
+        if self.device_config.compiled:  # a compiled network does not warn itself
+            warn_small_image(self.net.spec, self.preprocessing.size)
         return self.device_config.forward_fn(self.net)
 
     def evaluate(self, split: Split) -> ClassificationMetrics:
