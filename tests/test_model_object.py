@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -197,3 +198,34 @@ def test_load_takes_a_run_folder_and_says_what_else_is_meant(run: Path, folder: 
     ):
         with pytest.raises(kind, match=sentence):
             resnetlab.load(path)  # type: ignore[arg-type]
+
+
+WRONG: dict[str, Callable[[Path], Any]] = {
+    "data is a data set's name or a folder": lambda run: resnetlab.train(data=(PIXELS, [1]), progress=False),
+    "a folder of class folders, not ndarray": lambda run: resnetlab.train(PIXELS, progress=False),  # type: ignore[arg-type]
+    "net is a network's name, not Linear": lambda run: resnetlab.train(net=torch.nn.Linear(2, 2)),  # type: ignore[arg-type]
+    "steps must be a whole number, not '3'": lambda run: resnetlab.train("digits", steps="3"),  # type: ignore[arg-type]
+    "epochs must be a number, not '3'": lambda run: resnetlab.train("digits", epochs="3"),  # type: ignore[arg-type]
+    "workers must be 0 or more, not -1": lambda run: resnetlab.train("digits", workers=-1),
+    "the classes come from the data": lambda run: resnetlab.train("digits", num_classes=3),
+    "device 'gpu' is not available": lambda run: resnetlab.train("digits", device="gpu"),
+    "is not a run folder": lambda run: resnetlab.train(resume=run.parent),
+    "a network is given by its name": lambda run: resnetlab.build(50),  # type: ignore[arg-type]
+    "device 'cuda:99' cannot be used": lambda run: resnetlab.build("resnet20", device="cuda:99"),
+    "a pattern is a word": lambda run: resnetlab.list_models(3),  # type: ignore[arg-type]
+    "top must be a whole number from 1 up": lambda run: resnetlab.load(run, device="cpu").explain(PIXELS, top=0),  # type: ignore[union-attr]
+    "is a folder; name a file": lambda run: resnetlab.load(run, device="cpu").save(run),
+}
+
+
+@pytest.mark.parametrize("sentence", WRONG)
+def test_what_people_get_wrong_is_answered_in_a_sentence(sentence: str, run: Path) -> None:
+    with pytest.raises(ResNetLabError, match=re.escape(sentence)):
+        WRONG[sentence](run)
+
+
+def test_a_device_of_torch_is_taken(tmp_path: Path) -> None:
+    result = resnetlab.train(
+        "digits", steps=1, out=tmp_path / "run", progress=False, device=torch.device("cpu"), **TINY
+    )  # type: ignore[arg-type]
+    assert result.steps == 1

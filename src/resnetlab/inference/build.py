@@ -60,7 +60,8 @@ def build(
             changes[old] = value
     try:
         where = torch.get_default_device() if device is None else torch.device(device)
-    except RuntimeError as error:
+        torch.empty(0, device=where)
+    except (RuntimeError, AssertionError, TypeError) as error:
         raise UsageError(f"device {device!r} cannot be used; there are cpu, cuda, cuda:1, mps and meta.") from error
     source = find_pretrained(name) if pretrained and weights is None else str(weights or "")
     if not source:
@@ -101,4 +102,6 @@ def adapt_channels(kernels: Tensor, channels: int) -> Tensor:
 
 def list_models(pattern: str = "*") -> list[str]:
     """The names of networks that match a pattern, such as "resnet*v1.5"."""
+    if not isinstance(pattern, str):
+        raise UsageError(f"a pattern is a word such as 'resnet*', not {pattern!r}.")
     return [name for name in list_network_names() if fnmatchcase(name, pattern)]

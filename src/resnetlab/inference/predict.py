@@ -328,6 +328,8 @@ class Model(TrainedModel):
         """
         from resnetlab.inference.explain import explain
 
+        if not isinstance(top, int) or isinstance(top, bool) or top < 1:
+            raise UsageError(f"top must be a whole number from 1 up, not {top!r}.")
         return explain(self, self.preprocessing(read_image(image)), top=top)
 
     def export(

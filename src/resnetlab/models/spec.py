@@ -182,6 +182,8 @@ def get_specification(name: str, **changes: Any) -> Specification:
 
     Raises UsageError for an unknown name (the message suggests the nearest), an unknown key or a value out of range.
     """
+    if not isinstance(name, str):
+        raise UsageError(f"a network is given by its name, such as 'resnet50', not {name!r}.")
     match = _NAME.fullmatch(name)
     if not match:
         raise unknown_name_error("network", name, list_network_names())

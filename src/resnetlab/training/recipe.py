@@ -321,6 +321,9 @@ class Overrides:
     values: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for name, value, kinds in (("steps", self.steps, int), ("epochs", self.epochs, int | float)):
+            if value is not None and (not isinstance(value, kinds) or isinstance(value, bool)):
+                raise UsageError(f"{name} must be a {'whole ' * (kinds is int)}number, not {value!r}.")
         if self.steps is not None and self.epochs is not None:
             raise UsageError("--steps and --epochs are both the length of the run; give one of them.")
 

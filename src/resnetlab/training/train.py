@@ -126,8 +126,14 @@ def train(
         RunStopped: `on_evaluate` stopped the run.
         StopSignal: SIGINT or SIGTERM, after a checkpoint.
     """
-    if isinstance(recipe, str | Path) and data is None and not recipes.is_recipe(recipe):
+    if recipe is not None and data is None and not isinstance(recipe, Recipe) and not recipes.is_recipe(recipe):
         recipe, data = None, recipe
+    if net is not None and not isinstance(net, str):
+        raise UsageError(
+            f"net is a network's name, not {type(net).__name__}; a network of your own trains in a loop of your own."
+        )
+    if workers is not None and (not isinstance(workers, int) or workers < 0):
+        raise UsageError(f"workers must be 0 or more, not {workers!r}.")
     name = None if data is None else _check_data(data)
     if pretrained:
         recipe, values = recipe or "finetune", {"start_from": find_pretrained(net), **values}
@@ -137,7 +143,7 @@ def train(
         shown = stack.enter_context(show_training()) if progress is True else progress or _ignore
         options = RunOptions(
             data_dir=None if data_dir is None else Path(data_dir),
-            device=device,
+            device=None if device is None else str(device),
             workers=workers,
             epochs=overrides.length,
             trackers=tuple(trackers),
