@@ -13,7 +13,7 @@ from types import FrameType
 from cyclopts import App, CycloptsError
 
 import resnetlab
-from resnetlab.cli import annotated, catalogue, console, data, runs, weights
+from resnetlab.cli import annotated, catalogue, console, data, features, runs, weights
 from resnetlab.cli.evaluate import evaluate
 from resnetlab.cli.explain import explain
 from resnetlab.cli.inspect import inspect
@@ -38,14 +38,15 @@ app = App(
 )
 app.command(train)
 app.command(train_process, name="_train-process", show=False)
-for command in (evaluate, predict, explain, push, serve, inspect, study):
+for command in (evaluate, predict, explain, features.embed, push, serve, inspect, study):
     app.command(command)
 app.command(weights.import_, name="import")
 app.command(weights.export)
 
-data_app = App(name="data", help="Check data before training; pack them into shards.")
+data_app = App(name="data", help="Check data and labels; pack them into shards.")
 data_app.command(data.check)
 data_app.command(data.pack)
+data_app.command(features.audit)
 app.command(data_app)
 app.command(runs.app)
 app.command(catalogue.models)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor, nn
 
-from resnetlab.device import DeviceConfig, select_device, standard_torch_state
+from resnetlab.device import DeviceConfig, eval_mode, select_device, standard_torch_state, to_device
 from resnetlab.errors import DataError, UsageError, unknown_name_error
 from resnetlab.evaluation.protocols import Protocol, parse_protocol
 from resnetlab.evaluation.scores import Member, score_images
@@ -23,7 +23,9 @@ from resnetlab.inference.backends import BackendRequest, LoadedBackend, load_net
 from resnetlab.inference.classes import ClassScore, top_classes
 from resnetlab.inference.download import load_or_download
 from resnetlab.inference.images import ImageInput, expand_images, is_many, read_image
+from resnetlab.models.fold import fold_batchnorm
 from resnetlab.models.model_file import TrainedModel
+from resnetlab.models.resnet import ResNet
 from resnetlab.preprocessing import pil_to_tensor
 
 if TYPE_CHECKING:
@@ -268,6 +270,36 @@ class Model(TrainedModel):
     def predict_scores(self, pixels: Tensor) -> Tensor:
         """Softmax scores, float32 (B, classes), of resized and cropped images, uint8 (B, h, w, C)."""
         return self.backend.predict(pixels)
+
+    def embed(self, images: Any) -> Tensor:
+        """The features of an image, float32 (C,), or of several, (n, C): the last map averaged over its positions.
+
+        Raises DataError: an image is missing, damaged or not an image. UsageError: it has another type.
+        """
+        rows = []
+        for _, found in self.embeddings(expand_images(images)):
+            if isinstance(found, str):
+                raise DataError(found)
+            rows.append(found)
+        return torch.stack(rows) if is_many(images) else rows[0]
+
+    def embeddings(self, images: Iterable[tuple[str, ImageInput | DataError]]) -> Iterator[tuple[str, Tensor | str]]:
+        """The name and the features (C,) of each image, or the message of its error, in order, in batches, by torch."""
+        net = fold_batchnorm(self.net)
+        self.device_config.place(net)
+        decoded = self._decode_ahead(images)
+        while group := list(islice(decoded, BATCH)):
+            pixels = [x for _, x in group if isinstance(x, Tensor)]
+            features = iter(self._compute_features(net, torch.stack(pixels)) if pixels else ())
+            for name, x in group:
+                yield name, x if isinstance(x, str) else next(features)
+
+    @standard_torch_state()
+    def _compute_features(self, net: ResNet, pixels: Tensor) -> Tensor:
+        with eval_mode(net), self.device_config.autocast():
+            x = self.preprocessing.normalise(to_device(pixels, self.device_config.device))
+            features = net.forward_features(x).mean((2, 3)).float().cpu()
+        return features.clone()  # outside inference mode, so that people can train on them
 
     def _decode_ahead(self, images: Iterable[tuple[str, ImageInput | DataError]]) -> Iterator[tuple[str, Tensor | str]]:
         """Decodes images in threads: (name, uint8 (h, w, C) or an error message) of each, in order."""

@@ -1,0 +1,123 @@
+"""`resnetlab embed` and `resnetlab data audit`: what a model's features tell about images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from resnetlab.cli import console
+from resnetlab.formatting import format_percent
+
+MAX_PRINTED = 50  # likely errors; --json lists all
+
+
+def embed(
+    model: str,
+    data: str,
+    /,
+    *,
+    out: Path = Path("features.npz"),
+    data_dir: Path = Path("data"),
+    precision: str = "auto",
+    device: str = "auto",
+) -> None:
+    """Write the feature vector of every image, the input of the fully connected layer, to .npz or Parquet.
+
+    Example: `resnetlab embed runs/photos/model.safetensors photos --out features.parquet`
+
+    Parameters
+    ----------
+    model
+        A model file, or a published name such as torchvision:resnet50.IMAGENET1K_V2.
+    data
+        A data set, or a folder of images.
+    out
+        The file to write, .npz or .parquet: image, split, class and features of each image. Parquet is written in parts.
+    data_dir
+        Folder of the archives.
+    precision
+        fp32, bf16, or auto: bf16 where the hardware computes it.
+    device
+        cpu, cuda, cuda:1, … ; auto takes a GPU where there is one.
+    """
+    from resnetlab.inference.embed import check_features_file, embed_data, write_features
+    from resnetlab.inference.predict import load
+    from resnetlab.run_folder import check_output_file
+
+    check_features_file(out)
+    check_output_file(out, [model, data])
+    n, errors = write_features(out, embed_data(load(model, precision=precision, device=device), data, data_dir))
+    for name, reason in errors.items():
+        console.log(f"resnetlab: warning: {name} is left out: {reason}")
+    print(f"{n:,} images in {out}")
+
+
+def audit(
+    data: str,
+    /,
+    *,
+    model: str,
+    quarantine: Path | None = None,
+    folds: int = 5,
+    seed: int = 0,
+    data_dir: Path = Path("data"),
+    json: Annotated[bool, Parameter(negative="")] = False,
+) -> None:
+    """Find images whose label is likely wrong, by confident learning on out-of-fold predictions.
+
+    Example: `resnetlab data audit photos --model runs/photos/model.safetensors --quarantine suspects.txt`
+
+    Parameters
+    ----------
+    data
+        A data set with labels.
+    model
+        The model whose features linear heads are fitted on, each without the images that it then predicts: a model file, or a
+        published name such as torchvision:resnet50.IMAGENET1K_V2.
+    quarantine
+        Write the names of the likely errors into this file, for `resnetlab train DATA --quarantine FILE`.
+    folds
+        Parts of the data; each is predicted by a head that was fitted on the others.
+    seed
+        Of the parts.
+    data_dir
+        Folder of the archives.
+    json
+        Print the result as one JSON document.
+    """
+    from resnetlab.errors import UsageError
+    from resnetlab.inference.audit import audit_labels
+    from resnetlab.inference.predict import load
+
+    if folds < 2:
+        raise UsageError(f"--folds must be 2 or more, not {folds}.")
+    found = audit_labels(load(model, precision="auto"), data, data_dir, folds, seed)
+    for name, reason in found.unreadable.items():
+        console.log(f"resnetlab: warning: {name} is left out: {reason}")
+    if quarantine is not None:
+        _write_quarantine(quarantine, found.data, [row["image"] for row in found.errors])
+    if json:
+        return console.print_json(found.to_json())
+    print(f"{len(found.errors):,} of {found.n:,} labels of {found.data} are likely wrong")
+    print(f"out-of-fold error of the labels {format_percent(found.out_of_fold_error)}, {found.folds} folds\n")
+    rows = [
+        (r["image"], r["class"], f"{r['score']:.1%}", r["likely"], f"{r['likely_score']:.1%}") for r in found.errors
+    ]
+    console.print_table("", ("image", "class", "score", "likely", "score"), rows[:MAX_PRINTED], right=(2, 4))
+    if (rest := len(rows) - MAX_PRINTED) > 0:
+        print(f"and {rest:,} more: --json or --quarantine lists all")
+    return None
+
+
+def _write_quarantine(path: Path, data: str, names: list[str]) -> None:
+    from resnetlab.data.disk_split import quarantine_line
+    from resnetlab.run_folder import write_atomically
+
+    head = (
+        f"# {len(names):,} images of {data} whose labels are likely wrong: resnetlab train DATA --quarantine {path}\n"
+    )
+    text = head + "".join(f"{quarantine_line(name)}\n" for name in names)
+    write_atomically(path, text.encode("utf-8", "surrogateescape"))
+    console.log(f"{path}: {len(names):,} images")

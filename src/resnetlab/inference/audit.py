@@ -1,0 +1,73 @@
+"""Audits the labels of a data set: images whose class is likely wrong, by a model's features."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from resnetlab.data import sources
+from resnetlab.errors import DataError
+from resnetlab.evaluation.label_errors import FOLDS, find_label_errors, out_of_fold_scores
+from resnetlab.inference.embed import embed_data
+from resnetlab.inference.predict import Model
+
+
+@dataclass(frozen=True)
+class Audit:
+    """The result of an audit.
+
+    Attributes:
+        n: labelled images that could be read.
+        errors: the likely label errors, the most certain first: "image", "split", "class", "likely", "score", "likely_score".
+        unreadable: name -> reason.
+        out_of_fold_error: of the linear heads, which bounds what the audit can see.
+    """
+
+    data: str
+    n: int
+    folds: int
+    out_of_fold_error: float
+    errors: list[dict[str, Any]]
+    unreadable: dict[str, str]
+
+    def to_json(self) -> dict[str, Any]:
+        """A plain dictionary; keys as in docs/json.md."""
+        return dict(vars(self))
+
+
+def audit_labels(
+    model: Model, data: str | Path, data_dir: Path = Path("data"), folds: int = FOLDS, seed: int = 0
+) -> Audit:
+    """Finds likely label errors by confident learning on out-of-fold predictions of linear heads on the model's features.
+
+    Features of a model that was trained on the same labels for long may have memorised some of the errors.
+
+    Raises DataError if the data have no labels, or a class with fewer than two images.
+    """
+    rows = list(embed_data(model, data, data_dir))
+    labelled = [row for row in rows if row.features is not None and row.label]
+    if not labelled:
+        raise DataError(
+            f"{data} has no labelled image that can be read; an audit needs class folders or a table of labels."
+        )
+    classes = sorted({row.label for row in labelled})
+    labels = torch.tensor([classes.index(row.label) for row in labelled])
+    features = torch.stack([row.features for row in labelled if row.features is not None])
+    scores = out_of_fold_scores(features, labels, folds, seed)
+    errors = [
+        {
+            "image": labelled[each.position].image,
+            "split": labelled[each.position].split,
+            "class": classes[each.given],
+            "likely": classes[each.likely],
+            "score": each.given_score,
+            "likely_score": each.likely_score,
+        }
+        for each in find_label_errors(scores, labels)
+    ]
+    wrong = float((scores.argmax(1) != labels).double().mean())
+    unreadable = {row.image: row.error for row in rows if row.features is None}
+    return Audit(sources.strip_signature(str(data)), len(labelled), folds, wrong, errors, unreadable)

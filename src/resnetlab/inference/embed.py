@@ -1,0 +1,172 @@
+"""Feature vectors of images: what the fully connected layer gets, the last map averaged over its positions."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from resnetlab.data import sources
+from resnetlab.data.dataset import Dataset, Split
+from resnetlab.data.disk_split import DiskSplit
+from resnetlab.errors import DataError, UsageError, missing_package
+from resnetlab.inference.images import ImageInput, expand_images
+from resnetlab.inference.predict import Model
+from resnetlab.run_folder import write_error
+
+SUFFIXES = (".npz", ".parquet")
+
+
+class Row(NamedTuple):
+    """An image: its name, split and class ("" where there are none), its features (C,), or why it cannot be read."""
+
+    image: str
+    split: str
+    label: str
+    features: Tensor | None
+    error: str = ""
+
+
+def embed_data(model: Model, data: str | Path, data_dir: Path = Path("data")) -> Iterator[Row]:
+    """The features of every image of a data set, or of a folder or pattern of images without classes.
+
+    Raises DataError if there is no image.
+    """
+    name = str(data)
+    images: Iterator[tuple[str, tuple[str, str, Any]]]
+    try:
+        source = sources.load_dataset(name, data_dir)
+    except DataError:
+        if not Path(name).exists():
+            raise
+        images = iter((image, ("", "", each)) for image, each in expand_images(name))
+    else:
+        images = list_labelled(source)
+    yield from embed_rows(model, images)
+
+
+def list_labelled(source: Dataset) -> Iterator[tuple[str, tuple[str, str, Any]]]:
+    """(name, (split, class, image)) of every image of a data set, once."""
+    splits = {"all": source.all_images} if source.all_images is not None else source.splits
+    for name, split in splits.items():
+        for i, label in enumerate(split.labels.tolist()):
+            yield split.name_of(i), (name, source.classes[label] if label >= 0 else "", _read(split, i))
+
+
+def _read(split: Split, i: int) -> ImageInput | DataError:
+    """The encoded image, which threads decode, or the pixels of a split in memory."""
+    try:
+        return split.source.read(int(split.indices[i])) if isinstance(split, DiskSplit) else split.read_image(i)
+    except DataError as error:
+        return error
+
+
+def embed_rows(model: Model, images: Iterable[tuple[str, tuple[str, str, Any]]]) -> Iterator[Row]:
+    """The features of (name, (split, class, image)), in order, at the speed of predictions."""
+    about: list[tuple[str, str]] = []
+
+    def remember() -> Iterator[tuple[str, Any]]:
+        for name, (split, label, image) in images:
+            about.append((split, label))
+            yield name, image
+
+    for i, (name, found) in enumerate(model.embeddings(remember())):
+        split, label = about[i]
+        if isinstance(found, str):
+            yield Row(name, split, label, None, found)
+        else:
+            yield Row(name, split, label, found)
+
+
+def check_features_file(path: Path) -> None:
+    """Raises UsageError, before any work is done, for a kind of file that `write_features` cannot write."""
+    if path.suffix not in SUFFIXES:
+        raise UsageError(f"{path}: features are written to a file that ends in {' or '.join(SUFFIXES)}.")
+    if path.suffix == ".parquet":
+        try:
+            import pyarrow.parquet  # noqa: F401 - tests whether it is installed
+        except ImportError as error:
+            raise missing_package(f"{path} (unlike an .npz file)", "pyarrow", "parquet") from error
+
+
+def write_features(path: Path, rows: Iterator[Row], part: int = 4096) -> tuple[int, dict[str, str]]:
+    """Writes image, split, class and features of each readable image; returns their number, and the others' errors.
+
+    A Parquet file is written in parts, so memory holds one; an .npz file is written at once.
+
+    Raises RunError where there is no space or no permission, DataError if no image can be read.
+    """
+    check_features_file(path)
+    errors: dict[str, str] = {}
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        writer = _ParquetWriter(temporary) if path.suffix == ".parquet" else _NpzWriter(temporary)
+        n, batch = 0, []
+        for row in rows:
+            if row.features is None:
+                errors[row.image] = row.error
+                continue
+            batch.append(row)
+            if len(batch) == part:
+                writer.write(batch)
+                n, batch = n + len(batch), []
+        if batch:
+            writer.write(batch)
+        n += len(batch)
+        if not n:
+            raise DataError("no image can be read; fix them: resnetlab data check.")
+        writer.close()
+        os.replace(temporary, path)
+    except OSError as error:
+        raise write_error(path, error) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    return n, errors
+
+
+class _ParquetWriter:
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._writer: Any = None
+
+    def write(self, rows: list[Row]) -> None:
+        import pyarrow
+        import pyarrow.parquet
+
+        features = pyarrow.array(
+            [row.features.tolist() for row in rows if row.features is not None], pyarrow.list_(pyarrow.float32())
+        )
+        columns = {"image": [r.image for r in rows], "split": [r.split for r in rows], "class": [r.label for r in rows]}
+        table = pyarrow.table({**columns, "features": features})
+        if self._writer is None:
+            self._writer = pyarrow.parquet.ParquetWriter(self._path, table.schema)
+        self._writer.write_table(table)
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+
+class _NpzWriter:
+    def __init__(self, path: Path) -> None:
+        self._path, self._rows = path, list[Row]()
+
+    def write(self, rows: list[Row]) -> None:
+        self._rows += rows
+
+    def close(self) -> None:
+        features = torch.stack([row.features for row in self._rows if row.features is not None]).numpy()
+        columns = {
+            "image": [r.image for r in self._rows],
+            "split": [r.split for r in self._rows],
+            "class": [r.label for r in self._rows],
+        }
+        arrays: dict[str, Any] = {key: np.array(values) for key, values in columns.items()}
+        with open(self._path, "wb") as file:
+            np.savez(file, features=features, **arrays)
