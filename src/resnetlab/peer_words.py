@@ -111,8 +111,8 @@ _ANSWERS = {  # words that have no counterpart: what does the job
     "accumulate gradient_accumulation_steps accumulate_grad_batches":
         "gradients are accumulated over micro-batches: --batch 256 --set bn_batch=32.",
     "distributed": "--procs 2 starts processes here; on several machines: torchrun … -m resnetlab train …",
-    "wandb": "give --tracker wandb; the figures are in the run's metrics.jsonl too.",
-    "tensorboard": "TensorBoard events are written into the run's folder if tensorboard is installed (--tracker tensorboard).",
+    "wandb tensorboard mlflow trackio logger report_to log_with":
+        "trackers get a run's figures with --tracker tensorboard (or wandb, mlflow, trackio).",
     "verbose": "progress is printed to standard error; --json prints the result as one document.",
     "quiet": "progress is printed to standard error: add 2>/dev/null; --json prints the result as one document.",
     "show": "--out FOLDER writes images, --json prints the predictions.",
