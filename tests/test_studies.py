@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -376,7 +377,8 @@ def test_all_studies_make_one_report_and_share_runs(all_studies: tuple[Path, lis
     folder, rows = all_studies
     assert {row["study"] for row in rows} == set(catalogue.STUDIES)
     assert all(row["verdict"] for row in rows)
-    assert len(list((folder / "runs").glob("plain8-seed0-*"))) == 1  # degradation, convergence, responses, … share it
+    made = [path for path in (folder / "runs").glob("plain8-seed0-*") if RunFolder(path).read_recipe()["steps"] == 3]
+    assert len(made) == 1  # degradation, convergence, responses, … share it; `iterations` has one of 9 steps too
     page = (folder / "out" / "report.html").read_text()
     for name in catalogue.STUDIES:
         assert f'href="#{name}"' in page and f'id="{name}"' in page
@@ -385,12 +387,46 @@ def test_all_studies_make_one_report_and_share_runs(all_studies: tuple[Path, lis
     assert len(ids) == len(set(ids))
 
 
+def test_no_panel_has_more_than_four_curves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five depths, five orders: small multiples, each of whose panels names its curves (2015 Fig. 6, 2016 Fig. 3)."""
+    drawn: list[Any] = []
+
+    def keep(draw: Callable[[Any], None], *, width: int, height: int, **_: object) -> str:
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(width / 100, height / 100))
+        draw(figure)
+        drawn.append(figure)
+        return ""
+
+    monkeypatch.setattr("resnetlab.evaluation.figures.inline_svg", keep)
+    here = setting(steps=20, depths=(8, 14, 20, 26, 32))
+    for study in (Degradation(), Orderings()):
+        outcomes = []
+        for i, trial in enumerate(study.plan(here)):
+            outcome = runs.RunOutcome(trial, Path("nowhere"))
+            lines = [{"kind": kind, "step": s, "error": 0.5 / s + 0.01 * i, "top1_error": 0.6 / s} for s in (5, 10, 20)
+                     for kind in ("train", "held_out")]  # fmt: skip
+            outcome.__dict__.update(diverged=None, metrics=lines, result={"top1_error": 0.1 + 0.01 * i})
+            outcomes.append(outcome)
+        study.read(here, runs.RunOutcomes(tuple(outcomes)), lambda done, total: None)
+    panels = [axes for figure in drawn for axes in figure.axes if axes.get_xlabel() == "steps"]
+    assert len(panels) == 2 * (4 * 2 + 4)  # wide and narrow: four depths beside the shallowest, twice; four orders
+    for axes in panels:
+        curves = [line for line in axes.get_lines() if len(line.get_xdata()) > 1]
+        assert len(curves) == 4 and len([text for text in axes.texts if text.get_text()]) == 2
+
+
 def test_rows_of_different_studies_agree_on_what_they_share(all_studies: tuple[Path, list[dict[str, object]]]) -> None:
     _, rows = all_studies
     found = {row["study"]: row["mean"] for row in rows if row["what"] == "resnet8" and row["figure"] == "test error"}
+    del found["preactivation"]  # with 2016's warm-up
     assert set(found) >= {"degradation", "depth", "convergence"} and len(set(found.values())) == 1
     identity = [row for row in rows if row["study"] == "gradients" and "x_L - x_l" in str(row["figure"])]
-    assert [row["verdict"] == "exact in float64" for row in identity] == [False, True]  # resnet8, preresnet8
+    # resnet8, preresnet8, and preresnet8 with shortcuts scaled by half, whose identity has that factor
+    assert [row["verdict"] == "exact in float64" for row in identity] == [False, True, True]
+    products = [row["mean"] for row in rows if "product of the shortcuts" in str(row["figure"])]
+    assert products == [1.0, 1.0, 0.5]  # one unit of resnet8 keeps its shape
 
 
 def test_counts_are_compared_with_the_papers(all_studies: tuple[Path, list[dict[str, object]]]) -> None:

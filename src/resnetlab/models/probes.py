@@ -6,7 +6,6 @@ import copy
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -14,6 +13,7 @@ from resnetlab.device import eval_mode
 from resnetlab.models.lesion import copy_sharing_weights
 from resnetlab.models.resnet import ResNet
 from resnetlab.nn.blocks import Block
+from resnetlab.nn.shortcuts import ScaledShortcut
 
 
 class LayerSignal(NamedTuple):
@@ -37,10 +37,12 @@ class IdentityFlow(NamedTuple):
     """One unit compared with the output x_L of the last unit of its stage (2016 eq. 4 and 5).
 
     Attributes:
-        deviation: largest |x_L - x_l - sum of F| as a fraction of the largest |x_L|.
+        deviation: largest |x_L - P·x_l - sum of F'| as a fraction of the largest |x_L|; P is `product`, and F' is F with its
+            scale and those of the shortcuts behind it (2016 eq. 7), which are 1 for identity shortcuts.
         gradient_ratio: |dE/dx_l| / |dE/dx_L|, norms over all images.
-        additive: |dE/dx_l - dE/dx_L| / |dE/dx_L|: the term that passes through weight layers.
+        additive: |dE/dx_l - P·dE/dx_L| / |dE/dx_L|: the term that passes through weight layers.
         cosine: similarity of dE/dx_l and dE/dx_L.
+        product: of the shortcuts' scales from here to the stage's end (2016 eq. 8); 1 for identity shortcuts.
     """
 
     block: str
@@ -48,6 +50,7 @@ class IdentityFlow(NamedTuple):
     gradient_ratio: float
     additive: float
     cosine: float
+    product: float
 
 
 def measure_responses(net: ResNet, x: Tensor) -> dict[str, float]:
@@ -106,7 +109,7 @@ def trace_units(net: ResNet, x: Tensor) -> tuple[list[UnitActivations], Tensor]:
 
 
 def measure_identity_flow(net: ResNet, x: Tensor, labels: Tensor) -> list[IdentityFlow]:
-    """Measures how far each unit is from x_L = x_l + sum of F (2016 eq. 4), and the terms of its gradient (eq. 5).
+    """Measures how far each unit is from x_L = x_l + sum of F (2016 eq. 4; eq. 7), and the terms of its gradient (eq. 5; 8).
 
     Computed in float64 and eval mode. Units that change the shape are excluded, as in the paper's equations. `net` is not
     changed.
@@ -117,18 +120,25 @@ def measure_identity_flow(net: ResNet, x: Tensor, labels: Tensor) -> list[Identi
         for tensor in (unit.x, unit.y):
             tensor.retain_grad()
     F.cross_entropy(logits, labels, reduction="sum").backward()  # type: ignore[no-untyped-call]
+    scales = {
+        name: (b.junction.shortcut, b.junction.residual) if isinstance(b.junction, ScaledShortcut) else (1.0, 1.0)
+        for name, b in net.blocks()
+    }
     found = []
     for stage in range(1, len(net.spec.depths) + 1):
         inside = [unit for unit in units if unit.block.startswith(f"layer{stage}.") and unit.x.shape == unit.y.shape]
         last = inside[-1] if inside else None
         for i, unit in enumerate(inside):
             assert last is not None and last.y.grad is not None and unit.x.grad is not None
-            total = torch.stack([each.residual.detach() for each in inside[i:]]).sum(0)
-            deviation = (last.y.detach() - unit.x.detach() - total).abs().max() / last.y.detach().abs().max()
+            expected, product = unit.x.detach(), 1.0
+            for each in inside[i:]:
+                shortcut, residual = scales[each.block]
+                expected, product = shortcut * expected + residual * each.residual.detach(), product * shortcut
+            deviation = (last.y.detach() - expected).abs().max() / last.y.detach().abs().max()
             end, here = last.y.grad.flatten(), unit.x.grad.flatten()
             cosine = float(F.cosine_similarity(here, end, dim=0))
-            ratios = float(here.norm() / end.norm()), float((here - end).norm() / end.norm())
-            found.append(IdentityFlow(unit.block, float(deviation), *ratios, cosine))
+            ratios = float(here.norm() / end.norm()), float((here - product * end).norm() / end.norm())
+            found.append(IdentityFlow(unit.block, float(deviation), *ratios, cosine, product))
     return found
 
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from resnetlab.studies import paper
 from resnetlab.studies.runs import RunOutcomes
 from resnetlab.studies.setting import Setting
-from resnetlab.studies.variants import SideBySide, Variant, assess_claim
+from resnetlab.studies.variants import WARMUP_2016, SideBySide, Variant, assess_claim
 
 
 class BlockDepth(SideBySide):
@@ -19,27 +18,24 @@ class BlockDepth(SideBySide):
     caption = (
         "The papers have no figure of this; laid out as 2015 Fig. 6. Every net has equally many layers and parameters."
     )
-    remarks = (
-        "The paper's numbers are of 110 layers. F of three is left out where its layers do not fill a stage evenly.",
-    )
+    remarks = ("F of three is left out where its layers do not fill a stage evenly.",)
 
     def variants(self, setting: Setting) -> list[Variant]:
         """At the deepest of the depths."""
-        depth = setting.pick_depths(smoke=(8,), quick=(20,), paper=(56,))[-1]
+        depth = setting.pick_basic_depth(smoke=8, quick=20, paper=110)
         layers = (depth - 2) // 3  # of one stage
-        variants = [Variant("plain", f"resnet{depth}", {"shortcut": "none"})]
+        variants = [Variant("plain", f"resnet{depth}", {"shortcut": "none"}, WARMUP_2016)]
         for over in (1, 2, 3):
             if layers % over == 0:
                 values = {"layers": over, "depths": (layers // over,) * 3} if over != 2 else {}
-                printed = {1: paper.ONE_LAYER, 2: paper.CIFAR10["resnet110"]}.get(over)
-                variants.append(Variant(f"F of {over}", f"resnet{depth}", values, printed))
+                variants.append(Variant(f"F of {over}", f"resnet{depth}", values, WARMUP_2016))
         return variants
 
     def answer(self, setting: Setting, outcomes: RunOutcomes, variants: Sequence[Variant]) -> tuple[str, str]:
         """Two layers compared with one, and one with none."""
         verdict, details = assess_claim(
-            outcomes, "F of 1", "F of 2", "shortcuts over two layers beat shortcuts over one"
+            setting, outcomes, "F of 1", "F of 2", "shortcuts over two layers beat shortcuts over one"
         )
-        gain = assess_claim(outcomes, "plain", "F of 1", "")[1]
+        gain = assess_claim(setting, outcomes, "plain", "F of 1", "")[1]
         paper_says = "The paper saw no advantage of one layer, where y = W1x + x is nearly linear (2015 §3.2)."
         return verdict, f"{details} {gain} {paper_says}"

@@ -8,7 +8,7 @@ from resnetlab.models.cost import compute_cost
 from resnetlab.studies.runs import RunOutcomes
 from resnetlab.studies.setting import Setting
 from resnetlab.studies.study import Row
-from resnetlab.studies.variants import SideBySide, Variant, assess_claim
+from resnetlab.studies.variants import SideBySide, Variant, assess_claim, warmup_2015
 
 
 class Bottleneck(SideBySide):
@@ -21,11 +21,12 @@ class Bottleneck(SideBySide):
 
     def variants(self, setting: Setting) -> list[Variant]:
         """At the deepest of the depths."""
-        depth = setting.pick_depths(smoke=(8,), quick=(20,), paper=(56,))[-1]
+        depth = setting.pick_basic_depth(smoke=8, quick=20, paper=56)
         deeper = 9 * (depth - 2) // 6 + 2
+        warmup = warmup_2015(setting, depth)
         return [
-            Variant(f"basic, {depth} layers", f"resnet{depth}", {"shortcut": "B"}),
-            Variant(f"bottleneck, {deeper} layers", f"resnet{depth}", {"shortcut": "B", "block": "bottleneck"}),
+            Variant(f"basic, {depth} layers", f"resnet{depth}", {"shortcut": "B"}, warmup),
+            Variant(f"bottleneck, {deeper} layers", f"resnet{depth}", {"shortcut": "B", "block": "bottleneck"}, warmup),
         ]
 
     def count_rows(self, setting: Setting, variant: Variant) -> list[Row]:
@@ -43,6 +44,6 @@ class Bottleneck(SideBySide):
         basic, bottleneck = (variant.label for variant in variants)
         work = [self.count_rows(setting, variant)[1].values[0] for variant in variants]
         claim = f"the bottleneck tests better, at {work[1] / work[0]:.2f} times the multiply-adds"
-        verdict, details = assess_claim(outcomes, basic, bottleneck, claim)
+        verdict, details = assess_claim(setting, outcomes, basic, bottleneck, claim)
         motive = "The paper's motive is training time, not error: 50 layers cost what 34 do (3.8 and 3.6e9)."
         return verdict, f"{details} {motive}"

@@ -14,9 +14,11 @@ from resnetlab.studies.cost import NetworkCosts
 from resnetlab.studies.cost_estimate import CostEstimate
 from resnetlab.studies.degradation import Degradation
 from resnetlab.studies.depth import Depth
+from resnetlab.studies.footnotes import Iterations, Warmup
 from resnetlab.studies.gradients import Gradients
 from resnetlab.studies.lesion import Lesion
 from resnetlab.studies.orderings import Orderings
+from resnetlab.studies.preactivation import Preactivation
 from resnetlab.studies.protocols import Protocols
 from resnetlab.studies.responses import Responses
 from resnetlab.studies.setting import BUDGETS, SEEDS, Setting
@@ -26,8 +28,8 @@ from resnetlab.studies.study import RUNS, Study, locate_runs
 from resnetlab.studies.workers import worker_devices
 
 _STUDIES: tuple[Study, ...] = (
-    NetworkCosts(), Degradation(), Depth(), Convergence(), Shortcuts(), Bottleneck(), BlockDepth(), Orderings(),
-    ShortcutTypes(), Responses(), Gradients(), Lesion(), Protocols(),
+    NetworkCosts(), Degradation(), Depth(), Convergence(), Iterations(), Warmup(), Shortcuts(), Bottleneck(), BlockDepth(),
+    Orderings(), Preactivation(), ShortcutTypes(), Responses(), Gradients(), Lesion(), Protocols(),
 )  # fmt: skip
 STUDIES: dict[str, Study] = {study.name: study for study in _STUDIES}
 

@@ -6,12 +6,12 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from resnetlab.data import sources
-from resnetlab.studies import figures, paper
+from resnetlab.studies import figures
 from resnetlab.studies.runs import RunOutcomes
 from resnetlab.studies.setting import Setting, Trial
 from resnetlab.studies.study import Row, Study, StudyResult
-from resnetlab.studies.variants import BETTER, WORSE, error_rows, network_trials
-from resnetlab.studies.verdicts import RULE, PairedDifference, compare_by_seed, tally
+from resnetlab.studies.variants import BETTER, WORSE, error_rows, network_trials, open_claim
+from resnetlab.studies.verdicts import RULE, PairedDifference, compare_by_seed, describe
 
 PARTS = {"first tenth": (0.0, 0.1), "first quarter": (0.0, 0.25), "last tenth": (0.9, 1.0)}  # of the steps
 
@@ -47,23 +47,24 @@ class Convergence(Study):
         texts: dict[str, str] = {}
         for part, borders in PARTS.items():
             errors = {
-                net: {o.seed: e for o in outcomes.trained(net) if (e := o.mean_training_error(*borders)) is not None}
+                net: {
+                    o.seed: e for o in outcomes.trained(net) if (e := o.mean_over_steps("error", *borders)) is not None
+                }
                 for net in (plain, residual)
             }
             differences[part] = compare_by_seed(errors[plain], errors[residual])
-            texts[part] = tally(differences[part], plain, residual, larger=f"is {WORSE}", smaller=f"is {BETTER}")
+            texts[part] = describe(differences[part], plain, residual, larger=f"is {WORSE}", smaller=f"is {BETTER}")
             for net, by_seed in errors.items():
                 values = tuple(by_seed.values())
-                rows.append(Row(net, f"training error, {part}", values, texts[part], None, setting.share))
-        for net, printed in ((plain, "plain18"), (residual, "resnet18")):
-            rows += error_rows(setting, outcomes, net, plain, paper.IMAGENET_TOP1[printed], "imagenet")[1:]
-        opening = {
-            "shown": f"{residual} is ahead early on",
-            "points to": f"These runs point to {residual} being ahead early on, no more",
-            "not shown": f"That {residual} is ahead early on is not shown at this budget",
-        }[differences["first quarter"].strength]
+                compared = (residual, differences[part]) if net == plain else None
+                figure = f"training error, {part}"
+                rows.append(Row(net, figure, values, texts[part], None, setting.share, compared=compared))
+        for net in (plain, residual):
+            rows += error_rows(setting, outcomes, net, plain)[1:]
+        claim = f"{residual} is ahead early on, over the first quarter of the steps"
         return StudyResult(
-            answer=f"{opening}: over the first quarter of the steps, {texts['first quarter']}.",
+            answer=f"{open_claim(differences['first quarter'], setting)}: {claim}. "
+            f"{texts['first quarter'][0].upper()}{texts['first quarter'][1:]}.",
             details=f"Over the last tenth, {texts['last tenth']}.",
             rows=rows,
             figures=[draw_convergence(plain, residual, outcomes)],
@@ -80,11 +81,9 @@ def _depth(net: str) -> int:
 
 def draw_convergence(plain: str, residual: str, outcomes: RunOutcomes) -> figures.StudyFigure:
     """Both nets in one panel (2015 Fig. 4: thin training, bold held-out)."""
-    colours = dict(zip((plain, residual), figures.SERIES, strict=False))
 
     def draw(panels: figures.Panels) -> None:
-        top = figures.plot_learning(panels[0], "error by step", {net: outcomes.of(net) for net in colours}, colours)
-        figures.set_error_axis(panels[0], 1.25 * top)
+        figures.plot_panels(panels, ["error by step"], [{net: outcomes.of(net) for net in (plain, residual)}])
 
     return figures.draw_study_figure(
         "convergence",
@@ -94,6 +93,6 @@ def draw_convergence(plain: str, residual: str, outcomes: RunOutcomes) -> figure
             "As 2015 Fig. 4, plain and residual in one panel.",
             f"Error by training step of {plain} and {residual}.",
         ),
-        figures.PanelLayout(height=320),
-        legend=[*figures.colour_keys(list(colours)), *figures.LEARNING_KEYS],
+        figures.PanelLayout(height=320, right=figures.LABEL),
+        legend=figures.LEARNING_KEYS,
     )

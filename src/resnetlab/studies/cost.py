@@ -10,11 +10,10 @@ from torch import nn
 
 from resnetlab.models.cost import compute_cost, count_parameters, default_image_size
 from resnetlab.models.spec import CIFAR_BOTTLENECK, CIFAR_DEPTHS, IMAGENET_DEPTHS, get_specification
-from resnetlab.studies import figures, paper
-from resnetlab.studies.paper import PublishedFigure
+from resnetlab.studies import figures
 from resnetlab.studies.runs import RunOutcomes
 from resnetlab.studies.setting import Setting, Trial
-from resnetlab.studies.study import Row, Study, StudyResult
+from resnetlab.studies.study import PaperFigure, Row, Study, StudyResult
 
 NETS = (
     *(f"plain{d}" for d in (18, 34)),
@@ -22,6 +21,7 @@ NETS = (
     *(f"resnet{d}" for d in CIFAR_DEPTHS),
     *(f"preresnet{d}" for d in CIFAR_BOTTLENECK),
 )
+VGG_MULTIPLY_ADDS = {"vgg16": (15.3e9, "2015 §4.1"), "vgg19": (19.6e9, "2015 §3.3 and Fig. 3")}
 OTHERS = ("alexnet", "vgg16", "vgg19", "googlenet")  # torchvision's
 AGREES = "agrees with the paper"
 DISAGREEMENTS = {
@@ -60,9 +60,7 @@ class NetworkCosts(Study):
         for name in OTHERS:
             counts[name] = count_torchvision(name)
             rows.append(count_row(name, "parameters", counts[name][0]))
-            rows.append(
-                count_row(name, "multiply-adds", counts[name][1], *paper.VGG_MULTIPLY_ADDS.get(name, (None, None)))
-            )
+            rows.append(count_row(name, "multiply-adds", counts[name][1], *VGG_MULTIPLY_ADDS.get(name, (None, None))))
         compared = [row for row in rows if row.paper]
         agree = sum(row.verdict == AGREES for row in compared)
         shares = [counts[a][1] / counts[b][1] for a, b in (("resnet34", "vgg19"), ("resnet152", "vgg16"))]
@@ -85,7 +83,7 @@ def count_row(name: str, figure: str, value: int, printed: float | None = None, 
     verdict = "the paper prints none"
     if printed:
         verdict = AGREES if agrees(value, printed) else f"does NOT agree with the paper{DISAGREEMENTS.get(name, '')}"
-    published = PublishedFigure(printed, source or "") if printed else None
+    published = PaperFigure(printed, source or "") if printed else None
     return Row(name, figure, (float(value),), verdict, published, unit="count")
 
 

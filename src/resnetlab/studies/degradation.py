@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from resnetlab.studies import figures, paper
+from resnetlab.models.spec import CIFAR_DEPTHS
+from resnetlab.studies import figures
 from resnetlab.studies.runs import RunOutcomes
 from resnetlab.studies.setting import Setting, Trial
 from resnetlab.studies.study import Study, StudyResult
-from resnetlab.studies.variants import TRAINING_ERROR, error_rows, network_trials, tally_errors
+from resnetlab.studies.variants import TRAINING_ERROR, describe_errors, error_rows, network_trials
 from resnetlab.studies.verdicts import RULE, compare_by_seed
 
 KINDS = ("plain", "resnet")
@@ -40,8 +41,8 @@ class Degradation(Study):
         rows = []
         for kind in KINDS:
             for net in (f"{kind}{depth}" for depth in depths):
-                rows += error_rows(setting, outcomes, net, f"{kind}{depths[0]}", paper.CIFAR10.get(net))
-        answer, details = answer_degradation(outcomes, depths[0], depths[-1])
+                rows += error_rows(setting, outcomes, net, f"{kind}{depths[0]}")
+        answer, details = answer_degradation(setting, outcomes, depths[0], depths[-1])
         rule = " Degradation is shown where the deepest plain net has the larger TRAINING error than the shallowest."
         return StudyResult(
             answer=answer,
@@ -56,7 +57,7 @@ class Degradation(Study):
         )
 
 
-def answer_degradation(outcomes: RunOutcomes, shallow: int, deep: int) -> tuple[str, str]:
+def answer_degradation(setting: Setting, outcomes: RunOutcomes, shallow: int, deep: int) -> tuple[str, str]:
     """The verdict, and how residual nets compare."""
     if shallow == deep:
         return "One depth alone cannot show degradation; give several with --depths.", ""
@@ -64,40 +65,39 @@ def answer_degradation(outcomes: RunOutcomes, shallow: int, deep: int) -> tuple[
 
     def compare(a: str, b: str) -> tuple[str, str]:
         difference = compare_by_seed(errors[a], errors[b])
-        return difference.strength, tally_errors(difference, a, b)
+        return difference.strength, describe_errors(difference, a, b)
 
     strength, text = compare(f"plain{deep}", f"plain{shallow}")
     opening = {
-        "shown": f"Degradation is shown: {text}",
-        "points to": f"This points to degradation: {text}, but the interval of the difference includes 0",
-        "not shown": f"This budget does not show degradation: {text}",
+        "shown": "Degradation is shown",
+        "points to": "This points to degradation, no more,",
+        "not shown": "Degradation is not shown",
     }[strength]
+    strange = [f"{depth} layers" for depth in (shallow, deep) if depth not in CIFAR_DEPTHS]
+    depths = f" (nets of {' and '.join(strange)} are not the paper's)" if strange else ""
     _, residual = compare(f"resnet{deep}", f"resnet{shallow}")
     _, gain = compare(f"plain{deep}", f"resnet{deep}")
-    return f"{opening}.", f"With shortcuts, {residual}; {gain}."
+    return f"{opening}{setting.condition}{depths}: {text}.", f"With shortcuts, {residual}; {gain}."
 
 
 def draw_degradation(depths: Sequence[int], outcomes: RunOutcomes) -> figures.StudyFigure:
-    """Error by step, plain left and residual right (2015 Fig. 6 left and middle)."""
-    colours = dict(zip(depths, figures.SERIES * 3, strict=False))
+    """Error by step, plain left and residual right (2015 Fig. 6), a row for each depth beside the shallowest."""
+    pairs = [[depths[0], deeper] for deeper in depths[1:]] or [[depths[0]]]
+    nets = [[f"{kind}{depth}" for depth in pair] for pair in pairs for kind in KINDS]
+    titles = [title for _ in pairs for title in ("plain", "residual")]
 
     def draw(panels: figures.Panels) -> None:
-        tops = []
-        for axes, kind, title in zip(panels, KINDS, ("plain", "residual"), strict=True):
-            nets = {f"{kind}{depth}": outcomes.of(f"{kind}{depth}") for depth in depths}
-            net_colours = {f"{kind}{depth}": colours[depth] for depth in depths}
-            tops.append(figures.plot_learning(axes, title, nets, net_colours))
-        for axes in panels:
-            figures.set_error_axis(axes, 1.1 * max(tops))
+        figures.plot_panels(panels, titles, [{net: outcomes.of(net) for net in pair} for pair in nets])
 
     return figures.draw_study_figure(
         "degradation",
         draw,
         figures.FigureText(
             "Error by step, plain and residual",
-            "Laid out as 2015 Fig. 6 (left, middle), Fig. 1 and 4. Means over seeds; bands from the lowest to the highest.",
-            "Error by training step of plain nets (left) and residual nets (right), one colour for each depth.",
+            "2015 Fig. 6 (left, middle), Fig. 1 and 4 as small multiples: the shallowest net beside each deeper one. Means "
+            "over seeds; bands from the lowest to the highest.",
+            "Error by training step of plain nets (left) and residual nets (right), each beside the shallowest.",
         ),
-        figures.PanelLayout(panels=2, height=340),
-        legend=[*figures.colour_keys([f"{depth} layers" for depth in depths]), *figures.LEARNING_KEYS],
+        figures.PanelLayout(len(nets), len(pairs), 280, figures.LABEL),
+        legend=figures.LEARNING_KEYS,
     )

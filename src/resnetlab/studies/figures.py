@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     Panels = Sequence[Axes]
 
 WIDE, NARROW = 848, 360  # pixels
+CURVES = 4  # in one panel at most
+LABEL = 84  # pixels to the right of a panel, for the names of its curves
 POINTS = 120  # of a curve at most; neighbours are averaged where there are more
 Points = Sequence[tuple[float, float]]
 
@@ -56,11 +58,15 @@ class FigureText(NamedTuple):
 
 
 class PanelLayout(NamedTuple):
-    """How many panels, in how many rows of how many pixels; in the narrow form they are one below the other."""
+    """How many panels, in how many rows of how many pixels; in the narrow form they are one below the other.
+
+    `right` is the margin of a panel, in pixels: LABEL where curves are named there.
+    """
 
     panels: int = 1
     rows: int = 1
     height: int = 300
+    right: int = 12
 
 
 ONE_PANEL = PanelLayout()
@@ -79,7 +85,7 @@ def draw_study_figure(
         name: unique in the page.
         draw: draws on the panels' axes, left to right, row by row.
     """
-    panels, rows, height = layout
+    panels, rows, height, right = layout
 
     def draw_form(width: int) -> str:
         columns = -(-panels // rows) if width == WIDE else 1
@@ -87,7 +93,7 @@ def draw_study_figure(
         size = height if width == WIDE else min(height, 240)
 
         def draw_panels(figure: Figure) -> None:
-            draw(_add_grid(figure, panels, columns, num_rows, width, size))
+            draw(_add_grid(figure, panels, columns, width, size, right))
 
         kind = "wide" if width == WIDE else "narrow"
         return figures.inline_svg(
@@ -97,10 +103,10 @@ def draw_study_figure(
     return StudyFigure(text.title, draw_form(WIDE), draw_form(NARROW), text.caption, legend)
 
 
-def _add_grid(figure: Figure, panels: int, columns: int, rows: int, width: int, height: int) -> list[Axes]:
+def _add_grid(figure: Figure, panels: int, columns: int, width: int, height: int, right: int) -> list[Axes]:
     """Axes with margins in pixels, for numbers on the left and below and a title above."""
-    left, right, top, bottom = 46, 12, 30, 34
-    cell, total = width / columns, rows * height
+    left, top, bottom = 46, 30, 34
+    cell, total = width / columns, -(-panels // columns) * height
     axes = []
     for i in range(panels):
         row, column = divmod(i, columns)
@@ -112,6 +118,27 @@ def _add_grid(figure: Figure, panels: int, columns: int, rows: int, width: int, 
         )
         axes.append(figure.add_axes(position))
     return axes
+
+
+def label_curves(axes: Axes, ends: Mapping[str, tuple[float, str]]) -> None:
+    """Writes the names of curves to the right of a panel, at the heights where they end, one below the other.
+
+    Args:
+        ends: name -> (the curve's last value, its colour).
+    """
+    low, high = axes.get_ylim()
+    scale = axes.yaxis.get_transform()
+    bottom, top = scale.transform([low, high])
+    wanted = {
+        name: (scale.transform([max(value, low)])[0] - bottom) / (top - bottom) for name, (value, _) in ends.items()
+    }
+    free = 1.0
+    for name, height in sorted(wanted.items(), key=lambda item: -item[1]):
+        lines = name.replace(", ", ",\n")
+        size = 0.075 * (1 + lines.count("\n"))
+        y = max(min(height, free - size / 2), size / 2)
+        axes.text(1.03, y, lines, transform=axes.transAxes, color=ends[name][1], fontsize=10.5, va="center")
+        free = y - size / 2
 
 
 def set_titles(axes: Axes, title: str, x: str = "") -> None:
@@ -157,15 +184,16 @@ def set_log_axis(axes: Axes) -> None:
 
 def plot_learning(
     axes: Axes, title: str, networks: Mapping[str, Sequence[RunOutcome]], colours: Mapping[str, str]
-) -> float:
+) -> tuple[float, dict[str, tuple[float, str]]]:
     """Plots error by step as the papers do: training dashed and thin, held-out images bold, test as a diamond at the end.
 
     Each curve is the mean over seeds, with a band from the lowest to the highest of them.
 
     Returns:
-        The largest error after the first fifth of the steps, a fraction.
+        The largest error after the first fifth of the steps, a fraction, and what `label_curves` needs.
     """
     largest, last = 0.0, 1.0
+    ends: dict[str, tuple[float, str]] = {}
     for label, outcomes in networks.items():
         finished = [o for o in outcomes if not o.diverged]
         for kind, key, style, width in (("train", "error", "--", 1.1), ("held_out", "top1_error", "-", 2.2)):
@@ -177,6 +205,7 @@ def plot_learning(
             axes.plot(steps, [v for _, v in mean], style, color=colours[label], linewidth=width)
             axes.fill_between(steps, low, high, color=colours[label], alpha=0.12, linewidth=0)
             largest = max([largest, *(v for step, v in mean if step >= 0.2 * steps[-1])])
+            ends[label] = mean[-1][1], colours[label]
         tests = [o.test_error for o in finished if o.test_error is not None]
         if tests:
             end = max(o.trial.recipe.steps for o in finished)
@@ -184,9 +213,24 @@ def plot_learning(
             axes.errorbar(end, mean_error, sd or 0, color=colours[label], marker="D", markersize=6, capsize=0,
                           markeredgecolor=figures.CARD, clip_on=False, zorder=5)  # fmt: skip
             largest = max(largest, mean_error)
+            ends[label] = mean_error, colours[label]
     set_step_axis(axes, last)
     set_titles(axes, title, "steps")
-    return largest
+    return largest, ends
+
+
+def plot_panels(panels: Panels, titles: Sequence[str], networks: Sequence[Mapping[str, Sequence[RunOutcome]]]) -> None:
+    """Plots error by step in several panels of one scale, each of two networks at most (four curves), which it names.
+
+    The first network of every panel has the same colour.
+    """
+    plotted = []
+    for axes, title, nets in zip(panels, titles, networks, strict=True):
+        colours = dict(zip(nets, SERIES, strict=False))
+        plotted.append((axes, *plot_learning(axes, title, nets, colours)))
+    for axes, _, ends in plotted:
+        set_error_axis(axes, 1.1 * max(top for _, top, _ in plotted))
+        label_curves(axes, ends)
 
 
 LEARNING_KEYS = (

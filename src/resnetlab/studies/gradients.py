@@ -16,12 +16,13 @@ from resnetlab.studies.probe_images import load_probe_batch, select_probe_images
 from resnetlab.studies.runs import RunOutcomes
 from resnetlab.studies.setting import Setting, Trial
 from resnetlab.studies.study import Row, Study, StudyResult
-from resnetlab.studies.variants import network_trials
+from resnetlab.studies.variants import network_trials, warmup_2015
 from resnetlab.studies.verdicts import SEEDS, format_seeds
 
 IMAGES = 128  # of the batch
 MIN_VARIANCE = 0.01  # of a healthy layer's BN output, which has variance 1 at the start
 MAX_SPREAD = 100  # factor between a healthy layer's gradient and the median, either way
+SCALE = 0.5  # of the scaled shortcut
 EXACT = 1e-12  # of the largest value: rounding of float64 over some dozen additions
 
 HEALTHY = (
@@ -41,30 +42,33 @@ class SignalFlow:
 
 
 class Gradients(Study):
-    """A deep plain net, its residual twin, and the same with full pre-activation."""
+    """A deep plain net, its residual twin, the same with full pre-activation, and that with its shortcuts scaled by half."""
 
     name = "gradients"
     question = "Do signals vanish in deep plain nets, and what do identity shortcuts pass on?"
-    place = "2015 §4.1; 2016 §2"
+    place = "2015 §4.1; 2016 §2 and eq. 8"
 
     def networks(self, setting: Setting) -> tuple[str, ...]:
-        """Their names, of the deepest of the depths."""
+        """Their labels, of the deepest of the depths."""
         depth = setting.pick_depths(smoke=(8,), quick=(56,), paper=(56,))[-1]
-        return tuple(f"{kind}{depth}" for kind in ("plain", "resnet", "preresnet"))
+        return *(f"{kind}{depth}" for kind in ("plain", "resnet", "preresnet")), f"preresnet{depth}, h(x) = {SCALE}x"
 
     def plan(self, setting: Setting) -> list[Trial]:
-        """The three nets."""
-        nets = self.networks(setting)
+        """The four nets."""
+        *nets, scaled = self.networks(setting)
         depth = int(nets[0].removeprefix("plain"))
-        return [trial for net in nets for trial in network_trials(setting, net, depth)]
+        values = {"shortcut": "constant", "shortcut_scale": SCALE, "residual_scale": 1.0}
+        return [trial for net in nets for trial in network_trials(setting, net, depth)] + setting.trials(
+            scaled, nets[-1], values, **warmup_2015(setting, depth)
+        )
 
     def read(self, setting: Setting, outcomes: RunOutcomes, on_progress: Callable[[int, int], None]) -> StudyResult:
         """Health of every layer before and after training; the identity in the residual nets."""
         images = select_probe_images(setting, IMAGES)
-        plain, residual, preact = self.networks(setting)
-        trained = [o for net in (plain, residual, preact) for o in outcomes.trained(net)]
-        flows: dict[str, list[SignalFlow]] = {plain: [], residual: [], preact: []}
-        units: dict[str, list[list[IdentityFlow]]] = {residual: [], preact: []}
+        nets = plain, residual, preact, scaled = self.networks(setting)
+        trained = [o for net in nets for o in outcomes.trained(net)]
+        flows: dict[str, list[SignalFlow]] = {net: [] for net in nets}
+        units: dict[str, list[list[IdentityFlow]]] = {residual: [], preact: [], scaled: []}
         for done, outcome in enumerate(trained, 1):
             model, label = outcome.load_model(), outcome.trial.label
             x, labels = load_probe_batch(model, images)
@@ -74,10 +78,13 @@ class Gradients(Study):
                 units[label].append(measure_identity_flow(model.net, x[:32], labels[:32]))
             on_progress(done, len(trained))
         no_vanishing = count_unhealthy(flows[plain]) == 0 and len(flows[plain]) >= SEEDS
-        details = "So degradation of the plain net, where there is any, does not come from vanishing signals."
+        details = (
+            f"So degradation of {plain}, where there is any, does not come from vanishing signals{setting.condition}."
+        )
+        health = f"{health_verdict(flows[plain], plain).removesuffix('.')}{setting.condition}."
         return StudyResult(
-            answer=f"{health_verdict(flows[plain], plain)} {identity_verdict(units[preact], preact)}",
-            details=details if no_vanishing else "",
+            answer=f"{health} {identity_verdict(units[preact], preact)}",
+            details=" ".join([details] * no_vanishing + [product_verdict(units[scaled], scaled)]),
             rows=[*signal_rows(setting, flows), *identity_rows(setting, units)],
             figures=[draw_signals(flows), draw_identities(units)],
             rule=HEALTHY,
@@ -123,6 +130,19 @@ def identity_verdict(units: Sequence[Sequence[IdentityFlow]], net: str) -> str:
     return f"x_L = x_l + ΣF {verb} in {net}: {exact} of {len(deviations)} units, {largest}."
 
 
+def product_verdict(units: Sequence[Sequence[IdentityFlow]], net: str) -> str:
+    """What the product of scaled shortcuts leaves of the gradient (2016 eq. 8), over the longest way."""
+    if not units:
+        return f"No run of {net} ended with weights to look into."
+    longest = min((unit for each in units for unit in each), key=lambda unit: unit.product)
+    name = longest.block
+    ratio = statistics.fmean(u.gradient_ratio for each in units for u in each if u.block == name)
+    return (
+        f"In {net} the shortcuts pass Πλ = {longest.product:.2g} of the gradient from the last unit of a stage to {name}, "
+        f"where |dE/dx_l| / |dE/dx_L| is {ratio:.2g}."
+    )
+
+
 def signal_rows(setting: Setting, flows: dict[str, list[SignalFlow]]) -> list[Row]:
     """Smallest variance and ratio of gradient norms of every net."""
     rows = []
@@ -151,6 +171,11 @@ def identity_rows(setting: Setting, units: dict[str, list[list[IdentityFlow]]]) 
         no_claim = "a measurement, no claim"
         for figure, values, text in (
             ("largest |x_L - x_l - ΣF| / |x_L|", deviations, verdict),
+            (
+                "product of the shortcuts' scales, smallest",
+                tuple(min(u.product for u in seed) for seed in each),
+                no_claim,
+            ),
             ("additive term of the gradient / |dE/dx_L|", additive, no_claim),
             ("cosine of dE/dx_l and dE/dx_L", cosine, no_claim),
         ):
@@ -159,20 +184,23 @@ def identity_rows(setting: Setting, units: dict[str, list[list[IdentityFlow]]]) 
 
 
 def draw_signals(flows: dict[str, list[SignalFlow]]) -> figures.StudyFigure:
-    """Forward variances (left) and backward norms (right), before training (dashed) and after (solid)."""
+    """Forward variances (above) and backward norms (below), before training (left) and after (right)."""
     colours = dict(zip(flows, figures.SERIES, strict=False))
+    fields = (("variance", "forward variance"), ("gradient", "gradient norm"))
 
     def draw(panels: figures.Panels) -> None:
-        for axes, field, title in zip(
-            panels, ("variance", "gradient"), ("forward variance", "gradient norm"), strict=True
-        ):
+        cells = [(*field, part) for field in fields for part in ("before", "after")]
+        for axes, (field, title, part) in zip(panels, cells, strict=True):
+            ends = {}
             for net, each in flows.items():
-                for part, style in (("before", "--"), ("after", "-")):
-                    curves = [[getattr(s, field) for s in getattr(flow, part)] for flow in each]
-                    mean = [statistics.fmean(values) for values in zip(*curves, strict=True)]
-                    axes.plot(range(1, len(mean) + 1), mean, style, color=colours[net], linewidth=1.4)
+                curves = [[getattr(s, field) for s in getattr(flow, part)] for flow in each]
+                mean = [statistics.fmean(values) for values in zip(*curves, strict=True)]
+                axes.plot(range(1, len(mean) + 1), mean, color=colours[net], linewidth=1.4)
+                if mean:
+                    ends[net] = mean[-1], colours[net]
             figures.set_log_axis(axes)
-            figures.set_titles(axes, title, "layer")
+            figures.set_titles(axes, f"{title}, {part} training", "layer")
+            figures.label_curves(axes, ends)
 
     return figures.draw_study_figure(
         "signals",
@@ -180,40 +208,38 @@ def draw_signals(flows: dict[str, list[SignalFlow]]) -> figures.StudyFigure:
         figures.FigureText(
             "Signals forwards and backwards",
             "Variance of each BN's output, and norm of the loss's gradient there; means over seeds, logarithmic scales.",
-            "Forward variance and backward gradient norm of each layer.",
+            "Forward variance and backward gradient norm of each layer, before and after training.",
         ),
-        figures.PanelLayout(panels=2),
-        legend=[
-            *figures.colour_keys(list(flows)),
-            figures.LegendKey("before training", line="dashed"),
-            figures.LegendKey("after training"),
-        ],
+        figures.PanelLayout(4, 2, 260, figures.LABEL),
     )
 
 
 def draw_identities(units: dict[str, list[list[IdentityFlow]]]) -> figures.StudyFigure:
-    """The terms of the gradient at x_l: the identity's is 1, the additive term is beside it."""
+    """The terms of the gradient at x_l: the shortcuts' is their product (1 for identities), the additive term is beside it."""
     colours = dict(zip(units, figures.SERIES[1:], strict=False))
 
     def draw(panels: figures.Panels) -> None:
-        for axes, field, title in zip(
-            panels, ("gradient_ratio", "additive"), ("|dE/dx_l| / |dE/dx_L|", "additive term / |dE/dx_L|"), strict=True
-        ):
+        titles = ("|dE/dx_l| / |dE/dx_L|", "additive term / |dE/dx_L|")
+        for axes, field, title in zip(panels, ("gradient_ratio", "additive"), titles, strict=True):
+            ends = {}
             for net, each in units.items():
                 curves = torch.tensor([[getattr(u, field) for u in seed] for seed in each])
                 if len(curves):
-                    axes.plot(range(1, curves.shape[1] + 1), curves.mean(0).tolist(), "o-", color=colours[net])
+                    mean = curves.mean(0).tolist()
+                    axes.plot(range(1, len(mean) + 1), mean, "o-", color=colours[net])
+                    ends[net] = mean[-1], colours[net]
             axes.set_ylim(bottom=0)
             figures.set_titles(axes, title, "unit that keeps its shape")
+            figures.label_curves(axes, ends)
 
     return figures.draw_study_figure(
         "identities",
         draw,
         figures.FigureText(
             "Parts of the gradient",
-            "dE/dx_l = dE/dx_L (1 + d/dx_l ΣF) (2016 eq. 5), x_L being its stage's last output. Means over seeds.",
+            "dE/dx_l = dE/dx_L (Πλ + d/dx_l ΣF) (2016 eq. 5 and 8), Πλ = 1 for identities; x_L is its stage's last output. "
+            "Means over seeds.",
             "Size of the gradient at each unit, and of its additive term.",
         ),
-        figures.PanelLayout(panels=2),
-        legend=[figures.LegendKey(net, f"--series-{i}") for i, net in enumerate(units, 1)],
+        figures.PanelLayout(panels=2, right=figures.LABEL),
     )

@@ -24,7 +24,7 @@ from resnetlab.studies.runs import RunOutcomes
 from resnetlab.studies.setting import Setting, Trial
 from resnetlab.studies.study import Row, Study, StudyResult
 from resnetlab.studies.variants import network_trials
-from resnetlab.studies.verdicts import RULE, compare_by_seed, format_seeds, tally
+from resnetlab.studies.verdicts import RULE, Difference, compare_by_seed, describe, format_seeds
 
 IMAGES = {"smoke": 64, "quick": 1_000, "paper": 10_000}  # test images for each lesion
 DRAWS = 3  # random choices of blocks for each number of them
@@ -80,11 +80,14 @@ class Lesion(Study):
         rises = {net: {seed: each.rise for seed, each in by_seed.items()} for net, by_seed in errors.items()}
         difference = compare_by_seed(rises[plain], rises[residual])
         verbs = {"larger": "loses more by one block than", "smaller": "loses less by one block than"}
-        text = tally(difference, plain, residual, **verbs)
+        text = describe(difference, plain, residual, **verbs)
         return StudyResult(
-            answer=" ".join(lesion_verdict(by_seed, net, guess) for net, by_seed in errors.items()),
+            answer=" ".join(
+                f"{lesion_verdict(by_seed, net, guess).removesuffix('.')}{setting.condition}."
+                for net, by_seed in errors.items()
+            ),
             details=f"{text[0].upper()}{text[1:]}.",
-            rows=lesion_rows(setting, errors, text),
+            rows=lesion_rows(setting, errors, text, (residual, difference)),
             figures=[draw_lesion_errors(errors)],
             rule=RULE + COLLAPSE,
             remarks=[
@@ -147,7 +150,9 @@ def lesion_verdict(errors: Mapping[int, LesionErrors], net: str, guess: float) -
     return f"{net} collapses in {collapsed} and rises smoothly in {format_seeds(smooth, n)}."
 
 
-def lesion_rows(setting: Setting, errors: Mapping[str, Mapping[int, LesionErrors]], text: str) -> list[Row]:
+def lesion_rows(
+    setting: Setting, errors: Mapping[str, Mapping[int, LesionErrors]], text: str, compared: tuple[str, Difference]
+) -> list[Row]:
     """The intact net, without one block, without several, with pairs swapped."""
     rows = []
     for net, by_seed in errors.items():
@@ -162,7 +167,8 @@ def lesion_rows(setting: Setting, errors: Mapping[str, Mapping[int, LesionErrors
             measured += [(label.format(n), [getattr(e, kind)[n] for e in each]) for n in counts if n in (2, 4, 6)]
         for figure, values in measured:
             verdict = text if "mean" in figure else "a measurement, no claim"
-            rows.append(Row(net, figure, tuple(values), verdict, None, setting.share))
+            against = compared if "mean" in figure and net != compared[0] else None
+            rows.append(Row(net, figure, tuple(values), verdict, None, setting.share, compared=against))
     return rows
 
 

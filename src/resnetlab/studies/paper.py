@@ -1,57 +1,53 @@
-"""Numbers that the papers print, with the table or figure; 2015 is arXiv 1512.03385, 2016 arXiv 1603.05027."""
+"""Which printed errors a study's run may be compared with: those of the same network, data, training and test protocol."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import fields, replace
+from functools import cache
 
-from resnetlab.evaluation import published
-from resnetlab.models.spec import CIFAR_DEPTHS
+from resnetlab.evaluation.published import PRINTED, PrintedError
+from resnetlab.studies.setting import Setting
+from resnetlab.training.recipe import Recipe
+from resnetlab.training.recipes import find_classification_recipe
 
+NO_FIGURE = "the paper has no figure for this"
 
-@dataclass(frozen=True)
-class PublishedFigure:
-    """A number and its source. Errors are fractions; None where the paper has a word instead."""
-
-    value: float | None
-    source: str
-
-
-def _from_percent(source: str, values: dict[str, float]) -> dict[str, PublishedFigure]:
-    return {key: PublishedFigure(round(value / 100, 6), source) for key, value in values.items()}
+# Values of a recipe that decide how a run is carried out and recorded, not what it trains; the network and the data, which
+# are compared by themselves; and the length, by which a run is labelled.
+_ELSEWHERE = {"name", "data", "net", "specification", "seed", "precision", "threads", "compile", "recompute", "log_every",
+              "eval_every", "checkpoint_minutes", "steps", "val_images", "on_bad_image", "quarantine"}  # fmt: skip
 
 
-_RESNET110 = published.CIFAR10["resnet110"]
-_TEN_CROP = {name: top1 for name, (top1, _) in published.IMAGENET["10crop"].items()}
-IMAGENET_TOP1 = _from_percent(
-    "2015 Table 2 (ImageNet, 10-crop)",
-    {name.removesuffix("/A"): _TEN_CROP[name] for name in ("plain18", "resnet18/A", "plain34", "resnet34/A")},
-)
-CIFAR10 = _from_percent(
-    "2015 Table 6 (CIFAR-10)", {f"resnet{depth}": published.CIFAR10[f"resnet{depth}"] for depth in CIFAR_DEPTHS}
-)
-SHORTCUTS_TOP1 = _from_percent(
-    "2015 Table 3 (ImageNet, 34 layers)",
-    {
-        "plain": _TEN_CROP["plain34"],
-        "A": _TEN_CROP["resnet34/A"],
-        "B": _TEN_CROP["resnet34"],
-        "C": _TEN_CROP["resnet34/C"],
-    },
-)
-SHORTCUT_TYPES = _from_percent(  # ResNet-110
-    "2016 Table 1 (CIFAR-10, 110 layers)",
-    {"original": _RESNET110, "constant": 12.35, "exclusive-gate": 8.70, "shortcut-gate": 6.91, "conv": 12.22},
-)
-FAILS = PublishedFigure(None, "2016 Table 1: fails, above 20 %")  # plain and dropout, of 110 layers
-ORDERS_110 = _from_percent(
-    "2016 Table 2 (CIFAR-10, 110 layers)",
-    {"original": _RESNET110, "bn-after-add": 8.17, "relu-before-add": 7.84, "relu-only-preact": 6.71}
-    | {"preact": published.CIFAR10["preresnet110"]},
-)
-ONE_LAYER = PublishedFigure(0.0990, "2016 Table 3 (CIFAR-10, 110 layers, 1-layer skip)")
-PROTOCOLS = {  # ResNet-50 on ImageNet, top-1
-    "1crop": PublishedFigure(0.247, "the released ResNet-50, ImageNet"),
-    "10crop": PublishedFigure(0.2285, "2015 Table 3 (ResNet-50, ImageNet)"),
-    "multiscale": PublishedFigure(0.2074, "2015 Table 4 (ResNet-50, ImageNet)"),
-}
-VGG_MULTIPLY_ADDS = {"vgg16": (15.3e9, "2015 §4.1"), "vgg19": (19.6e9, "2015 §3.3 and Fig. 3")}
+def find_printed(setting: Setting, recipe: Recipe, protocol: str = "1crop") -> list[PrintedError]:
+    """The printed errors of a run's network on its data, trained as it was, by a test protocol; the run may be shorter."""
+    spec = setting.spec(recipe)
+    return [
+        e
+        for e in PRINTED
+        if (e.data, e.protocol) == (setting.data_name, protocol) and e.is_network(spec) and _is_trained_as(recipe, e)
+    ]
+
+
+def paper_recipe(printed: PrintedError) -> Recipe:
+    """The recipe, at its full length, of the runs behind a printed error."""
+    return replace(_named_recipe(printed.recipe), **printed.training)
+
+
+_named_recipe = cache(find_classification_recipe)
+
+
+def length_share(recipe: Recipe, printed: PrintedError) -> float:
+    """The length of a run as a share of the printed one's, in images."""
+    full = paper_recipe(printed)
+    return recipe.steps * recipe.batch / (full.steps * full.batch)
+
+
+def _is_trained_as(recipe: Recipe, printed: PrintedError) -> bool:
+    """Whether a recipe is the paper's, but for its length."""
+    full = paper_recipe(printed)
+    if recipe.steps == full.steps and recipe.val_images != full.val_images:
+        return False
+    same_length = full.rescale(recipe.steps)
+    keys = {f.name for f in fields(Recipe)} - _ELSEWHERE
+    keys -= {"warmup_steps"} if full.warmup != "steps" else set()
+    return all(getattr(recipe, key) == getattr(same_length, key) for key in keys)

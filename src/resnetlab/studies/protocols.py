@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from resnetlab.evaluation.evaluate import evaluate
-from resnetlab.studies import figures, paper
+from resnetlab.studies import figures
 from resnetlab.studies.runs import RunOutcome, RunOutcomes
 from resnetlab.studies.setting import Setting, Trial
 from resnetlab.studies.study import Row, Study, StudyResult
-from resnetlab.studies.variants import network_trials, tally_errors
+from resnetlab.studies.variants import beside_paper, describe_errors, network_trials
 from resnetlab.studies.verdicts import compare_by_seed
 
 Errors = dict[str, dict[str, dict[int, float]]]  # model -> protocol -> seed -> top-1 error
@@ -50,21 +50,21 @@ class Protocols(Study):
         rows = []
         for model, by_protocol in errors.items():
             for protocol, by_seed in by_protocol.items():
-                text = "what the other protocols are compared with"
+                text, compared = "what the other protocols are compared with", None
                 if protocol != "1crop":
                     difference = compare_by_seed(by_seed, by_protocol["1crop"])
-                    text = tally_errors(difference, protocol, "1crop", "tests")
-                printed = paper.PROTOCOLS.get(protocol) if model != ENSEMBLE else None
+                    text, compared = describe_errors(difference, protocol, "1crop", "tests"), ("1crop", difference)
                 figure = f"test error, {protocols[protocol]}"
-                rows.append(Row(model, figure, tuple(by_seed.values()), text, printed, setting.share))
-        answer, details = answer_protocols(errors)
+                row = Row(model, figure, tuple(by_seed.values()), text, None, setting.share, compared=compared)
+                rows += beside_paper(row, setting, outcomes.of(model), protocols[protocol])
+        answer, details = answer_protocols(errors, setting)
         return StudyResult(
             answer=answer,
             details=details,
             rows=rows,
             figures=[draw_protocols(errors)],
             remarks=[
-                "The paper's figures are of ResNet-50 on ImageNet, whose images are larger than the crop.",
+                "The paper's figures are of ImageNet, whose images are larger than the crop.",
                 "An ensemble's score is the mean of its members'. The paper's six models: 3.57 % top-5, test (Table 5).",
             ],
         )
@@ -95,25 +95,25 @@ class Protocols(Study):
         return {model: by_protocol for model, by_protocol in errors.items() if any(by_protocol.values())}
 
 
-def answer_protocols(errors: Errors) -> tuple[str, str]:
+def answer_protocols(errors: Errors, setting: Setting) -> tuple[str, str]:
     """The ensemble compared with the best of its members, and the protocols with one crop."""
     models = [model for model in errors if model != ENSEMBLE]
     tallies = []
     for protocol in [p for p in errors[models[-1]] if p != "1crop"] if models else []:
         difference = compare_by_seed(errors[models[-1]][protocol], errors[models[-1]]["1crop"])
-        tallies.append(tally_errors(difference, protocol, "1crop", "tests"))
+        tallies.append(describe_errors(difference, protocol, "1crop", "tests"))
     details = f"Of {models[-1]}: {'; '.join(tallies)}." if tallies else ""
     if ENSEMBLE not in errors:
         return "One depth alone makes no ensemble of depths; give several with --depths.", details
     best = min(models, key=lambda m: sum(errors[m]["1crop"].values()) / len(errors[m]["1crop"]))
     difference = compare_by_seed(errors[best]["1crop"], errors[ENSEMBLE]["1crop"])
-    text = tally_errors(difference, best, f"the ensemble of {len(models)} depths", "tests")
+    text = describe_errors(difference, best, f"the ensemble of {len(models)} depths", "tests")
     opening = {
         "shown": "An ensemble is shown to beat its best member",
-        "points to": "An ensemble may beat its best member",
-        "not shown": "Not shown that an ensemble beats its best member",
+        "points to": "The runs point to an ensemble beating its best member, no more,",
+        "not shown": "That an ensemble beats its best member is not shown",
     }[difference.strength]
-    return f"{opening}: {text}.", details
+    return f"{opening}{setting.condition}: {text}.", details
 
 
 def draw_protocols(errors: Errors) -> figures.StudyFigure:

@@ -21,7 +21,8 @@ from resnetlab.studies.setting import Setting
 from resnetlab.studies.study import StudyOutput
 
 COLUMNS = ("study", "data", "what", "figure", "unit", "mean", "sd", "n", "values", "diverged", "paper", "paper_source",
-           "budget", "verdict")  # fmt: skip
+           "budget", "verdict", "compared_with", "difference", "difference_low", "difference_high", "difference_n",
+           "from_paper", "from_paper_low", "from_paper_high", "from_paper_n")  # fmt: skip
 
 
 def write_study(outputs: Sequence[StudyOutput], folder: Path, command: str) -> None:
@@ -58,7 +59,12 @@ def study_environment(outputs: Sequence[StudyOutput]) -> dict[str, Any]:
 def render_study(outputs: Sequence[StudyOutput], command: str) -> str:
     """The page as HTML: one study, or several with a front page."""
     templates = load_templates()
-    templates.filters |= {"figure": format_figure, "share": format_budget, "estimate": format_estimate}
+    templates.filters |= {
+        "figure": format_figure,
+        "evidence": format_evidence,
+        "share": format_budget,
+        "estimate": format_estimate,
+    }
     setting = outputs[0].setting
     page = templates.get_template("study.html.j2").render(
         title=outputs[0].study.name if len(outputs) == 1 else "all studies",
@@ -120,6 +126,19 @@ def format_figure(value: float | None, unit: str) -> str:
     if value and not 1e-3 <= abs(value) < 1e4:
         return f"{value:.2g}"
     return f"{value:.{max(0, 2 - math.floor(math.log10(abs(value))))}f}" if value else "0"
+
+
+def format_evidence(row: Mapping[str, Any], key: str) -> str:
+    """A difference with its interval and n, for a table: "+2.31 % (1.20 % to 3.42 %), n = 3"; "–" where there is none."""
+    if row[key] is None:
+        return "–"
+
+    def number(value: float) -> str:
+        return f"{'−' * (value < 0)}{format_figure(abs(value), row['unit'])}"
+
+    low, high, n = (row[f"{key}_{end}"] for end in ("low", "high", "n"))
+    interval = "no interval" if low is None else f"{number(low)} to {number(high)}"
+    return f"{'+' * (row[key] > 0)}{number(row[key])} ({interval}), n = {n}"
 
 
 def format_budget(value: float | None) -> str:

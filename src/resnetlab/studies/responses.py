@@ -12,7 +12,7 @@ from resnetlab.studies.probe_images import load_probe_batch, select_probe_images
 from resnetlab.studies.runs import RunOutcomes
 from resnetlab.studies.setting import Setting
 from resnetlab.studies.study import Row, StudyResult
-from resnetlab.studies.verdicts import RULE, compare_by_seed, mean_sd, tally
+from resnetlab.studies.verdicts import RULE, compare_by_seed, describe, mean_sd
 
 IMAGES = 512
 
@@ -25,6 +25,10 @@ class Responses(Degradation):
     name = "responses"
     question = "Do residual nets change their signal less than plain ones, layer by layer?"
     place = "2015 Fig. 7"
+
+    def depths(self, setting: Setting) -> tuple[int, ...]:
+        """Those of the paper's figure."""
+        return setting.pick_depths(smoke=(8, 14), quick=(8, 20, 56), paper=(20, 56, 110))
 
     def read(self, setting: Setting, outcomes: RunOutcomes, on_progress: Callable[[int, int], None]) -> StudyResult:
         """The mean over layers: residual compared with plain of equal depth, and deep with shallow."""
@@ -40,16 +44,21 @@ class Responses(Degradation):
             plain, residual = (f"{kind}{depth}" for kind in KINDS)
             difference = compare_by_seed(means.get(plain, {}), means.get(residual, {}))
             strengths.append(difference.strength)
-            text = tally(difference, plain, residual, **verbs)
+            text = describe(difference, plain, residual, **verbs, unit="number")
             for net in (plain, residual):
                 values = tuple(value for _, value in sorted(means.get(net, {}).items()))
-                rows.append(Row(net, "mean response over layers", values, text, None, setting.share, "number"))
+                compared = (residual, difference) if net == plain else None
+                row = Row(
+                    net, "mean response over layers", values, text, None, setting.share, "number", compared=compared
+                )
+                rows.append(row)
         shallow, deep = f"resnet{depths[0]}", f"resnet{depths[-1]}"
         deeper = compare_by_seed(means.get(shallow, {}), means.get(deep, {}))
         count = strengths.count("shown")
         return StudyResult(
-            answer=f"Residual nets are shown to respond less strongly than plain ones at {count} of {len(depths)} depths.",
-            details=f"With depth: {tally(deeper, shallow, deep, **verbs)}.",
+            answer=f"Residual nets are shown to respond less strongly than plain ones at {count} of {len(depths)} depths"
+            f"{setting.condition}.",
+            details=f"With depth: {describe(deeper, shallow, deep, **verbs, unit='number')}.",
             rows=rows,
             figures=[draw_responses(deviations, depths)],
             rule=RULE + " The figure compared is a net's mean over its layers of the deviation of a layer's response.",
@@ -76,31 +85,40 @@ def measure_all_responses(
 
 
 def draw_responses(deviations: Mapping[str, Layers], depths: Sequence[int]) -> figures.StudyFigure:
-    """Original order above, sorted below (2015 Fig. 7); plain dashed, residual solid, means over seeds."""
-    nets = [f"{kind}{depth}" for kind in KINDS for depth in depths if f"{kind}{depth}" in deviations]
-    colours = dict(zip(nets, figures.SERIES * 3, strict=False))
+    """Original order above, sorted below (2015 Fig. 7), plain left, residual right; means over seeds."""
+    shown = depths if len(depths) <= figures.CURVES else [*depths[: figures.CURVES - 1], depths[-1]]
+    colours = dict(zip(shown, figures.SERIES, strict=False))
+    orders: Sequence[tuple[str, Callable[[list[float]], list[float]]]] = (
+        ("layers in their order", list),
+        ("sorted, the strongest first", partial(sorted, reverse=True)),
+    )
 
     def draw(panels: figures.Panels) -> None:
-        orders: Sequence[tuple[str, Callable[[list[float]], list[float]]]] = (
-            ("layers in their order", list),
-            ("layers sorted, the strongest first", partial(sorted, reverse=True)),
-        )
-        for axes, (title, order) in zip(panels, orders, strict=True):
-            for net in nets:
-                layers = order([mean_sd(list(values))[0] for values in zip(*deviations[net].values(), strict=True)])
-                style = "--" if net.startswith("plain") else "-"
-                axes.plot(range(1, len(layers) + 1), layers, style, color=colours[net], marker=".", linewidth=1.4)
-            axes.set_ylim(bottom=0)
-            figures.set_titles(axes, title, "layer")
+        cells = [(title, order, kind) for title, order in orders for kind in KINDS]
+        tops = []
+        named = []
+        for axes, (title, order, kind) in zip(panels, cells, strict=True):
+            ends = {}
+            for depth in (d for d in shown if f"{kind}{d}" in deviations):
+                by_seed = deviations[f"{kind}{depth}"].values()
+                layers = order([mean_sd(list(values))[0] for values in zip(*by_seed, strict=True)])
+                axes.plot(range(1, len(layers) + 1), layers, color=colours[depth], marker=".", linewidth=1.4)
+                ends[f"{kind}{depth}"] = layers[-1], colours[depth]
+                tops.append(max(layers))
+            figures.set_titles(axes, f"{kind.replace('resnet', 'residual')}, {title}", "layer")
+            named.append(ends)
+        for axes, ends in zip(panels, named, strict=True):
+            axes.set_ylim(0, 1.05 * max(tops, default=1.0))
+            figures.label_curves(axes, ends)
 
     return figures.draw_study_figure(
         "responses",
         draw,
         figures.FigureText(
             "Standard deviation of layer responses",
-            "As 2015 Fig. 7: BN's output, before nonlinearity and addition; a point is a 3x3 layer. Plain nets are dashed.",
-            "Standard deviation of each layer's response, in original order and sorted.",
+            "As 2015 Fig. 7, plain and residual nets apart: BN's output, before nonlinearity and addition; a point is a "
+            "3x3 layer.",
+            "Standard deviation of each layer's response, in original order and sorted, plain and residual nets.",
         ),
-        figures.PanelLayout(panels=2, rows=2, height=260),
-        legend=figures.colour_keys(nets),
+        figures.PanelLayout(4, 2, 260, figures.LABEL),
     )

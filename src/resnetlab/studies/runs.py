@@ -125,13 +125,18 @@ class RunOutcome:
     @cached_property
     def training_error(self) -> float | None:
         """Mean over the last tenth of the steps, on augmented batches; None where the run diverged."""
-        return None if self.diverged else self.mean_training_error(0.9, 1.0)
+        return None if self.diverged else self.mean_over_steps("error", 0.9, 1.0)
 
-    def mean_training_error(self, start: float, end: float) -> float | None:
-        """Mean over a part of the steps, given as shares of them; None where nothing was recorded there."""
+    @cached_property
+    def training_loss(self) -> float | None:
+        """Likewise, in nats."""
+        return None if self.diverged else self.mean_over_steps("loss", 0.9, 1.0)
+
+    def mean_over_steps(self, key: str, start: float, end: float) -> float | None:
+        """Mean of "error" or "loss" over a part of the steps, given as shares of them; None where nothing was recorded."""
         low, high = start * self.trial.recipe.steps, end * self.trial.recipe.steps
-        errors = [line["error"] for line in self.metrics if line["kind"] == "train" and low < line["step"] <= high]
-        return sum(errors) / len(errors) if errors else None
+        values = [line[key] for line in self.metrics if line["kind"] == "train" and low < line["step"] <= high]
+        return sum(values) / len(values) if values else None
 
     @property
     def test_error(self) -> float | None:
@@ -157,6 +162,6 @@ class RunOutcomes:
         return [o for o in self.of(label) if not o.diverged]
 
     def by_seed(self, label: str, figure: str) -> dict[int, float]:
-        """seed -> a figure ("training_error" or "test_error") of the runs that did not diverge."""
+        """seed -> a figure ("training_error", "training_loss" or "test_error") of the runs that did not diverge."""
         figures = {o.seed: getattr(o, figure) for o in self.trained(label)}
         return {seed: value for seed, value in figures.items() if value is not None}

@@ -8,16 +8,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from resnetlab.data import sources
+from resnetlab.data import imagenet, sources
 from resnetlab.data.dataset import Dataset
 from resnetlab.device import default_precision, select_device
 from resnetlab.errors import DataError, UsageError, unknown_name_error
+from resnetlab.formatting import format_share
 from resnetlab.models.spec import CIFAR_BOTTLENECK, IMAGENET_DEPTHS, Specification, get_specification
 from resnetlab.training.recipe import Recipe
 from resnetlab.training.recipes import find_classification_recipe
 
 PAPER_EPOCHS = 64_000 * 128 / 50_000  # of 2015 §4.2 on CIFAR-10
-IMAGENET_EPOCHS = 600_000 * 256 / 1_281_167  # of 2015 §3.4 on ImageNet
+IMAGENET_IMAGES = 1_281_167  # of its training split
+IMAGENET_EPOCHS = 600_000 * 256 / IMAGENET_IMAGES  # of 2015 §3.4 on ImageNet
+WARMUP = 400 / 64_000  # of a run's steps (2016, appendix)
 BUDGETS = {  # name: purpose, share of the paper's epochs, steps at least
     "smoke": ("does it run at all", 0.0, 20),
     "quick": ("a first look", 0.02, 300),
@@ -113,6 +116,21 @@ class Setting:
         """The length of a run as a share of the paper's epochs."""
         return self.base.steps * self.base.batch / len(self.source.train) / self.paper_epochs
 
+    @property
+    def condition(self) -> str:
+        """What every sentence about shortened runs says: " after 300 steps (8.2 % of the paper's epochs)"; else empty."""
+        if abs(self.share - 1) < 0.001:
+            return ""
+        return f" after {self.base.steps:,} steps ({format_share(self.share)} of the paper's epochs)"
+
+    @property
+    def data_name(self) -> str:
+        """The data as the papers name them: "cifar10", "digits", …, "imagenet" for its whole training split; else a path."""
+        whole = len(self.source.train) == IMAGENET_IMAGES
+        if whole and set(self.source.classes) == set(imagenet.imagenet_class_names().values()):
+            return "imagenet"
+        return self.data
+
     def spec(self, recipe: Recipe) -> Specification:
         """The specification of a run's network."""
         channels = 1 if self.data == "digits" else 3
@@ -130,19 +148,28 @@ class Setting:
             **changes: other values of the recipe.
         """
         one = replace(self.base, net=net, specification=dict(values or {}), **changes)
-        if one.warmup == "steps":  # a warm-up shrinks with its run
-            one = replace(one, warmup_steps=max(1, round(one.warmup_steps * min(1.0, self.share))))
+        if one.warmup == "steps" and not self.photographs:  # 2016's 400 of 64,000 steps
+            one = replace(one, warmup_steps=max(1, round(WARMUP * one.steps)))
         return [Trial(label, replace(one, seed=seed)) for seed in range(self.seeds)]
 
     def pick_depths(self, **by_budget: Sequence[int]) -> tuple[int, ...]:
         """The depths that the user gave, or the study's for this budget."""
         return self.depths or tuple(by_budget[self.budget])
 
+    def pick_basic_depth(self, **by_budget: int) -> int:
+        """The deepest of them; raises UsageError for a net of bottlenecks."""
+        depth = self.depths[-1] if self.depths else by_budget[self.budget]
+        if depth in CIFAR_BOTTLENECK:
+            raise UsageError(
+                f"depth {depth} is a net of bottlenecks; this study changes basic ones: give 6n+2, such as 56."
+            )
+        return depth
+
 
 def check_depth(depth: int) -> None:
-    """Raises UsageError, naming the nearest two, for a depth that the CIFAR nets do not have: 6n+2."""
-    taken = {*IMAGENET_DEPTHS, *CIFAR_BOTTLENECK}  # names of other kinds of network
-    if depth % 6 == 2 and depth >= 8 and depth not in taken:
+    """Raises UsageError, naming the nearest two, for a depth that the CIFAR nets do not have: 6n+2, or 164 and 1001."""
+    taken = {*IMAGENET_DEPTHS}  # names of other kinds of network
+    if depth in CIFAR_BOTTLENECK or (depth % 6 == 2 and depth >= 8 and depth not in taken):
         return
     known = [d for d in range(8, max(20, depth) + 20, 6) if d not in taken]
     low, high = sorted(sorted(known, key=lambda d: abs(d - depth))[:2])

@@ -6,11 +6,10 @@ from collections.abc import Sequence
 
 from resnetlab.models.cost import compute_cost
 from resnetlab.models.spec import get_specification
-from resnetlab.studies import paper
 from resnetlab.studies.runs import RunOutcomes
 from resnetlab.studies.setting import Setting
 from resnetlab.studies.study import Row
-from resnetlab.studies.variants import SideBySide, Variant, assess_claim
+from resnetlab.studies.variants import SideBySide, Variant, assess_claim, warmup_2015
 
 OPTIONS = {"plain": "none", "A": "A", "B": "B", "C": "C"}
 
@@ -26,9 +25,9 @@ class Shortcuts(SideBySide):
 
     def variants(self, setting: Setting) -> list[Variant]:
         """At the deepest of the depths."""
-        depth = setting.pick_depths(smoke=(8,), quick=(20,), paper=(56,))[-1]
+        depth = setting.pick_basic_depth(smoke=8, quick=20, paper=56)
         return [
-            Variant(label, f"resnet{depth}", {"shortcut": option}, paper.SHORTCUTS_TOP1[label])
+            Variant(label, f"resnet{depth}", {"shortcut": option}, warmup_2015(setting, depth))
             for label, option in OPTIONS.items()
         ]
 
@@ -45,7 +44,7 @@ class Shortcuts(SideBySide):
 
     def answer(self, setting: Setting, outcomes: RunOutcomes, variants: Sequence[Variant]) -> tuple[str, str]:
         """All options compared with the plain net, and C with A."""
-        gains = [assess_claim(outcomes, "plain", option, f"option {option} helps")[1] for option in "ABC"]
+        gains = [assess_claim(setting, outcomes, "plain", option, f"option {option} helps")[1] for option in "ABC"]
         claim = f"projections everywhere (C) beat none (A) in {variants[0].net}"
-        verdict, details = assess_claim(outcomes, "A", "C", claim)
+        verdict, details = assess_claim(setting, outcomes, "A", "C", claim)
         return verdict, " ".join([details, *gains])

@@ -16,12 +16,19 @@ from resnetlab.studies import verdicts, workers
 from resnetlab.studies.code_version import CodeVersions
 from resnetlab.studies.cost_estimate import CostEstimate
 from resnetlab.studies.figures import StudyFigure
-from resnetlab.studies.paper import PublishedFigure
 from resnetlab.studies.runs import RunOutcome, RunOutcomes, StudyRun
 from resnetlab.studies.setting import Setting, Trial
 
 RUNS = Path("runs/studies")
 DAY = 86_400  # seconds
+
+
+@dataclass(frozen=True)
+class PaperFigure:
+    """The paper's number (errors are fractions; None where it has words instead), and its table or those words."""
+
+    value: float | None
+    source: str
 
 
 @dataclass(frozen=True)
@@ -36,16 +43,20 @@ class Row:
         budget: the length of the runs as a share of the paper's; None where nothing was trained.
         unit: "error" (a fraction), "count" or "number".
         diverged: number of runs without a figure, because their loss was no longer finite.
+        compared: what it was compared with (a network or protocol, by its label), and by how much it is larger.
+        from_paper: by how much it is larger than the paper's number; None where they are not compared.
     """
 
     what: str
     figure: str
     values: tuple[float, ...]
     verdict: str
-    paper: PublishedFigure | None = None
+    paper: PaperFigure | None = None
     budget: float | None = None
     unit: str = "error"
     diverged: int = 0
+    compared: tuple[str, verdicts.Difference] | None = None
+    from_paper: verdicts.Difference | None = None
 
     def to_json(self) -> dict[str, Any]:
         """A plain dictionary; keys as in docs/json.md."""
@@ -63,7 +74,16 @@ class Row:
             "paper_source": self.paper and self.paper.source,
             "budget": self.budget,
             "verdict": self.verdict,
+            "compared_with": self.compared and self.compared[0],
+            **_difference_to_json("difference", self.compared and self.compared[1]),
+            **_difference_to_json("from_paper", self.from_paper),
         }
+
+
+def _difference_to_json(key: str, difference: verdicts.Difference | None) -> dict[str, Any]:
+    low, high = (difference and difference.interval) or (None, None)
+    mean = difference.mean if difference and difference.n else None
+    return {key: mean, f"{key}_low": low, f"{key}_high": high, f"{key}_n": difference and difference.n}
 
 
 @dataclass(frozen=True)

@@ -4,19 +4,28 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
+from resnetlab.formatting import format_percent
 from resnetlab.studies import figures
 from resnetlab.studies.figures import StudyFigure
-from resnetlab.studies.paper import PublishedFigure
-from resnetlab.studies.runs import RunOutcomes
+from resnetlab.studies.paper import NO_FIGURE, find_printed, length_share
+from resnetlab.studies.runs import RunOutcome, RunOutcomes
 from resnetlab.studies.setting import Setting, Trial
-from resnetlab.studies.study import Row, Study, StudyResult
+from resnetlab.studies.study import PaperFigure, Row, Study, StudyResult
 from resnetlab.studies.twins import are_twins
-from resnetlab.studies.verdicts import PairedDifference, compare_by_seed, compare_with_paper, tally
+from resnetlab.studies.verdicts import (
+    FAIL,
+    PairedDifference,
+    compare_by_seed,
+    compare_with_paper,
+    describe,
+    difference_from_printed,
+)
 
 DEEP = 110  # a residual net of this depth or more needs a warm-up (2015 §4.2)
+WARMUP_2016 = {"warmup": "steps"}  # 2016, appendix: 0.01 for the first 400 steps of all CIFAR runs
 FIGURES = {"training error": "trains", "test error": "tests"}
 WORSE, BETTER = "worse than", "better than"
 TRAINING_ERROR = (
@@ -32,19 +41,17 @@ class Variant:
     Attributes:
         label: the study's label for it.
         net: its name, and `values`, changes to the specification of that name.
-        printed: the paper's test error for its own network of this kind.
         changes: other values of the recipe.
     """
 
     label: str
     net: str
     values: Mapping[str, Any] = field(default_factory=dict)
-    printed: PublishedFigure | None = None
     changes: Mapping[str, Any] = field(default_factory=dict)
 
 
 class SideBySide(Study):
-    """A study of several networks, each compared with the first.
+    """A study of several networks, each compared with a reference, as a rule the first.
 
     Attributes:
         caption: of the figure.
@@ -64,6 +71,10 @@ class SideBySide(Study):
     def answer(self, setting: Setting, outcomes: RunOutcomes, variants: Sequence[Variant]) -> tuple[str, str]:
         """The verdict in one sentence, and details."""
 
+    def reference(self, label: str, variants: Sequence[Variant]) -> str:
+        """The network that one is compared with: the first."""
+        return variants[0].label
+
     def count_rows(self, setting: Setting, variant: Variant) -> Sequence[Row]:
         """Rows that need no run, such as counts of parameters."""
         return ()
@@ -72,10 +83,13 @@ class SideBySide(Study):
         """The variants that are different functions, and a sentence about each that is left out."""
         variants = self.variants(setting)
         specs = {v.label: setting.spec(setting.trials(v.label, v.net, v.values)[0].recipe) for v in variants}
+        changes = {v.label: v.changes for v in variants}
         kept: list[str] = []
         left_out = []
         for variant in sorted(variants, key=lambda v: v.label not in self.claimed):
-            twin = next((label for label in kept if are_twins(specs[label], specs[variant.label])), None)
+            twin = next(
+                (k for k in kept if changes[k] == variant.changes and are_twins(specs[k], specs[variant.label])), None
+            )
             if twin is None:
                 kept.append(variant.label)
             else:
@@ -94,61 +108,87 @@ class SideBySide(Study):
         answer, details = self.answer(setting, outcomes, variants)
         rows: list[Row] = []
         for variant in variants:
-            rows += error_rows(setting, outcomes, variant.label, variants[0].label, variant.printed)
+            rows += error_rows(setting, outcomes, variant.label, self.reference(variant.label, variants))
             rows += self.count_rows(setting, variant)
-        figure = draw_curves_and_ends(self.name, [v.label for v in variants], outcomes, self.caption)
+        references = {v.label: self.reference(v.label, variants) for v in variants}
+        figure = draw_curves_and_ends(self.name, references, outcomes, self.caption)
         return StudyResult(answer, rows, [figure], details, remarks=[*left_out, TRAINING_ERROR, *self.remarks])
+
+
+def warmup_2015(setting: Setting, depth: int) -> dict[str, Any]:
+    """The warm-up that 2015 gives its deep nets: at a lower rate until the training error is below 80 %."""
+    return {"warmup": "train-error" if depth >= DEEP else setting.base.warmup}
 
 
 def network_trials(setting: Setting, name: str, depth: int) -> list[Trial]:
     """The runs of one CIFAR net, by its name, with the warm-up that 2015 gives its deep ones."""
-    return setting.trials(name, name, warmup="train-error" if depth >= DEEP else setting.base.warmup)
+    return setting.trials(name, name, **warmup_2015(setting, depth))
 
 
-def error_rows(
-    setting: Setting,
-    outcomes: RunOutcomes,
-    label: str,
-    reference: str,
-    printed: PublishedFigure | None = None,
-    paper: str = "cifar10",
-) -> list[Row]:
-    """Training and test error of one network, compared with another's seed by seed.
-
-    Args:
-        printed: the paper's test error, shown where the data are the paper's.
-        paper: the data of the paper's figure.
-    """
+def error_rows(setting: Setting, outcomes: RunOutcomes, label: str, reference: str) -> list[Row]:
+    """Training and test error of one network, compared with another's seed by seed and with what the papers print for it."""
     rows = []
+    diverged = len(outcomes.of(label)) - len(outcomes.trained(label))
     for figure, verb in FIGURES.items():
         key = figure.replace(" ", "_")
         errors, base = outcomes.by_seed(label, key), outcomes.by_seed(reference, key)
-        text = "what the others are compared with"
+        text, compared = "what the others are compared with", None
         if label != reference:
-            text = tally_errors(compare_by_seed(errors, base), label, reference, verb)
-        published = printed if figure == "test error" else None
-        if published and setting.data == paper:
-            text += "; beside the paper: " + compare_with_paper(list(errors.values()), published.value, setting.share)
-        diverged = len(outcomes.of(label)) - len(outcomes.trained(label))
-        rows.append(Row(label, figure, tuple(errors.values()), text, published, setting.share, diverged=diverged))
+            difference = compare_by_seed(errors, base)
+            text, compared = describe_errors(difference, label, reference, verb), (reference, difference)
+        row = Row(
+            label, figure, tuple(errors.values()), text, None, setting.share, diverged=diverged, compared=compared
+        )
+        rows += beside_paper(row, setting, outcomes.of(label)) if figure == "test error" else [row]
     return rows
 
 
-def tally_errors(difference: PairedDifference, a: str, b: str, verb: str = "trains") -> str:
-    """In how many seeds network `a` has the larger error: "plain56 trains worse than plain20 in 5 of 5 seeds"."""
-    return tally(difference, a, b, larger=f"{verb} {WORSE}", smaller=f"{verb} {BETTER}")
+def beside_paper(row: Row, setting: Setting, outcomes: Sequence[RunOutcome], protocol: str = "1crop") -> list[Row]:
+    """A row of test errors for each error that the papers print for exactly this network, data, training and test.
+
+    Where they print none, the one row says so. A second one of a network (the best of five) has a row of its own.
+    """
+    rows: list[Row] = []
+    for printed in find_printed(setting, outcomes[0].trial.recipe, protocol) if outcomes else []:
+        share = length_share(outcomes[0].trial.recipe, printed)
+        fail, statistic = printed.above or FAIL, printed.statistic
+        text = compare_with_paper(row.values, printed.top1, share, fail=fail, statistic=statistic)
+        away = None
+        if printed.top1 is not None and abs(share - 1) < 0.001:
+            away = difference_from_printed(row.values, printed.top1, printed.runs, statistic)
+        text = f"beside the paper: {text}" + (f" ({away.describe()})" if away else "")
+        above = f"above {format_percent(printed.above, 0)}: " if printed.above else ""
+        beside = replace(
+            row, paper=PaperFigure(printed.top1, f"{above}{printed.source}, {statistic}"), budget=share, from_paper=away
+        )
+        if rows:
+            values = (min(row.values),) if row.values and statistic.startswith("best") else row.values
+            beside = replace(
+                beside, figure=f"{row.figure}, beside the {statistic}", values=values, verdict=text, compared=None
+            )
+        else:
+            beside = replace(beside, verdict=f"{row.verdict}; {text}")
+        rows.append(beside)
+    return rows or [replace(row, paper=PaperFigure(None, NO_FIGURE))]
 
 
-def draw_curves_and_ends(name: str, labels: Sequence[str], outcomes: RunOutcomes, caption: str) -> StudyFigure:
-    """Error by step of every network (left), and the test errors at the end (right)."""
-    colours = dict(zip(labels, figures.SERIES * 3, strict=False))
+def describe_errors(difference: PairedDifference, a: str, b: str, verb: str = "trains") -> str:
+    """In how many seeds network `a` has the larger error, and by how much: "plain56 trains worse than plain20 in …"."""
+    return describe(difference, a, b, larger=f"{verb} {WORSE}", smaller=f"{verb} {BETTER}")
+
+
+def draw_curves_and_ends(name: str, references: Mapping[str, str], outcomes: RunOutcomes, caption: str) -> StudyFigure:
+    """Error by step, a panel for each network beside its reference (2016 Fig. 3), and a last one of the errors at the end."""
+    labels = list(references)
+    pairs = [[reference, label] for label, reference in references.items() if label != reference] or [labels]
     ends = {label: list(outcomes.by_seed(label, "test_error").values()) for label in labels}
 
     def draw(panels: figures.Panels) -> None:
-        left, right = panels
-        top = figures.plot_learning(left, "error by step", {label: outcomes.of(label) for label in labels}, colours)
-        figures.set_error_axis(left, 1.1 * top)
-        figures.plot_dots(right, "test error, every seed, mean ± sd", ends, list(colours.values()))
+        figures.plot_panels(
+            panels[:-1], [pair[-1] for pair in pairs], [{label: outcomes.of(label) for label in pair} for pair in pairs]
+        )
+        colours = [figures.SERIES[references[label] != label] for label in labels]
+        figures.plot_dots(panels[-1], "test error, every seed, mean ± sd", ends, colours)
 
     return figures.draw_study_figure(
         name,
@@ -158,21 +198,23 @@ def draw_curves_and_ends(name: str, labels: Sequence[str], outcomes: RunOutcomes
             caption,
             f"Error by training step, and test error at the end, of {', '.join(labels)}.",
         ),
-        figures.PanelLayout(panels=2, height=max(300, 60 + 34 * len(labels))),
-        legend=[*figures.colour_keys(labels), *figures.LEARNING_KEYS],
+        figures.PanelLayout(len(pairs) + 1, -(-(len(pairs) + 1) // 2), max(260, 60 + 34 * len(labels)), figures.LABEL),
+        legend=figures.LEARNING_KEYS,
     )
 
 
-def assess_claim(outcomes: RunOutcomes, worse: str, better: str, claim: str) -> tuple[str, str]:
+def assess_claim(setting: Setting, outcomes: RunOutcomes, worse: str, better: str, claim: str) -> tuple[str, str]:
     """Whether one network has the larger test error, in the words of the rule: "Shown: claim. …", with the tally."""
     difference = compare_by_seed(outcomes.by_seed(worse, "test_error"), outcomes.by_seed(better, "test_error"))
-    text = tally_errors(difference, worse, better, "tests")
-    openings = {
-        "shown": "Shown",
-        "points to": "These runs point to it, no more",
-        "not shown": "Not shown at this budget",
-    }
-    opening = openings[difference.strength]
+    text = describe_errors(difference, worse, better, "tests")
+    return f"{open_claim(difference, setting)}: {claim}.", f"{text[0].upper()}{text[1:]}."
+
+
+def open_claim(difference: PairedDifference, setting: Setting) -> str:
+    """How a sentence about a claim begins, with what the runs' length takes from it: "Shown after 300 steps (…)"."""
+    opening = {"shown": "Shown", "points to": "These runs point to it, no more,", "not shown": "Not shown"}[
+        difference.strength
+    ]
     if difference.reversed.strength == "shown":
-        opening = "The contrary is shown, against the claim"
-    return f"{opening}: {claim}.", f"{text[0].upper()}{text[1:]}."
+        opening = "The contrary is shown"
+    return opening + setting.condition if setting.condition else opening.removesuffix(",")
