@@ -30,7 +30,7 @@ def models(pattern: str = "*", /, *, json: Annotated[bool, Parameter(negative=""
     json
         Print one JSON document.
     """
-    from resnetlab.evaluation.published import CIFAR10, IMAGENET
+    from resnetlab.evaluation.published import find_error
     from resnetlab.models.cost import compute_totals, default_image_size
     from resnetlab.models.spec import get_specification, list_network_names
 
@@ -42,15 +42,15 @@ def models(pattern: str = "*", /, *, json: Annotated[bool, Parameter(negative=""
         spec = get_specification(name)
         parameters, multiply_adds = compute_totals(spec)
         cifar = spec.stem == "cifar"
-        error = CIFAR10.get(name) if cifar else IMAGENET["10crop"].get(name, (None, None))[0]
+        printed = find_error(spec, "cifar10", "1crop") if cifar else find_error(spec, "imagenet", "10crop")
         rows.append(
             {
                 "net": name,
                 "image_size": default_image_size(spec),
                 "parameters": parameters,
                 "multiply_adds": multiply_adds,
-                "paper_top1_error": None if error is None else round(error / 100, 6),
-                "paper_data": None if error is None else "cifar10" if cifar else "imagenet, 10crop",
+                "paper_top1_error": printed and printed.top1,
+                "paper_data": None if printed is None else "cifar10" if cifar else "imagenet, 10crop",
             }
         )
     if json:

@@ -201,7 +201,7 @@ def find_published(model: TrainedModel, data: str, split: str, protocol: Protoco
     if data in ("cifar10", "cifar100"):
         if split != "test" or n != 10_000:
             return None
-        found = _find(model.spec, data, str(protocol))
+        found = find_error(model.spec, data, str(protocol))
         statistic = f", {found.statistic}" if found and found.runs > 1 else ""
         return _published(found, f"{statistic}, trained on all 50,000 images")
     if split == "train" or n != 50_000 or set(model.classes) != set(imagenet.imagenet_class_names().values()):
@@ -213,11 +213,11 @@ def find_published(model: TrainedModel, data: str, split: str, protocol: Protoco
         protocol.dense or protocol.sides_for(model.preprocessing) == (256,)
     ):
         return None
-    found = _find(model.spec, "imagenet", str(protocol))
+    found = find_error(model.spec, "imagenet", str(protocol))
     return _published(found, ", ImageNet val")
 
 
-def _find(spec: Specification, data: str, protocol: str) -> PrintedError | None:
+def find_error(spec: Specification, data: str, protocol: str) -> PrintedError | None:
     """The first printed top-1 error of a network under a test protocol, after whatever training."""
     of_test = (e for e in PRINTED if (e.data, e.protocol) == (data, protocol) and e.top1 is not None)
     return next((e for e in of_test if e.is_network(spec)), None)
