@@ -15,13 +15,13 @@ from typing import Any
 
 import pytest
 
-from resnetlab.data import imagenet
 from resnetlab.models.probes import IdentityFlow, LayerSignal
 from resnetlab.studies import catalogue, figures, gradients, lesion, protocols, responses
 from resnetlab.studies.runs import RunOutcome, RunOutcomes
 from resnetlab.studies.setting import Setting, Trial
 from resnetlab.studies.study import Row
 from resnetlab.studies.verdicts import compare_with_paper, difference_from_printed
+from study_settings import make_setting
 
 Facts = dict[str, Any]
 
@@ -69,22 +69,6 @@ FAILS = [  # "fail" of 2016 Table 1, above 20 %
     basic(110, shortcut="dropout", shortcut_dropout=0.5) | Y16,
 ]
 ABOVE_60 = [basic(110, shortcut="none") | WARM]  # plain-110, 2015 Fig. 6
-
-CLASSES = {"cifar10": 10, "cifar100": 100, "digits": 10, "photos": 5}
-IMAGES = {"cifar10": 50_000, "cifar100": 50_000, "digits": 1_437, "photos": 4_000, "imagenet": 1_281_167}
-
-
-def make_setting(data: str, depths: tuple[int, ...], seeds: int = 5, **values: Any) -> Setting:
-    here = Setting(data, Path("data"), "paper", seeds, depths, "cpu", **values)
-    names = tuple(imagenet.imagenet_class_names().values()) if data == "imagenet" else None
-    source = SimpleNamespace(
-        train=range(IMAGES[data]),
-        test=range(100),
-        val=None,
-        classes=names or tuple(map(str, range(CLASSES[data]))),
-    )
-    here.__dict__["source"] = source  # in place of the cached property
-    return here
 
 
 def made_up(trial: Trial, position: int) -> RunOutcome:

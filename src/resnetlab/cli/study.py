@@ -32,6 +32,7 @@ def study(
     data_dir: Path = Path("data"),
     device: str = "auto",
     out: Path | None = None,
+    records: Annotated[bool, Parameter(negative="")] = False,
     json: Annotated[bool, Parameter(negative="")] = False,
 ) -> None:
     """Repeat one of the papers' experiments: its runs, a table beside the paper's numbers, figures, and a verdict.
@@ -63,6 +64,8 @@ def study(
         cpu, cuda, cuda:1, …; several networks train at once, one on each core or several on each GPU.
     out
         Folder for report.html, rows.csv and rows.json; by default runs/study-NAME-DATA-BUDGET.
+    records
+        Write the runs' records too, without weights, to runs/ in that folder: what results/ of the repository keeps.
     json
         Print the rows as one JSON document.
     """
@@ -82,6 +85,8 @@ def study(
     folder = out or Path("runs") / f"study-{name}-{sources.short_name(data)}-{length}"
     command = shlex.join(["resnetlab", *sys.argv[1:]])
     report.write_study(outputs, folder, command)
+    if records:
+        console.log(f"records of {report.write_records(outputs, folder):,} runs: {folder / 'runs'}")
     console.log(f"report: {folder / 'report.html'}")
     if json:
         rows = [row for output in outputs for row in output.rows]
@@ -137,12 +142,12 @@ def _print_catalogue(setting: Setting, json: bool) -> None:
     rows = estimate_costs(setting)
     if json:
         return console.print_json({"rows": rows})
-    columns = ("study", "question", "in the papers", "quick", "paper")
+    columns = ("study", "question", "in the papers", "smoke", "quick", "paper")
     cells = []
     for row in rows:
-        times = (format_estimate(row["seconds"][budget]) for budget in ("quick", "paper"))
+        times = (format_estimate(row["seconds"][budget]) for budget in ("smoke", "quick", "paper"))
         cells.append((row["study"], row["question"], row["place"], *times))
-    console.print_table("", columns, cells, right=(3, 4))
+    console.print_table("", columns, cells, right=(3, 4, 5))
     print(
         f"\nTimes are for {setting.data} on this machine, from a few timed steps, without the runs that are finished."
     )

@@ -16,13 +16,16 @@ from resnetlab.evaluation.page import load_templates
 from resnetlab.formatting import format_estimate, format_percent, format_share, unbreakable
 from resnetlab.run_folder import write_together
 from resnetlab.studies.code_version import source_hash
-from resnetlab.studies.runs import RunOutcome
+from resnetlab.studies.runs import DIVERGED, RunOutcome
 from resnetlab.studies.setting import Setting
 from resnetlab.studies.study import StudyOutput
 
 COLUMNS = ("study", "data", "what", "figure", "unit", "mean", "sd", "n", "values", "diverged", "paper", "paper_source",
            "budget", "verdict", "compared_with", "difference", "difference_low", "difference_high", "difference_n",
            "from_paper", "from_paper_low", "from_paper_high", "from_paper_n")  # fmt: skip
+
+LOCAL = ("data_dir", "started_in")  # keys of a run's environment that mean nothing elsewhere
+RECORDS = ("recipe.toml", "metrics.jsonl", "result.json", DIVERGED)  # of a run, beside its environment
 
 
 def write_study(outputs: Sequence[StudyOutput], folder: Path, command: str) -> None:
@@ -35,6 +38,19 @@ def write_study(outputs: Sequence[StudyOutput], folder: Path, command: str) -> N
         "report.html": render_study(outputs, command),
     }
     write_together(folder, files)
+
+
+def write_records(outputs: Sequence[StudyOutput], folder: Path) -> int:
+    """Copies what the runs recorded (recipe, curves, result, environment; no weights) to `folder`/runs; returns their number.
+
+    What only this machine has a use for, folders of data and of the start, is left out of the environment.
+    """
+    outcomes = {outcome.folder: outcome for output in outputs for outcome in output.outcomes}
+    for source, outcome in outcomes.items():
+        kept = {key: value for key, value in outcome.environment.items() if key not in LOCAL}
+        files = {name: (source / name).read_text("utf-8") for name in RECORDS if (source / name).is_file()}
+        write_together(folder / "runs" / source.name, files | {"environment.json": json.dumps(kept, indent=2) + "\n"})
+    return len(outcomes)
 
 
 def rows_to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -51,8 +67,7 @@ def study_environment(outputs: Sequence[StudyOutput]) -> dict[str, Any]:
     """Versions and hardware: of the runs where there are any, else of this process."""
     for outcome in (outcome for output in outputs for outcome in output.outcomes):
         if outcome.environment:
-            local = ("data_dir", "started_in")
-            return {k: v for k, v in outcome.environment.items() if k not in local} | {"code": source_hash()}
+            return {k: v for k, v in outcome.environment.items() if k not in LOCAL} | {"code": source_hash()}
     return environment() | {"code": source_hash()}
 
 

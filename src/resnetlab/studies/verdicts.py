@@ -103,19 +103,13 @@ def tally(difference: PairedDifference, a: str, b: str, *, larger: str, smaller:
     return f"{a} {verb} {b} in {format_seeds(count, n)}{split}"
 
 
-def describe(
-    difference: PairedDifference, a: str, b: str, *, larger: str, smaller: str, unit: str = "error", shown: str = ""
-) -> str:
-    """A tally with its evidence, in brackets, and what it amounts to where the words alone would say more.
-
-    Args:
-        shown: words for a difference that the rule calls shown, such as ": shown".
-    """
+def describe(difference: PairedDifference, a: str, b: str, *, larger: str, smaller: str, unit: str = "error") -> str:
+    """A tally with its evidence, in brackets, and what it amounts to where the words alone would say more."""
     text = tally(difference, a, b, larger=larger, smaller=smaller)
     if not difference.n:
         return text
     strength = difference.strength if difference.mean > 0 else difference.reversed.strength
-    amounts = {"shown": shown, "points to": ": it points that way, no more", "not shown": ""}[strength]
+    amounts = ": it points that way, no more" if strength == "points to" else ""
     return f"{text}{amounts} ({difference.describe(unit)})"
 
 
