@@ -23,7 +23,10 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.setattr(degradation, "draw_degradation", lambda *_: StudyFigure("t", "<svg/>", "<svg/>", "c"))
-    return SourceFileLoader("results_page", str(REPOSITORY / "scripts" / "results_page")).load_module()
+    loader = SourceFileLoader("results_page", str(REPOSITORY / "scripts" / "results_page"))
+    module = ModuleType(loader.name)
+    loader.exec_module(module)
+    return module
 
 
 def test_the_page_in_the_repository_is_that_of_its_files(script: ModuleType) -> None:

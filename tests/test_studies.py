@@ -296,11 +296,12 @@ def test_a_finished_run_of_version_01_counts(tmp_path: Path, monkeypatch: pytest
     assert not StudyRun.locate(tmp_path, replace(recipe, lr=0.2), data, versions).others  # another run
 
 
-def test_the_tiny_runs_come_to_the_weights_of_version_01() -> None:
+def test_the_tiny_runs_come_to_the_weights_of_version_01(capsys: pytest.CaptureFixture[str]) -> None:
     ((source, fingerprints),) = code_version.V01.items()
     assert source == "8bd7db84"
     fingerprint = code_version.measure_fingerprint.__wrapped__("cpu")
     assert fingerprint == fingerprints.get(code_version.machine_kind("cpu"), fingerprint)
+    assert capsys.readouterr() == ("", "")  # nobody asked for these runs
 
 
 def test_a_diverged_run_is_a_result(tmp_path: Path) -> None:

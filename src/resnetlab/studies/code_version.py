@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from resnetlab.device import preserve_process_state, select_device
 from resnetlab.models.model_file import load_trained_model
-from resnetlab.models.resnet import SmallImageWarning, build
+from resnetlab.models.resnet import build
 from resnetlab.random import make_generator
 from resnetlab.run_folder import write_atomically
 from resnetlab.training.recipe import Recipe
@@ -97,10 +97,10 @@ def measure_fingerprint(device: str) -> str:
     """A hash of the weights that the tiny runs produce, and of the gradients of every kind of block; takes seconds."""
     digest = hashlib.sha256()
     with preserve_process_state(), warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
-        warnings.simplefilter("ignore", SmallImageWarning)
+        warnings.simplefilter("ignore")
         images = _write_images(Path(folder) / "images")
         for i, recipe in enumerate(tiny_recipes(images)):
-            result = train(recipe, out=Path(folder) / str(i), data_dir=folder, device=device, workers=0)
+            result = train(recipe, out=Path(folder) / str(i), data_dir=folder, device=device, workers=0, progress=False)
             digest.update(repr(result.top1_error).encode())
             for name, value in load_trained_model(Path(result.model)).net.state_dict().items():
                 digest.update(name.encode() + _to_bytes(value))
