@@ -24,6 +24,7 @@ LAYERS = {
         "tensor_file",
         "preprocessing",
         "run_folder",
+        "stopping",
         "device",
         "distributed",
         "random",

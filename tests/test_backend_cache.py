@@ -135,6 +135,58 @@ def test_the_cache_is_limited_and_cleaned(builds: list[str], tmp_path: Path, mon
     assert cache.get("b") is None
 
 
+def from_cache(model: TrainedModel) -> bool:
+    return "from the cache" in select_backend(model, use_cache=True).reason
+
+
+def test_entries_that_others_may_have_written_are_not_used(builds: list[str], tmp_path: Path) -> None:
+    select_backend(make_model(), use_cache=True)
+    choice, program = cached_files(tmp_path)
+    for path, mode in ((program, 0o666), (program.parent, 0o777)):
+        before = path.stat().st_mode & 0o777
+        path.chmod(mode)
+        assert not from_cache(make_model())
+        path.chmod(before)
+        assert from_cache(make_model())
+    content = program.read_bytes()
+    (tmp_path / "elsewhere").write_bytes(content)
+    program.unlink()
+    program.symlink_to(tmp_path / "elsewhere")
+    assert not from_cache(make_model())
+    if os.geteuid() == 0:
+        assert from_cache(make_model())
+        os.chown(choice, 1, 1)
+        assert not from_cache(make_model())
+
+
+def test_an_entry_of_another_model_is_not_used(builds: list[str], tmp_path: Path) -> None:
+    select_backend(make_model(), use_cache=True)
+    before = set(cached_files(tmp_path))
+    select_backend(make_model(1), use_cache=True)
+    for file in before:  # the other model's files under this one's names
+        kind = file.name.rpartition("-")[2]
+        other = next(f for f in set(cached_files(tmp_path)) - before if f.name.endswith(kind))
+        file.write_bytes(other.read_bytes())
+    assert not from_cache(make_model())
+
+
+def test_a_loaded_program_is_compared_with_torch(builds: list[str], tmp_path: Path) -> None:
+    select_backend(make_model(), use_cache=True)
+    _, program = cached_files(tmp_path)
+    cache = backend_cache.BackendCache(program.parent, program.name.removesuffix("-program"))
+    for choice in (b"{", b"[]", b'["none", "fp32", "x"]', b'["quick", "fp64", "x"]', b"null", b"\xff"):
+        cache.put("choice", choice)  # whoever can write as this user knows the digest
+        assert not from_cache(make_model()) and from_cache(make_model())
+    quick, format = backends.BACKENDS["quick"]
+    wrong = replace(quick, start=lambda *_: lambda pixels: torch.full((len(pixels), 3), 1 / 3))
+    reasons = []
+    for backend in (quick, quick, wrong):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(backends.BACKENDS, "quick", (backend, format))  # type: ignore[misc]
+            reasons.append(select_backend(make_model(), "quick", "fp32", use_cache=True).reason)
+    assert ["from the cache" in reason for reason in reasons] == [False, True, False]
+
+
 @pytest.mark.slow
 def test_concurrent_and_killed_processes_leave_complete_entries(tmp_path: Path) -> None:
     """Three commands write the same entry at once; others are killed at ever later times; the next start is correct."""

@@ -19,8 +19,11 @@ from resnetlab.cli.main import run_command
 from resnetlab.errors import ModelFileError
 from resnetlab.inference import hub
 from resnetlab.models.model_file import TrainedModel, load_trained_model
+from resnetlab.models.reference_images import ReferenceImages
 from resnetlab.models.resnet import build
 from resnetlab.preprocessing import Preprocessing
+from resnetlab.training.train import RunOptions, start_run
+from tiny_runs import tiny
 
 
 def make_model(**changes: Any) -> TrainedModel:
@@ -199,3 +202,40 @@ def test_invalid_uploads(tmp_path: Path, capsys: pytest.CaptureFixture[str], mon
     monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", offline)
     with pytest.raises(ModelFileError, match=r"me/x could not be pushed \(no network\)"):
         hub.push_to_hub(make_model(), "me/x")
+
+
+def make_model_with_images() -> TrainedModel:
+    check = torch.arange(2 * 16 * 20 * 3).remainder(256).to(torch.uint8).view(2, 16, 20, 3)
+    return make_model(reference_images=ReferenceImages(check, torch.tensor([0, 1]), check.flip(0)))
+
+
+def test_images_do_not_leave_with_a_model_unless_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, folder = tmp_path / "model.safetensors", tmp_path / "out"
+    make_model_with_images().save(file)
+    images = make_model_with_images().reference_images
+    assert images is not None
+    pixels = images.check.numpy().tobytes()
+    assert pixels in file.read_bytes()
+    assert run_command(["push", str(file), str(folder)]) == 0
+    assert "holds 2 images to check backends on and 2 training images" in capsys.readouterr().err
+    assert pixels not in (folder / "model.safetensors").read_bytes()
+    assert "The model file holds no images." in (folder / "README.md").read_text()
+    assert run_command(["push", str(file), str(folder), "--with-images"]) == 0
+    assert pixels in (folder / "model.safetensors").read_bytes()
+    assert "holds 2 images to check backends on" in (folder / "README.md").read_text()
+    capsys.readouterr()
+    assert run_command(["strip", str(file)]) == 0
+    out = Path(capsys.readouterr().out.strip())
+    assert out.name == "model.stripped.safetensors" and pixels not in out.read_bytes()
+    stripped = load_trained_model(out)
+    assert stripped.reference_images is None and stripped.metrics == make_model().metrics
+    assert run_command(["strip", str(file), "--out", str(file)]) == 2
+    assert pixels in file.read_bytes()
+
+
+def test_a_run_can_keep_no_images(tmp_path: Path) -> None:
+    recipe = tiny(steps=1, keep_images=0)
+    assert "keep_images" in recipe.to_json() and "keep_images" not in tiny(steps=1).to_json()  # keys of older runs
+    result = start_run(recipe, tmp_path / "run", RunOptions(device="cpu"))
+    assert load_trained_model(Path(result.model)).reference_images is None
+    assert "The model file holds no images." in Path(result.report).read_text()

@@ -13,11 +13,13 @@ import torch
 from PIL import Image
 
 import resnetlab
+from resnetlab.cli import predict
 from resnetlab.cli.main import run_command
 from resnetlab.data.disk_split import FileSource
 from resnetlab.errors import DataError, RunError
 from resnetlab.inference import export, formats, hub
-from resnetlab.run_folder import write_atomically, write_together
+from resnetlab.inference.predict import Prediction
+from resnetlab.run_folder import MetricsLog, RunFolder, write_atomically, write_together
 from service import write_classifier
 
 
@@ -180,3 +182,63 @@ def test_a_readme_of_another_hand_is_kept(model: Path) -> None:
     (folder / "recipe.toml").write_text("")
     with pytest.raises(RunError, match="is a run folder"):
         hub.save_pretrained(trained, folder)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "doing"),
+    [
+        (["export", "model.safetensors", "--to", "torchvision"], "export: "),
+        (["strip", "model.safetensors"], "strip: "),
+        (["data", "check", "photos", "--quarantine", "list.txt", "--no-timing", "--workers", "0"], "data check: "),
+        (["data", "pack", "photos", "shards"], "data pack: "),
+        (["push", "model.safetensors", "folder"], "push: "),
+        (
+            ["train", "digits", "--steps", "1", "--out", "run", "--device", "cpu"],
+            "resume with: resnetlab train --resume run",
+        ),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_a_full_disk_is_said_with_what_was_being_done(
+    arguments: list[str],
+    doing: str,
+    model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(model.parent)
+    for name in ("a", "b"):
+        Path("photos", name).mkdir(parents=True)
+        for i in range(4):
+            Image.new("RGB", (4, 4), (i, 0, 0)).save(Path("photos", name, f"{i}.png"))
+
+    def full(file: int, right: Any = os.fsync) -> None:
+        target = os.readlink(f"/proc/self/fd/{file}")
+        if not os.path.isdir(target) and (arguments[0] != "train" or "checkpoints" in target):
+            raise OSError(28, "No space left on device")
+        right(file)
+
+    monkeypatch.setattr("resnetlab.run_folder.os.fsync", full)
+    assert run_command(arguments) == 1
+    err = capsys.readouterr().err
+    assert "no space left to write" in err and doing in err and "Traceback" not in err
+    assert doing.startswith("resume") or ("run the same command again" in err and "--resume" not in err)
+
+
+def test_a_run_folder_removed_while_training_is_a_sentence(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    log = MetricsLog(run, 0)
+    log.write("train", 1, loss=1.0)
+    (tmp_path / "metrics.jsonl").unlink()
+    with pytest.raises(RunError, match="was removed while the run was training"):
+        log.write("train", 2, loss=1.0)
+    log.close()
+
+
+def test_names_cannot_change_the_terminal_in_any_row(capsys: pytest.CaptureFixture[str]) -> None:
+    write, end = predict._table_writer()
+    for i in range(103):  # the first hundred rows decide the widths of the columns, the others come one by one
+        write(Prediction(f"\x1b[31m{i}.png", (("a\x07", 0.5),)))
+    end()
+    out = capsys.readouterr().out
+    assert "102.png" in out and "\x1b" not in out and "\x07" not in out

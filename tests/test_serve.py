@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import gzip
 import http.client
 import io
 import json
@@ -11,6 +12,8 @@ import re
 import signal
 import socket
 import threading
+import time
+import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,11 +25,18 @@ import torch
 from PIL import Image
 
 from images import photo, png_bomb
+from resnetlab.cli import serve as cli_serve
 from resnetlab.cli.main import run_command
 from resnetlab.inference.predict import load
 from service import CLASSES, RunningService, service_process, write_classifier
 
 pytest.importorskip("fastapi", reason="the extra `serve` is not installed")
+
+import uvicorn
+from fastapi import FastAPI
+
+from resnetlab.serve import process, uploads
+from resnetlab.serve.models import load_served_model
 
 CHECKS = [
     schemathesis.checks.not_a_server_error,
@@ -51,7 +61,7 @@ def running(model_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     with service_process(
         model_file, tmp_path_factory.mktemp("service"), *LIMITS, *backend, "--images", str(images)
     ) as it:
-        assert it.backend.startswith("torch fp32 (as requested; top-1 agrees on 100.0%") and "2 check" in it.backend
+        assert it.backend.startswith("torch fp32 (as requested; top-1 agrees on 100.0%") and "2 reference" in it.backend
         yield it
         assert list(it.folder.iterdir()) == []  # nothing was written by any request
 
@@ -211,7 +221,11 @@ BAD = {
     "no form": (b"abc", "multipart/form-data; boundary=XX", 400, "form"),
     "an empty form": (b"--XX--\r\n", "multipart/form-data; boundary=XX", 422, "contains no image"),
     "a form cut short": (form([("image", "a", jpeg())])[0][:-20], "multipart/form-data; boundary=XX", 400, "cut short"),
-    "an unknown field": (*form([("file", "a", jpeg())]), 422, "unknown field 'file'"),
+    "a field without a file": (b'--XX\r\nContent-Disposition: form-data; name="top"\r\n\r\n3\r\n--XX--\r\n',
+                               "multipart/form-data; boundary=XX", 422, "unknown field 'top'"),
+    "an encoded part": (form([("image", "a", b"")])[0].replace(b"image/jpeg", b"x\r\nContent-Transfer-Encoding: base64"),
+                        "multipart/form-data; boundary=XX", 415, "send its bytes as they are"),
+    "a long head": (b"--XX\r\nx: " + b"y" * 20_000 + b"\r\n\r\n\r\n--XX--", "multipart/form-data; boundary=XX", 400, "head"),
     "an empty part": (*form([("image", "a", b"")]), 400, "the image is empty"),
     "too many parts": (*form([("image", "a", b"x")] * 65), 413, "64 images"),
 }  # fmt: skip
@@ -278,12 +292,12 @@ def test_a_hundred_megabytes_are_not_kept(running: RunningService) -> None:
     before = memory()
     with socket.create_connection(("127.0.0.1", running.port), timeout=60) as link:
         link.sendall(
-            b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: 100000000\r\n\r\n"
+            b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/png\r\nContent-Length: 100000000\r\n\r\n"
         )
         assert b" 413 " in link.recv(4096)
     with socket.create_connection(("127.0.0.1", running.port), timeout=60) as link:
         link.sendall(
-            b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nTransfer-Encoding: chunked\r\n\r\n"
+            b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/png\r\nTransfer-Encoding: chunked\r\n\r\n"
         )
         try:
             for _ in range(1600):
@@ -323,13 +337,15 @@ def test_a_refused_body_is_read_to_its_end_but_not_buffered(others: int, length:
 
 def test_a_head_without_end_is_refused(running: RunningService) -> None:
     with socket.create_connection(("127.0.0.1", running.port), timeout=60) as link:
-        link.sendall(b"GET / HTTP/1.1\r\nHost: x\r\nX: " + b"a" * 100_000)
+        link.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\nX: " + b"a" * 100_000)
         assert b" 400 " in link.recv(4096)
 
 
 def test_a_body_that_never_ends_times_out(running: RunningService) -> None:
     with socket.create_connection(("127.0.0.1", running.port), timeout=60) as link:
-        link.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: 1000\r\n\r\nabc")
+        link.sendall(
+            b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/png\r\nContent-Length: 1000\r\n\r\nabc"
+        )
         assert b" 408 " in link.recv(4096)
 
 
@@ -337,7 +353,7 @@ def test_a_hundred_slow_clients_do_not_keep_others_waiting(running: RunningServi
     links = [socket.create_connection(("127.0.0.1", running.port), timeout=60) for _ in range(100)]
     try:
         for i, link in enumerate(links):
-            link.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\n")
+            link.sendall(b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/png\r\n")
             if i % 2:  # half of them stop in the middle of the body, half in the middle of the header
                 link.sendall(b"Content-Length: 1000\r\n\r\nabc")
         still_up(running)
@@ -372,7 +388,8 @@ def test_clients_that_hang_up_leave_nothing_behind(running: RunningService) -> N
     for cut in (10, len(jpeg())):
         for _ in range(10):
             with socket.create_connection(("127.0.0.1", running.port), timeout=60) as link:
-                head = f"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/jpeg\r\nContent-Length: {len(jpeg())}\r\n\r\n"
+                head = "POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/jpeg\r\n"
+                head += f"Content-Length: {len(jpeg())}\r\n\r\n"
                 link.sendall(head.encode() + jpeg()[:cut])
     while b"resnetlab_in_flight 0.0" not in running.request("GET", "/metrics")[2]:
         pass
@@ -526,3 +543,124 @@ def test_answers_are_as_the_openapi_document_says(running: RunningService) -> No
 
             answers()
     still_up(running)
+
+
+@pytest.mark.parametrize("field", ["image", "file", "picture", "any name"])
+def test_a_file_in_a_field_of_any_name_is_an_image(running: RunningService, field: str) -> None:
+    status, answer = running.post(*form([(field, "a.jpg", jpeg())]))
+    assert status == 200 and answer["predictions"][0]["image"] == "a.jpg"
+
+
+def test_names_that_are_not_ascii_are_kept_however_they_are_sent(running: RunningService) -> None:
+    body, kind = form([("image", name, jpeg()) for name in ("été.jpg", "x")])
+    body = body.replace(b'filename="x"', b"filename*=utf-8''hiv%C3%A9r.jpg")
+    status, answer = running.post(body, kind)
+    assert (status, [row["image"] for row in answer["predictions"]]) == (200, ["été.jpg", "hivér.jpg"])
+
+
+def test_packed_bodies_are_unpacked_within_the_limit(running: RunningService) -> None:
+    def send(body: bytes, encoding: str) -> tuple[int, dict[str, str], bytes]:
+        headers = {"content-type": "image/jpeg", "content-encoding": encoding}
+        return running.request("POST", "/predict", body, headers)
+
+    plain = running.post(jpeg())[1]
+    for packed, encoding in ((gzip.compress(jpeg()), "gzip"), (zlib.compress(jpeg()), "deflate"), (jpeg(), "identity")):
+        status, _, content = send(packed, encoding)
+        assert (status, json.loads(content)) == (200, plain)
+    status, headers, content = send(jpeg(), "br")
+    assert (
+        status == 415
+        and "content encoding br" in sentence(json.loads(content))
+        and "gzip" in headers["accept-encoding"]
+    )
+    for body, status, words in (
+        (gzip.compress(bytes(10**8)), 413, "unpacked body is larger than 1 MB"),
+        (gzip.compress(jpeg())[:-9], 400, "cut short"),
+        (jpeg(), 400, "is not gzip"),
+    ):
+        found, _, content = send(body, "gzip")
+        assert found == status and words in sentence(json.loads(content))
+
+
+@pytest.mark.parametrize("path", ["/", "/docs", "/healthz", "/metrics", "/model", "/openapi.json", "/page.js"])
+def test_head_is_answered_wherever_get_is(running: RunningService, path: str) -> None:
+    status, headers, content = running.request("HEAD", path)
+    assert (status, content) == (200, b"") and int(headers["content-length"]) > 0
+
+
+def test_all_addresses_are_relative_so_that_a_proxy_may_serve_them_below_a_path(running: RunningService) -> None:
+    for path in ("/", "/docs", "/page.js", "/views.js"):
+        text = running.request("GET", path)[2].decode()
+        assert not re.search(r"""(?:href=|src=|fetch\(|post\(|path: )["']/""", text), path
+    assert json.loads(running.request("GET", "/openapi.json")[2])["servers"] == [{"url": "."}]
+    status, headers, _ = running.request("POST", "/predict/", jpeg(), {"content-type": "image/jpeg"})
+    assert status == 404 and "location" not in headers
+
+
+@pytest.mark.parametrize("host", ["evil.example", "evil.example:8000", "localhost.evil.example", ""])
+def test_names_that_are_not_the_services_are_refused(running: RunningService, host: str) -> None:
+    status, _, content = running.request("GET", "/model", headers={"host": host})
+    assert status in (400, 421) and b"classes" not in content
+    for name in ("localhost", "LOCALHOST:80", f"127.0.0.1:{running.port}", "[::1]:8000", "192.168.1.2"):
+        assert running.request("GET", "/model", headers={"host": name})[0] == 200
+
+
+def test_an_empty_host_is_refused_and_other_names_can_be_allowed(
+    model_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_command(["serve", str(model_file), "--host", ""]) == 2
+    assert "--host is empty; 127.0.0.1 is this machine" in capsys.readouterr().err
+    assert cli_serve._find_host_names("0.0.0.0", ()) == ()
+    assert "vision.example" in cli_serve._find_host_names("0.0.0.0", ("vision.example",))
+    assert "localhost" in cli_serve._find_host_names("::1", ())
+
+
+def test_hostile_forms_take_no_time() -> None:
+    """A parser that looks at single bytes holds Python's lock for seconds, and every other request waits."""
+    for content in (b"\r\n" * 5_000_000, b"\r\n--X" * 2_000_000, b"\r" * 10_000_000):
+        body, kind = form([("image", "a", content)])
+        began = time.perf_counter()
+        ((name, found),) = uploads.split_body(kind, body)
+        assert (name, found) == ("a", content) and time.perf_counter() - began < 1
+
+
+def test_connections_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
+    protocol = process._protocol_with_limits(30, 2)
+    written: list[bytes] = []
+
+    class Transport:
+        def get_extra_info(self, *_: object) -> None:
+            return None
+
+        def write(self, content: bytes) -> None:
+            written.append(content)
+
+        def close(self) -> None:
+            written.append(b"closed")
+
+        is_closing = close
+
+    async def connect(n: int) -> None:
+        config = uvicorn.Config(FastAPI(), http=protocol)  # type: ignore[arg-type]
+        config.load()
+        state = uvicorn.server.ServerState()
+        for _ in range(n):
+            made = protocol(config=config, server_state=state, app_state={})  # type: ignore[call-arg]
+            made.connection_made(Transport())  # type: ignore[arg-type]
+
+    asyncio.run(connect(2))
+    assert not written
+    asyncio.run(connect(3))
+    assert (
+        written[0].startswith(b"HTTP/1.1 503 ") and b"2 connections are open" in written[0] and written[1] == b"closed"
+    )
+
+
+def test_an_answer_depends_on_its_batch_mates_by_rounding_only(model_file: Path) -> None:
+    """The bound that docs/security.md states, for fp32."""
+    served = load_served_model(str(model_file), "torch", "fp32", "cpu")[0]
+    images = [served.prepare(photo(i, 40, 40)) for i in range(16)]
+    alone = torch.stack([served.predict([image])[0] for image in images])
+    for n in (2, 3, 7, 16):
+        together = torch.stack(list(served.predict(images[:n])))
+        assert float((together - alone[:n]).abs().max()) < 1e-5

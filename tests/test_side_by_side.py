@@ -20,6 +20,7 @@ import cells
 import resnetlab
 from resnetlab.device import count_cores
 from resnetlab.random import draw_from
+from resnetlab.stopping import StopSignal
 from resnetlab.training import recipes
 from resnetlab.training.average import set_train_mode
 from resnetlab.training.checkpoint import TrainState
@@ -27,7 +28,6 @@ from resnetlab.training.recipe import BaseRecipe, Overrides, Recipe
 from resnetlab.training.result import Progress
 from resnetlab.training.side_by_side import SideBySideGradients, divide_threads, share_weights
 from resnetlab.training.step import train_step
-from resnetlab.training.stopping import StopSignal
 from resnetlab.training.train import RunOptions, build_task, resume, select_gradients
 from runs import assert_same
 from tiny_runs import tiny

@@ -21,11 +21,11 @@ from resnetlab.errors import RunError, UsageError
 from resnetlab.models.model_file import TrainedModel
 from resnetlab.models.resnet import build
 from resnetlab.preprocessing import Preprocessing
+from resnetlab.stopping import StopSignal
 from resnetlab.training import recorder, report
 from resnetlab.training.recipe import Recipe
 from resnetlab.training.recipes import RECIPES, find_classification_recipe, quick
 from resnetlab.training.result import Progress
-from resnetlab.training.stopping import StopSignal
 from resnetlab.training.train import RunOptions, resume
 from runs import assert_same, figures
 

@@ -11,6 +11,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -75,16 +76,11 @@ class DeviceConfig:
 
         return forward
 
-    @contextlib.contextmanager
-    def autocast(self) -> Iterator[None]:
+    def autocast(self) -> AbstractContextManager[object]:
         """The autocast context for forward passes."""
         if self.precision == "fp32":
-            yield
-            return
-        torch.clear_autocast_cache()  # of weights: torch empties it only at the end of the outermost context, the caller's
-        with torch.autocast(self.device.type, torch.bfloat16):
-            yield
-        torch.clear_autocast_cache()
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16)
 
     @contextlib.contextmanager
     def side_by_side_map(self, count: int) -> Iterator[MapFunction]:
@@ -288,12 +284,37 @@ def standard_torch_state() -> Iterator[None]:
         stack.enter_context(_process_flags)
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
-        for kind in ("cpu", "cuda", "mps"):
-            if torch.is_autocast_enabled(kind):
-                stack.enter_context(torch.autocast(kind, enabled=False))
+        stack.enter_context(_outside_autocast())
         if torch.get_default_device().type != "cpu":
             stack.enter_context(torch.device("cpu"))
         yield
+
+
+@contextlib.contextmanager
+def _outside_autocast() -> Iterator[None]:
+    """As outside of every `torch.autocast`.
+
+    A context inside another would keep cast copies of the weights for as long as the outermost one, the caller's, lasts: no
+    step would see the update of the one before.
+    """
+    depth = torch.autocast_increment_nesting() - 1
+    torch.autocast_decrement_nesting()
+    enabled = [kind for kind in ("cpu", "cuda", "mps") if torch.is_autocast_enabled(kind)]
+    if not depth and not enabled:
+        yield
+        return
+    for kind in enabled:
+        torch.set_autocast_enabled(kind, False)
+    for _ in range(depth):
+        torch.autocast_decrement_nesting()
+    torch.clear_autocast_cache()
+    try:
+        yield
+    finally:
+        for _ in range(depth):
+            torch.autocast_increment_nesting()
+        for kind in enabled:
+            torch.set_autocast_enabled(kind, True)
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -142,3 +143,9 @@ def local_process_count() -> int:
 def is_first_process() -> bool:
     """Whether this is the process that prints and writes files."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def leave_if_imported_again() -> None:
+    """Ends a process that imports the caller's script because a worker of it starts: its parent says what is missing."""
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise SystemExit(1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from html import escape
 from typing import Any
@@ -88,3 +89,24 @@ def html_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     cells = [[f"<th>{escape(name)}</th>" for name in columns]]
     cells += [[f"<td>{escape(str(value))}</td>" for value in row] for row in rows]
     return "<table>" + "".join(f"<tr>{''.join(row)}</tr>" for row in cells) + "</table>"
+
+
+def find_name_problem(names: Sequence[object]) -> str | None:
+    """Why values cannot be the class names of a model, which are different words; None if they can."""
+    for name in names:
+        if not isinstance(name, str) or not name.strip():
+            return f"{name!r} is no class name"
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            return f"the class name {name!a} cannot be encoded as UTF-8"
+    twice = next((name for name, n in Counter(names).items() if n > 1), None)
+    return None if twice is None else f"two classes are called {twice}"
+
+
+def parse_json(text: str | bytes) -> Any:
+    """A JSON document of anyone; raises ValueError, also for one that is nested too deep to be read."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None

@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from resnetlab.formatting import parse_json
+
 KEY = "residuum"
 EXPORT_KEY = "residuum-export"  # beside the tensors of an exported .safetensors file
 RUN_FILES = {"environment.json": "environment.json", "drawn.json": "holdout.json"}  # those that changed
@@ -45,7 +47,7 @@ _TENSORS = {
 def read_metadata(text: str, tensors: dict[str, Tensor]) -> dict[str, Any] | None:
     """The metadata of a model file or checkpoint, whose tensors it renames; None if their digest is wrong."""
     try:
-        values = json.loads(text)
+        values = parse_json(text)
     except ValueError:
         return None
     if not isinstance(values, dict) or values.pop("digest", None) != _compute_digest(tensors):

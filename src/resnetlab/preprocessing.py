@@ -19,6 +19,7 @@ from resnetlab.device import to_device
 from resnetlab.errors import DataError, ModelFileError, UsageError, unknown_name_error
 
 INTERPOLATIONS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+STD_RANGE = 1e-7, 1e6  # beyond it normalised values overflow, or their differences are lost
 MAX_INPUT_SIDE = 16_384  # pixels on a side of the input
 MAX_RESIZED_PIXELS = 2**24  # pixels that a resized image may have
 
@@ -134,8 +135,9 @@ class Preprocessing:
             return f"images have 1 channel or 3, not {self.channels}"
         if self.mean.shape not in ((self.channels,), (*self.size, self.channels)) or self.std.shape != (self.channels,):
             return f"mean of shape {tuple(self.mean.shape)}, std of shape {tuple(self.std.shape)}"
-        if not bool(self.mean.isfinite().all() & self.std.isfinite().all() & (self.std > 0).all()):
-            return "mean and std must be finite, std above 0"
+        low, high = STD_RANGE
+        if not bool((self.mean.abs() <= high).all() & (self.std >= low).all() & (self.std <= high).all()):
+            return f"mean and std must be finite, std from {low:g} to {high:g}"
         return None
 
 

@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from resnetlab.formatting import format_duration
+from resnetlab.stopping import check_stop
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -69,6 +70,7 @@ class ProgressBar:
         Args:
             text: beside it; of several parts, the most important first, a terminal shows as many as it has room for.
         """
+        check_stop()
         if os.environ.get("RANK", "0") != "0":
             return
         now = time.monotonic()

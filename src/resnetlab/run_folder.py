@@ -16,26 +16,53 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import json
 import os
+import shutil
+import time
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from filelock import FileLock, Timeout
 
 from resnetlab import migrate_v01
 from resnetlab.errors import RunError, UsageError
+from resnetlab.formatting import parse_json
+from resnetlab.stopping import check_stop
 
 DISK_FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}  # Windows has no quotas
 WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # of file systems, some network ones among them
 
 
+class NoSpaceError(RunError):
+    """The disk is full.
+
+    Attributes:
+        hint: how to go on; empty if it is the same command again.
+    """
+
+    def __init__(self, path: Path, hint: str = "") -> None:
+        super().__init__(f"no space left to write {path}; free some, then {hint or 'run the same command again.'}")
+        self.path, self.hint = path, hint
+
+
+@contextlib.contextmanager
+def explain_full_disk(hint: str) -> Iterator[None]:
+    """Adds to the error for a full disk how to go on."""
+    try:
+        yield
+    except NoSpaceError as error:
+        raise NoSpaceError(error.path, hint) from error
+
+
 def write_error(path: Path, error: OSError) -> RunError:
     """The error for a file that could not be written."""
     if error.errno in DISK_FULL:
-        return RunError(f"no space left to write {path}; free some, then resume with: resnetlab train --resume RUN")
+        return NoSpaceError(path)
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return RunError(f"no permission to write {path}; allow it, or choose another folder with --out.")
     return RunError(f"cannot write {path}: {error.strerror or error}; fix that, or choose another folder with --out.")
@@ -50,9 +77,11 @@ def write_atomically(path: Path, content: bytes | str) -> None:
         path.exists() and not path.is_file()
     ):  # replacing /dev/null, or a pipe that another program waits at, helps nobody
         raise RunError(f"{path} is {'a folder' if path.is_dir() else 'a pipe or a device'}; name a file to write.")
+    check_stop()
     data = content.encode() if isinstance(content, str) else content
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        _remove_old_temporary_files(path)
         with open(temporary, "wb") as file:
             file.write(data)
             file.flush()
@@ -63,6 +92,14 @@ def write_atomically(path: Path, content: bytes | str) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise write_error(path, error) from error
+
+
+def _remove_old_temporary_files(path: Path) -> None:
+    """Removes what killed processes left while they wrote this file: a process that still writes is not an hour old."""
+    for old in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        with contextlib.suppress(OSError):
+            if old.stat().st_mtime < time.time() - 3600:
+                old.unlink()
 
 
 def write_together(folder: Path, files: Mapping[str, str]) -> None:
@@ -212,15 +249,14 @@ class RunFolder:
         return self.path / "checkpoints"
 
     @contextlib.contextmanager
-    def lock(self) -> Iterator[None]:
-        """Locks the folder for this process. Raises RunError if another process is training in it."""
+    def lock(self, taken: str = "") -> Iterator[None]:
+        """Locks the folder for this process. Raises RunError, with the sentence `taken`, if another process has it."""
         with contextlib.ExitStack() as stack:
             try:
                 stack.enter_context(hold_lock(self.path / ".lock", timeout=0))
             except Timeout as error:
-                raise RunError(
-                    f"another process is training in {self.path}; wait for it, or choose another --out."
-                ) from error
+                taken = taken or f"another process is training in {self.path}; wait for it, or choose another --out."
+                raise RunError(taken) from error
             yield
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
@@ -230,7 +266,7 @@ class RunFolder:
     def read_json(self, name: str) -> dict[str, Any] | None:
         """Reads a JSON file of the folder; None if it does not exist."""
         try:
-            value = json.loads((self.path / name).read_text())
+            value = parse_json((self.path / name).read_text())
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
@@ -249,6 +285,18 @@ class RunFolder:
             return tomllib.loads(file.read_text())
         except (OSError, ValueError) as error:
             raise RunError(f"{file} cannot be read ({error}); start a new run.") from error
+
+
+@contextlib.contextmanager
+def temporary_folder(parent: Path, prefix: str) -> Iterator[Path]:
+    """A temporary folder; folders of this prefix that killed processes left are removed, those still in use are not."""
+    for old in parent.glob(f"{prefix}*"):
+        with contextlib.suppress(RunError, OSError):
+            if (old / ".lock").is_file():  # otherwise it is being made
+                with RunFolder(old).lock():
+                    shutil.rmtree(old)
+    with TemporaryDirectory(dir=parent, prefix=prefix) as folder, RunFolder(Path(folder)).lock():
+        yield Path(folder)
 
 
 LINE_KEYS = {  # kind of a line in metrics.jsonl -> the keys that it must have
@@ -277,8 +325,11 @@ class MetricsLog:
         try:
             self._file.write(json.dumps({"kind": kind, "step": step, **figures}) + "\n")
             self._file.flush()
+            removed = os.fstat(self._file.fileno()).st_nlink == 0
         except OSError as error:
             raise write_error(self._path, error) from error
+        if removed:
+            raise RunError(f"{self._path} was removed while the run was training; start it again.")
 
     def sync(self) -> None:
         """Flushes all lines to disk, before a checkpoint that relies on them."""
@@ -299,7 +350,12 @@ def read_metrics(run: RunFolder) -> list[dict[str, Any]]:
     with contextlib.suppress(FileNotFoundError):
         for text in (run.path / "metrics.jsonl").read_text(errors="replace").splitlines():
             with contextlib.suppress(ValueError):
-                line = json.loads(text)
-                if isinstance(line, dict) and LINE_KEYS.get(str(line.get("kind")), {""}) <= line.keys():
+                line = parse_json(text)
+                keys = LINE_KEYS.get(str(line.get("kind")), {""}) if isinstance(line, dict) else {""}
+                if keys <= line.keys() and all(_is_number(value) for key, value in line.items() if key != "kind"):
                     lines.append(line)
     return lines
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from resnetlab import migrate_v01
 from resnetlab.errors import ModelFileError
+from resnetlab.formatting import parse_json
 from resnetlab.run_folder import write_atomically
 
 FORMAT = 2  # 1 was that of version 0.1
@@ -67,7 +68,7 @@ def read_tensor_file(path: Path, what: str) -> tuple[dict[str, Tensor], dict[str
     except (safetensors.SafetensorError, ValueError, KeyError) as error:
         raise ModelFileError(f"{path} is not a complete safetensors file ({error}); copy or train it again.") from error
     entries = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")]).get("__metadata__", {})
-    if migrate_v01.KEY in entries:
+    if migrate_v01.KEY in entries and KEY not in entries:
         metadata = migrate_v01.read_metadata(entries[migrate_v01.KEY], tensors)
     elif KEY in entries:
         metadata = _check_metadata(path, entries, tensors)
@@ -87,7 +88,7 @@ def read_tensor_file(path: Path, what: str) -> tuple[dict[str, Tensor], dict[str
 def _check_metadata(path: Path, entries: Mapping[str, str], tensors: Mapping[str, Tensor]) -> dict[str, Any] | None:
     """The metadata of a file of today's format; None if the digest is wrong."""
     try:
-        metadata = json.loads(entries[KEY])
+        metadata = parse_json(entries[KEY])
     except ValueError:
         return None
     if not isinstance(metadata, dict):
@@ -120,7 +121,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             entries = file.metadata() or {}
-        metadata = json.loads(entries.get(KEY) or entries.get(migrate_v01.KEY) or "{}")
+        metadata = parse_json(entries.get(KEY) or entries.get(migrate_v01.KEY) or "{}")
     except (OSError, safetensors.SafetensorError, ValueError):
         return {}
     return metadata if isinstance(metadata, dict) else {}

@@ -175,7 +175,7 @@ def export_annotated(
         figures = {"images": parity.n, "agreement": rate, "largest_difference": largest}
         return console.print_json({"model": str(model), "file": str(out), "to": "onnx"} | figures)
     unit = "pixels" if opened.model.task == "detect" else "of a score"
-    print(f"{out}: on {parity.n:,} images {format_percent(rate)} agreement with PyTorch,")
+    console.write_line(f"{out}: on {parity.n:,} images {format_percent(rate)} agreement with PyTorch,")
     return print(f"largest difference {largest:.2g} {unit}")
 
 
@@ -246,7 +246,7 @@ def detect_localise(
             for r in results
         ]
         return console.print_json(metrics | {"images": rows})
-    print(f"{model} on the {split} split of {data}, {metrics['n']:,} images with boxes")
+    console.write_line(f"{model} on the {split} split of {data}, {metrics['n']:,} images with boxes")
     return print(
         f"localisation error {format_percent(metrics['localisation_error'])} (IoU with every true box below .5), "
         f"mean IoU with the nearest {metrics['mean_iou']:.3f}"

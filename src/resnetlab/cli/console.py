@@ -15,6 +15,11 @@ from resnetlab.progress import escape_control as escape_control
 from resnetlab.progress import log as log
 
 
+def write_line(text: str) -> None:
+    """Prints a line to standard output; names in it cannot move the cursor or change colours."""
+    print(escape_control(text))
+
+
 def log_error(text: str) -> None:
     """Prints the sentence of an error."""
     log(f"resnetlab: {text}")

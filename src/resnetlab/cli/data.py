@@ -145,7 +145,7 @@ def _write_quarantine(path: Path, report: CheckReport) -> None:
 
 
 def _print_report(report: CheckReport, speed: dict[str, float] | None) -> None:
-    print(f"{report.data}: {report.images:,} images, {report.readable:,} can be read")
+    console.write_line(f"{report.data}: {report.images:,} images, {report.readable:,} can be read")
     if report.shorter_sides:
         low, middle, high = report.shorter_sides
         print(f"shorter side   {low:,} to {high:,} pixels, median {middle:,.0f}")

@@ -253,7 +253,9 @@ def _evaluate_annotated(predictor: Detector | Segmenter, data: Path, split: str,
         console.log(f"{len(skipped):,} annotations or images were skipped and are not counted: {', '.join(skipped)}")
     if json:
         return console.print_json(figures)
-    print(f"{figures['model']} on the {figures['split']} split of {figures['data']}, {figures['n']:,} images")
+    console.write_line(
+        f"{figures['model']} on the {figures['split']} split of {figures['data']}, {figures['n']:,} images"
+    )
     if "map" in figures:
         if additions := _describe_additions(figures):
             print(f"with {additions} (2015, appendix B)")
@@ -290,7 +292,7 @@ def _print_evaluation(evaluation: Evaluation) -> None:
     """Prints the figures."""
     metrics, figures = evaluation.metrics, evaluation.to_json()
     split = f"the {evaluation.split} split of {evaluation.data}"
-    print(f"{' + '.join(evaluation.models)} on {split}, {metrics.n:,} images, {evaluation.protocol}")
+    console.write_line(f"{' + '.join(evaluation.models)} on {split}, {metrics.n:,} images, {evaluation.protocol}")
     if evaluation.scope:
         print(f"scores are over {evaluation.scope} (--classes all or data)")
     low, high = figures["top1_interval"]
@@ -303,9 +305,9 @@ def _print_evaluation(evaluation: Evaluation) -> None:
     print(f"precision {precision}, recall {recall}, F1 {f1} (means over the classes)")
     print(f"expected calibration error {format_percent(metrics.calibration_error)}")
     for name, sentence in zip(evaluation.models, evaluation.calibration, strict=True):
-        print(sentence if len(evaluation.models) == 1 else f"{name}: {sentence}")
+        console.write_line(sentence if len(evaluation.models) == 1 else f"{name}: {sentence}")
     if (known := figures["published"]) is not None:
-        print(f"published: top-1 error {format_percent(known['top1_error'])} ({known['source']})")
+        console.write_line(f"published: top-1 error {format_percent(known['top1_error'])} ({known['source']})")
     print()
     if evaluation.members:
         _print_members(figures)

@@ -157,4 +157,4 @@ def _print_explanations(documents: list[dict[str, Any]]) -> None:
     console.print_table("", ("image", "answer", "needs most", "another answer without"), rows)
     for document in documents:
         if "figure" in document:
-            print(console.escape_control(document["figure"]))
+            console.write_line(document["figure"])

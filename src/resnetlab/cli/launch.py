@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from resnetlab.cli import console
 from resnetlab.errors import PROCESS_GONE, RunError, UsageError
+from resnetlab.stopping import catch_stop_signals
 
 if TYPE_CHECKING:
     from resnetlab.run_folder import RunFolder
@@ -120,7 +121,9 @@ class Job(NamedTuple):
                 "trackers": self.options.trackers,
             }
             try:
-                elastic_launch(config, sys.executable)("-m", "resnetlab", "_train-process", json.dumps(request))
+                with catch_stop_signals() as stop_request:
+                    stop_request.other_handlers = True  # torchrun's end the processes, which save first
+                    elastic_launch(config, sys.executable)("-m", "resnetlab", "_train-process", json.dumps(request))
             except SignalException as stop:
                 raise SystemExit(128 + stop.sigval) from None
             except ChildFailedError as error:

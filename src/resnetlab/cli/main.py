@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import io
 import os
-import signal
 import sys
 import warnings
 from collections.abc import Sequence
-from types import FrameType
 
 from cyclopts import App, CycloptsError
 
@@ -20,12 +18,13 @@ from resnetlab.cli.inspect import inspect
 from resnetlab.cli.launch import train_process
 from resnetlab.cli.peer_options import understand
 from resnetlab.cli.predict import predict
-from resnetlab.cli.push import push
+from resnetlab.cli.push import push, strip
 from resnetlab.cli.serve import serve
 from resnetlab.cli.study import study
 from resnetlab.cli.train import train
 from resnetlab.errors import ResNetLabError
-from resnetlab.training.stopping import StopSignal
+from resnetlab.run_folder import NoSpaceError
+from resnetlab.stopping import check_stop, end_on_stop_signals
 
 app = App(
     name="resnetlab",
@@ -38,7 +37,7 @@ app = App(
 )
 app.command(train)
 app.command(train_process, name="_train-process", show=False)
-for command in (evaluate, predict, explain, features.embed, push, serve, inspect, study):
+for command in (evaluate, predict, explain, features.embed, push, strip, serve, inspect, study):
     app.command(command)
 app.command(weights.import_, name="import")
 app.command(weights.export)
@@ -66,16 +65,10 @@ app.command(segment)
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs one command and exits: 0, 1 (failed), 2 (wrong request) or 128 + signal (stopped)."""
-    # until a command sets its own handler: the first process of a container has no default action
-    signal.signal(signal.SIGTERM, _handle_sigterm)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="surrogateescape")  # file names are printed as their bytes
-    sys.exit(run_command(sys.argv[1:] if arguments is None else arguments))
-
-
-def _handle_sigterm(signum: int, _: FrameType | None) -> None:
-    signal.signal(signum, signal.SIG_DFL)  # a second signal ends the process at once
-    raise StopSignal(signum, "stopped.")
+    with end_on_stop_signals():  # the first process of a container has no default action for SIGTERM
+        sys.exit(run_command(sys.argv[1:] if arguments is None else arguments))
 
 
 def run_command(arguments: Sequence[str]) -> int:
@@ -84,14 +77,18 @@ def run_command(arguments: Sequence[str]) -> int:
         with warnings.catch_warnings():
             warnings.simplefilter("default", UserWarning)
             warnings.showwarning = console.WarningPrinter()
-            app(understand(app, [_expand_home(argument) for argument in arguments]) or ["--help"])
+            understood = understand(app, [_expand_home(argument) for argument in arguments])
+            check_stop()
+            app(understood or ["--help"])
         if sys.stdout is not None:
             sys.stdout.flush()
+        check_stop()
     except CycloptsError as error:
         console.log_error(" ".join(str(error).split()) + " (resnetlab --help lists what there is)")
         return 2
     except ResNetLabError as error:
-        console.log_error(str(error))
+        unexplained = isinstance(error, NoSpaceError) and not error.hint
+        console.log_error(f"{_find_command(arguments)}: {error}" if unexplained else str(error))
         return error.exit_code
     except KeyboardInterrupt:
         console.log_error("interrupted.")
@@ -108,6 +105,12 @@ def run_command(arguments: Sequence[str]) -> int:
         console.log_error(str(error))
         return int(code)
     return 0
+
+
+def _find_command(arguments: Sequence[str]) -> str:
+    """The command of a command line, such as "export" or "data pack"."""
+    words = [argument for argument in arguments[:2] if not argument.startswith("-")]
+    return " ".join(words if words[0] in ("data", "detect", "segment") else words[:1])
 
 
 def _expand_home(argument: str) -> str:

@@ -6,18 +6,20 @@ import contextlib
 import csv
 import io
 import re
+import select
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TextIO, cast
 
 from cyclopts import Parameter
 
 from resnetlab.cli import console
 from resnetlab.errors import DataError, UsageError
+from resnetlab.stopping import check_stop
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -312,12 +314,24 @@ def _expand_inputs(images: Sequence[str]) -> Iterator[tuple[str, ImageInput | Da
 
     for image in images:
         if image == "-":
-            yield image, sys.stdin.buffer.read()
+            yield image, _read_stdin()
         elif is_table(image):
             for found in list_table_images(image):
                 yield (image if isinstance(found, DataError) else str(found)), found
         else:
             yield from expand_images(image)
+
+
+def _read_stdin() -> bytes:
+    """All of standard input; a stop is noticed while nothing arrives."""
+    file, content = cast(io.BufferedReader, sys.stdin.buffer), bytearray()
+    while True:
+        with contextlib.suppress(ValueError, OSError):  # nothing that can be waited for: reading it does not wait
+            while not select.select([file], [], [], 0.2)[0]:
+                check_stop()
+        if not (chunk := file.read1(2**20)):
+            return bytes(content)
+        content += chunk
 
 
 def _select_model_backend(
@@ -342,6 +356,7 @@ def _print_predictions(predictions: Iterator[Prediction], format: str) -> tuple[
     writers = {"table": _table_writer, "csv": _csv_writer, "json": _json_writer, "jsonl": _jsonl_writer}
     write, end = (writers | {"parquet": _csv_writer})[format]()
     for p in predictions:
+        check_stop()
         done += 1
         if p.error is not None:
             failed, reason = failed + 1, reason or p.error
@@ -387,13 +402,13 @@ def _table_writer() -> Writer:
 
     def begin() -> None:
         nonlocal width
-        width = max((len(name) for name, _ in rows), default=0)
+        width = max((len(console.escape_control(name)) for name, _ in rows), default=0)
         console.print_table("", ("image", "classes and scores"), rows)
 
     def write(p: Prediction) -> None:
         row = (p.name, p.error or "  ".join(f"{name} {score:.1%}" for name, score in p.top))
         if width:
-            print(f"{row[0]:<{width}}  {row[1]}")
+            console.write_line(f"{row[0]:<{width}}  {row[1]}")
             return
         rows.append(row)
         if len(rows) == 100:

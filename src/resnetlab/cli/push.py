@@ -1,4 +1,4 @@
-"""`resnetlab push`."""
+"""`resnetlab push` and `resnetlab strip`: models for other people."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
+from resnetlab.cli import console
 from resnetlab.errors import UsageError
 
 
@@ -16,6 +17,7 @@ def push(
     /,
     *,
     private: Annotated[bool, Parameter(negative="")] = False,
+    with_images: Annotated[bool, Parameter(negative="")] = False,
 ) -> None:
     """Upload a model file, with a card written from its metadata, to the Hugging Face hub or into a folder.
 
@@ -31,6 +33,9 @@ def push(
         hf:OWNER/NAME, or a folder to review first.
     private
         Create a private repository.
+    with_images
+        Share the images of the data that the model file holds, to check other backends on and to calibrate int8 on. By default
+        they are left out.
     """
     from resnetlab.inference import hub
     from resnetlab.inference.download import find_model
@@ -39,10 +44,39 @@ def push(
 
     trained = load_trained_model(Path(find_model(model)))
     if to.startswith("hf:"):
-        print(hub.push_to_hub(trained, to.removeprefix("hf:"), private))
+        print(hub.push_to_hub(trained, to.removeprefix("hf:"), private, with_images))
         return
     if private:
         raise UsageError("--private is for the hub: give hf:OWNER/NAME.")
     check_output_file(Path(to) / "model.safetensors", [model], "the folder")
-    hub.save_pretrained(trained, Path(to))
+    hub.save_pretrained(trained, Path(to), with_images=with_images)
     print(Path(to) / "README.md")
+
+
+def strip(model: Path, /, *, out: Path | None = None) -> None:
+    """Write a model file without the images of the data in it, to give away.
+
+    Example: `resnetlab strip runs/photos/model.safetensors --out photos.safetensors`
+
+    The weights, classes, preprocessing and figures stay, and so do fingerprints (hashes) of the images, by which `evaluate`
+    notices images that were trained on.
+
+    Parameters
+    ----------
+    model
+        A model file.
+    out
+        The file to write; by default NAME.stripped.safetensors beside the model.
+    """
+    from resnetlab.models.annotated_model import TASK_NOUNS, read_task
+    from resnetlab.models.model_file import load_trained_model
+    from resnetlab.run_folder import check_output_file
+
+    if (task := read_task(model)) != "classify":
+        raise UsageError(f"{TASK_NOUNS[task]} holds no images; {model} can be given away as it is.")
+    out = out or model.with_suffix(".stripped.safetensors")
+    check_output_file(out, [model])
+    trained = load_trained_model(model)
+    console.log(trained.describe_images())
+    trained.without_images().save(out)
+    print(out)

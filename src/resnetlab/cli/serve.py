@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from itertools import islice
 from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
 
 from resnetlab.cli import console
 from resnetlab.errors import DataError, UsageError, missing_package
@@ -21,6 +24,7 @@ def serve(
     max_pixels: int = 50_000_000,
     timeout: float = 30.0,
     max_in_flight: int = 64,
+    allowed_host: Annotated[tuple[str, ...], Parameter(negative="", consume_multiple=False)] = (),
     backend: str = "auto",
     precision: str = "auto",
     images: Path | None = None,
@@ -53,6 +57,10 @@ def serve(
         Seconds for sending a request, and again for answering it.
     max_in_flight
         Requests answered at the same time; further ones get 429 and Retry-After.
+    allowed_host
+        A name by which clients call the service, in their Host header; may be given several times. IP addresses and localhost
+        are always answered. By default other names are refused where --host is this machine only, as a protection from pages
+        of other sites (DNS rebinding), and answered where it is not; a proxy on this machine may need its name here.
     backend
         torch, onnxruntime or openvino; auto takes the fastest that is installed and agrees with torch on the model's
         reference images, and logs which. Explanations are always computed by torch.
@@ -88,6 +96,8 @@ def serve(
         raise UsageError(f"--latency-ms must be between 0 and 60000, not {latency_ms:g}.")
     if not 0 <= port <= 65_535:
         raise UsageError(f"--port must be between 0 and 65535, not {port}.")
+    if not host.strip():
+        raise UsageError("--host is empty; 127.0.0.1 is this machine, 0.0.0.0 lets other machines in.")
     check_backend_request(backend, precision)
     if images is not None and not images.is_dir():
         raise DataError(f"{images} is not a folder; --images takes a folder of images.")
@@ -106,9 +116,20 @@ def serve(
     for n in served.warmup_batches:  # the first batches are slow; nobody should wait for them
         served.predict([blank] * min(n, max_batch))
     run_server(
-        make_app(Service(served, limits)),
+        make_app(Service(served, limits), _find_host_names(host, allowed_host)),
         host,
         port,
         timeout,
         lambda address: console.log(f"{model} is served at {address} (Ctrl-C stops it)"),
     )
+
+
+def _find_host_names(host: str, allowed: tuple[str, ...]) -> tuple[str, ...]:
+    """The names that are answered; none where all are."""
+    from ipaddress import ip_address
+
+    try:
+        is_local = ip_address(host).is_loopback
+    except ValueError:
+        is_local = host.lower() == "localhost"
+    return ("localhost", host, *allowed) if is_local or allowed else ()

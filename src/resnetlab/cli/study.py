@@ -121,7 +121,7 @@ def _print_studies(outputs: list[StudyOutput]) -> None:
         columns = ("what", "figure", "mean ± sd", "n", "paper", "budget", "verdict")
         console.print_table(output.study.name, columns, rows, right=(2, 3))
         print()
-        print(output.result.answer, output.result.details)
+        console.write_line(f"{output.result.answer} {output.result.details}")
         if output.outcomes:
             seeds = output.setting.seeds
             print(f"Budget: {describe_study_budget(output.setting)}, {seeds} seed{'s' * (seeds > 1)}.")

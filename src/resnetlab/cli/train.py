@@ -273,7 +273,7 @@ def print_result(result: TrainResult, metrics: Mapping[str, str]) -> None:
     rows = dict(metrics) | ({"budget": result.budget} if result.budget else {})
     rows |= {"trained": f"{result.steps:,} steps in {format_duration(result.seconds)}, {rate}"}
     for name, text in (rows | {"model": result.model, "report": result.report}).items():
-        print(f"{name:<18} {text}")
+        console.write_line(f"{name:<18} {text}")
 
 
 def print_recipe(name: str, task: str = "classify") -> None:

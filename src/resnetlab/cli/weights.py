@@ -100,13 +100,13 @@ def import_(
     if json:
         return console.print_json(document)
     for name, value in model.spec.to_json().items():
-        print(f"{name:<18} {value}")
+        console.write_line(f"{name:<18} {value}")
     preprocessing = model.preprocessing.to_json()
     for name in ("mean", "std"):
         numbers = preprocessing[name]
         preprocessing[name] = "per pixel" if numbers is None else ",".join(f"{value:g}" for value in numbers)
     print(f"{'preprocessing':<18} {', '.join(f'{name} {value}' for name, value in preprocessing.items())}")
-    print(f"{'model':<18} {out}")
+    console.write_line(f"{'model':<18} {out}")
     return None
 
 
@@ -187,7 +187,7 @@ def export(
     parity = export_model(trained, to, precision, out, check_images, calibration_images)
     if json:
         return console.print_json({"model": model, "file": str(out), "to": to, **parity.to_json()})
-    print(f"{out}: {parity.agreement}, on {parity.n} images, with the network in torch fp32")
+    console.write_line(f"{out}: {parity.agreement}, on {parity.n} images, with the network in torch fp32")
     for size, seconds in parity.seconds.items():
         eager = parity.torch_seconds[size]
         ratio = eager / seconds

@@ -14,7 +14,7 @@ from torch import Tensor
 from resnetlab.data.annotations import Annotations
 from resnetlab.data.error_policy import ErrorPolicy
 from resnetlab.errors import DataError
-from resnetlab.formatting import format_list
+from resnetlab.formatting import find_name_problem, format_list
 from resnetlab.random import seed_for
 
 HELD_OUT_FRACTION = 0.2  # of data without a split to evaluate on
@@ -60,6 +60,10 @@ class AnnotatedDataset(Generic[P]):
     evaluated_split: str
     errors: ErrorPolicy = field(default_factory=ErrorPolicy)
     layout: str = ""
+
+    def __post_init__(self) -> None:
+        if problem := find_name_problem(self.classes):
+            raise DataError(f"{self.name} cannot be used: {problem}; give each class a name of its own.")
 
     @property
     def fingerprint(self) -> str:

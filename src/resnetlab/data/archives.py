@@ -25,10 +25,11 @@ from numpy.typing import NDArray
 
 from resnetlab.data import folder
 from resnetlab.data.dataset import Dataset
-from resnetlab.data.decode import SUFFIXES, is_hidden
+from resnetlab.data.decode import SUFFIXES, check_file_size, is_hidden
 from resnetlab.data.disk_split import FileNames, ImageSource, ReadOptions
 from resnetlab.data.folder import LabelledImages, guess_split, make_dataset
 from resnetlab.data.shards import ShardSource
+from resnetlab.data.tar_index import BoundedHeader, refuse_sparse
 from resnetlab.errors import DataError
 from resnetlab.formatting import format_list
 from resnetlab.run_folder import write_error
@@ -64,6 +65,7 @@ class ZipSource:
     members: NDArray[np.int64]  # (N, 4): offset of the header, method, CRC, stored bytes
 
     def read(self, i: int) -> bytes:
+        check_file_size(int(self.sizes[i]), self.display_name(i))
         offset, method, crc, stored_size = map(int, self.members[i])
         try:
             with open(self.file, "rb") as file:
@@ -71,7 +73,8 @@ class ZipSource:
                 header = file.read(LOCAL_HEADER)
                 file.seek(sum(int.from_bytes(header[k : k + 2], "little") for k in (26, 28)), os.SEEK_CUR)
                 content = file.read(stored_size)
-            content = zlib.decompress(content, -15) if method == zipfile.ZIP_DEFLATED else content
+            if method == zipfile.ZIP_DEFLATED:  # no more than the member claims to have
+                content = zlib.decompressobj(-15).decompress(content, int(self.sizes[i]) + 1)
         except (OSError, zlib.error) as error:
             raise DataError(f"{self.display_name(i)} cannot be read ({error}).") from error
         if zlib.crc32(content) != crc:
@@ -149,10 +152,12 @@ def _list_zip(file: Path) -> list[_Member]:
 
 def _list_tar(file: Path) -> list[_Member]:
     try:
-        with tarfile.open(file, "r:") as archive:
-            return [_Member(os.path.normpath(m.name), m.offset_data, m.size) for m in archive if m.isfile() and m.size]
+        with tarfile.open(file, "r:", tarinfo=BoundedHeader) as archive:
+            members = [member for member in archive if member.isfile() and member.size]
     except (tarfile.TarError, OSError) as error:
         raise DataError(f"{file} ends early or is not a tar ({error}); copy or pack it again.") from error
+    refuse_sparse(file, members)
+    return [_Member(os.path.normpath(m.name), m.offset_data, m.size) for m in members]
 
 
 def _find_splits(path: Path, names: list[str]) -> tuple[str, dict[str, int]]:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from resnetlab.data.error_policy import ErrorPolicy
 from resnetlab.errors import DataError
+from resnetlab.formatting import find_name_problem
 from resnetlab.random import seed_for
 
 GROUP = "group"  # the column whose equal values stay together in every split
@@ -140,6 +141,8 @@ class Dataset:
     fingerprint: str = field(init=False)
 
     def __post_init__(self) -> None:
+        if problem := find_name_problem(self.classes):
+            raise DataError(f"{self.name} cannot be used: {problem}; give each class a name of its own.")
         digest = hashlib.sha256("\n".join(self.classes).encode(errors="surrogateescape"))
         for split in (self.train, self.test, *([self.val] if self.val is not None else [])):
             split.update_hash(digest)

@@ -39,6 +39,7 @@ BITS_PER_SAMPLE, PHOTOMETRIC, MAX_SAMPLE_VALUE, SAMPLE_FORMAT = 258, 262, 281, 3
 PngImagePlugin.MAX_TEXT_CHUNK = 64 * 2**20
 JPEG, EXIF = b"\xff\xd8\xff", b"Exif\0\0"  # their first bytes
 SIXTEEN_BIT_FORMATS = ("PNG", "PPM")  # Pillow may hold their 16 bits in 32
+MAX_FILE_BYTES = 2**29
 SUFFIXES = frozenset(
     {
         ".jpg",
@@ -165,6 +166,12 @@ def _open(source: Path | bytes) -> Image.Image:
         raise DataError(f"is a HEIC image; to read it, install: {install_hint('heic')}") from None
     pillow_heif.register_heif_opener()
     return Image.open(source if isinstance(source, Path) else io.BytesIO(source))
+
+
+def check_file_size(size: int, name: str) -> None:
+    """Raises DataError for a file that is larger than any image: it would be read into memory."""
+    if size > MAX_FILE_BYTES:
+        raise DataError(f"{name} has {size:,} bytes, more than the {MAX_FILE_BYTES:,} that are read of an image.")
 
 
 def convert_image(image: Image.Image) -> Image.Image:

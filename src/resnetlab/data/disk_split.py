@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from resnetlab.data.dataset import Columns, select_rows
-from resnetlab.data.decode import check_regular_file, decode_pixels
+from resnetlab.data.decode import check_file_size, check_regular_file, decode_pixels
 from resnetlab.data.error_policy import ErrorPolicy
 from resnetlab.errors import DataError
+from resnetlab.formatting import parse_json
 
 
 class FileNames(Sequence[str]):
@@ -71,6 +72,7 @@ class FileSource:
         file = self.root / self.names[i]
         check_regular_file(file)
         try:
+            check_file_size(file.stat().st_size, self.display_name(i))
             return file.read_bytes()
         except FileNotFoundError:
             raise DataError(f"{self.display_name(i)} is not there.") from None
@@ -148,7 +150,7 @@ def _unquote(line: str) -> str:
     if not line.startswith('"'):
         return line
     try:
-        return str(json.loads(line))
+        return str(parse_json(line))
     except ValueError:
         return line
 

@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import json
 import os
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from email.message import Message
@@ -21,7 +20,9 @@ from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 from resnetlab.errors import DataError
-from resnetlab.run_folder import hold_lock, write_atomically, write_error
+from resnetlab.formatting import parse_json
+from resnetlab.run_folder import hold_lock, temporary_folder, write_atomically, write_error
+from resnetlab.stopping import check_stop
 
 PAUSES = (0.5, 1.0, 2.0, 4.0)  # seconds between attempts, of which there is one more
 TIMEOUT = 30  # seconds without a byte
@@ -68,12 +69,15 @@ def file_lock(target: Path) -> Iterator[None]:
         yield
 
 
-def download_file(url: str, target: Path, check: Callable[[Path], None] = lambda part: None) -> Path:
+def download_file(
+    url: str, target: Path, check: Callable[[Path], None] = lambda part: None, limit: int | None = None
+) -> Path:
     """Downloads a file to `target`, where it appears once it is complete; an older one is removed. Hold `file_lock` meanwhile.
 
     Args:
         check: raises DataError if the file that has arrived is not complete; without a length from the server this is treated
             as a dropped connection.
+        limit: most bytes.
 
     Raises:
         MissingFile: the server does not have it.
@@ -85,7 +89,7 @@ def download_file(url: str, target: Path, check: Callable[[Path], None] = lambda
         target.unlink(missing_ok=True)  # from here on .NAME.origin describes the new file
         if not _read_version(target).validator:  # which file it is a part of is unknown
             part.unlink(missing_ok=True)
-        _retry(url, lambda: _fetch(url, part, target, check))
+        _retry(url, lambda: _fetch(url, part, target, check, limit))
         _write_version(target, _read_version(target)._replace(size=part.stat().st_size))
         os.replace(part, target)
     except OSError as error:
@@ -134,8 +138,9 @@ def _retry(url: str, attempt: Callable[[], T]) -> T:
                 raise DataError(f"{strip_query(url)} cannot be fetched: {reason}.") from error
         except (OSError, HTTPException) as error:
             reason = str(getattr(error, "reason", None) or error or type(error).__name__)
-        if pause is not None:
-            time.sleep(pause)
+        for _ in range(round(10 * (pause or 0))):
+            check_stop()
+            time.sleep(0.1)
     raise DataError(f"{strip_query(url)} cannot be fetched: {reason} ({len(PAUSES) + 1} attempts); try again later.")
 
 
@@ -143,7 +148,7 @@ class _WriteError(OSError):
     """What arrived could not be written; retrying would not help."""
 
 
-def _fetch(url: str, part: Path, target: Path, check: Callable[[Path], None]) -> None:
+def _fetch(url: str, part: Path, target: Path, check: Callable[[Path], None], limit: int | None) -> None:
     """Continues `part` if the server still has that version of the file; raises OSError if it ends early."""
     have, known = part.stat().st_size if part.exists() else 0, _read_version(target)
     headers = {"Range": f"bytes={have}-"} | ({"If-Range": known.validator} if known.validator else {})
@@ -163,7 +168,8 @@ def _fetch(url: str, part: Path, target: Path, check: Callable[[Path], None]) ->
             have = 0
             _write_version(target, now)
         length = response.headers.get("Content-Length")
-        received = _append(iter(lambda: response.read(CHUNK), b""), part, "ab" if have else "wb")
+        chunks = _check_size(url, iter(lambda: response.read(CHUNK), b""), limit)
+        received = _append(chunks, part, "ab" if have else "wb")
     if length is not None and received < int(length):
         raise OSError(f"the connection was dropped after {have + received:,} of {have + int(length):,} bytes")
     try:
@@ -175,6 +181,16 @@ def _fetch(url: str, part: Path, target: Path, check: Callable[[Path], None]) ->
             ) from error
         part.unlink()
         raise
+
+
+def _check_size(url: str, chunks: Iterator[bytes], limit: int | None) -> Iterator[bytes]:
+    """Yields the chunks; raises DataError once they are more than `limit` bytes."""
+    size = 0
+    for chunk in chunks:
+        size += len(chunk)
+        if limit is not None and size > limit:
+            raise DataError(f"{strip_query(url)} has more than {limit:,} bytes, far more than such a file needs.")
+        yield chunk
 
 
 def _continues(content_range: str, have: int, now: FileVersion, known: FileVersion) -> bool:
@@ -194,6 +210,7 @@ def _append(chunks: Iterator[bytes], part: Path, mode: str) -> int:
     received = 0
     with file:
         for chunk in chunks:
+            check_stop()
             try:
                 file.write(chunk)
                 file.flush()
@@ -212,7 +229,7 @@ def _parse_headers(headers: Message) -> FileVersion:
 def _read_version(target: Path) -> FileVersion:
     """The recorded version of a file; an empty one if the record is missing or damaged."""
     try:
-        return FileVersion(*json.loads(target.with_name(f".{target.name}.origin").read_bytes()))
+        return FileVersion(*parse_json(target.with_name(f".{target.name}.origin").read_bytes()))
     except (OSError, ValueError, TypeError):
         return FileVersion()
 
@@ -221,10 +238,13 @@ def _write_version(target: Path, version: FileVersion) -> None:
     write_atomically(target.with_name(f".{target.name}.origin"), json.dumps(version) + "\n")
 
 
-def download_bytes(url: str, folder: Path) -> bytes:
-    """The content of a small file; `folder` must exist and holds it temporarily. Raises as `download_file` does."""
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".small-") as place:
-        return download_file(url, Path(place) / "file").read_bytes()
+def download_bytes(url: str, folder: Path, limit: int) -> bytes:
+    """The content of a small file; `folder` must exist and holds it temporarily.
+
+    Raises as `download_file` does, and DataError for more than `limit` bytes, of which no more are read.
+    """
+    with temporary_folder(folder, ".small-") as place:
+        return download_file(url, place / "file", limit=limit).read_bytes()
 
 
 def compute_md5(path: Path) -> str:

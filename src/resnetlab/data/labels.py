@@ -14,14 +14,13 @@ A number in val.txt is a line, counted from 0, of the file that names the classe
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from resnetlab.data import imagenet
 from resnetlab.errors import DataError
-from resnetlab.formatting import format_list
+from resnetlab.formatting import format_list, parse_json
 
 CLASS_FILES = (
     "classes.txt", "LOC_synset_mapping.txt", "synset_words.txt", "imagenet_class_index.json", "words.txt")  # fmt: skip
@@ -94,7 +93,7 @@ def _read_class_file(file: Path) -> list[tuple[str, str]]:
     """(class folder, name), in the order of the file's numbers from 0."""
     if file.suffix == ".json":
         try:
-            entries = json.loads("".join(_read_lines(file))).items()
+            entries = parse_json("".join(_read_lines(file))).items()
             index = {int(number): (str(folder), str(name)) for number, (folder, name) in entries}
         except (ValueError, TypeError, AttributeError) as error:
             raise DataError(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
+import shutil
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -15,10 +17,12 @@ from PIL import Image
 from resnetlab.data.dataset import Dataset
 from resnetlab.data.decode import decode
 from resnetlab.data.disk_split import DiskSplit
+from resnetlab.data.shards import UNFINISHED
 from resnetlab.data.tar_index import FORMAT, index_path
 from resnetlab.errors import DataError, RunError, UsageError
 from resnetlab.random import make_generator
-from resnetlab.run_folder import write_atomically, write_error
+from resnetlab.run_folder import RunFolder, write_atomically, write_error
+from resnetlab.stopping import check_stop
 
 QUALITY = 95  # of JPEGs that are written because the image was resized
 
@@ -49,51 +53,82 @@ def pack_shards(
     if out.resolve().is_relative_to(Path(data.name).resolve()):
         raise UsageError(f"{out} is inside {data.name}, the images that are packed; choose a folder elsewhere.")
     splits = {"all": data.all_images} if data.all_images is not None else data.splits
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        if any(out.iterdir()):
-            raise RunError(f"{out} is not empty; choose another folder for the shards.")
-    except OSError as error:
-        raise write_error(out, error) from error
-    total, done, written = sum(len(split) for split in splits.values() if split is not None), 0, []
-    for name, split in splits.items():
-        if not isinstance(split, DiskSplit):
-            raise DataError(f"{data.name} is in memory; shards are packed from images in folders.")
-        order = torch.randperm(len(split), generator=make_generator(seed, "pack", name)).tolist()
-        for number, start in enumerate(range(0, len(order), per_shard)):
-            tar = out / f"{name}-{number:06d}.tar"
-            part = order[start : start + per_shard]
-            _write_shard(tar, split, part, data.classes, resize)
-            written.append(tar)
-            done += len(part)
-            on_progress(done, total)
+    if not all(isinstance(split, DiskSplit) for split in splits.values()):
+        raise DataError(f"{data.name} is in memory; shards are packed from images in folders.")
+    written: list[Path] = []
+    with _unfinished_folder(out) as unfinished:
+        total, done = sum(len(split) for split in splits.values() if split is not None), 0
+        for name, split in splits.items():
+            assert isinstance(split, DiskSplit)
+            order = torch.randperm(len(split), generator=make_generator(seed, "pack", name)).tolist()
+            starts = range(0, len(order), per_shard)
+            for number, start in enumerate(starts):
+                tar = out / f"{name}-{number:06d}.tar"
+                part = order[start : start + per_shard]
+                index = _write_shard(unfinished / tar.name, split, part, data.classes, resize)
+                write_atomically(index_path(tar), json.dumps(index | {"shards": len(starts)}) + "\n")
+                os.replace(unfinished / tar.name, tar)
+                written.append(tar)
+                done += len(part)
+                on_progress(done, total)
     return written
 
 
-def _write_shard(tar: Path, split: DiskSplit, part: list[int], classes: tuple[str, ...], resize: int) -> None:
-    """Writes one shard and its index; each appears only when it is complete."""
-    unfinished = tar.with_name(f".{tar.name}.part")
-    samples = []
+@contextlib.contextmanager
+def _unfinished_folder(out: Path) -> Iterator[Path]:
+    """A folder in `out` for the shard that is being written; while it is there, the shards are not taken for whole.
+
+    Shards of a packing that was killed are removed; those of one that still runs are not touched.
+
+    Raises RunError if `out` holds anything else, or another process packs into it.
+    """
+    unfinished, is_ours = out / UNFINISHED, False
     try:
-        with tarfile.open(unfinished, "w", format=tarfile.PAX_FORMAT) as file:
-            for i in part:
-                index_in_source = int(split.indices[i])
-                name, label = split.source.names[index_in_source], int(split.labels[i])
-                content, suffix = split.source.read(index_in_source), os.path.splitext(name)[1].lower()
-                if resize:
-                    content, suffix = _resize_image(content, suffix, split.source.display_name(index_in_source), resize)
-                key = f"{i:08d}"
-                offset = _add_member(file, key + suffix, content)
-                _add_member(file, key + ".cls", str(label).encode())
-                _add_member(file, key + ".json", json.dumps({"name": name, "class": classes[label]}).encode())
-                samples.append([key, name, classes[label], offset, len(content)])
-        index = {"format": FORMAT, "bytes": unfinished.stat().st_size, "classes": classes, "samples": samples}
-        os.replace(unfinished, tar)
+        out.mkdir(parents=True, exist_ok=True)
+        if not unfinished.is_dir() and any(out.iterdir()):
+            raise RunError(f"{out} is not empty; choose another folder for the shards.")
+        unfinished.mkdir(exist_ok=True)
+        with RunFolder(unfinished).lock(
+            f"another process is packing into {out}; wait for it, or choose another folder."
+        ):
+            is_ours = True
+            _remove_shards(out)
+            try:
+                yield unfinished
+            except BaseException:
+                _remove_shards(out)
+                raise
     except OSError as error:
-        raise write_error(tar, error) from error
+        raise write_error(out, error) from error
     finally:
-        unfinished.unlink(missing_ok=True)
-    write_atomically(index_path(tar), json.dumps(index) + "\n")
+        if is_ours:  # only now: Windows removes no file that is locked
+            shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _remove_shards(out: Path) -> None:
+    for file in (*out.glob("*.tar"), *out.glob("*.index.json")):
+        file.unlink()
+
+
+def _write_shard(
+    tar: Path, split: DiskSplit, part: list[int], classes: tuple[str, ...], resize: int
+) -> dict[str, object]:
+    """Writes one shard and returns its index."""
+    samples = []
+    with tarfile.open(tar, "w", format=tarfile.PAX_FORMAT) as file:
+        for i in part:
+            check_stop()
+            index_in_source = int(split.indices[i])
+            name, label = split.source.names[index_in_source], int(split.labels[i])
+            content, suffix = split.source.read(index_in_source), os.path.splitext(name)[1].lower()
+            if resize:
+                content, suffix = _resize_image(content, suffix, split.source.display_name(index_in_source), resize)
+            key = f"{i:08d}"
+            offset = _add_member(file, key + suffix, content)
+            _add_member(file, key + ".cls", str(label).encode())
+            _add_member(file, key + ".json", json.dumps({"name": name, "class": classes[label]}).encode())
+            samples.append([key, name, classes[label], offset, len(content)])
+    return {"format": FORMAT, "bytes": tar.stat().st_size, "classes": classes, "samples": samples}
 
 
 def _add_member(file: tarfile.TarFile, name: str, content: bytes) -> int:

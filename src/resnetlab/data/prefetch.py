@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import warnings
@@ -9,11 +10,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
@@ -22,6 +25,13 @@ from resnetlab.data.error_policy import ErrorPolicy
 from resnetlab.device import DeviceConfig
 from resnetlab.errors import DataError
 from resnetlab.preprocessing import Preprocessing
+from resnetlab.stopping import check_stop
+
+POLL = 0.5  # seconds between looks at a request to stop, while a batch is waited for
+END = object()
+SHARED_MEMORY = (
+    "/dev/shm must be writable and large enough (docker run --shm-size=2g, or --ipc=host), or use fewer --workers"
+)
 
 T = TypeVar("T")
 
@@ -101,6 +111,13 @@ def default_workers(device_config: DeviceConfig) -> int:
     return 0 if device_config.device.type == "cpu" else min(12, max(1, (os.cpu_count() or 1) - 1))
 
 
+@dataclass(frozen=True)
+class _PipedTensor:
+    """A tensor that travels from a worker through its pipe, because shared memory is full."""
+
+    array: NDArray[Any]
+
+
 @dataclass
 class _JobDataset(TorchDataset[T]):
     """A job as the map-style data set that DataLoader expects."""
@@ -108,43 +125,87 @@ class _JobDataset(TorchDataset[T]):
     job: Callable[[int], T]
 
     def __getitem__(self, key: int) -> T:
-        return self.job(key)
+        result = self.job(key)
+        try:  # here, where an error reaches the main process: torch would lose the batch, and be waited for in vain
+            return cast(T, tree_map_only(Tensor, Tensor.share_memory_, result))
+        except RuntimeError:
+            return cast(T, tree_map_only(Tensor, lambda x: _PipedTensor(x.numpy()), result))
 
 
-def _ignore_sigint(_: int) -> None:
+def _start_worker(_: int) -> None:
     """In a worker: leaves Ctrl-C to the main process, and drops the main process's signal handlers."""
+    signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def prefetch(job: Callable[[int], T], keys: Iterable[int], workers: int, pin: bool = False) -> Iterator[T]:
-    """Yields job(key) for every key, in order; worker processes run ahead by two keys each."""
+    """Yields job(key) for every key, in order; worker processes run ahead by two keys each.
+
+    Raises DataError if the processes cannot start, or one dies.
+    """
     if not workers:
-        yield from map(job, keys)
+        for key in keys:
+            check_stop()
+            yield job(key)
         return
+    first = True
+    try:
+        results = _start_loader(_JobDataset(job), keys, workers, pin)
+        while (result := _next_result(results)) is not END:
+            first = False
+            yield cast(T, tree_map_only(_PipedTensor, _unpack, result))
+    except RuntimeError as error:
+        if "worker" not in str(error):
+            raise
+        reason = f"a process that decodes images died ({str(error).splitlines()[0]}); "
+        if "shared memory" in str(error):
+            raise DataError(f"{reason}{SHARED_MEMORY}.") from error
+        if first and multiprocessing.get_start_method() != "fork":
+            guard = 'it ran your script again: put the call under if __name__ == "__main__":, or use workers=0'
+            raise DataError(f"{reason}{guard}.") from error
+        raise DataError(f"{reason}memory may be short: use fewer --workers.") from error
+
+
+def _start_loader(jobs: _JobDataset[T], keys: Iterable[int], workers: int, pin: bool) -> Iterator[T]:
     generator = torch.Generator().manual_seed(0)  # DataLoader draws a number; torch's global generator stays untouched
     with warnings.catch_warnings():
         warnings.filterwarnings(
             "ignore", "This DataLoader will create"
         )  # more workers than cores are the user's choice
         loader = DataLoader(
-            _JobDataset(job),
+            jobs,
             batch_size=None,
             sampler=keys,
             num_workers=workers,
-            worker_init_fn=_ignore_sigint,
+            worker_init_fn=_start_worker,
             pin_memory=pin,
             generator=generator,
+            timeout=POLL,
         )
-        results = iter(loader)
-    try:
-        yield from results
-    except RuntimeError as error:
-        if "worker" not in str(error):
-            raise
-        raise DataError(
-            f"a process that decodes images died ({str(error).splitlines()[0]}); memory may be short: use fewer --workers."
-        ) from error
+        try:
+            multiprocessing.get_context().Lock()  # fails where DataLoader would, which leaves a half-made one
+            return iter(loader)
+        except OSError as error:
+            raise DataError(f"processes that decode images cannot be started ({error}); {SHARED_MEMORY}.") from error
+
+
+def _next_result(results: Iterator[Any]) -> Any:
+    """The next result, or END; a stop is noticed while it is waited for."""
+    while True:
+        check_stop()
+        try:
+            return next(results, END)
+        except RuntimeError as error:
+            if "timed out" not in str(error):
+                raise
+
+
+def _unpack(piped: _PipedTensor) -> Tensor:
+    warnings.warn(
+        f"shared memory is short, so batches travel through pipes, which is slower; {SHARED_MEMORY}.", stacklevel=2
+    )
+    return torch.from_numpy(piped.array)
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,7 +230,9 @@ class PreprocessedSplit:
         """Yields (pixels uint8 (B, h, w, C), labels int64 (B,)) of all images in order, without those that are skipped."""
         split = self.split
         if isinstance(split, MemorySplit) and tuple(split.images.shape[1:]) == self.shape[1:]:
-            yield from zip(torch.split(split.images, size), torch.split(split.labels, size), strict=True)
+            for pixels, labels in zip(torch.split(split.images, size), torch.split(split.labels, size), strict=True):
+                check_stop()
+                yield pixels, labels
             return
         starts = range(0, len(split), size)
         reader = BatchReader(partial(_list_chunk, len(split), size), self.__getitem__, split.name_of, stack_images)

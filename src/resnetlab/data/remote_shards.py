@@ -7,13 +7,13 @@ length, the server is asked about all of them, so that shards of two packings ar
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from resnetlab.data import download
-from resnetlab.data.tar_index import index_path, scan_tar
+from resnetlab.data.tar_index import MAX_INDEX, index_path, scan_tar
 from resnetlab.errors import DataError
+from resnetlab.formatting import parse_json
 from resnetlab.run_folder import write_atomically
 
 CLASSES = "classes.txt"
@@ -77,7 +77,7 @@ def _fetch_shard(url: str, tar: Path) -> None:
 def _fetch_small(url: str, folder: Path) -> bytes | None:
     """The content of a small file; None if the server does not have it."""
     try:
-        return download.download_bytes(url, folder)
+        return download.download_bytes(url, folder, MAX_INDEX)
     except download.MissingFile:
         return None
 
@@ -89,7 +89,7 @@ def _completeness_check(url: str, index: bytes | None) -> Callable[[Path], None]
         try:
             if index is None:
                 scan_tar(part)  # raises DataError if the tar is truncated
-            elif part.stat().st_size != json.loads(index)["bytes"]:
+            elif part.stat().st_size != parse_json(index)["bytes"]:
                 raise DataError("its length is not what its index says")
         except (DataError, ValueError, KeyError, TypeError) as error:
             raise DataError(

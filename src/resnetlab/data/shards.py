@@ -20,12 +20,16 @@ from numpy.typing import NDArray
 
 from resnetlab.data import download, remote_shards
 from resnetlab.data.dataset import Dataset
+from resnetlab.data.decode import check_file_size
 from resnetlab.data.disk_split import DiskSplit, FileNames, ReadOptions
 from resnetlab.data.error_policy import ErrorPolicy
 from resnetlab.data.folder import SPLITS, arrange_splits
 from resnetlab.data.remote_shards import is_url
-from resnetlab.data.tar_index import TarIndex, read_index
+from resnetlab.data.tar_index import MAX_INDEX, TarIndex, read_index
 from resnetlab.errors import DataError
+
+UNFINISHED = ".packing"  # a folder beside the shards, while data.pack writes them
+MAX_CLASSES = 1_000_000  # of numbers without names
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +44,7 @@ class ShardSource:
 
     def read(self, i: int) -> bytes:
         tar = self.tars[self.shard[i]]
+        check_file_size(int(self.sizes[i]), self.display_name(i))
         try:
             with open(tar, "rb") as file:
                 file.seek(int(self.offsets[i]))
@@ -75,6 +80,8 @@ def load_shards(data: str, data_dir: Path, read_options: ReadOptions) -> Dataset
         )  # no signature in messages
     else:
         tars = [_require_file(place) for place in places]
+    for folder in {tar.parent for tar in tars}:
+        check_packed(folder)
     indices = {tar: read_index(tar) for tar in tars}
     classes = _shard_classes(indices, places[0], tars[0])
     if len(classes) < 2:
@@ -87,10 +94,30 @@ def load_shards(data: str, data_dir: Path, read_options: ReadOptions) -> Dataset
         raise DataError(
             f"{data} mixes shards called train, val or test with others; name all of them by their split, or none."
         )
+    if Path(data).is_dir():
+        _check_count(data, groups, indices)
     if all(index.classes is None for index in indices.values()):
         _require_same_labels(groups, indices)
     splits = {split: _make_shard_split(paths, indices, classes, read_options) for split, paths in groups.items()}
     return arrange_splits(data, classes, splits)
+
+
+def check_packed(folder: Path) -> None:
+    """Raises DataError if the packing of shards into a folder was not finished."""
+    if (folder / UNFINISHED).is_dir():
+        raise DataError(
+            f"{folder} was not packed to its end; pack it again into the same folder: resnetlab data pack DATA {folder}"
+        )
+
+
+def _check_count(data: str, groups: dict[str, list[Path]], indices: dict[Path, TarIndex]) -> None:
+    """Raises DataError if a folder has fewer shards of a split than were packed."""
+    for tars in groups.values():
+        packed = indices[tars[0]].shards
+        if packed is not None and packed > len(tars):
+            raise DataError(
+                f"{data} holds {len(tars):,} of {packed:,} shards such as {tars[0].name}; copy the others too."
+            )
 
 
 def _require_same_labels(groups: dict[str, list[Path]], indices: dict[Path, TarIndex]) -> None:
@@ -147,13 +174,17 @@ def _shard_classes(indices: dict[Path, TarIndex], place: str, tar: Path) -> tupl
         return tuple(sorted(map(str, labels)))
     if any(isinstance(label, str) for label in labels):
         raise DataError(f"some samples in {tar.parent} have numbers and some have names for classes; pack them again.")
-    return _read_class_list(place, tar) or tuple(map(str, range(max(map(int, labels)) + 1)))
+    if (classes := _read_class_list(place, tar)) or (last := max(map(int, labels))) < MAX_CLASSES:
+        return classes or tuple(map(str, range(last + 1)))
+    raise DataError(f"a sample in {tar.parent} is of class {last:,}; more than {MAX_CLASSES:,} classes are not read.")
 
 
 def _read_class_list(place: str, tar: Path) -> tuple[str, ...]:
     """The lines of classes.txt beside the shards; () if it is missing."""
     file = tar.with_name(remote_shards.CLASSES)
     try:
+        if file.exists() and file.stat().st_size > MAX_INDEX:
+            raise ValueError(f"it has more than {MAX_INDEX:,} bytes")
         content = remote_shards.fetch_class_list(place, tar) if is_url(place) else file.read_bytes()
         lines = content.decode().splitlines()
     except FileNotFoundError:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import os
 import tarfile
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from resnetlab.data.decode import SUFFIXES
 from resnetlab.errors import DataError
+from resnetlab.formatting import parse_json
 
 FORMAT = 1
+MAX_INDEX = 2**28  # bytes of an index, or of a list of class names
+MAX_TEXT = 2**20  # bytes of a .cls or .json, and of a tar's extended header
 
 
 class TarSample(NamedTuple):
@@ -25,10 +28,16 @@ class TarSample(NamedTuple):
 
 
 class TarIndex(NamedTuple):
-    """The content of a shard; `classes` is None if the shard does not list them."""
+    """The content of a shard.
+
+    Attributes:
+        classes: None if the shard does not list them.
+        shards: how many of its split there are; None if that is not known.
+    """
 
     samples: list[TarSample]
     classes: tuple[str, ...] | None
+    shards: int | None = None
 
 
 def index_path(tar: Path) -> Path:
@@ -42,9 +51,13 @@ def read_index(tar: Path) -> TarIndex:
     if not file.is_file():
         return scan_tar(tar)
     try:
-        values = json.loads(file.read_text())
-        index = TarIndex([TarSample(*sample) for sample in values["samples"]], tuple(values["classes"]))
-        length = int(values["bytes"])
+        if file.stat().st_size > MAX_INDEX:
+            raise ValueError(f"it has more than {MAX_INDEX:,} bytes")
+        values = parse_json(file.read_text())
+        samples = [TarSample(*sample) for sample in values["samples"]]
+        index, length = TarIndex(samples, tuple(values["classes"]), values.get("shards")), int(values["bytes"])
+        if not all(isinstance(name, str) for name in index.classes or ()):
+            raise ValueError("a class is no text")
         for sample in index.samples:
             _validate(sample, length)
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -73,13 +86,14 @@ def scan_tar(tar: Path) -> TarIndex:
     images: dict[str, tuple[int, int, str]] = {}
     about: dict[str, dict[str, Any]] = {}
     try:
-        with tarfile.open(tar, "r:") as file:
+        with tarfile.open(tar, "r:", tarinfo=BoundedHeader) as file:
             for member in file:
                 folder, _, last = member.name.rpartition("/")
                 stem, _, kind = last.partition(".")
                 key = f"{folder}/{stem}" if folder else stem
                 if not member.isfile():
                     continue
+                refuse_sparse(tar, [member])
                 if os.path.splitext(last)[1].lower() in SUFFIXES:
                     if key in images:
                         raise DataError(f"{tar} has two images of the key {key}; give each sample a key of its own.")
@@ -87,6 +101,10 @@ def scan_tar(tar: Path) -> TarIndex:
                 elif kind in ("cls", "json"):
                     if kind in about.setdefault(key, {}):
                         raise DataError(f"{tar} has two files {member.name}; give each sample a key of its own.")
+                    if member.size > MAX_TEXT:
+                        raise DataError(
+                            f"{member.name} in {tar} has {member.size:,} bytes, far more than a class needs."
+                        )
                     about[key][kind] = file.extractfile(member).read()  # type: ignore[union-attr]
             ended = file.offset
     except (tarfile.TarError, OSError) as error:
@@ -105,7 +123,7 @@ def scan_tar(tar: Path) -> TarIndex:
 def _make_sample(tar: Path, key: str, place: tuple[int, int, str], about: dict[str, bytes]) -> TarSample:
     offset, size, name = place
     try:
-        values = json.loads(about.get("json", b"{}"))
+        values = parse_json(about.get("json", b"{}"))
         text = about.get("cls", b"").decode().strip()
         cls: str | int = int(text) if text.removeprefix("-").isdecimal() else text
         label = values.get("class", cls)
@@ -116,3 +134,19 @@ def _make_sample(tar: Path, key: str, place: tuple[int, int, str], about: dict[s
     except (ValueError, AttributeError) as error:
         raise DataError(f"the class of {key} in {tar} cannot be read ({error}); pack it again.") from error
     raise DataError(f"{key} in {tar} has no class: there is neither {key}.cls nor a class in {key}.json.")
+
+
+def refuse_sparse(tar: Path, members: Iterable[tarfile.TarInfo]) -> None:
+    """Raises DataError for a sparse member: its bytes in the tar are not the file's, whose size may be any."""
+    for member in members:
+        if member.issparse():
+            raise DataError(f"{member.name} in {tar} is stored as a sparse file; pack it without tar's --sparse.")
+
+
+class BoundedHeader(tarfile.TarInfo):
+    """A member whose extended header, which tarfile keeps in memory, is not larger than names are."""
+
+    def _proc_member(self, tar: tarfile.TarFile) -> tarfile.TarInfo:
+        if self.type not in (*tarfile.REGULAR_TYPES, tarfile.GNUTYPE_SPARSE, tarfile.DIRTYPE) and self.size > MAX_TEXT:
+            raise tarfile.ReadError(f"a header of {self.size:,} bytes")
+        return cast(tarfile.TarInfo, super()._proc_member(tar))  # type: ignore[misc]

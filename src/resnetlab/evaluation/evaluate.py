@@ -18,7 +18,7 @@ from resnetlab.data.dataset import MemorySplit, Split
 from resnetlab.data.disk_split import ReadOptions
 from resnetlab.data.prefetch import PreprocessedSplit
 from resnetlab.device import DeviceConfig, select_device, standard_torch_state
-from resnetlab.distributed import join_process_group
+from resnetlab.distributed import join_process_group, leave_if_imported_again
 from resnetlab.errors import DataError, DivergedError, UsageError, unknown_name_error
 from resnetlab.evaluation.calibration import describe_calibration, describe_few_images, fit_temperature
 from resnetlab.evaluation.comparison import Comparison, compare_models
@@ -218,6 +218,7 @@ def evaluate(
         UsageError: an unknown data set, split or protocol; weights that are not one a model; a crop larger than the image; a
             temperature fitted on images that are evaluated, or that the model was trained on.
     """
+    leave_if_imported_again()
     parsed = parse_protocol(protocol)
     given: list[Model] = [model] if isinstance(model, Model) else list(model)
     weights = _normalise_weights(weights, len(given))

@@ -2,9 +2,10 @@
 
 `$XDG_CACHE_HOME/resnetlab/backends` (`~/.cache/resnetlab/backends`) holds files named by a hash of everything that determines
 them: the network, its images, the request, the processor, the versions of the packages, and the code. So entries never become
-stale, only unused; when the cache exceeds MAX_BYTES, the least recently used are deleted. A file begins with a digest of the
-rest; damaged entries are built again. Files are written atomically, so crashes and several processes at once do no harm. If
-the folder cannot be written, nothing is cached.
+stale, only unused; when the cache exceeds MAX_BYTES, the least recently used are deleted. A file begins with a digest of its
+name and the rest; damaged and renamed entries are built again. Files are written atomically, so crashes and several processes
+at once do no harm. Programs in it are executed, so only files and folders are used that belong to this user and that no one
+else may write. If the folder cannot be written, nothing is cached.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import contextlib
 import hashlib
 import json
 import os
+import stat
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -50,19 +52,24 @@ class BackendCache:
         """Reads the entry of a name, or None."""
         file = self.folder / f"{self.key}-{name}"
         try:
+            if not (_is_private(self.folder) and _is_private(file)):
+                return None
             content = file.read_bytes()
             os.utime(file)  # marks it as used
         except OSError:
             return None
         data = memoryview(content)[DIGEST_BYTES:]
-        return bytes(data) if _hash_bytes(data) == content[:DIGEST_BYTES] else None
+        return bytes(data) if _hash_entry(file.name, data) == content[:DIGEST_BYTES] else None
 
     def put(self, name: str, content: bytes) -> None:
         """Writes an entry, if possible."""
         with contextlib.suppress(OSError, RunError):
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            write_atomically(self.folder / f"{self.key}-{name}", _hash_bytes(content) + content)
-            _evict(self.folder)
+            if _is_private(self.folder):
+                file = self.folder / f"{self.key}-{name}"
+                write_atomically(file, _hash_entry(file.name, content) + content)
+                file.chmod(0o600)
+                _evict(self.folder)
 
 
 def open_cache(model: TrainedModel, request: Mapping[str, Any], *images: Tensor | None) -> BackendCache:
@@ -93,8 +100,19 @@ def _update_hash(digest: Any, tensor: Tensor) -> None:
     digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
-def _hash_bytes(content: bytes | memoryview) -> bytes:
-    return hashlib.blake2b(content, digest_size=DIGEST_BYTES).digest()
+def _hash_entry(name: str, content: bytes | memoryview) -> bytes:
+    digest = hashlib.blake2b(name.encode(), digest_size=DIGEST_BYTES)
+    digest.update(content)
+    return digest.digest()
+
+
+def _is_private(path: Path) -> bool:
+    """Whether a file or folder belongs to this user, is no link, and no one else may write it."""
+    status = path.lstat()
+    if not hasattr(os, "geteuid"):  # Windows, where a user's folders are private
+        return not path.is_symlink()
+    is_own = status.st_uid == os.geteuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    return is_own and not stat.S_ISLNK(status.st_mode)
 
 
 def _get_version(package: str) -> str:

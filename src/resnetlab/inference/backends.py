@@ -109,7 +109,7 @@ def select_backend(
         return _select(graphs, candidates, request)
     key = {"candidates": candidates, "backend": request.backend, "precision": request.precision, "batch": TIMED_BATCH}
     cache = open_cache(model, key, request.check_images, request.calibration_images)
-    if (cached := _load_cached(cache, model)) is not None:
+    if (cached := _load_cached(cache, model, request)) is not None:
         return cached
     selected = _select(graphs, candidates, request)
     cache.put("program", selected.program)
@@ -170,15 +170,26 @@ def _build(graphs: ExportGraphs, name: str, precision: str) -> LoadedBackend:
     return LoadedBackend(name, precision, backend.start(program, graphs.model, precision), "", program)
 
 
-def _load_cached(cache: BackendCache, model: TrainedModel) -> LoadedBackend | None:
-    """Starts the backend that an earlier process selected and built; None if there is none or it does not start."""
+def _load_cached(cache: BackendCache, model: TrainedModel, request: BackendRequest) -> LoadedBackend | None:
+    """Starts the backend that an earlier process selected and built, and compares it with torch.
+
+    None if there is none, or if anything about it is wrong: then it is built again.
+    """
     choice, program = cache.get("choice"), cache.get("program")
     if choice is None or program is None:
         return None
-    name, precision, reason = json.loads(choice)
     try:
+        name, precision, reason = json.loads(choice)
         predict = BACKENDS[name][0].start(program, model, precision)
-    except RuntimeError:  # it is built again
+        images, preprocessing = request.check_images, model.preprocessing
+        if images is None or not len(images):
+            images = torch.full((1, *preprocessing.size, preprocessing.channels), 128, dtype=torch.uint8)
+        agreement = Agreement.between(predict(images), compute_reference_scores(model, images))
+    except Exception:  # the runtimes raise errors of many types
+        return None
+    # a backend that was asked for is used whatever its agreement, which its reason tells
+    wanted = request.backend != "auto" and (str(agreement) in reason or request.check_images is None)
+    if not wanted and not agreement.within(*PARITY_BOUNDS[precision]):
         return None
     return LoadedBackend(name, precision, predict, f"{reason}; loaded from the cache")
 

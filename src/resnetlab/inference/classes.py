@@ -11,6 +11,7 @@ from torch import Tensor
 from resnetlab.data import imagenet
 from resnetlab.data.text_files import read_lines
 from resnetlab.errors import DataError, UsageError
+from resnetlab.formatting import find_name_problem
 
 CIFAR10 = "airplane automobile bird cat deer dog frog horse ship truck"
 CIFAR100 = """
@@ -48,8 +49,8 @@ def parse_class_names(text: str | Sequence[str], n: int) -> tuple[str, ...]:
         )
     if len(names) != n:
         raise UsageError(f"--classes {text} gives {len(names):,} names, but the network has {n:,} classes.")
-    if len(set(names)) < n or not all(names):
-        raise UsageError(f"--classes {text}: every class needs a name of its own.")
+    if problem := find_name_problem(names):
+        raise UsageError(f"--classes {text!a}: {problem}; every class needs a name of its own.")
     return names
 
 

@@ -7,7 +7,6 @@ hf:OWNER/REPOSITORY                    a repository on the hub: a model file of 
 
 from __future__ import annotations
 
-import json
 import pickle
 import sys
 from collections.abc import Mapping
@@ -21,6 +20,7 @@ from resnetlab.data import imagenet
 from resnetlab.data.decode import SUFFIXES
 from resnetlab.device import standard_torch_state
 from resnetlab.errors import ModelFileError, UsageError, missing_package, unknown_name_error
+from resnetlab.formatting import parse_json
 from resnetlab.inference.import_model import IMAGENET_MEAN, IMAGENET_STD, ImportOptions, import_state_dict
 from resnetlab.models.import_weights import SUPPORTED
 from resnetlab.models.model_file import TrainedModel, load_trained_model
@@ -223,7 +223,7 @@ def _download_hf(rest: str, given: ImportOptions) -> ImportResult:
 
 def _read_config(file: Path, rest: str) -> dict[str, Any]:
     try:
-        config = json.loads(file.read_text("utf-8"))
+        config = parse_json(file.read_text("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ModelFileError(f"hf:{rest}: {file.name} cannot be read ({error}); download it again.") from error
     return config if isinstance(config, dict) else {}

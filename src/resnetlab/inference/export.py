@@ -9,7 +9,6 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from torch import Tensor
@@ -20,7 +19,7 @@ from resnetlab.inference.export_graphs import PIXELS, SCORES, ExportGraphs
 from resnetlab.inference.formats import get_format
 from resnetlab.inference.parity_check import PARITY_BOUNDS, ParityReport, check_parity
 from resnetlab.models.model_file import TrainedModel
-from resnetlab.run_folder import write_error
+from resnetlab.run_folder import temporary_folder, write_error
 
 
 def check_export_request(target: str, precision: str, out: Path) -> None:
@@ -70,8 +69,8 @@ def export_model(
             "int8 is calibrated on other images than those of the parity check, and there are none; give more images."
         )
     try:
-        with TemporaryDirectory(dir=out.parent, prefix=".export-") as folder:
-            file = Path(folder, out.name)
+        with temporary_folder(out.parent, ".export-") as folder:
+            file = folder / out.name
             format.write(ExportGraphs(model, calibration_images), precision, file)
             parity = check_parity(model, format.read(file), check_images, precision)
             if not parity.passed:
@@ -83,7 +82,7 @@ def export_model(
             description = describe_export(model, target, precision)
             file.with_name(f"{out.name}.json").write_text(_format_json(description), "utf-8")
             file.with_name(f"{out.name}.parity.json").write_text(_format_json(parity.to_json()), "utf-8")
-            _replace_files(Path(folder), out)
+            _replace_files(folder, out)
     except OSError as error:
         raise write_error(out, error) from error
     return parity
@@ -96,7 +95,7 @@ def _replace_files(folder: Path, out: Path) -> None:
 
     Raises RunError, and leaves no file of the export, if one cannot be moved.
     """
-    names = sorted((file.name for file in folder.iterdir()), key=lambda name: name == out.name)
+    names = sorted((file.name for file in folder.iterdir() if file.name != ".lock"), key=lambda name: name == out.name)
     targets = [out.with_name(name) for name in names]
     for target in targets:
         if target.exists() and not target.is_file():

@@ -20,14 +20,17 @@ from resnetlab.run_folder import write_atomically, write_error
 MAX_CLASSES = 40  # listed in the card
 
 
-def save_pretrained(model: TrainedModel, folder: Path, name: str = "OWNER/NAME", card: bool = True) -> None:
+def save_pretrained(
+    model: TrainedModel, folder: Path, name: str = "OWNER/NAME", card: bool = True, with_images: bool = False
+) -> None:
     """Writes `model.safetensors` and its card, README.md, into a folder.
 
-    A README.md that a person wrote, or changed, is kept, with a warning.
+    A README.md that a person wrote, or changed, is kept, with a warning. Images of the data are left out, with a warning.
 
     Args:
         name: the repository that the card refers to.
         card: whether to write the card.
+        with_images: keep the images of the data in the model file.
 
     Raises RunError if the folder cannot be written, or is a run folder.
     """
@@ -37,6 +40,11 @@ def save_pretrained(model: TrainedModel, folder: Path, name: str = "OWNER/NAME",
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise write_error(folder, error) from error
+    if model.reference_images is not None and not with_images:
+        warnings.warn(
+            f"{model.describe_images()[:-1]}; they are left out, --with-images shares them too.", stacklevel=2
+        )
+        model = model.without_images()
     model.save(folder / "model.safetensors")
     readme = folder / "README.md"
     if card and readme.exists() and not _is_own_card(readme):
@@ -64,7 +72,7 @@ def from_pretrained(folder: Path) -> TrainedModel:
     return load_trained_model(folder / "model.safetensors")
 
 
-def push_to_hub(model: TrainedModel, name: str, private: bool = False) -> str:
+def push_to_hub(model: TrainedModel, name: str, private: bool = False, with_images: bool = False) -> str:
     """Uploads a model and its card to a repository, which is created if necessary; returns its address.
 
     The token is that of `hf auth login`, or HF_TOKEN in the environment.
@@ -85,7 +93,7 @@ def push_to_hub(model: TrainedModel, name: str, private: bool = False) -> str:
     try:
         address = str(api.create_repo(name, private=private, exist_ok=True))
         with tempfile.TemporaryDirectory() as folder:
-            save_pretrained(model, Path(folder), name, card=may_write_card(name))
+            save_pretrained(model, Path(folder), name, may_write_card(name), with_images)
             api.upload_folder(repo_id=name, folder_path=folder, commit_message="Upload a model of resnetlab")
     except HFValidationError as error:
         raise UsageError(f"{name!r} is not a repository name; for example hf:me/flowers.") from error
@@ -119,9 +127,10 @@ def make_model_card(model: TrainedModel, name: str) -> str:
     h, w = preprocessing.size
     class_names = ", ".join(_escape(each) for each in model.classes[:MAX_CLASSES])
     more = ", …" if len(model.classes) > MAX_CLASSES else ""
+    fitted = {key: _escape(model.calibration.get(key, "unknown")) for key in ("n", "data", "split")}
     calibration = (
-        f"Scores are calibrated: logits are divided by {model.temperature:.4g}, fitted on {_escape(model.calibration['n'])} "
-        f"images of {_escape(model.calibration['data'])} ({_escape(model.calibration['split'])})."
+        f"Scores are calibrated: logits are divided by {model.temperature:.4g}, fitted on {fitted['n']} images of "
+        f"{fitted['data']} ({fitted['split']})."
         if model.calibration
         else "Scores are not calibrated."
     )
@@ -158,6 +167,8 @@ def make_model_card(model: TrainedModel, name: str) -> str:
         "",
         calibration,
         "",
+        model.describe_images(),
+        "",
         "## Training",
         "",
         *(f"- {_escape(key)}: {_escape(value)}" for key, value in recipe.items()),
@@ -172,7 +183,7 @@ def _format_metrics(metrics: Any) -> list[str]:
     rows = [
         f"| {_escape(split)} | {values['n']:,} | {100 * values['top1_error']:.2f} % |"
         for split, values in metrics.items()
-        if {"n", "top1_error"} <= set(values)
+        if all(isinstance(values.get(key), int | float) for key in ("n", "top1_error"))
     ]
     if not rows:
         return ["It was not evaluated with resnetlab."]

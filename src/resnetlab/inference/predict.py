@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from resnetlab.device import DeviceConfig, eval_mode, select_device, standard_torch_state, to_device
-from resnetlab.errors import DataError, UsageError, unknown_name_error
+from resnetlab.errors import DataError, ModelFileError, UsageError, unknown_name_error
 from resnetlab.evaluation.protocols import Protocol, parse_protocol
 from resnetlab.evaluation.scores import Member, score_images
 from resnetlab.formatting import html_table
@@ -269,7 +269,10 @@ class Model(TrainedModel):
     @standard_torch_state()
     def predict_scores(self, pixels: Tensor) -> Tensor:
         """Softmax scores, float32 (B, classes), of resized and cropped images, uint8 (B, h, w, C)."""
-        return self.backend.predict(pixels)
+        scores = self.backend.predict(pixels)
+        if not bool(scores.isfinite().all()):
+            raise ModelFileError("the network's scores are not finite; its weights or preprocessing are not usable.")
+        return scores
 
     def embed(self, images: Any) -> Tensor:
         """The features of an image, float32 (C,), or of several, (n, C): the last map averaged over its positions.

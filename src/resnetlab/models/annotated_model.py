@@ -12,6 +12,7 @@ from torch import nn
 
 from resnetlab.device import standard_torch_state
 from resnetlab.errors import ModelFileError, ResNetLabError
+from resnetlab.formatting import find_name_problem
 from resnetlab.models.head_spec import DetectorSpec, HeadSpec, SegmenterSpec
 from resnetlab.models.resnet import ResNet
 from resnetlab.models.spec import Specification
@@ -44,7 +45,7 @@ class AnnotatedModel:
     data: Mapping[str, str] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
 
-    def save(self, path: Path) -> None:
+    def save(self, path: str | Path) -> None:
         """Writes the model file, atomically."""
         about = {
             "task": self.task,
@@ -56,7 +57,7 @@ class AnnotatedModel:
             "data": self.data,
             "versions": self.versions,
         }
-        write_tensor_file(path, self.net.state_dict(), about)
+        write_tensor_file(Path(path), self.net.state_dict(), about)
 
 
 def build_annotated_net(net: ResNet, head_spec: HeadSpec, classes: int, *, seed: int = 0, **training: Any) -> nn.Module:
@@ -103,7 +104,9 @@ def load_annotated(path: Path, task: str) -> AnnotatedModel:
     try:
         spec = Specification.from_json(about["specification"])
         head_spec = HEAD_SPECS[task].from_json(about["head"])
-        classes = tuple(map(str, about["classes"]))
+        classes = tuple(about["classes"])
+        if problem := find_name_problem(classes):
+            raise ModelFileError(f"{problem}; train it again")
         with torch.device("meta"):
             body = ResNet(spec)
         net = build_annotated_net(body.to_empty(device="cpu"), head_spec, len(classes))
@@ -112,7 +115,7 @@ def load_annotated(path: Path, task: str) -> AnnotatedModel:
             raise ModelFileError("some of its weights are not finite; train it again")
     except ResNetLabError as error:
         raise ModelFileError(f"{path}: {error}") from error
-    except (KeyError, RuntimeError, TypeError) as error:
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ModelFileError(f"{path} does not fit its own values: {error}") from error
     rest = {key: about.get(key, {}) for key in ("recipe", "metrics", "data", "versions")}
     return AnnotatedModel(task=task, net=net.eval(), spec=spec, head_spec=head_spec, classes=classes, **rest)

@@ -8,9 +8,8 @@ preprocessing, recipe, metrics, temperature, data, versions. Further tensors may
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 
 from resnetlab.device import standard_torch_state
 from resnetlab.errors import ModelFileError
-from resnetlab.formatting import format_list, html_table
+from resnetlab.formatting import find_name_problem, format_list, html_table
 from resnetlab.models.reference_images import ReferenceImages
 from resnetlab.models.resnet import ResNet
 from resnetlab.models.spec import Specification
@@ -105,11 +104,24 @@ class TrainedModel:
         tensors |= {FINGERPRINTS + key: value for key, value in self.fingerprints.items()}
         write_tensor_file(path, tensors, metadata)
 
+    def describe_images(self) -> str:
+        """A sentence on the images of the data in the model file."""
+        if (images := self.reference_images) is None:
+            return "The model file holds no images."
+        return (
+            f"The model file holds {len(images.check)} images to check backends on and {len(images.training)} training images, "
+            "as the network gets them."
+        )
+
+    def without_images(self) -> TrainedModel:
+        """A copy for other people: without images of the data. Their fingerprints, which recognise them, stay."""
+        return replace(self, reference_images=None)
+
     def validate(self) -> str | None:
         """Returns what makes the model unusable, or None."""
         names, spec = self.classes, self.spec
-        if not all(isinstance(name, str) for name in names) or len(set(names)) != len(names):
-            return "its class names are not different words"
+        if problem := find_name_problem(names):
+            return problem
         if len(names) != spec.classes:
             return f"it names {len(names)} classes for {spec.classes} outputs"
         if problem := self.preprocessing.validate():
@@ -121,8 +133,11 @@ class TrainedModel:
             return f"the images in it cannot be used ({problem})"
         if any(v.dtype != torch.uint32 or v.ndim != 2 or v.shape[1] != 2 for v in self.fingerprints.values()):
             return "its fingerprints of images are not pairs of 32-bit numbers"
+        about = (self.recipe, self.metrics, self.data, self.versions, self.calibration, *dict(self.metrics).values())
+        if not all(isinstance(values, Mapping) for values in about):
+            return "its metadata are not tables of values"
         temperature = self.temperature
-        if not isinstance(temperature, int | float) or not 0 < temperature < math.inf:
+        if not isinstance(temperature, int | float) or not 1e-6 <= temperature <= 1e6:
             return f"its temperature is {temperature!r}"
         if bad := [name for name, v in self.net.state_dict().items() if not bool(v.isfinite().all())]:
             return f"some of its weights are not finite, such as {bad[0]}"
@@ -166,7 +181,7 @@ def load_trained_model(path: Path) -> TrainedModel:
         )
     except ModelFileError as error:
         raise ModelFileError(f"{path}: {error}") from error
-    except (KeyError, RuntimeError, TypeError) as error:
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ModelFileError(f"{path} does not match its own specification: {error}") from error
     if problem := model.validate():
         raise ModelFileError(f"{path} cannot be used: {problem}; train or import it again.")

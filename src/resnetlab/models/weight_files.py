@@ -8,7 +8,6 @@ imported, no function called.
 from __future__ import annotations
 
 import io
-import json
 import pickle
 import re
 import warnings
@@ -25,7 +24,7 @@ from torch import Tensor
 
 from resnetlab import migrate_v01, tensor_file
 from resnetlab.errors import ModelFileError, UsageError
-from resnetlab.formatting import format_list
+from resnetlab.formatting import format_list, parse_json
 
 SUFFIXES = (".pth", ".pt", ".th", ".tar", ".bin", ".ckpt", ".safetensors", ".npz", ".index.json")
 MAGIC = (b"PK", b"\x80")  # first bytes of PyTorch files: a zip file, formerly a pickle
@@ -118,7 +117,7 @@ def _read_bytes(path: Path) -> bytes:
 def _read_shards(index: Path) -> dict[str, Tensor]:
     """The tensors of all shards that an index lists."""
     try:
-        files = json.loads(_read_bytes(index))["weight_map"]
+        files = parse_json(_read_bytes(index))["weight_map"]
         names = sorted(set(files.values()))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelFileError(
@@ -152,7 +151,7 @@ def _read_safetensors_bytes(path: Path, content: bytes) -> tuple[dict[str, Tenso
         raise ModelFileError(
             f"{path} is not a complete safetensors file ({error}); download or copy it again."
         ) from error
-    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    header = parse_json(content[8 : 8 + int.from_bytes(content[:8], "little")])
     entries = header.get("__metadata__", {})
     if tensor_file.KEY in entries or migrate_v01.KEY in entries:
         raise UsageError(f"{path} is a file of resnetlab already, which needs no import; use it as it is.")
@@ -167,7 +166,7 @@ def _parse_metadata(path: Path, text: Any, old_text: Any) -> Mapping[str, Any]:
     if text is None and old_text is None:
         return {}
     try:
-        value = json.loads(old_text if text is None else text)
+        value = parse_json(old_text if text is None else text)
     except (TypeError, ValueError):
         value = None
     metadata = value if isinstance(value, dict) else {}

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
 from importlib.resources import files
+from ipaddress import ip_address
 from typing import Annotated, Any
 
 from fastapi import FastAPI, Query
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response
+from fastapi.routing import APIRoute
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -48,8 +51,13 @@ STATIC = {
 }
 
 
-def make_app(service: Service) -> FastAPI:
-    """The ASGI application of a service."""
+def make_app(service: Service, hosts: Collection[str] = ()) -> FastAPI:
+    """The ASGI application of a service.
+
+    Args:
+        hosts: names in the Host header that are answered, beside IP addresses and localhost; none answers all. A page of
+            another site could otherwise read its visitor's service, under a name that it resolves to 127.0.0.1.
+    """
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -63,11 +71,15 @@ def make_app(service: Service) -> FastAPI:
         docs_url=None,
         redoc_url=None,
         lifespan=lifespan,
+        servers=[{"url": "."}],  # relative, as all addresses: a proxy may serve all of it below a path
+        redirect_slashes=False,
     )
     _add_pages(app)
     _add_routes(app, service)
     _add_error_handlers(app)
-    app.add_middleware(_HeadersAndCounts, service=service)
+    for route in [route for route in app.routes if isinstance(route, APIRoute) and route.methods == {"GET"}]:
+        app.add_api_route(route.path, route.endpoint, methods=["HEAD"], include_in_schema=False)
+    app.add_middleware(_HeadersAndCounts, service=service, hosts=hosts)
     return app
 
 
@@ -131,10 +143,7 @@ def _add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(RequestError)
     async def request_error(_: Request, error: RequestError) -> JSONResponse:
-        headers = {} if error.retry_after is None else {"retry-after": str(error.retry_after)}
-        if error.hang_up:
-            headers["connection"] = "close"
-        return JSONResponse({"error": error.sentence}, error.status, headers)
+        return JSONResponse({"error": error.sentence}, error.status, error.headers)
 
     @app.exception_handler(RequestValidationError)
     async def validation_error(_: Request, error: RequestValidationError) -> JSONResponse:
@@ -161,8 +170,8 @@ def _add_error_handlers(app: FastAPI) -> None:
 class _HeadersAndCounts:
     """Middleware that adds the headers to every answer and counts it."""
 
-    def __init__(self, app: ASGIApp, service: Service) -> None:
-        self._app, self._counters = app, service.counters
+    def __init__(self, app: ASGIApp, service: Service, hosts: Collection[str]) -> None:
+        self._app, self._counters, self._hosts = app, service.counters, {name.lower() for name in hosts}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -178,9 +187,24 @@ class _HeadersAndCounts:
             await send(message)
 
         try:
-            await self._app(scope, receive, send_with_headers)
+            if self._hosts and (name := _host_name(scope)) not in self._hosts:
+                sentence = f"this service is not called {name[:200]!r}; --allowed-host adds a name."
+                await JSONResponse({"error": sentence}, 421)(scope, receive, send_with_headers)
+            else:
+                await self._app(scope, receive, send_with_headers)
         finally:
             route = scope.get("route")
             path = getattr(route, "path", "other")
             self._counters.requests.labels(path, str(status)).inc()
             self._counters.seconds.labels(path).observe(time.perf_counter() - start)
+
+
+def _host_name(scope: Scope) -> str:
+    """The name in the Host header, without its port; "localhost" for IP addresses, and where there is no header."""
+    value = Headers(scope=scope).get("host", "localhost").lower()
+    name = value[1:].partition("]")[0] if value.startswith("[") else value.partition(":")[0].rstrip(".")
+    try:
+        ip_address(name)
+    except ValueError:
+        return name
+    return "localhost"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 
@@ -43,11 +43,21 @@ class RequestError(Exception):
     Args:
         retry_after: seconds after which the client may try again.
         hang_up: the body was not read to its end, so the connection cannot be used again.
+        headers: of the answer.
     """
 
-    def __init__(self, status: int, sentence: str, retry_after: int | None = None, hang_up: bool = False) -> None:
+    def __init__(
+        self,
+        status: int,
+        sentence: str,
+        retry_after: int | None = None,
+        hang_up: bool = False,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
         super().__init__(sentence)
-        self.status, self.sentence, self.retry_after, self.hang_up = status, sentence, retry_after, hang_up
+        self.status, self.sentence, self.hang_up = status, sentence, hang_up
+        retry = {} if retry_after is None else {"retry-after": str(retry_after)}
+        self.headers = {**retry, **({"connection": "close"} if hang_up else {}), **(headers or {})}
 
 
 class RequestGate:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import json
-import logging
 import math
-import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import uvicorn
@@ -17,23 +16,27 @@ from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from resnetlab.errors import UsageError
+from resnetlab.stopping import StopRequest, catch_stop_signals
 
 
-def run_server(app: FastAPI, host: str, port: int, timeout: float, on_ready: Callable[[str], None]) -> None:
+def run_server(
+    app: FastAPI, host: str, port: int, timeout: float, on_ready: Callable[[str], None], max_connections: int = 512
+) -> None:
     """Serves until SIGTERM or Ctrl-C; then accepts no new request, finishes those in progress, and returns.
 
     Args:
         port: 0 takes a free one.
         timeout: seconds for sending a request, and again for answering it.
         on_ready: called with the address once connections are accepted.
+        max_connections: open at the same time; further ones get 503.
 
     Raises UsageError where the address cannot be used.
     """
     listener = _listen(host, port)
-    logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # clients get these errors in their answers
     config = uvicorn.Config(
         app,
-        http=_protocol_with_timeout(timeout),
+        loop="asyncio",  # uvloop, where it is installed, would take over what the command watches signals with
+        http=_protocol_with_limits(timeout, max_connections),
         log_level="error",
         access_log=False,
         server_header=False,
@@ -44,34 +47,49 @@ def run_server(app: FastAPI, host: str, port: int, timeout: float, on_ready: Cal
     gc.freeze()  # otherwise each full collection visits all of torch's objects and blocks every request for 0.1 s
     address = f"[{host}]" if ":" in host else host
     on_ready(f"http://{address}:{listener.getsockname()[1]}/")
-    # uvicorn raises the signal again after its shutdown, for the previous handler; here the shutdown is all that is wanted
-    previous = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        uvicorn.Server(config).run(sockets=[listener])
+        with catch_stop_signals() as request:
+            _Server(config, request).run(sockets=[listener])
+            request.signum = None  # the shutdown is all that was wanted
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
         listener.close()
         gc.unfreeze()
 
 
-def _protocol_with_timeout(timeout: float) -> type[asyncio.Protocol]:
-    """uvicorn's h11 protocol with a limit of `timeout` seconds for the head of a request, which uvicorn does not have.
+class _Server(uvicorn.Server):
+    """uvicorn's server without its signal handlers: it looks at the request, which may have come before it started."""
+
+    def __init__(self, config: uvicorn.Config, request: StopRequest) -> None:
+        super().__init__(config)
+        self._request = request
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+    async def on_tick(self, counter: int) -> bool:
+        return self._request.signum is not None or await super().on_tick(counter)
+
+
+def _protocol_with_limits(timeout: float, max_connections: int) -> type[asyncio.Protocol]:
+    """uvicorn's h11 protocol with limits for the seconds that the head of a request takes, and for open connections.
 
     h11 is used even where httptools is installed, since that one buffers heads of any length.
     """
-    sentence = json.dumps({"error": f"the request's head did not arrive within {timeout:g} seconds."}).encode()
-    answer = (
-        b"HTTP/1.1 408 Request Timeout\r\ncontent-type: application/json\r\nconnection: close\r\n"
-        + f"content-length: {len(sentence)}\r\n\r\n".encode()
-        + sentence
+    too_slow = _make_answer(b"408 Request Timeout", f"the request's head did not arrive within {timeout:g} seconds.")
+    too_many = _make_answer(
+        b"503 Service Unavailable", f"{max_connections:,} connections are open; try again in a moment."
     )
 
-    class ProtocolWithTimeout(H11Protocol):
+    class ProtocolWithLimits(H11Protocol):
         timer: asyncio.TimerHandle | None = None
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
+            if len(self.connections) > max_connections:
+                transport.write(too_many)
+                transport.close()
+                return
             self.timer = self.loop.call_later(timeout, self.hang_up)
 
         def connection_lost(self, exc: Exception | None) -> None:
@@ -94,10 +112,17 @@ def _protocol_with_timeout(timeout: float) -> type[asyncio.Protocol]:
         def hang_up(self) -> None:
             """Hangs up, unless a request is in progress: its body and its answer have limits of their own."""
             if (self.cycle is None or self.cycle.response_complete) and not self.transport.is_closing():
-                self.transport.write(answer)
+                self.transport.write(too_slow)
                 self.transport.close()
 
-    return ProtocolWithTimeout
+    return ProtocolWithLimits
+
+
+def _make_answer(status: bytes, sentence: str) -> bytes:
+    """An answer to a request that is not read, after which the connection is closed."""
+    body = json.dumps({"error": sentence}).encode()
+    head = b"HTTP/1.1 %s\r\ncontent-type: application/json\r\nretry-after: 1\r\nconnection: close\r\n" % status
+    return head + b"content-length: %d\r\n\r\n" % len(body) + body
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -128,7 +128,7 @@ _FORM = {
         FIELD: {"type": "array", "items": {"type": "string", "format": "binary"}, "minItems": 1, "maxItems": MAX_IMAGES}
     },
     "required": [FIELD],
-    "additionalProperties": False,
+    "description": "Files in fields of any name; the names in the answer are those of the files.",
 }
 _BYTES = {"schema": {"type": "string", "format": "binary", "minLength": 1}}
 REQUEST_BODY: dict[str, Any] = {
@@ -146,7 +146,8 @@ _DESCRIPTIONS = {
     400: "The body is empty, cut short or not a form.",
     408: "The body arrived too slowly.",
     413: "The body or an image is too large, or there are too many images.",
-    415: "The body is not an image of a known type.",
+    415: "The body is not an image of a known type, or encoded in an unknown way.",
+    421: "The service is not called by its name (--allowed-host).",
     422: "An image is damaged, or a field or option is unknown.",
     429: "Too many requests at once; Retry-After says when to try again.",
     500: "The service failed.",

@@ -107,7 +107,8 @@ class Service:
 
     async def _decode(self, request: Request, body: bytes) -> list[Upload]:
         content_type, cancelled = request.headers.get("content-type", ""), threading.Event()
-        work = partial(decode_uploads, content_type, body, self.served.prepare, self.limits, cancelled.is_set)
+        encoding = request.headers.get("content-encoding", "")
+        work = partial(decode_uploads, content_type, body, self.served.prepare, self.limits, cancelled.is_set, encoding)
         try:
             return await asyncio.get_running_loop().run_in_executor(self._decoders, work)
         finally:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import io
+import re
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import unquote
 
 import torch
 from PIL import Image, UnidentifiedImageError
-from python_multipart.exceptions import FormParserError
-from python_multipart.multipart import FormParser, parse_options_header
+from python_multipart.multipart import parse_options_header
 
 from resnetlab.data.decode import convert_image, decode_pixels
 from resnetlab.device import release_memory
@@ -22,6 +24,8 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 FIELD = "image"
 LARGE = 2**24  # pixels; memory of larger images is returned to the system, that of smaller ones is reused
 MAX_NAME = 200  # characters of a file name that are echoed
+MAX_HEAD = 16_384  # bytes of the headers of a form's part
+ENCODED_NAME = re.compile(rb"filename\*=(utf-8|iso-8859-1)'[^']*'([^\s;]*)", re.IGNORECASE)
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +43,7 @@ def decode_uploads(
     prepare: Callable[[Image.Image], Any],
     limits: Limits,
     cancelled: Callable[[], bool] = lambda: False,
+    encoding: str = "",
 ) -> list[Upload]:
     """The prepared images of a request, in order; stops decoding once `cancelled` returns true.
 
@@ -46,7 +51,7 @@ def decode_uploads(
     """
     return [
         _decode_upload(name, content, prepare, limits)
-        for name, content in split_body(content_type, body)
+        for name, content in split_body(content_type, unpack_body(body, encoding, limits))
         if not cancelled()
     ]
 
@@ -63,50 +68,71 @@ def split_body(content_type: str, body: bytes) -> list[tuple[str, bytes]]:
     raise RequestError(
         415,
         f"{kind.decode(errors='replace')[:MAX_NAME]} is not an image type; send image/jpeg, image/png, …, "
-        f"application/octet-stream, or multipart/form-data with the field {FIELD!r}.",
+        f"application/octet-stream, or multipart/form-data with files.",
     )
 
 
 def _parse_form(body: bytes, boundary: bytes) -> list[tuple[str, bytes]]:
-    """The images of a form, whose fields are all called FIELD."""
-    images: list[tuple[str, bytes]] = []
-    complete = False
+    """The images of a form: its files, whatever their fields are called, and other fields called FIELD.
 
-    def add(field: bytes | None, file_name: bytes | None, content: bytes) -> None:
-        name = (field or b"").decode(errors="replace")
-        if name != FIELD:
-            raise RequestError(422, f"unknown field {name[:MAX_NAME]!r}; images are sent as {FIELD!r}.")
+    Parts are found by searching, which takes as long for any content; parsers that look at single bytes may hold Python's
+    lock for seconds.
+    """
+    images: list[tuple[str, bytes]] = []
+    delimiter = b"--" + boundary
+    at = body.find(delimiter) if boundary else -1
+    if at < 0:
+        raise RequestError(400, "the form cannot be read (its boundary is not in it).")
+    at += len(delimiter)
+    while body[at : at + 2] != b"--":
+        head_end = body.find(b"\r\n\r\n", at, at + MAX_HEAD)
+        end = body.find(b"\r\n" + delimiter, head_end + 2)
+        if head_end < 0 or end < 0:
+            raise RequestError(400, "the form is cut short, or the head of a part is too long.")
         if len(images) == MAX_IMAGES:
             raise RequestError(413, f"a request may contain {MAX_IMAGES} images; send more requests.")
-        images.append(((file_name or b"image").decode(errors="replace")[:MAX_NAME], content))
-
-    def on_file(file: Any) -> None:
-        file.file_object.seek(0)
-        add(file.field_name, file.file_name, file.file_object.read())
-        file.close()
-
-    def on_end() -> None:
-        nonlocal complete
-        complete = True
-
-    try:
-        parser = FormParser(
-            "multipart/form-data",
-            lambda field: add(field.field_name, None, field.value or b""),
-            on_file,
-            on_end=on_end,
-            boundary=boundary,
-            config={"MAX_MEMORY_FILE_SIZE": len(body) + 1},  # keep it in memory, off the disk
-        )
-        parser.write(body)
-        parser.finalize()
-    except (FormParserError, ValueError) as error:
-        raise RequestError(400, f"the form cannot be read ({str(error)[:MAX_NAME]}).") from error
-    if not complete:
-        raise RequestError(400, "the form is cut short.")
+        images.append((_read_part_name(body[at:head_end]), body[head_end + 4 : end]))
+        at = end + 2 + len(delimiter)
     if not images:
-        raise RequestError(422, f"the form contains no image; send it as the field {FIELD!r}.")
+        raise RequestError(422, "the form contains no image; send it as a file in a field of any name.")
     return images
+
+
+def _read_part_name(head: bytes) -> str:
+    """The file name of a form's part from its headers. Raises RequestError for a part that is no image."""
+    headers = dict(line.lower().partition(b":")[::2] for line in head.split(b"\r\n") if b":" in line)
+    if headers.get(b"content-transfer-encoding", b"binary").strip() not in (b"binary", b"7bit", b"8bit"):
+        raise RequestError(415, "a part of the form is encoded; send its bytes as they are.")
+    disposition = next((line for line in head.split(b"\r\n") if line.lower().startswith(b"content-disposition:")), b"")
+    options = parse_options_header(disposition.partition(b":")[2].strip())[1]
+    field, name = options.get(b"name", b"").decode(errors="replace"), options.get(b"filename")
+    if encoded := ENCODED_NAME.search(disposition):  # RFC 5987, as clients send names that are not ASCII
+        return unquote(encoded[2].decode("latin-1"), encoded[1].decode("latin-1"), "replace")[:MAX_NAME]
+    if name is None and field != FIELD:
+        raise RequestError(422, f"unknown field {field[:MAX_NAME]!r}; images are sent as files.")
+    return (name or b"image").decode(errors="replace")[:MAX_NAME]
+
+
+def unpack_body(body: bytes, encoding: str, limits: Limits) -> bytes:
+    """A body without its content encoding, gzip or deflate, within the limit of all bodies."""
+    for coding in reversed([part.strip().lower() for part in encoding.split(",")][:3]):
+        if coding in ("", "identity"):
+            continue
+        if coding not in ("gzip", "x-gzip", "deflate"):
+            raise RequestError(
+                415, f"the content encoding {coding[:MAX_NAME]} is not read; send the body as it is, or as gzip.",
+                headers={"accept-encoding": "gzip, deflate, identity"},
+            )  # fmt: skip
+        unpacker = zlib.decompressobj(zlib.MAX_WBITS + (32 if "gzip" in coding else 0))
+        try:
+            body = unpacker.decompress(body, limits.max_body + 1)
+        except zlib.error as error:
+            raise RequestError(400, f"the body is not {coding}, as its content encoding says ({error}).") from error
+        if len(body) > limits.max_body:
+            raise RequestError(413, f"the unpacked body is larger than {limits.max_body / 1e6:g} MB; send less.")
+        if not unpacker.eof:
+            raise RequestError(400, f"the {coding} body is cut short.")
+    return body
 
 
 def _decode_upload(name: str, content: bytes, prepare: Callable[[Image.Image], Any], limits: Limits) -> Upload:

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from resnetlab.device import preserve_process_state, select_device
+from resnetlab.formatting import parse_json
 from resnetlab.models.model_file import load_trained_model
 from resnetlab.models.resnet import build
 from resnetlab.random import make_generator
@@ -63,7 +64,7 @@ class CodeVersions:
     def read(self) -> dict[str, dict[str, str]]:
         """Source hash -> kind of machine -> fingerprint."""
         try:
-            return dict(json.loads(self._file.read_text())) | V01
+            return dict(parse_json(self._file.read_text())) | V01
         except (OSError, ValueError):
             return dict(V01)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from resnetlab.device import standard_torch_state
+from resnetlab.distributed import leave_if_imported_again
 from resnetlab.errors import UsageError
 from resnetlab.formatting import format_estimate
 from resnetlab.studies import verdicts, workers
@@ -179,6 +180,7 @@ def run_studies(
         UsageError: more than a day of work without `yes`.
         StopSignal, ResNetLabError: as training does; finished work is kept.
     """
+    leave_if_imported_again()
     callbacks = callbacks or Callbacks()
     settings = {study.name: study.adapt(setting) for study in studies}
     plans = {study.name: study.plan(settings[study.name]) for study in studies}

@@ -20,8 +20,8 @@ from pathlib import Path
 import torch
 
 from resnetlab.errors import ResNetLabError, RunError
+from resnetlab.stopping import StopSignal, catch_stop_signals
 from resnetlab.studies.runs import StudyRun
-from resnetlab.training.stopping import StopSignal, catch_stop_signals
 
 WORKERS_PER_GPU = 4  # small networks leave most of a GPU idle, so several train on one at once
 

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 import tomli_w
 
 from resnetlab.errors import RunError, UsageError, unknown_name_error
+from resnetlab.models.reference_images import MAX_TRAINING
 from resnetlab.models.spec import Specification, parse_changes, parse_value
 from resnetlab.peer_words import translate
 
@@ -45,9 +46,11 @@ _RANGES: dict[str, tuple[float, float, str]] = {  # smallest and largest value, 
     "batch": (1, 2**20, "from 1 to 1,048,576"),
     "image_size": (1, 4096, "from 1 to 4,096"),
     **dict.fromkeys(("threads", "op_threads"), (0, 1024, "from 0 to 1,024")),
+    "keep_images": (0, MAX_TRAINING, f"from 0 to {MAX_TRAINING}"),
     "warmup_error": (5e-324, 1, "above 0 and at most 1"),
 }
 RESCALED = ("milestones", "warmup_steps", "eval_every", "log_every", "ema_decay")  # what another length changes
+_LATER = ("keep_images",)  # left out at their defaults, so that the keys of runs from before they existed stay the same
 _SPECIFICATION = tuple(f.name for f in fields(Specification) if f.name not in ("channels", "classes"))
 
 
@@ -183,6 +186,9 @@ class BaseRecipe:
     def to_json(self) -> dict[str, Any]:
         """A plain dictionary, the task first."""
         values = {"task": self.task} | asdict(self)
+        for f in fields(self):
+            if f.name in _LATER and values[f.name] == f.default:
+                del values[f.name]
         values["specification"] = {k: list(v) if isinstance(v, tuple) else v for k, v in self.specification.items()}
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
@@ -236,6 +242,9 @@ class Recipe(BaseRecipe):
     cutmix: float = 0.0  # pastes a box of the neighbour, with areas from Beta(cutmix, cutmix); 0 for none
     label_smoothing: float = 0.0  # the share of every target that is spread evenly over all classes
 
+    keep_images: int = (
+        MAX_TRAINING  # most images of the data that the model file keeps, to check and calibrate backends on
+    )
     start_from: str = ""  # a model file to start from; its head is kept if it has the same classes
     frozen_bn: bool = False  # keep BN's statistics, weights and biases of start_from
     zero_init_last_bn: bool = False  # the last BN weight of every F starts at 0, so every block starts as its shortcut

@@ -15,11 +15,11 @@ import torch
 from resnetlab.distributed import World
 from resnetlab.errors import PROCESS_GONE, DivergedError, ResNetLabError, RunError
 from resnetlab.run_folder import MetricsLog, RunFolder
+from resnetlab.stopping import StopRequest, StopSignal
 from resnetlab.training.checkpoint import TrainState, save_checkpoint
 from resnetlab.training.result import Progress
 from resnetlab.training.run_state import RunState
 from resnetlab.training.step import StepOutput
-from resnetlab.training.stopping import StopRequest, StopSignal
 from resnetlab.training.trackers import Trackers
 
 OnEvaluate = Callable[[Mapping[str, float]], bool | None]

@@ -76,6 +76,7 @@ def render_report(
     evaluation: ClassificationMetrics,
     images: Tensor | PreprocessedSplit,
     overlays: Sequence[CamOverlay] = (),
+    holds: str = "",
 ) -> str:
     """The report as HTML.
 
@@ -83,6 +84,7 @@ def render_report(
         evaluation: the metrics of the test split, by the last iterate.
         images: the test images, uint8 (N, h, w, C), in the order of `evaluation`.
         overlays: heat maps of some of them.
+        holds: a sentence on the images in the model file.
     """
     rows, figures_of_run = figures.class_rows(evaluation), result.to_json()
     matrix = (
@@ -102,6 +104,7 @@ def render_report(
         worst_classes=sorted(rows, key=lambda row: -(row.error or 0))[:CLASSES],
         mistakes=figures.worst_mistakes(evaluation, images, MISTAKES),
         overlays=overlays,
+        holds=holds,
         commands=[
             f"resnetlab predict {model} IMAGE...",
             f"resnetlab explain {model} IMAGE...",

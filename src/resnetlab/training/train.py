@@ -13,11 +13,18 @@ import torch
 from resnetlab.data import sources
 from resnetlab.data.decode import jpeg_decoder
 from resnetlab.device import count_cores, default_precision, environment, preserve_process_state, select_device
-from resnetlab.distributed import World, join_process_group, local_process_count, was_restarted
+from resnetlab.distributed import (
+    World,
+    join_process_group,
+    leave_if_imported_again,
+    local_process_count,
+    was_restarted,
+)
 from resnetlab.errors import ResNetLabError, RunError, UsageError, unknown_name_error
 from resnetlab.inference.start import find_pretrained
 from resnetlab.progress import log
-from resnetlab.run_folder import RunFolder, write_atomically
+from resnetlab.run_folder import RunFolder, explain_full_disk, write_atomically
+from resnetlab.stopping import catch_stop_signals
 from resnetlab.training import recipes
 from resnetlab.training.average import set_train_mode
 from resnetlab.training.checkpoint import (
@@ -36,7 +43,6 @@ from resnetlab.training.result import ClassificationResult, Progress, TrainResul
 from resnetlab.training.schedule import learning_rate
 from resnetlab.training.side_by_side import SideBySideGradients, divide_threads
 from resnetlab.training.step import Gradients, compute_gradients, train_step
-from resnetlab.training.stopping import catch_stop_signals
 from resnetlab.training.tasks.base import Task, TaskSetup
 from resnetlab.training.tasks.classification import ClassificationTask
 from resnetlab.training.tasks.detection import DetectionTask
@@ -223,7 +229,8 @@ def train_to_end(task: Task, context: RunContext) -> TrainResult:
     state, out_of_memory = train_state.state, False
     if state.step:
         context.report(f"resuming from step {state.step:,}")
-    with catch_stop_signals() as request:
+    how_to_resume = f"resume with: {task.command} --resume {context.run.path}"
+    with catch_stop_signals() as request, explain_full_disk(how_to_resume):
         recorder = Recorder(train_state, context, request)
         gradients = select_gradients(task, recorder.report_graph)
         set_train_mode(task.net)
@@ -244,9 +251,7 @@ def train_to_end(task: Task, context: RunContext) -> TrainResult:
                 gradients, micro_batches = compute_gradients, []
                 train_state.optimizer.zero_grad()
                 raise task.out_of_memory_error()
-        request.stop_immediately(
-            f"stopped while evaluating, after the last step, which is saved; {recorder.how_to_resume}"
-        )
+        request.stop_immediately(f"stopped while evaluating, after the last step, which is saved; {how_to_resume}")
         with train_state.average.swap_in():
             result = task.finish(context.run, state)
         skipped = task.device_config.world.merge_dicts(task.skipped)
@@ -339,6 +344,7 @@ class _RecordedRun(NamedTuple):
 
 def _join(stack: contextlib.ExitStack, options: RunOptions | None) -> tuple[World, RunOptions]:
     """The processes of this job, until the stack is closed; only the first one reports."""
+    leave_if_imported_again()
     stack.enter_context(preserve_process_state())
     world, options = stack.enter_context(join_process_group()), options or RunOptions()
     check_trackers(options.trackers)

@@ -69,7 +69,7 @@ def _run_child(setup: Mapping[str, Any], out: Path, *, stop_at: int, kill_at: in
 
 def _train(text: str) -> None:
     """Runs in the child: trains, and sends itself a signal."""
-    from resnetlab.training.stopping import StopSignal
+    from resnetlab.stopping import StopSignal
     from resnetlab.training.train import TASKS, RunOptions, resume, start_run
 
     values = json.loads(text)

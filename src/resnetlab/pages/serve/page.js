@@ -44,7 +44,7 @@ async function predict(file) {
     $("result").hidden = false;
     $("answer").focus({ preventScroll: false });
     if (!view.explain) return;
-    const explanation = await post("/explain?top=5", file);
+    const explanation = await post("explain?top=5", file);
     if (mine === turn) view.explain(explanation);
   } catch (error) {
     if (mine !== turn) return;
@@ -75,7 +75,7 @@ document.addEventListener("paste", (event) => {
   if (file) predict(file); else showError("there is no image in the clipboard.");
 });
 
-const modelLoaded = fetch("/model").then((response) => response.json()).then((description) => {
+const modelLoaded = fetch("model").then((response) => response.json()).then((description) => {
   model = description;
   $("about").textContent = `${model.name}, ${model.classes.length.toLocaleString("en")} classes: `
     + model.classes.slice(0, 12).join(", ") + (model.classes.length > 12 ? ", …" : "") + ".";

@@ -34,7 +34,7 @@ from resnetlab.evaluation.metrics import ClassificationMetrics
 from resnetlab.inference.start import resolve_start
 from resnetlab.models.cost import count_parameters
 from resnetlab.models.model_file import TrainedModel, load_trained_model
-from resnetlab.models.reference_images import MAX_CHECK, MAX_TRAINING, ReferenceImages, spread_positions
+from resnetlab.models.reference_images import MAX_CHECK, ReferenceImages, spread_positions
 from resnetlab.models.resnet import ResNet, warn_small_image
 from resnetlab.models.spec import nearest_name
 from resnetlab.nn.batchnorm import convert_sync_batchnorm
@@ -250,15 +250,18 @@ class ClassificationTask(Task):
 
     def reference_images(self) -> ReferenceImages | None:
         """The images that the model file keeps (models.reference_images); None if none of them can be read."""
+        keep = self.recipe.keep_images
+        if not keep:
+            return None
         train, check_split = self.loader.split, self.held_out
         size = math.prod((*self.preprocessing.size, self.preprocessing.channels))
         if len(check_split):
             training_positions, check_positions = (
-                spread_positions(len(train), MAX_TRAINING, size),
-                spread_positions(len(check_split), MAX_CHECK, size),
+                spread_positions(len(train), keep, size),
+                spread_positions(len(check_split), min(keep, MAX_CHECK), size),
             )
         else:  # alternately, from one split
-            check_split, both = train, spread_positions(len(train), 2 * MAX_CHECK, size // 2)
+            check_split, both = train, spread_positions(len(train), 2 * min(keep, MAX_CHECK), size // 2)
             training_positions, check_positions = both[::2], both[1::2]
         check, training = self._read(check_split, check_positions), self._read(train, training_positions)
         if not check:
@@ -317,9 +320,9 @@ class ClassificationTask(Task):
         fitted = {"data": self.data["name"], "split": "held_out", "n": val.n, "protocol": "1crop"} if val else {}
         if is_first:
             model = self.trained_model(measured)
-            replace(model, temperature=temperature, calibration=fitted, reference_images=self.reference_images()).save(
-                run.model
-            )
+            model.temperature, model.calibration = temperature, fitted
+            model.reference_images = self.reference_images()
+            model.save(run.model)
         state.seconds += time.perf_counter() - start
         result = ClassificationResult(
             run=str(run.path),
@@ -342,7 +345,8 @@ class ClassificationTask(Task):
             overlays = make_cam_overlays(
                 self.net, evaluation, images, self.preprocessing, self.device_config, report.OVERLAYS
             )
-            page = report.render_report(self._describe_run(run), result, evaluation, images, overlays)
+            describe = self._describe_run(run)
+            page = report.render_report(describe, result, evaluation, images, overlays, model.describe_images())
             write_atomically(run.report, page)
         return result
 

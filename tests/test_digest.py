@@ -1,0 +1,117 @@
+"""Attacks on the digest of model files: no changed bit is read, wherever it is, and no file passes for an older one."""
+
+from __future__ import annotations
+
+import json
+import random
+import warnings
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from resnetlab.errors import ModelFileError
+from resnetlab.models.model_file import load_trained_model
+from resnetlab.tensor_file import read_tensor_file, write_tensor_file
+from service import write_classifier
+
+TENSORS = {"a": torch.arange(6.0).view(2, 3), "b": torch.tensor([1, 2, 3]), "c": torch.tensor(1.5)}
+METADATA = {"classes": ["größe", "b"], "preprocessing": {"mean": [0.5], "std": [0.25]}, "temperature": 1.25}
+
+
+def make_file(path: Path) -> bytes:
+    write_tensor_file(path, TENSORS, METADATA)
+    return path.read_bytes()
+
+
+def is_refused(path: Path, content: bytes) -> bool:
+    path.write_bytes(content)
+    try:
+        read_tensor_file(path, "model file")
+    except ModelFileError:
+        return True
+    return False
+
+
+def test_every_flipped_bit_is_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "m.safetensors"
+    content = make_file(path)
+    for i in range(len(content)):
+        for bit in range(8):
+            flipped = bytearray(content)
+            flipped[i] ^= 1 << bit
+            assert is_refused(path, bytes(flipped)), f"bit {bit} of byte {i}: {content[max(0, i - 20) : i + 20]!r}"
+
+
+def test_flipped_bits_of_a_model_file_are_noticed_in_every_region(tmp_path: Path) -> None:
+    path = write_classifier(tmp_path / "m.safetensors")
+    content, draw = path.read_bytes(), random.Random(0)
+    header = 8 + int.from_bytes(content[:8], "little")
+    bounds = [0, 8, header, header + 4000, len(content) - 4, len(content)]
+    for low, high in pairwise(bounds):
+        for _ in range(30):
+            flipped = bytearray(content)
+            flipped[draw.randrange(low, high)] ^= 1 << draw.randrange(8)
+            path.write_bytes(flipped)
+            with pytest.raises(ModelFileError):
+                load_trained_model(path)
+
+
+def rewrite(path: Path, change: Callable[[dict[str, torch.Tensor], dict[str, str]], Any]) -> None:
+    """Changes tensors and metadata with the library, so that the file is valid but for its digest."""
+    content = path.read_bytes()
+    entries = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]
+    tensors = load_file(path)
+    change(tensors, entries)
+    save_file(tensors, path, entries)
+
+
+def change_text(old: str, new: str) -> Callable[[dict[str, torch.Tensor], dict[str, str]], Any]:
+    def change(tensors: dict[str, torch.Tensor], entries: dict[str, str]) -> None:
+        assert old in entries["resnetlab"]
+        entries["resnetlab"] = entries["resnetlab"].replace(old, new)
+
+    return change
+
+
+ATTACKS: dict[str, Callable[[dict[str, torch.Tensor], dict[str, str]], Any]] = {
+    "a class": change_text('"b"', '"c"'),
+    "the mean": change_text('"mean": [0.5]', '"mean": [0.4]'),
+    "the temperature": change_text("1.25", "1.5"),
+    "spaces only": change_text(", ", ",  "),
+    "the format": change_text('"format": 2', '"format": 1'),
+    "a later format": change_text('"format": 2', '"format": 3'),
+    "no digest": lambda tensors, entries: entries.pop("digest"),
+    "another key": lambda tensors, entries: entries.update(other=entries.pop("resnetlab")),
+    "two names": lambda tensors, entries: tensors.update(a=tensors["c"], c=tensors["a"]),
+    "one name": lambda tensors, entries: tensors.update(d=tensors.pop("c")),
+    "a type": lambda tensors, entries: tensors.update(b=tensors["b"].view(torch.float64)),
+    "a shape": lambda tensors, entries: tensors.update(a=tensors["a"].view(3, 2)),
+    "one more": lambda tensors, entries: tensors.update(d=torch.zeros(1)),
+    "one less": lambda tensors, entries: tensors.pop("b"),
+}
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_a_changed_file_is_refused(attack: str, tmp_path: Path) -> None:
+    path = tmp_path / "m.safetensors"
+    make_file(path)
+    rewrite(path, lambda tensors, entries: None)
+    with warnings.catch_warnings(action="error"):  # none that says that an older file is not protected
+        read_tensor_file(path, "model file")
+        rewrite(path, ATTACKS[attack])
+        with pytest.raises(ModelFileError):
+            read_tensor_file(path, "model file")
+
+
+def test_a_file_cannot_lose_its_protection_by_its_number_alone(tmp_path: Path) -> None:
+    """Version 0.1's files have another key in the metadata; today's key with its number is refused."""
+    path = tmp_path / "m.safetensors"
+    make_file(path)
+    rewrite(path, change_text('"format": 2', '"format": 1'))
+    with pytest.raises(ModelFileError, match="has format 1"):
+        read_tensor_file(path, "model file")
