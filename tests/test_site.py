@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import shutil
@@ -76,3 +77,16 @@ def test_the_site_builds_strictly(tmp_path: Path) -> None:
     assert "resnetlab-detect-train" in (tmp_path / "site/reference/commands/index.html").read_text()
     python = (tmp_path / "site/reference/python/index.html").read_text()
     assert "num_classes" in python or "classes" in python
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("notebook", sorted((DOCS / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
+def test_a_notebooks_cells_run(notebook: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In order, beside the one file that they read; the last value of a cell is what its stored output shows."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(DOCS / "three.png", tmp_path)
+    names: dict[str, object] = {}
+    cells = [cell for cell in json.loads(notebook.read_text())["cells"] if cell["cell_type"] == "code"]
+    assert cells and all(cell["outputs"] or cell["source"] for cell in cells)
+    for cell in cells:
+        exec(compile("".join(cell["source"]), notebook.name, "exec"), names)
