@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Images per second of evaluating CIFAR-10's 10,000 test images: ResNetLab beside an eager fp32 loop.
 
-    python benchmarks/evaluate.py MODEL --data-dir DATA [--rounds 5]
+    python benchmarks/evaluate.py MODEL --data-dir DATA [--rounds 5] [--busy 1]
 
 The plain loop: the model's own network, eager, fp32, NCHW, `torch.no_grad`, batches of 256 that are normalised
 tensors in memory already (what a DataLoader costs is left out). ResNetLab: `evaluate`, from the uint8 images, with its
@@ -26,6 +26,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from neighbour import busy_neighbours
 from resnetlab.data import sources
 from resnetlab.device import environment, select_device
 from resnetlab.evaluation.evaluate import evaluate_network
@@ -54,6 +55,7 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--data-dir", type=Path, default=Path("data"))
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--busy", type=int, default=0, help="other processes that compute without pause")
     options = parser.parse_args()
     bundle = load_trained_model(options.model)
     split = sources.load_dataset("cifar10", options.data_dir).test
@@ -69,8 +71,9 @@ def main() -> None:
     def run_resnetlab() -> Tensor:
         return evaluate_network(net, split, bundle.preprocessing, bundle.classes, device_config).predicted
 
-    run_plain(), run_resnetlab()
-    rounds = [(measure(run_plain), measure(run_resnetlab)) for _ in range(options.rounds)]
+    with busy_neighbours(options.busy):
+        run_plain(), run_resnetlab()
+        rounds = [(measure(run_plain), measure(run_resnetlab)) for _ in range(options.rounds)]
     n = len(split)
     rates = [(n / a[0], n / b[0]) for a, b in rounds]
     ratios = sorted(b / a for a, b in rates)
@@ -90,7 +93,8 @@ def main() -> None:
         memory = peak_memory([sys.executable, "-m", "resnetlab", *command, "--out", folder])
     machine, medians = environment(), [statistics.median(each) for each in zip(*rates, strict=True)]
     print(
-        f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}, {device_config}; {options.rounds} rounds\n"
+        f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}, {device_config}; {options.rounds} rounds, "
+        f"{options.busy} busy processes beside them\n"
     )
     print(f"eager fp32 loop   {medians[0]:,.0f} images/s, error {100 * errors[0]:.2f} %")
     print(f"resnetlab          {medians[1]:,.0f} images/s, error {100 * errors[1]:.2f} %")

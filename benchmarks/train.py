@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Images per second of a training step: ResNetLab and its alternatives.
 
-    python benchmarks/train.py [--nets resnet20,resnet56,resnet110,resnet18,resnet50] [--contestants …] [--rounds 5]
+    python benchmarks/train.py [--nets resnet20,resnet56,resnet110,resnet18,resnet50] [--contestants …] [--rounds 5] [--busy 1]
 
 Every contestant trains the same network on the same images in a process of its own (so that none benefits from the process
 settings of another), and only one runs at a time: the processes take turns, some steps each, in every round.
@@ -12,8 +12,12 @@ settings of another), and only one runs at a time: the processes take turns, som
 * compiled: eager bf16 under torch.compile.
 * resnetlab: `resnetlab train`'s own task and step, from uint8 images in memory through its augmentation to updated weights. The
   others are given normalised floats at no cost.
+* resnetlab fused BN: the same with `--set fused_bn=true`.
+* resnetlab in turn: the same with all threads inside operations, as up to version 0.1.
 * resnetlab compiled: the same under torch.compile, as runs of the papers' length on small images are made on a CPU, and any
   with `--compile on` (at 32 on a CPU, at both on a GPU).
+
+With `--busy 1` another process computes beside all of them without pause (`neighbour.py`).
 
 A contestant that this machine cannot run (timm is not installed, there is no compiler) is left out, and the reason printed.
 
@@ -39,6 +43,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import resnetlab
+from neighbour import busy_neighbours
 from resnetlab.data.augment import Augmentation
 from resnetlab.data.crops import Crop
 from resnetlab.data.dataset import MemorySplit
@@ -48,15 +53,19 @@ from resnetlab.models.cost import compute_cost
 from resnetlab.models.spec import get_specification
 from resnetlab.preprocessing import Preprocessing
 from resnetlab.training.checkpoint import TrainState
-from resnetlab.training.cuda_graph import GraphGradients
 from resnetlab.training.recipes import find_classification_recipe
-from resnetlab.training.step import compute_gradients, train_step
+from resnetlab.training.side_by_side import choose_batchnorm, divide_threads
+from resnetlab.training.step import train_step
 from resnetlab.training.tasks.classification import ClassificationTask
+from resnetlab.training.train import select_gradients
 from train_cifar import plain_resnet
 
 Step = Callable[[], object]
 BATCHES = {32: 128, 224: 32}  # by the side of the images, on a CPU
-CONTESTANTS = ("eager fp32", "eager bf16", "timm", "compiled", "resnetlab", "resnetlab compiled")
+CONTESTANTS = (
+    *("eager fp32", "eager bf16", "timm", "compiled"),
+    *("resnetlab", "resnetlab fused BN", "resnetlab in turn", "resnetlab compiled"),
+)
 
 
 def side(net: str) -> int:
@@ -103,11 +112,14 @@ def peer(contestant: str, net: str, batch: int, device: torch.device) -> Step:
     return step
 
 
-def ours(net: str, batch: int, device: torch.device, compiled: bool) -> Step:
+def ours(net: str, batch: int, device: torch.device, form: str) -> Step:
     """One step of `resnetlab train` on uint8 images in memory."""
-    size = side(net)
-    device_config = replace(select_device(device=device.type), compiled=compiled)
+    size, compiled = side(net), form == "compiled"
+    graph = device.type == "cuda" and not compiled  # as a run picks by itself, or with --compile on
+    device_config = replace(select_device(device=device.type), compiled=compiled, cuda_graph=graph)
     chosen = find_classification_recipe("paper-cifar" if size == 32 else "photos")
+    op_threads = device_config.threads if form == "in turn" else 0
+    chosen = replace(chosen, fused_bn=form == "fused BN", op_threads=op_threads)
     images = torch.randint(256, (4 * batch, size, size, 3), dtype=torch.uint8)
     split = MemorySplit(images, torch.randint(10, (4 * batch,)))
     preprocessing = Preprocessing(3, (size, size), size, torch.full((3,), 0.5), torch.full((3,), 0.25))
@@ -119,17 +131,19 @@ def ours(net: str, batch: int, device: torch.device, compiled: bool) -> Step:
     task = ClassificationTask(
         chosen, model, tuple("0123456789"), preprocessing, loader, split, split, {}, device_config
     )
+    say = partial(print, file=sys.stderr)
+    task = choose_batchnorm(divide_threads(task), say, resuming=False)
+    say(task.device_config)
     train_state, position = TrainState.create(task), iter(range(10**9))
-    graph = device.type == "cuda" and not compiled  # as a run picks by itself, or with --compile on
-    gradients = GraphGradients(partial(print, file=sys.stderr)) if graph else compute_gradients
+    gradients = select_gradients(task, say)
     return lambda: train_step(train_state, task.micro_batches(next(position)), 0.01, gradients)
 
 
 def serve(link: Connection, contestant: str, net: str, batch: int, kind: str) -> None:
     """A contestant's process: told a number of steps, it makes them and answers with the seconds they took."""
     device = torch.device(kind)
-    own, compiled = contestant.startswith("resnetlab"), contestant.endswith("compiled")
-    step = ours(net, batch, device, compiled) if own else peer(contestant, net, batch, device)
+    own, form = contestant.startswith("resnetlab"), contestant.removeprefix("resnetlab").strip()
+    step = ours(net, batch, device, form) if own else peer(contestant, net, batch, device)
 
     def settle() -> None:
         if device.type == "cuda":
@@ -211,15 +225,18 @@ def main() -> None:
         "--contestants", default=",".join(CONTESTANTS), help="comma list; eager fp32 must be among them"
     )
     parser.add_argument("--batch", type=int, help="images in a step; 128 at 32 px and 32 at 224 where not args")
+    parser.add_argument("--busy", type=int, default=0, help="other processes that compute without pause")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     options = parser.parse_args()
     machine = environment()
     print(f"{machine['cpu']}, {machine['threads']} threads, GPU {machine['gpu']}, torch {machine['torch']}, "
-          f"torchvision {machine['torchvision']}; {options.rounds} rounds, medians\n")  # fmt: skip
+          f"torchvision {machine['torchvision']}; {options.rounds} rounds, medians; "
+          f"{options.busy} busy processes beside them\n")  # fmt: skip
     print("| network | contestant | images/s | ratio to eager fp32 (lowest to highest) | share of peak |")
     print("|---|---|---|---|---|", flush=True)
-    for net in options.nets.split(","):
-        print("\n".join(measure(net, options)), flush=True)
+    with busy_neighbours(options.busy):
+        for net in options.nets.split(","):
+            print("\n".join(measure(net, options)), flush=True)
 
 
 if __name__ == "__main__":

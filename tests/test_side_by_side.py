@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,14 +22,14 @@ import resnetlab
 from resnetlab.device import count_cores
 from resnetlab.random import draw_from
 from resnetlab.stopping import StopSignal
-from resnetlab.training import recipes
+from resnetlab.training import recipes, recorder
 from resnetlab.training.average import set_train_mode
 from resnetlab.training.checkpoint import TrainState
 from resnetlab.training.recipe import BaseRecipe, Overrides, Recipe
 from resnetlab.training.result import Progress
 from resnetlab.training.side_by_side import SideBySideGradients, divide_threads, share_weights
 from resnetlab.training.step import train_step
-from resnetlab.training.train import RunOptions, build_task, resume, select_gradients
+from resnetlab.training.train import RunOptions, build_task, resume, select_gradients, start_run
 from runs import assert_same
 from tiny_runs import tiny
 
@@ -112,7 +113,7 @@ def test_a_run_is_resumed_with_another_number_of_threads(tmp_path: Path) -> None
 def test_older_runs_keep_all_threads_inside_operations() -> None:
     """They recorded one number, which decided the bits; their checkpoints are found by the same key."""
     values = tiny(**IN_FOUR, threads=2, compile="off").to_json()
-    del values["op_threads"]
+    del values["op_threads"], values["fused_bn"]
     recipe = Recipe.from_values(values)
     assert recipe.op_threads == 2
     assert recipe.key == hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
@@ -204,3 +205,22 @@ def test_threads_follow_a_container_s_quota(
     own = tmp_path / "own"
     own.write_text("0::/job\n")
     assert count_cores(tmp_path, own) == limit
+
+
+@pytest.mark.parametrize(("share", "told"), [(0.5, "other programs take 50% of the CPU time"), (0.8, "")])
+def test_other_programs_are_reported_once(
+    share: float, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step of a second, in which this process computes for a share of what its two threads could."""
+    monkeypatch.setattr(recorder, "count_cores", lambda: 2)
+    monkeypatch.setattr(recorder, "MIN_COMPUTING", 0.0)
+    monkeypatch.setattr(recorder.time, "process_time", lambda: 2 * share * time.perf_counter())
+    messages: list[str] = []
+    start_run(tiny(**IN_FOUR, threads=2).rescale(4), tmp_path / "run", RunOptions(device="cpu", report=messages.append))
+    assert [told in m for m in messages if "other programs" in m] == [True] * bool(told)
+
+
+def test_threads_that_a_step_keeps_busy() -> None:
+    task = build_task(tiny(batch=24, bn_batch=8, val_images=0, threads=2), RunOptions(device="cpu"))
+    assert task.busy_threads == 1.5
+    torch.set_num_threads(1)

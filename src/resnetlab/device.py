@@ -46,6 +46,7 @@ class DeviceConfig:
     compiled: bool = False  # by torch.compile, for training
     cuda_graph: bool = False  # replay training steps from a CUDA graph where that is bit-identical
     op_threads: int = 0  # of the threads, those inside each operation; 0: all
+    fused_bn: bool = False  # train with BN and ReLU in one function compiled for this CPU
     side_by_side: int = 1  # micro-batches that a CPU trains on at once, one thread (or `op_threads`) each
 
     @property
@@ -108,7 +109,7 @@ class DeviceConfig:
             each = self.op_threads if self.op_threads > 1 else "one"
             count = self.side_by_side * self.op_threads
             threads = f", {count} threads, {each} for each of {self.side_by_side} micro-batches at a time"
-        mode = ", compiled" * self.compiled + ", CUDA graph" * self.cuda_graph
+        mode = ", compiled" * self.compiled + ", fused BN" * self.fused_bn + ", CUDA graph" * self.cuda_graph
         return f"{self.device}{threads}, {self.precision}, channels_last{mode} ({self.reason})"
 
 

@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from resnetlab.errors import UsageError, unknown_name_error
 from resnetlab.models.resnet import ResNet
+from resnetlab.nn.batchnorm import FixedBatchNorm
 from resnetlab.nn.blocks import Block
 from resnetlab.nn.shortcuts import ZeroPad
 
@@ -89,13 +89,6 @@ def _dilate_block(block: Block, before: int, after: int) -> None:
             module.stride = (1, 1)
         elif isinstance(module, ZeroPad):
             module.stride = 1
-
-
-class FixedBatchNorm(nn.BatchNorm2d):
-    """BN as a constant affine map of its statistics, in training too (2015, appendix A); it has nothing to train."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
 
 
 def fix_bn(module: nn.Module) -> None:

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from resnetlab.errors import UsageError
 from resnetlab.models.spec import Specification, get_specification, nearest_name
 from resnetlab.nn import shortcuts
+from resnetlab.nn.batchnorm import FusedBatchNorm2d
 from resnetlab.nn.blocks import (
     ACTIVATION_ORDERS,
     Block,
@@ -91,7 +92,11 @@ class ResNet(nn.Module):
         """
         if isinstance(x, Tensor) and not torch.compiler.is_compiling():  # torch.fx traces with proxies
             warn_small_image(self.spec, x.shape[-2:])
-        x = F.relu(self.bn1(self.conv1(x)), inplace=not has_hooks(self.bn1))  # (B, width, H', W')
+        x = self.conv1(x)
+        if isinstance(self.bn1, FusedBatchNorm2d):
+            x = self.bn1(x, relu=True)  # (B, width, H', W')
+        else:
+            x = F.relu(self.bn1(x), inplace=not has_hooks(self.bn1))
         maps = {"C1": x}
         if self.maxpool is not None:
             x = self.maxpool(x)
@@ -101,7 +106,10 @@ class ResNet(nn.Module):
             stage = cast(nn.Sequential, self.get_submodule(f"layer{i}"))
             x = maps[f"C{i + 1}"] = self._checkpoint_groups(stage, x) if self.recompute and self.training else stage(x)
         if ACTIVATION_ORDERS[self.spec.activation_order].preactivated:
-            x = F.relu(x if self.bn_last is None else self.bn_last(x))
+            if isinstance(self.bn_last, FusedBatchNorm2d):
+                x = self.bn_last(x, relu=True)
+            else:
+                x = F.relu(x if self.bn_last is None else self.bn_last(x))
             maps[f"C{len(self.spec.depths) + 1}"] = x
         return maps
 

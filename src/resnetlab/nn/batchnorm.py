@@ -1,13 +1,16 @@
-"""Batch normalisation with statistics over all processes. It also works on CPUs, where torch's SyncBatchNorm does not."""
+"""Forms of batch normalisation: over all processes (on CPUs too, unlike torch's SyncBatchNorm), fixed, and fused with ReLU."""
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 from resnetlab.distributed import World
+from resnetlab.nn.kernel import load_kernel
 
 
 class _AllReduceSum(torch.autograd.Function):
@@ -60,4 +63,94 @@ def convert_sync_batchnorm(net: nn.Module, world: World) -> None:
             if type(child) is nn.BatchNorm2d:
                 norm = SyncBatchNorm2d(child.num_features, child.eps, device="meta")
                 norm.world, norm._parameters, norm._buffers = world, child._parameters, child._buffers
+                setattr(module, name, norm)
+
+
+class FixedBatchNorm(nn.BatchNorm2d):
+    """BN as a constant affine map of its statistics, in training too (2015, appendix A); it has nothing to train."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
+
+
+class FusedBatchNorm2d(nn.BatchNorm2d):
+    """relu(bn(x) + residual) in one function that was compiled for this machine (`nn.kernel`), which saves passes over memory.
+
+    (B, C, H, W) -> (B, C, H, W) in channels_last memory, float32 or bfloat16; sums are in float32 and float64. Torch computes
+    what the function does not take, such as other dtypes or a residual of another dtype.
+
+    Attributes:
+        fixed: use the moving averages in training too, as `FixedBatchNorm`.
+    """
+
+    fixed = False
+
+    def forward(self, x: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
+        live = self.training and not self.fixed
+        if self._takes(x, residual, live):
+            return cast(Tensor, _FusedBatchNorm.apply(x, self.weight, self.bias, residual, _Form(self, relu, live)))
+        y = FixedBatchNorm.forward(cast(FixedBatchNorm, self), x) if self.fixed else super().forward(x)
+        y = y if residual is None else residual + y
+        return F.relu(y, inplace=True) if relu else y
+
+    def _takes(self, x: Tensor, residual: Tensor | None, live: bool) -> bool:
+        return (
+            load_kernel().library is not None
+            and x.dtype in (torch.float32, torch.bfloat16)
+            and x.device.type == "cpu"
+            and x.ndim == 4
+            and x.numel() > (x.shape[1] if live else 0)  # torch raises an error for one value per channel
+            and self.weight.dtype == torch.float32
+            and self.momentum is not None
+            and (residual is None or (residual.dtype == x.dtype and residual.shape == x.shape))
+        )
+
+
+class _Form(NamedTuple):
+    """What `_FusedBatchNorm` computes besides its tensors."""
+
+    norm: FusedBatchNorm2d
+    relu: bool
+    live: bool  # with the batch's statistics
+
+
+class _FusedBatchNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, form: _Form) -> Tensor:
+        norm, relu, live = form
+        x = x.contiguous(memory_format=torch.channels_last)
+        residual = None if residual is None else residual.contiguous(memory_format=torch.channels_last)
+        y, mean, inverse = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
+        tensors = (x, residual, y, weight, bias, norm.running_mean, norm.running_var, mean, inverse)
+        _call("forward", x, tensors, norm.momentum, norm.eps, relu, live)
+        ctx.save_for_backward(x, y if relu else x, weight, mean, inverse)
+        ctx.adds, ctx.flags = residual is not None, (relu, live)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, y, weight, mean, inverse = ctx.saved_tensors
+        gradient = gradient.to(x.dtype).contiguous(memory_format=torch.channels_last)
+        dx, dz = torch.empty_like(x), torch.empty_like(x) if ctx.adds else None
+        dweight, dbias = torch.empty_like(weight), torch.empty_like(weight)
+        _call("backward", x, (gradient, x, y, dx, dz, weight, mean, inverse, dweight, dbias), *ctx.flags)
+        return dx, dweight, dbias, dz, None
+
+
+def _call(name: str, x: Tensor, tensors: tuple[Tensor | None, ...], *values: Any) -> None:
+    """Calls the kernel's function for the dtype of x, (B, C, H, W)."""
+    function = getattr(load_kernel().library, f"{name}_{'float32' if x.dtype == torch.float32 else 'bfloat16'}")
+    positions, channels = x.numel() // x.shape[1], x.shape[1]
+    function(*(None if t is None else t.data_ptr() for t in tensors), positions, channels, *values)
+
+
+def fuse_batchnorm(net: nn.Module) -> None:
+    """Replaces every BN of a network, in place, by a fused one with the same parameters and statistics."""
+    for module in net.modules():
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.BatchNorm2d) and type(child) in (nn.BatchNorm2d, FixedBatchNorm):
+                norm = FusedBatchNorm2d(child.num_features, child.eps, child.momentum, device="meta")
+                norm._parameters, norm._buffers, norm.training = child._parameters, child._buffers, child.training
+                norm.fixed = type(child) is FixedBatchNorm
                 setattr(module, name, norm)

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch.nn.modules.module import _global_backward_hooks, _global_forward_hooks
 
 from resnetlab.nn import shortcuts
+from resnetlab.nn.batchnorm import FusedBatchNorm2d
 
 
 class ActivationOrder(NamedTuple):
@@ -128,17 +129,25 @@ class Block(nn.Module):
 
     def residual(self, x: Tensor) -> Tensor:
         """F(x), without the shortcut; unless `first_activation` is "inside", x has been activated already."""
+        return self._residual(x, None)
+
+    def _residual(self, x: Tensor, shortcut: Tensor | None) -> Tensor:
+        """F(x), or with a shortcut relu(shortcut + F(x)) of a block whose F ends in BN."""
         order = self.activation_order
         for i in range(1, self.num_convs + 1):
             if i > 1 or self.first_activation == "inside":
                 x = self._apply_bn_relu(order.before, i, x)
             x = cast(Tensor, self._modules[f"conv{i}"](x))  # type: ignore[misc]
+            if i == self.num_convs and shortcut is not None:
+                return cast(Tensor, self.get_submodule(f"bn{i}")(x, shortcut, relu=True))
             x = self._apply_bn_relu(order.between if i < self.num_convs else order.last, i, x)
         return x
 
     def forward(self, x: Tensor) -> Tensor:
         if self.first_activation == "shared":
             x = self._apply_bn_relu(self.activation_order.before, 1, x)
+        if self._fuses_addition():
+            return self._residual(x, x if self.downsample is None else self.downsample(x))
         y = self.residual(x)
         if self.drop_path and self.training:
             kept = torch.rand(len(y), 1, 1, 1, device=y.device) >= self.drop_path
@@ -148,11 +157,23 @@ class Block(nn.Module):
             y = shortcut + y if self.junction is None else self.junction(x, shortcut, y)
         return self._apply_bn_relu(self.activation_order.after_add, self.num_convs, y)
 
+    def _fuses_addition(self) -> bool:
+        """Whether F's last BN, the addition and the last ReLU are one function."""
+        order, norm = self.activation_order, self._modules.get(f"bn{self.num_convs}")
+        return (
+            isinstance(norm, FusedBatchNorm2d)
+            and (order.last, order.after_add) == ("b", "r")
+            and not (self.plain or self.junction is not None or (self.drop_path and self.training))
+        )
+
     def _apply_bn_relu(self, ops: str, i: int, x: Tensor) -> Tensor:
         """Applies a sequence of "b" (the i-th BN) and "r" (ReLU) to x.
 
         ReLU is in place to save memory, except where x may be the block's own input, or a hook has seen it.
         """
+        norm = self._modules.get(f"bn{i}")
+        if ops == "br" and isinstance(norm, FusedBatchNorm2d):
+            return cast(Tensor, norm(x, relu=True))
         inplace = self.inplace and self.activation_order.before != "r"  # BN and the addition make new tensors
         inplace = inplace and not any(map(has_hooks, self._modules.values()))
         for op in ops:

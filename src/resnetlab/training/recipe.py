@@ -95,6 +95,7 @@ class BaseRecipe:
     op_threads: int = (
         0  # threads inside each operation, which decide the last bits; 0: those that micro-batches leave over
     )
+    fused_bn: bool = False  # on a CPU: BN, the addition and ReLU in one function that is compiled for the processor
     log_every: int = 50  # steps between lines of metrics.jsonl
     eval_every: int = 1000  # steps between evaluations of the held-out images
     checkpoint_minutes: float = 1.0  # time between checkpoints; 0 writes one after every step
@@ -213,6 +214,8 @@ class BaseRecipe:
     def key(self) -> str:
         """A hash of all values that decide the result, 16 hex digits: runs with equal keys are the same run."""
         values = self.to_json()
+        if not values["fused_bn"]:  # as before there was another form
+            del values["fused_bn"]
         values["threads"] = values.pop("op_threads") or self.threads  # as it was called when there were no others
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from resnetlab.device import count_cores
 from resnetlab.distributed import World
 from resnetlab.errors import PROCESS_GONE, DivergedError, ResNetLabError, RunError
 from resnetlab.run_folder import MetricsLog, RunFolder
@@ -23,6 +24,8 @@ from resnetlab.training.step import StepOutput
 from resnetlab.training.trackers import Trackers
 
 OnEvaluate = Callable[[Mapping[str, float]], bool | None]
+SHARE_OF_OTHERS = 0.25  # of the CPU time that training could have; more is reported
+MIN_COMPUTING = 10.0  # seconds of steps before that is judged
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,7 @@ class Recorder:
             step, config = train_state.state.step, train_state.recipe.to_json()
             self._trackers = Trackers(context.run, step, config, context.report)
         self._timer, self._saved = StepTimer(train_state.state), time.monotonic()
+        self._reported_others = False
         self._held_out: Mapping[str, float] = {}
         self._evaluation_seconds = 0.0  # of the last one
         self._refresh_report = Throttle(partial(self._task.write_running_report, context.run))
@@ -98,6 +102,7 @@ class Recorder:
             StopSignal: a stop was requested; the step is saved.
             DivergedError, RunError: the loss is not finite; a file cannot be written.
         """
+        self._timer.computed()
         train_state, recipe, world = self._train_state, self._train_state.recipe, self._world
         state = train_state.state
         state.losses.append(output.loss)
@@ -164,7 +169,19 @@ class Recorder:
             "seconds": state.seconds,
         }
         self._write("train", figures)
+        self._report_other_programs()
         return figures
+
+    def _report_other_programs(self) -> None:
+        """Reports, once, that other programs take much of the CPU time that training could have."""
+        device_config, threads = self._task.device_config, min(self._task.busy_threads, count_cores())
+        if self._reported_others or device_config.device.type != "cpu" or self._timer.computing < MIN_COMPUTING:
+            return
+        if (taken := 1 - self._timer.cpu_seconds / (threads * self._timer.computing)) > SHARE_OF_OTHERS:
+            self._reported_others = True
+            self._context.report(
+                f"other programs take {taken:.0%} of the CPU time that this run could have; the time left counts with that"
+            )
 
     def _evaluate(self) -> Mapping[str, float]:
         """Evaluates the held-out images with the weights that would be saved; updates the schedule "plateau"."""
@@ -236,7 +253,12 @@ class Throttle:
 
 
 class StepTimer:
-    """Measures the time of steps and of waiting for data; adds to the totals of the run state."""
+    """Measures the time of steps and of waiting for data; adds to the totals of the run state.
+
+    Attributes:
+        computing: seconds in which steps computed, without waiting for data.
+        cpu_seconds: CPU time of this process, over all its threads, in that time.
+    """
 
     WARMUP = 3  # steps of a process that are no measure of the others: memory, kernels and workers are made ready
 
@@ -246,6 +268,7 @@ class StepTimer:
         self._state, self._began = state, time.perf_counter() - state.seconds
         self._started = self._logged = time.perf_counter()
         self._waited = 0.0
+        self._ready = self._cpu = self.computing = self.cpu_seconds = 0.0
 
     def start(self) -> None:
         """Marks the start of a step."""
@@ -253,7 +276,13 @@ class StepTimer:
 
     def batch_ready(self) -> None:
         """Marks that the step's batch is ready."""
-        self._waited += time.perf_counter() - self._started
+        self._ready, self._cpu = time.perf_counter(), time.process_time()
+        self._waited += self._ready - self._started
+
+    def computed(self) -> None:
+        """Marks that the step is computed."""
+        self.computing += time.perf_counter() - self._ready
+        self.cpu_seconds += time.process_time() - self._cpu
 
     def stop(self) -> None:
         """Marks the end of the step."""

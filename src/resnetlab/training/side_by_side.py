@@ -12,7 +12,7 @@ never leave it, and the cache is cleared after the step.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import is_dataclass, replace
 from queue import SimpleQueue
@@ -22,6 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from resnetlab.device import map_in_order, use_one_heap
+from resnetlab.errors import UsageError
+from resnetlab.nn.batchnorm import fuse_batchnorm
+from resnetlab.nn.kernel import load_kernel
 from resnetlab.random import draw_from
 from resnetlab.training.average import set_train_mode
 from resnetlab.training.checkpoint import TrainState
@@ -49,6 +52,28 @@ def divide_threads(task: T) -> T:
     return replace(task, recipe=replace(recipe, op_threads=op_threads), device_config=config)  # type: ignore[type-var]
 
 
+def choose_batchnorm(task: T, report: Callable[[str], None], *, resuming: bool) -> T:
+    """The task with the form of its BN, torch's or the fused one if the recipe has `fused_bn`.
+
+    Raises UsageError if a new run asks for the fused form where it cannot be used; a run that is resumed reports it.
+    """
+    reason = _reason_against_fused_bn(task) if task.recipe.fused_bn else ""
+    if reason and not resuming:
+        raise UsageError(f"fused_bn=true cannot be used: {reason}; leave it out.")
+    if reason:
+        report(f"the run started with fused BN, which cannot be used here ({reason}), so its last bits will differ")
+    config = replace(task.device_config, fused_bn=task.recipe.fused_bn and not reason)
+    return replace(task, device_config=config)  # type: ignore[type-var]
+
+
+def _reason_against_fused_bn(task: Task) -> str:
+    if reason := reason_for_turns(task):
+        return reason
+    if task.device_config.op_threads > 1:
+        return "it uses one thread, where several work inside operations"
+    return load_kernel().reason
+
+
 def reason_for_turns(task: Task) -> str:
     """Why the micro-batches of a task go through the network one after the other; empty if they may go side by side."""
     config = task.device_config
@@ -73,6 +98,8 @@ class Replica:
     def __init__(self, task: Task) -> None:
         net = share_weights(task.net)
         set_train_mode(net)
+        if task.device_config.fused_bn:
+            fuse_batchnorm(net)
         self.task: Task = replace(task, net=net)  # type: ignore[type-var]
         self._parameters = [p for p in net.parameters() if p.requires_grad]
         self._statistics, self._before = BatchNormStatistics(net), BatchNormStatistics(task.net).averages
@@ -105,8 +132,8 @@ class SideBySideGradients:
         self._replicas: SimpleQueue[Replica] = SimpleQueue()
         for _ in range(self._threads):
             self._replicas.put(Replica(task))
-        # a thread that is inside autocast already does not clear the cache when it leaves autocast again
         use_one_heap()
+        # a thread that is inside autocast already does not clear the cache when it leaves autocast again
         self._pool = ThreadPoolExecutor(self._threads, "micro-batch", torch.autocast_increment_nesting)
 
     def __call__(self, train_state: TrainState, micro_batches: Sequence[Any]) -> list[Tensor]:

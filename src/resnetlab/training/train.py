@@ -41,7 +41,7 @@ from resnetlab.training.recipe import BaseRecipe, Epochs, Overrides, Recipe
 from resnetlab.training.recorder import OnEvaluate, Recorder, RunContext
 from resnetlab.training.result import ClassificationResult, Progress, TrainResult, show_training
 from resnetlab.training.schedule import learning_rate
-from resnetlab.training.side_by_side import SideBySideGradients, divide_threads
+from resnetlab.training.side_by_side import SideBySideGradients, choose_batchnorm, divide_threads
 from resnetlab.training.step import Gradients, compute_gradients, train_step
 from resnetlab.training.tasks.base import Task, TaskSetup
 from resnetlab.training.tasks.classification import ClassificationTask
@@ -271,7 +271,8 @@ def select_gradients(task: Task, report_graph: Callable[[str], None]) -> Gradien
     """
     if task.device_config.cuda_graph:
         return GraphGradients(report_graph)
-    return SideBySideGradients(task) if task.device_config.side_by_side > 1 else compute_gradients
+    replicated = task.device_config.side_by_side > 1 or task.device_config.fused_bn
+    return SideBySideGradients(task) if replicated else compute_gradients
 
 
 def build_task(
@@ -306,6 +307,7 @@ def build_task(
     if options.on_evaluate is not None and not len(task.held_out):
         raise UsageError("on_evaluate sees held-out images, and none are held out; add val_images=100.")
     task = divide_threads(task.fit_micro_batch(options.report) if options.fit_micro_batch else task)
+    task = choose_batchnorm(task, options.report, resuming=started_in is not None)
     options.report(f"device: {task.device_config}")
     if device_config.device.type == "cpu" and threads > (cores := count_cores()):
         options.report(f"{threads} threads share {cores} core{'s' * (cores > 1)}: threads={cores} is faster")

@@ -94,6 +94,12 @@ class Task(ABC):
         """The number of micro-batches in this process's share of a step."""
         return self.count_micro_batches(self.recipe, self.device_config.world)
 
+    @property
+    def busy_threads(self) -> float:
+        """How many threads of a CPU a step keeps busy: three micro-batches on two threads keep 1.5 busy."""
+        rounds = -(-self.num_micro_batches // self.device_config.side_by_side)
+        return self.device_config.op_threads * self.num_micro_batches / rounds
+
     @staticmethod
     @abstractmethod
     def load_model(path: Path) -> object:
