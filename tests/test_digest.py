@@ -115,3 +115,12 @@ def test_a_file_cannot_lose_its_protection_by_its_number_alone(tmp_path: Path) -
     rewrite(path, change_text('"format": 2', '"format": 1'))
     with pytest.raises(ModelFileError, match="has format 1"):
         read_tensor_file(path, "model file")
+
+
+def test_tensors_of_another_shape_are_one_sentence(tmp_path: Path) -> None:
+    path = write_classifier(tmp_path / "m.safetensors")
+    tensors, metadata = read_tensor_file(path, "model file")
+    write_tensor_file(path, tensors | {"bn1.weight": torch.ones(1), "bn1.bias": torch.ones(1)}, metadata)
+    with pytest.raises(ModelFileError, match="does not match its own specification") as error:
+        load_trained_model(path)
+    assert "\n" not in str(error.value)

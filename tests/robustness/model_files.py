@@ -49,7 +49,7 @@ def attack(draw: random.Random) -> str | None:
     if draw.random() < 0.3:
         name = draw.choice(sorted(tensors))
         tensors[name] = draw.choice(
-            [tensors[name].double(), tensors[name][..., :1], torch.zeros(2), tensors[name] * 1e30]
+            [tensors[name].double(), tensors[name].reshape(-1)[:1], torch.zeros(2), tensors[name] * 1e30]
         )
     write_tensor_file(file, tensors, metadata)
     try:

@@ -116,6 +116,6 @@ def load_annotated(path: Path, task: str) -> AnnotatedModel:
     except ResNetLabError as error:
         raise ModelFileError(f"{path}: {error}") from error
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise ModelFileError(f"{path} does not fit its own values: {error}") from error
+        raise ModelFileError(f"{path} does not fit its own values: {' '.join(str(error).split())}") from error
     rest = {key: about.get(key, {}) for key in ("recipe", "metrics", "data", "versions")}
     return AnnotatedModel(task=task, net=net.eval(), spec=spec, head_spec=head_spec, classes=classes, **rest)

@@ -133,8 +133,10 @@ class TrainedModel:
             return f"the images in it cannot be used ({problem})"
         if any(v.dtype != torch.uint32 or v.ndim != 2 or v.shape[1] != 2 for v in self.fingerprints.values()):
             return "its fingerprints of images are not pairs of 32-bit numbers"
-        about = (self.recipe, self.metrics, self.data, self.versions, self.calibration, *dict(self.metrics).values())
-        if not all(isinstance(values, Mapping) for values in about):
+        about = (self.recipe, self.metrics, self.data, self.versions, self.calibration)
+        if not all(isinstance(values, Mapping) for values in about) or not all(
+            isinstance(values, Mapping) for values in self.metrics.values()
+        ):
             return "its metadata are not tables of values"
         temperature = self.temperature
         if not isinstance(temperature, int | float) or not 1e-6 <= temperature <= 1e6:
@@ -182,7 +184,8 @@ def load_trained_model(path: Path) -> TrainedModel:
     except ModelFileError as error:
         raise ModelFileError(f"{path}: {error}") from error
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise ModelFileError(f"{path} does not match its own specification: {error}") from error
+        reason = " ".join(str(error).split())  # torch lists mismatches on lines of their own
+        raise ModelFileError(f"{path} does not match its own specification: {reason}") from error
     if problem := model.validate():
         raise ModelFileError(f"{path} cannot be used: {problem}; train or import it again.")
     return model
