@@ -6,7 +6,7 @@
 Every contestant trains the same network on the same images in a process of its own (so that none benefits from the process
 settings of another), and only one runs at a time: the processes take turns, some steps each, in every round.
 
-* eager fp32: NCHW, torch.optim.SGD; a CIFAR ResNet as public repositories write it, or torchvision's ResNet at 224.
+* eager fp32: NCHW, without TF32, torch.optim.SGD; a CIFAR ResNet as public repositories write it or torchvision's at 224.
 * eager bf16: the same in channels_last under bf16 autocast (at 224 torchvision's).
 * timm: timm's ResNet in channels_last under bf16 autocast (at 224).
 * compiled: eager bf16 under torch.compile.
@@ -94,6 +94,7 @@ def published(contestant: str, net: str) -> nn.Module:
 def peer(contestant: str, net: str, batch: int, device: torch.device) -> Step:
     """One step of a loop that a person would write around a published network."""
     fast = contestant != "eager fp32"
+    torch.backends.cudnn.allow_tf32 = fast  # cuDNN's default would make fp32 TF32 on a GPU
     model = published(contestant, net).to(device).train()
     x = torch.randn(batch, 3, side(net), side(net), device=device)
     y = torch.randint(10, (batch,), device=device)
@@ -129,7 +130,7 @@ def ours(net: str, batch: int, device: torch.device, form: str) -> Step:
     )
     loader = TrainLoader(split, preprocessing, augmentation, batch, 0, device_config)
     task = ClassificationTask(
-        chosen, model, tuple("0123456789"), preprocessing, loader, split, split, {}, device_config
+        replace(chosen, batch=batch), model, tuple("0123456789"), preprocessing, loader, split, split, {}, device_config
     )
     say = partial(print, file=sys.stderr)
     task = choose_batchnorm(divide_threads(task), say, resuming=False)

@@ -22,6 +22,7 @@ from torch import Tensor
 from resnetlab.cli.main import run_command
 from resnetlab.data import digits
 from resnetlab.data.decode import decode, list_images
+from resnetlab.device import DeviceConfig
 from resnetlab.errors import DataError, UsageError, install_hint
 from resnetlab.inference import backends, formats, parity_check
 from resnetlab.inference.backends import BackendRequest, LoadedBackend
@@ -329,3 +330,35 @@ def test_a_backend_is_timed_after_the_previous_one_is_idle() -> None:
 
     for order in ([blocks_cores, is_slowed_down], [is_slowed_down, blocks_cores]):
         assert max(parity_check.measure_seconds(order, torch.zeros(1), budget=0.01)) < 0.02
+
+
+@pytest.mark.parametrize(
+    ("precision", "bound", "expected"),
+    [("auto", 1.0, "bf16"), ("auto", 0.0, "fp32"), ("bf16", 0.0, "bf16"), ("fp32", 0.0, "fp32")],
+)
+def test_bf16_on_a_gpu_is_compared_with_fp32(
+    precision: str, bound: float, expected: str, trained: TrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU is not needed: the same code on a CPU. `bound` is the largest difference of a score that is allowed."""
+    config = DeviceConfig(torch.device("cpu"), "fp32" if precision == "fp32" else "bf16", 1, "for the test")
+    monkeypatch.setattr(backends, "select_device", lambda *_: config)
+    monkeypatch.setitem(backends.PARITY_BOUNDS, "bf16", (0.5, bound))  # type: ignore[arg-type]
+    loaded = backends.select_backend(trained, BackendRequest(precision=precision), torch.device("cuda"))
+    assert (loaded.name, loaded.precision) == ("torch", expected)
+    assert ("top-1 agrees" in loaded.reason) is (precision != "fp32")
+    scores = compute_reference_scores(trained, CHECK)
+    assert (loaded.predict(CHECK) - scores).abs().max() <= (1e-5 if expected == "fp32" else 0.05)
+    with monkeypatch.context() as patch:  # BN is folded: none of the network's is called
+        patch.setattr(torch.nn.BatchNorm2d, "forward", None)
+        loaded.predict(CHECK)
+
+
+def test_bf16_on_a_gpu_needs_images_to_compare(trained: TrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, blank = (
+        DeviceConfig(torch.device("cpu"), "bf16", 1, "for the test"),
+        replace(trained, reference_images=None),
+    )
+    monkeypatch.setattr(backends, "select_device", lambda *_: config)
+    for precision, expected in (("auto", "fp32"), ("bf16", "bf16")):
+        loaded = backends.select_backend(blank, BackendRequest(precision=precision), torch.device("cuda"))
+        assert loaded.precision == expected and "no reference images" in loaded.reason

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,10 +19,12 @@ from resnetlab.training.cuda_graph import Compute, GraphGradients
 from resnetlab.training.recipe import Recipe
 from resnetlab.training.recipes import paper_cifar
 from resnetlab.training.step import Gradients, compute_gradients, train_step
+from resnetlab.training.tasks.classification import ClassificationTask
 from resnetlab.training.train import RunOptions, build_task
 from resnetlab.training.verify import STEPS
 from tiny_runs import make_train_state, tiny
 
+BF16: dict[str, Any] = {"precision": "bf16"}  # the default on a GPU
 GPU = DeviceConfig(torch.device("cuda"), "bf16", 2, "for the test")
 
 
@@ -47,13 +50,21 @@ def trained(recipe: Recipe, gradients: Gradients, device: str = "cpu") -> TrainS
 
 
 @pytest.mark.parametrize(
-    "values", [{}, {"bn_batch": 8}, {"ema_decay": 0.9, "clip_norm": 0.5}, {"stochastic_depth": 0.5}]
+    "values",
+    [
+        {},
+        {"bn_batch": 8},
+        {"ema_decay": 0.9, "clip_norm": 0.5},
+        {"stochastic_depth": 0.5},
+        BF16,
+        BF16 | {"bn_batch": 8},
+    ],
 )
-def test_recorded_steps_are_bit_identical(values: dict[str, float]) -> None:
+def test_recorded_steps_are_bit_identical(values: dict[str, Any]) -> None:
     messages: list[str] = []
     recipe = tiny(**values)
     one, other = trained(recipe, GraphGradients(messages.append, anew)), trained(recipe, compute_gradients)
-    assert messages == ["CUDA graph: every step is replayed from one recording"]
+    assert messages == ["CUDA graph: full steps are replayed from one recording"]
     for name, tensor in other.tensors().items():
         assert torch.equal(one.tensors()[name], tensor), name
 
@@ -137,6 +148,41 @@ def test_a_shorter_step_is_made_by_itself() -> None:
         assert torch.equal(here.tensors()[name], tensor), name
 
 
+def take(train_state: TrainState, t: int, count: int) -> list[Any]:
+    """The first `count` images of a step."""
+    (batch,) = train_state.task.micro_batches(t)
+    return [type(batch)(*(x[:count] for x in batch))]
+
+
+def test_the_first_full_step_is_recorded_and_replays_are_counted() -> None:
+    here, messages = make_train_state(tiny()), []
+    graph = GraphGradients(messages.append, anew)
+    for t, count in enumerate((20, 32, 32, 20, 32)):
+        train_step(here, take(here, t, count), 0.1, graph)
+        assert (here.state.replayed_steps, bool(messages)) == ((0, 1, 2, 2, 3)[t], t > 0)
+    assert messages == ["CUDA graph: full steps are replayed from one recording"]
+
+
+def test_a_graph_that_leaves_no_memory_for_a_short_step_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    here, twin, messages = make_train_state(tiny()), make_train_state(tiny()), []
+    graph, loss, short = GraphGradients(messages.append, anew), ClassificationTask.loss, [True]
+
+    def short_of_memory(task: ClassificationTask, batch: Any) -> Any:
+        result = loss(task, batch)
+        if len(batch[0]) == 20 and short:
+            short.clear()
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return result
+
+    monkeypatch.setattr(ClassificationTask, "loss", short_of_memory)
+    for t, count in enumerate((32, 20, 32)):
+        train_step(here, take(here, t, count), 0.1, graph)
+        train_step(twin, take(twin, t, count), 0.1)
+    assert len(messages) == 2 and "given up" in messages[1] and here.state.replayed_steps == 1
+    for name, tensor in twin.tensors().items():
+        assert torch.equal(here.tensors()[name], tensor), name
+
+
 @pytest.mark.parametrize(
     ("device_config", "recipe", "graphs", "why"),
     [
@@ -154,11 +200,11 @@ def test_when_a_graph_is_tried(device_config: DeviceConfig, recipe: Recipe, grap
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
-@pytest.mark.parametrize("values", [{}, {"bn_batch": 8}])
-def test_on_a_gpu(values: dict[str, float]) -> None:
+@pytest.mark.parametrize("values", [{}, {"bn_batch": 8}, BF16, BF16 | {"bn_batch": 8}])
+def test_on_a_gpu(values: dict[str, Any]) -> None:
     messages: list[str] = []
     recipe = tiny(**values)
     one = trained(recipe, GraphGradients(messages.append), "cuda")
-    assert messages == ["CUDA graph: every step is replayed from one recording"]
+    assert messages == ["CUDA graph: full steps are replayed from one recording"]
     for name, tensor in trained(recipe, compute_gradients, "cuda").tensors().items():
         assert torch.equal(one.tensors()[name], tensor), name

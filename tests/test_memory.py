@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from resnetlab.training.memory import is_out_of_memory
 
@@ -44,7 +45,16 @@ def test_short_memory_says_what_fits_and_auto_finds_it(tmp_path: Path) -> None:
 
 def test_out_of_memory_messages_of_gpu_libraries_are_recognised() -> None:
     assert is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"))
-    assert is_out_of_memory(RuntimeError("GET was unable to find an engine to execute this computation"))
     assert not is_out_of_memory(
         RuntimeError("CUDA error: CUBLAS_STATUS_INVALID_VALUE when calling `cublasSgemm(handle)`")
     )
+
+
+def test_a_gpu_without_an_algorithm_is_out_of_memory_only_if_it_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch says the same where no algorithm finds workspace and where cuDNN has none."""
+    error = RuntimeError("GET was unable to find an engine to execute this computation")
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 70 * 2**30)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2 * 2**30, 80 * 2**30))
+    for allocated, full in ((69 * 2**30, True), (20 * 2**30, False)):
+        monkeypatch.setattr(torch.cuda, "memory_allocated", lambda allocated=allocated: allocated)
+        assert is_out_of_memory(error) is full

@@ -210,6 +210,16 @@ def count_cores(cgroups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/
     return cores
 
 
+def is_usable(device: torch.device) -> bool:
+    """Whether the device still computes: after some errors of a kernel, all that a process asks of its GPU fails."""
+    try:
+        return device.type == "cpu" or float(torch.ones(1, device=device)) == 1
+    except torch.OutOfMemoryError:
+        return True
+    except RuntimeError:
+        return False
+
+
 def release_memory(device: torch.device) -> None:
     """Returns cached free memory to the system."""
     if device.type == "cuda":

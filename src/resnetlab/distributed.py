@@ -126,8 +126,12 @@ def join_process_group() -> Iterator[World]:
     torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=timedelta(minutes=5))
     try:
         yield World(torch.distributed.get_rank(), size)
-    finally:
-        torch.distributed.destroy_process_group()
+    except BaseException:
+        # destroy_process_group waits for work on the GPU that a lost or failed process never completes
+        with contextlib.suppress(RuntimeError):
+            torch.distributed.distributed_c10d._abort_process_group()
+        raise
+    torch.distributed.destroy_process_group()
 
 
 def was_restarted() -> bool:

@@ -10,6 +10,7 @@ runs/<name>/
   report.html          the same as a page
   tensorboard/         events, if TensorBoard is installed
   trackers.json        the run's trackers, and their identifiers of it
+  trace.json           the steps that --profile traced
 """
 
 from __future__ import annotations

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -51,6 +50,7 @@ def check(
         Print the report as one JSON document.
     """
     from resnetlab.data.check import CheckReport, Problem, check_dataset, find_unexpected_files
+    from resnetlab.device import count_cores
     from resnetlab.run_folder import check_output_file
 
     if quarantine is not None:
@@ -62,7 +62,7 @@ def check(
         quarantine = None  # no image was checked: an existing list stays as it is
     else:
         with console.ProgressBar("images") as bar:
-            report = check_dataset(source, (os.cpu_count() or 1) if workers is None else workers, bar.update)
+            report = check_dataset(source, count_cores() if workers is None else workers, bar.update)
         report.problems += find_unexpected_files(source)
         speed = _measure_loading(source) if timing and report.readable == report.images else None
     if quarantine is not None:

@@ -25,6 +25,8 @@ def _check_process_count(processes: int, device: str | None) -> None:
     """Raises UsageError if this machine cannot run so many processes."""
     import torch
 
+    from resnetlab.device import count_cores
+
     if "WORLD_SIZE" in os.environ:
         raise UsageError("torchrun has started the processes already; leave out --procs.")
     if device and ":" in device:
@@ -32,7 +34,7 @@ def _check_process_count(processes: int, device: str | None) -> None:
             f"--procs gives every process a device of its own; give its kind, not {device!r}: --device cuda."
         )
     gpus = torch.cuda.device_count() if device is None or device.startswith(("auto", "cuda")) else 0
-    most, what = (gpus, "GPUs") if gpus else (os.cpu_count() or 1, "CPU cores")
+    most, what = (gpus, "GPUs") if gpus else (count_cores(), "CPU cores")
     if not 1 <= processes <= most:
         raise UsageError(f"--procs {processes} is not from 1 to {most}, the {what} of this machine.")
 
@@ -88,11 +90,12 @@ class Job(NamedTuple):
         from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
         from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+        from resnetlab.device import count_cores
         from resnetlab.training.train import TASKS, read_result
 
         # the store of a restarted job must not hold keys of the failed one (torch 2.15: some restarts hang)
         os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // self.processes)))
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, count_cores() // self.processes)))
         logging.getLogger("torch.distributed.elastic").setLevel(
             logging.CRITICAL
         )  # it would print our messages as tracebacks
@@ -119,6 +122,7 @@ class Job(NamedTuple):
                 "fit_micro_batch": self.options.fit_micro_batch,
                 "epochs": self.options.epochs,
                 "trackers": self.options.trackers,
+                "profile": self.options.profile,
             }
             try:
                 with catch_stop_signals() as stop_request:
@@ -163,6 +167,7 @@ def train_process(request: str) -> None:
             fit_micro_batch=values["fit_micro_batch"],
             epochs=values["epochs"] and Epochs(*values["epochs"]),
             trackers=tuple(values["trackers"]),
+            profile=values["profile"],
             report=console.log,
             on_progress=on_progress,
         )

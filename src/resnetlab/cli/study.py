@@ -61,7 +61,7 @@ def study(
     data_dir
         Folder of the archives.
     device
-        cpu, cuda, cuda:1, …; several networks train at once, one on each core or several on each GPU.
+        cpu, cuda, cuda:1, …; several networks train at once, one on each core or each GPU.
     out
         Folder for report.html, rows.csv and rows.json; by default runs/study-NAME-DATA-BUDGET.
     records

@@ -64,6 +64,8 @@ class TrainOptions:
         With --procs: how often the processes are restarted from the last checkpoint after one of them has died.
     tracker
         Send the figures to tensorboard, wandb, mlflow or trackio too; may be given several times. A resumed run remembers it.
+    profile
+        Trace so many steps, near the start, into the run's trace.json, which Perfetto shows. The result does not depend on it.
     resume
         Resume the run in this folder from its last checkpoint; the result is bit-identical to that of an uninterrupted run.
         A finished run is extended with --epochs or --steps.
@@ -89,6 +91,7 @@ class TrainOptions:
     procs: int | None = None
     max_restarts: int = 0
     tracker: Annotated[tuple[str, ...], Parameter(negative="", consume_multiple=False)] = ()
+    profile: int = 0
     resume: Path | None = None
     show_recipe: str | None = None
     json: Annotated[bool, Parameter(negative="")] = False
@@ -161,8 +164,9 @@ def read_overrides(data: str | None, options: TrainOptions, values: Mapping[str,
     from resnetlab.inference.start import find_pretrained
     from resnetlab.training.recipe import Overrides
 
-    if options.workers is not None and options.workers < 0:
-        raise UsageError(f"--workers must be 0 or more, not {options.workers}.")
+    for name, count in (("workers", options.workers), ("profile", options.profile)):
+        if count is not None and count < 0:
+            raise UsageError(f"--{name} must be 0 or more, not {count}.")
     if options.resume is not None and (options.out is not None or options.recipe is not None):
         raise UsageError(
             "--resume continues a run with its own recipe in its own folder; leave out --out and --recipe."
@@ -209,6 +213,7 @@ def prepare_run(
         fit_micro_batch=options.batch == "auto",
         epochs=overrides.length,
         trackers=options.tracker,
+        profile=options.profile,
         report=console.log,
     )
     if options.procs is not None:  # they show the progress
@@ -254,6 +259,8 @@ def _verify(options: TrainOptions, overrides: Overrides, data_dir: Path | None) 
         raise UsageError("--verify-resume trains the recipe's first steps, however long it is; leave out --epochs.")
     if options.resume is not None:
         raise UsageError("--verify-resume takes a recipe, not a run; leave out --resume.")
+    if options.profile:
+        raise UsageError("--verify-resume compares runs that it leaves nothing of; leave out --profile.")
     recipe = complete_recipe("classify", options, overrides)
     print(verify_resume(recipe, data_dir or Path("data"), options.device or "auto", options.workers, console.log))
 

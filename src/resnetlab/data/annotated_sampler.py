@@ -82,6 +82,11 @@ class AnnotatedLoader(Generic[P, S]):
             raise DataError(f"no image of a micro-batch can be read, such as {next(iter(loaded.unreadable.values()))}")
         return batches
 
+    @property
+    def seconds_reading(self) -> float:
+        """Seconds that this process has spent reading images, or waiting for its workers to."""
+        return self._prefetcher.seconds
+
     def close(self) -> None:
         """Stops the workers, if any."""
         self._prefetcher.close()

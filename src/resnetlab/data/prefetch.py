@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import signal
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,7 +22,8 @@ from torch.utils.data import Dataset as TorchDataset
 
 from resnetlab.data.dataset import MemorySplit, Split
 from resnetlab.data.error_policy import ErrorPolicy
-from resnetlab.device import DeviceConfig
+from resnetlab.device import DeviceConfig, count_cores
+from resnetlab.distributed import local_process_count
 from resnetlab.errors import DataError
 from resnetlab.preprocessing import Preprocessing
 from resnetlab.stopping import check_stop
@@ -88,6 +89,7 @@ class Prefetcher(Generic[T]):
         self._reader, self._errors, self._workers, self._pin = reader, errors, workers, pin
         self._results: Iterator[LoadedBatch[T]] | None = None
         self._next = -1  # the step that `_results` yields next
+        self.seconds = 0.0  # spent in `get`, reading or waiting for the workers
 
     def get(self, step: int) -> LoadedBatch[T]:
         """The batch of a step. Raises DataError under "stop" if an image cannot be read."""
@@ -95,7 +97,9 @@ class Prefetcher(Generic[T]):
             self.close()
             self._results = prefetch(self._reader, count(step), self._workers, self._pin)
         self._next = step + 1
+        start = time.perf_counter()
         batch = next(self._results)
+        self.seconds += time.perf_counter() - start
         self._errors.handle(batch.unreadable)
         return batch
 
@@ -107,8 +111,13 @@ class Prefetcher(Generic[T]):
 
 
 def default_workers(device_config: DeviceConfig) -> int:
-    """How many processes decode by default: none if a CPU trains (it is busy itself), up to 12 for a GPU."""
-    return 0 if device_config.device.type == "cpu" else min(12, max(1, (os.cpu_count() or 1) - 1))
+    """How many processes decode by default: none if a CPU trains (it is busy itself), up to 12 for a GPU.
+
+    A process takes its part of the cores that this job may use on the machine, and leaves one of them to itself.
+    """
+    if device_config.device.type == "cpu":
+        return 0
+    return min(12, max(1, count_cores() // local_process_count() - 1))
 
 
 @dataclass(frozen=True)

@@ -203,6 +203,11 @@ class TrainLoader:
         reader = BatchReader(self._sampler, read, split.name_of, stack_images)
         return Prefetcher(reader, split.errors, split.workers, pin)
 
+    @property
+    def seconds_reading(self) -> float:
+        """Seconds that this process has spent reading images, or waiting for its workers to."""
+        return self._prefetcher.seconds
+
     def close(self) -> None:
         """Stops the workers, if any."""
         self._prefetcher.close()

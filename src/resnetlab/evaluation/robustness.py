@@ -51,6 +51,10 @@ class _CorruptedSplit:
     def errors(self) -> ErrorPolicy:
         return self.split.errors
 
+    @property
+    def workers(self) -> int:
+        return self.split.workers
+
     def __len__(self) -> int:
         return len(self.split)
 

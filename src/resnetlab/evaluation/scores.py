@@ -10,14 +10,18 @@ is the same for any number of processes.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from resnetlab.data.dataset import Split
-from resnetlab.device import DeviceConfig, eval_mode, to_device
+from resnetlab.data.dataset import MemorySplit, Split
+from resnetlab.data.prefetch import default_workers
+from resnetlab.device import DeviceConfig, eval_mode, map_in_order, to_device
+from resnetlab.errors import DataError
 from resnetlab.evaluation.protocols import ONE_CROP, Protocol, generate_views
 from resnetlab.models.fold import fold_batchnorm
 from resnetlab.models.resnet import ResNet
@@ -26,6 +30,7 @@ from resnetlab.preprocessing import Preprocessing
 SKIPPED = -1.0  # in place of the scores of an image that cannot be read
 MAX_PIXELS = {"cpu": 2**20, "cuda": 2**24}  # of one forward pass
 BATCH = 256  # images, at most
+IMAGES_AHEAD = 4  # decoded, for each thread that decodes
 READ_BYTES = 2**26  # of decoded images in memory before they are resized
 
 
@@ -85,11 +90,14 @@ def predict_scores(
     batches = torch.split(torch.arange(n), _batch_size(members, device_config))
     own = batches[world.rank :: world.size]
 
+    workers = 0 if isinstance(split, MemorySplit) else split.workers or default_workers(device_config)
+
     def read() -> Iterator[tuple[Tensor, list[int], list[Tensor]]]:  # in this thread, beside those that compute
+        read_image = stack.enter_context(_read_ahead(split, [i for indices in own for i in indices.tolist()], workers))
         for indices in own:
             for rows in scores:
                 rows[indices] = SKIPPED  # until they are read
-            for positions, images in _read_batches(split, indices.tolist()):
+            for positions, images in _read_batches(split, indices.tolist(), read_image):
                 yield indices, positions, images
             counts[indices] += 1
 
@@ -98,7 +106,7 @@ def predict_scores(
         found = [score_images(member, images, protocol, device_config).float() for member in members]
         return int(indices[-1]) + 1, positions, found
 
-    with device_config.side_by_side_map(len(own)) as side_by_side:
+    with contextlib.ExitStack() as stack, device_config.side_by_side_map(len(own)) as side_by_side:
         for done, positions, found in side_by_side(score, read()):
             for rows, values in zip(scores, found, strict=True):
                 rows[positions] = values
@@ -122,14 +130,41 @@ def _max_pixels(device_config: DeviceConfig) -> int:
     return MAX_PIXELS.get(device_config.device.type, MAX_PIXELS["cuda"])
 
 
-def _read_batches(split: Split, indices: list[int]) -> Iterator[tuple[list[int], list[Tensor]]]:
+@contextlib.contextmanager
+def _read_ahead(split: Split, indices: Sequence[int], workers: int) -> Iterator[Callable[[int], Tensor]]:
+    """`split.read_image`, to be called for these images in order; so many threads decode ahead."""
+    if not workers:
+        yield split.read_image
+        return
+
+    def attempt(i: int) -> Tensor | DataError:
+        try:
+            return split.read_image(i)
+        except DataError as error:
+            return error
+
+    def read_image(i: int) -> Tensor:
+        result = next(results)
+        if isinstance(result, DataError):
+            raise result
+        return result
+
+    with ThreadPoolExecutor(workers) as pool:
+        results = map_in_order(pool, IMAGES_AHEAD * workers, attempt, indices)
+        with contextlib.closing(results):  # type: ignore[type-var]  # a generator
+            yield read_image
+
+
+def _read_batches(
+    split: Split, indices: list[int], read_image: Callable[[int], Tensor]
+) -> Iterator[tuple[list[int], list[Tensor]]]:
     """The readable images at `indices` with their positions, all together or in groups of READ_BYTES."""
     start, size = 0, 8
     positions: list[int] = []
     images: list[Tensor] = []
     while start < len(indices):
         group = indices[start : start + size]
-        new = dict(split.errors.read_each(group, split.read_image, split.name_of))
+        new = dict(split.errors.read_each(group, read_image, split.name_of))
         positions, images, start = positions + list(new), images + list(new.values()), start + len(group)
         size = max(1, min(BATCH, READ_BYTES // max((image.nbytes for image in new.values()), default=1)))
         if images and (start == len(indices) or sum(image.nbytes for image in images) >= READ_BYTES):

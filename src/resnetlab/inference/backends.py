@@ -2,7 +2,7 @@
 
 `select_backend` is the only place that decides. On a CPU it builds the installed backends, compares each with torch in fp32
 on the model's reference images, and takes the fastest that agrees; or it loads one from the cache (`backend_cache`). On a GPU,
-and for a few images, it takes torch.
+and for a few images, it takes torch; on a GPU in bf16 only if that agrees too.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from resnetlab.device import DeviceConfig, eval_mode, select_device, to_device
 from resnetlab.errors import UsageError, install_hint, missing_package, unknown_name_error
@@ -21,6 +21,7 @@ from resnetlab.inference.export_graphs import ExportGraphs
 from resnetlab.inference.formats import FORMATS, Backend, ExportFormat, PredictFn, cpu_has_bf16
 from resnetlab.inference.inference_module import compute_reference_scores
 from resnetlab.inference.parity_check import PARITY_BOUNDS, Agreement, measure_seconds
+from resnetlab.models.fold import fold_batchnorm
 from resnetlab.models.model_file import TrainedModel
 from resnetlab.models.reference_images import exclude_images
 
@@ -67,12 +68,13 @@ class LoadedBackend:
         return f"{self.name} {self.precision} ({self.reason})"
 
 
-def load_network(model: TrainedModel, device_config: DeviceConfig) -> LoadedBackend:
-    """The model's own network in torch, on its device and in its precision."""
+def load_network(model: TrainedModel, device_config: DeviceConfig, net: nn.Module | None = None) -> LoadedBackend:
+    """The model's own network, or `net`, in torch, on its device and in its precision."""
 
     def predict(pixels: Tensor) -> Tensor:
-        with eval_mode(model.net), device_config.autocast():
-            logits = model.net(model.preprocessing.normalise(to_device(pixels, device_config.device)))
+        network = net or model.net  # the model's may be exchanged
+        with eval_mode(network), device_config.autocast():
+            logits = network(model.preprocessing.normalise(to_device(pixels, device_config.device)))
         return torch.softmax(logits.float().cpu() / model.temperature, 1)
 
     return LoadedBackend("torch", device_config.precision, predict, str(device_config))
@@ -96,7 +98,7 @@ def select_backend(
             raise UsageError(f"{request.backend} computes on the CPU here; use --backend torch, or --device cpu.")
         if request.precision == "int8":
             raise UsageError("torch computes in bf16 or fp32 here, not in int8; --device cpu has backends that do.")
-        return load_network(model, select_device(request.precision, str(device)))
+        return _load_folded_network(model, request, select_device(request.precision, str(device)))
     few = request.num_images is not None and request.num_images <= FEW_IMAGES
     if few and request.backend == "auto" and request.precision != "int8":
         torch_backend = _build(ExportGraphs(model), "torch", request.precision.replace("auto", "fp32"))
@@ -115,6 +117,25 @@ def select_backend(
     cache.put("program", selected.program)
     cache.put("choice", json.dumps([selected.name, selected.precision, selected.reason]).encode())
     return replace(selected, program=b"")
+
+
+def _load_folded_network(model: TrainedModel, request: BackendRequest, device_config: DeviceConfig) -> LoadedBackend:
+    """The network in torch on its device, with BN folded; bf16 only if it agrees with fp32, or is asked for."""
+    net = device_config.place(fold_batchnorm(model.net))
+    loaded = load_network(model, device_config, net)
+    images = _complete_request(model, request).check_images
+    if device_config.precision == "fp32":
+        return loaded
+    if images is None or not len(images):
+        reason = f"there are no reference images to compare {device_config.precision} on"
+        if request.precision != "auto":
+            return replace(loaded, reason=f"{loaded.reason}; {reason}")
+    else:
+        agreement = Agreement.between(loaded.predict(images), compute_reference_scores(model, images))
+        reason = f"{device_config.precision}: {agreement} with torch fp32 on {len(images)} reference images"
+        if request.precision != "auto" or agreement.within(*PARITY_BOUNDS[device_config.precision]):
+            return replace(loaded, reason=f"{loaded.reason}; {reason}")
+    return load_network(model, replace(device_config, precision="fp32", reason=reason), net)
 
 
 def check_backend_request(backend: str, precision: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor, nn
 
-from resnetlab.device import DeviceConfig, eval_mode, select_device, standard_torch_state, to_device
+from resnetlab.device import DeviceConfig, count_cores, eval_mode, select_device, standard_torch_state, to_device
 from resnetlab.errors import DataError, ModelFileError, UsageError, unknown_name_error
 from resnetlab.evaluation.protocols import Protocol, parse_protocol
 from resnetlab.evaluation.scores import Member, score_images
@@ -307,7 +306,7 @@ class Model(TrainedModel):
     def _decode_ahead(self, images: Iterable[tuple[str, ImageInput | DataError]]) -> Iterator[tuple[str, Tensor | str]]:
         """Decodes images in threads: (name, uint8 (h, w, C) or an error message) of each, in order."""
         remaining, pending = iter(images), deque[tuple[str, Future[Tensor | str]]]()
-        pool = ThreadPoolExecutor(min(16, os.cpu_count() or 1))
+        pool = ThreadPoolExecutor(min(16, count_cores()))
         try:
             for name, image in islice(remaining, PREFETCH):
                 pending.append((name, pool.submit(self._prepare_input, image)))

@@ -102,9 +102,10 @@ def _add_routes(app: FastAPI, service: Service) -> None:
 
     unknown: dict[int | str, dict[str, Any]] = {422: ERROR_ANSWERS[422]}
 
-    @app.get("/healthz", response_model=HealthAnswer, responses=unknown)
+    @app.get("/healthz", response_model=HealthAnswer, responses=unknown | {503: ERROR_ANSWERS[503]})
     async def healthz(_: Annotated[EmptyQuery, Query()]) -> Response:
-        """Whether the service is up."""
+        """Whether the service is up, and its GPU computes."""
+        await service.check_device()
         return JSONResponse({"status": "ok"})
 
     @app.get("/model", response_model=ModelAnswer, responses=unknown)

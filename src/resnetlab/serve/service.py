@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import threading
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +12,7 @@ from typing import Any
 
 from starlette.requests import Request
 
+from resnetlab.device import count_cores, is_usable
 from resnetlab.serve.batching import Batcher
 from resnetlab.serve.counters import Counters
 from resnetlab.serve.limits import Limits, RequestError, RequestGate
@@ -45,7 +45,7 @@ class Service:
     async def running(self) -> AsyncIterator[None]:
         """Runs the service's threads; on exit, work in progress is finished."""
         # explanations have a thread of their own, because one takes as long as many predictions
-        with ThreadPoolExecutor(os.cpu_count(), "decode") as self._decoders, ThreadPoolExecutor(1) as self._explainer:
+        with ThreadPoolExecutor(count_cores(), "decode") as self._decoders, ThreadPoolExecutor(1) as self._explainer:
             async with self._batcher:
                 yield
 
@@ -78,6 +78,12 @@ class Service:
             if upload.error is not None:
                 raise upload.error
             return {"image": upload.name, **await self._explain(upload.image, top)}
+
+    async def check_device(self) -> None:
+        """Raises RequestError after an error of a GPU from which only a new process recovers."""
+        device = next(self.served.model.net.parameters()).device
+        if not await asyncio.get_running_loop().run_in_executor(None, is_usable, device):
+            raise RequestError(503, f"the device {device} has failed; restart the service.")
 
     def describe(self) -> dict[str, Any]:
         """The answer to GET /model."""

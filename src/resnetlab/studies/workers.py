@@ -19,11 +19,10 @@ from pathlib import Path
 
 import torch
 
+from resnetlab.device import count_cores
 from resnetlab.errors import ResNetLabError, RunError
 from resnetlab.stopping import StopSignal, catch_stop_signals
 from resnetlab.studies.runs import StudyRun
-
-WORKERS_PER_GPU = 4  # small networks leave most of a GPU idle, so several train on one at once
 
 
 @dataclass(frozen=True)
@@ -35,18 +34,15 @@ class Message:
     text: str = ""
 
 
-def available_cores() -> int:
-    """CPU cores that this process may use; where the system does not say, those of the machine."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def worker_devices(device: str, num_runs: int) -> list[str]:
-    """A device for each process: every core, or several on each GPU; no more than there are runs."""
+    """A device for each process, no more than there are runs: every core, or every GPU.
+
+    One process a GPU, whose steps are CUDA graphs: kernels of several processes do not run side by side (without MPS).
+    """
     if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
-        devices = ["cpu"] * available_cores()
+        devices = ["cpu"] * count_cores()
     else:
-        gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if device in ("auto", "cuda") else [device]
-        devices = gpus * WORKERS_PER_GPU
+        devices = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if device in ("auto", "cuda") else [device]
     return devices[: max(1, num_runs)]
 
 

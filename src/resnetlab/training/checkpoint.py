@@ -27,7 +27,8 @@ from resnetlab.training.recipe import BaseRecipe
 from resnetlab.training.run_state import RunState
 from resnetlab.training.tasks.base import Task
 
-_COUNTERS = [f.name for f in fields(RunState) if f.name not in ("losses", "errors")]
+_OPTIONAL_COUNTERS = ["replayed_steps"]  # a checkpoint without it has 0
+_COUNTERS = [f.name for f in fields(RunState) if f.name not in ("losses", "errors", *_OPTIONAL_COUNTERS)]
 
 
 @dataclass
@@ -83,7 +84,8 @@ def save_checkpoint(run: RunFolder, train_state: TrainState) -> Path:
     state, tensors = train_state.state, train_state.tensors()
     if state.losses:
         tensors |= {"losses": torch.stack(state.losses), "errors": torch.stack(state.errors)}
-    metadata = {"identity": train_state.identity} | {name: getattr(state, name) for name in _COUNTERS}
+    counters = _COUNTERS + [name for name in _OPTIONAL_COUNTERS if getattr(state, name)]
+    metadata = {"identity": train_state.identity} | {name: getattr(state, name) for name in counters}
     try:
         run.checkpoints.mkdir(exist_ok=True)
     except OSError as error:
@@ -217,4 +219,5 @@ def _apply(tensors: dict[str, Tensor], metadata: dict[str, Any], train_state: Tr
     unrecorded: dict[str, Any] = {
         k: list(tensors[k].to(device).unbind()) if k in tensors else [] for k in ("losses", "errors")
     }
-    train_state.state = RunState(**{name: metadata[name] for name in _COUNTERS}, **unrecorded)
+    counters = _COUNTERS + [name for name in _OPTIONAL_COUNTERS if name in metadata]
+    train_state.state = RunState(**{name: metadata[name] for name in counters}, **unrecorded)

@@ -17,7 +17,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from resnetlab.device import release_memory
 from resnetlab.training.checkpoint import TrainState
+from resnetlab.training.memory import is_out_of_memory
 from resnetlab.training.micro_batches import BatchNormStatistics
 from resnetlab.training.step import compute_gradients
 
@@ -34,8 +36,11 @@ class _Recording(NamedTuple):
 class GraphGradients:
     """`compute_gradients`, replayed from a CUDA graph if that is bit-identical.
 
+    The first full step is recorded. A step with fewer images (some could not be read) launches its kernels; if there is no
+    memory for it beside the graph's, the graph is given up.
+
     Args:
-        report: called once with a sentence on whether steps are replayed.
+        report: called with a sentence on whether steps are replayed, once or when that changes.
         record: turns a function of tensors with fixed addresses into one that recomputes the same result tensors.
     """
 
@@ -45,16 +50,34 @@ class GraphGradients:
         self._tried = False
 
     def __call__(self, train_state: TrainState, micro_batches: Sequence[Any]) -> Sequence[Tensor]:
-        if not self._tried:
+        full = sum(len(micro_batch[0]) for micro_batch in micro_batches) == train_state.recipe.batch
+        if full and not self._tried:
             self._tried = True
             record = self._record or partial(record_cuda_graph, device=train_state.task.device_config.device)
             self._recording, why = _record_step(train_state, micro_batches, record)
-            self._report(f"CUDA graph: {why or 'every step is replayed from one recording'}")
-        recording = self._recording
-        # unreadable images make a step smaller
-        if recording is None or _shapes(micro_batches) != _shapes(recording.micro_batches):
+            self._report(f"CUDA graph: {why or 'full steps are replayed from one recording'}")
+        if self._recording is None:
             return compute_gradients(train_state, micro_batches)
-        return _replay_step(train_state, recording, micro_batches)
+        if not full:
+            return self._compute_beside_graph(train_state, micro_batches)
+        train_state.state.replayed_steps += 1
+        return _replay_step(train_state, self._recording, micro_batches)
+
+    def _compute_beside_graph(self, train_state: TrainState, micro_batches: Sequence[Any]) -> Sequence[Tensor]:
+        statistics = BatchNormStatistics(train_state.task.net)
+        statistics.save()
+        try:
+            return compute_gradients(train_state, micro_batches)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+        # the failed step's tensors are free only here
+        self._recording = None
+        statistics.rewind()
+        train_state.optimizer.zero_grad()
+        release_memory(train_state.task.device_config.device)
+        self._report("CUDA graph: given up, since a step with fewer images does not fit into memory beside it")
+        return compute_gradients(train_state, micro_batches)
 
 
 def record_cuda_graph(compute: Compute, device: torch.device) -> Compute:
@@ -139,10 +162,6 @@ def _negate_weights(weights: list[Tensor]) -> Iterator[None]:
     finally:
         with torch.no_grad():
             torch._foreach_neg_(weights)
-
-
-def _shapes(micro_batches: Sequence[Any]) -> list[torch.Size]:
-    return [x.shape for micro_batch in micro_batches for x in micro_batch]
 
 
 def _copy_tensors(buffers: Sequence[Any], micro_batches: Sequence[Any]) -> None:

@@ -98,23 +98,31 @@ class BatchNormStatistics:
         modules = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d) and m.running_mean is not None]
         self.averages: list[Tensor] = [b for m in modules for b in (m.running_mean, m.running_var) if b is not None]
         self._counts: list[Tensor] = [m.num_batches_tracked for m in modules if m.num_batches_tracked is not None]
-        self._before: list[Tensor] = []
+        # a GPU copies a list of one type with one kernel, where tensors one by one take more time to launch than to copy
+        self._lists = [tensors for tensors in (self.averages, self._counts) if tensors]
+        self._before: list[list[Tensor]] = []
 
     @torch.no_grad()
     def save(self) -> None:
         """Saves the values before the step."""
-        self._before = [b.clone() for b in self.averages + self._counts]
+        self._before = self._before or [[torch.empty_like(b) for b in tensors] for tensors in self._lists]
+        for before, tensors in zip(self._before, self._lists, strict=True):
+            torch._foreach_copy_(before, tensors)
 
     @torch.no_grad()
     def rewind(self) -> list[Tensor]:
         """Restores the values before the step; returns those that the micro-batch led to."""
-        updated = [b.clone() for b in self.averages]
-        torch._foreach_copy_(self.averages + self._counts, self._before)
+        updated = [torch.empty_like(b) for b in self.averages]
+        if updated:
+            torch._foreach_copy_(updated, self.averages)
+        for before, tensors in zip(self._before, self._lists, strict=True):
+            torch._foreach_copy_(tensors, before)
         return updated
 
     @torch.no_grad()
     def set(self, averages: Sequence[Tensor]) -> None:
         """Sets the averages at the end of a step."""
-        torch._foreach_copy_(self.averages, list(averages))
-        for count in self._counts:
-            count += 1
+        if self.averages:
+            torch._foreach_copy_(self.averages, list(averages))
+        if self._counts:
+            torch._foreach_add_(self._counts, 1)

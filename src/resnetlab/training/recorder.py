@@ -18,6 +18,7 @@ from resnetlab.errors import PROCESS_GONE, DivergedError, ResNetLabError, RunErr
 from resnetlab.run_folder import MetricsLog, RunFolder
 from resnetlab.stopping import StopRequest, StopSignal
 from resnetlab.training.checkpoint import TrainState, save_checkpoint
+from resnetlab.training.memory import peak_memory
 from resnetlab.training.result import Progress
 from resnetlab.training.run_state import RunState
 from resnetlab.training.step import StepOutput
@@ -30,12 +31,13 @@ MIN_COMPUTING = 10.0  # seconds of steps before that is judged
 
 @dataclass(frozen=True)
 class RunContext:
-    """The folder of a run, and the callbacks for its messages, its progress and its evaluations."""
+    """The folder of a run, the callbacks for its messages, its progress and its evaluations, and how many steps to trace."""
 
     run: RunFolder
     report: Callable[[str], None]
     on_progress: Callable[[Progress], None]
     on_evaluate: OnEvaluate | None = None
+    profile: int = 0
 
 
 class RunStopped(ResNetLabError):
@@ -113,12 +115,13 @@ class Recorder:
         requested = self._request.signum or 0  # read once: a later signal waits for the next step
         # maxima, so that all processes stop at the same step
         signum, saving = world.all_reduce_max(requested, int(last or requested > 0 or due))
-        if logging or saving or self._task.device_config.device.type == "cpu":
-            _check_finite(state, lr, world)  # on a GPU this synchronises, so only when something else does
+        evaluating, stop = last or state.step % recipe.eval_every == 0, 0
+        if logging or saving or evaluating or self._task.device_config.device.type == "cpu":
+            # on a GPU this waits for the queued steps, whose time then counts as theirs: only where something else waits
+            _check_finite(state, lr, world)
         self._timer.stop()
         if logging:
             figures = self._log(output, lr)
-        evaluating, stop = last or state.step % recipe.eval_every == 0, 0
         if evaluating:
             self._held_out = self._evaluate()
             stop = world.all_reduce_max(int(self._asks_to_stop()))[0] * (not last)
@@ -128,6 +131,7 @@ class Recorder:
         if saving and self._metrics is not None:
             self._metrics.sync()
             save_checkpoint(self._context.run, train_state)
+            self._record_machine()
             self._saved = time.monotonic()
             if not last:
                 self._refresh_report()
@@ -151,6 +155,14 @@ class Recorder:
         self._context.report(sentence)
         run.write_json("environment.json", (run.read_json("environment.json") or {}) | {"steps": sentence})
 
+    def _record_machine(self) -> None:
+        """Records peak memory, and how many steps were replayed from a CUDA graph."""
+        run, config = self._context.run, self._task.device_config
+        before = run.read_json("environment.json") or {}
+        peak = max(peak_memory(config.device), before.get("peak_memory_bytes", 0))
+        replayed = {"replayed_steps": self._train_state.state.replayed_steps} if config.cuda_graph else {}
+        run.write_json("environment.json", before | {"peak_memory_bytes": peak} | replayed)
+
     def _log(self, output: StepOutput, lr: float) -> dict[str, float]:
         """Writes the means since the last line; ends the warm-up of 2015 §4.2 if the error is below its bound."""
         state, recipe = self._train_state.state, self._train_state.recipe
@@ -165,7 +177,9 @@ class Recorder:
             "lr": lr,
             "gradient_norm": float(output.grad_norm),
             "images_per_second": recipe.batch * state.step / state.step_seconds,
-            "share_waiting": self._timer.share_waiting(),
+            "share_waiting": self._timer.share_waiting(
+                None if self._task.device_config.device.type == "cpu" else self._task.seconds_reading
+            ),
             "seconds": state.seconds,
         }
         self._write("train", figures)
@@ -267,7 +281,7 @@ class StepTimer:
         self._count = 0
         self._state, self._began = state, time.perf_counter() - state.seconds
         self._started = self._logged = time.perf_counter()
-        self._waited = 0.0
+        self._waited = self._read = 0.0
         self._ready = self._cpu = self.computing = self.cpu_seconds = 0.0
 
     def start(self) -> None:
@@ -298,9 +312,14 @@ class StepTimer:
         """The mean of the latest steps of this process, without its first ones."""
         return sum(self._steps) / max(len(self._steps), 1)
 
-    def share_waiting(self) -> float:
-        """The share of time spent waiting for images since the last call."""
+    def share_waiting(self, seconds_reading: float | None = None) -> float:
+        """The share of time spent waiting for images since the last call.
+
+        Args:
+            seconds_reading: of this process so far, for a GPU: making a batch also waits until its queue has room.
+        """
         now = time.perf_counter()
-        share = self._waited / max(now - self._logged, 1e-9)
-        self._waited, self._logged = 0.0, now
+        waited = self._waited if seconds_reading is None else seconds_reading - self._read
+        share = waited / max(now - self._logged, 1e-9)
+        self._waited, self._logged, self._read = 0.0, now, seconds_reading or 0.0
         return min(1.0, share)

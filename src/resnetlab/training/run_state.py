@@ -22,6 +22,7 @@ class RunState:
     errors: list[Tensor] = field(default_factory=list)
     seconds: float = 0.0  # of training and evaluation
     step_seconds: float = 0.0  # of training steps only
+    replayed_steps: int = 0  # from a CUDA graph
 
     def update_plateau(self, error: float, patience: int) -> None:
         """Counts an evaluation for the schedule "plateau" (2015 §3.4)."""

@@ -43,6 +43,7 @@ from resnetlab.training.result import ClassificationResult, Progress, TrainResul
 from resnetlab.training.schedule import learning_rate
 from resnetlab.training.side_by_side import SideBySideGradients, choose_batchnorm, divide_threads
 from resnetlab.training.step import Gradients, compute_gradients, train_step
+from resnetlab.training.step_trace import trace_steps
 from resnetlab.training.tasks.base import Task, TaskSetup
 from resnetlab.training.tasks.classification import ClassificationTask
 from resnetlab.training.tasks.detection import DetectionTask
@@ -70,6 +71,7 @@ class RunOptions:
         report: called with sentences on what happens.
         on_progress: called at every line of metrics.jsonl.
         on_evaluate: called with the figures of every evaluation of held-out images; if it returns True the run stops.
+        profile: how many steps to trace, near the start, into the run's trace.json.
     """
 
     data_dir: Path | None = None
@@ -78,6 +80,7 @@ class RunOptions:
     fit_micro_batch: bool = False
     epochs: Epochs | None = None
     trackers: tuple[str, ...] = ()
+    profile: int = 0
     report: Callable[[str], None] = _ignore
     on_progress: Callable[[Progress], None] = _ignore
     on_evaluate: OnEvaluate | None = None
@@ -194,7 +197,7 @@ def start_run(recipe: BaseRecipe, out: Path | None = None, options: RunOptions |
                 stack.enter_context(run.lock())
                 run.check_empty()  # another process may have been faster
                 _write_setup(run, task, options)
-            prepared = task, RunContext(run, options.report, options.on_progress, options.on_evaluate)
+            prepared = task, RunContext(run, options.report, options.on_progress, options.on_evaluate, options.profile)
         return prepared if isinstance(prepared, TrainResult) else train_to_end(*prepared)
 
 
@@ -234,7 +237,8 @@ def train_to_end(task: Task, context: RunContext) -> TrainResult:
         recorder = Recorder(train_state, context, request)
         gradients = select_gradients(task, recorder.report_graph)
         set_train_mode(task.net)
-        with recorder.closing():
+        steps = context.profile if task.device_config.world.is_first else 0
+        with recorder.closing(), trace_steps(steps, context.run.path / "trace.json", context.report) as end_traced_step:
             try:
                 for step in range(state.step, recipe.steps):
                     recorder.start_step()
@@ -243,6 +247,7 @@ def train_to_end(task: Task, context: RunContext) -> TrainResult:
                     recorder.batch_ready()
                     output = train_step(train_state, micro_batches, lr, gradients)
                     recorder.end_step(output, lr)
+                    end_traced_step()
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
@@ -309,6 +314,11 @@ def build_task(
     task = divide_threads(task.fit_micro_batch(options.report) if options.fit_micro_batch else task)
     task = choose_batchnorm(task, options.report, resuming=started_in is not None)
     options.report(f"device: {task.device_config}")
+    if device_config.device.type == "cuda" and task.nondeterministic_on_gpu:
+        options.report(
+            f"on a GPU {task.nondeterministic_on_gpu} add in no fixed order, so another run, or a resumed one, may differ in "
+            "its last bits"
+        )
     if device_config.device.type == "cpu" and threads > (cores := count_cores()):
         options.report(f"{threads} threads share {cores} core{'s' * (cores > 1)}: threads={cores} is faster")
     if changes := recipes.describe_changes(task.recipe, default_precision(device_config.device)):
@@ -371,7 +381,7 @@ def _reopen(
         stack.enter_context(run.lock())
         recorded = _read_run(run, task_name, requested, options)
     result, recipe, before = cast(_RecordedRun, world.broadcast(recorded))
-    context = RunContext(run, options.report, options.on_progress, options.on_evaluate)
+    context = RunContext(run, options.report, options.on_progress, options.on_evaluate, options.profile)
     if result is not None:
         options.report(f"{path} is finished; nothing to do.")
         return result
@@ -465,8 +475,9 @@ def _write_setup(run: RunFolder, task: Task, options: RunOptions) -> None:
 
 def _describe_machine(task: Task) -> dict[str, object]:
     """Versions and hardware of this machine."""
-    device = task.device_config.device
-    return environment(device) | {"device": device.type, "processes": task.device_config.world.size}
+    device, processes = task.device_config.device, task.device_config.world.size
+    exact = device.type == "cpu" or not task.nondeterministic_on_gpu
+    return environment(device) | {"device": device.type, "processes": processes, "exact_resume": exact}
 
 
 def _report_differences(

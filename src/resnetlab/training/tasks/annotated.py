@@ -181,6 +181,10 @@ class AnnotatedTask(Task, Generic[P, S]):
         """name -> reason, of the images and annotations skipped so far."""
         return self.errors.skipped
 
+    @property
+    def seconds_reading(self) -> float:
+        return self.loader.seconds_reading
+
     def micro_batches(self, step: int) -> list[list[S]]:
         """This process's micro-batches of step `step`."""
         return self.loader.micro_batches(step)

@@ -62,6 +62,8 @@ class Task(ABC):
     recipe_type: ClassVar[type[BaseRecipe]]
     result_type: ClassVar[type[TrainResult]]
     skip_reason: ClassVar[str] = "images could not be read"  # why images are skipped
+    # what adds in no fixed order on a GPU in a training step, as torch documents: a resumed run may differ in its last bits
+    nondeterministic_on_gpu: ClassVar[str] = ""
 
     recipe: BaseRecipe
     net: nn.Module
@@ -109,6 +111,11 @@ class Task(ABC):
     @abstractmethod
     def skipped(self) -> Mapping[str, str]:
         """name -> reason, of what was skipped so far."""
+
+    @property
+    @abstractmethod
+    def seconds_reading(self) -> float:
+        """Seconds that this process has spent reading images, or waiting for its workers to."""
 
     @abstractmethod
     def micro_batches(self, step: int) -> Sequence[Any]:

@@ -114,6 +114,8 @@ class ClassificationTask(Task):
             raise UsageError(
                 "schedule=plateau watches the held-out error, but nothing is held out; add --set val_images=1000."
             )
+        if isinstance(train, MemorySplit):  # a CPU crops and augments these too, where the recipe does that per image
+            train = replace(train, workers=_count_workers(setup))
         loader = TrainLoader(
             train,
             preprocessing,
@@ -168,6 +170,10 @@ class ClassificationTask(Task):
             steps, epochs = f"{recipe.steps:,} steps of {recipe.batch:,} images", recipe.steps * recipe.batch / n
             sentences.append(f"{steps} are {epochs:,.1f} epochs (--epochs changes that)")
         return sentences
+
+    @property
+    def seconds_reading(self) -> float:
+        return self.loader.seconds_reading
 
     def micro_batches(self, step: int) -> list[Batch]:
         """The micro-batches of this process's share of step `step`."""
@@ -381,12 +387,17 @@ def choose_augmentation(recipe: Recipe, num_classes: int) -> Augmentation:
     )
 
 
+def _count_workers(setup: TaskSetup) -> int:
+    return default_workers(setup.device_config) if setup.workers is None else setup.workers
+
+
 def _load_source(recipe: Recipe, setup: TaskSetup) -> Dataset:
     """The data of a recipe."""
     quarantine = str(setup.started_in / recipe.quarantine) if recipe.quarantine else ""
-    workers = default_workers(setup.device_config) if setup.workers is None else setup.workers
     data = sources.resolve_data_path(recipe.data, setup.started_in)
-    source = sources.load_dataset(data, setup.data_dir, ReadOptions(recipe.on_bad_image, quarantine, workers))
+    source = sources.load_dataset(
+        data, setup.data_dir, ReadOptions(recipe.on_bad_image, quarantine, _count_workers(setup))
+    )
     if not len(source.train):
         raise DataError(
             f"{data} has no train folder; training needs class folders, or train/ with class folders in it."

@@ -59,6 +59,7 @@ class DetectionTask(AnnotatedTask[AnnotatedImage, DetectionSample]):
     command = "resnetlab detect train"
     recipe_type = DetectionRecipe
     result_type = DetectionResult
+    nondeterministic_on_gpu = "the gradients of region features (ROI align)"
     skip_reason = "boxes or images were invalid"
     metrics = ("map", "map_50", "voc_map", "per_class")
     load_model = staticmethod(partial(load_annotated, task="detect"))

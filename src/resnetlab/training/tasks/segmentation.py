@@ -65,6 +65,7 @@ class SegmentationTask(AnnotatedTask[MaskedImage, SegmentationSample]):
     recipe_type = SegmentationRecipe
     result_type = SegmentationResult
     skip_reason = "masks or images were invalid"
+    nondeterministic_on_gpu = "the gradient of upsampling and the loss of pixels"
     metrics = ("mean_iou", "pixel_error", "per_class")
     load_model = staticmethod(partial(load_annotated, task="segment"))
 

@@ -1,0 +1,342 @@
+"""What only a GPU would show, shown without one: a simulated queue, devices that are not there, groups that fail."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import cells
+import resnetlab.serve.service
+from images import NAMES, folder
+from resnetlab import distributed
+from resnetlab.cli.train import TrainOptions, read_overrides
+from resnetlab.data import prefetch
+from resnetlab.data.disk_split import DiskSplit, ReadOptions
+from resnetlab.data.error_policy import ErrorPolicy
+from resnetlab.data.prefetch import LoadedBatch, Prefetcher
+from resnetlab.data.sources import load_dataset
+from resnetlab.device import DeviceConfig, is_usable
+from resnetlab.errors import DataError, RunError, UsageError
+from resnetlab.evaluation import scores
+from resnetlab.models.resnet import build
+from resnetlab.preprocessing import Preprocessing
+from resnetlab.run_folder import RunFolder
+from resnetlab.stopping import catch_stop_signals
+from resnetlab.studies.workers import worker_devices
+from resnetlab.training import recorder
+from resnetlab.training.annotated_recipes import boxes, masks
+from resnetlab.training.checkpoint import TrainState, restore_checkpoint
+from resnetlab.training.micro_batches import BatchNormStatistics
+from resnetlab.training.recipe import BaseRecipe, Recipe
+from resnetlab.training.recorder import Recorder, RunContext
+from resnetlab.training.step import StepOutput, train_step
+from resnetlab.training.step_trace import trace_steps
+from resnetlab.training.tasks.classification import ClassificationTask
+from resnetlab.training.train import RunOptions, build_task, start_run
+from tiny_runs import make_train_state, tiny
+
+
+@pytest.mark.parametrize("error", [RunError, KeyboardInterrupt, None])
+def test_a_process_that_fails_does_not_wait_for_the_others(
+    error: type[BaseException] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """destroy_process_group would wait for GPU work that a lost process never completes."""
+    ended: list[str] = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, **__: None)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: ended.append("destroyed"))
+    monkeypatch.setattr(torch.distributed.distributed_c10d, "_abort_process_group", lambda: ended.append("aborted"))
+    if error is None:
+        with distributed.join_process_group():
+            pass
+    else:
+        with pytest.raises(error), distributed.join_process_group():
+            raise error("gone")
+    assert ended == ["destroyed" if error is None else "aborted"]
+
+
+class Queue:
+    """A GPU's queue: every step adds work, and whoever reads a result waits for it."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def wait(self) -> None:
+        time.sleep(self.seconds)
+        self.seconds = 0.0
+
+
+def record_on_gpu(train_state: TrainState, out: Path, queue: Queue, monkeypatch: pytest.MonkeyPatch) -> Recorder:
+    """A recorder of a run that believes to be on a GPU with the queue."""
+    config = replace(train_state.task.device_config, device=torch.device("cuda"), cuda_graph=True)
+    train_state.task = replace(train_state.task, device_config=config)  # type: ignore[type-var]
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 5 * 2**30)
+    monkeypatch.setattr(recorder, "_check_finite", lambda *_: queue.wait())
+    monkeypatch.setattr(ClassificationTask, "evaluate_held_out", lambda _: queue.wait() or {"top1_error": 0.5})
+    run = RunFolder.create(out, "run")
+    with catch_stop_signals() as request:
+        return Recorder(train_state, RunContext(run, lambda _: None, lambda _: None), request)
+
+
+def test_the_wait_of_an_evaluation_for_queued_steps_counts_as_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without that, `images_per_second` is the speed of launching."""
+    train_state, queue = make_train_state(tiny(log_every=6, eval_every=2, steps=6)), Queue()
+    here = record_on_gpu(train_state, tmp_path / "run", queue, monkeypatch)
+    output = StepOutput(torch.tensor(1.0), torch.tensor(0.5), torch.tensor(1.0))
+    with here.closing():
+        for _ in range(6):
+            here.start_step()
+            here.batch_ready()
+            queue.seconds += 0.02
+            train_state.state.step += 1
+            train_state.state.replayed_steps += 1
+            here.end_step(output, 0.1)
+    assert train_state.state.step_seconds >= 6 * 0.02
+    recorded = json.loads((tmp_path / "run" / "environment.json").read_text())
+    assert recorded == {"peak_memory_bytes": 5 * 2**30, "replayed_steps": 6}
+    resumed = make_train_state(train_state.recipe)  # type: ignore[arg-type]
+    restore_checkpoint(RunFolder(tmp_path / "run"), resumed)
+    assert resumed.state.replayed_steps == 6
+
+
+def test_a_full_queue_is_no_wait_for_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train_state, queue = make_train_state(tiny(log_every=2, eval_every=9, steps=20)), Queue()
+    here = record_on_gpu(train_state, tmp_path / "run", queue, monkeypatch)
+    output = StepOutput(torch.tensor(1.0), torch.tensor(0.5), torch.tensor(1.0))
+    shares = []
+    with here.closing():
+        for reading in (0.0, 0.02):
+            monkeypatch.setattr(ClassificationTask, "seconds_reading", reading * 2)
+            for _ in range(2):
+                here.start_step()
+                time.sleep(0.02)  # launches that wait until the queue has room
+                here.batch_ready()
+                train_state.state.step += 1
+                here.end_step(output, 0.1)
+            lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+            shares.append(json.loads(lines[-1])["share_waiting"])
+    assert shares[0] == 0 < shares[1] <= 1
+
+
+def test_a_prefetcher_measures_its_reading() -> None:
+    def read(batch: int) -> LoadedBatch[int]:
+        time.sleep(0.02)
+        return LoadedBatch(batch, [0], {})
+
+    prefetcher: Prefetcher[int] = Prefetcher(read, ErrorPolicy(), 0)  # type: ignore[arg-type]
+    assert [prefetcher.get(step).samples for step in (0, 1)] == [0, 1]
+    assert prefetcher.seconds >= 0.04
+
+
+def test_a_study_takes_one_process_for_each_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert worker_devices("auto", 9) == worker_devices("cuda", 9) == ["cuda:0", "cuda:1"]
+    assert worker_devices("cuda:1", 9) == ["cuda:1"] and worker_devices("cuda", 1) == ["cuda:0"]
+
+
+@pytest.mark.parametrize(("cores", "processes", "workers"), [(64, 8, 7), (64, 1, 12), (4, 8, 1), (1, 1, 1)])
+def test_the_processes_of_a_machine_share_its_cores_for_decoding(
+    cores: int, processes: int, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prefetch, "count_cores", lambda: cores)
+    monkeypatch.setenv("WORLD_SIZE", str(2 * processes))  # on two machines
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    assert prefetch.default_workers(DeviceConfig(torch.device("cuda"), "bf16", 2, "for the test")) == workers
+
+
+def test_workers_crop_images_in_memory() -> None:
+    task = build_task(tiny(crop="resized"), RunOptions(device="cpu", workers=2))
+    assert isinstance(task, ClassificationTask) and task.loader.split.workers == 2
+    alone = build_task(tiny(crop="resized"), RunOptions(device="cpu"))
+    assert isinstance(alone, ClassificationTask) and alone.loader.split.workers == 0
+    batch, other = task.loader.batch(0), alone.loader.batch(0)
+    task.close()
+    assert torch.equal(batch.images, other.images)
+
+
+def test_a_failed_gpu_makes_the_service_unhealthy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastapi.testclient import TestClient
+
+    from resnetlab.serve.app import make_app
+    from resnetlab.serve.limits import Limits
+    from resnetlab.serve.models import load_served_model
+    from resnetlab.serve.service import Service
+    from service import write_classifier
+
+    served, *_ = load_served_model(str(write_classifier(tmp_path / "m.safetensors")), "torch", "fp32", "cpu")
+    with TestClient(make_app(Service(served, Limits()))) as client:
+        assert client.get("/healthz").status_code == 200
+        monkeypatch.setattr(resnetlab.serve.service, "is_usable", lambda device: False)
+        answer = client.get("/healthz")
+    assert answer.status_code == 503 and "restart the service" in answer.json()["error"]
+
+
+@pytest.mark.parametrize(
+    ("error", "usable"),
+    [
+        (torch.AcceleratorError("CUDA error: an illegal memory access was encountered"), False),
+        (torch.OutOfMemoryError("CUDA out of memory."), True),
+        (None, True),
+    ],
+)
+def test_a_device_that_refuses_everything_is_not_usable(
+    error: Exception | None, usable: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ones(*_: object, **__: object) -> float:
+        if error is not None:
+            raise error
+        return 1.0
+
+    assert is_usable(torch.device("cpu"))
+    monkeypatch.setattr(torch, "ones", ones)
+    assert is_usable(torch.device("cuda")) is usable
+
+
+class Operations(TorchDispatchMode):
+    """Lists the operations of torch that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(function))
+        return function(*args, **kwargs or {})
+
+    def kernels(self) -> list[str]:
+        """The operations that a GPU would launch something for."""
+        return [name for name in self.names if "empty" not in name]
+
+
+def test_bookkeeping_of_bn_takes_few_kernels() -> None:
+    """One by one they were more launches than a small network's own."""
+    net = build("resnet20", classes=10)
+    statistics, before = BatchNormStatistics(net), {k: v.clone() for k, v in net.state_dict().items()}
+    statistics.save()
+    net(torch.rand(2, 3, 32, 32))
+    with Operations() as rewinding:
+        updated = statistics.rewind()
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+    with Operations() as ending:
+        statistics.save()
+        statistics.set(updated)
+    copy = "aten._foreach_copy_.default"
+    assert rewinding.kernels() == [copy] * 3
+    assert ending.kernels() == [copy] * 3 + ["aten._foreach_add_.Scalar"]
+    after = net.state_dict()
+    assert int(after["bn1.num_batches_tracked"]) == 1 and torch.equal(after["bn1.running_mean"], updated[0])
+    assert not torch.equal(after["bn1.running_mean"], before["bn1.running_mean"])
+
+
+# of torch.use_deterministic_algorithms and of torchvision's kernels: what adds atomically on CUDA (2.15). Pooling's gradient
+# gathers, and index_put with accumulate sorts.
+NONDETERMINISTIC = {
+    *("upsample_linear1d_backward", "upsample_bilinear2d_backward", "_upsample_bilinear2d_aa_backward"),
+    *("upsample_bicubic2d_backward", "upsample_trilinear3d_backward", "nll_loss2d_forward", "nll_loss2d_backward"),
+    *(
+        "_adaptive_avg_pool2d_backward",
+        "adaptive_max_pool2d_backward",
+        "reflection_pad2d_backward",
+        "histc",
+        "bincount",
+    ),
+    *("replication_pad2d_backward", "grid_sampler_2d_backward", "median", "cumsum", "put_", "index_copy"),
+    *("index_add", "index_add_", "scatter_add", "scatter_add_", "scatter_reduce", "embedding_dense_backward"),
+    *("_roi_align_backward", "_roi_pool_backward", "_ps_roi_align_backward", "_deform_conv2d_backward"),
+}
+SMALL_NET = {"widths": (8, 8, 8, 8), "depths": (1, 1, 1, 1)}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "expected"),
+    [
+        (tiny(), set()),
+        (tiny(label_smoothing=0.1, mixup=0.2, crop="resized", stochastic_depth=0.5), set()),
+        (
+            replace(boxes(), image_size=72, batch=2, regions=16, pyramid=8, sides=(66,), longest=96),
+            {"_roi_align_backward"},
+        ),
+        (
+            replace(masks(), image_size=72, batch=2, sides=(80,)),
+            {"upsample_bilinear2d_backward", "nll_loss2d_forward", "nll_loss2d_backward"},
+        ),
+    ],
+    ids=["classify", "classify more", "detect", "segment"],
+)
+def test_a_step_has_no_nondeterministic_operation_but_those_said(
+    recipe: BaseRecipe, expected: set[str], tmp_path: Path
+) -> None:
+    if not isinstance(recipe, Recipe):
+        changes = {"data": str(cells.make_voc_folder(tmp_path)), "bn": "live", "start_from": ""}
+        recipe = replace(recipe.rescale(4), net="resnet18", specification=SMALL_NET, **changes)  # type: ignore[arg-type]
+    messages: list[str] = []
+    train_state = TrainState.create(build_task(recipe, RunOptions(device="cpu", report=messages.append)))
+    micro_batches = train_state.task.micro_batches(0)
+    with Operations() as operations:
+        train_step(train_state, micro_batches, 0.1)
+    found = {name.split(".")[1] for name in operations.names} & NONDETERMINISTIC
+    assert found == expected and "convolution_backward" in {name.split(".")[1] for name in operations.names}
+    assert bool(train_state.task.nondeterministic_on_gpu) is bool(expected)
+    assert not any("no fixed order" in message for message in messages)  # a CPU adds in order
+
+
+def test_a_profiled_run_has_a_trace_and_the_same_weights(tmp_path: Path) -> None:
+    messages: list[str] = []
+    options = RunOptions(device="cpu", report=messages.append)
+    start_run(tiny(steps=6), tmp_path / "plain", options)
+    start_run(tiny(steps=6), tmp_path / "traced", replace(options, profile=2))
+    with trace_steps(2, tmp_path / "short.json", messages.append) as end_step:
+        end_step()
+    assert not (tmp_path / "plain/trace.json").exists() and not (tmp_path / "short.json").exists()
+    assert [m for m in messages if m.startswith(("trace of", "no trace"))] == [
+        f"trace of 2 steps, to open in Perfetto: {tmp_path / 'traced' / 'trace.json'}",
+        "no trace: it begins after 3 steps, and there were no more",
+    ]
+    events = [event.get("name") for event in json.loads((tmp_path / "traced/trace.json").read_text())["traceEvents"]]
+    assert "aten::convolution" in events and sum(name == "aten::cross_entropy_loss" for name in events) == 2
+    plain, traced = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("plain", "traced"))
+    assert plain == traced
+    with pytest.raises(UsageError, match="--profile must be 0 or more, not -1"):
+        read_overrides(None, TrainOptions(profile=-1), {})
+
+
+def test_evaluation_decodes_in_threads_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU by default; here as many as a run's `workers`."""
+    images = folder(tmp_path / "photos", {"train": 12, "val": 2})
+    bad = sorted((images / "train").rglob("*.*"))[5]
+    bad.write_bytes(b"broken")
+    net, preprocessing = (
+        build("resnet8", classes=len(NAMES), seed=0),
+        Preprocessing(3, (16, 16), 16, torch.full((3,), 0.5), torch.full((3,), 0.25)),
+    )
+    config, reading, most = DeviceConfig(torch.device("cpu"), "fp32", 1, "for the test"), [0], [0]
+    read = DiskSplit.read_image
+
+    def read_slowly(split: DiskSplit, i: int) -> torch.Tensor:
+        reading[0] += 1
+        most[0] = max(most[0], reading[0])
+        time.sleep(0.01)
+        reading[0] -= 1
+        return read(split, i)
+
+    monkeypatch.setattr(DiskSplit, "read_image", read_slowly)
+    found = []
+    for workers in (0, 3):
+        split = load_dataset(str(images), tmp_path, ReadOptions("skip", "", workers)).train
+        member = scores.Member.from_network(net, preprocessing, config)
+        found += scores.predict_scores([member], split, config)
+        assert list(split.errors.skipped) == [bad.relative_to(images).as_posix()] and most[0] == max(1, workers)
+    assert torch.equal(*found) and int((found[0] == scores.SKIPPED).all(1).sum()) == 1
+    with pytest.raises(DataError, match="bild"):
+        scores.predict_scores([member], load_dataset(str(images), tmp_path, ReadOptions("stop", "", 3)).train, config)
