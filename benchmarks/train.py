@@ -53,11 +53,11 @@ from resnetlab.models.cost import compute_cost
 from resnetlab.models.spec import get_specification
 from resnetlab.preprocessing import Preprocessing
 from resnetlab.training.checkpoint import TrainState
+from resnetlab.training.gradients import select_gradients
 from resnetlab.training.recipes import find_classification_recipe
 from resnetlab.training.side_by_side import choose_batchnorm, divide_threads
 from resnetlab.training.step import train_step
 from resnetlab.training.tasks.classification import ClassificationTask
-from resnetlab.training.train import select_gradients
 from train_cifar import plain_resnet
 
 Step = Callable[[], object]

@@ -80,6 +80,12 @@ def test_onnx(model: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -
     code, parity, _ = run_json(capsys, "export", model, "--to", "onnx", "--out", out, "--json")
     assert code == 0 and parity["top1_agreement"] == 1.0 and parity["largest_difference"] < 1e-5 and parity["n"] == 16
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m.onnx", "m.onnx.json", "m.onnx.parity.json"]
+    graph = onnx.load(out)
+    dims = [
+        [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim]
+        for v in (*graph.graph.input, *graph.graph.output)
+    ]
+    assert dims[0][0] == dims[1][0] == "batch" and len(graph.opset_import) == 1
     turned = [list(n.attribute[0].ints) for n in onnx.load(out).graph.node if n.op_type == "Transpose"]
     assert [1, 0] not in turned  # in float64, before a product: ONNX Runtime 1.24 and 1.25 refuse such a file
     beside = json.loads((tmp_path / "m.onnx.parity.json").read_text())

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import subprocess
 import sys
 import tempfile
 import unicodedata
@@ -381,13 +382,15 @@ def test_a_bad_image_stops_or_is_left_out(tmp_path: Path) -> None:
     assert torch.equal(fixed[kept], shown[bad].images)
 
 
-def test_a_run_that_a_image_stopped_goes_on_without_it(tmp_path: Path) -> None:
+def test_a_run_that_a_image_stopped_goes_on_without_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = folder(tmp_path / "d", {"train": 6, "val": 4})
-    cut(root, "val/alpha/bild 1.jpg")  # met at the end
+    cut(root, "val/alpha/bild 1.jpg")
     values = TINY_PHOTOS | {"data": str(root), "steps": 1}
+    with monkeypatch.context() as patch:  # damage that the look before training does not see is met at the end
+        patch.setattr(DiskSplit, "require_readable", lambda self: None)
+        with pytest.raises(DataError, match=r"bild 1.jpg is damaged.*--on-bad-image skip"):
+            resnetlab.train("photos", out=tmp_path / "run", **values)  # type: ignore[arg-type]
     whole = resnetlab.train("photos", out=tmp_path / "whole", on_bad_image="skip", **values)  # type: ignore[arg-type]
-    with pytest.raises(DataError, match=r"bild 1.jpg is damaged.*--on-bad-image skip"):
-        resnetlab.train("photos", out=tmp_path / "run", **values)  # type: ignore[arg-type]
     assert run_command(["train", "--resume", str(tmp_path / "run"), "--seed", "5", "--on-bad-image", "skip"]) == 1
     assert 'on_bad_image = "stop"' in (tmp_path / "run" / "recipe.toml").read_text()
     assert run_command(["train", "--resume", str(tmp_path / "run"), "--on-bad-image", "skip"]) == 0
@@ -401,7 +404,7 @@ def test_training_reports_what_it_skips(tmp_path: Path) -> None:
     cut(root, "train/alpha/bild 2.jpg")
     cut(root, "val/alpha/bild 1.jpg")
     values = TINY_PHOTOS | {"data": str(root)}
-    with pytest.raises(DataError, match=r"bild 2.jpg is damaged"):
+    with pytest.raises(DataError, match=r"val/alpha/bild 1.jpg is damaged"):  # before training
         resnetlab.train("photos", out=tmp_path / "stop", **values)  # type: ignore[arg-type]
     assert not (tmp_path / "stop").exists()
     message: list[str] = []
@@ -551,3 +554,26 @@ def test_names_in_another_encoding_are_refused(tmp_path: Path, capsys: pytest.Ca
         "", ("class",), [(name,) for name in sources.load_dataset(str(tmp_path / "f"), tmp_path).classes]
     )
     assert capsys.readouterr().out.split() == ["class", "a", r"b\x1b[31m"]  # a name moves no cursor
+
+
+def test_one_image_left_of_a_batch_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = folder(tmp_path / "d", {"train": 2, "val": 1}, ("a", "b"))
+    for name in ("a/bild 0.jpg", "a/bild 1.jpg", "b/bild 0.jpg"):
+        cut(root, f"train/{name}")
+    values = [f"--set={key}={value}" for key, value in TINY_PHOTOS.items() if key not in ("device", "steps", "batch")]
+    arguments = ["train", str(root), "--recipe", "photos", "--out", str(tmp_path / "run"), "--on-bad-image", "skip"]
+    assert run_command([*arguments, "--steps", "3", "--batch", "2", "--device", "cpu", *values]) == 1
+    assert re.search(r"(too few|none) of the .*images of step \d can be read; fix them", capsys.readouterr().err)
+
+
+def test_output_in_any_encoding(tmp_path: Path) -> None:
+    root = folder(tmp_path / "d", {"": 4}, ("größe", "猫"))
+    code = "from resnetlab.cli.main import main; main()"
+    for encoding, wanted in (("ascii", "\\u732b"), ("utf-8", "猫")):
+        environment = os.environ | {"PYTHONIOENCODING": encoding, "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-c", code, "data", "check", str(root), "--no-timing", "--workers", "0"]
+        done = subprocess.run(command, env=environment, capture_output=True, check=False)
+        assert done.returncode == 0 and wanted in done.stdout.decode(encoding), done.stderr
+    environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run(command, env=environment, capture_output=True, check=False)
+    assert b"set the environment variable PYTHONUTF8=1" in done.stderr + done.stdout

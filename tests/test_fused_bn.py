@@ -20,9 +20,10 @@ from resnetlab.nn import batchnorm, kernel
 from resnetlab.nn.batchnorm import FixedBatchNorm, FusedBatchNorm2d, fuse_batchnorm
 from resnetlab.nn.kernel import Kernel, load_kernel
 from resnetlab.training.checkpoint import TrainState
+from resnetlab.training.gradients import select_gradients
 from resnetlab.training.recipe import Recipe
 from resnetlab.training.step import train_step
-from resnetlab.training.train import RunOptions, build_task, select_gradients
+from resnetlab.training.train import RunOptions, build_task
 from tiny_runs import tiny
 
 needs_kernel = pytest.mark.skipif(not shutil.which("g++"), reason="there is no C++ compiler")

@@ -25,6 +25,7 @@ from resnetlab.device import select_device
 from resnetlab.errors import DataError, RunError, UsageError
 from resnetlab.preprocessing import Preprocessing
 from shard_files import files, jpeg, load, packed, tar
+from shard_files import members as shard_members
 
 FLOWERS = Path(__file__).resolve().parents[2] / "shared" / "data" / "flowers"
 
@@ -289,3 +290,16 @@ def test_flowers_from_a_folder_from_shards_and_from_a_server(tmp_path: Path) -> 
         ):
             load(pattern, tmp_path / "other")
         assert [name for name, _ in server.requests].count("train-000000.tar") == 1 + len(download.PAUSES)
+
+
+def test_a_word_of_the_name_is_the_split(tmp_path: Path) -> None:
+    for i, (train, val) in enumerate(
+        (("imagenet1k-train-0000", "imagenet1k-validation-00"), ("im-train-00", "im_val.00"))
+    ):
+        tar(tmp_path / str(i) / f"{train}.tar", shard_members("ab", 4))
+        tar(tmp_path / str(i) / f"{val}.tar", shard_members("ab", 2, 100))
+        data = load(tmp_path / str(i))
+        assert {name: len(split) for name, split in data.splits.items()} == {"train": 8, "val": 4}
+    tar(tmp_path / "2" / "train-and-test-0.tar", shard_members())
+    with pytest.raises(DataError, match="says train and test; rename it after its one split"):
+        load(tmp_path / "2")

@@ -25,11 +25,12 @@ from resnetlab.stopping import StopSignal
 from resnetlab.training import recipes, recorder
 from resnetlab.training.average import set_train_mode
 from resnetlab.training.checkpoint import TrainState
+from resnetlab.training.gradients import select_gradients
 from resnetlab.training.recipe import BaseRecipe, Overrides, Recipe
 from resnetlab.training.result import Progress
 from resnetlab.training.side_by_side import SideBySideGradients, divide_threads, share_weights
 from resnetlab.training.step import train_step
-from resnetlab.training.train import RunOptions, build_task, resume, select_gradients, start_run
+from resnetlab.training.train import RunOptions, build_task, resume, start_run
 from runs import assert_same
 from tiny_runs import tiny
 

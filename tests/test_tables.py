@@ -45,7 +45,8 @@ def rows_of(root: Path) -> list[tuple[str, str]]:
 
 
 def test_a_table_of_a_folder_trains_to_the_same_weights(photos: Path, tmp_path: Path) -> None:
-    table = write(tmp_path / "list.csv", [("file", "class"), *rows_of(photos)])
+    rows = [(*row, f"g{i % 2}") for i, row in enumerate(rows_of(photos))]
+    table = write(tmp_path / "list.csv", [("file", "class", "garden"), *rows])
     weights = []
     small = TINY_PHOTOS | {"steps": 3}
     for data in (photos, table):
@@ -54,6 +55,9 @@ def test_a_table_of_a_folder_trains_to_the_same_weights(photos: Path, tmp_path: 
     assert all(torch.equal(value, weights[1][key]) for key, value in weights[0].items())
     evaluated = [resnetlab.evaluate(str(result.model), str(data), device="cpu").to_json() for data in (photos, table)]
     assert evaluated[0]["top1_error"] == evaluated[1]["top1_error"] == result.top1_error
+    gardens = evaluated[1]["by_column"]["garden"]
+    assert "by_column" not in evaluated[0] and [g["value"] for g in gardens] == ["g0", "g1"]
+    assert sum(g["n"] * g["top1_error"] for g in gardens) == pytest.approx(6 * result.top1_error)
     assert evaluated[1]["notes"] == [] and evaluated[1]["split"] == "held-out" and evaluated[1]["n"] == 6
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -55,22 +56,26 @@ def check(
 
     if quarantine is not None:
         check_output_file(quarantine, [data], "--quarantine")
+    source: Dataset | None = None
     try:
         source = _load_source(data, data_dir)
     except DataError as error:
-        report, speed = CheckReport(data, problems=[Problem("layout", data, str(error))]), None
+        report = CheckReport(data, problems=[Problem("layout", data, str(error))])
         quarantine = None  # no image was checked: an existing list stays as it is
     else:
         with console.ProgressBar("images") as bar:
             report = check_dataset(source, count_cores() if workers is None else workers, bar.update)
         report.problems += find_unexpected_files(source)
-        speed = _measure_loading(source) if timing and report.readable == report.images else None
     if quarantine is not None:
         _write_quarantine(quarantine, report)
+    if not json:
+        _print_report(report)
+    speed = _measure_loading(source) if source and timing and report.readable == report.images else None
     if json:
         console.print_json(report.to_json() | {"loading": speed})
-    else:
-        _print_report(report, speed)
+    elif speed is not None:
+        words = f"{speed['images_per_second']:,.0f} images/s in one process"
+        print(f"loading        {words}, {speed['share_of_step']:.1%} of a ResNet-18 step that waits for it")
     if n := len(report.problems):
         raise DataError(f"{n:,} problem{'s' * (n > 1)} found in {data}.")
 
@@ -144,15 +149,12 @@ def _write_quarantine(path: Path, report: CheckReport) -> None:
     console.log(f"{path}: {len(report.quarantine):,} images for training to leave out")
 
 
-def _print_report(report: CheckReport, speed: dict[str, float] | None) -> None:
+def _print_report(report: CheckReport) -> None:
     console.write_line(f"{report.data}: {report.images:,} images, {report.readable:,} can be read")
     if report.shorter_sides:
         low, middle, high = report.shorter_sides
         print(f"shorter side   {low:,} to {high:,} pixels, median {middle:,.0f}")
         print(f"kinds          {', '.join(f'{kind} {n:,}' for kind, n in report.kinds.items())}")
-    if speed is not None:
-        words = f"{speed['images_per_second']:,.0f} images/s in one process"
-        print(f"loading        {words}, {speed['share_of_step']:.1%} of a ResNet-18 step that waits for it")
     splits = list(report.classes)
     names = list(dict.fromkeys(name for counts in report.classes.values() for name in counts))
     if names:
@@ -164,3 +166,4 @@ def _print_report(report: CheckReport, speed: dict[str, float] | None) -> None:
         console.print_table("", ("kind", "file", "detail"), report.problems[:MAX_PRINTED])
         if (rest := len(report.problems) - MAX_PRINTED) > 0:
             print(f"and {rest:,} more: --json lists all")
+    sys.stdout.flush()  # before the speed is measured

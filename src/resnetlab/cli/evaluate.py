@@ -323,6 +323,10 @@ def _print_evaluation(evaluation: Evaluation) -> None:
     console.print_table(
         "", ("class", "n", "top-1 error", "precision", "recall", "F1", "taken for"), rows, right=(1, 2, 3, 4, 5)
     )
+    for column, values in figures.get("by_column", {}).items():
+        print()
+        by_value = [(v["value"], f"{v['n']:,}", format_percent(v["top1_error"])) for v in values]
+        console.print_table("", (column, "n", "top-1 error"), by_value, right=(1, 2))
 
 
 def _print_corruptions(errors: CorruptionErrors) -> None:

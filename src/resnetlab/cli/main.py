@@ -65,8 +65,9 @@ app.command(segment)
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs one command and exits: 0, 1 (failed), 2 (wrong request) or 128 + signal (stopped)."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="surrogateescape")  # file names are printed as their bytes
+    if isinstance(sys.stdout, io.TextIOWrapper):  # in UTF-8 file names are printed as their bytes
+        is_utf8 = sys.stdout.encoding.lower().replace("-", "") == "utf8"
+        sys.stdout.reconfigure(errors="surrogateescape" if is_utf8 else "backslashreplace")
     with end_on_stop_signals():  # the first process of a container has no default action for SIGTERM
         sys.exit(run_command(sys.argv[1:] if arguments is None else arguments))
 

@@ -371,6 +371,8 @@ Writer = tuple["Callable[[Prediction], object]", Callable[[], object]]  # writes
 
 
 def _csv_writer() -> Writer:
+    if isinstance(sys.stdout, io.TextIOWrapper):  # programs read it, on whatever system
+        sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
     writer = csv.writer(sys.stdout)
     writer.writerow(("image", "rank", "class", "score", "error"))
     return lambda p: writer.writerows(p.to_rows()), lambda: None

@@ -18,6 +18,7 @@ from resnetlab.formatting import format_duration, format_percent
 if TYPE_CHECKING:
     from resnetlab.training.recipe import BaseRecipe, Overrides
     from resnetlab.training.result import TrainResult
+    from resnetlab.training.train import RunOptions
 
 
 @Parameter(name="*")
@@ -110,6 +111,7 @@ def train(
     compile: str | None = None,
     on_bad_image: str | None = None,
     quarantine: Path | None = None,
+    folds: int | None = None,
     verify_resume: Annotated[bool, Parameter(negative="")] = False,
 ) -> None:
     """Train a network; write a run folder with the model and a report.
@@ -136,6 +138,9 @@ def train(
         stop at an image that cannot be read, or skip it: left out, counted, and listed in the run folder.
     quarantine
         A list of images to leave out, as written by `resnetlab data check --quarantine`.
+    folds
+        Cross-validation: one run for each of so many folds, each tested on its own; prints mean and standard deviation. The
+        runs are in fold-1, fold-2, … of --out; given again, the command goes on where it was stopped.
     verify_resume
         Verify on this machine that a killed run resumes bit-identically: train the recipe's first steps without a stop and with
         a real SIGKILL, compare, and leave nothing behind. So few steps are not compiled; add --compile on to verify that.
@@ -146,6 +151,8 @@ def train(
     overrides = read_overrides(data, options, values | {"quarantine": quarantine})
     if verify_resume:
         return _verify(options, overrides, data_dir)
+    if folds is not None:
+        return _cross_validate(folds, options, overrides, data_dir)
     with prepare_run("classify", options, overrides, data_dir=data_dir) as run:
         result = run()
     if print_json_result(result, options):
@@ -154,6 +161,28 @@ def train(
     interval = f"95 % interval {100 * low:.2f} to {100 * high:.2f} %, n = {result.n:,}"
     interval += f"; accuracy {format_percent(1 - result.top1_error)}"
     return print_result(result, {f"{result.split} error, top-1": f"{format_percent(result.top1_error)}  ({interval})"})
+
+
+def _cross_validate(folds: int, options: TrainOptions, overrides: Overrides, data_dir: Path | None) -> None:
+    """Trains one run per fold and prints their errors."""
+    from resnetlab.training.folds import cross_validate
+    from resnetlab.training.recipe import Recipe
+    from resnetlab.training.result import show_training
+
+    if options.procs is not None or options.resume is not None:
+        raise UsageError("--folds makes runs of its own and goes on with them; leave out --procs and --resume.")
+    recipe, settings = complete_recipe("classify", options, overrides), _run_options(options, overrides, data_dir)
+    assert isinstance(recipe, Recipe)
+    with show_training() as on_progress:
+        summary = cross_validate(recipe, folds, options.out, replace(settings, on_progress=on_progress))
+    if options.json:
+        return console.print_json(summary)
+    rows = [(each["run"], f"{each['n']:,}", format_percent(each["top1_error"])) for each in summary["runs"]]
+    console.print_table("", ("run", "images", "top-1 error"), rows, right=(1, 2))
+    mean, deviation = (format_percent(summary[key]) for key in ("top1_error", "standard_deviation"))
+    return print(
+        f"top-1 error {mean} ± {deviation} (mean and standard deviation over {folds} folds, n = {summary['n']:,})"
+    )
 
 
 def read_overrides(data: str | None, options: TrainOptions, values: Mapping[str, object]) -> Overrides:
@@ -202,20 +231,11 @@ def prepare_run(
     """A progress bar, and a function that starts or resumes the run and returns its result, to be called meanwhile."""
     from resnetlab.models.annotated_model import TASK_NOUNS
     from resnetlab.training.result import show_training
-    from resnetlab.training.train import RunOptions, resume, start_run
+    from resnetlab.training.train import resume, start_run
 
     if options.batch == "auto" and task != "classify":
         raise UsageError(f"--batch auto is for classifiers; give {TASK_NOUNS[task]} a number.")
-    settings = RunOptions(
-        data_dir=data_dir,
-        device=options.device,
-        workers=options.workers,
-        fit_micro_batch=options.batch == "auto",
-        epochs=overrides.length,
-        trackers=options.tracker,
-        profile=options.profile,
-        report=console.log,
-    )
+    settings = _run_options(options, overrides, data_dir)
     if options.procs is not None:  # they show the progress
         job = launch.Job(task, settings, options.procs, options.max_restarts)
         if options.resume is not None:
@@ -229,6 +249,22 @@ def prepare_run(
             yield partial(resume, options.resume, settings, task=task, overrides=overrides)
         else:
             yield partial(start_run, complete_recipe(task, options, overrides), options.out, settings)
+
+
+def _run_options(options: TrainOptions, overrides: Overrides, data_dir: Path | None) -> RunOptions:
+    """What a run needs besides its recipe."""
+    from resnetlab.training.train import RunOptions
+
+    return RunOptions(
+        data_dir=data_dir,
+        device=options.device,
+        workers=options.workers,
+        fit_micro_batch=options.batch == "auto",
+        epochs=overrides.length,
+        trackers=options.tracker,
+        profile=options.profile,
+        report=console.log,
+    )
 
 
 def complete_recipe(task: str, options: TrainOptions, overrides: Overrides) -> BaseRecipe:

@@ -38,6 +38,8 @@ class Augmentation:
         trivial_augment: one random operation per image (data.trivial_augment).
         erasing: share of images in which a random rectangle is replaced by the mean (Zhong et al. 2020, arXiv 1708.04896).
         crop: what part of an image on disk is read.
+        flip_vertical: turn half of the images upside down.
+        rotate: largest angle in degrees that images are rotated by, either way; corners are filled with the mean.
     """
 
     pad: int = 0
@@ -48,8 +50,12 @@ class Augmentation:
     erasing: float = 0.0
     crop: Crop = field(default_factory=Crop)
     mixing: Mixing = field(default_factory=Mixing)
+    flip_vertical: bool = False
+    rotate: float = 0.0
 
     def __post_init__(self) -> None:
+        if not 0 <= self.rotate <= 180:
+            raise UsageError(f"rotate must be an angle from 0 to 180 degrees, not {self.rotate}.")
         if self.pad_with not in PADDINGS:
             raise unknown_name_error("pad_with", self.pad_with, PADDINGS)
         if not 0 <= self.erasing <= 1:
@@ -75,6 +81,12 @@ class Augmentation:
         shifts = torch.randint(2 * self.pad + 1, (2, b), generator=draw)[:, own]
         flips = (torch.rand(b, generator=draw) < 0.5 if self.flip else torch.zeros(b, dtype=torch.bool))[own]
         x = self._crop_and_flip(pixels, preprocessing, shifts, flips)
+        if self.flip_vertical:
+            upside_down = torch.rand(b, generator=make_generator(seed, "flip_vertical", step)) < 0.5
+            x = torch.where(to_device(upside_down[own], x.device)[:, None, None, None], x.flip(2), x)
+        if self.rotate:
+            angles = self.rotate * (2 * torch.rand(b, generator=make_generator(seed, "rotate", step)) - 1)
+            x = rotate_images(x, to_device(angles[own], x.device))
         if self.colour:
             if channels != 3:
                 raise UsageError("colour=true needs images of three channels; set colour=false.")
@@ -106,6 +118,16 @@ class Augmentation:
 
     def _pad(self, x: Tensor) -> Tensor:
         return F.pad(x, (0, 0, self.pad, self.pad, self.pad, self.pad))
+
+
+def rotate_images(x: Tensor, degrees: Tensor) -> Tensor:
+    """float32 (B, C, h, w), each image rotated counter-clockwise about its centre by its angle (B,); bilinear, 0 outside."""
+    h, w = x.shape[2:]
+    cos, sin = torch.deg2rad(degrees).cos(), torch.deg2rad(degrees).sin()
+    zero = torch.zeros_like(cos)
+    rows = torch.stack([cos, -sin * h / w, zero, sin * w / h, cos, zero], 1)  # in coordinates from -1 to 1
+    grid = F.affine_grid(rows.view(-1, 2, 3), list(x.shape), align_corners=False)
+    return F.grid_sample(x, grid, align_corners=False).contiguous(memory_format=torch.channels_last)
 
 
 def _draw_rectangles(b: int, h: int, w: int, share: float, draw: torch.Generator) -> Tensor:

@@ -7,6 +7,7 @@ Every split, in memory or on disk (data.disk_split), has `labels`, `names`, `len
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, Self
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from resnetlab.data.error_policy import ErrorPolicy
-from resnetlab.errors import DataError
+from resnetlab.errors import DataError, UsageError
 from resnetlab.formatting import find_name_problem
 from resnetlab.random import seed_for
 
@@ -193,6 +194,44 @@ def split_groups(labels: Tensor, groups: NDArray[np.object_], count: int, seed: 
         )
     mask = torch.from_numpy(chosen[codes])
     return torch.nonzero(~mask).flatten(), torch.nonzero(mask).flatten()
+
+
+def take_fold(data: Dataset, fold: str) -> Dataset:
+    """The data set whose test is fold K of N ("K/N") of all its images, or of its training images if others are for testing.
+
+    The folds are stratified (or whole groups), of about equal size, and the same on every machine.
+    """
+    match = re.fullmatch(r"(\d+)/(\d+)", fold)
+    number, total = map(int, match.groups()) if match else (0, 0)
+    if not 1 <= number <= total or total < 2:
+        raise UsageError(f"fold must be K/N with K from 1 to N, such as 2/5, not {fold!r}.")
+    pool = data.train if data.all_images is None else data.all_images
+    of_fold = assign_folds(pool, total)
+    chosen, rest = torch.nonzero(of_fold == number - 1).flatten(), torch.nonzero(of_fold != number - 1).flatten()
+    if unseen := set(pool.labels.tolist()) - set(pool.labels[rest].tolist()):
+        raise DataError(f"without fold {fold} class {data.classes[min(unseen)]} has no image; take fewer folds.")
+    return replace(
+        data, train=pool.subset(rest), test=pool.subset(chosen), val=None, evaluated_split="held-out", all_images=pool
+    )
+
+
+def assign_folds(split: Split, total: int) -> Tensor:
+    """Of each image the number of its fold, int64 (N,), from 0; raises DataError if there are fewer images or groups."""
+    classes = int(split.labels.max()) + 1
+    keys = split.columns[GROUP].astype(str) if GROUP in split.columns else np.array(split.names, str)
+    names, codes = np.unique(keys, return_inverse=True)
+    if len(names) < total:
+        raise DataError(f"{len(names):,} images or groups cannot be divided into {total} folds; take fewer.")
+    counts = np.zeros((len(names), classes))
+    np.add.at(counts, (codes, split.labels.numpy()), 1)
+    shares, filled = counts.sum(0) / total, np.zeros((total, classes))
+    of_name = np.zeros(len(names), np.int64)
+    order = sorted(range(len(names)), key=lambda i: (-counts[i].sum(), seed_for(0, "fold", str(names[i]))))
+    for i in order:  # the largest first, each into the fold that it brings nearest to its share
+        gain = ((filled + counts[i] - shares) ** 2 - (filled - shares) ** 2).sum(1)
+        of_name[i] = int(np.lexsort((filled.sum(1), gain))[0])
+        filled[of_name[i]] += counts[i]
+    return torch.from_numpy(of_name[codes])
 
 
 def split_stratified(labels: Tensor, count: int, seed: int = 0, names: Sequence[str] = ()) -> tuple[Tensor, Tensor]:

@@ -37,7 +37,7 @@ TURNED = (5, 6, 7, 8)  # its values that exchange width and height
 BITS_PER_SAMPLE, PHOTOMETRIC, MAX_SAMPLE_VALUE, SAMPLE_FORMAT = 258, 262, 281, 339  # TIFF tags
 # bytes that a PNG's profile, text or XMP may unpack to: Photoshop's and scanners' are larger than Pillow's limit of 1 MiB
 PngImagePlugin.MAX_TEXT_CHUNK = 64 * 2**20
-JPEG, EXIF = b"\xff\xd8\xff", b"Exif\0\0"  # their first bytes
+JPEG, PNG, EXIF = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"Exif\0\0"  # their first bytes
 SIXTEEN_BIT_FORMATS = ("PNG", "PPM")  # Pillow may hold their 16 bits in 32
 MAX_FILE_BYTES = 2**29
 SUFFIXES = frozenset(
@@ -142,6 +142,12 @@ def decode(source: Path | bytes, name: str | None = None) -> Image.Image:
         check_regular_file(source)
     with _name_errors(name), _open(source) as image:
         return _apply_orientation(image)
+
+
+def is_complete(content: bytes) -> bool:
+    """Whether a JPEG or a PNG has its first and last bytes; False for other formats, which only decoding can tell."""
+    tail = content[-4096:]
+    return (content.startswith(JPEG) and b"\xff\xd9" in tail) or (content.startswith(PNG) and b"IEND" in tail)
 
 
 def check_regular_file(file: Path) -> None:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from resnetlab.data.dataset import Columns, select_rows
-from resnetlab.data.decode import check_file_size, check_regular_file, decode_pixels
+from resnetlab.data.decode import check_file_size, check_regular_file, decode_pixels, is_complete
 from resnetlab.data.error_policy import ErrorPolicy
 from resnetlab.errors import DataError
 from resnetlab.formatting import parse_json
@@ -193,6 +193,20 @@ class DiskSplit:
     def read_image(self, i: int) -> Tensor:
         index = int(self.indices[i])
         return decode_pixels(self.source.read(index), self.source.display_name(index))
+
+    def require_readable(self) -> None:
+        """Opens every image, and decodes those that look cut short, so that a run does not find out at its end.
+
+        Raises DataError for the first that cannot be read, or lists it as skipped.
+        """
+        for _ in self.errors.read_each(range(len(self)), self._open, self.name_of):
+            pass
+
+    def _open(self, i: int) -> None:
+        index = int(self.indices[i])
+        content, name = self.source.read(index), self.source.display_name(index)
+        if not is_complete(content):
+            decode_pixels(content, name)
 
     def without_skipped(self) -> DiskSplit:
         if not self.errors.skipped:

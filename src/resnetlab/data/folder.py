@@ -15,6 +15,7 @@ from __future__ import annotations
 import itertools
 import os
 import re
+import sys
 import unicodedata
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -189,9 +190,15 @@ def _warn_of_copies(root: Path, layouts: Mapping[str, FolderLayout]) -> None:
 
 
 def _require_utf8(root: Path, names: list[str]) -> None:
-    """Raises DataError if a name is in another encoding, which neither model files nor reports could store."""
+    """Raises DataError if a name is not in UTF-8, which model files and reports need, or Python's locale cannot open it."""
+    text = "".join((str(root), *names))
+    if not text.isascii() and sys.getfilesystemencoding() != "utf-8":
+        raise DataError(
+            f"file names of {str(root)!a} have letters that Python cannot use with the locale's encoding "
+            f"({sys.getfilesystemencoding()}); the names are fine: set the environment variable PYTHONUTF8=1."
+        )
     try:
-        "".join((str(root), *names)).encode()
+        text.encode()
     except UnicodeEncodeError:
         invalid = next(str(root / name) for name in names if any("\ud800" <= c <= "\udfff" for c in str(root / name)))
         raise DataError(
@@ -200,7 +207,7 @@ def _require_utf8(root: Path, names: list[str]) -> None:
         ) from None
 
 
-def arrange_splits(name: str, classes: tuple[str, ...], splits: dict[str, DiskSplit]) -> Dataset:
+def arrange_splits(name: str, classes: tuple[str, ...], splits: Mapping[str, Split]) -> Dataset:
     """A data set from splits called "train", "val", "test", or "" for all images together."""
     if (everything := splits.get("")) is not None:
         if len(everything) < 2 * len(classes):

@@ -6,6 +6,7 @@ A step's batch does not depend on the number of processes that share it: each pr
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from typing import Any, NamedTuple
@@ -22,7 +23,7 @@ from resnetlab.device import DeviceConfig, to_device
 from resnetlab.distributed import World
 from resnetlab.errors import DataError, UsageError
 from resnetlab.preprocessing import Preprocessing
-from resnetlab.random import make_generator
+from resnetlab.random import make_generator, seed_for
 
 
 class Batch(NamedTuple):
@@ -39,17 +40,23 @@ class Batch(NamedTuple):
     targets: Tensor
 
 
-def step_indices(seed: int, n: int, batch: int, step: int) -> Tensor:
+def step_indices(
+    seed: int, n: int, batch: int, step: int, epoch_indices: Callable[[int, int, int], Tensor] | None = None
+) -> Tensor:
     """Indices of the `batch` images of step `step`; int64 (batch,).
 
     The epochs are permutations of all images, one after the other. A batch may span two of them, so no batch is short.
+
+    Args:
+        epoch_indices: (seed, n, epoch) -> the n indices of another kind of epoch.
     """
+    epoch_indices = epoch_indices or _permutation
     chunks = []
     position, end = step * batch, (step + 1) * batch
     while position < end:
         epoch, start = divmod(position, n)
         stop = min(n, start + end - position)
-        chunks.append(_permutation(seed, n, epoch)[start:stop])
+        chunks.append(epoch_indices(seed, n, epoch)[start:stop])
         position += stop - start
     return torch.cat(chunks)
 
@@ -74,6 +81,38 @@ def _permutation(seed: int, n: int, epoch: int) -> Tensor:
     return torch.randperm(n, generator=make_generator(seed, "order", epoch))
 
 
+@dataclass(frozen=True, eq=False)
+class BalancedEpochs:
+    """Epochs in which every class has equally many images: those of small classes occur several times, of large ones some.
+
+    Over all epochs the images of a class occur equally often, since each class has epochs of its own.
+
+    Attributes:
+        members: of each class the indices of its images.
+    """
+
+    members: tuple[Tensor, ...]
+
+    @staticmethod
+    def from_labels(labels: Tensor) -> BalancedEpochs:
+        """For labels int64 (N,); classes without an image are left out."""
+        return BalancedEpochs(tuple(torch.nonzero(labels == c).flatten() for c in sorted(set(labels.tolist()))))
+
+    @property
+    def length(self) -> int:
+        """Images of an epoch: about as many as there are, and a whole number for each class."""
+        return max(1, round(sum(map(len, self.members)) / len(self.members))) * len(self.members)
+
+    def __call__(self, seed: int, n: int, epoch: int) -> Tensor:
+        """The n = `length` indices of an epoch."""
+        each = n // len(self.members)
+        chosen = [
+            images[step_indices(seed_for(seed, "balanced", c), len(images), each, epoch)]
+            for c, images in enumerate(self.members)
+        ]
+        return torch.cat(chosen)[_permutation(seed, n, epoch)]
+
+
 class RandomStream(NamedTuple):
     """Random numbers in [0, 1), `per_image` for each image of a step; `use` is part of their seed."""
 
@@ -90,6 +129,7 @@ class Sampler:
         n: images of the data set.
         batch_size: images of a step, over all processes.
         positions: the positions of the step that this process takes.
+        balanced: draws equally many images of every class; None for permutations of all.
     """
 
     n: int
@@ -97,10 +137,12 @@ class Sampler:
     seed: int
     positions: range
     streams: tuple[RandomStream, ...] = ()
+    balanced: BalancedEpochs | None = None
 
     def indices(self, step: int) -> Tensor:
         """Indices of this process's images; int64 (len(positions),)."""
-        return self._own(step_indices(self.seed, self.n, self.batch_size, step))
+        n = self.n if self.balanced is None else self.balanced.length
+        return self._own(step_indices(self.seed, n, self.batch_size, step, self.balanced))
 
     def __call__(self, step: int) -> list[tuple[Any, ...]]:
         """(index, random numbers of each stream) of each image."""
@@ -146,6 +188,7 @@ class TrainLoader:
     batch_size: int
     seed: int
     device_config: DeviceConfig
+    sampling: str = "shuffle"
 
     def batch(self, step: int) -> Batch:
         """This process's images of step `step`, augmented, normalised and mixed, on the device.
@@ -194,7 +237,8 @@ class TrainLoader:
         if self.augmentation.trivial_augment:
             streams.append(RandomStream("trivial", trivial_augment.NUM_DRAWS))
         positions = rank_positions(self.batch_size, self.device_config.world)
-        return Sampler(len(self.split), self.batch_size, self.seed, positions, tuple(streams))
+        balanced = BalancedEpochs.from_labels(self.split.labels) if self.sampling == "balanced" else None
+        return Sampler(len(self.split), self.batch_size, self.seed, positions, tuple(streams), balanced)
 
     @cached_property
     def _prefetcher(self) -> Prefetcher[Tensor]:

@@ -1,9 +1,9 @@
 """Tar shards in WebDataset format: DATA is a brace pattern, local or over HTTP, or a folder of tars.
 
 A sample is the files of one key (the path up to the first dot of its last part): an image, and its class in `key.cls` (a
-number, or a name) or `key.json` ({"class": name, "name": …}). The shards' names give the splits, train-000000.tar and
-val-000000.tar; shards with other names are one split. Samples are in the order of their keys, however the shards were
-shuffled. data.tar_index reads one shard's samples; data.remote_shards downloads shards once.
+number, or a name) or `key.json` ({"class": name, "name": …}). A word of the shards' names gives the split, train-000000.tar,
+imagenet1k-validation-00.tar; shards with other names are one split. Samples are in the order of their keys, however the
+shards were shuffled. data.tar_index reads one shard's samples; data.remote_shards downloads shards once.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from resnetlab.data.dataset import Dataset
 from resnetlab.data.decode import check_file_size
 from resnetlab.data.disk_split import DiskSplit, FileNames, ReadOptions
 from resnetlab.data.error_policy import ErrorPolicy
-from resnetlab.data.folder import SPLITS, arrange_splits
+from resnetlab.data.folder import arrange_splits, guess_split
 from resnetlab.data.remote_shards import is_url
 from resnetlab.data.tar_index import MAX_INDEX, TarIndex, read_index
 from resnetlab.errors import DataError
@@ -88,8 +88,7 @@ def load_shards(data: str, data_dir: Path, read_options: ReadOptions) -> Dataset
         raise DataError(f"{data} has one class only, {classes[0]}; a classifier needs two or more.")
     groups: dict[str, list[Path]] = {}
     for tar in tars:
-        stem = re.sub(r"[-_.]?\d*\.tar$", "", tar.name)
-        groups.setdefault(stem if stem in SPLITS else "", []).append(tar)
+        groups.setdefault(_split_of(tar), []).append(tar)
     if "" in groups and len(groups) > 1:
         raise DataError(
             f"{data} mixes shards called train, val or test with others; name all of them by their split, or none."
@@ -118,6 +117,14 @@ def _check_count(data: str, groups: dict[str, list[Path]], indices: dict[Path, T
             raise DataError(
                 f"{data} holds {len(tars):,} of {packed:,} shards such as {tars[0].name}; copy the others too."
             )
+
+
+def _split_of(tar: Path) -> str:
+    """The split that a word of a shard's name says; "" if none does. Raises DataError if two words say different ones."""
+    found = {split: word for word in re.split(r"[-_.\s\d]+", tar.name) if (split := guess_split(word))}
+    if len(found) > 1:
+        raise DataError(f"the name of {tar} says {' and '.join(found.values())}; rename it after its one split.")
+    return next(iter(found), "")
 
 
 def _require_same_labels(groups: dict[str, list[Path]], indices: dict[Path, TarIndex]) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import lru_cache, partial
 from pathlib import Path
 
-from resnetlab.data import archives, cifar, digits, download, folder, shards, tables
+from resnetlab.data import archives, cifar, digits, download, folder, objects, shards, tables
 from resnetlab.data.dataset import Dataset
 from resnetlab.data.disk_split import ReadOptions
 from resnetlab.data.remote_shards import is_url
@@ -40,6 +40,8 @@ def short_name(data: str) -> str:
     data = strip_signature(data)
     if is_builtin(data):
         return data
+    if data.startswith((objects.PREFIX, objects.HUB)):
+        return re.sub(r"\W+", "-", data.partition(":")[2] if data.startswith(objects.HUB) else "python").strip("-")
     is_file = tables.is_table(data) or archives.is_archive(data)
     if not is_file and shards.is_shard_pattern(data) and not Path(data).is_dir():
         return re.sub(r"\W+", "-", data.rsplit("/", 2)[-2] if data.count("/") > 1 else "shards").strip("-") or "shards"
@@ -49,7 +51,13 @@ def short_name(data: str) -> str:
 
 def resolve_data_path(data: str, start: Path) -> str:
     """DATA with a relative path resolved against the folder `start`."""
-    return data if is_builtin(data) or "://" in data or not data.strip() else str(start / data)
+    fixed = is_builtin(data) or "://" in data or not data.strip() or data.startswith((objects.PREFIX, objects.HUB))
+    return data if fixed else str(start / data)
+
+
+def may_have_moved(data: str, other: str) -> bool:
+    """Whether two different DATA may be the same files at two places: neither is a data set's name."""
+    return data != other and not is_builtin(data) and not is_builtin(other)
 
 
 def load_dataset(name: str, data_dir: Path, read_options: ReadOptions | None = None) -> Dataset:
@@ -69,6 +77,12 @@ def load_dataset(name: str, data_dir: Path, read_options: ReadOptions | None = N
         )
     if name in BUILTIN:
         return BUILTIN[name](data_dir.resolve())
+    if name.startswith(objects.PREFIX):
+        raise DataError(
+            "the data of this run were given as Python objects; give them again: resnetlab.train(resume=RUN, data=…)."
+        )
+    if name.startswith(objects.HUB):
+        return objects.load_hugging_face(name, read_options)
     if tables.is_table(name):
         return tables.load_table(name, read_options)
     if archives.is_archive(name):

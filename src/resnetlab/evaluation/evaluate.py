@@ -10,12 +10,14 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from resnetlab.data import sources
-from resnetlab.data.dataset import MemorySplit, Split
+from resnetlab.data.dataset import Dataset, MemorySplit, Split
 from resnetlab.data.disk_split import ReadOptions
+from resnetlab.data.objects import dataset_from_object
 from resnetlab.data.prefetch import PreprocessedSplit
 from resnetlab.device import DeviceConfig, select_device, standard_torch_state
 from resnetlab.distributed import join_process_group, leave_if_imported_again
@@ -34,6 +36,7 @@ from resnetlab.models.resnet import ResNet
 from resnetlab.preprocessing import Preprocessing
 
 Model = TrainedModel | str | Path
+MAX_VALUES = 20  # of a table's column: errors by the values of one with more are not computed
 SCOPES = ("all", "data")  # of the scores where the data have only some of a model's classes
 
 
@@ -101,6 +104,8 @@ class Evaluation:
         if self.metrics.skipped:
             figures["skipped"] = dict(self.metrics.skipped)
         figures["published"] = known.to_json() if known else None
+        if by_column := self.errors_by_column:
+            figures["by_column"] = by_column
         if self.corruptions:
             figures["corruptions"] = self.corruptions.to_json()
         if self.members:
@@ -110,6 +115,18 @@ class Evaluation:
             ]
             figures["comparisons"] = [each.to_json() for each in self.comparisons]
         return figures
+
+    @property
+    def errors_by_column(self) -> dict[str, list[dict[str, Any]]]:
+        """column of the data's table -> `value`, `n` and `top1_error` of its values, for columns of 2 to MAX_VALUES values."""
+        wrong, found = (self.metrics.predicted != self.metrics.labels).numpy(), {}
+        for column, values in self.images.columns.items():
+            names, codes = np.unique(values.astype(str), return_inverse=True)
+            if 2 <= len(names) <= MAX_VALUES:
+                counts, errors = np.bincount(codes), np.bincount(codes, wrong)
+                rows = zip(names.tolist(), counts.tolist(), (errors / counts).tolist(), strict=True)
+                found[column] = [{"value": value, "n": n, "top1_error": error} for value, n, error in rows]
+        return found
 
     @property
     def calibration(self) -> list[str]:
@@ -175,7 +192,7 @@ def prepare_split(split: Split, preprocessing: Preprocessing) -> Split:
 @standard_torch_state()
 def evaluate(
     model: Model | Sequence[Model],
-    data: str | Path,
+    data: Any,
     *,
     protocol: str = "1crop",
     weights: Sequence[float] | None = None,
@@ -196,7 +213,8 @@ def evaluate(
 
     Args:
         model: what `resnetlab.load` returned, or the path of a model file; or several of them, whose scores are averaged.
-        data: a data set's name ("digits", "cifar10"), a folder of class folders, or a pattern of tar shards.
+        data: a data set's name ("digits", "cifar10"), a folder of class folders, a table, a pattern of tar shards, or Python
+            objects, as `resnetlab.train` takes them.
         protocol: the views of each image, see resnetlab.evaluation.protocols ("10crop", "multiscale:224,256,384,480,640").
         weights: of the members, in proportion; None for equal ones.
         split: "train", or "test": the split that the data are evaluated on, whatever its name (`Evaluation.split`); of a folder
@@ -227,7 +245,7 @@ def evaluate(
     names = _default_names(given) if names is None else list(names)
     if classes not in SCOPES:
         raise unknown_name_error("choice of classes", classes, SCOPES)
-    source = sources.load_dataset(str(data), Path(data_dir), ReadOptions(on_bad_image, str(quarantine)))
+    source, data = _load_source(data, Path(data_dir), ReadOptions(on_bad_image, str(quarantine)))
     scored, scope = _select_classes(trained, names, source.classes, classes)
     columns = [torch.tensor([each.classes.index(name) for name in scored]) for each in trained]
     data = sources.strip_signature(str(data))  # figures are shared, so addresses lose their signatures
@@ -270,6 +288,14 @@ def evaluate(
         scope=scope,
         notes=tuple(notes),
     )
+
+
+def _load_source(data: Any, data_dir: Path, reading: ReadOptions) -> tuple[Dataset, str]:
+    """The data set of a name, or of Python objects, and its name."""
+    if isinstance(data, str | Path):
+        return sources.load_dataset(str(data), data_dir, reading), str(data)
+    source = dataset_from_object(data, reading)
+    return source, source.name
 
 
 def fit_temperatures(

@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -65,6 +65,7 @@ class ExportGraphs:
             graph = onnx.compose.add_prefix(graph, "net/", rename_outputs=False)
             graph.ir_version = resize.ir_version  # the quantiser writes another
             graph = onnx.compose.merge_models(resize, graph, [(RESIZED, f"net/{PIXELS}")])
+        _name_dimensions(graph, ("batch", "height", "width") if any_size else ("batch",))
         del graph.metadata_props[:]
         onnx.helper.set_model_props(graph, export_metadata(self.model))
         onnx.checker.check_model(graph, full_check=True)
@@ -125,6 +126,21 @@ def _to_onnx(program: torch.export.ExportedProgram, input_name: str, output_name
             output_names=[output_name],
         )
     return exported.model_proto
+
+
+def _name_dimensions(graph: Any, names: Sequence[str]) -> None:
+    """Gives the free dimensions of input and outputs their names, in place of torch's numbers; lists the opset once."""
+    import onnx
+
+    free = [dim.dim_param for dim in graph.graph.input[0].type.tensor_type.shape.dim if dim.dim_param]
+    new = dict(zip(free, names, strict=True))
+    for value in (*graph.graph.input, *graph.graph.output, *graph.graph.value_info):
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_param:
+                dim.dim_param = new.get(dim.dim_param, dim.dim_param)
+    opsets = {opset.domain: opset.version for opset in graph.opset_import}
+    del graph.opset_import[:]
+    graph.opset_import.extend(onnx.helper.make_opsetid(domain, version) for domain, version in opsets.items())
 
 
 def _quantize_onnx(graph: Any, calibration_images: Tensor) -> Any:

@@ -23,10 +23,11 @@ from resnetlab.tensor_file import read_tensor_file, write_tensor_file
 from resnetlab.training.average import WeightAverage
 from resnetlab.training.micro_batches import BatchNormStatistics
 from resnetlab.training.optim import Optimizer, build_optimizer
-from resnetlab.training.recipe import BaseRecipe
+from resnetlab.training.recipe import BaseRecipe, Recipe
 from resnetlab.training.run_state import RunState
 from resnetlab.training.tasks.base import Task
 
+BEST = "best.safetensors"  # beside the checkpoints: the weights of the lowest held-out error
 _OPTIONAL_COUNTERS = ["replayed_steps"]  # a checkpoint without it has 0
 _COUNTERS = [f.name for f in fields(RunState) if f.name not in ("losses", "errors", *_OPTIONAL_COUNTERS)]
 
@@ -51,6 +52,12 @@ class TrainState:
     @property
     def recipe(self) -> BaseRecipe:
         return self.task.recipe
+
+    @property
+    def is_done(self) -> bool:
+        """Whether no step is left: all are done, or the held-out error has not fallen for long enough."""
+        patience = self.recipe.early_stop if isinstance(self.recipe, Recipe) else 0
+        return self.state.step >= self.recipe.steps or 0 < patience <= self.state.since_best
 
     def network_seed(self, micro_batch: int) -> int:
         """The seed of what the network draws (stochastic depth): a function of run, step and the micro-batch's number."""
@@ -96,6 +103,40 @@ def save_checkpoint(run: RunFolder, train_state: TrainState) -> Path:
         with contextlib.suppress(OSError):  # an extra checkpoint does no harm
             old.unlink()
     return path
+
+
+def save_best(run: RunFolder, train_state: TrainState) -> None:
+    """Writes the network as it is now as the best one so far; a resumed run repeats that from its checkpoint on."""
+    try:
+        run.checkpoints.mkdir(exist_ok=True)
+    except OSError as error:
+        raise write_error(run.checkpoints, error) from error
+    metadata = {"identity": train_state.identity, "step": train_state.state.step}
+    write_tensor_file(run.checkpoints / BEST, dict(train_state.task.net.state_dict()), metadata)
+
+
+def load_best(run: RunFolder, train_state: TrainState) -> None:
+    """Puts the best weights into the network, in every process. Raises RunError if the file is missing or another run's."""
+    world, problem = train_state.task.device_config.world, ""
+    state = train_state.task.net.state_dict()
+    if world.is_first:
+        try:
+            tensors, metadata = read_tensor_file(run.checkpoints / BEST, "checkpoint")
+            known = (
+                str(metadata.get("identity")).partition("/")[2],
+                metadata.get("step"),
+            )  # a run may have been extended
+            if known == (train_state.identity.partition("/")[2], train_state.state.best_step):
+                for name, value in state.items():
+                    value.copy_(tensors[name])
+            else:
+                problem = "is of another run or step"
+        except (ModelFileError, KeyError, RuntimeError) as error:
+            problem = f"cannot be read ({error})"
+    if problem := world.broadcast(problem):
+        raise RunError(f"{run.checkpoints / BEST} {problem}; remove the newest checkpoint there, and resume.")
+    if world.size > 1:
+        world.broadcast(None, *state.values())
 
 
 def list_checkpoints(run: RunFolder) -> list[Path]:
@@ -219,5 +260,5 @@ def _apply(tensors: dict[str, Tensor], metadata: dict[str, Any], train_state: Tr
     unrecorded: dict[str, Any] = {
         k: list(tensors[k].to(device).unbind()) if k in tensors else [] for k in ("losses", "errors")
     }
-    counters = _COUNTERS + [name for name in _OPTIONAL_COUNTERS if name in metadata]
+    counters = [name for name in _COUNTERS + _OPTIONAL_COUNTERS if name in metadata]  # older runs have fewer
     train_state.state = RunState(**{name: metadata[name] for name in counters}, **unrecorded)

@@ -29,6 +29,8 @@ _CHOICES = {  # allowed words, by field
     "compile": ("auto", "on", "off"),
     "schedule": ("milestones", "cosine", "plateau"),
     "warmup": ("none", "steps", "linear", "train-error"),
+    "sampling": ("shuffle", "balanced"),
+    "keep": ("last", "best"),
 }
 _RANGES: dict[str, tuple[float, float, str]] = {  # smallest and largest value, and the range in words
     **dict.fromkeys(("steps", "log_every", "eval_every", "patience"), (1, 10**9, "from 1 to 1,000,000,000")),
@@ -43,14 +45,30 @@ _RANGES: dict[str, tuple[float, float, str]] = {  # smallest and largest value, 
     **dict.fromkeys(
         ("val_images", "eval_resize", "bn_batch", "clip_norm", "precise_bn"), (0, sys.float_info.max, "0 or more")
     ),
+    "early_stop": (0, 10**9, "0 or more"),
     "batch": (1, 2**20, "from 1 to 1,048,576"),
-    "image_size": (1, 4096, "from 1 to 4,096"),
+    "image_size": (0, 4096, "from 1 to 4,096, or 0 for that of start_from"),
     **dict.fromkeys(("threads", "op_threads"), (0, 1024, "from 0 to 1,024")),
     "keep_images": (0, MAX_TRAINING, f"from 0 to {MAX_TRAINING}"),
     "warmup_error": (5e-324, 1, "above 0 and at most 1"),
 }
 RESCALED = ("milestones", "warmup_steps", "eval_every", "log_every", "ema_decay")  # what another length changes
-_LATER = ("keep_images",)  # left out at their defaults, so that the keys of runs from before they existed stay the same
+EVAL_RATIO = 8 / 7  # of eval_resize to image_size where a recipe has neither: 256 to 224
+# values that version 0.2 adds: left out of files and hashes where they change nothing, so older runs resume
+_ADDED = frozenset(
+    (
+        "keep_images",
+        "groups",
+        "fold",
+        "class_weights",
+        "sampling",
+        "keep",
+        "early_stop",
+        "frozen_stages",
+        "flip_vertical",
+        "rotate",
+    )
+)
 _SPECIFICATION = tuple(f.name for f in fields(Specification) if f.name not in ("channels", "classes"))
 
 
@@ -137,7 +155,12 @@ class BaseRecipe:
         pairs = {key: pairs[word] for key, word in given.items()}
         changes: dict[str, Any] = {key: parse_value(key, text, own[key]) for key, text in pairs.items() if key in own}
         specification = parse_changes({key: text for key, text in pairs.items() if key not in own})
-        return replace(self, specification={**self.specification, **specification}, **changes)
+        specification = {**self.specification, **specification}
+        return replace(self, specification=specification, **self.with_implied(changes))
+
+    def with_implied(self, changes: dict[str, Any]) -> dict[str, Any]:
+        """Changes of values, with those that follow from them: the evaluation's resize keeps its ratio to the input's size."""
+        return changes
 
     def rescale(self, steps: int) -> Self:
         """The recipe with its schedule rescaled to `steps`: milestones, warm-up, evaluations, the weight average's window."""
@@ -179,17 +202,18 @@ class BaseRecipe:
 
     def differences(self, other: BaseRecipe) -> list[str]:
         """The differences of this recipe from `other`, as "key = value (not value)"."""
-        ours, theirs = self.to_json(), other.to_json()
+        ours, theirs = self._values(), other._values()
         return [
             f"{key} = {value!r} (not {theirs.get(key)!r})" for key, value in ours.items() if value != theirs.get(key)
         ]
 
     def to_json(self) -> dict[str, Any]:
         """A plain dictionary, the task first."""
+        defaults = {f.name: f.default for f in fields(self)}
+        return {k: v for k, v in self._values().items() if k not in _ADDED or v != defaults[k]}
+
+    def _values(self) -> dict[str, Any]:
         values = {"task": self.task} | asdict(self)
-        for f in fields(self):
-            if f.name in _LATER and values[f.name] == f.default:
-                del values[f.name]
         values["specification"] = {k: list(v) if isinstance(v, tuple) else v for k, v in self.specification.items()}
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
@@ -226,12 +250,22 @@ class Recipe(BaseRecipe):
 
     task: ClassVar[str] = "classify"
 
-    image_size: int  # side of the input, in pixels
+    image_size: int  # side of the input, in pixels; 0 takes that of start_from, and its eval_resize
     eval_resize: int = 0  # evaluation: the shorter side is resized to this before the centre crop; 0 for `image_size`
     normalise: str = "per-pixel mean"  # or "per-channel mean and std"
     val_images: int = 0  # training images held out for evaluation during training; 0 trains on all of them
     on_bad_image: str = "stop"  # an image that cannot be read: "stop", or "skip" (left out, counted and listed)
     quarantine: str = ""  # a file of image names, one per line, that are left out from the start
+    groups: str = (
+        ""  # a table's column, or a pattern in names: images of equal values are held out together (data.folder)
+    )
+    fold: str = ""  # "2/5": hold out the second of five equal parts for the test, as k-fold cross-validation does
+    class_weights: str = (
+        "none"  # of the loss: "none", "balanced" (N / classes / images of the class), or "cat=2,dog=0.5"
+    )
+    sampling: str = "shuffle"  # or "balanced": equally many images of every class (data.sampler)
+    keep: str = "last"  # weights of the last step, or "best": those of the lowest error on the held-out images
+    early_stop: int = 0  # evaluations in a row without a new lowest held-out error, after which the run ends; 0 never
     crop: str = "centre"  # augmentation: "centre" (none), "scale" (2015 §3.4), "resized" (random area and shape)
     scale: tuple[int, ...] = (256, 480)  # "scale": lengths of the shorter side, uniform between
     area: float = 0.08  # "resized": smallest share of the image
@@ -239,6 +273,8 @@ class Recipe(BaseRecipe):
     pad: int = 4  # augmentation: pixels added on each side before a random crop; 0 for none
     pad_with: str = "mean"  # "mean" (zeros after the mean is subtracted) or "black" (before)
     flip: bool = True  # augmentation: mirror half of the images
+    flip_vertical: bool = False  # augmentation: turn half of the images upside down
+    rotate: float = 0.0  # augmentation: largest angle in degrees, either way; corners get the mean
     trivial_augment: bool = False  # augmentation: one random change of random strength per image
     erasing: float = 0.0  # augmentation: share of images in which a random rectangle is replaced by the mean
     mixup: float = 0.0  # mixes neighbours in a batch and their targets, with shares from Beta(mixup, mixup); 0 for none
@@ -249,6 +285,9 @@ class Recipe(BaseRecipe):
         MAX_TRAINING  # most images of the data that the model file keeps, to check and calibrate backends on
     )
     start_from: str = ""  # a model file to start from; its head is kept if it has the same classes
+    frozen_stages: str = (
+        ""  # the deepest map that keeps the weights of start_from ("C1" the stem, "C2" layer1, …); "": none
+    )
     frozen_bn: bool = False  # keep BN's statistics, weights and biases of start_from
     zero_init_last_bn: bool = False  # the last BN weight of every F starts at 0, so every block starts as its shortcut
     stochastic_depth: float = 0.0  # share of images for which the last F is dropped; linearly less in earlier blocks
@@ -262,6 +301,18 @@ class Recipe(BaseRecipe):
         False  # keep activations of every √n-th block only and recompute the others: less memory, more time
     )
 
+    def with_implied(self, changes: dict[str, Any]) -> dict[str, Any]:
+        if not changes.get("image_size") or "eval_resize" in changes or (self.image_size and not self.eval_resize):
+            return changes
+        ratio = self.eval_resize / self.image_size if self.image_size else EVAL_RATIO
+        return changes | {"eval_resize": round(ratio * changes["image_size"])}
+
+    def resolve_like(self, recorded: BaseRecipe) -> Self:
+        recipe = super().resolve_like(recorded)
+        if self.image_size or not isinstance(recorded, Recipe):
+            return recipe
+        return replace(recipe, image_size=recorded.image_size, eval_resize=recorded.eval_resize)
+
     def with_micro_batch_of(self, recorded: BaseRecipe) -> Self:
         return replace(self, bn_batch=recorded.bn_batch) if isinstance(recorded, Recipe) else self
 
@@ -274,7 +325,7 @@ class Recipe(BaseRecipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.pad > self.image_size or self.pad < 0:
+        if self.pad > self.image_size > 0 or self.pad < 0:
             raise UsageError(f"pad must be from 0 to image_size ({self.image_size}), not {self.pad}.")
         if self.batch == 1:
             raise UsageError("batch must be 2 or more: batch normalisation needs more than one image.")
@@ -282,6 +333,8 @@ class Recipe(BaseRecipe):
             raise UsageError(
                 f"eval_resize must be 0 or at least image_size ({self.image_size}), not {self.eval_resize}."
             )
+        if self.frozen_stages and not self.start_from:
+            raise UsageError("frozen_stages keeps the weights of start_from: set that (--start-from MODEL).")
         if self.frozen_bn and (self.precise_bn or self.bn_sync or not self.start_from):
             raise UsageError(
                 "frozen_bn keeps the statistics of start_from: set that, and leave out precise_bn and bn_sync."

@@ -204,6 +204,8 @@ def finetune() -> Recipe:
         photos(),
         name="finetune",
         net="",
+        image_size=0,
+        eval_resize=0,
         normalise="as start_from",
         steps=500,
         schedule="cosine",
@@ -345,6 +347,8 @@ def describe_changes(recipe: BaseRecipe, precision: str) -> list[str]:
     resolved["precision"] = precision if own.precision == "auto" else own.precision
     if isinstance(recipe, Recipe) and isinstance(own, Recipe):
         resolved["compile"] = recipe.compile if own.compile == "auto" else own.compile
+        if not own.image_size:
+            resolved |= {"image_size": recipe.image_size, "eval_resize": recipe.eval_resize}
     return recipe.differences(replace(same_length, **resolved))
 
 

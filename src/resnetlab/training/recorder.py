@@ -17,8 +17,9 @@ from resnetlab.distributed import World
 from resnetlab.errors import PROCESS_GONE, DivergedError, ResNetLabError, RunError
 from resnetlab.run_folder import MetricsLog, RunFolder
 from resnetlab.stopping import StopRequest, StopSignal
-from resnetlab.training.checkpoint import TrainState, save_checkpoint
+from resnetlab.training.checkpoint import TrainState, save_best, save_checkpoint
 from resnetlab.training.memory import peak_memory
+from resnetlab.training.recipe import Recipe
 from resnetlab.training.result import Progress
 from resnetlab.training.run_state import RunState
 from resnetlab.training.step import StepOutput
@@ -98,7 +99,7 @@ class Recorder:
         self._timer.batch_ready()
 
     def end_step(self, output: StepOutput, lr: float) -> None:
-        """Logs, evaluates, saves and stops where it is time to.
+        """Logs, evaluates, saves and stops where it is time to; `TrainState.is_done` says whether the run ends here.
 
         Raises:
             StopSignal: a stop was requested; the step is saved.
@@ -124,6 +125,10 @@ class Recorder:
             figures = self._log(output, lr)
         if evaluating:
             self._held_out = self._evaluate()
+            if not last and train_state.is_done:
+                saving, last = 1, True
+                figures = figures if logging else self._log(output, lr)
+                logging = True
             stop = world.all_reduce_max(int(self._asks_to_stop()))[0] * (not last)
             saving = saving or stop
         if logging:
@@ -202,6 +207,10 @@ class Recorder:
         state, recipe, start = self._train_state.state, self._train_state.recipe, time.perf_counter()
         with self._train_state.average.swap_in():
             figures = self._task.evaluate_held_out() or {}
+            if figures and isinstance(recipe, Recipe) and (recipe.keep == "best" or recipe.early_stop):
+                best = state.is_best(next(iter(figures.values())))
+                if best and recipe.keep == "best" and self._world.is_first:
+                    save_best(self._context.run, self._train_state)
         self._evaluation_seconds = time.perf_counter() - start
         if figures and recipe.schedule == "plateau":
             state.update_plateau(next(iter(figures.values())), recipe.patience)

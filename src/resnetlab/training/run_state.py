@@ -16,6 +16,11 @@ class RunState:
     lr_drops: int = 0  # schedule "plateau": how often the learning rate was divided by 10
     best: float | None = None  # lowest held-out error so far
     bad_evaluations: int = 0  # evaluations since then, or since the learning rate was divided
+    best_step: int = (
+        0  # "keep" and "early_stop": step of the evaluation with the lowest held-out error; 0 before the first
+    )
+    best_error: float = 1.0
+    since_best: int = 0  # evaluations since then
     losses: list[Tensor] = field(
         default_factory=list
     )  # scalars, one for each step since the last line of metrics.jsonl
@@ -32,3 +37,11 @@ class RunState:
         self.bad_evaluations += 1
         if self.bad_evaluations >= patience:
             self.lr_drops, self.bad_evaluations = self.lr_drops + 1, 0
+
+    def is_best(self, error: float) -> bool:
+        """Counts an evaluation, and returns whether its held-out error is the lowest so far."""
+        if self.best_step and error >= self.best_error:
+            self.since_best += 1
+            return False
+        self.best_step, self.best_error, self.since_best = self.step, error, 0
+        return True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -11,8 +11,11 @@ from typing import Any, NamedTuple, cast
 import torch
 
 from resnetlab.data import sources
+from resnetlab.data.dataset import Dataset
 from resnetlab.data.decode import jpeg_decoder
-from resnetlab.device import count_cores, default_precision, environment, preserve_process_state, select_device
+from resnetlab.data.disk_split import ReadOptions
+from resnetlab.data.objects import dataset_from_object
+from resnetlab.device import count_cores, default_precision, preserve_process_state, select_device
 from resnetlab.distributed import (
     World,
     join_process_group,
@@ -20,7 +23,8 @@ from resnetlab.distributed import (
     local_process_count,
     was_restarted,
 )
-from resnetlab.errors import ResNetLabError, RunError, UsageError, unknown_name_error
+from resnetlab.errors import DataError, ResNetLabError, RunError, UsageError, unknown_name_error
+from resnetlab.formatting import format_percent
 from resnetlab.inference.start import find_pretrained
 from resnetlab.progress import log
 from resnetlab.run_folder import RunFolder, explain_full_disk, write_atomically
@@ -31,18 +35,20 @@ from resnetlab.training.checkpoint import (
     TrainState,
     change_identity,
     drop_optimizer_state,
+    load_best,
     restore_checkpoint,
     upgrade_run,
 )
-from resnetlab.training.cuda_graph import GraphGradients
+from resnetlab.training.gradients import select_gradients
+from resnetlab.training.machine import describe_differences, describe_machine
 from resnetlab.training.memory import is_out_of_memory
 from resnetlab.training.optim import OPTIMIZERS
 from resnetlab.training.recipe import BaseRecipe, Epochs, Overrides, Recipe
 from resnetlab.training.recorder import OnEvaluate, Recorder, RunContext
 from resnetlab.training.result import ClassificationResult, Progress, TrainResult, show_training
 from resnetlab.training.schedule import learning_rate
-from resnetlab.training.side_by_side import SideBySideGradients, choose_batchnorm, divide_threads
-from resnetlab.training.step import Gradients, compute_gradients, train_step
+from resnetlab.training.side_by_side import choose_batchnorm, divide_threads
+from resnetlab.training.step import compute_gradients, train_step
 from resnetlab.training.step_trace import trace_steps
 from resnetlab.training.tasks.base import Task, TaskSetup
 from resnetlab.training.tasks.classification import ClassificationTask
@@ -70,6 +76,7 @@ class RunOptions:
         trackers: names in training.trackers.TRACKERS, beside those that a resumed run remembers.
         report: called with sentences on what happens.
         on_progress: called at every line of metrics.jsonl.
+        dataset: the data of a classifier, or their new place, if its recipe names none that can be loaded.
         on_evaluate: called with the figures of every evaluation of held-out images; if it returns True the run stops.
         profile: how many steps to trace, near the start, into the run's trace.json.
     """
@@ -84,6 +91,7 @@ class RunOptions:
     report: Callable[[str], None] = _ignore
     on_progress: Callable[[Progress], None] = _ignore
     on_evaluate: OnEvaluate | None = None
+    dataset: Dataset | str | None = None
 
 
 def train(
@@ -111,7 +119,9 @@ def train(
     Args:
         recipe: a Recipe, the name of one, its file, such as a run's recipe.toml, or None for the default of the data ("quick"
             for digits, "paper-cifar" for CIFAR, "photos" for a folder). What is none of these is taken for `data`.
-        data, net, seed: change the recipe's values.
+        data: a data set's name, folder, table or pattern; or a list of (path, label), arrays (X, y), a PyTorch or Hugging Face
+            data set, or a dictionary of splits (data.objects). Objects that are random give runs that cannot be repeated.
+        net, seed: change the recipe's values.
         steps, epochs: length of the run; the schedule is rescaled to it.
         out: the run folder; None takes runs/<data>, or the next free name.
         resume: the folder of a run to resume; the result is bit-identical to that of an uninterrupted run. A finished run is
@@ -143,7 +153,9 @@ def train(
         )
     if workers is not None and (not isinstance(workers, int) or workers < 0):
         raise UsageError(f"workers must be 0 or more, not {workers!r}.")
-    name = None if data is None else _check_data(data)
+    reading = ReadOptions(str(values.get("on_bad_image", "stop")), groups=str(values.get("groups", "")))
+    own = None if data is None or isinstance(data, str | Path) else dataset_from_object(data, reading)
+    name = own.name if own is not None else None if data is None else str(data)
     if pretrained:
         recipe, values = recipe or "finetune", {"start_from": find_pretrained(net), **values}
     texts = {key: ",".join(map(str, v)) if isinstance(v, list | tuple) else str(v) for key, v in values.items()}
@@ -159,6 +171,7 @@ def train(
             report=report or (log if progress is True else _ignore),
             on_progress=shown,
             on_evaluate=on_evaluate,
+            dataset=own,
         )
         if resume is not None and (recipe is not None or out is not None):
             raise UsageError("resume continues a run with its own recipe in its own folder; leave out recipe and out.")
@@ -166,13 +179,6 @@ def train(
             return cast(ClassificationResult, _resume(Path(resume), options, overrides=overrides))
         base = recipe if isinstance(recipe, Recipe) else recipes.choose_recipe(recipe, task="classify", data=name)
         return cast(ClassificationResult, start_run(overrides.apply(base), Path(out) if out else None, options))
-
-
-def _check_data(data: Any) -> str:
-    """The data set's name, folder or pattern; raises UsageError for anything else."""
-    if isinstance(data, str | Path):
-        return str(data)
-    raise UsageError(f"data is a data set's name or a folder of class folders, not {type(data).__name__}.")
 
 
 def start_run(recipe: BaseRecipe, out: Path | None = None, options: RunOptions | None = None) -> TrainResult:
@@ -240,14 +246,18 @@ def train_to_end(task: Task, context: RunContext) -> TrainResult:
         steps = context.profile if task.device_config.world.is_first else 0
         with recorder.closing(), trace_steps(steps, context.run.path / "trace.json", context.report) as end_traced_step:
             try:
-                for step in range(state.step, recipe.steps):
+                while not train_state.is_done:
                     recorder.start_step()
-                    lr = learning_rate(recipe, step, state.warmup_end, state.lr_drops)
-                    micro_batches = task.micro_batches(step)
+                    lr = learning_rate(recipe, state.step, state.warmup_end, state.lr_drops)
+                    micro_batches = task.micro_batches(state.step)
                     recorder.batch_ready()
                     output = train_step(train_state, micro_batches, lr, gradients)
                     recorder.end_step(output, lr)
                     end_traced_step()
+            except ValueError as error:
+                if "Expected more than 1 value per channel" not in str(error):
+                    raise
+                raise DataError(f"step {state.step:,} has one readable image, BN needs two; fix the others.") from error
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
@@ -258,6 +268,12 @@ def train_to_end(task: Task, context: RunContext) -> TrainResult:
                 raise task.out_of_memory_error()
         request.stop_immediately(f"stopped while evaluating, after the last step, which is saved; {how_to_resume}")
         with train_state.average.swap_in():
+            if isinstance(recipe, Recipe) and recipe.keep == "best" and state.best_step:
+                load_best(context.run, train_state)
+                context.report(
+                    f"keeping the weights of step {state.best_step:,}, the best on the held-out images "
+                    f"({format_percent(state.best_error)} error)"
+                )
             result = task.finish(context.run, state)
         skipped = task.device_config.world.merge_dicts(task.skipped)
         if task.device_config.world.is_first:
@@ -266,18 +282,6 @@ def train_to_end(task: Task, context: RunContext) -> TrainResult:
             drop_optimizer_state(context.run)
             context.report(f"report: {context.run.report}")
     return result
-
-
-def select_gradients(task: Task, report_graph: Callable[[str], None]) -> Gradients:
-    """The way to compute gradients that the task's device config names; all are bit-identical.
-
-    Args:
-        report_graph: called once with a sentence on whether steps are replayed from a CUDA graph, if that is tried.
-    """
-    if task.device_config.cuda_graph:
-        return GraphGradients(report_graph)
-    replicated = task.device_config.side_by_side > 1 or task.device_config.fused_bn
-    return SideBySideGradients(task) if replicated else compute_gradients
 
 
 def build_task(
@@ -305,10 +309,15 @@ def build_task(
         workers=options.workers,
         started_in=started_in or Path(),
         epochs=options.epochs,
+        dataset=options.dataset,
         report=options.report,
     )
     with world.first_process_first():  # the others find what the first one has downloaded
         task = TASKS[recipe.task].build(recipe, setup)
+    if task.recipe.warmup in ("steps", "linear") and task.recipe.warmup_steps > task.recipe.steps:
+        raise UsageError(
+            f"the warm-up of {task.recipe.warmup_steps:,} steps is longer than the run, {task.recipe.steps:,}; shorten it."
+        )
     if options.on_evaluate is not None and not len(task.held_out):
         raise UsageError("on_evaluate sees held-out images, and none are held out; add val_images=100.")
     task = divide_threads(task.fit_micro_batch(options.report) if options.fit_micro_batch else task)
@@ -352,6 +361,7 @@ class _RecordedRun(NamedTuple):
     result: TrainResult | None
     recipe: BaseRecipe
     environment: dict[str, Any] | None  # None before the run has begun
+    moved_to: str = ""  # the place where the data are now, if it is another
 
 
 def _join(stack: contextlib.ExitStack, options: RunOptions | None) -> tuple[World, RunOptions]:
@@ -380,7 +390,7 @@ def _reopen(
     if world.is_first:
         stack.enter_context(run.lock())
         recorded = _read_run(run, task_name, requested, options)
-    result, recipe, before = cast(_RecordedRun, world.broadcast(recorded))
+    result, recipe, before, moved_to = cast(_RecordedRun, world.broadcast(recorded))
     context = RunContext(run, options.report, options.on_progress, options.on_evaluate, options.profile)
     if result is not None:
         options.report(f"{path} is finished; nothing to do.")
@@ -396,9 +406,13 @@ def _reopen(
         data_dir=options.data_dir or Path(str(before.get("data_dir", "data"))),
         device=options.device or str(before.get("device", "auto")),
         epochs=None,  # the recipe has the steps
+        dataset=options.dataset or moved_to or None,
     )
     task = build_task(recipe, options, world, Path(str(before.get("started_in", ""))))
-    _report_differences(before, _describe_machine(task), recipe, options.report)
+    if moved_to and task.data["fingerprint"] != before.get("fingerprint", task.data["fingerprint"]):
+        raise RunError(f"{moved_to} does not hold the data that {path} was started with; start a new run.")
+    for sentence in describe_differences(before, describe_machine(task), recipe):
+        options.report(sentence)
     if world.is_first:
         add_trackers(run, options.trackers)
     return task, context
@@ -414,6 +428,10 @@ def _read_run(run: RunFolder, task_name: str, requested: Overrides | BaseRecipe,
     if name != task_name:
         raise RunError(f"{run.path} is a run of another task; resume with: {task.command} --resume {run.path}")
     before, environment = task.recipe_type.from_values(values), run.read_json("environment.json")
+    asked = requested.data if isinstance(requested, Overrides) and isinstance(before, Recipe) and environment else None
+    moved_to = asked if asked and sources.may_have_moved(before.data, asked) else ""
+    if isinstance(requested, Overrides) and moved_to:
+        requested = replace(requested, data=None)
     # the recipe of a restarted job: its micro-batch was found when the run began
     requested = requested.with_micro_batch_of(before) if isinstance(requested, BaseRecipe) else requested.apply(before)
     if options.epochs is not None and environment is not None:
@@ -421,7 +439,9 @@ def _read_run(run: RunFolder, task_name: str, requested: Overrides | BaseRecipe,
             raise UsageError(f"{run.path} does not record how many images it trains on; give --steps, not --epochs.")
         requested = options.epochs.apply(requested, int(environment["train_images"]))
     result = read_result(run, task)
-    result = None if result is not None and result.steps != before.steps else result  # an extension was interrupted
+    ends_early = isinstance(before, Recipe) and before.early_stop > 0
+    if result is not None and result.steps != before.steps and not ends_early:
+        result = None  # an extension was interrupted
     if result is not None and requested.steps > before.steps:
         return _extend(run, before, requested, options)
     recipe = before.skip_bad_images_like(requested).with_threads_of(requested)
@@ -435,7 +455,7 @@ def _read_run(run: RunFolder, task_name: str, requested: Overrides | BaseRecipe,
     if recipe.to_json() != before.to_json():
         write_atomically(run.path / "recipe.toml", recipe.to_toml())
     run.remove_temporary_files()
-    return _RecordedRun(result, recipe, environment)
+    return _RecordedRun(result, recipe, environment, moved_to)
 
 
 def _extend(run: RunFolder, before: BaseRecipe, requested: BaseRecipe, options: RunOptions) -> _RecordedRun:
@@ -469,27 +489,5 @@ def _write_setup(run: RunFolder, task: Task, options: RunOptions) -> None:
     data_dir = options.data_dir or Path("data")
     paths = {"data_dir": str(data_dir.resolve()), "started_in": str(Path.cwd())}
     add_trackers(run, options.trackers)
-    counts = {"train_images": task.num_train_images}
-    run.write_json("environment.json", _describe_machine(task) | {"decoder": jpeg_decoder()} | paths | counts)
-
-
-def _describe_machine(task: Task) -> dict[str, object]:
-    """Versions and hardware of this machine."""
-    device, processes = task.device_config.device, task.device_config.world.size
-    exact = device.type == "cpu" or not task.nondeterministic_on_gpu
-    return environment(device) | {"device": device.type, "processes": processes, "exact_resume": exact}
-
-
-def _report_differences(
-    before: Mapping[str, Any], now: Mapping[str, Any], recipe: BaseRecipe, report: Callable[[str], None]
-) -> None:
-    """Reports differences between this machine and the one that the run started on."""
-    keys = ("device", "cpu", "gpu", "torch")
-    if other := [f"{key} {before.get(key)} (now {now[key]})" for key in keys if before.get(key) != now[key]]:
-        report(f"the run started on another machine or version, so its last bits may differ: {', '.join(other)}")
-    same_bn = getattr(recipe, "bn_batch", 0) or getattr(recipe, "bn_sync", False)
-    if (count := before.get("processes", 1)) != now["processes"] and not same_bn:
-        report(
-            f"the run started in {count} process{'es' * (count > 1)} (now {now['processes']}): BN sees each one's share "
-            "of a step, so the result will differ; the images and their order do not."
-        )
+    counts = {"train_images": task.num_train_images, "fingerprint": task.data["fingerprint"]}
+    run.write_json("environment.json", describe_machine(task) | {"decoder": jpeg_decoder()} | paths | counts)

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Self, TypeVar
 
 from torch import Tensor, nn
 
+from resnetlab.data.dataset import Dataset
 from resnetlab.device import DeviceConfig
 from resnetlab.distributed import World
 from resnetlab.errors import RunError
@@ -30,6 +31,7 @@ class TaskSetup:
         workers: processes that decode images; None decides by the device.
         started_in: the folder that paths in the recipe are relative to.
         epochs: the length of a new run, if it is given in epochs.
+        dataset: the data of a classifier, or their new place, if they are not those that its recipe names.
         report: called with sentences on what happens.
     """
 
@@ -38,6 +40,7 @@ class TaskSetup:
     workers: int | None = None
     started_in: Path = field(default_factory=Path)
     epochs: Epochs | None = None
+    dataset: Dataset | str | None = None
     report: Callable[[str], None]
 
     def rescale(self, recipe: R, images: int) -> R:

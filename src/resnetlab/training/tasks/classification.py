@@ -17,8 +17,8 @@ from torch.nn import functional as F
 from resnetlab.data import sources
 from resnetlab.data.augment import Augmentation
 from resnetlab.data.crops import Crop
-from resnetlab.data.dataset import Dataset, MemorySplit, Split, split_stratified
-from resnetlab.data.disk_split import ReadOptions
+from resnetlab.data.dataset import Dataset, MemorySplit, Split, hold_out, take_fold
+from resnetlab.data.disk_split import DiskSplit, ReadOptions
 from resnetlab.data.fingerprints import match_fingerprints, record_fingerprints
 from resnetlab.data.mixing import Mixing
 from resnetlab.data.prefetch import PreprocessedSplit, default_workers
@@ -42,15 +42,17 @@ from resnetlab.preprocessing import Preprocessing
 from resnetlab.run_folder import RunFolder, write_atomically
 from resnetlab.training import recipes, report
 from resnetlab.training.average import reestimate_bn_statistics
+from resnetlab.training.class_balance import describe_imbalance, parse_class_weights
 from resnetlab.training.compilation import choose_compilation
 from resnetlab.training.memory import largest_micro_batch
 from resnetlab.training.micro_batches import count_micro_batches
-from resnetlab.training.recipe import Recipe
+from resnetlab.training.recipe import EVAL_RATIO, Recipe
 from resnetlab.training.result import ClassificationResult
 from resnetlab.training.run_state import RunState
 from resnetlab.training.tasks.base import Task, TaskSetup
 from resnetlab.training.tasks.starting_network import build_network
 
+SMALL_VIEW = 0.5  # share of an image's area: less is reported
 NORMALISATIONS = ("per-pixel mean", "per-channel mean and std", "as start_from")
 
 
@@ -62,6 +64,7 @@ class ClassificationTask(Task):
         held_out: images evaluated during training and never trained on; may be empty.
         test: evaluated once, at the end.
         evaluated_split: the name of `test`: "test", "val" or "held-out".
+        class_weights: of the loss, float32 (classes,) on the device; None for ones.
         start_fingerprints: of the images that the model was trained on which training started from.
     """
 
@@ -83,6 +86,7 @@ class ClassificationTask(Task):
     evaluated_split: str = "test"
     holdout: Mapping[str, Sequence[str]] = field(default_factory=dict)
     start_fingerprints: Mapping[str, Tensor] = field(default_factory=dict)
+    class_weights: Tensor | None = None
 
     @classmethod
     def build(cls, recipe: Recipe, setup: TaskSetup) -> Self:
@@ -96,11 +100,15 @@ class ClassificationTask(Task):
         start_from = resolve_start(recipe.start_from, setup.started_in)
         net, begun, notes = build_network(recipe, start_from, channels, source.classes)
         start = begun.model if begun else None
+        recipe = _resolve_size(recipe, start)
         size = recipe.image_size
         shape = Preprocessing(
             channels, (size, size), recipe.eval_resize or size, torch.zeros(channels), torch.ones(channels)
         )
         train, held_out, test, holdout = _hold_out(recipe, source, shape)
+        for split in (held_out, test):
+            if isinstance(split, DiskSplit):
+                split.require_readable()
         recipe = setup.rescale(recipe, len(train))
         preprocessing = _add_statistics(recipe.normalise, train, shape, start)
         fingerprints = start.fingerprints if start else {}
@@ -110,12 +118,11 @@ class ClassificationTask(Task):
                 f"{n:,} of the {len(source.test):,} images to test on were seen in the training of {start_from}"
             )
         device_config.place(net)
-        if recipe.schedule == "plateau" and not len(held_out):
-            raise UsageError(
-                "schedule=plateau watches the held-out error, but nothing is held out; add --set val_images=1000."
-            )
         if isinstance(train, MemorySplit):  # a CPU crops and augments these too, where the recipe does that per image
             train = replace(train, workers=_count_workers(setup))
+        _require_held_out(recipe, held_out)
+        notes += describe_view(recipe) + describe_imbalance(source.classes, train.labels)
+        weights = parse_class_weights(recipe.class_weights, source.classes, train.labels)
         loader = TrainLoader(
             train,
             preprocessing,
@@ -123,6 +130,7 @@ class ClassificationTask(Task):
             recipe.batch,
             recipe.seed,
             device_config,
+            recipe.sampling,
         )
         if not recipe.net:
             name, changes = nearest_name(net.spec)
@@ -146,6 +154,7 @@ class ClassificationTask(Task):
             evaluated_split=source.evaluated_split,
             holdout=holdout,
             start_fingerprints=fingerprints,
+            class_weights=None if weights is None else weights.to(device_config.device),
         )
         for sentence in [*notes, *task._describe()]:
             setup.report(sentence)
@@ -178,20 +187,24 @@ class ClassificationTask(Task):
     def micro_batches(self, step: int) -> list[Batch]:
         """The micro-batches of this process's share of step `step`."""
         batch = self.loader.batch(step)
+        if len(batch.labels) < 2 * self.num_micro_batches:  # BN needs two images
+            raise DataError(f"too few of the images of step {step:,} can be read; fix them: resnetlab data check.")
         if self.num_micro_batches == 1:
             return [batch]
-        if len(batch.labels) < 2 * self.num_micro_batches:
-            raise DataError(f"too few of the images of step {step:,} can be read; fix them: resnetlab data check.")
         return [Batch(*xs) for xs in zip(*(x.tensor_split(self.num_micro_batches) for x in batch), strict=True)]
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Mean cross entropy in nats, and the share of images whose highest score is another class; both scalars.
-
-        A mixed image counts as the class with the largest share.
+        """Mean cross entropy in nats, weighted by `class_weights`, and the share of images whose highest score is another
+        class; both scalars. A mixed image counts as the class with the largest share.
         """
         logits = self._forward(batch.images).float()  # (B, classes)
         error = (logits.detach().argmax(1) != batch.labels).float().mean()
-        return F.cross_entropy(logits, batch.targets, label_smoothing=self.recipe.label_smoothing), error
+        weights, smoothing = self.class_weights, self.recipe.label_smoothing
+        if weights is None:
+            return F.cross_entropy(logits, batch.targets, label_smoothing=smoothing), error
+        # divided by the images, not by their weights, so that it does not depend on which images share a micro-batch
+        total = F.cross_entropy(logits, batch.targets, weights, label_smoothing=smoothing, reduction="sum")
+        return total / len(batch.labels), error
 
     @cached_property
     def _forward(self) -> Callable[[Tensor], Tensor]:
@@ -373,6 +386,37 @@ class ClassificationTask(Task):
         return replace(self.recipe, data=sources.strip_signature(self.recipe.data), threads=0)
 
 
+def _resolve_size(recipe: Recipe, start: TrainedModel | None) -> Recipe:
+    """The recipe with the size of the model that it starts from, if it has none of its own."""
+    if recipe.image_size:
+        return recipe
+    if start is None:
+        raise UsageError("image_size=0 takes the size of a model to start from: --start-from MODEL.")
+    return replace(recipe, image_size=start.preprocessing.size[0], eval_resize=start.preprocessing.resize)
+
+
+def _require_held_out(recipe: Recipe, held_out: Split) -> None:
+    """Raises UsageError if a value needs held-out images and there are none."""
+    watching = {
+        "schedule=plateau": recipe.schedule == "plateau",
+        "keep=best": recipe.keep == "best",
+        "early_stop": recipe.early_stop > 0,
+    }
+    if any(watching.values()) and not len(held_out):
+        value = next(key for key, watches in watching.items() if watches)
+        raise UsageError(f"{value} watches the held-out error, but nothing is held out; add --set val_images=1000.")
+
+
+def describe_view(recipe: Recipe) -> list[str]:
+    """A sentence if evaluation looks at an unusually small part of an image."""
+    part = (recipe.image_size / (recipe.eval_resize or recipe.image_size)) ** 2
+    if part >= SMALL_VIEW:
+        return []
+    usual = round(EVAL_RATIO * recipe.image_size)
+    seen = f"looks at the middle {recipe.image_size}, {part:.0%} of a square image; eval_resize={usual} would be usual"
+    return [f"evaluation resizes images to {recipe.eval_resize} pixels and {seen}"]
+
+
 def choose_augmentation(recipe: Recipe, num_classes: int) -> Augmentation:
     """Every random change of training images that a recipe asks for."""
     return Augmentation(
@@ -384,6 +428,8 @@ def choose_augmentation(recipe: Recipe, num_classes: int) -> Augmentation:
         erasing=recipe.erasing,
         crop=Crop(recipe.crop, recipe.scale, recipe.area),
         mixing=Mixing(recipe.mixup, recipe.cutmix, num_classes),
+        flip_vertical=recipe.flip_vertical,
+        rotate=recipe.rotate,
     )
 
 
@@ -394,15 +440,18 @@ def _count_workers(setup: TaskSetup) -> int:
 def _load_source(recipe: Recipe, setup: TaskSetup) -> Dataset:
     """The data of a recipe."""
     quarantine = str(setup.started_in / recipe.quarantine) if recipe.quarantine else ""
-    data = sources.resolve_data_path(recipe.data, setup.started_in)
-    source = sources.load_dataset(
-        data, setup.data_dir, ReadOptions(recipe.on_bad_image, quarantine, _count_workers(setup))
-    )
+    moved = setup.dataset if isinstance(setup.dataset, str) else ""
+    data = moved or sources.resolve_data_path(recipe.data, setup.started_in)
+    read_options = ReadOptions(recipe.on_bad_image, quarantine, _count_workers(setup), recipe.groups)
+    own = setup.dataset if isinstance(setup.dataset, Dataset) else None
+    source = own or sources.load_dataset(data, setup.data_dir, read_options)
+    if recipe.groups and not isinstance(source.train, DiskSplit):
+        raise UsageError(f"groups={recipe.groups} is for images on disk; leave it out.")
     if not len(source.train):
         raise DataError(
             f"{data} has no train folder; training needs class folders, or train/ with class folders in it."
         )
-    return source
+    return take_fold(source, recipe.fold) if recipe.fold else source
 
 
 def _hold_out(
@@ -421,7 +470,7 @@ def _hold_out(
         raise UsageError(
             f"{recipe.data} has a val folder, which is evaluated while training; leave out val_images={recipe.val_images}."
         )
-    rest, chosen = split_stratified(everything.labels, recipe.val_images)
+    rest, chosen = hold_out(everything, recipe.val_images)
     held_out = everything.subset(chosen)
     return everything.subset(rest), held_out, test, holdout | {"evaluated while training": held_out.names}
 

@@ -8,9 +8,10 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from resnetlab.errors import UsageError
+from resnetlab.errors import UsageError, unknown_name_error
 from resnetlab.formatting import format_list
 from resnetlab.inference.start import NO_HEAD, Start, choose_specification, load_start
+from resnetlab.models.backbone import levels
 from resnetlab.models.model_file import TrainedModel
 from resnetlab.models.resnet import ResNet, build_from_spec
 from resnetlab.models.spec import get_specification
@@ -53,10 +54,21 @@ def build_network(
     blocks = list(net.blocks())
     for i, (_, block) in enumerate(blocks, 1):
         block.drop_path = recipe.stochastic_depth * i / len(blocks)
+    if recipe.frozen_stages:
+        _freeze_stages(net, recipe.frozen_stages)
     for module in net.modules() if recipe.frozen_bn else ():
         if isinstance(module, nn.BatchNorm2d):
             module.requires_grad_(False)
     return net, start, notes
+
+
+def _freeze_stages(net: ResNet, deepest: str) -> None:
+    """Freezes everything up to and including the map `deepest`, BN's statistics too (`set_train_mode`)."""
+    known = list(levels(net))
+    if deepest not in known:
+        raise unknown_name_error("map in frozen_stages", deepest, known)
+    for module in (net.conv1, net.bn1, *net.stages[: known.index(deepest)]):
+        module.requires_grad_(False)
 
 
 @torch.no_grad()

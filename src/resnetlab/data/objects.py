@@ -1,0 +1,245 @@
+"""Data sets from Python objects: lists of (path, label), arrays, PyTorch's and Hugging Face's data sets, and `hf:NAME`.
+
+[("a/1.jpg", "cat"), …]                  paths, read as a table is (data.tables)
+(X, y)                                   arrays or tensors: images (N, H, W) or (N, H, W, C), uint8 or floats in [0, 1]
+torch.utils.data.Dataset                 items (image, label); a PIL image, an array or a tensor
+datasets.Dataset                         a column of images and one of labels
+{"train": …, "val": …, "test": …}        splits of any of these
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence, Sized
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from resnetlab.data import tables
+from resnetlab.data.dataset import Columns, Dataset, MemorySplit, Split, select_rows
+from resnetlab.data.decode import convert_image, decode
+from resnetlab.data.disk_split import ReadOptions
+from resnetlab.data.error_policy import ErrorPolicy
+from resnetlab.data.folder import arrange_splits, guess_split, require_classes
+from resnetlab.errors import DataError, UsageError, missing_package
+
+PREFIX, HUB = "python:", "hf:"  # of the names of data sets that were given as objects, and of Hugging Face's
+HASHED = 64  # images of a split whose pixels are in its fingerprint
+
+
+@dataclass(frozen=True, eq=False)
+class ObjectSplit:
+    """Images that an object gives one by one.
+
+    Attributes:
+        items: `items[i]` holds image i; `image_of` takes the image from it.
+        indices: positions in `items`, int64 (N,).
+    """
+
+    items: Any
+    image_of: Any
+    indices: Tensor
+    labels: Tensor
+    name: str
+    errors: ErrorPolicy = field(default_factory=ErrorPolicy)
+    workers: int = 0
+    columns: Columns = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def names(self) -> Sequence[str]:
+        return [f"{self.name}/{i}" for i in self.indices.tolist()]
+
+    def name_of(self, i: int) -> str:
+        return f"{self.name}/{int(self.indices[i])}"
+
+    def subset(self, indices: Tensor) -> ObjectSplit:
+        columns = select_rows(self.columns, indices)
+        return replace(self, indices=self.indices[indices], labels=self.labels[indices], columns=columns)
+
+    def with_labels(self, labels: Tensor) -> ObjectSplit:
+        return replace(self, labels=labels)
+
+    def read_image(self, i: int) -> Tensor:
+        try:
+            return to_pixels(self.image_of(self.items[int(self.indices[i])]))
+        except Exception as error:  # the object may raise anything
+            raise DataError(f"image {self.name_of(i)} cannot be read ({error}).") from error
+
+    def without_skipped(self) -> ObjectSplit:
+        readable = [k for k, name in enumerate(self.names) if name not in self.errors.skipped]
+        return self.subset(torch.tensor(readable, dtype=torch.long)) if self.errors.skipped else self
+
+    def update_hash(self, digest: Any) -> None:
+        """Hashes the labels, the positions and the pixels of some images; an unreadable one counts as such."""
+        digest.update(self.labels.numpy().tobytes() + self.indices.numpy().tobytes())
+        for i in np.linspace(0, len(self) - 1, min(HASHED, len(self))).astype(int).tolist():
+            try:
+                digest.update(self.read_image(i).numpy().tobytes())
+            except DataError:
+                digest.update(b"unreadable")
+
+
+def to_pixels(image: Any) -> Tensor:
+    """An image as an object gives it -> uint8 (H, W, 3).
+
+    A PIL image, a path, bytes, or an array or tensor (H, W), (H, W, C) or (C, H, W) with values 0 to 255, or floats in [0, 1].
+    """
+    if isinstance(image, Mapping):  # Hugging Face's, not decoded
+        image = image["bytes"] if image.get("bytes") is not None else image["path"]
+    if isinstance(image, str | Path | bytes):
+        image = decode(image if isinstance(image, bytes) else Path(image))
+    elif not isinstance(image, Image.Image):
+        array = _to_uint8(torch.as_tensor(np.asarray(image)))
+        if array.ndim == 3 and array.shape[0] in (1, 3) and array.shape[2] not in (1, 3):
+            array = array.permute(1, 2, 0)  # channels first, as torchvision's ToTensor
+        image = Image.fromarray(array.squeeze(-1).numpy() if array.ndim == 3 else array.numpy())
+    return torch.from_numpy(np.array(convert_image(image).convert("RGB")))
+
+
+def _to_uint8(values: Tensor) -> Tensor:
+    """Values 0 to 255, or floats in [0, 1]; raises DataError for others."""
+    if values.dtype == torch.uint8:
+        return values
+    low, high = float(values.min()), float(values.max())
+    if not values.is_floating_point() and 0 <= low <= high <= 255:
+        return values.to(torch.uint8)
+    if not (values.is_floating_point() and 0 <= low <= high <= 1):
+        raise DataError(
+            f"images have values 0 to 255, or floats from 0 to 1, not {values.dtype} from {low:g} to {high:g}."
+        )
+    return values.mul(255).round().to(torch.uint8)
+
+
+def dataset_from_object(data: Any, read_options: ReadOptions | None = None) -> Dataset:
+    """The data set in an object (above); its name is "python:" and a hash of its content.
+
+    Raises:
+        UsageError: an object of another kind.
+        DataError: labels or images that cannot be used.
+    """
+    read_options = read_options or ReadOptions()
+    if isinstance(data, Dataset):
+        return data
+    if _is_path_list(data):
+        images = tables.ImageList(
+            "the list", Path(), [str(path) for path, _ in data], [str(label) for _, label in data]
+        )
+        return _named(tables.load_listed(images, read_options))
+    parts = dict(data) if isinstance(data, Mapping) else {"": data}
+    found = {guess_split(str(name)) if name else "": _read_part(part) for name, part in parts.items()}
+    if len(found) < len(parts) or ("" in found and len(found) > 1) or ("" in found and "" not in parts):
+        raise UsageError(f"a dictionary of data has the splits train, val and test, not {', '.join(map(str, parts))}.")
+    classes = require_classes("the data", {label for _, labels, _ in found.values() for label in labels})
+    if all(label.isdecimal() for label in classes):
+        classes.sort(key=int)
+    number = {label: i for i, label in enumerate(classes)}
+    splits: dict[str, Split] = {}
+    for name, (items, texts, image_of) in found.items():
+        labels, place = torch.tensor([number[text] for text in texts]), name or "images"
+        if image_of is None:
+            splits[name] = MemorySplit(items, labels, place)
+        else:
+            errors, everything = ErrorPolicy(read_options.on_bad), torch.arange(len(labels))
+            splits[name] = ObjectSplit(items, image_of, everything, labels, place, errors, read_options.workers)
+    return _named(arrange_splits("the data", tuple(classes), splits))
+
+
+def _named(data: Dataset) -> Dataset:
+    return replace(data, name=f"{PREFIX}{data.fingerprint}")
+
+
+def _is_path_list(data: Any) -> bool:
+    if not isinstance(data, list) or not data:
+        return False
+    pairs = all(isinstance(item, list | tuple) and len(item) == 2 for item in data)
+    return pairs and all(isinstance(path, str | Path) for path, _ in data)
+
+
+def _read_part(data: Any) -> tuple[Any, list[str], Any]:
+    """(images, labels as text, function that takes the image from one of them; None for a tensor of all images)."""
+    if isinstance(data, tuple) and len(data) == 2 and all(hasattr(each, "__len__") for each in data):
+        return _read_arrays(*data)
+    if hasattr(data, "features") and hasattr(data, "column_names"):  # datasets.Dataset
+        return _read_hugging_face(data)
+    if isinstance(data, Sized) and hasattr(data, "__getitem__") and not isinstance(data, str | bytes) and len(data):
+        labels = getattr(data, "targets", None)
+        if labels is None or len(labels) != len(data):
+            labels = [_take(data[i], 1) for i in range(len(data))]
+        return data, _label_texts(labels, getattr(data, "classes", None)), partial(_take, position=0)
+    raise UsageError(
+        f"data is a name, a folder, a table, a list of (path, label), arrays (X, y), a PyTorch or Hugging Face data set, or a "
+        f"dictionary of splits, not {type(data).__name__}."
+    )
+
+
+def _take(item: Any, position: int) -> Any:
+    if not isinstance(item, tuple | list) or len(item) < 2:
+        raise DataError(f"items of a data set are (image, label), not {type(item).__name__}.")
+    return item[position]
+
+
+def _take_column(row: Any, column: str) -> Any:
+    return row[column]
+
+
+def _read_arrays(images: Any, labels: Any) -> tuple[Any, list[str], Any]:
+    pixels = _to_uint8(torch.as_tensor(np.asarray(images)))
+    if pixels.ndim == 4 and pixels.shape[1] in (1, 3) and pixels.shape[3] not in (1, 3):
+        pixels = pixels.permute(0, 2, 3, 1)
+    pixels = pixels[..., None] if pixels.ndim == 3 else pixels
+    if pixels.ndim != 4 or pixels.shape[3] not in (1, 3):
+        raise DataError(f"images are an array (N, H, W) or (N, H, W, C) of 1 or 3 channels, not {tuple(pixels.shape)}.")
+    texts = _label_texts(labels, None)
+    if len(texts) != len(pixels):
+        raise DataError(f"there are {len(pixels):,} images and {len(texts):,} labels; give one label per image.")
+    return pixels.contiguous(), texts, None
+
+
+def _read_hugging_face(data: Any) -> tuple[Any, list[str], Any]:
+    usual = {
+        use: [name for name in data.column_names if name.lower() in names] for use, names in tables.USUAL_NAMES.items()
+    }
+    images = [n for n in data.column_names if type(data.features[n]).__name__ == "Image"] or usual["path"]
+    labels = [n for n in data.column_names if type(data.features[n]).__name__ == "ClassLabel"] or usual["label"]
+    if len(images) != 1 or len(labels) != 1:
+        columns = ", ".join(data.column_names)
+        raise UsageError(f"a data set has one column of images and one of labels, called label; these are {columns}.")
+    names = getattr(data.features[labels[0]], "names", None)
+    return data, _label_texts(data[labels[0]], names), partial(_take_column, column=images[0])
+
+
+def _label_texts(labels: Any, names: Sequence[str] | None) -> list[str]:
+    """Labels as text: names, or numbers where there are none. Raises DataError for a missing or negative one."""
+    values = labels.tolist() if hasattr(labels, "tolist") else [getattr(v, "item", lambda v=v: v)() for v in labels]
+    for i, value in enumerate(values):
+        if not isinstance(value, str | int) or isinstance(value, bool) or value == "" or (names and value == -1):
+            raise DataError(f"label {i} is {value!r}; labels are names or whole numbers.")
+    return [str(names[v]) if names and isinstance(v, int) and 0 <= v < len(names) else str(v) for v in values]
+
+
+def load_hugging_face(name: str, read_options: ReadOptions) -> Dataset:
+    """The data set `hf:NAME` or `hf:NAME:CONFIGURATION` of the Hugging Face hub, or one that `save_to_disk` wrote."""
+    try:
+        import datasets
+    except ImportError:
+        raise missing_package(name, "datasets", "datasets") from None
+    place, _, configuration = name.removeprefix(HUB).partition(":")
+    try:
+        if Path(place).is_dir() and any(Path(place).glob("*.json")):
+            loaded = datasets.load_from_disk(place)
+        else:
+            loaded = datasets.load_dataset(place, configuration or None)
+    except Exception as error:  # of many kinds, by what is missing
+        raise DataError(
+            f"{name} cannot be loaded ({str(error).splitlines()[0] if str(error) else error!r})."
+        ) from error
+    splits = {key: part for key, part in loaded.items() if guess_split(key)} if isinstance(loaded, Mapping) else loaded
+    return replace(dataset_from_object(splits, read_options), name=name)

@@ -1,0 +1,234 @@
+"""Options for data as people have it: class weights, balanced sampling, folds, the best weights, early stop, frozen stages."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import resnetlab
+from images import folder
+from resnetlab.cli.main import run_command
+from resnetlab.data import digits
+from resnetlab.data.augment import Augmentation, rotate_images
+from resnetlab.data.dataset import GROUP, MemorySplit, assign_folds, take_fold
+from resnetlab.data.sampler import BalancedEpochs, Batch, step_indices
+from resnetlab.errors import DataError, RunError, UsageError
+from resnetlab.models.model_file import load_trained_model
+from resnetlab.preprocessing import Preprocessing
+from resnetlab.training.class_balance import describe_imbalance, parse_class_weights
+from resnetlab.training.recipe import Recipe
+from resnetlab.training.recipes import find_recipe
+from resnetlab.training.recorder import RunStopped
+from resnetlab.training.tasks.classification import ClassificationTask, describe_view
+from resnetlab.training.train import RunOptions, build_task, resume, start_run
+from runs import assert_same, figures
+from tiny_runs import TINY_PHOTOS, tiny
+
+CPU = RunOptions(device="cpu")
+LABELS = torch.tensor([0] * 12 + [1] * 3 + [2] * 9)
+
+
+def test_class_weights_equal_a_hand_computation() -> None:
+    balanced = parse_class_weights("balanced", "abc", LABELS)
+    assert balanced is not None and balanced.tolist() == pytest.approx([24 / 36, 24 / 9, 24 / 27])
+    assert float(balanced[LABELS].mean()) == pytest.approx(1)
+    task = build_task(tiny(class_weights="3=4,5=0.5"), CPU)
+    images, labels = torch.randn(6, 1, 8, 8), torch.tensor([3, 5, 0, 3, 1, 9])
+    loss, _ = task.loss(Batch(images, labels, labels))
+    with torch.no_grad():
+        log_scores = task.net(images).log_softmax(1)
+    by_hand = -sum(
+        w * log_scores[i, y] for i, (w, y) in enumerate(zip((4, 0.5, 1, 4, 1, 1), labels.tolist(), strict=True))
+    )
+    assert float(loss.detach()) == pytest.approx(float(by_hand) / 6, rel=1e-5)
+    for text, sentence in (
+        ("4=x", "takes name=number"),
+        ("cat=2", "unknown class in class_weights 'cat'"),
+        ("4=0", "above 0"),
+    ):
+        with pytest.raises(UsageError, match=sentence):
+            parse_class_weights(text, tuple("0123456789"), LABELS)
+
+
+def test_balanced_epochs_equal_a_count_by_hand() -> None:
+    epochs = BalancedEpochs.from_labels(LABELS)
+    assert epochs.length == 24
+    stream = torch.cat([step_indices(5, 24, 10, step, epochs) for step in range(36)])  # 360 images, 15 epochs
+    for epoch in stream.view(15, 24):
+        assert LABELS[epoch].bincount().tolist() == [8, 8, 8]
+    seen = Counter(stream.tolist())
+    assert {i: seen[i] for i in (0, 11)} == {0: 10, 11: 10} and {seen[i] for i in (12, 13, 14)} == {40}
+    assert {seen[i] for i in range(15, 24)} == {13, 14}  # 120 of 9 images
+    assert not torch.equal(stream[:24], stream[24:48])
+
+
+def test_an_imbalance_is_reported() -> None:
+    labels = torch.tensor([0] * 500 + [1] * 10)
+    assert "500 training images, b 10" in str(describe_imbalance("ab", labels))
+    assert "class_weights=balanced" in str(describe_imbalance("ab", labels)) and describe_imbalance("abc", LABELS) == []
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"sampling": "balanced", "class_weights": "balanced", "flip_vertical": True, "rotate": 20.0, "eval_every": 7},
+        {"keep": "best", "early_stop": 2, "val_images": 100, "eval_every": 2},
+    ],
+)
+def test_a_stopped_run_resumes_bit_identically(values: dict[str, object], tmp_path: Path) -> None:
+    recipe = tiny(checkpoint_minutes=0.0, **values)
+    start_run(recipe, tmp_path / "a", CPU)
+    with pytest.raises(RunStopped):
+        start_run(recipe, tmp_path / "b", replace(CPU, on_evaluate=lambda _: True))
+    resume(tmp_path / "b", CPU)
+    assert_same(tmp_path / "a", tmp_path / "b")
+
+
+def test_the_best_weights_are_kept_and_a_run_ends_early(tmp_path: Path) -> None:
+    recipe = tiny(
+        keep="best", early_stop=1, val_images=200, eval_every=2, lr=3.0
+    )  # too large a rate: the error rises again
+    said: list[str] = []
+    result = start_run(replace(recipe, steps=200), tmp_path / "run", replace(CPU, report=said.append))
+    errors = {line["step"]: line["top1_error"] for line in figures(tmp_path / "run") if line["kind"] == "held_out"}  # type: ignore[comparison-overlap]
+    best = min(errors, key=lambda step: (errors[step], step))
+    assert result.steps == max(errors) < 200 and best == result.steps - 2
+    assert f"keeping the weights of step {best:,}, the best on the held-out images" in " ".join(said)
+    model = load_trained_model(Path(result.model))
+    assert model.metrics["held_out"]["top1_error"] == errors[best]
+    assert resume(tmp_path / "run", CPU).to_json() == result.to_json()  # it is finished
+    with pytest.raises(UsageError, match="early_stop watches the held-out error, but nothing is held out"):
+        build_task(tiny(early_stop=3, val_images=0), CPU)
+
+
+def test_folds_cover_everything_once_and_keep_groups(tmp_path: Path) -> None:
+    data = digits.load_digits()
+    folds = [take_fold(data, f"{k}/5") for k in range(1, 6)]
+    names = [name for fold in folds for name in fold.test.names]
+    assert sorted(names) == sorted(data.train.names) and {len(fold.test) for fold in folds} <= {287, 288}
+    counts = np.array([fold.test.labels.bincount().tolist() for fold in folds])
+    assert (counts.max(0) - counts.min(0)).max() <= 1
+    groups = np.array([f"g{i % 11}" for i in range(len(LABELS))], object)
+    split = MemorySplit(torch.zeros(24, 1, 1, 1, dtype=torch.uint8), LABELS, columns={GROUP: groups})
+    of_fold = assign_folds(split, 3)
+    assert all(len(set(of_fold[torch.from_numpy(groups == g)].tolist())) == 1 for g in set(groups))
+    assert of_fold.bincount().min() >= 6
+    with pytest.raises(UsageError, match="fold must be K/N"):
+        take_fold(data, "6/5")
+    with pytest.raises(DataError, match="11 images or groups cannot be divided into 12 folds"):
+        assign_folds(split, 12)
+
+
+def test_cross_validation_gives_mean_and_deviation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    values = ["--set=image_size=8", "--set=threads=1"]
+    command = ["train", "digits", "--net", "resnet8", "--folds", "2", "--out", str(tmp_path / "cv"), "--device", "cpu"]
+    assert run_command([*command, "--steps", "4", "--json", *values]) == 0
+    summary = json.loads(capsys.readouterr().out)
+    errors = [each["top1_error"] for each in summary["runs"]]
+    assert summary["top1_error"] == pytest.approx(np.mean(errors)) and summary["n"] == 1437
+    assert summary["standard_deviation"] == pytest.approx(np.std(errors, ddof=1))
+    again = resnetlab.load(tmp_path / "cv" / "fold-1" / "model.safetensors")
+    assert again is not None and json.loads((tmp_path / "cv" / "folds.json").read_text()) == summary
+    assert run_command([*command, "--steps", "4", "--json", *values]) == 0  # nothing is trained again
+    assert json.loads(capsys.readouterr().out) == summary
+
+
+def test_frozen_stages_keep_their_weights(tmp_path: Path) -> None:
+    first = start_run(tiny(), tmp_path / "a", CPU)
+    recipe = tiny(start_from=str(first.model), frozen_stages="C2", seed=5)
+    second = start_run(recipe, tmp_path / "b", CPU)
+    before, after = (load_trained_model(Path(r.model)).net.state_dict() for r in (first, second))
+    same = {key.split(".")[0] for key in before if torch.equal(before[key], after[key]) and "num_batches" not in key}
+    assert same >= {"conv1", "bn1", "layer1"} and not same & {"layer2", "layer3", "fc"}
+    with pytest.raises(UsageError, match="unknown map in frozen_stages 'C9'"):
+        build_task(replace(recipe, frozen_stages="C9"), CPU)
+    with pytest.raises(UsageError, match="frozen_stages keeps the weights of start_from"):
+        tiny(frozen_stages="C1")
+
+
+def test_flips_and_rotations() -> None:
+    x = torch.rand(2, 3, 6, 6)
+    turned = rotate_images(x, torch.tensor([90.0, 0.0]))
+    torch.testing.assert_close(turned[0], x[0].rot90(1, (1, 2)), rtol=0, atol=1e-5)
+    torch.testing.assert_close(turned[1], x[1], rtol=0, atol=1e-6)
+    plain = Preprocessing(3, (6, 6), 6, torch.zeros(3), torch.ones(3))
+    pixels = torch.randint(0, 256, (16, 6, 6, 3), dtype=torch.uint8)
+    before, after = (Augmentation(flip_vertical=flip)(pixels, plain, 1, 0) for flip in (False, True))
+    upside_down = [torch.equal(a, b.flip(1)) for a, b in zip(after, before, strict=True)]
+    assert 2 < sum(upside_down) < 14 and all(torch.equal(after[i], before[i]) for i in range(16) if not upside_down[i])
+    part = Augmentation(flip_vertical=True, rotate=30)(pixels[4:8], plain, 1, 0, (torch.arange(4, 8), 16))
+    torch.testing.assert_close(
+        part, Augmentation(flip_vertical=True, rotate=30)(pixels, plain, 1, 0)[4:8], rtol=0, atol=0
+    )
+
+
+def test_added_values_leave_older_recipes_and_their_hashes_alone() -> None:
+    recipe = tiny()
+    assert (
+        not {"keep", "groups", "sampling"} & recipe.to_json().keys() and Recipe.from_values(recipe.to_json()) == recipe
+    )
+    best = replace(recipe, keep="best")
+    assert best.to_json()["keep"] == "best" and best.key != recipe.key
+    assert recipe.differences(best) == ["keep = 'last' (not 'best')"]
+
+
+def test_groups_and_folds_of_a_folder(tmp_path: Path) -> None:
+    root = folder(tmp_path / "d", {"": 12}, ("a", "b"))
+    values = TINY_PHOTOS | {"steps": 1, "fold": "1/3", "groups": r"bild (\d)"}
+    result = resnetlab.train("photos", data=str(root), out=tmp_path / "run", **values)  # type: ignore[arg-type]
+    names = json.loads((tmp_path / "run" / "holdout.json").read_text())["held-out"]
+    held_out = {name.split()[1][0] for name in names}
+    rest = {str(f).rsplit("bild ")[1][0] for f in root.rglob("*.jpg") if str(f.relative_to(root)) not in names}
+    assert not held_out & rest and result.n == len(names) == 8
+
+
+def test_sizes_follow_each_other(tmp_path: Path) -> None:
+    photos = find_recipe("photos", "classify")
+    assert (small := photos.with_values({"image_size": "96"})).to_json()["eval_resize"] == 110
+    assert photos.with_values({"image_size": "320"}).to_json()["eval_resize"] == 366
+    assert photos.with_values({"image_size": "96", "eval_resize": "256"}).to_json()["eval_resize"] == 256
+    assert isinstance(small, Recipe) and describe_view(small) == []
+    assert "14% of a square image" in describe_view(replace(small, eval_resize=256))[0]
+    first = start_run(tiny(), tmp_path / "a", CPU)
+    task = build_task(replace(find_recipe("finetune", "classify"), data="digits", start_from=str(first.model)), CPU)
+    assert isinstance(task, ClassificationTask) and (task.recipe.image_size, task.recipe.eval_resize) == (8, 8)
+    with pytest.raises(UsageError, match="image_size=0 takes the size of a model to start from"):
+        build_task(tiny(image_size=0, pad=0), CPU)
+    with pytest.raises(UsageError, match="the warm-up of 30 steps is longer than the run, 20"):
+        build_task(tiny(warmup="steps", warmup_steps=30), CPU)
+
+
+def test_images_that_will_be_evaluated_are_opened_first(tmp_path: Path) -> None:
+    root = folder(tmp_path / "d", {"train": 4, "val": 2})
+    files = sorted((root / "val").rglob("*.jpg"))
+    for problem, reason in (
+        (lambda f: f.write_bytes(f.read_bytes()[:-200]), "is damaged"),
+        (lambda f: f.unlink(), "not there"),
+    ):
+        problem(files[0])
+        (root / "val" / "alpha" / "link.jpg").unlink(missing_ok=True)
+        (root / "val" / "alpha" / "link.jpg").symlink_to(files[0])
+        with pytest.raises(DataError, match=reason):
+            resnetlab.train("photos", data=str(root), out=tmp_path / "run", progress=False, **TINY_PHOTOS)  # type: ignore[arg-type]
+        assert not (tmp_path / "run").exists()
+
+
+def test_a_run_goes_on_with_data_that_moved(tmp_path: Path) -> None:
+    root = folder(tmp_path / "d", {"train": 4, "val": 2})
+    values = TINY_PHOTOS | {"eval_every": 3, "checkpoint_minutes": 0.0, "val_images": 3, "progress": False}
+    whole = resnetlab.train("photos", data=str(root), out=tmp_path / "a", **values)  # type: ignore[arg-type]
+    with pytest.raises(RunStopped):
+        resnetlab.train("photos", data=str(root), out=tmp_path / "b", on_evaluate=lambda _: True, **values)  # type: ignore[arg-type]
+    root.rename(tmp_path / "moved")
+    resnetlab.train(resume=tmp_path / "b", data=str(tmp_path / "moved"), progress=False)
+    assert Path(whole.model).read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()
+    (tmp_path / "b" / "result.json").unlink()
+    next((tmp_path / "moved" / "train").rglob("*.jpg")).unlink()
+    with pytest.raises(RunError, match="does not hold the data that"):
+        resnetlab.train(resume=tmp_path / "b", data=str(tmp_path / "moved"), progress=False)
