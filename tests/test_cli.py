@@ -73,6 +73,7 @@ def run_cli(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, s
         (["predict", "model.safetensors"], "predict needs images"),
         (["predict", "model.safetensors", "a.png", "--tpo", "3"], "unknown option --tpo"),
         (["evaluate", "model.safetensors"], "--data"),
+        (["train", "resnet18"], "resnet18 is a network, not data; give it as --net resnet18"),
     ],
 )
 def test_wrong_requests_exit_with_2(

@@ -75,7 +75,10 @@ def test_min_score_and_sort_into(run: Path, folder: Path, tmp_path: Path, capsys
     best = {Path(p.name).name: p for p in model.predict(folder)}
     limit = sorted(p.score for p in best.values())[2]
     for _ in range(2):  # again changes nothing
-        code, out, _ = predict(capsys, run, folder, "--min-score", limit, "--sort-into", tmp_path / "sorted", "--json")
+        code, out, err = predict(
+            capsys, run, folder, "--min-score", limit, "--sort-into", tmp_path / "sorted", "--json"
+        )
+        assert f"sorted into: {tmp_path / 'sorted'}" in err
         assert code == 0
     shown = {Path(p["image"]).name: p["top"] for p in json.loads(out)["predictions"]}
     assert all(entry["score"] >= limit for top in shown.values() for entry in top)
@@ -127,6 +130,10 @@ def test_swapped_arguments_are_recognised(run: Path, folder: Path, capsys: pytes
     assert f"the model comes first: resnetlab explain {model} {image}" in capsys.readouterr().err
     code, _, err = predict(capsys, image, run)
     assert code == 2 and "is an image; the model comes first" in err
+    assert run_command(["embed", str(folder), str(model)]) == 2
+    assert f"the model comes first: resnetlab embed {model} {folder}" in capsys.readouterr().err
+    assert run_command(["evaluate", str(folder), "--data", str(model)]) == 2
+    assert f"give the model first: resnetlab evaluate {model} --data {folder}" in capsys.readouterr().err
 
 
 def test_evaluate_keeps_the_page_of_other_data(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import resnetlab
 from images import folder, photo
@@ -162,6 +163,20 @@ def test_tables_that_are_none(tmp_path: Path) -> None:
         load(tmp_path / "d.zip")
     with pytest.raises(UsageError, match="There is no folder nosuchfolder here either"):
         load("nosuchfolder")
+
+
+def test_folders_of_boxes_and_masks_are_no_class_folders(tmp_path: Path) -> None:
+    for name in ("images", "masks"):  # they would be taken for two classes
+        (tmp_path / "seg" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "seg" / name / "1.png")
+    (tmp_path / "yolo/images").mkdir(parents=True)
+    (tmp_path / "yolo/labels").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "yolo/images/1.png")
+    (tmp_path / "yolo/labels/1.txt").write_text("0 0.5 0.5 0.5 0.5\n")
+    with pytest.raises(DataError, match=r"data of boxes or masks: resnetlab segment train .*seg"):
+        load(tmp_path / "seg")
+    with pytest.raises(DataError, match=r"YOLO's .*: resnetlab detect train .*yolo or resnetlab segment train"):
+        load(tmp_path / "yolo")
 
 
 def test_a_damaged_image_in_a_zip_is_named(photos: Path, tmp_path: Path) -> None:

@@ -87,7 +87,7 @@ def parse_pairs(settings: Sequence[str]) -> dict[str, str]:
 
 
 def check_order(command: str, model: str, images: Sequence[str]) -> None:
-    """Raises UsageError, with the right command line, if an image is given in place of the model and a model among images."""
+    """Raises UsageError, with the right command line, if a model is among the images or data that come after it."""
     from shlex import join
 
     found = next((image for image in images if image.endswith(".safetensors")), None)

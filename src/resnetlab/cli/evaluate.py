@@ -159,6 +159,7 @@ def evaluate(
     from resnetlab.models.annotated_model import TASK_NOUNS, read_task
     from resnetlab.run_folder import check_output_file
 
+    _check_order(models, data)
     models = tuple(map(find_model, models))
     task = next((task for task in map(read_task, map(Path, models)) if task != "classify"), None)
     if task is not None:
@@ -234,6 +235,15 @@ def _choose_folder(evaluation: Evaluation, default: Path) -> Path:
     except (OSError, ValueError, KeyError, TypeError):
         return default
     return default if same else default / f"evaluation-{short_name(evaluation.data)}-{evaluation.split}"
+
+
+def _check_order(models: Sequence[str], data: str) -> None:
+    """Raises UsageError, with the right command line, if a model file is given as the data."""
+    from shlex import join
+
+    if data.endswith(".safetensors") and not any(model.endswith(".safetensors") for model in models):
+        line = join(["resnetlab", "evaluate", data, "--data", *models])
+        raise UsageError(f"--data takes the images; give the model first: {line}")
 
 
 def _open_annotated(models: Sequence[str], task: str, precision: str, device: str) -> Detector | Segmenter:

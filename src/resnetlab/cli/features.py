@@ -46,6 +46,7 @@ def embed(
     from resnetlab.inference.predict import load
     from resnetlab.run_folder import check_output_file
 
+    console.check_order("embed", model, [data])
     check_features_file(out)
     check_output_file(out, [model, data])
     n, errors = write_features(out, embed_data(load(model, precision=precision, device=device), data, data_dir))

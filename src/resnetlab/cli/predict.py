@@ -168,6 +168,8 @@ def _predict_classes(
         if request.sort_into is not None and p.error is None:
             _sort_image(p, request.sort_into, request.min_score)
         yield replace(p, top=tuple(each for each in p.top if each.score >= request.min_score))
+    if request.sort_into is not None:
+        console.log(f"sorted into: {request.sort_into}")
 
 
 def _sort_image(prediction: Prediction, folder: Path, min_score: float) -> None:

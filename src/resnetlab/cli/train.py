@@ -191,11 +191,14 @@ def read_overrides(data: str | None, options: TrainOptions, values: Mapping[str,
     Raises UsageError if options contradict each other.
     """
     from resnetlab.inference.start import find_pretrained
+    from resnetlab.models.spec import is_network_name
     from resnetlab.training.recipe import Overrides
 
     for name, count in (("workers", options.workers), ("profile", options.profile)):
         if count is not None and count < 0:
             raise UsageError(f"--{name} must be 0 or more, not {count}.")
+    if data is not None and is_network_name(data) and not Path(data).exists():
+        raise UsageError(f"{data} is a network, not data; give it as --net {data}, beside a folder or a data set.")
     if options.resume is not None and (options.out is not None or options.recipe is not None):
         raise UsageError(
             "--resume continues a run with its own recipe in its own folder; leave out --out and --recipe."

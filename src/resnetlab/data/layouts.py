@@ -92,6 +92,16 @@ def read_annotations(root: Path, errors: ErrorPolicy, masks: bool) -> Annotation
     raise DataError(f"{root} is neither in {' nor in '.join(layout.expected for layout in layouts)}.")
 
 
+def describe_annotations(root: Path) -> str | None:
+    """A sentence on a folder of boxes or masks, for those who take it for class folders; None for any other folder."""
+    found = next((layout for layout in LAYOUTS if layout.matches(root)), None)
+    if found is None:
+        return None
+    tasks = ["segment"] if found.gives == "masks" else ["detect", "segment"]
+    commands = " or ".join(f"resnetlab {task} train {root}" for task in tasks)
+    return f"{root} looks like {found.expected}, data of boxes or masks: {commands}."
+
+
 def _unpacked_folders(root: Path) -> list[Path]:
     """A folder, and the folders in it while each is alone: an archive often unpacks into one (VOCdevkit/VOC2012)."""
     folders = [root]

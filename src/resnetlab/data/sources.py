@@ -10,6 +10,7 @@ from pathlib import Path
 from resnetlab.data import archives, cifar, digits, download, folder, objects, shards, tables
 from resnetlab.data.dataset import Dataset
 from resnetlab.data.disk_split import ReadOptions
+from resnetlab.data.layouts import describe_annotations
 from resnetlab.data.remote_shards import is_url
 from resnetlab.errors import DataError, UsageError, unknown_name_error
 
@@ -91,7 +92,7 @@ def load_dataset(name: str, data_dir: Path, read_options: ReadOptions | None = N
         return shards.load_shards(name, data_dir, read_options)
     path = Path(name)
     if path.is_dir():
-        return folder.load_folder(path, read_options)
+        return _load_folder(path, read_options)
     kinds = "a folder of class folders, a table (.csv, .tsv, .parquet), or a .zip or .tar of class folders"
     if path.exists():
         raise DataError(f"{name} is a file of another kind; give {kinds}.")
@@ -99,3 +100,16 @@ def load_dataset(name: str, data_dir: Path, read_options: ReadOptions | None = N
         raise DataError(f"{name} is not there; give {kinds}, or one of {', '.join(BUILTIN)}.")
     unknown = unknown_name_error("data set", name, BUILTIN)
     raise type(unknown)(f"{unknown} There is no folder {name} here either.")
+
+
+def _load_folder(path: Path, read_options: ReadOptions) -> Dataset:
+    """Loads class folders; raises DataError, with the commands for them, for a folder of boxes or masks."""
+    try:
+        dataset = folder.load_folder(path, read_options)
+    except DataError as error:
+        if sentence := describe_annotations(path):
+            raise DataError(f"{error} {sentence}") from error
+        raise
+    if {"images", "masks"} == {name.lower() for name in dataset.classes}:  # they would train as two classes
+        raise DataError(describe_annotations(path) or f"{path} holds images and masks, not class folders.")
+    return dataset

@@ -120,7 +120,7 @@ class ClassificationTask(Task):
         device_config.place(net)
         if isinstance(train, MemorySplit):  # a CPU crops and augments these too, where the recipe does that per image
             train = replace(train, workers=_count_workers(setup))
-        _require_held_out(recipe, held_out)
+        _require_held_out(recipe, held_out, len(train))
         notes += describe_view(recipe) + describe_imbalance(source.classes, train.labels)
         weights = parse_class_weights(recipe.class_weights, source.classes, train.labels)
         loader = TrainLoader(
@@ -395,8 +395,8 @@ def _resolve_size(recipe: Recipe, start: TrainedModel | None) -> Recipe:
     return replace(recipe, image_size=start.preprocessing.size[0], eval_resize=start.preprocessing.resize)
 
 
-def _require_held_out(recipe: Recipe, held_out: Split) -> None:
-    """Raises UsageError if a value needs held-out images and there are none."""
+def _require_held_out(recipe: Recipe, held_out: Split, images: int) -> None:
+    """Raises UsageError if a value needs held-out images and there are none beside the `images` to train on."""
     watching = {
         "schedule=plateau": recipe.schedule == "plateau",
         "keep=best": recipe.keep == "best",
@@ -404,7 +404,10 @@ def _require_held_out(recipe: Recipe, held_out: Split) -> None:
     }
     if any(watching.values()) and not len(held_out):
         value = next(key for key, watches in watching.items() if watches)
-        raise UsageError(f"{value} watches the held-out error, but nothing is held out; add --set val_images=1000.")
+        raise UsageError(
+            f"{value} watches the held-out error, but nothing is held out; "
+            f"hold out some of the {images:,} images to train on, such as --set val_images={max(1, min(1000, images // 10))}."
+        )
 
 
 def describe_view(recipe: Recipe) -> list[str]:
