@@ -122,7 +122,9 @@ def test_addresses_patterns_and_names_with_a_dash(
         assert code == 1 and "2.png cannot be downloaded (HTTP Error 404" in err
 
 
-def test_swapped_arguments_are_recognised(run: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_swapped_arguments_are_recognised(
+    run: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     model, image = run / "model.safetensors", folder / "1.png"
     code, _, err = predict(capsys, image, model)
     assert code == 2 and err == f"resnetlab: the model comes first: resnetlab predict {model} {image}\n"
@@ -130,6 +132,10 @@ def test_swapped_arguments_are_recognised(run: Path, folder: Path, capsys: pytes
     assert f"the model comes first: resnetlab explain {model} {image}" in capsys.readouterr().err
     code, _, err = predict(capsys, image, run)
     assert code == 2 and "is an image; the model comes first" in err
+    for name, sentence in (("a.pth", "make a model file of it first: resnetlab import"), ("a.onnx", "is an export")):
+        (other := tmp_path / name).write_bytes(b"PK")
+        code, _, err = predict(capsys, other, image)
+        assert code == 2 and f"{other} is a" in err and sentence in err
     assert run_command(["embed", str(folder), str(model)]) == 2
     assert f"the model comes first: resnetlab embed {model} {folder}" in capsys.readouterr().err
     assert run_command(["evaluate", str(folder), "--data", str(model)]) == 2

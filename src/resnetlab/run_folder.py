@@ -217,7 +217,7 @@ class RunFolder:
             raise RunError(f"{path} is a file; --resume takes the run's folder.")
         if not (path / "recipe.toml").is_file():
             raise RunError(
-                f"{path} is not a run folder (it has no recipe.toml); --resume takes a folder that `resnetlab train` made."
+                f"{path} is not a run folder (it has no recipe.toml); give a folder that `resnetlab train` made."
             )
         return RunFolder(path)
 

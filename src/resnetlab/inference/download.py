@@ -44,7 +44,7 @@ def find_model(name: str | Path) -> str:
 
     Raises:
         ModelFileError: the run folder has no model yet, or the folder is none.
-        UsageError: the name is that of a network, or of an image.
+        UsageError: the name is that of a network, of an image, of a weights file or of an export.
     """
     if not isinstance(name, str | Path):
         raise UsageError(f"a model is a model file, a run folder or a published name, not {type(name).__name__}.")
@@ -54,6 +54,10 @@ def find_model(name: str | Path) -> str:
             raise UsageError(
                 f"{name} is an image; the model comes first: a model file, a run folder or a published name."
             )
+        if path.suffix.lower() in (".pth", ".pt", ".th", ".ckpt", ".bin") and path.is_file():
+            raise UsageError(f"{name} is a weights file; make a model file of it first: resnetlab import {name}")
+        if path.suffix.lower() in (".onnx", ".pt2", ".xml") and path.is_file():
+            raise UsageError(f"{name} is an export, for other programs; give the model file that it was made from.")
         return text
     if path.is_dir():
         model = path / "model.safetensors"
