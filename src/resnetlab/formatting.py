@@ -110,3 +110,8 @@ def parse_json(text: str | bytes) -> Any:
         return json.loads(text)
     except RecursionError:
         raise ValueError("it is nested too deep") from None
+
+
+def is_number(value: object) -> bool:
+    """Whether a value that was read is a number; True and False are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool)

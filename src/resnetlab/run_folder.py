@@ -21,6 +21,7 @@ import glob
 import json
 import os
 import shutil
+import stat
 import time
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
@@ -32,7 +33,7 @@ from filelock import FileLock, Timeout
 
 from resnetlab import migrate_v01
 from resnetlab.errors import RunError, UsageError
-from resnetlab.formatting import parse_json
+from resnetlab.formatting import is_number, parse_json
 from resnetlab.stopping import check_stop
 
 DISK_FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}  # Windows has no quotas
@@ -353,10 +354,15 @@ def read_metrics(run: RunFolder) -> list[dict[str, Any]]:
             with contextlib.suppress(ValueError):
                 line = parse_json(text)
                 keys = LINE_KEYS.get(str(line.get("kind")), {""}) if isinstance(line, dict) else {""}
-                if keys <= line.keys() and all(_is_number(value) for key, value in line.items() if key != "kind"):
+                if keys <= line.keys() and all(is_number(value) for key, value in line.items() if key != "kind"):
                     lines.append(line)
     return lines
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def is_private(path: Path) -> bool:
+    """Whether a file or folder belongs to this user, is no link, and no one else may write it."""
+    status = path.lstat()
+    if not hasattr(os, "geteuid"):  # Windows, where a user's folders are private
+        return not path.is_symlink()
+    is_own = status.st_uid == os.geteuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    return is_own and not stat.S_ISLNK(status.st_mode)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -94,3 +95,14 @@ def check_order(command: str, model: str, images: Sequence[str]) -> None:
     if found is not None and not model.endswith(".safetensors"):
         others = [model, *(image for image in images if image != found)]
         raise UsageError(f"the model comes first: {join(['resnetlab', command, found, *others])}")
+
+
+def write_quarantine(path: Path, names: Sequence[str], what: str) -> None:
+    """Writes a list of images for training to leave out; `what` says which they are."""
+    from resnetlab.data.disk_split import quarantine_line
+    from resnetlab.run_folder import write_atomically
+
+    head = f"# {len(names):,} images {what}: resnetlab train DATA --quarantine {path}\n"
+    text = head + "".join(f"{quarantine_line(name)}\n" for name in names)
+    write_atomically(path, text.encode("utf-8", "surrogateescape"))
+    log(f"{path}: {len(names):,} images for training to leave out")

@@ -67,7 +67,7 @@ def check(
             report = check_dataset(source, count_cores() if workers is None else workers, bar.update)
         report.problems += find_unexpected_files(source)
     if quarantine is not None:
-        _write_quarantine(quarantine, report)
+        console.write_quarantine(quarantine, report.quarantine, f"of {report.data} to leave out")
     if not json:
         _print_report(report)
     speed = _measure_loading(source) if source and timing and report.readable == report.images else None
@@ -135,18 +135,6 @@ def _measure_loading(source: Dataset) -> dict[str, float] | None:
     return (
         timing.time_data_loading(split, recipes.photos(), len(source.classes)) if isinstance(split, DiskSplit) else None
     )
-
-
-def _write_quarantine(path: Path, report: CheckReport) -> None:
-    from resnetlab.data.disk_split import quarantine_line
-    from resnetlab.run_folder import write_atomically
-
-    head = (
-        f"# {len(report.quarantine):,} images of {report.data} to leave out: resnetlab train DATA --quarantine {path}\n"
-    )
-    text = head + "".join(f"{quarantine_line(name)}\n" for name in report.quarantine)
-    write_atomically(path, text.encode("utf-8", "surrogateescape"))
-    console.log(f"{path}: {len(report.quarantine):,} images for training to leave out")
 
 
 def _print_report(report: CheckReport) -> None:

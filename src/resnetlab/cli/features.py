@@ -98,7 +98,8 @@ def audit(
     for name, reason in found.unreadable.items():
         console.log(f"resnetlab: warning: {name} is left out: {reason}")
     if quarantine is not None:
-        _write_quarantine(quarantine, found.data, [row["image"] for row in found.errors])
+        names = [row["image"] for row in found.errors]
+        console.write_quarantine(quarantine, names, f"of {found.data} whose labels are likely wrong")
     if json:
         return console.print_json(found.to_json())
     print(f"{len(found.errors):,} of {found.n:,} labels of {found.data} are likely wrong")
@@ -110,15 +111,3 @@ def audit(
     if (rest := len(rows) - MAX_PRINTED) > 0:
         print(f"and {rest:,} more: --json or --quarantine lists all")
     return None
-
-
-def _write_quarantine(path: Path, data: str, names: list[str]) -> None:
-    from resnetlab.data.disk_split import quarantine_line
-    from resnetlab.run_folder import write_atomically
-
-    head = (
-        f"# {len(names):,} images of {data} whose labels are likely wrong: resnetlab train DATA --quarantine {path}\n"
-    )
-    text = head + "".join(f"{quarantine_line(name)}\n" for name in names)
-    write_atomically(path, text.encode("utf-8", "surrogateescape"))
-    console.log(f"{path}: {len(names):,} images")

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from resnetlab.formatting import is_number
+
 OVERSAMPLING = 5  # pycocotools rounds corners to fifths of a pixel
 MARGIN = 1  # pixels by which a corner may be beyond the image's border: tools write the border as width or width + 1
 
@@ -76,17 +78,13 @@ def parse_segmentation(segmentation: Any, size: tuple[int, int]) -> ObjectMask:
         return _parse_runs(segmentation, size)
     if not isinstance(segmentation, list | tuple) or not segmentation:
         raise ValueError("has no polygon and no run lengths" if not segmentation else "is no list of polygons")
-    if all(_is_number(value) for value in segmentation):  # one polygon that is not in a list of its own
+    if all(is_number(value) for value in segmentation):  # one polygon that is not in a list of its own
         segmentation = [segmentation]
     return ObjectMask(tuple(_parse_polygon(polygon, size) for polygon in segmentation))
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
 def _parse_polygon(polygon: Any, size: tuple[int, int]) -> NDArray[np.int32]:
-    listed = isinstance(polygon, list | tuple) and all(_is_number(value) for value in polygon)
+    listed = isinstance(polygon, list | tuple) and all(is_number(value) for value in polygon)
     if not listed and not isinstance(polygon, array):
         raise ValueError("has a polygon that is no list of numbers")
     if len(polygon) < 6 or len(polygon) % 2:

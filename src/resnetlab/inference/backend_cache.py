@@ -14,7 +14,6 @@ import contextlib
 import hashlib
 import json
 import os
-import stat
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -31,7 +30,7 @@ from resnetlab.inference import export_graphs, formats, inference_module, parity
 from resnetlab.models import fold, resnet
 from resnetlab.models.model_file import TrainedModel
 from resnetlab.nn import blocks, shortcuts
-from resnetlab.run_folder import write_atomically
+from resnetlab.run_folder import is_private, write_atomically
 
 MAX_BYTES = 2_000_000_000  # bytes
 DAY = 86_400  # seconds; a temporary file of that age was left by a crash
@@ -52,7 +51,7 @@ class BackendCache:
         """Reads the entry of a name, or None."""
         file = self.folder / f"{self.key}-{name}"
         try:
-            if not (_is_private(self.folder) and _is_private(file)):
+            if not (is_private(self.folder) and is_private(file)):
                 return None
             content = file.read_bytes()
             os.utime(file)  # marks it as used
@@ -65,7 +64,7 @@ class BackendCache:
         """Writes an entry, if possible."""
         with contextlib.suppress(OSError, RunError):
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            if _is_private(self.folder):
+            if is_private(self.folder):
                 file = self.folder / f"{self.key}-{name}"
                 write_atomically(file, _hash_entry(file.name, content) + content)
                 file.chmod(0o600)
@@ -104,15 +103,6 @@ def _hash_entry(name: str, content: bytes | memoryview) -> bytes:
     digest = hashlib.blake2b(name.encode(), digest_size=DIGEST_BYTES)
     digest.update(content)
     return digest.digest()
-
-
-def _is_private(path: Path) -> bool:
-    """Whether a file or folder belongs to this user, is no link, and no one else may write it."""
-    status = path.lstat()
-    if not hasattr(os, "geteuid"):  # Windows, where a user's folders are private
-        return not path.is_symlink()
-    is_own = status.st_uid == os.geteuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-    return is_own and not stat.S_ISLNK(status.st_mode)
 
 
 def _get_version(package: str) -> str:

@@ -19,6 +19,8 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
+from resnetlab.run_folder import is_private
+
 SOURCE = Path(__file__).with_name("batchnorm.cpp")
 FLAGS = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-march=native", "-std=gnu++17", "-shared", "-fPIC")
 TIMEOUT = 300  # seconds, for the compiler
@@ -77,18 +79,12 @@ def describe_processor() -> str:
 
 def _find(folder: Path, key: str) -> Path | None:
     """The cached library; None if there is none, others may have written it, or it is damaged."""
-    if not _is_private(folder):
+    if not is_private(folder):
         raise PermissionError(f"{folder} can be written by others; take the permission away: chmod go-w {folder}")
     for file in folder.glob(f"{key}-*.so"):
-        if _is_private(file) and file.stem == f"{key}-{_hash(file.read_bytes())}":
+        if is_private(file) and file.stem == f"{key}-{_hash(file.read_bytes())}":
             return file
     return None
-
-
-def _is_private(path: Path) -> bool:
-    """Whether it is this user's, or the system administrator's, and nobody else may write it."""
-    status = path.stat()
-    return status.st_uid in (0, os.getuid()) and not status.st_mode & 0o022
 
 
 def _build(folder: Path, key: str, compiler: str) -> Path:
