@@ -42,7 +42,7 @@ def runnable(command: str) -> str | None:
         return re.sub(r" --(steps|seeds|depths)[ =]\S+", "", ours) + " --steps 3 --seeds 1 --depths 8"
     if " train" not in ours or re.search("--(resume|show-recipe|help)", ours):
         return ours
-    steps = "2 --set batch=4" if re.search(" (photos|shards)", ours) else "20"
+    steps = "2 --set batch=4 --set image_size=64" if re.search(" (photos|shards)", ours) else "20"
     return re.sub(
         r"(?<= )train(?!\S)", f"train --steps {steps}", re.sub(r" --(steps|epochs)[ =]\S+", "", ours), count=1
     )

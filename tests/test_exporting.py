@@ -154,6 +154,7 @@ def test_openvino_in_int8(model: Path, capsys: pytest.CaptureFixture[str], tmp_p
         assert (compiled([pixels.numpy()])[0].argmax(1) == by_hand(model, ours).argmax(1)).mean() >= 0.8
 
 
+@pytest.mark.slow
 def test_onnx_int8_is_calibrated_on_other_images_than_it_is_checked_on(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

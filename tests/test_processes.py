@@ -77,6 +77,7 @@ def figures(size: int, model: Path, data_dir: Path, place: Path, data: str = "ci
     return [json.loads(out.read_text()) for out in outs]
 
 
+@pytest.mark.slow
 def test_one_two_and_three_processes_find_the_same(model: Path, cifar10_dir: Path, tmp_path: Path) -> None:
     """All 10,000 test images of CIFAR-10, none twice, though 10,000 is no multiple of 3."""
     ((alone,), *others) = (figures(size, model, cifar10_dir, tmp_path) for size in (1, 2, 3))

@@ -56,18 +56,20 @@ def test_a_signal_at_the_start_of_a_command_is_not_lost(
     assert end.value.code == 143 and capsys.readouterr().err == "resnetlab: stopped.\n"
 
 
-def test_deferred_work_ends_by_itself_and_a_library_gets_the_second_signal() -> None:
-    with catch_stop_signals() as request:
+def test_deferred_work_ends_by_itself_and_a_library_gets_the_second_signal(request: pytest.FixtureRequest) -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
+    with catch_stop_signals() as stop:
         os.kill(os.getpid(), signal.SIGINT)
         check_stop()  # deferred
-        assert request.signum == signal.SIGINT
+        assert stop.signum == signal.SIGINT
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    with catch_stop_signals() as request:
+    with catch_stop_signals() as stop:
         os.kill(os.getpid(), signal.SIGTERM)
         with pytest.raises(StopSignal, match="saved"):
-            request.stop_immediately("all is saved")
+            stop.stop_immediately("all is saved")
     check_stop()  # nothing is left of it
 
 

@@ -374,6 +374,7 @@ def make_runs_here(
         planned.make(data_dir, "cpu", lambda p, index=index: on_step(index, p.step))  # type: ignore[misc]
 
 
+@pytest.mark.slow
 def test_all_studies_make_one_report_and_share_runs(all_studies: tuple[Path, list[dict[str, object]]]) -> None:
     folder, rows = all_studies
     assert {row["study"] for row in rows} == set(catalogue.STUDIES)
@@ -418,6 +419,7 @@ def test_no_panel_has_more_than_four_curves(monkeypatch: pytest.MonkeyPatch) -> 
         assert len(curves) == 4 and len([text for text in axes.texts if text.get_text()]) == 2
 
 
+@pytest.mark.slow
 def test_rows_of_different_studies_agree_on_what_they_share(all_studies: tuple[Path, list[dict[str, object]]]) -> None:
     _, rows = all_studies
     found = {row["study"]: row["mean"] for row in rows if row["what"] == "resnet8" and row["figure"] == "test error"}
@@ -430,6 +432,7 @@ def test_rows_of_different_studies_agree_on_what_they_share(all_studies: tuple[P
     assert products == [1.0, 1.0, 0.5]  # one unit of resnet8 keeps its shape
 
 
+@pytest.mark.slow
 def test_counts_are_compared_with_the_papers(all_studies: tuple[Path, list[dict[str, object]]]) -> None:
     _, rows = all_studies
     counted = {(row["what"], row["figure"]): row for row in rows if row["study"] == "cost"}
@@ -485,6 +488,7 @@ def test_lesions_are_reproducible() -> None:
     assert {kind for kind, _ in first} == {"single", "several", "swaps"}
 
 
+@pytest.mark.slow
 def test_responses_are_measured_in_the_trained_nets(all_studies: tuple[Path, list[dict[str, object]]]) -> None:
     folder, rows = all_studies
     (row,) = (r for r in rows if r["study"] == "responses" and r["what"] == "resnet8")

@@ -207,7 +207,6 @@ def images() -> torch.Tensor:
     return torch.randn(8, 3, 9, 9, generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 def test_synchronised_statistics_are_those_of_all_images(tmp_path: Path) -> None:
     import multiprocessing
     import socket
@@ -217,7 +216,8 @@ def test_synchronised_statistics_are_those_of_all_images(tmp_path: Path) -> None
         port = int(place.getsockname()[1])
     outs = [tmp_path / f"{rank}.pt" for rank in range(2)]
     workers = [
-        multiprocessing.get_context("fork").Process(target=take_part, args=(r, port, out)) for r, out in enumerate(outs)
+        multiprocessing.get_context("spawn").Process(target=take_part, args=(r, port, out))
+        for r, out in enumerate(outs)
     ]
     for worker in workers:
         worker.start()

@@ -256,6 +256,7 @@ def test_a_run_restores_the_process_state(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="the C library is not glibc")
+@pytest.mark.slow
 def test_a_steps_memory_is_kept_for_the_next() -> None:
     script = """
 import resource, sys, torch

@@ -13,6 +13,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Iterable
+from pathlib import Path
 
 from resnetlab.peer_words import ANSWERS, translate
 
@@ -41,6 +42,18 @@ class ModelFileError(ResNetLabError):
 
 class RunError(ResNetLabError):
     """A run folder that cannot be written, continued or shared."""
+
+
+class NoSpaceError(RunError):
+    """The disk is full.
+
+    Attributes:
+        hint: how to go on; empty if it is the same command again.
+    """
+
+    def __init__(self, path: Path, hint: str = "") -> None:
+        super().__init__(f"no space left to write {path}; free some, then {hint or 'run the same command again.'}")
+        self.path, self.hint = path, hint
 
 
 class DivergedError(ResNetLabError):

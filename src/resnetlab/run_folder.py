@@ -32,24 +32,12 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from resnetlab import migrate_v01
-from resnetlab.errors import RunError, UsageError
+from resnetlab.errors import NoSpaceError, RunError, UsageError
 from resnetlab.formatting import is_number, parse_json
 from resnetlab.stopping import check_stop
 
 DISK_FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}  # Windows has no quotas
 WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # of file systems, some network ones among them
-
-
-class NoSpaceError(RunError):
-    """The disk is full.
-
-    Attributes:
-        hint: how to go on; empty if it is the same command again.
-    """
-
-    def __init__(self, path: Path, hint: str = "") -> None:
-        super().__init__(f"no space left to write {path}; free some, then {hint or 'run the same command again.'}")
-        self.path, self.hint = path, hint
 
 
 @contextlib.contextmanager
@@ -353,7 +341,9 @@ def read_metrics(run: RunFolder) -> list[dict[str, Any]]:
         for text in (run.path / "metrics.jsonl").read_text(errors="replace").splitlines():
             with contextlib.suppress(ValueError):
                 line = parse_json(text)
-                keys = LINE_KEYS.get(str(line.get("kind")), {""}) if isinstance(line, dict) else {""}
+                if not isinstance(line, dict):
+                    continue
+                keys = LINE_KEYS.get(str(line.get("kind")), {""})
                 if keys <= line.keys() and all(is_number(value) for key, value in line.items() if key != "kind"):
                     lines.append(line)
     return lines

@@ -22,8 +22,7 @@ from resnetlab.cli.push import push, strip
 from resnetlab.cli.serve import serve
 from resnetlab.cli.study import study
 from resnetlab.cli.train import train
-from resnetlab.errors import ResNetLabError
-from resnetlab.run_folder import NoSpaceError
+from resnetlab.errors import NoSpaceError, ResNetLabError
 from resnetlab.stopping import check_stop, end_on_stop_signals
 
 app = App(
