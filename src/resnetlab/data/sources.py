@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Callable
 from functools import lru_cache, partial
@@ -107,7 +108,10 @@ def _load_folder(path: Path, read_options: ReadOptions) -> Dataset:
     try:
         dataset = folder.load_folder(path, read_options)
     except DataError as error:
-        if sentence := describe_annotations(path):
+        sentence = None
+        with contextlib.suppress(OSError, DataError):  # what cannot be read, which the first error says already
+            sentence = describe_annotations(path)
+        if sentence:
             raise DataError(f"{error} {sentence}") from error
         raise
     if {"images", "masks"} == {name.lower() for name in dataset.classes}:  # they would train as two classes
