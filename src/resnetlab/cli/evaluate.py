@@ -154,7 +154,7 @@ def evaluate(
     """
     from resnetlab.distributed import is_first_process
     from resnetlab.evaluation.evaluate import evaluate as evaluate_models
-    from resnetlab.evaluation.predictions import check_predictions_file
+    from resnetlab.evaluation.predictions import check_table_file
     from resnetlab.inference.download import find_model, get_scheme, load_or_download
     from resnetlab.models.annotated_model import TASK_NOUNS, read_task
     from resnetlab.run_folder import check_output_file
@@ -171,7 +171,7 @@ def evaluate(
         return _evaluate_annotated(predictor, Path(data), split, on_bad_image, json)
     console.refuse_options("a classifier", {"scales": scales is not None, "refine": refine})
     if predictions is not None:
-        check_predictions_file(predictions)
+        check_table_file(predictions)
         check_output_file(predictions, [*models, data, *filter(None, [quarantine])], "--predictions")
     corrupted.check()
     if save_temperature and (fit_temperature is None or any(map(get_scheme, models))):

@@ -42,12 +42,13 @@ def embed(
     device
         cpu, cuda, cuda:1, … ; auto takes a GPU where there is one.
     """
-    from resnetlab.inference.embed import check_features_file, embed_data, write_features
+    from resnetlab.evaluation.predictions import check_table_file
+    from resnetlab.inference.embed import SUFFIXES, embed_data, write_features
     from resnetlab.inference.predict import load
     from resnetlab.run_folder import check_output_file
 
     console.check_order("embed", model, [data])
-    check_features_file(out)
+    check_table_file(out, "features", SUFFIXES)
     check_output_file(out, [model, data])
     n, errors = write_features(out, embed_data(load(model, precision=precision, device=device), data, data_dir))
     for name, reason in errors.items():

@@ -17,15 +17,15 @@ from resnetlab.run_folder import write_atomically
 SUFFIXES = (".csv", ".parquet")
 
 
-def check_predictions_file(path: Path) -> None:
-    """Raises UsageError, before any work is done, for a kind of file that `write_predictions` cannot write."""
-    if path.suffix not in SUFFIXES:
-        raise UsageError(f"{path}: per-image results are written to a file that ends in {' or '.join(SUFFIXES)}.")
+def check_table_file(path: Path, what: str = "per-image results", suffixes: tuple[str, ...] = SUFFIXES) -> None:
+    """Raises UsageError, before any work is done, for a kind of file that `what` cannot be written to."""
+    if path.suffix not in suffixes:
+        raise UsageError(f"{path}: {what} are written to a file that ends in {' or '.join(suffixes)}.")
     if path.suffix == ".parquet":
         try:
             import pyarrow.parquet  # noqa: F401 - tests whether it is installed
         except ImportError as error:
-            raise missing_package(f"{path} (unlike a .csv file)", "pyarrow", "parquet") from error
+            raise missing_package(f"{path} (unlike a {suffixes[0]} file)", "pyarrow", "parquet") from error
 
 
 def tabulate_predictions(metrics: ClassificationMetrics, names: Sequence[str]) -> dict[str, list[Any]]:
@@ -45,7 +45,7 @@ def tabulate_predictions(metrics: ClassificationMetrics, names: Sequence[str]) -
 
 def write_predictions(path: Path, metrics: ClassificationMetrics, names: Sequence[str]) -> None:
     """Writes the table as CSV or Parquet, by the file's suffix; raises RunError where there is no space or no permission."""
-    check_predictions_file(path)
+    check_table_file(path)
     columns = tabulate_predictions(metrics, names)
     if path.suffix == ".csv":
         text = io.StringIO()

@@ -14,7 +14,8 @@ from torch import Tensor
 from resnetlab.data import sources
 from resnetlab.data.dataset import Dataset, Split
 from resnetlab.data.disk_split import DiskSplit
-from resnetlab.errors import DataError, UsageError, missing_package
+from resnetlab.errors import DataError
+from resnetlab.evaluation.predictions import check_table_file
 from resnetlab.inference.images import ImageInput, expand_images
 from resnetlab.inference.predict import Model
 from resnetlab.run_folder import write_error
@@ -83,17 +84,6 @@ def embed_rows(model: Model, images: Iterable[tuple[str, tuple[str, str, Any]]])
             yield Row(name, split, label, found)
 
 
-def check_features_file(path: Path) -> None:
-    """Raises UsageError, before any work is done, for a kind of file that `write_features` cannot write."""
-    if path.suffix not in SUFFIXES:
-        raise UsageError(f"{path}: features are written to a file that ends in {' or '.join(SUFFIXES)}.")
-    if path.suffix == ".parquet":
-        try:
-            import pyarrow.parquet  # noqa: F401 - tests whether it is installed
-        except ImportError as error:
-            raise missing_package(f"{path} (unlike an .npz file)", "pyarrow", "parquet") from error
-
-
 def write_features(path: Path, rows: Iterator[Row], part: int = 4096) -> tuple[int, dict[str, str]]:
     """Writes image, split, class and features of each readable image; returns their number, and the others' errors.
 
@@ -101,7 +91,7 @@ def write_features(path: Path, rows: Iterator[Row], part: int = 4096) -> tuple[i
 
     Raises RunError where there is no space or no permission, DataError if no image can be read.
     """
-    check_features_file(path)
+    check_table_file(path, "features", SUFFIXES)
     errors: dict[str, str] = {}
     temporary = path.with_name(f".{path.name}.part")
     try:

@@ -27,7 +27,7 @@ from resnetlab.training.trackers import Trackers
 
 OnEvaluate = Callable[[Mapping[str, float]], bool | None]
 SHARE_OF_OTHERS = 0.25  # of the CPU time that training could have; more is reported
-MIN_COMPUTING = 10.0  # seconds of steps before that is judged
+MIN_COMPUTING = 10.0  # seconds of steps before the share is evaluated
 
 
 @dataclass(frozen=True)

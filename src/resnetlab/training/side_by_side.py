@@ -36,7 +36,7 @@ T = TypeVar("T", bound=Task)
 
 
 def divide_threads(task: T) -> T:
-    """The task with the number of threads inside an operation decided (the recipe's `op_threads`), and torch told of it.
+    """The task with the number of threads inside an operation decided (the recipe's `op_threads`) and set in torch.
 
     Micro-batches go side by side as far as there are threads for them; threads that are left over work inside operations.
     """
