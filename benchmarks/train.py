@@ -19,10 +19,11 @@ settings of another), and only one runs at a time: the processes take turns, som
 
 With `--busy 1` another process computes beside all of them without pause (`neighbour.py`).
 
-A contestant that this machine cannot run (timm is not installed, there is no compiler) is left out, and the reason printed.
+A contestant that this machine cannot run (timm is not installed, there is no compiler) is left out, and the reason printed;
+so are the peers' bf16 forms on a CPU that would only imitate it, where ResNetLab computes in fp32.
 
 Printed: medians over the rounds, the ratio to eager fp32 round by round (lowest to highest), and the share of the peak that the
-largest matrix product reaches on this machine in bf16 (fp32 for eager fp32), counting 6 operations for each multiply-add.
+largest matrix product reaches on this machine in the precision used, counting 6 operations for each multiply-add.
 """
 
 from __future__ import annotations
@@ -179,6 +180,9 @@ def measure(net: str, options: argparse.Namespace) -> list[str]:
     """The rows of one network."""
     context, batch, seconds_a_turn = multiprocessing.get_context("spawn"), options.batch or BATCHES[side(net)], 3.0
     left_out = {"timm"} if side(net) == 32 else {"resnetlab compiled"} if options.device == "cpu" else set()
+    bf16 = select_device(device=options.device).precision == "bf16"  # as a run chooses by itself
+    if not bf16:
+        left_out |= {"eager bf16", "timm", "compiled"}
     names = [name for name in CONTESTANTS if name in options.contestants.split(",") and name not in left_out]
     links, processes, counts = {}, [], {}
     for name in names:
@@ -207,12 +211,12 @@ def measure(net: str, options: argparse.Namespace) -> list[str]:
         process.join()
     work = 6.0 * compute_cost(get_specification(our_name(net), classes=10)).multiply_adds
     device = torch.device(options.device)
-    peaks = {dtype: peak(dtype, device) for dtype in (torch.float32, torch.bfloat16)}
+    peaks = {dtype: peak(dtype, device) for dtype in {torch.float32, torch.bfloat16 if bf16 else torch.float32}}
     rows = []
     for name in names:
         ratios = sorted(a / b for a, b in zip(rates[name], rates["eager fp32"], strict=True))
         middle = statistics.median(rates[name])
-        share = middle * work / peaks[torch.float32 if name == "eager fp32" else torch.bfloat16]
+        share = middle * work / peaks[torch.float32 if name == "eager fp32" or not bf16 else torch.bfloat16]
         spread = f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
         rows.append(f"| {net}, {side(net)} px, batch {batch} | {name} | {middle:,.1f} | {spread} | {share:.0%} |")
     return rows

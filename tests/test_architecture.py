@@ -236,3 +236,14 @@ def write(source: Path, files: dict[str, str]) -> None:
         file = source / "resnetlab" / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text)
+
+
+def test_a_name_means_one_thing() -> None:
+    """At most 40 top-level names, underscores apart, are defined in more than one file."""
+    homes: dict[str, set[str]] = {}
+    for module, file in modules(SOURCE).items():
+        for node in ast.parse(file.read_text("utf-8")).body:
+            if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
+                homes.setdefault(node.name.lstrip("_"), set()).add(module)
+    several = sorted(name for name, found in homes.items() if len(found) > 1)
+    assert len(several) <= 40, several

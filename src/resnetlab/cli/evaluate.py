@@ -159,7 +159,7 @@ def evaluate(
     from resnetlab.models.annotated_model import TASK_NOUNS, read_task
     from resnetlab.run_folder import check_output_file
 
-    _check_order(models, data)
+    _check_argument_order(models, data)
     models = tuple(map(find_model, models))
     task = next((task for task in map(read_task, map(Path, models)) if task != "classify"), None)
     if task is not None:
@@ -237,7 +237,7 @@ def _choose_folder(evaluation: Evaluation, default: Path) -> Path:
     return default if same else default / f"evaluation-{short_name(evaluation.data)}-{evaluation.split}"
 
 
-def _check_order(models: Sequence[str], data: str) -> None:
+def _check_argument_order(models: Sequence[str], data: str) -> None:
     """Raises UsageError, with the right command line, if a model file is given as the data."""
     from shlex import join
 

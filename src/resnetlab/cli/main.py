@@ -88,7 +88,7 @@ def run_command(arguments: Sequence[str]) -> int:
         return 2
     except ResNetLabError as error:
         unexplained = isinstance(error, NoSpaceError) and not error.hint
-        console.log_error(f"{_find_command(arguments)}: {error}" if unexplained else str(error))
+        console.log_error(f"{_find_command_name(arguments)}: {error}" if unexplained else str(error))
         return error.exit_code
     except KeyboardInterrupt:
         console.log_error("interrupted.")
@@ -107,7 +107,7 @@ def run_command(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _find_command(arguments: Sequence[str]) -> str:
+def _find_command_name(arguments: Sequence[str]) -> str:
     """The command of a command line, such as "export" or "data pack"."""
     words = [argument for argument in arguments[:2] if not argument.startswith("-")]
     return " ".join(words if words[0] in ("data", "detect", "segment") else words[:1])

@@ -116,7 +116,7 @@ def print_runs(summaries: list[dict[str, Any]]) -> None:
             rows.append((s["run"], s["error"], "", "", "", "", ""))
             continue
         held_out = next(iter(s["held_out"].items()), None)
-        figures = [f"{s['split']} {_describe(k, v)}" for k, v in s["result"].items()]
+        figures = [f"{s['split']} {_format_figure(k, v)}" for k, v in s["result"].items()]
         rows.append(
             (
                 s["run"],
@@ -124,7 +124,7 @@ def print_runs(summaries: list[dict[str, Any]]) -> None:
                 str(s["data"]),
                 f"{s['step']:,}/{s['steps']:,}",
                 format_duration(s["seconds"]),
-                "–" if held_out is None else _describe(*held_out),
+                "–" if held_out is None else _format_figure(*held_out),
                 ", ".join(figures) if s["finished"] else "not finished",
             )
         )
@@ -132,6 +132,6 @@ def print_runs(summaries: list[dict[str, Any]]) -> None:
     console.print_table("", columns, rows, right=(3, 4))
 
 
-def _describe(key: str, value: float) -> str:
+def _format_figure(key: str, value: float) -> str:
     words = key.replace("_", " ").replace("top1 error", "error")
     return f"{words} {format_percent(value)}"

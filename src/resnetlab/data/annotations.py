@@ -136,11 +136,11 @@ def keep_images_of_their_size(records: Iterable[ImageRecord], errors: ErrorPolic
         except DataError as error:
             errors.handle({record.name: str(error)})
         else:
-            objects = _to_pixels(record.objects, upright) if record.relative else record.objects
+            objects = _scale_boxes(record.objects, upright) if record.relative else record.objects
             yield record._replace(size=upright, objects=objects, relative=False)
 
 
-def _to_pixels(objects: list[ObjectRecord], size: tuple[int, int]) -> list[ObjectRecord]:
+def _scale_boxes(objects: list[ObjectRecord], size: tuple[int, int]) -> list[ObjectRecord]:
     """Objects whose coordinates were fractions of (height, width)."""
 
     def scale(values: Sequence[float]) -> list[float]:

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from resnetlab.data import folder
 from resnetlab.data.dataset import Dataset
-from resnetlab.data.decode import SUFFIXES, check_file_size, is_hidden
+from resnetlab.data.decode import check_file_size, is_image_name
 from resnetlab.data.disk_split import FileNames, ImageSource, ReadOptions
 from resnetlab.data.folder import LabelledImages, guess_split, make_dataset
 from resnetlab.data.shards import ShardSource
@@ -45,7 +45,7 @@ PEEK = 64  # members of a tar: among so many, a shard has a label
 LOCAL_HEADER = 30  # bytes before the name of a zip's member; its last four are the lengths of name and extra field
 
 
-class _Member(NamedTuple):
+class _ArchiveMember(NamedTuple):
     """An image of `size` bytes in an archive. `offset` is that of its content; in a zip that of the member's header."""
 
     name: str
@@ -98,7 +98,7 @@ def is_archive(data: str) -> bool:
             files = [os.path.normpath(member.name) for member in islice(tar, PEEK) if member.isfile()]
     except (tarfile.TarError, OSError):
         return False  # reported by data.shards
-    in_folders = any("/" in name and _is_image(name) for name in files)
+    in_folders = any("/" in name and is_image_name(name) for name in files)
     return in_folders and not any(name.endswith((".cls", ".json")) for name in files)
 
 
@@ -110,7 +110,7 @@ def load_archive(path: Path, data_dir: Path, read_options: ReadOptions) -> Datas
     """Loads the class folders in an archive. Raises DataError if it is damaged or holds none."""
     file = _decompress(path, data_dir) if _is_compressed_tar(path) else path
     members = _list_zip(file) if path.suffix.lower() == ".zip" else _list_tar(file)
-    members = [member for member in members if _is_image(member.name)]
+    members = [member for member in members if is_image_name(member.name)]
     prefix, parts = _find_splits(path, [member.name for member in members])
     images, classes = {}, set()
     for split, depth in parts.items():
@@ -125,7 +125,7 @@ def load_archive(path: Path, data_dir: Path, read_options: ReadOptions) -> Datas
     return make_dataset(str(path), path.with_suffix(""), names, images, read_options)
 
 
-def _make_source(file: Path, path: Path, rows: list[tuple[str, str, _Member]]) -> ImageSource:
+def _make_source(file: Path, path: Path, rows: list[tuple[str, str, _ArchiveMember]]) -> ImageSource:
     names, sizes = FileNames(name for _, name, _ in rows), np.array([m.size for _, _, m in rows], np.int64)
     if path.suffix.lower() == ".zip":
         values = np.array([[m.offset, m.method, m.crc, m.stored_size] for _, _, m in rows], np.int64)
@@ -134,31 +134,29 @@ def _make_source(file: Path, path: Path, rows: list[tuple[str, str, _Member]]) -
     return ShardSource((file,), names, sizes, np.zeros(len(rows), np.int64), offsets)
 
 
-def _is_image(name: str) -> bool:
-    return os.path.splitext(name)[1].lower() in SUFFIXES and not any(map(is_hidden, name.split("/")))
-
-
-def _list_zip(file: Path) -> list[_Member]:
+def _list_zip(file: Path) -> list[_ArchiveMember]:
     try:
         with zipfile.ZipFile(file) as archive:
-            infos = [info for info in archive.infolist() if not info.is_dir() and _is_image(info.filename)]
+            infos = [info for info in archive.infolist() if not info.is_dir() and is_image_name(info.filename)]
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, struct.error) as error:
         raise DataError(f"{file} cannot be read as a zip file ({error}); copy or pack it again.") from error
     for info in infos:
         if info.flag_bits & 1 or info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             kind = "encrypted" if info.flag_bits & 1 else "compressed in a way that is not read"
             raise DataError(f"{info.filename} in {file} is {kind}; unpack it, and give the folder.")
-    return [_Member(i.filename, i.header_offset, i.file_size, i.compress_type, i.CRC, i.compress_size) for i in infos]
+    return [
+        _ArchiveMember(i.filename, i.header_offset, i.file_size, i.compress_type, i.CRC, i.compress_size) for i in infos
+    ]
 
 
-def _list_tar(file: Path) -> list[_Member]:
+def _list_tar(file: Path) -> list[_ArchiveMember]:
     try:
         with tarfile.open(file, "r:", tarinfo=BoundedHeader) as archive:
             members = [member for member in archive if member.isfile() and member.size]
     except (tarfile.TarError, OSError) as error:
         raise DataError(f"{file} ends early or is not a tar ({error}); copy or pack it again.") from error
     refuse_sparse(file, members)
-    return [_Member(os.path.normpath(m.name), m.offset_data, m.size) for m in members]
+    return [_ArchiveMember(os.path.normpath(m.name), m.offset_data, m.size) for m in members]
 
 
 def _find_splits(path: Path, names: list[str]) -> tuple[str, dict[str, int]]:

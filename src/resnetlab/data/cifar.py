@@ -113,7 +113,7 @@ def _load_version(name: str, version: CifarVersion, folder: Path) -> Dataset:
         key = version.label[:-1] + "_names"  # "label_names", "fine_label_names"
         classes = tuple(map(str, read_cifar_pickle(folder / version.meta).get(key, ())))
     else:
-        classes = tuple(_read_text(folder / version.meta).split())
+        classes = tuple(_read_meta(folder / version.meta).split())
     if any("\ufffd" in name for name in classes):
         raise DataError(f"{folder / version.meta} is damaged: its names are not valid UTF-8; unpack the archive again.")
     if len(set(classes)) < max(2, len(classes)):
@@ -130,7 +130,7 @@ def _load_version(name: str, version: CifarVersion, folder: Path) -> Dataset:
     return Dataset(name, classes, train, test)
 
 
-def _read_text(file: Path) -> str:
+def _read_meta(file: Path) -> str:
     try:
         return file.read_text("utf-8")
     except OSError as error:
@@ -254,11 +254,11 @@ def _decode_text(value: Any) -> Any:
 
 def _to_plain(value: Any, path: Path) -> Any:
     if isinstance(value, _Array):
-        return _to_array(value, path)
+        return _byte_array(value, path)
     return [_decode_text(item) for item in value] if isinstance(value, list) else _decode_text(value)
 
 
-def _to_array(value: _Array, path: Path) -> NDArray[np.uint8]:
+def _byte_array(value: _Array, path: Path) -> NDArray[np.uint8]:
     try:
         _, shape, kind, fortran, content = value.state
         if _decode_text(kind.name) != "u1":

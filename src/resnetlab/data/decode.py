@@ -332,6 +332,11 @@ def resolve_ancestors(folder: Path) -> frozenset[str]:
     return frozenset(map(os.path.realpath, parents))
 
 
+def is_image_name(name: str) -> bool:
+    """Whether a file, by its name or its path with slashes, is one to read as an image: a known suffix, nothing hidden."""
+    return os.path.splitext(name)[1].lower() in SUFFIXES and not any(map(is_hidden, name.split("/")))
+
+
 def is_hidden(name: str) -> bool:
     """Whether a file or folder is hidden or made by the system: .DS_Store, ._1.jpg, .git, __MACOSX."""
     return name.startswith((".", "__MACOSX"))

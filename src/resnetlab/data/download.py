@@ -168,7 +168,7 @@ def _fetch(url: str, part: Path, target: Path, check: Callable[[Path], None], li
             have = 0
             _write_version(target, now)
         length = response.headers.get("Content-Length")
-        chunks = _check_size(url, iter(lambda: response.read(CHUNK), b""), limit)
+        chunks = _limit_size(url, iter(lambda: response.read(CHUNK), b""), limit)
         received = _append(chunks, part, "ab" if have else "wb")
     if length is not None and received < int(length):
         raise OSError(f"the connection was dropped after {have + received:,} of {have + int(length):,} bytes")
@@ -183,7 +183,7 @@ def _fetch(url: str, part: Path, target: Path, check: Callable[[Path], None], li
         raise
 
 
-def _check_size(url: str, chunks: Iterator[bytes], limit: int | None) -> Iterator[bytes]:
+def _limit_size(url: str, chunks: Iterator[bytes], limit: int | None) -> Iterator[bytes]:
     """Yields the chunks; raises DataError once they are more than `limit` bytes."""
     size = 0
     for chunk in chunks:

@@ -28,7 +28,7 @@ import torch
 from numpy.typing import NDArray
 
 from resnetlab.data.dataset import GROUP, Columns, Dataset, Split, hold_out
-from resnetlab.data.decode import SUFFIXES, is_hidden, resolve_ancestors
+from resnetlab.data.decode import is_hidden, is_image_name, resolve_ancestors
 from resnetlab.data.disk_split import DiskSplit, FileNames, FileSource, ImageSource, ReadOptions
 from resnetlab.data.error_policy import ErrorPolicy
 from resnetlab.data.labels import DEVKIT, read_class_names, read_flat_labels
@@ -334,7 +334,7 @@ def _read_class_folders(root: Path, folder: Path) -> FolderLayout:
 def find_loose_images(folder: Path) -> list[str]:
     """Names of images beside class folders."""
     with os.scandir(folder) as entries:
-        return sorted(e.name for e in entries if _is_image(e.name) and not e.is_dir())
+        return sorted(e.name for e in entries if is_image_name(e.name) and not e.is_dir())
 
 
 def find_unsupported_files(folder: Path) -> list[str]:
@@ -344,10 +344,6 @@ def find_unsupported_files(folder: Path) -> list[str]:
         for _ in _walk(folder / name, resolve_ancestors(folder / name), unsupported):
             pass
     return sorted(os.path.relpath(file, folder) for file in unsupported)
-
-
-def _is_image(name: str) -> bool:
-    return not is_hidden(name) and os.path.splitext(name)[1].lower() in SUFFIXES
 
 
 def _may_be_image(name: str) -> bool:
@@ -368,7 +364,7 @@ def _walk(folder: Path, parents: frozenset[str], unsupported: list[str] | None =
                 if entry.is_dir():
                     if not is_hidden(entry.name):
                         yield from _walk(Path(entry.path), parents | {real}, unsupported)
-                elif _is_image(entry.name):
+                elif is_image_name(entry.name):
                     try:
                         yield entry.path, entry.stat().st_size
                     except OSError:  # a broken link counts as an unreadable image, which is reported when it is read

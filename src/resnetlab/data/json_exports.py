@@ -35,7 +35,7 @@ def list_json_files(root: Path) -> list[Path]:
     ]
 
 
-def _add(splits: dict[str, list[ImageRecord]], file: Path, root: Path, record: ImageRecord) -> None:
+def _add_record(splits: dict[str, list[ImageRecord]], file: Path, root: Path, record: ImageRecord) -> None:
     """Adds an image to the split that a folder above its file names."""
     parts = file.relative_to(root).parts[:-1]
     splits.setdefault(next((split for split in map(find_split, parts) if split), ""), []).append(record)
@@ -63,7 +63,7 @@ def read_labelme(root: Path, errors: ErrorPolicy, masks: bool) -> Annotations:
         size = (int(content.get("imageHeight") or 0), int(content.get("imageWidth") or 0))
         objects = _group([_read_shape(s, f"{file}, shape {i}", size, errors) for i, s in enumerate(shapes, 1)])
         record = ImageRecord(finder.name_of(image), image, str(file), size if all(size) else (0, 0), objects)
-        _add(splits, file, root, record)
+        _add_record(splits, file, root, record)
     listed = find_entry(root, "labels.txt")
     classes = tuple(name for name in read_lines(listed) if name not in NO_CLASSES) if listed is not None else None
     return Annotations("LabelMe", classes, dict(splits))
@@ -147,7 +147,7 @@ def read_label_studio(root: Path, errors: ErrorPolicy, masks: bool) -> Annotatio
                 if (thing := _read_result(result, f"{where}, result {i}", errors)) is not None
             ]
             record = ImageRecord(finder.name_of(image), image, str(file), (0, 0), objects, relative=True)
-            _add(splits, image, root, record)
+            _add_record(splits, image, root, record)
     note = f"{several:,} tasks have several annotations; the first of each is read"
     return Annotations("Label Studio", None, dict(splits), (note,) if several else ())
 
@@ -228,7 +228,7 @@ def read_fiftyone(root: Path, errors: ErrorPolicy, masks: bool) -> Annotations:
                 for i, e in enumerate(entries or (), 1)
             ]
             record = ImageRecord(finder.name_of(image), image, str(file), (0, 0), objects, relative=True)
-            _add(splits, file, root, record)
+            _add_record(splits, file, root, record)
     return Annotations("FiftyOne", classes or None, dict(splits))
 
 

@@ -79,9 +79,9 @@ def read_mask_folders(root: Path, errors: ErrorPolicy, masks: bool) -> Annotatio
         words = [*(match["split"] for match in matches if match["split"]), *folders]
         split = next((found for found in map(find_split, words) if found), "")
         if matches and not OTHER_MASKS.search(stem):
-            _add(files, (split, name_key(MASK_ENDING.sub("", stem))), path, root)
+            _add_file(files, (split, name_key(MASK_ENDING.sub("", stem))), path, root)
         elif not matches:
-            _add(images, (split, name_key(IMAGE_ENDING.sub("", stem))), path, root)
+            _add_file(images, (split, name_key(IMAGE_ENDING.sub("", stem))), path, root)
     with_masks = {split for split, _ in files}
     left_out = sorted({split or "unsplit" for split, _ in images if split not in with_masks})
     splits: dict[str, list[ImageRecord]] = {}
@@ -101,7 +101,7 @@ def read_mask_folders(root: Path, errors: ErrorPolicy, masks: bool) -> Annotatio
     return Annotations("masks in folders", None, dict(splits), notes)
 
 
-def _add(found: dict[tuple[str, str], str], key: tuple[str, str], path: str, root: Path) -> None:
+def _add_file(found: dict[tuple[str, str], str], key: tuple[str, str], path: str, root: Path) -> None:
     """Adds a file under its split and name; of Cityscapes' two masks labelTrainIds; raises DataError for two of one name."""
     if key in found and "labelTrainIds" in found[key] and "labelIds" in path:
         return

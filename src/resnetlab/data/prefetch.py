@@ -163,7 +163,7 @@ def prefetch(job: Callable[[int], T], keys: Iterable[int], workers: int, pin: bo
         results = _start_loader(_JobDataset(job), keys, workers, pin)
         while (result := _next_result(results)) is not END:
             first = False
-            yield cast(T, tree_map_only(_PipedTensor, _unpack, result))
+            yield cast(T, tree_map_only(_PipedTensor, _rebuild_tensor, result))
     except RuntimeError as error:
         if "worker" not in str(error):
             raise
@@ -210,7 +210,7 @@ def _next_result(results: Iterator[Any]) -> Any:
                 raise
 
 
-def _unpack(piped: _PipedTensor) -> Tensor:
+def _rebuild_tensor(piped: _PipedTensor) -> Tensor:
     warnings.warn(
         f"shared memory is short, so batches travel through pipes, which is slower; {SHARED_MEMORY}.", stacklevel=2
     )

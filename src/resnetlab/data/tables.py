@@ -144,7 +144,7 @@ def load_listed(images: ImageList, read_options: ReadOptions) -> Dataset:
         rows = [row for row in range(len(names)) if splits[row] == split]
         rows.sort(key=lambda row: (labels[row], names[row]))  # a folder's order
         own = np.array([sizes[row] for row in rows], np.int64)
-        columns: Columns = {key: _take(values, rows) for key, values in images.columns.items()}
+        columns: Columns = {key: _select_rows(values, rows) for key, values in images.columns.items()}
         source = FileSource(Path(root), FileNames(names[row] for row in rows), own)
         parts[split] = LabelledImages(source, [labels[row] for row in rows], columns=columns)
     if unseen := sorted(set(classes) - set(parts.get("train", next(iter(parts.values()))).labels)):
@@ -152,7 +152,7 @@ def load_listed(images: ImageList, read_options: ReadOptions) -> Dataset:
     return make_dataset(images.name, Path(root), classes, parts, read_options)
 
 
-def _take(values: Sequence[str], rows: list[int]) -> NDArray[np.object_]:
+def _select_rows(values: Sequence[str], rows: list[int]) -> NDArray[np.object_]:
     return np.array([sys.intern(values[row]) for row in rows], object)
 
 

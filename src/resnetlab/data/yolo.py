@@ -49,7 +49,7 @@ def read_yolo(root: Path, errors: ErrorPolicy, masks: bool) -> Annotations:
     finder = ImageFinder(root)
     texts = NameIndex(path.relative_to(root).as_posix() for path in root.rglob("*") if path.suffix.lower() == ".txt")
     splits, without, missing = {}, 0, 0
-    for split, images in _list_images(root, finder, config).items():
+    for split, images in _list_split_images(root, finder, config).items():
         records = []
         for name in images:
             expected = _label_file(name)
@@ -116,7 +116,7 @@ def _inline(text: str, file: Path) -> Any:
     return {_scalar(key): _scalar(value) for key, _, value in (part.partition(":") for part in parts)}
 
 
-def _list_images(root: Path, finder: ImageFinder, config: YoloConfig) -> dict[str, list[str]]:
+def _list_split_images(root: Path, finder: ImageFinder, config: YoloConfig) -> dict[str, list[str]]:
     """The images of each split, paths below the root, by data.yaml, or else by the folders' names."""
     paths = [path for path in finder.paths if "labels" not in path.split("/")[:-1]]
     found = {}

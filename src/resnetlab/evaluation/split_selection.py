@@ -39,7 +39,7 @@ def _select_unseen(source: Dataset, images: Split, models: Sequence[TrainedModel
     """The name and the images of the part of a folder that no model has seen."""
     evaluated, name = torch.ones(len(images), dtype=torch.bool), "all"
     for model in models:
-        seen, held_out = _match(model, source, images)
+        seen, held_out = _match_images(model, source, images)
         if bool(held_out.any()):
             evaluated, name = evaluated & held_out, source.evaluated_split
         elif bool(seen.any()):
@@ -59,13 +59,13 @@ def describe_overlap(
     notes = []
     for model, name in zip(models, names, strict=True):
         about = model.data
-        if n := int(_match(model, source, evaluated).seen.sum()):
+        if n := int(_match_images(model, source, evaluated).seen.sum()):
             notes.append(
                 f"{n:,} of these {len(evaluated):,} images were seen in the training of {name}: expect more errors on others"
             )
         if source.all_images is None or not about or about.get("fingerprint") == source.fingerprint:
             continue
-        seen, held_out = (int(mask.sum()) for mask in _match(model, source, source.all_images))
+        seen, held_out = (int(mask.sum()) for mask in _match_images(model, source, source.all_images))
         if seen:
             notes.append(
                 f"{source.name} has changed since {name} was trained on it (or has another quarantine list): of its "
@@ -82,12 +82,12 @@ def describe_overlap(
     return notes
 
 
-def _match(model: TrainedModel, source: Dataset, images: Split) -> SeenImages:
+def _match_images(model: TrainedModel, source: Dataset, images: Split) -> SeenImages:
     return match_fingerprints(model.fingerprints, model.data.get("fingerprint", ""), source, images)
 
 
 def _any_seen(source: Dataset, images: Split, models: Iterable[TrainedModel]) -> bool:
-    return any(bool(_match(model, source, images).seen.any()) for model in models)
+    return any(bool(_match_images(model, source, images).seen.any()) for model in models)
 
 
 def select_calibration_images(

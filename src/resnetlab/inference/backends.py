@@ -101,7 +101,7 @@ def select_backend(
         return _load_folded_network(model, request, select_device(request.precision, str(device)))
     few = request.num_images is not None and request.num_images <= FEW_IMAGES
     if few and request.backend == "auto" and request.precision != "int8":
-        torch_backend = _build(ExportGraphs(model), "torch", request.precision.replace("auto", "fp32"))
+        torch_backend = _build_backend(ExportGraphs(model), "torch", request.precision.replace("auto", "fp32"))
         reason = f"for {FEW_IMAGES} images or fewer building another takes longer than it saves"
         return replace(torch_backend, reason=reason)
     request = _complete_request(model, request)
@@ -184,7 +184,7 @@ def _find_candidates(request: BackendRequest) -> list[tuple[str, tuple[str, ...]
     return found
 
 
-def _build(graphs: ExportGraphs, name: str, precision: str) -> LoadedBackend:
+def _build_backend(graphs: ExportGraphs, name: str, precision: str) -> LoadedBackend:
     """Builds and starts one backend, without a reason yet."""
     backend, _ = BACKENDS[name]
     program = backend.build(graphs, precision)
@@ -223,12 +223,13 @@ def _select(
         if request.backend == "auto":
             precision = "fp32" if request.precision == "auto" else precision
             return replace(
-                _build(graphs, name, precision), reason="there are no reference images to compare other backends on"
+                _build_backend(graphs, name, precision),
+                reason="there are no reference images to compare other backends on",
             )
-        return replace(_build(graphs, name, precision), reason="as requested")
+        return replace(_build_backend(graphs, name, precision), reason="as requested")
     expected = compute_reference_scores(graphs.model, check_images)
     if request.backend != "auto":
-        built = _build(graphs, name, precision)
+        built = _build_backend(graphs, name, precision)
         agreement = Agreement.between(built.predict(check_images), expected)
         return replace(
             built, reason=f"as requested; {agreement} with torch fp32 on {len(check_images)} reference images"
@@ -244,14 +245,14 @@ def _select_fastest(
     rejected = []
     for name, precisions in candidates:
         for precision in precisions:
-            built = _build(graphs, name, precision)
+            built = _build_backend(graphs, name, precision)
             agreement = Agreement.between(built.predict(check_images), expected)
             if agreement.within(*PARITY_BOUNDS[precision]):
                 agreeing.append((built, agreement))
                 break
             rejected.append(f"{name} {precision} does not agree ({agreement})")
     if not agreeing:
-        return replace(_build(graphs, "torch", "fp32"), reason="; ".join(rejected))
+        return replace(_build_backend(graphs, "torch", "fp32"), reason="; ".join(rejected))
     pixels = check_images[torch.arange(TIMED_BATCH) % len(check_images)]  # (TIMED_BATCH, h, w, C)
     times = measure_seconds([built.predict for built, _ in agreeing], pixels)
     (best, (fastest, agreement)), *rest = sorted(zip(times, agreeing, strict=True), key=lambda row: row[0])

@@ -23,7 +23,7 @@ from resnetlab.run_folder import write_error
 SUFFIXES = (".npz", ".parquet")
 
 
-class Row(NamedTuple):
+class EmbeddingRow(NamedTuple):
     """An image: its name, split and class ("" where there are none), its features (C,), or why it cannot be read."""
 
     image: str
@@ -33,7 +33,7 @@ class Row(NamedTuple):
     error: str = ""
 
 
-def embed_data(model: Model, data: str | Path, data_dir: Path = Path("data")) -> Iterator[Row]:
+def embed_data(model: Model, data: str | Path, data_dir: Path = Path("data")) -> Iterator[EmbeddingRow]:
     """The features of every image of a data set, or of a folder or pattern of images without classes.
 
     Raises DataError if there is no image.
@@ -67,7 +67,7 @@ def _read(split: Split, i: int) -> ImageInput | DataError:
         return error
 
 
-def embed_rows(model: Model, images: Iterable[tuple[str, tuple[str, str, Any]]]) -> Iterator[Row]:
+def embed_rows(model: Model, images: Iterable[tuple[str, tuple[str, str, Any]]]) -> Iterator[EmbeddingRow]:
     """The features of (name, (split, class, image)), in order, at the speed of predictions."""
     about: list[tuple[str, str]] = []
 
@@ -79,12 +79,12 @@ def embed_rows(model: Model, images: Iterable[tuple[str, tuple[str, str, Any]]])
     for i, (name, found) in enumerate(model.embeddings(remember())):
         split, label = about[i]
         if isinstance(found, str):
-            yield Row(name, split, label, None, found)
+            yield EmbeddingRow(name, split, label, None, found)
         else:
-            yield Row(name, split, label, found)
+            yield EmbeddingRow(name, split, label, found)
 
 
-def write_features(path: Path, rows: Iterator[Row], part: int = 4096) -> tuple[int, dict[str, str]]:
+def write_features(path: Path, rows: Iterator[EmbeddingRow], part: int = 4096) -> tuple[int, dict[str, str]]:
     """Writes image, split, class and features of each readable image; returns their number, and the others' errors.
 
     A Parquet file is written in parts, so memory holds one; an .npz file is written at once.
@@ -125,7 +125,7 @@ class _ParquetWriter:
         self._path = path
         self._writer: Any = None
 
-    def write(self, rows: list[Row]) -> None:
+    def write(self, rows: list[EmbeddingRow]) -> None:
         import pyarrow
         import pyarrow.parquet
 
@@ -145,9 +145,9 @@ class _ParquetWriter:
 
 class _NpzWriter:
     def __init__(self, path: Path) -> None:
-        self._path, self._rows = path, list[Row]()
+        self._path, self._rows = path, list[EmbeddingRow]()
 
-    def write(self, rows: list[Row]) -> None:
+    def write(self, rows: list[EmbeddingRow]) -> None:
         self._rows += rows
 
     def close(self) -> None:

@@ -65,7 +65,7 @@ def _read_check_images(split: Split, preprocessing: Preprocessing) -> Iterator[T
     total = 0
     for i in spread_positions(len(split), MAX_IMAGES, 1):
         try:
-            image = _to_pixels(tensor_to_pil(split.read_image(i)), preprocessing)
+            image = _image_tensor(tensor_to_pil(split.read_image(i)), preprocessing)
         except DataError:
             continue
         if (total := total + image.numel()) > MAX_VALUES:
@@ -79,7 +79,7 @@ def _read_folder(folder: Path, preprocessing: Preprocessing) -> Iterator[Tensor]
         try:
             if isinstance(found, DataError):
                 continue
-            image = _to_pixels(decode(found), preprocessing)
+            image = _image_tensor(decode(found), preprocessing)
         except DataError:
             continue
         if (total := total + image.numel()) > 2 * MAX_VALUES:
@@ -87,7 +87,7 @@ def _read_folder(folder: Path, preprocessing: Preprocessing) -> Iterator[Tensor]
         yield image
 
 
-def _to_pixels(image: Image.Image, preprocessing: Preprocessing) -> Tensor:
+def _image_tensor(image: Image.Image, preprocessing: Preprocessing) -> Tensor:
     return pil_to_tensor(image.convert("L" if preprocessing.channels == 1 else "RGB"))
 
 

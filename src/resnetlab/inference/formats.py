@@ -73,7 +73,7 @@ def _write_torch(graphs: ExportGraphs, precision: str, file: Path) -> None:
     torch.export.save(program, str(file), extra_files=dict(export_metadata(graphs.model)))
 
 
-def _read_torch(file: Path) -> PredictFn:
+def _open_torch(file: Path) -> PredictFn:
     module: Any = torch.export.load(str(file)).module()
     return lambda pixels: module(pixels)
 
@@ -112,7 +112,7 @@ def _write_openvino(graphs: ExportGraphs, precision: str, file: Path) -> None:
     openvino.save_model(graphs.openvino(precision, any_size=True), str(file), compress_to_fp16=False)
 
 
-def _read_openvino(file: Path) -> PredictFn:
+def _open_openvino(file: Path) -> PredictFn:
     import openvino
 
     settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
@@ -156,7 +156,7 @@ FORMATS: Mapping[str, ExportFormat] = {
     "torch": ExportFormat(  # torch.export
         suffixes=(".pt2",),
         write=_write_torch,
-        read=_read_torch,
+        read=_open_torch,
         backend=Backend(name="torch", precisions=("bf16", "fp32"), build=lambda *_: b"", start=_start_torch),
     ),
     "onnx": ExportFormat(
@@ -179,7 +179,7 @@ FORMATS: Mapping[str, ExportFormat] = {
         packages=("onnx", "onnxscript", "openvino", "nncf"),
         extra="openvino",
         write=_write_openvino,
-        read=_read_openvino,
+        read=_open_openvino,
         backend=Backend(
             name="openvino", precisions=("bf16", "fp32", "int8"), build=_build_openvino, start=_start_openvino
         ),

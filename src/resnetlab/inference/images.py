@@ -87,7 +87,7 @@ def read_image(image: ImageInput | DataError) -> Image.Image:
     if isinstance(image, bytes | bytearray | memoryview):
         return decode(bytes(image))
     if isinstance(image, np.ndarray | Tensor):
-        return convert_image(Image.fromarray(_to_pixels(image)))
+        return convert_image(Image.fromarray(_to_uint8(image)))
     if _is_file(image):
         return decode(_read_file(image))
     raise UsageError(f"an image is {KINDS}, not {type(image).__name__}.")
@@ -125,7 +125,7 @@ def _fetch(url: str) -> bytes:
     return content
 
 
-def _to_pixels(image: Any) -> Any:
+def _to_uint8(image: Any) -> Any:
     """An array or tensor as uint8 (H, W) or (H, W, C).
 
     Values are 0 to 255, or of a floating type 0 to 1. Tensors are (C, H, W), as torchvision's, and arrays (H, W, C), as

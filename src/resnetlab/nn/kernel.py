@@ -57,7 +57,7 @@ def load_kernel() -> Kernel:
         ).stdout
         key = _hash(SOURCE.read_bytes(), "\n".join((compiler, version, *FLAGS, describe_processor())).encode())
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        library = _find(folder, key) or _build(folder, key, compiler)
+        library = _find(folder, key) or _compile_library(folder, key, compiler)
         return Kernel(_declare(ctypes.CDLL(str(library))), f"{version.splitlines()[0]}, {library.stem}")
     except subprocess.CalledProcessError as error:
         lines = (error.stderr or "").strip().splitlines() or [f"exit code {error.returncode}"]
@@ -87,7 +87,7 @@ def _find(folder: Path, key: str) -> Path | None:
     return None
 
 
-def _build(folder: Path, key: str, compiler: str) -> Path:
+def _compile_library(folder: Path, key: str, compiler: str) -> Path:
     """Compiles the library and moves it into the cache, where several processes may do so at once."""
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         built = Path(temporary, "kernel.so")

@@ -124,7 +124,7 @@ class ServedClassifier:
 
     def describe(self) -> dict[str, Any]:
         model = self.model
-        return _describe("classify", model, model.spec) | {
+        return _describe_model("classify", model, model.spec) | {
             "temperature": model.temperature,
             "calibrated": bool(model.calibration),
             "preprocessing": model.preprocessing.to_json(),
@@ -160,7 +160,7 @@ class _ServedAnnotatedModel:
 
     def describe(self) -> dict[str, Any]:
         classes = range(len(self.model.classes))
-        return _describe(self.model.task, self.model, self.model.spec) | {
+        return _describe_model(self.model.task, self.model, self.model.spec) | {
             "head": self.model.head_spec.to_json(),
             "colours": [self._colour(i) for i in classes],
             "backend": self.backend,
@@ -225,7 +225,7 @@ class ServedSegmenter(_ServedAnnotatedModel):
         return super()._colour(label - 1)
 
 
-def _describe(task: str, model: Model | AnnotatedModel, spec: Specification) -> dict[str, Any]:
+def _describe_model(task: str, model: Model | AnnotatedModel, spec: Specification) -> dict[str, Any]:
     net = f"{spec.block} blocks {'-'.join(map(str, spec.depths))}, {spec.activation_order}, shortcut {spec.shortcut}"
     return {
         "task": task,

@@ -50,7 +50,7 @@ def verify_resume(
         _run_child(setup, broken, stop_at=0, kill_at=half, expect=KILLED)
         report("and resumed …")
         _run_child(setup, broken, stop_at=STEPS, kill_at=0, expect=stopped)
-        tensors, figures = _compare(RunFolder(straight), RunFolder(broken))
+        tensors, figures = _compare_runs(RunFolder(straight), RunFolder(broken))
     return (
         f"exact: killed at step {half} and resumed, bit-identical at step {STEPS} in {tensors} tensors and {figures} lines of "
         "metrics.jsonl"
@@ -91,7 +91,7 @@ def _train(text: str) -> None:
         sys.exit(stop.exit_code)
 
 
-def _compare(one: RunFolder, other: RunFolder) -> tuple[int, int]:
+def _compare_runs(one: RunFolder, other: RunFolder) -> tuple[int, int]:
     """The numbers of equal tensors and lines; raises RunError if any differs."""
     (a, about_a), (b, about_b) = (read_tensor_file(list_checkpoints(run)[-1], "checkpoint") for run in (one, other))
     if about_a["step"] != about_b["step"]:
