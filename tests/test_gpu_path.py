@@ -51,7 +51,9 @@ def test_a_process_that_fails_does_not_wait_for_the_others(
     ended: list[str] = []
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, **__: None)
-    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    monkeypatch.setattr(distributed, "rendezvous", lambda *_, **__: iter([(None, 0, 2)]))
+    monkeypatch.setattr(distributed, "_meet", lambda store, *_: (store, False))
+    monkeypatch.setattr(distributed, "_connect_levels", lambda *_: [None])
     monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: ended.append("destroyed"))
     monkeypatch.setattr(torch.distributed.distributed_c10d, "_abort_process_group", lambda: ended.append("aborted"))
     if error is None:

@@ -42,7 +42,7 @@ def trained(recipe: BaseRecipe, steps: int = 3) -> TrainState:
     threads = torch.get_num_threads()
     try:
         train_state = TrainState.create(build_task(recipe, RunOptions(device="cpu")))
-        gradients = select_gradients(train_state.task, print)
+        gradients = select_gradients(train_state, print)
         set_train_mode(train_state.task.net)
         for step in range(steps):
             train_step(train_state, train_state.task.micro_batches(step), 0.1, gradients)

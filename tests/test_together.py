@@ -145,11 +145,9 @@ def test_a_kill_of_the_only_process_loses_nothing(tmp_path: Path, undisturbed: P
 SLOW_TO_READ = """
 import time
 from datetime import timedelta
-import torch
-from resnetlab.distributed import join_process_group
-begin = torch.distributed.init_process_group
-torch.distributed.init_process_group = lambda backend, timeout: begin(backend, timeout=timedelta(seconds=2))
-with join_process_group() as world:
+from resnetlab import distributed
+distributed.TIMEOUT = timedelta(seconds=2)
+with distributed.join_process_group() as world:
     with world.first_process_first():
         time.sleep(6 if world.is_first else 0)
     assert world.all_reduce_max(world.rank) == (1,)

@@ -93,8 +93,6 @@ class Job(NamedTuple):
         from resnetlab.device import count_cores
         from resnetlab.training.train import TASKS, read_result
 
-        # the store of a restarted job must not hold keys of the failed one (torch 2.15: some restarts hang)
-        os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, count_cores() // self.processes)))
         logging.getLogger("torch.distributed.elastic").setLevel(
             logging.CRITICAL

@@ -21,6 +21,7 @@ from resnetlab.random import seed_for
 from resnetlab.run_folder import RunFolder, write_atomically, write_error
 from resnetlab.tensor_file import read_tensor_file, write_tensor_file
 from resnetlab.training.average import WeightAverage
+from resnetlab.training.exchange import GradientExchange
 from resnetlab.training.micro_batches import BatchNormStatistics
 from resnetlab.training.optim import Optimizer, build_optimizer
 from resnetlab.training.recipe import BaseRecipe, Recipe
@@ -41,13 +42,16 @@ class TrainState:
     average: WeightAverage
     statistics: BatchNormStatistics
     state: RunState
+    exchange: GradientExchange | None = None  # of the gradients with the other processes, if there are any
 
     @staticmethod
     def create(task: Task) -> TrainState:
         """The state before the first step."""
         net, recipe = task.net, task.recipe
         average = WeightAverage(net, recipe.ema_decay)
-        return TrainState(task, build_optimizer(net, recipe), average, BatchNormStatistics(net), RunState())
+        optimizer, world = build_optimizer(net, recipe), task.device_config.world
+        exchange = GradientExchange(list(optimizer.parameters.values()), world) if world.size > 1 else None
+        return TrainState(task, optimizer, average, BatchNormStatistics(net), RunState(), exchange)
 
     @property
     def recipe(self) -> BaseRecipe:

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from resnetlab.training.checkpoint import TrainState
 from resnetlab.training.cuda_graph import GraphGradients
 from resnetlab.training.side_by_side import SideBySideGradients
 from resnetlab.training.step import Gradients, compute_gradients
-from resnetlab.training.tasks.base import Task
 
 
-def select_gradients(task: Task, report_graph: Callable[[str], None]) -> Gradients:
+def select_gradients(train_state: TrainState, report_graph: Callable[[str], None]) -> Gradients:
     """The way to compute gradients that the task's device config names; all are bit-identical.
 
     Args:
         report_graph: called once with a sentence on whether steps are replayed from a CUDA graph, if that is tried.
     """
+    task = train_state.task
     if task.device_config.cuda_graph:
         return GraphGradients(report_graph)
     replicated = task.device_config.side_by_side > 1 or task.device_config.fused_bn
-    return SideBySideGradients(task) if replicated else compute_gradients
+    return SideBySideGradients(task, train_state.exchange) if replicated else compute_gradients

@@ -7,10 +7,10 @@ The rounding of a mean depends on the order of summation. Here that is a balance
     in a process   +       +       +       +
                     \     /         \     /
                        +               +
-    between them        \-------------/               each sends the other its sum, and both add
+    between them        \-------------/
 
-so one process and several are bit-identical if the number of processes, and of micro-batches in each, are powers of two
-(otherwise the last bits differ). torch's DistributedDataParallel is not used: its sums depend on the number of processes.
+so one process and several are bit-identical if the number of micro-batches in each is a power of two (otherwise the last bits
+differ). torch's DistributedDataParallel is not used: its sums depend on the number of processes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from resnetlab.distributed import World
+from resnetlab.distributed import TreeSum, World
 from resnetlab.errors import UsageError
 from resnetlab.training.recipe import Recipe
 
@@ -53,32 +53,30 @@ def _count_or_zero(recipe: Recipe, processes: int) -> int:
     return 0 if share % here else share // here
 
 
+def describe_sum_order(count: int, world: World, *, bn_sync: bool) -> str:
+    """A sentence if the number of processes decides the last bits, or ""; `count` micro-batches are in each."""
+    if world.size == 1 or not (bn_sync or count & (count - 1)):
+        return ""
+    reason = (
+        "synchronised BN adds up a sum of each" if bn_sync else f"{count} micro-batches in each are no power of two"
+    )
+    return f"the last bits of the result depend on the number of processes, since {reason}"
+
+
 class TreeMean:
     """The mean of lists of tensors added one by one, over all processes."""
 
     def __init__(self, world: World) -> None:
-        self._world, self._count = world, 0
-        self._sums: list[tuple[int, list[Tensor]]] = []  # (level in the tree, sum), of falling levels
+        self._world, self._sum = world, TreeSum()
 
-    @torch.no_grad()
     def add(self, tensors: list[Tensor]) -> None:
         """Adds the tensors of one micro-batch; takes them over and may modify them."""
-        level = 0
-        while self._sums and self._sums[-1][0] == level:
-            _, before = self._sums.pop()
-            torch._foreach_add_(before, tensors)
-            tensors, level = before, level + 1
-        self._sums.append((level, tensors))
-        self._count += 1
+        self._sum.add(self._sum.count, tensors)
 
     @torch.no_grad()
     def result(self) -> list[Tensor]:
         """The mean over all micro-batches of all processes, the same in each process."""
-        _, total = self._sums.pop()
-        while self._sums:
-            _, before = self._sums.pop()
-            torch._foreach_add_(before, total)
-            total = before
+        total = self._sum.total()
         if self._world.size > 1:
             flat = torch.cat([t.reshape(-1) for t in total])
             self._world.tree_all_reduce_(flat)
@@ -86,7 +84,7 @@ class TreeMean:
                 part.view(t.shape) for part, t in zip(torch.split(flat, [t.numel() for t in total]), total, strict=True)
             ]
             torch._foreach_copy_(total, summed)
-        if (count := self._count * self._world.size) > 1:
+        if (count := self._sum.count * self._world.size) > 1:
             torch._foreach_mul_(total, 1 / count)
         return total
 

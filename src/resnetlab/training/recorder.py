@@ -6,6 +6,7 @@ import contextlib
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -69,6 +70,7 @@ class Recorder:
             step, config = train_state.state.step, train_state.recipe.to_json()
             self._trackers = Trackers(context.run, step, config, context.report)
         self._timer, self._saved = StepTimer(train_state.state), time.monotonic()
+        self._agreed: Future[tuple[int, ...]] | None = None
         self._reported_others = False
         self._held_out: Mapping[str, float] = {}
         self._evaluation_seconds = 0.0  # of the last one
@@ -112,10 +114,8 @@ class Recorder:
         state.errors.append(output.error)
         last = state.step == recipe.steps
         logging = last or state.step % recipe.log_every == 0
-        due = world.is_first and time.monotonic() - self._saved >= 60 * recipe.checkpoint_minutes
-        requested = self._request.signum or 0  # read once: a later signal waits for the next step
-        # maxima, so that all processes stop at the same step
-        signum, saving = world.all_reduce_max(requested, int(last or requested > 0 or due))
+        signum, saving = self._agree()
+        saving = saving or last
         evaluating, stop = last or state.step % recipe.eval_every == 0, 0
         if logging or saving or evaluating or self._task.device_config.device.type == "cpu":
             # on a GPU this waits for the queued steps, whose time then counts as theirs: only where something else waits
@@ -144,6 +144,22 @@ class Recorder:
             raise StopSignal(signum, f"stopped at step {state.step:,}, which is saved; {self.how_to_resume}")
         if stop:
             raise RunStopped(self._context.run.path, state.step, self._held_out)
+
+    def _agree(self) -> tuple[int, ...]:
+        """The signal to stop at this step, and whether to save, the same in all processes.
+
+        Several processes agree beside the next step, at the end of which they stop, so that none waits for the others.
+        """
+        due = (
+            self._world.is_first and time.monotonic() - self._saved >= 60 * self._train_state.recipe.checkpoint_minutes
+        )
+        if due:
+            self._saved = time.monotonic()
+        requested = self._request.signum or 0  # read once: a later signal waits for the next step
+        before, self._agreed = self._agreed, self._world.start_all_reduce_max(requested, int(requested > 0 or due))
+        if self._world.size == 1:
+            return self._agreed.result()
+        return (0, 0) if before is None else before.result()
 
     def note_skipped(self, skipped: Mapping[str, str]) -> None:
         """Lists in the run folder what was skipped because it could not be used."""

@@ -11,6 +11,7 @@ never leave it, and the cache is cleared after the step.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +29,7 @@ from resnetlab.nn.kernel import load_kernel
 from resnetlab.random import draw_from
 from resnetlab.training.average import set_train_mode
 from resnetlab.training.checkpoint import TrainState
+from resnetlab.training.exchange import GradientExchange
 from resnetlab.training.micro_batches import BatchNormStatistics, TreeMean
 from resnetlab.training.tasks.base import Task
 
@@ -95,7 +97,7 @@ def reason_for_turns(task: Task) -> str:
 class Replica:
     """A task whose network shares another's weights, with gradients, BN statistics and random numbers of its own."""
 
-    def __init__(self, task: Task) -> None:
+    def __init__(self, task: Task, exchange: GradientExchange | None) -> None:
         net = share_weights(task.net)
         set_train_mode(net)
         if task.device_config.fused_bn:
@@ -104,15 +106,20 @@ class Replica:
         self._parameters = [p for p in net.parameters() if p.requires_grad]
         self._statistics, self._before = BatchNormStatistics(net), BatchNormStatistics(task.net).averages
         self._generator = torch.Generator()
+        self._watched = None if exchange is None else exchange.watch(self._parameters)
 
-    def gradients(self, micro_batch: Any, seed: int) -> list[Tensor]:
-        """Loss, error, the gradient of every parameter that has one, and the BN averages that the micro-batch leads to."""
+    def gradients(self, micro_batch: Any, seed: int, number: int) -> list[Tensor]:
+        """Loss, error, the gradient of every parameter that has one, and the BN averages that the micro-batch leads to.
+
+        Where gradients are exchanged with other processes, those of micro-batch `number` go there.
+        """
         with torch.no_grad():
             torch._foreach_copy_(self._statistics.averages, self._before)
         with draw_from(self._generator.manual_seed(seed)):
             with self.task.device_config.autocast():
                 loss, error = self.task.loss(micro_batch)
-            loss.backward()  # type: ignore[no-untyped-call]
+            with contextlib.nullcontext() if self._watched is None else self._watched.collecting(number):
+                loss.backward()  # type: ignore[no-untyped-call]
         gradients = [p.grad for p in self._parameters if p.grad is not None]
         for p in self._parameters:
             p.grad = None
@@ -127,11 +134,12 @@ def share_weights(net: nn.Module) -> nn.Module:
 class SideBySideGradients:
     """`compute_gradients` with one thread for each of as many micro-batches as the task's device config names."""
 
-    def __init__(self, task: Task) -> None:
+    def __init__(self, task: Task, exchange: GradientExchange | None = None) -> None:
+        self._exchange = exchange
         self._threads = task.device_config.side_by_side
         self._replicas: SimpleQueue[Replica] = SimpleQueue()
         for _ in range(self._threads):
-            self._replicas.put(Replica(task))
+            self._replicas.put(Replica(task, exchange))
         use_one_heap()
         # a thread that is inside autocast already does not clear the cache when it leaves autocast again
         self._pool = ThreadPoolExecutor(self._threads, "micro-batch", torch.autocast_increment_nesting)
@@ -139,7 +147,9 @@ class SideBySideGradients:
     def __call__(self, train_state: TrainState, micro_batches: Sequence[Any]) -> list[Tensor]:
         task, statistics = train_state.task, train_state.statistics
         mean, first = TreeMean(task.device_config.world), task.device_config.world.rank * len(micro_batches)
-        jobs = [(part, train_state.network_seed(number)) for number, part in enumerate(micro_batches, first)]
+        jobs = [(part, train_state.network_seed(first + i), i) for i, part in enumerate(micro_batches)]
+        if self._exchange is not None:
+            self._exchange.start(len(micro_batches))
         try:
             for results in map_in_order(self._pool, 2 * self._threads, self._carry, jobs):
                 mean.add(results)
@@ -148,10 +158,11 @@ class SideBySideGradients:
         results = mean.result()
         count = len(results) - len(statistics.averages)
         statistics.set(results[count:])
-        train_state.optimizer.set_grads(results[2:count])
-        return results[:count]
+        results = results[:count] + ([] if self._exchange is None else self._exchange.result())
+        train_state.optimizer.set_grads(results[2:])
+        return results
 
-    def _carry(self, job: tuple[Any, int]) -> list[Tensor]:
+    def _carry(self, job: tuple[Any, int, int]) -> list[Tensor]:
         replica = self._replicas.get()
         try:
             return replica.gradients(*job)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -33,24 +34,28 @@ def compute_gradients(
     """
     task, optimizer, statistics = train_state.task, train_state.optimizer, train_state.statistics
     seed = seed or train_state.seed_network
-    world = task.device_config.world
+    world, exchange = task.device_config.world, train_state.exchange
     mean, first = TreeMean(world), world.rank * len(micro_batches)
     shared = len(micro_batches) * world.size > 1
     if shared:
         statistics.save()
-    for number, micro_batch in enumerate(micro_batches, first):
-        seed(number)
+    if exchange is not None:
+        exchange.start(len(micro_batches))
+    for number, micro_batch in enumerate(micro_batches):
+        seed(first + number)
         with task.device_config.autocast():
             loss, error = task.loss(micro_batch)
-        loss.backward()  # type: ignore[no-untyped-call]
-        results = [loss.detach(), error, *optimizer.grads()]
+        with contextlib.nullcontext() if exchange is None else exchange.own.collecting(number):
+            loss.backward()  # type: ignore[no-untyped-call]
+        results = [loss.detach(), error, *optimizer.grads()]  # no gradients where they are exchanged
         if shared:
             mean.add(results + statistics.rewind())
             optimizer.zero_grad()
     if shared:
         results = mean.result()
-        statistics.set(results[len(results) - len(statistics.averages) :])
-        results = results[: len(results) - len(statistics.averages)]
+        count = len(results) - len(statistics.averages)
+        statistics.set(results[count:])
+        results = results[:count] + ([] if exchange is None else exchange.result())
         optimizer.set_grads(results[2:])
     return results
 

@@ -21,7 +21,6 @@ from resnetlab.distributed import (
     join_process_group,
     leave_if_imported_again,
     local_process_count,
-    was_restarted,
 )
 from resnetlab.errors import DataError, ResNetLabError, RunError, UsageError, unknown_name_error
 from resnetlab.formatting import format_percent
@@ -42,6 +41,7 @@ from resnetlab.training.checkpoint import (
 from resnetlab.training.gradients import select_gradients
 from resnetlab.training.machine import describe_differences, describe_machine
 from resnetlab.training.memory import is_out_of_memory
+from resnetlab.training.micro_batches import describe_sum_order
 from resnetlab.training.optim import OPTIMIZERS
 from resnetlab.training.recipe import BaseRecipe, Epochs, Overrides, Recipe
 from resnetlab.training.recorder import OnEvaluate, Recorder, RunContext
@@ -191,9 +191,9 @@ def start_run(recipe: BaseRecipe, out: Path | None = None, options: RunOptions |
     """
     with contextlib.ExitStack() as stack:
         world, options = _join(stack, options)
-        if was_restarted() and out is None:
+        if world.restarted and out is None:
             raise UsageError("a job that is started again needs --out, the folder to resume in.")
-        if world.broadcast(was_restarted() and out is not None and (out / "recipe.toml").is_file()):
+        if world.broadcast(world.restarted and out is not None and (out / "recipe.toml").is_file()):
             prepared = _reopen(stack, world, cast(Path, out), options, recipe.task, recipe)
         else:
             task = build_task(recipe, options, world)
@@ -241,7 +241,7 @@ def train_to_end(task: Task, context: RunContext) -> TrainResult:
     how_to_resume = f"resume with: {task.command} --resume {context.run.path}"
     with catch_stop_signals() as request, explain_full_disk(how_to_resume):
         recorder = Recorder(train_state, context, request)
-        gradients = select_gradients(task, recorder.report_graph)
+        gradients = select_gradients(train_state, recorder.report_graph)
         set_train_mode(task.net)
         steps = context.profile if task.device_config.world.is_first else 0
         with recorder.closing(), trace_steps(steps, context.run.path / "trace.json", context.report) as end_traced_step:
@@ -323,6 +323,9 @@ def build_task(
     task = divide_threads(task.fit_micro_batch(options.report) if options.fit_micro_batch else task)
     task = choose_batchnorm(task, options.report, resuming=started_in is not None)
     options.report(f"device: {task.device_config}")
+    bn_sync = getattr(task.recipe, "bn_sync", False)
+    if sentence := describe_sum_order(task.num_micro_batches, world, bn_sync=bn_sync):
+        options.report(sentence)
     if device_config.device.type == "cuda" and task.nondeterministic_on_gpu:
         options.report(
             f"on a GPU {task.nondeterministic_on_gpu} add in no fixed order, so another run, or a resumed one, may differ in "

@@ -1,0 +1,98 @@
+"""Gradients summed over processes: the bits of one process, whatever holds the micro-batches, and few bytes."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from process_groups import call_in_processes, sizes
+from resnetlab.distributed import TreeSum, World
+from resnetlab.training.exchange import ALIGNMENT, GradientExchange
+from resnetlab.training.micro_batches import TreeMean, describe_sum_order
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+
+
+def make_net() -> nn.Sequential:
+    """A network with parameters of odd sizes, in channels_last memory; one of them gets no gradient."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 5, 3), nn.Conv2d(5, 7, 3), nn.Flatten(), nn.Linear(7 * 16, 3))
+    net.unused = nn.Parameter(torch.ones(3))
+    return net.to(memory_format=torch.channels_last)
+
+
+def loss_of(net: nn.Sequential, number: int) -> Tensor:
+    x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(number))
+    return net(x.to(memory_format=torch.channels_last)).exp().sum()
+
+
+def gradients_of_one_process(count: int) -> list[Tensor]:
+    net, mean = make_net(), TreeMean(World())
+    for number in range(count):
+        loss_of(net, number).backward()
+        mean.add([torch.zeros_like(p) if p.grad is None else p.grad for p in net.parameters()])
+        net.zero_grad()
+    return mean.result()
+
+
+def exchange_gradients(world: World, count: int, bucket_bytes: int = 400) -> tuple[list[Tensor], list[int]]:
+    """The mean gradients, and the sizes of the groups; the micro-batches come in another order in every process."""
+    assert world.links is not None
+    net, here = make_net(), count // world.size
+    exchange = GradientExchange(list(net.parameters()), world, bucket_bytes)
+    replica = make_net()
+    collectors = [(net, exchange.own), (replica, exchange.watch(list(replica.parameters())))]
+    order = random.Random(world.rank).sample(range(here), here)
+    for _ in range(2):  # a second step is like the first
+        exchange.start(here)
+        for number in order:
+            used, collector = collectors[number % 2]
+            loss = loss_of(used, world.rank * here + number)
+            with collector.collecting(number):
+                loss.backward()
+            assert all(p.grad is None for p in used.parameters())
+        gradients = exchange.result()
+    assert len(exchange.buckets) > 1
+    assert [g.stride() for g in gradients] == [p.stride() for p in net.parameters()]
+    assert all(g.data_ptr() % (4 * ALIGNMENT) == 0 for g in gradients)
+    return [g.contiguous().numpy().copy() for g in gradients], sizes(world.links.levels)
+
+
+@pytest.mark.parametrize(
+    ("processes", "machines", "count", "groups"),
+    [(4, 2, 8, [2, 2]), (3, 3, 12, [3]), (6, 2, 12, [6]), (6, 3, 12, [2, 3])],
+)
+def test_the_bits_are_those_of_one_process(processes: int, machines: int, count: int, groups: list[int]) -> None:
+    """With a process a machine, several, and three, which are no level of the tree and so are not summed before the others."""
+    expected = gradients_of_one_process(count)
+    for gradients, levels in call_in_processes(processes, lambda world: exchange_gradients(world, count), machines):
+        assert levels == groups
+        for ours, theirs in zip(gradients, expected, strict=True):
+            assert torch.equal(torch.from_numpy(ours), theirs)
+
+
+def test_the_order_in_which_terms_come_does_not_matter() -> None:
+    """Twelve are eight and four."""
+    terms = [torch.randn(50, generator=torch.Generator().manual_seed(i)) for i in range(12)]
+    levels: Any = [torch.stack(terms[:8]), torch.stack(terms[8:])]
+    while len(levels[0]) > 1:
+        levels = [x[::2] + x[1::2] if len(x) > 1 else x for x in levels]
+    for seed in range(5):
+        total = TreeSum()
+        for i in random.Random(seed).sample(range(12), 12):
+            total.add(i, [terms[i].clone()])
+        (found,) = total.total()
+        assert torch.equal(found, (levels[0] + levels[1])[0])
+
+
+def test_other_numbers_of_micro_batches_are_reported() -> None:
+    assert describe_sum_order(3, World(0, 2), bn_sync=False).endswith(
+        "since 3 micro-batches in each are no power of two"
+    )
+    assert "synchronised BN" in describe_sum_order(1, World(0, 2), bn_sync=True)
+    for count, size in ((3, 1), (4, 2), (1, 3), (2, 6)):
+        assert not describe_sum_order(count, World(0, size), bn_sync=False)
