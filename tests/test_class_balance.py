@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tomllib
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -16,16 +17,17 @@ from images import folder
 from resnetlab.cli.main import run_command
 from resnetlab.data import digits
 from resnetlab.data.augment import Augmentation, rotate_images
-from resnetlab.data.dataset import GROUP, MemorySplit, assign_folds, take_fold
+from resnetlab.data.dataset import A_TENTH, GROUP, MemorySplit, assign_folds, count_held_out, take_fold
 from resnetlab.data.sampler import BalancedEpochs, Batch, step_indices
 from resnetlab.errors import DataError, RunError, UsageError
 from resnetlab.models.model_file import load_trained_model
 from resnetlab.preprocessing import Preprocessing
 from resnetlab.training.class_balance import describe_imbalance, parse_class_weights
 from resnetlab.training.recipe import Recipe
-from resnetlab.training.recipes import find_recipe
+from resnetlab.training.recipes import RECIPES, find_classification_recipe, find_recipe
 from resnetlab.training.recorder import RunStopped
-from resnetlab.training.tasks.classification import ClassificationTask, describe_view
+from resnetlab.training.tasks.classification import ClassificationTask
+from resnetlab.training.tasks.classification_data import describe_view
 from resnetlab.training.train import RunOptions, build_task, resume, start_run
 from runs import assert_same, figures
 from tiny_runs import TINY_PHOTOS, tiny
@@ -235,3 +237,57 @@ def test_a_run_goes_on_with_data_that_moved(tmp_path: Path) -> None:
     next((tmp_path / "moved" / "train").rglob("*.jpg")).unlink()
     with pytest.raises(RunError, match="does not hold the data that"):
         resnetlab.train(resume=tmp_path / "b", data=str(tmp_path / "moved"), progress=False)
+
+
+def test_a_tenth_is_held_out_by_default_and_recorded(tmp_path: Path) -> None:
+    root = folder(tmp_path / "d", {"": 20}, ("a", "b"))  # 8 of 40 images are for the end, 3 of 32 are watched
+    values = TINY_PHOTOS | {"steps": 4, "eval_every": 2, "checkpoint_minutes": 0.0, "progress": False}
+    said: list[str] = []
+    whole = resnetlab.train("photos", data=str(root), out=tmp_path / "a", report=said.append, **values)  # type: ignore[arg-type]
+    assert "29 images to train on, 3 held out to watch the error of, 8 to test on" in " ".join(said)
+    assert not any("val_images" in sentence for sentence in said)  # it is the recipe's own value, resolved
+    lines = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["kind"] == "held_out"] == [2, 4]
+    assert tomllib.loads((tmp_path / "a" / "recipe.toml").read_text())["val_images"] == 3
+    drawn = json.loads((tmp_path / "a" / "holdout.json").read_text())
+    assert (len(drawn["evaluated while training"]), len(drawn["held-out"])) == (3, 8)
+    assert not set(drawn["evaluated while training"]) & set(drawn["held-out"])
+    model = load_trained_model(Path(whole.model))
+    assert model.temperature == 1 and not model.calibration  # three images are too few to fit one on
+    page = (tmp_path / "a" / "report.html").read_text()  # where "held-out" are the three images
+    assert " test error" in page and "8 test images" in " ".join(page.replace("</strong>", "").split())
+    with pytest.raises(RunStopped):
+        resnetlab.train("photos", data=str(root), out=tmp_path / "b", on_evaluate=lambda _: True, **values)  # type: ignore[arg-type]
+    recipe = replace(find_recipe("photos", "classify").with_values({"image_size": "16", "eval_resize": "20"}), steps=4)
+    assert recipe.resolve_like(resume_recipe(tmp_path / "b")).to_json()["val_images"] == 3  # as a restarted job asks
+    resume(tmp_path / "b", CPU)
+    assert_same(tmp_path / "a", tmp_path / "b")
+
+
+def resume_recipe(run: Path) -> Recipe:
+    return Recipe.from_values(tomllib.loads((run / "recipe.toml").read_text()))
+
+
+def test_how_many_are_held_out_by_default(tmp_path: Path) -> None:
+    assert [count_held_out(A_TENTH, n, 10) for n in (49, 50, 100, 250, 10_000, 1_000_000)] == [
+        0,
+        10,
+        10,
+        25,
+        1000,
+        1000,
+    ]
+    assert count_held_out(7, 20, 10) == 7 and count_held_out(0, 20, 10) == 0
+    with pytest.raises(UsageError, match="val_images must be 0 or more, or -1 for a tenth of the training images"):
+        tiny(val_images=-2)
+    assert {name for name, make in RECIPES.items() if getattr(make(), "val_images", 0) == A_TENTH} == {
+        "photos", "finetune", "boxes", "masks"
+    }  # fmt: skip
+    given = folder(tmp_path / "given", {"train": 10, "val": 3, "test": 3})
+    grouped = folder(tmp_path / "grouped", {"train": 10, "test": 3})
+    for root, groups, count in ((given, "", 0), (grouped, "", 3), (grouped, "train|test", 0)):  # one group cannot be divided
+        recipe = replace(
+            find_classification_recipe("photos"), data=str(root), groups=groups, image_size=16, net="resnet8"
+        )
+        task = build_task(replace(recipe, eval_resize=20), CPU)
+        assert (task.recipe.to_json()["val_images"], len(task.held_out)) == (count, 9 if root == given else count)

@@ -92,7 +92,9 @@ class Setting:
         name = "quick" if self.data == "digits" else "photos" if self.photographs else "paper-cifar"
         full = replace(find_classification_recipe(name), data=self.data)
         device_config = select_device(full.precision, self.device)
-        full = replace(full, threads=1, precision=default_precision(device_config.device))
+        full = replace(
+            full, threads=1, val_images=max(0, full.val_images), precision=default_precision(device_config.device)
+        )
         short = full.rescale(self.steps or self._steps(full.batch))
         if short.steps == full.steps:
             return full

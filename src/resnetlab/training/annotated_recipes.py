@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
+from resnetlab.data.dataset import A_TENTH
 from resnetlab.errors import UsageError
 from resnetlab.training.recipe import BaseRecipe
 
@@ -22,7 +23,7 @@ class AnnotatedRecipe(BaseRecipe):
     bn_batch: int = 0  # images of the micro-batch that BN sees ("ghost batch"); 0: all of a process's share
     bn: str = "fixed"  # "fixed": a constant affine map (2015, appendix A); "live"
     frozen: str = ""  # the deepest map that does not train, such as "C2"; "" if all train
-    val_images: int = 0  # training images held out for evaluation while training; 0 trains on all
+    val_images: int = 0  # training images held out for evaluation while training; 0: none, A_TENTH: see data.dataset
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -108,6 +109,7 @@ def boxes() -> DetectionRecipe:
     return DetectionRecipe(
         name="boxes",
         data="boxes",
+        val_images=A_TENTH,
         net="resnet18",
         image_size=300,
         longest=500,
@@ -140,6 +142,7 @@ def masks() -> SegmentationRecipe:
     return SegmentationRecipe(
         name="masks",
         data="masks",
+        val_images=A_TENTH,
         net="resnet18",
         image_size=256,
         longest=512,

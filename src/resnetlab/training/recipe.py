@@ -12,6 +12,7 @@ from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 
 import tomli_w
 
+from resnetlab.data.dataset import A_TENTH
 from resnetlab.errors import RunError, UsageError, unknown_name_error
 from resnetlab.models.reference_images import MAX_TRAINING
 from resnetlab.models.spec import Specification, parse_changes, parse_value
@@ -42,9 +43,8 @@ _RANGES: dict[str, tuple[float, float, str]] = {  # smallest and largest value, 
     **dict.fromkeys(
         ("warmup_steps", "weight_decay", "checkpoint_minutes", "seed"), (0, sys.float_info.max, "0 or more")
     ),
-    **dict.fromkeys(
-        ("val_images", "eval_resize", "bn_batch", "clip_norm", "precise_bn"), (0, sys.float_info.max, "0 or more")
-    ),
+    **dict.fromkeys(("eval_resize", "bn_batch", "clip_norm", "precise_bn"), (0, sys.float_info.max, "0 or more")),
+    "val_images": (A_TENTH, sys.float_info.max, f"0 or more, or {A_TENTH} for a tenth of the training images"),
     "early_stop": (0, 10**9, "0 or more"),
     "batch": (1, 2**20, "from 1 to 1,048,576"),
     "image_size": (0, 4096, "from 1 to 4,096, or 0 for that of start_from"),
@@ -178,10 +178,12 @@ class BaseRecipe:
         )
 
     def resolve_like(self, recorded: BaseRecipe) -> Self:
-        """The recipe with the values that are left open taken from a recorded one: "auto", op_threads 0, no network."""
+        """The recipe with the values that are left open ("auto", op_threads 0, no network, A_TENTH) from a recorded one."""
         values = {key: getattr(recorded, key) for key in ("precision", "compile") if getattr(self, key, "") == "auto"}
         if not self.net:
             values |= {"net": recorded.net, "specification": recorded.specification}
+        if getattr(self, "val_images", 0) == A_TENTH:
+            values["val_images"] = getattr(recorded, "val_images", A_TENTH)
         return replace(self, threads=recorded.threads, op_threads=self.op_threads or recorded.op_threads, **values)
 
     def with_micro_batch_of(self, recorded: BaseRecipe) -> Self:
@@ -253,7 +255,7 @@ class Recipe(BaseRecipe):
     image_size: int  # side of the input, in pixels; 0 takes that of start_from, and its eval_resize
     eval_resize: int = 0  # evaluation: the shorter side is resized to this before the centre crop; 0 for `image_size`
     normalise: str = "per-pixel mean"  # or "per-channel mean and std"
-    val_images: int = 0  # training images held out for evaluation during training; 0 trains on all of them
+    val_images: int = 0  # training images held out for evaluation during training; 0: none, A_TENTH: see data.dataset
     on_bad_image: str = "stop"  # an image that cannot be read: "stop", or "skip" (left out, counted and listed)
     quarantine: str = ""  # a file of image names, one per line, that are left out from the start
     groups: str = (

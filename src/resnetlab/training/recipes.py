@@ -10,6 +10,7 @@ from typing import Any, cast
 
 from resnetlab import migrate_v01
 from resnetlab.data import sources
+from resnetlab.data.dataset import A_TENTH
 from resnetlab.errors import UsageError, unknown_name_error
 from resnetlab.run_folder import RunFolder
 from resnetlab.training.annotated_recipes import ANNOTATED_RECIPES
@@ -233,6 +234,7 @@ def photos() -> Recipe:
     return Recipe(
         name="photos",
         data="photos",
+        val_images=A_TENTH,
         net="resnet18",
         image_size=224,
         eval_resize=256,
@@ -345,6 +347,8 @@ def describe_changes(recipe: BaseRecipe, precision: str) -> list[str]:
     same_length = own if own.steps == recipe.steps else own.rescale(recipe.steps)
     resolved: dict[str, Any] = {"threads": recipe.threads, "op_threads": own.op_threads or recipe.op_threads}
     resolved["precision"] = precision if own.precision == "auto" else own.precision
+    if getattr(own, "val_images", 0) == A_TENTH:
+        resolved["val_images"] = getattr(recipe, "val_images", 0)
     if isinstance(recipe, Recipe) and isinstance(own, Recipe):
         resolved["compile"] = recipe.compile if own.compile == "auto" else own.compile
         if not own.image_size:

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from resnetlab.data import sources
 from resnetlab.data.annotated_dataset import AnnotatedDataset, AnnotatedItem, hold_out_images
 from resnetlab.data.annotated_sampler import FLIPS, AnnotatedLoader, AugmentationDraw, divide_batch
+from resnetlab.data.dataset import A_TENTH, count_held_out
 from resnetlab.data.error_policy import ErrorPolicy
-from resnetlab.data.prefetch import default_workers
 from resnetlab.device import DeviceConfig
 from resnetlab.distributed import World
 from resnetlab.errors import DataError, UsageError, unknown_name_error
@@ -76,6 +76,10 @@ class AnnotatedTask(Task, Generic[P, S]):
         data = cls.load_data(recipe, setup.started_in / recipe.data)
         if recipe.flips not in FLIPS:
             raise unknown_name_error("flips", recipe.flips, FLIPS)
+        if recipe.val_images == A_TENTH:
+            recipe = replace(
+                recipe, val_images=0 if data.val else count_held_out(A_TENTH, len(data.train), len(data.classes))
+            )
         train, held_out, holdout = divide_images(data, recipe.val_images)
         recipe = setup.rescale(recipe, len(train))
         # what cannot be evaluated is found now, not after the last step
@@ -101,7 +105,7 @@ class AnnotatedTask(Task, Generic[P, S]):
             world=device_config.world,
             micro_batch=recipe.bn_batch,
             errors=data.errors,
-            workers=default_workers(device_config) if setup.workers is None else setup.workers,
+            workers=setup.num_workers,
         )
         task = cls(
             recipe=recipe,

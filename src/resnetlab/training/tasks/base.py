@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Self, TypeVar
 from torch import Tensor, nn
 
 from resnetlab.data.dataset import Dataset
+from resnetlab.data.prefetch import default_workers
 from resnetlab.device import DeviceConfig
 from resnetlab.distributed import World
 from resnetlab.errors import RunError
@@ -42,6 +43,11 @@ class TaskSetup:
     epochs: Epochs | None = None
     dataset: Dataset | str | None = None
     report: Callable[[str], None]
+
+    @property
+    def num_workers(self) -> int:
+        """Processes that decode images."""
+        return default_workers(self.device_config) if self.workers is None else self.workers
 
     def rescale(self, recipe: R, images: int) -> R:
         """The recipe at the length that is given in epochs of `images` images, if one is."""

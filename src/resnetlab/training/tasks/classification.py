@@ -15,20 +15,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from resnetlab.data import sources
-from resnetlab.data.augment import Augmentation
-from resnetlab.data.crops import Crop
-from resnetlab.data.dataset import Dataset, MemorySplit, Split, hold_out, take_fold
-from resnetlab.data.disk_split import DiskSplit, ReadOptions
+from resnetlab.data.dataset import MemorySplit, Split
+from resnetlab.data.disk_split import DiskSplit
 from resnetlab.data.fingerprints import match_fingerprints, record_fingerprints
-from resnetlab.data.mixing import Mixing
-from resnetlab.data.prefetch import PreprocessedSplit, default_workers
+from resnetlab.data.prefetch import PreprocessedSplit
 from resnetlab.data.sampler import Batch, TrainLoader
-from resnetlab.data.statistics import compute_statistics
 from resnetlab.device import DeviceConfig
 from resnetlab.distributed import World
 from resnetlab.errors import DataError, RunError, UsageError
-from resnetlab.evaluation.calibration import fit_temperature
-from resnetlab.evaluation.evaluate import evaluate_network, prepare_split
+from resnetlab.evaluation.calibration import MIN_IMAGES, fit_temperature
+from resnetlab.evaluation.evaluate import evaluate_network
 from resnetlab.evaluation.gradcam import make_cam_overlays
 from resnetlab.evaluation.metrics import ClassificationMetrics
 from resnetlab.inference.start import resolve_start
@@ -46,13 +42,22 @@ from resnetlab.training.class_balance import describe_imbalance, parse_class_wei
 from resnetlab.training.compilation import choose_compilation
 from resnetlab.training.memory import largest_micro_batch
 from resnetlab.training.micro_batches import count_micro_batches
-from resnetlab.training.recipe import EVAL_RATIO, Recipe
+from resnetlab.training.recipe import Recipe
 from resnetlab.training.result import ClassificationResult
 from resnetlab.training.run_state import RunState
 from resnetlab.training.tasks.base import Task, TaskSetup
+from resnetlab.training.tasks.classification_data import (
+    add_statistics,
+    choose_augmentation,
+    describe_view,
+    divide_images,
+    load_source,
+    require_held_out,
+    resolve_size,
+    resolve_val_images,
+)
 from resnetlab.training.tasks.starting_network import build_network
 
-SMALL_VIEW = 0.5  # share of an image's area: less is reported
 NORMALISATIONS = ("per-pixel mean", "per-channel mean and std", "as start_from")
 
 
@@ -95,22 +100,23 @@ class ClassificationTask(Task):
         if recipe.normalise not in NORMALISATIONS:
             known = ", ".join(map(repr, NORMALISATIONS))
             raise UsageError(f"unknown normalise {recipe.normalise!r}; known: {known}.")
-        source = _load_source(recipe, setup)
+        source = load_source(recipe, setup)
         channels = source.train.images.shape[-1] if isinstance(source.train, MemorySplit) else 3
         start_from = resolve_start(recipe.start_from, setup.started_in)
         net, begun, notes = build_network(recipe, start_from, channels, source.classes)
         start = begun.model if begun else None
-        recipe = _resolve_size(recipe, start)
+        recipe = resolve_size(recipe, start)
         size = recipe.image_size
         shape = Preprocessing(
             channels, (size, size), recipe.eval_resize or size, torch.zeros(channels), torch.ones(channels)
         )
-        train, held_out, test, holdout = _hold_out(recipe, source, shape)
+        recipe = resolve_val_images(recipe, source)
+        train, held_out, test, holdout = divide_images(recipe, source, shape)
         for split in (held_out, test):
             if isinstance(split, DiskSplit):
                 split.require_readable()
         recipe = setup.rescale(recipe, len(train))
-        preprocessing = _add_statistics(recipe.normalise, train, shape, start)
+        preprocessing = add_statistics(recipe.normalise, train, shape, start)
         fingerprints = start.fingerprints if start else {}
         trained_on = start.data.get("fingerprint", "") if start else ""
         if n := int(match_fingerprints(fingerprints, trained_on, source, source.test).seen.sum()):
@@ -119,8 +125,8 @@ class ClassificationTask(Task):
             )
         device_config.place(net)
         if isinstance(train, MemorySplit):  # a CPU crops and augments these too, where the recipe does that per image
-            train = replace(train, workers=_count_workers(setup))
-        _require_held_out(recipe, held_out, len(train))
+            train = replace(train, workers=setup.num_workers)
+        require_held_out(recipe, held_out, len(train))
         notes += describe_view(recipe) + describe_imbalance(source.classes, train.labels)
         weights = parse_class_weights(recipe.class_weights, source.classes, train.labels)
         loader = TrainLoader(
@@ -173,7 +179,8 @@ class ClassificationTask(Task):
         recipe, n = self.recipe, self.num_train_images
         evaluated = "" if self.evaluated_split == "test" else f" ({self.evaluated_split})"
         data = sources.strip_signature(recipe.data)
-        counts = f"{n:,} images to train on, {len(self.held_out):,} held out, {len(self.test):,} to test on{evaluated}"
+        watched = f"{len(self.held_out):,} held out to watch the error of" if len(self.held_out) else "none held out"
+        counts = f"{n:,} images to train on, {watched}, {len(self.test):,} to test on{evaluated}"
         sentences = [f"{recipe.net} on {data}: {counts}; {count_parameters(self.net):,} parameters"]
         if not sources.is_builtin(recipe.data):
             steps, epochs = f"{recipe.steps:,} steps of {recipe.batch:,} images", recipe.steps * recipe.batch / n
@@ -332,11 +339,14 @@ class ClassificationTask(Task):
         if recipe.precise_bn:
             reestimate_bn_statistics(self, recipe.precise_bn)
         val = self.evaluate(self.held_out) if len(self.held_out) else None
-        temperature = fit_temperature(val.log_scores, val.labels) if val else 1.0
+        enough = val is not None and val.n >= MIN_IMAGES
+        temperature = fit_temperature(val.log_scores, val.labels) if val and enough else 1.0
         held_out = val.with_temperature(temperature).to_json() if val else None
         evaluation = self.evaluate(self.test).with_temperature(temperature)
         measured = {self.evaluated_split: evaluation.to_json()} | ({"held_out": held_out} if held_out else {})
-        fitted = {"data": self.data["name"], "split": "held_out", "n": val.n, "protocol": "1crop"} if val else {}
+        fitted = (
+            {"data": self.data["name"], "split": "held_out", "n": val.n, "protocol": "1crop"} if val and enough else {}
+        )
         if is_first:
             model = self.trained_model(measured)
             model.temperature, model.calibration = temperature, fitted
@@ -384,106 +394,3 @@ class ClassificationTask(Task):
         It does not have the number of threads either, which does not change the model.
         """
         return replace(self.recipe, data=sources.strip_signature(self.recipe.data), threads=0)
-
-
-def _resolve_size(recipe: Recipe, start: TrainedModel | None) -> Recipe:
-    """The recipe with the size of the model that it starts from, if it has none of its own."""
-    if recipe.image_size:
-        return recipe
-    if start is None:
-        raise UsageError("image_size=0 takes the size of a model to start from: --start-from MODEL.")
-    return replace(recipe, image_size=start.preprocessing.size[0], eval_resize=start.preprocessing.resize)
-
-
-def _require_held_out(recipe: Recipe, held_out: Split, images: int) -> None:
-    """Raises UsageError if a value needs held-out images and there are none beside the `images` to train on."""
-    watching = {
-        "schedule=plateau": recipe.schedule == "plateau",
-        "keep=best": recipe.keep == "best",
-        "early_stop": recipe.early_stop > 0,
-    }
-    if any(watching.values()) and not len(held_out):
-        value = next(key for key, watches in watching.items() if watches)
-        raise UsageError(
-            f"{value} watches the held-out error, but nothing is held out; "
-            f"hold out some of the {images:,} images to train on, such as --set val_images={max(1, min(1000, images // 10))}."
-        )
-
-
-def describe_view(recipe: Recipe) -> list[str]:
-    """A sentence if evaluation looks at an unusually small part of an image."""
-    part = (recipe.image_size / (recipe.eval_resize or recipe.image_size)) ** 2
-    if part >= SMALL_VIEW:
-        return []
-    usual = round(EVAL_RATIO * recipe.image_size)
-    seen = f"looks at the middle {recipe.image_size}, {part:.0%} of a square image; eval_resize={usual} would be usual"
-    return [f"evaluation resizes images to {recipe.eval_resize} pixels and {seen}"]
-
-
-def choose_augmentation(recipe: Recipe, num_classes: int) -> Augmentation:
-    """Every random change of training images that a recipe asks for."""
-    return Augmentation(
-        pad=recipe.pad,
-        pad_with=recipe.pad_with,
-        flip=recipe.flip,
-        colour=recipe.colour,
-        trivial_augment=recipe.trivial_augment,
-        erasing=recipe.erasing,
-        crop=Crop(recipe.crop, recipe.scale, recipe.area),
-        mixing=Mixing(recipe.mixup, recipe.cutmix, num_classes),
-        flip_vertical=recipe.flip_vertical,
-        rotate=recipe.rotate,
-    )
-
-
-def _count_workers(setup: TaskSetup) -> int:
-    return default_workers(setup.device_config) if setup.workers is None else setup.workers
-
-
-def _load_source(recipe: Recipe, setup: TaskSetup) -> Dataset:
-    """The data of a recipe."""
-    quarantine = str(setup.started_in / recipe.quarantine) if recipe.quarantine else ""
-    moved = setup.dataset if isinstance(setup.dataset, str) else ""
-    data = moved or sources.resolve_data_path(recipe.data, setup.started_in)
-    read_options = ReadOptions(recipe.on_bad_image, quarantine, _count_workers(setup), recipe.groups)
-    own = setup.dataset if isinstance(setup.dataset, Dataset) else None
-    source = own or sources.load_dataset(data, setup.data_dir, read_options)
-    if recipe.groups and not isinstance(source.train, DiskSplit):
-        raise UsageError(f"groups={recipe.groups} is for images on disk; leave it out.")
-    if not len(source.train):
-        raise DataError(
-            f"{data} has no train folder; training needs class folders, or train/ with class folders in it."
-        )
-    return take_fold(source, recipe.fold) if recipe.fold else source
-
-
-def _hold_out(
-    recipe: Recipe, source: Dataset, shape: Preprocessing
-) -> tuple[Split, Split, Split, dict[str, Sequence[str]]]:
-    """(training images, held-out images, test images, names of the images in the splits drawn here)."""
-    everything, test = (
-        split if recipe.crop != "centre" else prepare_split(split, shape) for split in (source.train, source.test)
-    )
-    holdout: dict[str, Sequence[str]] = (
-        {source.evaluated_split: source.test.names} if source.all_images is not None else {}
-    )
-    if not recipe.val_images:
-        return everything, source.val or everything.subset(torch.empty(0, dtype=torch.long)), test, holdout
-    if source.val is not None:
-        raise UsageError(
-            f"{recipe.data} has a val folder, which is evaluated while training; leave out val_images={recipe.val_images}."
-        )
-    rest, chosen = hold_out(everything, recipe.val_images)
-    held_out = everything.subset(chosen)
-    return everything.subset(rest), held_out, test, holdout | {"evaluated while training": held_out.names}
-
-
-def _add_statistics(normalise: str, train: Split, shape: Preprocessing, start: TrainedModel | None) -> Preprocessing:
-    """The preprocessing with the training images' mean and standard deviation, or those of the start model."""
-    if normalise != "as start_from":
-        return compute_statistics(train, shape, normalise == "per-pixel mean")
-    if start is None:
-        raise UsageError("normalise='as start_from' needs a model to start from: --start-from MODEL.")
-    base = start.preprocessing
-    mean = base.mean if base.mean.ndim == 1 or base.size == shape.size else base.mean.mean((0, 1))
-    return replace(base, size=shape.size, resize=shape.resize, mean=mean)

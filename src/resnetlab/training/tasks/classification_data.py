@@ -1,0 +1,139 @@
+"""What a classifier's run is made of, from its recipe: data, images that are held out, preprocessing, augmentation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from resnetlab.data import sources
+from resnetlab.data.augment import Augmentation
+from resnetlab.data.crops import Crop
+from resnetlab.data.dataset import A_TENTH, Dataset, Split, count_held_out, hold_out, take_fold
+from resnetlab.data.disk_split import DiskSplit, ReadOptions
+from resnetlab.data.mixing import Mixing
+from resnetlab.data.statistics import compute_statistics
+from resnetlab.errors import DataError, UsageError
+from resnetlab.evaluation.evaluate import prepare_split
+from resnetlab.models.model_file import TrainedModel
+from resnetlab.preprocessing import Preprocessing
+from resnetlab.training.recipe import EVAL_RATIO, Recipe
+from resnetlab.training.tasks.base import TaskSetup
+
+SMALL_VIEW = 0.5  # share of an image's area: less is reported
+
+
+def resolve_size(recipe: Recipe, start: TrainedModel | None) -> Recipe:
+    """The recipe with the size of the model that it starts from, if it has none of its own."""
+    if recipe.image_size:
+        return recipe
+    if start is None:
+        raise UsageError("image_size=0 takes the size of a model to start from: --start-from MODEL.")
+    return replace(recipe, image_size=start.preprocessing.size[0], eval_resize=start.preprocessing.resize)
+
+
+def resolve_val_images(recipe: Recipe, source: Dataset) -> Recipe:
+    """The recipe with a number in place of A_TENTH: 0 where there is a val split, or the images cannot be divided so."""
+    if recipe.val_images != A_TENTH:
+        return recipe
+    train = source.train
+    count = 0 if source.val is not None else count_held_out(A_TENTH, len(train), len(source.classes))
+    if count:
+        try:
+            rest, _ = hold_out(train, count)
+        except DataError:  # too few groups
+            return replace(recipe, val_images=0)
+        if set(train.labels.tolist()) - set(train.labels[rest].tolist()):  # a class would have no image to train on
+            count = 0
+    return replace(recipe, val_images=count)
+
+
+def require_held_out(recipe: Recipe, held_out: Split, images: int) -> None:
+    """Raises UsageError if a value needs held-out images and there are none beside the `images` to train on."""
+    watching = {
+        "schedule=plateau": recipe.schedule == "plateau",
+        "keep=best": recipe.keep == "best",
+        "early_stop": recipe.early_stop > 0,
+    }
+    if any(watching.values()) and not len(held_out):
+        value = next(key for key, watches in watching.items() if watches)
+        raise UsageError(
+            f"{value} watches the held-out error, but nothing is held out; "
+            f"hold out some of the {images:,} images to train on, such as --set val_images={max(1, min(1000, images // 10))}."
+        )
+
+
+def describe_view(recipe: Recipe) -> list[str]:
+    """A sentence if evaluation looks at an unusually small part of an image."""
+    part = (recipe.image_size / (recipe.eval_resize or recipe.image_size)) ** 2
+    if part >= SMALL_VIEW:
+        return []
+    usual = round(EVAL_RATIO * recipe.image_size)
+    seen = f"looks at the middle {recipe.image_size}, {part:.0%} of a square image; eval_resize={usual} would be usual"
+    return [f"evaluation resizes images to {recipe.eval_resize} pixels and {seen}"]
+
+
+def choose_augmentation(recipe: Recipe, num_classes: int) -> Augmentation:
+    """Every random change of training images that a recipe asks for."""
+    return Augmentation(
+        pad=recipe.pad,
+        pad_with=recipe.pad_with,
+        flip=recipe.flip,
+        colour=recipe.colour,
+        trivial_augment=recipe.trivial_augment,
+        erasing=recipe.erasing,
+        crop=Crop(recipe.crop, recipe.scale, recipe.area),
+        mixing=Mixing(recipe.mixup, recipe.cutmix, num_classes),
+        flip_vertical=recipe.flip_vertical,
+        rotate=recipe.rotate,
+    )
+
+
+def load_source(recipe: Recipe, setup: TaskSetup) -> Dataset:
+    """The data of a recipe."""
+    quarantine = str(setup.started_in / recipe.quarantine) if recipe.quarantine else ""
+    moved = setup.dataset if isinstance(setup.dataset, str) else ""
+    data = moved or sources.resolve_data_path(recipe.data, setup.started_in)
+    read_options = ReadOptions(recipe.on_bad_image, quarantine, setup.num_workers, recipe.groups)
+    own = setup.dataset if isinstance(setup.dataset, Dataset) else None
+    source = own or sources.load_dataset(data, setup.data_dir, read_options)
+    if recipe.groups and not isinstance(source.train, DiskSplit):
+        raise UsageError(f"groups={recipe.groups} is for images on disk; leave it out.")
+    if not len(source.train):
+        raise DataError(
+            f"{data} has no train folder; training needs class folders, or train/ with class folders in it."
+        )
+    return take_fold(source, recipe.fold) if recipe.fold else source
+
+
+def divide_images(
+    recipe: Recipe, source: Dataset, shape: Preprocessing
+) -> tuple[Split, Split, Split, dict[str, Sequence[str]]]:
+    """(training images, held-out images, test images, names of the images in the splits drawn here)."""
+    everything, test = (
+        split if recipe.crop != "centre" else prepare_split(split, shape) for split in (source.train, source.test)
+    )
+    holdout: dict[str, Sequence[str]] = (
+        {source.evaluated_split: source.test.names} if source.all_images is not None else {}
+    )
+    if not recipe.val_images:
+        return everything, source.val or everything.subset(torch.empty(0, dtype=torch.long)), test, holdout
+    if source.val is not None:
+        raise UsageError(
+            f"{recipe.data} has a val folder, which is evaluated while training; leave out val_images={recipe.val_images}."
+        )
+    rest, chosen = hold_out(everything, recipe.val_images)
+    held_out = everything.subset(chosen)
+    return everything.subset(rest), held_out, test, holdout | {"evaluated while training": held_out.names}
+
+
+def add_statistics(normalise: str, train: Split, shape: Preprocessing, start: TrainedModel | None) -> Preprocessing:
+    """The preprocessing with the training images' mean and standard deviation, or those of the start model."""
+    if normalise != "as start_from":
+        return compute_statistics(train, shape, normalise == "per-pixel mean")
+    if start is None:
+        raise UsageError("normalise='as start_from' needs a model to start from: --start-from MODEL.")
+    base = start.preprocessing
+    mean = base.mean if base.mean.ndim == 1 or base.size == shape.size else base.mean.mean((0, 1))
+    return replace(base, size=shape.size, resize=shape.resize, mean=mean)
