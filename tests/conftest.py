@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 import shutil
 import subprocess
@@ -16,9 +17,18 @@ from filelock import FileLock
 # Before anything imports torch, and for the processes that tests start: as many workers run as there are cores, and a
 # thread more each would only take turns.
 os.environ["OMP_NUM_THREADS"] = "1"
+# About a hundred processes start, and each would compile torch's Python and ours anew where none may keep its bytecode.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 # Nothing is taken from, or left in, the cache of whoever runs the tests.
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="resnetlab-tests-")
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
+
+
+def pytest_collection_finish() -> None:
+    """Keeps the garbage collector from looking, again and again, at what all the imported modules hold."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

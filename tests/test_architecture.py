@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Callable, Iterator
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from importlib.util import resolve_name
 from pathlib import Path
@@ -64,6 +65,19 @@ def layers_below(name: str) -> set[str]:
     return {name} if name == "bottom" else {name}.union(*map(layers_below, LAYERS[name]))
 
 
+@cache
+def nodes(text: str) -> list[ast.AST]:
+    """All nodes of a module's source, which several rules look at."""
+    return list(ast.walk(ast.parse(text)))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_nodes() -> Iterator[None]:
+    """Half a million objects would slow down whatever tests come after these."""
+    yield
+    nodes.cache_clear()
+
+
 def modules(source: Path) -> dict[str, Path]:
     """Every module of the package by its dotted name."""
     files = {file.relative_to(source).with_suffix(""): file for file in sorted(source.rglob("*.py"))}
@@ -73,7 +87,7 @@ def modules(source: Path) -> dict[str, Path]:
 def names_imported(module: str, file: Path) -> Iterator[tuple[int, str, str]]:
     """(line, module, name in it) of all imports of a file: in functions, under TYPE_CHECKING, and lazily by a string."""
     package = module if file.name == "__init__.py" else module.rpartition(".")[0]
-    for node in ast.walk(ast.parse(file.read_text())):
+    for node in nodes(file.read_text()):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name, "") for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -131,7 +145,7 @@ def oversized(source: Path) -> Iterator[str]:
         text = file.read_text()
         if (n := len(text.splitlines())) > MODULE_LINES:
             yield f"{module}: {n} lines, more than {MODULE_LINES}"
-        for node in ast.walk(ast.parse(text)):
+        for node in nodes(text):
             if (
                 isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
                 and (n := function_lines(node)) > FUNCTION_LINES
@@ -141,7 +155,7 @@ def oversized(source: Path) -> Iterator[str]:
 
 def with_many_parameters(source: Path) -> Iterator[str]:
     for module, file in modules(source).items():
-        for node in ast.walk(ast.parse(file.read_text())):
+        for node in nodes(file.read_text()):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 parameters = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
                 n = sum(parameter.arg not in ("self", "cls") for parameter in parameters)

@@ -30,6 +30,9 @@ commands = (
     ["study", "cost"],
 )
 for command in commands:
+    if command[0] == "study":  # which loads torchvision, and with it torch's compiler
+        unneeded = {"sympy", "torch._dynamo", "torch._inductor"} & set(sys.modules)
+        assert not unneeded, f"commands that compile nothing waited seconds for these imports: {unneeded}"
     code = run_command(command)
     assert code == 0, (command, code)
 """

@@ -38,13 +38,6 @@ def train(out: Path, driver: str = "", settings: tuple[str, ...] = SETTINGS) -> 
     return subprocess.Popen(arguments, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
 
 
-def resume(out: Path, *more: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        command("train", "--resume", str(out), *more), text=True, capture_output=True, env=environment
-    )
-
-
 Resumed = Callable[..., subprocess.CompletedProcess[str]]
 
 
@@ -60,16 +53,13 @@ def resumed(capsys: pytest.CaptureFixture[str]) -> Resumed:
     return call
 
 
-# a finished run keeps its last checkpoint alone; here others are taken for those of a run before its end
-KEEP_CHECKPOINTS = "from resnetlab.training import train\ntrain.drop_optimizer_state = lambda run: None"
-
-
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("undisturbed") / "run"
-    with train(out, KEEP_CHECKPOINTS) as process:
-        _, stderr = process.communicate()
-    assert process.returncode == 0, stderr
+    with pytest.MonkeyPatch.context() as patch:
+        # a finished run keeps its last checkpoint alone; here others are taken for those of a run before its end
+        patch.setattr(training, "drop_optimizer_state", lambda run: None)
+        assert run_command(["train", "digits", *SETTINGS, "--out", str(out)]) == 0
     return out
 
 
@@ -87,14 +77,14 @@ def lines_written(run: Path) -> int:
 
 
 @pytest.mark.parametrize("lines", [pytest.param(1, marks=pytest.mark.slow), 7])
-def test_killed_at_any_moment_is_bit_identical(lines: int, tmp_path: Path, undisturbed: Path) -> None:
+def test_killed_at_any_moment_is_bit_identical(lines: int, tmp_path: Path, undisturbed: Path, resumed: Resumed) -> None:
     out = tmp_path / "run"
     with train(out) as process:
         wait_until(lambda: lines_written(out) >= lines, process)
         process.kill()
     assert process.returncode == -signal.SIGKILL
     assert not (out / "model.safetensors").exists()
-    done = resume(out)
+    done = resumed(out)
     assert done.returncode == 0, done.stderr
     assert "resuming from step" in done.stderr
     assert_same(out, undisturbed)
@@ -115,7 +105,7 @@ os.fsync = fsync
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="finds the file being written through /proc")
-def test_killed_inside_a_checkpoints_writing(tmp_path: Path, undisturbed: Path) -> None:
+def test_killed_inside_a_checkpoints_writing(tmp_path: Path, undisturbed: Path, resumed: Resumed) -> None:
     out = tmp_path / "run"
     with train(out, KILL_INSIDE_CHECKPOINT) as process:
         process.communicate()
@@ -123,7 +113,7 @@ def test_killed_inside_a_checkpoints_writing(tmp_path: Path, undisturbed: Path) 
     left = sorted(p.name for p in (out / "checkpoints").iterdir())
     assert left[-2:] == ["step-00000010.safetensors", "step-00000011.safetensors"]
     assert any(name.endswith(".tmp") for name in left), "the process was not killed inside the writing"
-    done = resume(out)
+    done = resumed(out)
     assert done.returncode == 0, done.stderr
     assert "resuming from step 11" in done.stderr
     assert_same(out, undisturbed)

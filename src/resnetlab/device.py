@@ -246,7 +246,8 @@ class _ProcessFlags:
             if self._inside == 1:
                 self._save()
                 torch.set_default_dtype(torch.float32)
-                torch.use_deterministic_algorithms(False)
+                if torch.are_deterministic_algorithms_enabled():  # even False would import torch's compiler: seconds
+                    torch.use_deterministic_algorithms(False)
                 _set_reproducible_flags()
 
     def __exit__(self, *_: object) -> None:
@@ -269,8 +270,9 @@ class _ProcessFlags:
         undo(setattr, cudnn, "deterministic", cudnn.deterministic)
         undo(setattr, cudnn, "benchmark", cudnn.benchmark)
         undo(torch.set_default_dtype, torch.get_default_dtype())
-        warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-        undo(torch.use_deterministic_algorithms, torch.are_deterministic_algorithms_enabled(), warn_only=warn_only)
+        if torch.are_deterministic_algorithms_enabled():
+            warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+            undo(torch.use_deterministic_algorithms, True, warn_only=warn_only)
 
 
 def _set_reproducible_flags() -> None:

@@ -14,7 +14,7 @@ from resnetlab.device import standard_torch_state
 from resnetlab.errors import ModelFileError, ResNetLabError
 from resnetlab.formatting import find_name_problem
 from resnetlab.models.head_spec import DetectorSpec, HeadSpec, SegmenterSpec
-from resnetlab.models.resnet import ResNet
+from resnetlab.models.resnet import ResNet, allocate
 from resnetlab.models.spec import Specification
 from resnetlab.tensor_file import read_metadata, read_tensor_file, write_tensor_file
 
@@ -109,7 +109,7 @@ def load_annotated(path: Path, task: str) -> AnnotatedModel:
             raise ModelFileError(f"{problem}; train it again")
         with torch.device("meta"):
             body = ResNet(spec)
-        net = build_annotated_net(body.to_empty(device="cpu"), head_spec, len(classes))
+        net = build_annotated_net(allocate(body), head_spec, len(classes))
         net.load_state_dict(tensors)
         if not all(bool(v.isfinite().all()) for v in tensors.values()):
             raise ModelFileError("some of its weights are not finite; train it again")

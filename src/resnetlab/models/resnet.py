@@ -297,8 +297,15 @@ def build_from_spec(
     if device.type == "meta":
         return net
     with torch.device("cpu"):  # the same bits on every device
-        init_weights(net.to_empty(device="cpu"), init, seed, zero_last_bn)
+        init_weights(allocate(net), init, seed, zero_last_bn)
     return net.to(device)
+
+
+def allocate(net: ResNet) -> ResNet:
+    """Gives a network on "meta" tensors on the CPU that hold anything; `Module.to_empty` would import SymPy: a second."""
+    tensors = {name: torch.empty(meta.shape, dtype=meta.dtype, device="cpu") for name, meta in net.state_dict().items()}
+    nn.Module.load_state_dict(net, tensors, assign=True)
+    return net
 
 
 def init_weights(net: ResNet, init: str = "fan_in", seed: int | None = None, zero_last_bn: bool = False) -> None:
