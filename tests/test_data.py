@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import numpy as np
@@ -57,6 +58,21 @@ def test_hold_out_is_a_partition_in_proportion(sizes: list[int], share: float, s
     assert torch.equal(torch.cat([rest, chosen]).sort().values, torch.arange(n))
     taken = torch.bincount(labels[chosen], minlength=len(sizes))
     assert all(abs(int(t) - size * count / n) <= 1 for t, size in zip(taken, sizes, strict=True))
+
+
+def test_hold_out_of_many_images_and_classes_is_the_same_and_fast() -> None:
+    labels = torch.randint(2000, (100_000,), generator=torch.Generator().manual_seed(1))
+    start = time.process_time()
+    rest, chosen = dataset.split_stratified(labels, 30_000)
+    assert time.process_time() - start < 3  # one pass over all images for each class took 20
+    order = sorted(range(len(labels)), key=lambda i: seed_for(0, "stratified", i))
+    taken = torch.bincount(labels[chosen], minlength=2000)
+    left, expected = taken.tolist(), []
+    for i in order:  # of every class its first images in the order of their seeds
+        if left[int(labels[i])]:
+            left[int(labels[i])] -= 1
+            expected.append(i)
+    assert chosen.tolist() == sorted(expected) and len(chosen) == 30_000 and len(rest) == 70_000
 
 
 def test_hold_out_of_everything_is_refused() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 import resnetlab
 from images import photo
+from resnetlab.data import augment
 from resnetlab.data.augment import Augmentation
 from resnetlab.data.dataset import MemorySplit
 from resnetlab.data.mixing import Mixing, cutmix_box, find_partners
@@ -20,6 +22,7 @@ from resnetlab.data.trivial_augment import OPERATIONS, STRENGTHS, trivial_augmen
 from resnetlab.device import select_device
 from resnetlab.errors import UsageError
 from resnetlab.preprocessing import Preprocessing, tensor_to_pil
+from resnetlab.random import make_generator
 
 ENGINE = select_device("fp32", "cpu")
 PLAIN = Preprocessing(3, (32, 24), 32, torch.full((3,), 0.5), torch.full((3,), 0.25))
@@ -93,6 +96,18 @@ def test_erasing() -> None:
     assert torch.equal(part, erased[some])
     with pytest.raises(UsageError, match="erasing must be a share"):
         Augmentation(erasing=1.5)
+
+
+def test_erasing_costs_a_process_its_share() -> None:
+    def seconds(size: int) -> float:
+        times = []
+        for step in range(4):
+            start = time.process_time()
+            augment._draw_rectangles(size, torch.arange(256), (224, 224), 0.1, make_generator(0, "erase", step))
+            times.append(time.process_time() - start)
+        return min(times)
+
+    assert seconds(16_384) < 1.3 * seconds(256) + 0.005  # for all images it was 100 times as much
 
 
 def test_mixup_is_a_weighted_mean_of_neighbours_and_of_their_targets() -> None:

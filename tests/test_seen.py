@@ -7,7 +7,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 
 import resnetlab
 from images import folder, photo
@@ -16,7 +19,9 @@ from resnetlab.data import fingerprints, sources
 from resnetlab.errors import UsageError
 from resnetlab.evaluation.calibration import describe_calibration
 from resnetlab.evaluation.evaluate import Evaluation
-from resnetlab.models.model_file import load_trained_model
+from resnetlab.inference.state_dict_export import write_state_dict
+from resnetlab.models.model_file import TrainedModel, load_trained_model
+from resnetlab.preprocessing import Preprocessing
 from tiny_runs import TINY_PHOTOS
 
 
@@ -47,6 +52,26 @@ def photos(made: Path, tmp_path: Path) -> Path:
 
 def held_out(made: Path) -> list[str]:
     return sorted(json.loads((made / "run" / "holdout.json").read_text())["held-out"])
+
+
+def test_fingerprints_are_sorted_pairs_of_name_and_size() -> None:
+    pairs = np.array([[2**32 - 1, 7], [5, 2**32 - 1], [5, 3], [0, 9], [5, 3]], np.uint32)
+    merged = fingerprints.record_fingerprints([], [], {"seen": torch.from_numpy(pairs)})["seen"]
+    assert merged.dtype == torch.uint32 and merged.tolist() == np.unique(pairs, axis=0).tolist()
+
+
+@pytest.mark.slow
+def test_the_fingerprints_of_20_million_images_are_saved_and_loaded(tmp_path: Path) -> None:
+    pairs = torch.from_numpy(np.random.default_rng(0).integers(0, 2**32, (20_000_000, 2), np.uint32))
+    shape = Preprocessing(3, (32, 32), 32, torch.zeros(3), torch.ones(3))
+    net = resnetlab.build("resnet20", num_classes=2).eval()
+    model = TrainedModel(net, ("a", "b"), shape, fingerprints={"seen": pairs})
+    model.save(tmp_path / "model.safetensors")
+    loaded = load_trained_model(tmp_path / "model.safetensors").fingerprints["seen"]
+    assert np.array_equal(loaded.numpy(), pairs.numpy())
+    with pytest.warns(UserWarning, match="cannot hold the fingerprints of 20,000,000 images"):
+        write_state_dict(model, tmp_path / "weights.safetensors")
+    assert len(load_file(tmp_path / "weights.safetensors")) == len(net.state_dict())
 
 
 def test_the_held_out_images_are_evaluated_with_and_without_the_quarantine(made: Path) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import sys
 import tarfile
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +22,7 @@ from resnetlab.data import download, pack, shards, tar_index
 from resnetlab.data.augment import Augmentation
 from resnetlab.data.crops import Crop
 from resnetlab.data.dataset import Dataset
-from resnetlab.data.disk_split import DiskSplit
+from resnetlab.data.disk_split import DiskSplit, ReadOptions
 from resnetlab.data.sampler import TrainLoader
 from resnetlab.device import select_device
 from resnetlab.errors import DataError, RunError, UsageError
@@ -96,6 +99,29 @@ def test_resizing(tmp_path: Path) -> None:
         pack.pack_shards(load(tmp_path / "my d"), tmp_path / "x", per_shard=0)
     with pytest.raises(DataError, match="digits is in memory"):
         pack.pack_shards(load("digits"), tmp_path / "y")
+
+
+def test_an_index_takes_little_memory(tmp_path: Path) -> None:
+    classes, per_shard, num_shards = [f"n{i:08d}" for i in range(5000)], 500, 20
+    for s in range(num_shards):
+        keys = range(s * per_shard, (s + 1) * per_shard)
+        samples = [[f"{k:08d}", f"n{k:08d}/n{k:08d}_{k}.JPEG", f"n{k % 5000:08d}", k, 100] for k in keys]
+        index = {"format": 1, "bytes": 20_000, "classes": classes, "samples": samples, "shards": num_shards}
+        (tmp_path / f"train-{s:06d}.index.json").write_text(json.dumps(index))
+        with open(tmp_path / f"train-{s:06d}.tar", "wb") as file:
+            file.truncate(20_000)
+    gc.collect()
+    tracemalloc.start()
+    data = shards.load_shards(str(tmp_path), tmp_path, ReadOptions())
+    names = data.train.names  # kept by a run; a list of them would be 90 bytes a name
+    gc.collect()
+    kept, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    tensors = sum(x.nbytes for split in data.splits.values() for x in (split.labels, split.indices))  # type: ignore[attr-defined]
+    images, class_list = len(data.train) + len(data.test), sum(sys.getsizeof(name) + 8 for name in classes)
+    assert (images, len(names), names[0]) == (10_000, 5000, "n00000000/n00000000_0.JPEG")
+    # the class names of every shard would be 600 bytes an image
+    assert (kept + tensors - class_list) / images <= 120
 
 
 def test_patterns() -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
@@ -27,6 +29,13 @@ def seed_for(seed: int, *parts: int | str) -> int:
     """
     text = "/".join(map(str, (seed, *parts)))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+
+
+def seeds_for(seed: int, use: str, parts: Iterable[int | str]) -> NDArray[np.int64]:
+    """`seed_for(seed, use, part)` of each of many parts, int64 (N,); half of the time of as many calls."""
+    prefix, blake2b = f"{seed}/{use}/".encode(), hashlib.blake2b
+    digests = b"".join([blake2b(prefix + str(part).encode(), digest_size=8).digest() for part in parts])
+    return (np.frombuffer(digests, ">u8") >> 1).astype(np.int64)
 
 
 def make_generator(seed: int, *parts: int | str) -> torch.Generator:

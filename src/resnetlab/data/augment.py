@@ -94,8 +94,8 @@ class Augmentation:
             offset = weights @ torch.tensor(PCA_VECTORS).T / preprocessing.std  # of all images: a part must round alike
             x = x + to_device(offset[own], x.device)[:, :, None, None]  # (B, 3, 1, 1)
         if self.erasing:
-            erased = _draw_rectangles(b, h, w, self.erasing, make_generator(seed, "erase", step))[own]
-            x = x.masked_fill(to_device(erased, x.device)[:, None], 0)
+            rectangles = _draw_rectangles(b, own, (h, w), self.erasing, make_generator(seed, "erase", step))
+            x = x.masked_fill(to_device(rectangles, x.device)[:, None], 0)
         return x
 
     def _crop_and_flip(self, pixels: Tensor, preprocessing: Preprocessing, shifts: Tensor, flips: Tensor) -> Tensor:
@@ -130,21 +130,26 @@ def rotate_images(x: Tensor, degrees: Tensor) -> Tensor:
     return F.grid_sample(x, grid, align_corners=False).contiguous(memory_format=torch.channels_last)
 
 
-def _draw_rectangles(b: int, h: int, w: int, share: float, draw: torch.Generator) -> Tensor:
-    """Random erasing's rectangles in a `share` of b images; bool (b, h, w)."""
-    chosen, y, x = torch.rand(3, b, 1, generator=draw)  # (b, 1) each
-    areas = h * w * (ERASED_AREA[0] + (ERASED_AREA[1] - ERASED_AREA[0]) * torch.rand(b, ERASING_TRIES, generator=draw))
+def _draw_rectangles(b: int, own: Tensor | slice, size: tuple[int, int], share: float, draw: torch.Generator) -> Tensor:
+    """Random erasing's rectangles in a `share` of b images; bool (B, h, w) for the images at `own`, (B,) of the b.
+
+    Only numbers are drawn for all b images; what costs h * w an image is computed for `own` alone.
+    """
+    h, w = size
+    chosen, y, x = torch.rand(3, b, 1, generator=draw)[:, own]  # (B, 1) each
+    area_draws, ratio_draws = (torch.rand(b, ERASING_TRIES, generator=draw)[own] for _ in range(2))
+    areas = h * w * (ERASED_AREA[0] + (ERASED_AREA[1] - ERASED_AREA[0]) * area_draws)
     low, high = (math.log(ratio) for ratio in ERASED_RATIO)
-    ratios = torch.exp(low + (high - low) * torch.rand(b, ERASING_TRIES, generator=draw))
+    ratios = torch.exp(low + (high - low) * ratio_draws)
     heights, widths = (areas * ratios).sqrt().round(), (areas / ratios).sqrt().round()
     fits = (heights < h) & (widths < w)
     first = fits.int().argmax(1, keepdim=True)  # the first try that fits, as in torchvision
-    height, width = heights.gather(1, first), widths.gather(1, first)  # (b, 1)
+    height, width = heights.gather(1, first), widths.gather(1, first)  # (B, 1)
     top, left = (y * (h - height + 1)).floor(), (x * (w - width + 1)).floor()
     rows, columns = torch.arange(h), torch.arange(w)
     in_rows, in_columns = (rows >= top) & (rows < top + height), (columns >= left) & (columns < left + width)
     chosen = fits.any(1, keepdim=True) & (chosen < share)
-    erased: Tensor = in_rows[:, :, None] & in_columns[:, None] & chosen.view(b, 1, 1)
+    erased: Tensor = in_rows[:, :, None] & in_columns[:, None] & chosen[:, :, None]
     return erased
 
 

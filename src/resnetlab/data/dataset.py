@@ -20,7 +20,7 @@ from torch import Tensor
 from resnetlab.data.error_policy import ErrorPolicy
 from resnetlab.errors import DataError, UsageError
 from resnetlab.formatting import find_name_problem
-from resnetlab.random import seed_for
+from resnetlab.random import seed_for, seeds_for
 
 A_TENTH = -1  # number of images to hold out: a tenth, where the data have no split to evaluate on while training
 MAX_TENTH = 1_000  # images: their error is known to 1.6 % or better (its standard deviation)
@@ -270,9 +270,9 @@ def split_stratified(labels: Tensor, count: int, seed: int = 0, names: Sequence[
     quotas = sizes * count // n
     remainders = sizes * count % n  # the largest remainders get one more, until `count` is reached
     quotas[torch.argsort(remainders, descending=True, stable=True)[: count - int(quotas.sum())]] += 1
-    keys = torch.tensor([seed_for(seed, "stratified", names[i] if names else i) for i in range(n)])
-    shuffled = torch.argsort(keys)
-    chosen = [shuffled[labels[shuffled] == c][: int(q)] for c, q in enumerate(quotas)]
+    shuffled = torch.argsort(torch.from_numpy(seeds_for(seed, "stratified", names or range(n))))
+    by_class = shuffled[torch.argsort(labels[shuffled], stable=True)]  # class after class, each shuffled
+    place_in_class = torch.arange(n) - (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
     mask = torch.zeros(n, dtype=torch.bool)
-    mask[torch.cat(chosen)] = True
+    mask[by_class[place_in_class < quotas.repeat_interleave(sizes)]] = True
     return torch.nonzero(~mask).flatten(), torch.nonzero(mask).flatten()

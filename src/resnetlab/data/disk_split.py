@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,6 +22,8 @@ from resnetlab.data.error_policy import ErrorPolicy
 from resnetlab.errors import DataError
 from resnetlab.formatting import parse_json
 
+CHUNK = 1 << 14  # names read at once
+
 
 class FileNames(Sequence[str]):
     """Many names in two arrays: worker processes share them, while reading a list would copy it page by page."""
@@ -28,18 +31,45 @@ class FileNames(Sequence[str]):
     def __init__(self, names: Iterable[str]) -> None:
         encoded = [name.encode("utf-8", "surrogateescape") for name in names]  # a name need not be UTF-8
         self._text = np.frombuffer(b"".join(encoded), np.uint8)
-        self._ends: NDArray[np.int64] = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
+        ends = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
+        self._ends: NDArray[Any] = ends.astype(np.uint32) if len(self._text) < 2**32 else ends
 
     def __len__(self) -> int:
         return len(self._ends) - 1
 
     def __getitem__(self, i: Any) -> Any:
+        n = len(self._ends) - 1
         if isinstance(i, slice):
-            return [self[k] for k in range(*i.indices(len(self)))]
-        if not -len(self) <= i < len(self):
+            return [self[k] for k in range(*i.indices(n))]
+        if not -n <= i < n:
             raise IndexError(i)
-        start, end = self._ends[i % len(self)], self._ends[i % len(self) + 1]
+        start, end = self._ends[i % n], self._ends[i % n + 1]
         return self._text[start:end].tobytes().decode("utf-8", "surrogateescape")
+
+    def __iter__(self) -> Iterator[str]:
+        for first in range(0, len(self), CHUNK):  # many at once: each alone takes ten times as long
+            ends = self._ends[first : first + CHUNK + 1].tolist()
+            text, offset = self._text[ends[0] : ends[-1]].tobytes(), ends[0]
+            for start, end in itertools.pairwise(ends):
+                yield text[start - offset : end - offset].decode("utf-8", "surrogateescape")
+
+
+@dataclass(frozen=True, eq=False)
+class SelectedNames(Sequence[str]):
+    """The names at `indices` of others, read when they are asked for: a list of them takes ten times the memory."""
+
+    names: Sequence[str]
+    indices: Tensor
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, i: Any) -> Any:
+        chosen = self.indices[i]
+        return [self.names[k] for k in chosen.tolist()] if chosen.ndim else self.names[int(chosen)]
+
+    def __iter__(self) -> Iterator[str]:
+        return map(self.names.__getitem__, self.indices.tolist())
 
 
 class ImageSource(Protocol):
@@ -178,7 +208,7 @@ class DiskSplit:
 
     @property
     def names(self) -> Sequence[str]:
-        return [self.source.names[i] for i in self.indices.tolist()]
+        return SelectedNames(self.source.names, self.indices)
 
     def name_of(self, i: int) -> str:
         return self.source.names[int(self.indices[i])]
@@ -217,6 +247,6 @@ class DiskSplit:
     def update_hash(self, digest: Any) -> None:
         """Hashes labels, names and sizes in bytes: reading every file would take too long at the start of a run."""
         digest.update(self.labels.numpy().tobytes())
-        for i in self.indices.tolist():
-            name = self.source.names[i].encode("utf-8", "surrogateescape")
-            digest.update(b"%d %s\n" % (int(self.source.sizes[i]), name))
+        sizes = self.source.sizes[self.indices.numpy()].tolist()
+        for size, name in zip(sizes, self.names, strict=True):
+            digest.update(b"%d %s\n" % (size, name.encode("utf-8", "surrogateescape")))

@@ -45,7 +45,7 @@ def record_fingerprints(
     old = [before["seen"].numpy()] if "seen" in before else []
     parts = {"seen": [*old, *map(_fingerprint, seen)], "held_out": [*map(_fingerprint, held_out)]}
     return {
-        key: torch.from_numpy(np.unique(np.concatenate(arrays), axis=0))
+        key: torch.from_numpy(_unpack(np.unique(_pack(np.concatenate(arrays)))))
         for key, arrays in parts.items()
         if sum(map(len, arrays))
     }
@@ -96,6 +96,15 @@ def _fingerprint(split: Split, prefix: str = "") -> Fingerprints:
     return np.stack([np.array(names, np.uint32), split.source.sizes[split.indices.numpy()].astype(np.uint32)], 1)
 
 
+def _pack(pairs: Fingerprints) -> NDArray[np.uint64]:
+    """Each pair as one number, of the same order: numbers are sorted and found ten times as fast as rows."""
+    return pairs[:, 0].astype(np.uint64) << np.uint64(32) | pairs[:, 1]
+
+
+def _unpack(packed: NDArray[np.uint64]) -> Fingerprints:
+    return np.stack([packed >> np.uint64(32), packed & np.uint64(2**32 - 1)], 1).astype(np.uint32)
+
+
 def _hash_name(name: str) -> int:
     digest = hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=4).digest()
     return int.from_bytes(digest, "little")
@@ -104,12 +113,11 @@ def _hash_name(name: str) -> int:
 def _match(known: Fingerprints, images: Split) -> NDArray[np.bool_]:
     """Which images are among the known ones, bool (N,): by name alone if enough sizes show that it is the same folder."""
     found = np.zeros(len(images), bool)
-    size_of = dict(known.tolist())
     if not isinstance(images, DiskSplit):
         return found
     for prefix in ("", INSIDE):
         own = _fingerprint(images, prefix)
         same_name = np.isin(own[:, 0], known[:, 0])
-        same_size = np.array([size_of.get(name) == size for name, size in own.tolist()], bool)
+        same_size = np.isin(_pack(own), _pack(known))
         found |= same_name if same_size.sum() > MIN_SAME_SIZE * same_name.sum() else same_name & same_size
     return found

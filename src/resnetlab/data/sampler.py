@@ -96,7 +96,8 @@ class BalancedEpochs:
     @staticmethod
     def from_labels(labels: Tensor) -> BalancedEpochs:
         """For labels int64 (N,); classes without an image are left out."""
-        return BalancedEpochs(tuple(torch.nonzero(labels == c).flatten() for c in sorted(set(labels.tolist()))))
+        sizes = labels.bincount()
+        return BalancedEpochs(torch.split(torch.argsort(labels, stable=True), sizes[sizes > 0].tolist()))
 
     @property
     def length(self) -> int:
@@ -105,12 +106,17 @@ class BalancedEpochs:
 
     def __call__(self, seed: int, n: int, epoch: int) -> Tensor:
         """The n = `length` indices of an epoch."""
-        each = n // len(self.members)
-        chosen = [
-            images[step_indices(seed_for(seed, "balanced", c), len(images), each, epoch)]
-            for c, images in enumerate(self.members)
-        ]
-        return torch.cat(chosen)[_permutation(seed, n, epoch)]
+        return _balanced_epoch(self, seed, n, epoch)
+
+
+@lru_cache(maxsize=2)  # a step takes a small part of an epoch
+def _balanced_epoch(epochs: BalancedEpochs, seed: int, n: int, epoch: int) -> Tensor:
+    each = n // len(epochs.members)
+    chosen = [
+        images[step_indices(seed_for(seed, "balanced", c), len(images), each, epoch)]
+        for c, images in enumerate(epochs.members)
+    ]
+    return torch.cat(chosen)[_permutation(seed, n, epoch)]
 
 
 class RandomStream(NamedTuple):

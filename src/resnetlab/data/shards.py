@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,9 +28,11 @@ from resnetlab.data.folder import arrange_splits, guess_split
 from resnetlab.data.remote_shards import is_url
 from resnetlab.data.tar_index import MAX_INDEX, TarIndex, read_index
 from resnetlab.errors import DataError
+from resnetlab.stopping import check_stop
 
 UNFINISHED = ".packing"  # a folder beside the shards, while data.pack writes them
 MAX_CLASSES = 1_000_000  # of numbers without names
+READERS = 8  # shards whose content is listed at once
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +42,7 @@ class ShardSource:
     tars: tuple[Path, ...]
     names: Sequence[str]
     sizes: NDArray[np.int64]
-    shard: NDArray[np.int64]
+    shard: NDArray[np.int32]
     offsets: NDArray[np.int64]
 
     def read(self, i: int) -> bytes:
@@ -82,7 +85,7 @@ def load_shards(data: str, data_dir: Path, read_options: ReadOptions) -> Dataset
         tars = [_require_file(place) for place in places]
     for folder in {tar.parent for tar in tars}:
         check_packed(folder)
-    indices = {tar: read_index(tar) for tar in tars}
+    indices = _read_indices(tars)
     classes = _shard_classes(indices, places[0], tars[0])
     if len(classes) < 2:
         raise DataError(f"{data} has one class only, {classes[0]}; a classifier needs two or more.")
@@ -99,6 +102,19 @@ def load_shards(data: str, data_dir: Path, read_options: ReadOptions) -> Dataset
         _require_same_labels(groups, indices)
     splits = {split: _make_shard_split(paths, indices, classes, read_options) for split, paths in groups.items()}
     return arrange_splits(data, classes, splits)
+
+
+def _read_indices(tars: Sequence[Path]) -> dict[Path, TarIndex]:
+    """The content of every shard, several read at once; equal lists of classes are kept once."""
+    known: dict[tuple[str, ...] | None, tuple[str, ...] | None] = {}
+
+    def read(tar: Path) -> TarIndex:
+        check_stop()
+        index = read_index(tar)
+        return index._replace(classes=known.setdefault(index.classes, index.classes))
+
+    with ThreadPoolExecutor(READERS) as pool:
+        return dict(zip(tars, pool.map(read, tars), strict=True))
 
 
 def check_packed(folder: Path) -> None:
@@ -129,7 +145,7 @@ def _split_of(tar: Path) -> str:
 
 def _require_same_labels(groups: dict[str, list[Path]], indices: dict[Path, TarIndex]) -> None:
     """Raises DataError if splits of shards that list no classes have different ones."""
-    found = {split: {str(s.label) for tar in tars for s in indices[tar].samples} for split, tars in groups.items()}
+    found = {split: {str(label) for tar in tars for label in indices[tar].labels} for split, tars in groups.items()}
     for (one, first), (two, second) in itertools.combinations(found.items(), 2):
         if first != second:
             only = [", ".join(sorted(a - b)) or "none" for a, b in ((first, second), (second, first))]
@@ -176,7 +192,7 @@ def _shard_classes(indices: dict[Path, TarIndex], place: str, tar: Path) -> tupl
         )
     if (classes := next(iter(known))) is not None:
         return classes
-    labels = {sample.label for index in indices.values() for sample in index.samples}
+    labels = {label for index in indices.values() for label in index.labels}
     if all(isinstance(label, str) for label in labels):
         return tuple(sorted(map(str, labels)))
     if any(isinstance(label, str) for label in labels):
@@ -205,28 +221,39 @@ def _make_shard_split(
     tars: list[Path], indices: dict[Path, TarIndex], classes: tuple[str, ...], read_options: ReadOptions
 ) -> DiskSplit:
     """A split of the samples of some shards, in the order of their keys."""
-    rows = [(sample, number) for number, tar in enumerate(tars) for sample in indices[tar].samples]
-    rows.sort(key=lambda row: row[0].key)
-    for (one, a), (two, b) in itertools.pairwise(rows):
-        if one.key == two.key:
-            raise DataError(f"two samples have the key {one.key}, in {tars[a]} and {tars[b]}; pack them together.")
-    label_of: dict[str | int, int] = {name: i for i, name in enumerate(classes)}
-    label_of |= {i: i for i in range(len(classes))}
-    for sample, number in rows:
-        if sample.label not in label_of:
-            raise DataError(
-                f"{sample.name} in {tars[number]} is of class {sample.label}, but there are {len(classes)} classes, counted "
-                "from 0; fix its label, or the list of classes."
-            )
-    names = sorted(sample.name for sample, _ in rows)
-    if twice := [one for one, two in itertools.pairwise(names) if one == two]:
-        raise DataError(f"two samples have the name {twice[0]}, in {tars[0].parent}; give each a name of its own.")
+    parts = [indices[tar] for tar in tars]
+    keys = [key for part in parts for key in part.keys]
+    order = sorted(range(len(keys)), key=keys.__getitem__)
+    shard = np.repeat(np.arange(len(parts), dtype=np.int32), [len(part.keys) for part in parts])[order]
+    for (i, one), (k, two) in itertools.pairwise(enumerate(order)):
+        if keys[one] == keys[two]:
+            places = f"{tars[shard[i]]} and {tars[shard[k]]}"
+            raise DataError(f"two samples have the key {keys[one]}, in {places}; pack them together.")
+    names = [name for part in parts for name in part.names]
+    names = [names[i] for i in order]
+    label_of: dict[str | int, int] = {name: i for i, name in enumerate(classes)} | {i: i for i in range(len(classes))}
+    numbers = np.concatenate([_number_classes(part, label_of) for part in parts])[order]
+    if len(unknown := np.flatnonzero(numbers[:, 0] < 0)):
+        i = int(unknown[0])
+        label = parts[shard[i]].labels[-1 - numbers[i, 0]]
+        raise DataError(
+            f"{names[i]} in {tars[shard[i]]} is of class {label}, but there are {len(classes)} classes, counted from 0; fix "
+            "its label, or the list of classes."
+        )
+    if len(set(names)) < len(names):
+        twice = next(one for one, two in itertools.pairwise(sorted(names)) if one == two)
+        raise DataError(f"two samples have the name {twice}, in {tars[0].parent}; give each a name of its own.")
     quarantined = read_options.read_quarantine()
-    kept = [i for i, (sample, _) in enumerate(rows) if sample.name not in quarantined]
-    numbers = np.array([[number, sample.offset, sample.size] for sample, number in rows], dtype=np.int64).reshape(-1, 3)
-    source = ShardSource(tuple(tars), FileNames(s.name for s, _ in rows), numbers[:, 2], numbers[:, 0], numbers[:, 1])
-    labels = torch.tensor([label_of[sample.label] for sample, _ in rows])
-    if emptied := set(labels.tolist()) - set(labels[kept].tolist()):
+    kept = torch.tensor([i for i, name in enumerate(names) if name not in quarantined], dtype=torch.long)
+    offsets, sizes = numbers[:, 1].copy(), numbers[:, 2].copy()
+    source = ShardSource(tuple(tars), FileNames(names), sizes, shard, offsets)
+    labels = torch.from_numpy(numbers[:, 0].copy())
+    if emptied := set(numbers[:, 0].tolist()) - set(labels[kept].tolist()):
         raise DataError(f"the quarantine list leaves no image of class {classes[min(emptied)]} in {tars[0].parent}.")
-    errors, positions = ErrorPolicy(read_options.on_bad), torch.tensor(kept, dtype=torch.long)
-    return DiskSplit(source, positions, labels[kept], errors, read_options.workers)
+    return DiskSplit(source, kept, labels[kept], ErrorPolicy(read_options.on_bad), read_options.workers)
+
+
+def _number_classes(index: TarIndex, label_of: Mapping[str | int, int]) -> NDArray[np.int64]:
+    """The index's numbers with each sample's class in place of its label: -1 - position where the label is no class."""
+    classes = np.array([label_of.get(label, -1 - i) for i, label in enumerate(index.labels)], np.int64)
+    return np.column_stack([classes[index.numbers[:, 0]], index.numbers[:, 1:]])

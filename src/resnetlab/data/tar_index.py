@@ -8,7 +8,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
+import numpy as np
+from numpy.typing import NDArray
+
 from resnetlab.data.decode import SUFFIXES
+from resnetlab.data.disk_split import FileNames
 from resnetlab.errors import DataError
 from resnetlab.formatting import parse_json
 
@@ -28,16 +32,36 @@ class TarSample(NamedTuple):
 
 
 class TarIndex(NamedTuple):
-    """The content of a shard.
+    """The content of a shard, in arrays: N samples as Python objects would take ten times the memory.
 
     Attributes:
+        labels: the different ones.
+        numbers: int64 (N, 3): position in `labels`, offset, size.
         classes: None if the shard does not list them.
         shards: how many of its split there are; None if that is not known.
     """
 
-    samples: list[TarSample]
+    keys: FileNames
+    names: FileNames
+    labels: tuple[str | int, ...]
+    numbers: NDArray[np.int64]
     classes: tuple[str, ...] | None
     shards: int | None = None
+
+    @staticmethod
+    def from_samples(
+        samples: Iterable[TarSample], classes: tuple[str, ...] | None = None, shards: int | None = None
+    ) -> TarIndex:
+        samples, positions = list(samples), dict[str | int, int]()
+        rows = [(positions.setdefault(s.label, len(positions)), s.offset, s.size) for s in samples]
+        return TarIndex(
+            FileNames(s.key for s in samples),
+            FileNames(s.name for s in samples),
+            tuple(positions),
+            np.array(rows, np.int64).reshape(-1, 3),
+            classes,
+            shards,
+        )
 
 
 def index_path(tar: Path) -> Path:
@@ -54,12 +78,11 @@ def read_index(tar: Path) -> TarIndex:
         if file.stat().st_size > MAX_INDEX:
             raise ValueError(f"it has more than {MAX_INDEX:,} bytes")
         values = parse_json(file.read_text())
-        samples = [TarSample(*sample) for sample in values["samples"]]
-        index, length = TarIndex(samples, tuple(values["classes"]), values.get("shards")), int(values["bytes"])
-        if not all(isinstance(name, str) for name in index.classes or ()):
+        classes, length = tuple(values["classes"]), int(values["bytes"])
+        if not all(isinstance(name, str) for name in classes):
             raise ValueError("a class is no text")
-        for sample in index.samples:
-            _validate(sample, length)
+        samples = (_validate(TarSample(*sample), length) for sample in values["samples"])
+        index = TarIndex.from_samples(samples, classes, values.get("shards"))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"the index {file} cannot be read ({error}); remove it, or pack the shards again.") from error
     if (found := tar.stat().st_size) != length:
@@ -117,7 +140,7 @@ def scan_tar(tar: Path) -> TarIndex:
             f"{orphans[0]} in {tar} has a class and no image that is read ({len(orphans):,} such); links inside a tar are not "
             f"followed, and images end in {', '.join(sorted(SUFFIXES))}."
         )
-    return TarIndex([_make_sample(tar, key, place, about.get(key, {})) for key, place in images.items()], None)
+    return TarIndex.from_samples(_make_sample(tar, key, place, about.get(key, {})) for key, place in images.items())
 
 
 def _make_sample(tar: Path, key: str, place: tuple[int, int, str], about: dict[str, bytes]) -> TarSample:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from resnetlab.models.model_file import TrainedModel
 from resnetlab.models.spec import Specification
 from resnetlab.run_folder import write_atomically
 
+MAX_FINGERPRINTS = 64 * 2**20  # characters, for six million images: readers refuse a safetensors header above 100 MB
+
 
 def write_state_dict(model: TrainedModel, out: Path) -> None:
     """Writes a `state_dict`, .safetensors or else .pth, that torchvision and timm load strictly.
@@ -22,7 +25,15 @@ def write_state_dict(model: TrainedModel, out: Path) -> None:
     Classes, preprocessing, training data and so on are in the metadata of the .safetensors file, or of the state dict itself,
     where PyTorch ignores it and `resnetlab import` reads it. Raises RunError if the file cannot be written.
     """
-    preprocessing = model.preprocessing
+    preprocessing, fingerprints = model.preprocessing, encode_fingerprints(model.fingerprints)
+    if sum(map(len, fingerprints.values())) > MAX_FINGERPRINTS:
+        images = sum(map(len, model.fingerprints.values()))
+        warnings.warn(
+            f"{out} cannot hold the fingerprints of {images:,} images: after `resnetlab import` the model does not know which "
+            "images it was trained on; keep the model file.",
+            stacklevel=2,
+        )
+        fingerprints = {}
     metadata = json.dumps({
         "specification": model.spec.to_json(),
         "classes": list(model.classes),
@@ -30,7 +41,7 @@ def write_state_dict(model: TrainedModel, out: Path) -> None:
         "temperature": float(model.temperature),
         "calibration": dict(model.calibration),
         "data": dict(model.data),
-        "fingerprints": encode_fingerprints(model.fingerprints),
+        "fingerprints": fingerprints,
     })  # fmt: skip
     state: Any = model.net.state_dict()
     for key, value in state.items():
