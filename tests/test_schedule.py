@@ -12,6 +12,7 @@ from resnetlab.errors import RunError, UsageError
 from resnetlab.training.recipe import Recipe
 from resnetlab.training.recipes import (
     RECIPES,
+    describe_batch,
     describe_budget,
     describe_changes,
     find_classification_recipe,
@@ -42,6 +43,45 @@ def test_warmup_by_training_error_ends_where_it_was_measured() -> None:
     assert learning_rate(warm, 349, 350) == 0.01
     assert learning_rate(warm, 350, 350) == 0.1
     assert learning_rate(warm, 32_000, 350) == pytest.approx(0.01, rel=1e-12)
+
+
+def test_the_learning_rate_scales_linearly_with_the_batch_after_a_warm_up() -> None:
+    """Goyal et al. 2017: 0.1 for 256 images is 3.2 for 8,192, reached over 5 of 90 epochs; halved batches halve it."""
+    imagenet = replace(find_classification_recipe("preact-imagenet"), steps=14_076, milestones=(4_692, 9_384))
+    large = imagenet.with_values({"batch": "8192", "bn_batch": "32", "lr_base_size": "256"})
+    assert (large.warmup, large.warmup_lr, large.warmup_steps) == ("linear", 0.1, 782)
+    rates = [learning_rate(large, step, None) for step in (0, 391, 782, 4_691, 4_692, 9_384)]
+    assert rates == pytest.approx([0.1, 1.65, 3.2, 3.2, 0.32, 0.032], rel=1e-12)
+    small = imagenet.with_values({"batch": "128", "lr_base_size": "256"})
+    assert small.warmup == "none" and learning_rate(small, 0, None) == pytest.approx(0.05, rel=1e-12)
+    own = imagenet.with_values({"batch": "8192", "lr_base_size": "256", "warmup": "none"})
+    assert own.warmup == "none" and learning_rate(own, 0, None) == pytest.approx(3.2, rel=1e-12)
+    modern = find_classification_recipe("modern").with_values({"batch": "2048", "lr_base_size": "1024"})
+    assert (modern.warmup_lr, modern.warmup_steps) == (0.005, 6_256)  # it has a warm-up
+    assert learning_rate(modern, 6_256, None) == pytest.approx(1.0, rel=1e-12)
+    assert "lr_base_size" not in imagenet.to_json() and large.to_json()["lr_base_size"] == 256
+
+
+@pytest.mark.parametrize(
+    ("values", "warning"),
+    [
+        ({"batch": "512"}, None),
+        (
+            {"batch": "1024"},
+            "the learning rate 0.1 of paper-imagenet is for batches of 256, not 1,024; --set lr_base_size=256",
+        ),
+        ({"batch": "1024", "lr": "0.4"}, None),
+        ({"batch": "8192", "lr_base_size": "256"}, None),
+        (
+            {"batch": "16384", "lr_base_size": "256"},
+            "with SGD the error rises in batches above 8,192 (Goyal et al. 2017)",
+        ),
+        ({"batch": "16384", "lr": "10", "optimizer": "lars"}, None),
+    ],
+)
+def test_a_batch_beyond_the_recipes_range_is_reported(values: dict[str, str], warning: str | None) -> None:
+    found = describe_batch(find_classification_recipe("paper-imagenet").with_values(values))
+    assert (found or "").startswith(f"warning: {warning}" if warning else "") and bool(found) == bool(warning)
 
 
 @given(steps=st.integers(1, 200_000))

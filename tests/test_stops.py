@@ -76,14 +76,15 @@ def test_two_kills_in_a_row(tmp_path: Path, undisturbed: Path) -> None:
     assert_same(out, undisturbed)
 
 
-def test_adamw_resumes_bit_identically(tmp_path: Path) -> None:
-    recipe = tiny(optimizer="adamw", lr=0.003)
+@pytest.mark.parametrize("optimizer", ["adamw", "lamb"])  # lamb has the state of adamw, lars that of sgd
+def test_adamw_and_lamb_resume_bit_identically(optimizer: str, tmp_path: Path) -> None:
+    recipe = tiny(optimizer=optimizer, lr=0.003)
     resnetlab.train(recipe, out=tmp_path / "straight", device="cpu")
     killed(resnetlab.train, recipe, out=tmp_path / "run", device="cpu", progress=kill_at(9))
     resume(tmp_path / "run")
     assert_same(tmp_path / "run", tmp_path / "straight")
     text = (tmp_path / "run" / "recipe.toml").read_text()
-    assert 'optimizer = "adamw"' in text and "beta2 = 0.999" in text and "eps = 1e-08" in text
+    assert f'optimizer = "{optimizer}"' in text and "beta2 = 0.999" in text and "eps = 1e-08" in text
 
 
 def test_a_kill_between_model_and_report(tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch) -> None:

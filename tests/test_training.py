@@ -22,7 +22,7 @@ from resnetlab.errors import DivergedError, RunError, UsageError
 from resnetlab.models.resnet import build
 from resnetlab.run_folder import RunFolder, read_metrics
 from resnetlab.training.checkpoint import TrainState
-from resnetlab.training.optim import SGD, AdamW, Optimizer
+from resnetlab.training.optim import OPTIMIZERS, SGD, AdamW, Optimizer
 from resnetlab.training.recipe import Recipe
 from resnetlab.training.recipes import quick
 from resnetlab.training.step import train_step
@@ -102,6 +102,44 @@ def test_adamw_equals_torch_to_the_bit() -> None:
         reference.zero_grad()
     for (name, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
         assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize("name", ["lars", "lamb"])
+def test_lars_and_lamb_equal_their_papers_in_float64(name: str) -> None:
+    """The papers' formulas, layer by layer; biases and BN's parameters have the update of SGD and Adam."""
+    values = {
+        "weight_decay": 0.05,
+        "momentum": 0.8,
+        "trust_coefficient": 0.02,
+        "beta1": 0.8,
+        "beta2": 0.99,
+        "eps": 1e-6,
+    }
+    net = build("resnet8", seed=0)
+    torch.nn.init.zeros_(net.fc.weight)  # without a length: its ratio is 1
+    optimizer = OPTIMIZERS[name](net, replace(quick(), optimizer=name, decay_all=False, **values))  # type: ignore[arg-type]
+    weights = {key: p.detach().double() for key, p in net.named_parameters()}
+    first, second = ({key: torch.zeros_like(w) for key, w in weights.items()} for _ in range(2))
+    for step, lr in enumerate((0.1, 0.1, 0.01), 1):
+        x = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(step))
+        F.cross_entropy(net(x), torch.tensor([0, 1, 2, 3])).backward()
+        for key, p in net.named_parameters():
+            assert p.grad is not None
+            g, w, adapts = p.grad.double(), weights[key], p.ndim > 1
+            decay = 0.05 if adapts else 0.0
+            if name == "lars":
+                ratio = 0.02 * w.norm() / (g.norm() + decay * w.norm()) if adapts and w.norm() else 1.0
+                first[key] = 0.8 * first[key] + ratio * (g + decay * w)
+                weights[key] = w - lr * first[key]
+            else:
+                first[key], second[key] = 0.8 * first[key] + 0.2 * g, 0.99 * second[key] + 0.01 * g**2
+                update = first[key] / (1 - 0.8**step) / ((second[key] / (1 - 0.99**step)).sqrt() + 1e-6) + decay * w
+                weights[key] = w - lr * (w.norm() / update.norm() if adapts and w.norm() else 1.0) * update
+        optimizer.step(lr)
+        for key, p in net.named_parameters():
+            torch.testing.assert_close(p.detach().double(), weights[key], rtol=2e-5, atol=2e-6)
+            p.data.copy_(weights[key])  # so that differences do not add up over the steps
+            weights[key] = p.detach().double()
 
 
 def test_weight_decay_reaches_only_what_it_should() -> None:

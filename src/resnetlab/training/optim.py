@@ -1,4 +1,4 @@
-"""The optimizers, in torch's functional forms: SGD with momentum (the papers') and AdamW.
+"""The optimizers: SGD with momentum (the papers') and AdamW in torch's functional forms, LARS and LAMB for large batches.
 
 SGD is v <- momentum·v + g, w <- w - lr·v, where g includes weight decay. The original implementation (Caffe) multiplies g by lr
 before adding it to v; the two differ only in the steps after a change of the learning rate (docs/differences.md). torch's
@@ -109,8 +109,12 @@ class SGD(Optimizer):
     buffers = ("momentum",)
 
     def _update(self, names: list[str], decay: float, lr: float) -> None:
+        self._descend(names, self._tensors(names)[1], decay, lr)
+
+    def _descend(self, names: list[str], gradients: list[Tensor], decay: float, lr: float) -> None:
         sgd(
-            *self._tensors(names),
+            self._tensors(names)[0],
+            gradients,
             [*self._buffers("momentum", names)],
             foreach=True,
             weight_decay=decay,
@@ -153,7 +157,53 @@ class AdamW(Optimizer):
         )
 
 
-OPTIMIZERS: dict[str, type[Optimizer]] = {"sgd": SGD, "adamw": AdamW}
+class LARS(SGD):
+    """SGD whose learning rate is adapted to each layer (You, Gitman & Ginsburg 2017, arXiv 1708.03888).
+
+    The gradient g of a layer's weights w counts `trust_coefficient`·|w| / (|g| + decay·|w|) times. Biases and BN's parameters
+    have SGD's update.
+    """
+
+    def _update(self, names: list[str], decay: float, lr: float) -> None:
+        parameters, gradients = self._tensors(names)
+        lengths = zip(torch._foreach_norm(parameters), torch._foreach_norm(gradients), strict=True)
+        ratios = [
+            _trust_ratio(self._recipe.trust_coefficient * length, gradient_length + decay * length)
+            for length, gradient_length in lengths
+        ]
+        decayed = torch._foreach_add(gradients, parameters, alpha=decay)
+        self._descend(names, _scale_layers(decayed, ratios), 0.0, lr)
+
+
+class LAMB(AdamW):
+    """AdamW's update, as long for each layer as its weights (You et al. 2020, arXiv 1904.00962); for biases and BN as it is."""
+
+    def _update(self, names: list[str], decay: float, lr: float) -> None:
+        parameters, gradients = self._tensors(names)
+        averages, squares = self._buffers("exp_avg", names), self._buffers("exp_avg_sq", names)
+        beta1, beta2, step = self._recipe.beta1, self._recipe.beta2, float(self.state["steps"]) + 1
+        torch._foreach_lerp_(averages, gradients, 1 - beta1)
+        torch._foreach_mul_(squares, beta2)
+        torch._foreach_addcmul_(squares, gradients, gradients, 1 - beta2)
+        divisors = torch._foreach_sqrt(torch._foreach_div(squares, 1 - beta2**step))
+        torch._foreach_add_(divisors, self._recipe.eps)
+        updates = torch._foreach_div(torch._foreach_div(averages, 1 - beta1**step), divisors)
+        torch._foreach_add_(updates, parameters, alpha=decay)
+        lengths = zip(torch._foreach_norm(parameters), torch._foreach_norm(updates), strict=True)
+        torch._foreach_add_(parameters, _scale_layers(updates, [_trust_ratio(*pair) for pair in lengths]), alpha=-lr)
+
+
+def _trust_ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
+    """The quotient of two scalars; 1 where either is 0, as for a layer that starts at 0."""
+    return torch.where((numerator > 0) & (denominator > 0), numerator / denominator, 1.0)
+
+
+def _scale_layers(updates: Sequence[Tensor], ratios: Sequence[Tensor]) -> list[Tensor]:
+    """The updates of weights times their layers' ratios; those of biases and BN's parameters as they are."""
+    return [x * ratio if x.ndim > 1 else x for x, ratio in zip(updates, ratios, strict=True)]
+
+
+OPTIMIZERS: dict[str, type[Optimizer]] = {"sgd": SGD, "adamw": AdamW, "lars": LARS, "lamb": LAMB}
 
 
 def build_optimizer(net: nn.Module, recipe: BaseRecipe) -> Optimizer:

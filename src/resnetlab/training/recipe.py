@@ -35,7 +35,10 @@ _CHOICES = {  # allowed words, by field
 }
 _RANGES: dict[str, tuple[float, float, str]] = {  # smallest and largest value, and the range in words
     **dict.fromkeys(("steps", "log_every", "eval_every", "patience"), (1, 10**9, "from 1 to 1,000,000,000")),
-    **dict.fromkeys(("lr", "warmup_lr", "backbone_lr_scale", "eps"), (5e-324, sys.float_info.max, "a number above 0")),
+    **dict.fromkeys(
+        ("lr", "warmup_lr", "backbone_lr_scale", "eps", "trust_coefficient"),
+        (5e-324, sys.float_info.max, "a number above 0"),
+    ),
     **dict.fromkeys(
         ("momentum", "beta1", "beta2", "ema_decay", "stochastic_depth", "label_smoothing"),
         (0, 1 - 2**-53, "from 0 to below 1"),
@@ -47,6 +50,7 @@ _RANGES: dict[str, tuple[float, float, str]] = {  # smallest and largest value, 
     "val_images": (A_TENTH, sys.float_info.max, f"0 or more, or {A_TENTH} for a tenth of the training images"),
     "early_stop": (0, 10**9, "0 or more"),
     "batch": (1, 2**20, "from 1 to 1,048,576"),
+    "lr_base_size": (0, 2**20, "from 1 to 1,048,576, or 0 for the batch"),
     "image_size": (0, 4096, "from 1 to 4,096, or 0 for that of start_from"),
     **dict.fromkeys(("threads", "op_threads"), (0, 1024, "from 0 to 1,024")),
     "keep_images": (0, MAX_TRAINING, f"from 0 to {MAX_TRAINING}"),
@@ -67,6 +71,8 @@ _ADDED = frozenset(
         "frozen_stages",
         "flip_vertical",
         "rotate",
+        "lr_base_size",
+        "trust_coefficient",
     )
 )
 _SPECIFICATION = tuple(f.name for f in fields(Specification) if f.name not in ("channels", "classes"))
@@ -96,9 +102,11 @@ class BaseRecipe:
     warmup_lr: float = 0.01  # learning rate during warm-up; start value of "linear"
     warmup_steps: int = 400  # length of "steps" and "linear"
     warmup_error: float = 0.8  # bound of "train-error"
-    optimizer: str = "sgd"  # or "adamw": a key of training.optim.OPTIMIZERS
-    momentum: float = 0.9  # of "sgd"
-    beta1: float = 0.9  # of "adamw"
+    lr_base_size: int = 0  # the batch that `lr` is for: in a batch of k times it, it is k times `lr`; 0: `batch`
+    optimizer: str = "sgd"  # or "adamw", "lars", "lamb": a key of training.optim.OPTIMIZERS
+    momentum: float = 0.9  # of "sgd" and "lars"
+    trust_coefficient: float = 0.001  # of "lars"
+    beta1: float = 0.9  # of "adamw" and "lamb"
     beta2: float = 0.999
     eps: float = 1e-8
     weight_decay: float = 1e-4
@@ -159,8 +167,22 @@ class BaseRecipe:
         return replace(self, specification=specification, **self.with_implied(changes))
 
     def with_implied(self, changes: dict[str, Any]) -> dict[str, Any]:
-        """Changes of values, with those that follow from them: the evaluation's resize keeps its ratio to the input's size."""
-        return changes
+        """Changes of values, with those that follow from them.
+
+        A learning rate that is scaled up with the batch rises to its value in the first eighteenth of the run, as in 5 of 90
+        epochs (Goyal et al. 2017, arXiv 1706.02677, §2.2), unless the recipe has a warm-up. An evaluation's resize keeps its
+        ratio to the input's size.
+        """
+        base = changes.get("lr_base_size", self.lr_base_size)
+        if not 0 < base < changes.get("batch", self.batch) or "warmup" in changes or self.warmup != "none":
+            return changes
+        steps = max(1, round(changes.get("steps", self.steps) / 18))
+        return {"warmup": "linear", "warmup_lr": changes.get("lr", self.lr), "warmup_steps": steps} | changes
+
+    @property
+    def scaled_lr(self) -> float:
+        """The learning rate after warm-up, in steps of this batch."""
+        return self.lr * self.batch / self.lr_base_size if self.lr_base_size else self.lr
 
     def rescale(self, steps: int) -> Self:
         """The recipe with its schedule rescaled to `steps`: milestones, warm-up, evaluations, the weight average's window."""
@@ -304,6 +326,7 @@ class Recipe(BaseRecipe):
     )
 
     def with_implied(self, changes: dict[str, Any]) -> dict[str, Any]:
+        changes = super().with_implied(changes)
         if not changes.get("image_size") or "eval_resize" in changes or (self.image_size and not self.eval_resize):
             return changes
         ratio = self.eval_resize / self.image_size if self.image_size else EVAL_RATIO

@@ -16,6 +16,9 @@ from resnetlab.run_folder import RunFolder
 from resnetlab.training.annotated_recipes import ANNOTATED_RECIPES
 from resnetlab.training.recipe import BaseRecipe, Recipe
 
+LARGE_BATCH = 4  # times a recipe's batch: from there on its learning rate is reported
+SGD_BATCH = 8192  # up to which the error stays the same with linear scaling and SGD (Goyal et al. 2017, figure 1)
+
 
 def quick() -> Recipe:
     """A small residual network on the digits that come with the package, for the first run.
@@ -354,6 +357,24 @@ def describe_changes(recipe: BaseRecipe, precision: str) -> list[str]:
         if not own.image_size:
             resolved |= {"image_size": recipe.image_size, "eval_resize": recipe.eval_resize}
     return recipe.differences(replace(same_length, **resolved))
+
+
+def describe_batch(recipe: BaseRecipe) -> str | None:
+    """A sentence where the batch is far larger than the recipe's learning rate, or its optimizer, is meant for."""
+    base = find_recipe(recipe.name, recipe.task) if recipe.name in RECIPES else recipe
+    if not recipe.lr_base_size and (recipe.lr, recipe.optimizer) == (base.lr, base.optimizer):
+        if recipe.batch < LARGE_BATCH * base.batch:
+            return None
+        return (
+            f"warning: the learning rate {recipe.lr:g} of {recipe.name} is for batches of {base.batch:,}, not "
+            f"{recipe.batch:,}; --set lr_base_size={base.batch} scales it with the batch, with a warm-up"
+        )
+    if recipe.optimizer != "sgd" or recipe.batch <= SGD_BATCH:
+        return None
+    return (
+        f"warning: with SGD the error rises in batches above {SGD_BATCH:,} (Goyal et al. 2017), and this one has "
+        f"{recipe.batch:,}; --set optimizer=lars, or lamb, with a learning rate of its own, is meant for them"
+    )
 
 
 def describe_budget(recipe: BaseRecipe) -> str | None:

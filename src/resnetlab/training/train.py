@@ -335,6 +335,8 @@ def build_task(
         options.report(f"{threads} threads share {cores} core{'s' * (cores > 1)}: threads={cores} is faster")
     if changes := recipes.describe_changes(task.recipe, default_precision(device_config.device)):
         options.report(f"recipe {task.recipe.name}, with {'; '.join(changes)}")
+    if warning := recipes.describe_batch(task.recipe):
+        options.report(warning)
     if label := recipes.describe_budget(task.recipe):
         options.report(f"budget: {label}")
     return task
