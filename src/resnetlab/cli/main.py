@@ -17,6 +17,7 @@ from resnetlab.cli.explain import explain
 from resnetlab.cli.inspect import inspect
 from resnetlab.cli.launch import train_process
 from resnetlab.cli.peer_options import understand
+from resnetlab.cli.plan import plan
 from resnetlab.cli.predict import predict
 from resnetlab.cli.push import push, strip
 from resnetlab.cli.serve import serve
@@ -36,7 +37,7 @@ app = App(
 )
 app.command(train)
 app.command(train_process, name="_train-process", show=False)
-for command in (evaluate, predict, explain, features.embed, push, strip, serve, inspect, study):
+for command in (evaluate, predict, explain, features.embed, push, strip, serve, inspect, study, plan):
     app.command(command)
 app.command(weights.import_, name="import")
 app.command(weights.export)
