@@ -119,7 +119,9 @@ def test_an_index_takes_little_memory(tmp_path: Path) -> None:
     tracemalloc.stop()
     tensors = sum(x.nbytes for split in data.splits.values() for x in (split.labels, split.indices))  # type: ignore[attr-defined]
     images, class_list = len(data.train) + len(data.test), sum(sys.getsizeof(name) + 8 for name in classes)
-    assert (images, len(names), names[0]) == (10_000, 5000, "n00000000/n00000000_0.JPEG")
+    first = int(data.train.indices[0])  # type: ignore[attr-defined]
+    assert (images, len(names), names[0]) == (10_000, 5000, f"n{first:08d}/n{first:08d}_{first}.JPEG")
+    assert names[:2] == list(names)[:2] and data.train.name_of(1) == names[1]
     # the class names of every shard would be 600 bytes an image
     assert (kept + tensors - class_list) / images <= 120
 
