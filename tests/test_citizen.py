@@ -20,14 +20,15 @@ from resnetlab.models.resnet import build as build_plain
 from resnetlab.nn.blocks import ACTIVATION_ORDERS
 from resnetlab.nn.shortcuts import SHORTCUTS
 
+SMALLEST: dict[str, Any] = {"depths": (1, 1), "widths": (4, 8)}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "basic": ("resnet8", {}),
     "plain": ("plain8", {}),
-    "bottleneck": ("resnet50", {"depths": (1, 1), "widths": (4, 8)}),
-    "v1.5": ("resnet50v1.5", {"depths": (1, 1), "widths": (4, 8)}),
-    "imagenet stem": ("resnet18", {"depths": (1, 1), "widths": (4, 8)}),
-    **{f"order {order}": ("resnet8", {"activation_order": order}) for order in ACTIVATION_ORDERS},
-    **{f"shortcut {kind}": ("resnet8", {"shortcut": kind}) for kind in SHORTCUTS},
+    "bottleneck": ("resnet50", SMALLEST),
+    "v1.5": ("resnet50v1.5", SMALLEST),
+    "imagenet stem": ("resnet18", SMALLEST),
+    **{f"order {order}": ("resnet8", SMALLEST | {"activation_order": order}) for order in ACTIVATION_ORDERS},
+    **{f"shortcut {kind}": ("resnet8", SMALLEST | {"shortcut": kind}) for kind in SHORTCUTS},
     "preact bottleneck": ("preresnet50", {"depths": (2, 1), "widths": (4, 8)}),
 }
 SMALL = "ignore:images of .* in a network with ImageNet's 7x7 stem"
@@ -144,10 +145,7 @@ def test_torch_hub_loads_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     repository = str(Path(__file__).resolve().parents[1])
     net = torch.hub.load(repository, "resnet20", source="local", num_classes=7, seed=0)
     assert torch.equal(net.fc.weight, resnetlab.build("resnet20", num_classes=7, seed=0).fc.weight)
-    assert torch.hub.load(repository, "resnet50v1_5", source="local", **TINY_NET).spec.stride_in == "3x3"
-
-
-TINY_NET: dict[str, Any] = {"depths": (1, 1), "widths": (4, 8)}
+    assert torch.hub.load(repository, "resnet50v1_5", source="local", **SMALLEST).spec.stride_in == "3x3"
 
 
 def test_pretrained_names_the_published_weights(monkeypatch: pytest.MonkeyPatch) -> None:

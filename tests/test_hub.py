@@ -139,23 +139,27 @@ def server() -> Iterator[Hub]:
     it.server.server_close()
 
 
-def command(hub: Hub, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Python, or our command, in a process of its own: the hub's library reads its address when it is imported."""
-    arguments = arguments if arguments[0] == "-c" else ("-m", "resnetlab", *arguments)
+def run(hub: Hub, folder: Path, program: str) -> subprocess.CompletedProcess[str]:
+    """A program in a process of its own: the hub's library reads its address when it is imported."""
     environment = {"HF_ENDPOINT": hub.url.rstrip("/"), "HF_HOME": str(folder / "hf"), "HF_TOKEN": "hf_x",
                    "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "PATH": "/usr/bin:/bin"}  # fmt: skip
-    return subprocess.run([sys.executable, *arguments], env=environment, cwd=folder, capture_output=True, text=True)
+    return subprocess.run([sys.executable, "-c", program], env=environment, cwd=folder, capture_output=True, text=True)
+
+
+PUSH_AND_IMPORT = """
+from resnetlab.cli.main import run_command
+assert run_command(["push", "model.safetensors", "hf:me/flowers"]) == 0
+assert run_command(["import", "hf:me/flowers", "--out", "again.safetensors"]) == 0
+"""
 
 
 def test_upload_and_download(server: Hub, tmp_path: Path) -> None:
     pytest.importorskip("huggingface_hub")
     make_model().save(tmp_path / "model.safetensors")
-    done = command(server, tmp_path, "push", "model.safetensors", "hf:me/flowers")
+    done = run(server, tmp_path, PUSH_AND_IMPORT)
     assert done.returncode == 0, done.stderr
     assert set(server.files) == {"model.safetensors", "README.md"}
     assert 'resnetlab.load("hf:me/flowers")' in server.files["README.md"].decode()
-    done = command(server, tmp_path, "import", "hf:me/flowers", "--out", "again.safetensors")
-    assert done.returncode == 0, done.stderr
     assert load_trained_model(tmp_path / "again.safetensors").classes == make_model().classes
 
 
@@ -176,7 +180,7 @@ for again in (HubModel.from_pretrained("folder"), HubModel.from_pretrained("me/f
 def test_the_hub_librarys_mixin(server: Hub, tmp_path: Path) -> None:
     pytest.importorskip("huggingface_hub")
     make_model().save(tmp_path / "model.safetensors")
-    done = command(server, tmp_path, "-c", MIXIN)
+    done = run(server, tmp_path, MIXIN)
     assert done.returncode == 0, done.stderr
     assert set(server.files) == {"model.safetensors", "README.md"}
     assert sorted(p.name for p in (tmp_path / "folder").iterdir()) == ["README.md", "model.safetensors"]

@@ -170,7 +170,7 @@ def test_verify_resume_proves_it_and_notices_a_difference(
         write_tensor_file(folders[-1].checkpoints / "step-00000006.safetensors", tensors, {"step": 6})
     assert read_tensor_file(folders[0].checkpoints / "step-00000006.safetensors", "checkpoint")[1]["step"] == 6
     with pytest.raises(RunError, match="not exact: 1 of 1 tensors differ after a resume, such as x"):
-        verify._compare(*folders)
+        verify._compare_runs(*folders)
 
 
 @pytest.mark.slow
