@@ -285,7 +285,11 @@ def test_how_many_are_held_out_by_default(tmp_path: Path) -> None:
     }  # fmt: skip
     given = folder(tmp_path / "given", {"train": 10, "val": 3, "test": 3})
     grouped = folder(tmp_path / "grouped", {"train": 10, "test": 3})
-    for root, groups, count in ((given, "", 0), (grouped, "", 3), (grouped, "train|test", 0)):  # one group cannot be divided
+    for root, groups, count in (
+        (given, "", 0),
+        (grouped, "", 3),
+        (grouped, "train|test", 0),
+    ):  # one group cannot be divided
         recipe = replace(
             find_classification_recipe("photos"), data=str(root), groups=groups, image_size=16, net="resnet8"
         )
