@@ -1,4 +1,4 @@
-"""Downloads files over HTTP once, with retries; what has arrived is kept if a connection drops.
+"""Downloads files of servers and object stores once, with retries; what has arrived is kept if a connection drops.
 
 While a file NAME is fetched, NAME.part holds what has arrived. Two hidden files stay beside it: .NAME.lock, locked by the
 process that fetches, and .NAME.origin, which records the server's version of the file (ETag, Last-Modified) and its length.
@@ -19,6 +19,8 @@ from typing import NamedTuple, TypeVar
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
+from resnetlab.data import object_store
+from resnetlab.data.object_store import strip_secrets
 from resnetlab.errors import DataError
 from resnetlab.formatting import parse_json
 from resnetlab.run_folder import hold_lock, temporary_folder, write_atomically, write_error
@@ -51,11 +53,6 @@ class FileVersion(NamedTuple):
     def validator(self) -> str:
         """The value for If-Range, with which a server checks that its bytes are unchanged; weak ETags do not promise that."""
         return self.last_modified if self.etag.startswith("W/") else self.etag or self.last_modified
-
-
-def strip_query(url: str) -> str:
-    """An address for messages: without its query, which may contain a signature."""
-    return url.partition("?")[0]
 
 
 @contextlib.contextmanager
@@ -105,6 +102,8 @@ def is_complete(target: Path) -> bool:
 def is_current(url: str, target: Path) -> bool:
     """Whether the server still has the version that was downloaded; raises DataError if it does not answer."""
     known = _read_version(target)
+    if object_store.is_store(url):
+        return _retry(url, lambda: FileVersion(*object_store.find_version(url)) == known)
     conditions = {"If-None-Match": known.etag, "If-Modified-Since": known.last_modified}
     request = Request(url, headers={name: value for name, value in conditions.items() if value})
 
@@ -133,15 +132,17 @@ def _retry(url: str, attempt: Callable[[], T]) -> T:
             error.close()
             reason = f"the server says {error.code} {error.reason}"
             if error.code in ABSENT:
-                raise MissingFile(f"{strip_query(url)} cannot be fetched: {reason}: {ABSENT[error.code]}.") from error
+                raise MissingFile(f"{strip_secrets(url)} cannot be fetched: {reason}: {ABSENT[error.code]}.") from error
             if error.code < 500 and error.code not in (408, 416, 429):
-                raise DataError(f"{strip_query(url)} cannot be fetched: {reason}.") from error
+                raise DataError(f"{strip_secrets(url)} cannot be fetched: {reason}.") from error
+        except FileNotFoundError as error:
+            raise MissingFile(f"{strip_secrets(url)} cannot be fetched: {ABSENT[404]}.") from error
         except (OSError, HTTPException) as error:
             reason = str(getattr(error, "reason", None) or error or type(error).__name__)
         for _ in range(round(10 * (pause or 0))):
             check_stop()
             time.sleep(0.1)
-    raise DataError(f"{strip_query(url)} cannot be fetched: {reason} ({len(PAUSES) + 1} attempts); try again later.")
+    raise DataError(f"{strip_secrets(url)} cannot be fetched: {reason} ({len(PAUSES) + 1} attempts); try again later.")
 
 
 class _WriteError(OSError):
@@ -151,6 +152,14 @@ class _WriteError(OSError):
 def _fetch(url: str, part: Path, target: Path, check: Callable[[Path], None], limit: int | None) -> None:
     """Continues `part` if the server still has that version of the file; raises OSError if it ends early."""
     have, known = part.stat().st_size if part.exists() else 0, _read_version(target)
+    if object_store.is_store(url):
+        now = FileVersion(*object_store.find_version(url))
+        have = have if now == known and have < now.size else 0
+        _write_version(target, now)
+        with object_store.open_at(url, have) as file:
+            chunks = _limit_size(url, iter(lambda: file.read(CHUNK), b""), limit)
+            received = _append(chunks, part, "ab" if have else "wb")
+        return _check_arrived(part, check, have + received, now.size)
     headers = {"Range": f"bytes={have}-"} | ({"If-Range": known.validator} if known.validator else {})
     try:
         response = urlopen(Request(url, headers=headers if have else {}), timeout=TIMEOUT)
@@ -170,15 +179,18 @@ def _fetch(url: str, part: Path, target: Path, check: Callable[[Path], None], li
         length = response.headers.get("Content-Length")
         chunks = _limit_size(url, iter(lambda: response.read(CHUNK), b""), limit)
         received = _append(chunks, part, "ab" if have else "wb")
-    if length is not None and received < int(length):
-        raise OSError(f"the connection was dropped after {have + received:,} of {have + int(length):,} bytes")
+    return _check_arrived(part, check, have + received, None if length is None else have + int(length))
+
+
+def _check_arrived(part: Path, check: Callable[[Path], None], received: int, size: int | None) -> None:
+    """Raises OSError if the connection was dropped, DataError if a complete file is damaged; `size` is None if unknown."""
+    if size is not None and received < size:
+        raise OSError(f"the connection was dropped after {received:,} of {size:,} bytes")
     try:
         check(part)
     except DataError as error:
-        if length is None:
-            raise OSError(
-                f"the connection was dropped after {have + received:,} bytes, or the file is damaged"
-            ) from error
+        if size is None:
+            raise OSError(f"the connection was dropped after {received:,} bytes, or the file is damaged") from error
         part.unlink()
         raise
 
@@ -189,7 +201,7 @@ def _limit_size(url: str, chunks: Iterator[bytes], limit: int | None) -> Iterato
     for chunk in chunks:
         size += len(chunk)
         if limit is not None and size > limit:
-            raise DataError(f"{strip_query(url)} has more than {limit:,} bytes, far more than such a file needs.")
+            raise DataError(f"{strip_secrets(url)} has more than {limit:,} bytes, far more than such a file needs.")
         yield chunk
 
 

@@ -1,4 +1,4 @@
-"""Downloads shards, with their indices and class names, to data_dir/shards.
+"""Downloads shards, with their indices and class names, to data_dir/shards, from a server or an object store.
 
 Shards that were downloaded before are used without a server. Only if one of the requested shards is missing or has another
 length, the server is asked about all of them, so that shards of two packings are never mixed.
@@ -11,17 +11,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from resnetlab.data import download
+from resnetlab.data.object_store import strip_secrets
 from resnetlab.data.tar_index import MAX_INDEX, index_path, scan_tar
 from resnetlab.errors import DataError
 from resnetlab.formatting import parse_json
 from resnetlab.run_folder import write_atomically
 
 CLASSES = "classes.txt"
-
-
-def is_url(shard: str) -> bool:
-    """Whether a shard, or a pattern of shards, is on a server."""
-    return shard.startswith(("http://", "https://"))
 
 
 def _sibling_url(url: str, name: str) -> str:
@@ -59,7 +55,7 @@ def fetch_class_list(url: str, tar: Path) -> bytes:
 
 
 def _local_path(url: str, data_dir: Path) -> Path:
-    base, name = download.strip_query(url).rsplit("/", 1)
+    base, name = strip_secrets(url).rsplit("/", 1)
     return data_dir / "shards" / hashlib.sha256(base.encode()).hexdigest()[:12] / name
 
 
@@ -93,7 +89,7 @@ def _completeness_check(url: str, index: bytes | None) -> Callable[[Path], None]
                 raise DataError("its length is not what its index says")
         except (DataError, ValueError, KeyError, TypeError) as error:
             raise DataError(
-                f"{download.strip_query(url)} did not arrive whole, or its index is damaged ({error}); try again."
+                f"{strip_secrets(url)} did not arrive whole, or its index is damaged ({error}); try again."
             ) from error
 
     return check

@@ -19,13 +19,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from resnetlab.data import download, remote_shards
+from resnetlab.data import remote_shards
 from resnetlab.data.dataset import Dataset
 from resnetlab.data.decode import check_file_size
 from resnetlab.data.disk_split import DiskSplit, FileNames, ReadOptions
 from resnetlab.data.error_policy import ErrorPolicy
 from resnetlab.data.folder import arrange_splits, guess_split
-from resnetlab.data.remote_shards import is_url
+from resnetlab.data.object_store import is_address, is_store, list_tars, strip_secrets
 from resnetlab.data.tar_index import MAX_INDEX, TarIndex, read_index
 from resnetlab.errors import DataError
 from resnetlab.stopping import check_stop
@@ -64,7 +64,7 @@ class ShardSource:
 
 def is_shard_pattern(data: str) -> bool:
     """Whether DATA is a pattern or a folder of tar shards."""
-    if is_url(data) or data.endswith(".tar"):
+    if is_address(data) or data.endswith(".tar"):
         return True
     if not Path(data).is_dir() or not any(Path(data).glob("*.tar")):
         return False
@@ -75,11 +75,14 @@ def is_shard_pattern(data: str) -> bool:
 
 def load_shards(data: str, data_dir: Path, read_options: ReadOptions) -> Dataset:
     """Loads tar shards; raises DataError if one is missing, damaged or of other classes, or a key occurs twice."""
-    places = sorted(map(str, Path(data).glob("*.tar"))) if Path(data).is_dir() else list(expand_braces(data))
-    if is_url(data):
+    if is_store(data) and data.endswith("/"):
+        places = list_tars(data)
+    else:
+        places = sorted(map(str, Path(data).glob("*.tar"))) if Path(data).is_dir() else list(expand_braces(data))
+    if is_address(data):
         tars, data = (
             remote_shards.fetch_shards(places, data_dir),
-            download.strip_query(data),
+            strip_secrets(data),
         )  # no signature in messages
     else:
         tars = [_require_file(place) for place in places]
@@ -208,7 +211,7 @@ def _read_class_list(place: str, tar: Path) -> tuple[str, ...]:
     try:
         if file.exists() and file.stat().st_size > MAX_INDEX:
             raise ValueError(f"it has more than {MAX_INDEX:,} bytes")
-        content = remote_shards.fetch_class_list(place, tar) if is_url(place) else file.read_bytes()
+        content = remote_shards.fetch_class_list(place, tar) if is_address(place) else file.read_bytes()
         lines = content.decode().splitlines()
     except FileNotFoundError:
         return ()

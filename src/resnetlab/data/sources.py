@@ -8,11 +8,11 @@ from collections.abc import Callable
 from functools import lru_cache, partial
 from pathlib import Path
 
-from resnetlab.data import archives, cifar, digits, download, folder, objects, shards, tables
+from resnetlab.data import archives, cifar, digits, folder, objects, shards, tables
 from resnetlab.data.dataset import Dataset
 from resnetlab.data.disk_split import ReadOptions
 from resnetlab.data.layouts import describe_annotations
-from resnetlab.data.remote_shards import is_url
+from resnetlab.data.object_store import is_address, strip_secrets
 from resnetlab.errors import DataError, UsageError, unknown_name_error
 
 
@@ -34,7 +34,7 @@ def is_builtin(data: str) -> bool:
 
 def strip_signature(data: str) -> str:
     """DATA for files and messages: without the query of an address, which may contain a signature."""
-    return download.strip_query(data) if is_url(data) else data
+    return strip_secrets(data) if is_address(data) else data
 
 
 def short_name(data: str) -> str:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import glob
 import os
+import tarfile
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
@@ -14,12 +16,15 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from resnetlab.data.decode import convert_image, decode, list_images
-from resnetlab.data.download import TIMEOUT, strip_query
-from resnetlab.data.remote_shards import is_url
+from resnetlab.data.decode import SUFFIXES, convert_image, decode, list_images
+from resnetlab.data.download import TIMEOUT
+from resnetlab.data.object_store import is_address, is_store, open_at, strip_secrets
+from resnetlab.data.shards import expand_braces
+from resnetlab.data.tar_index import BoundedHeader, refuse_sparse
 from resnetlab.errors import DataError, UsageError
 
-# a file is a path, an address, the bytes of an encoded image, or an open binary file; arrays are (H, W), (H, W, C) or (C, H, W)
+# a file is a path, an address, the bytes of an encoded image in any buffer, or an open binary file; arrays are (H, W),
+# (H, W, C) or (C, H, W), or the bytes of a file
 ImageInput = Any
 KINDS = (
     "a path, an address, the bytes of a file, an open file, a Pillow image, a NumPy array or a tensor, or a list, a folder "
@@ -30,16 +35,16 @@ CHANNELS = (1, 3, 4)
 
 
 def is_many(images: Any) -> bool:
-    """Whether an input is several images: a list, an iterator, a folder, a pattern such as photos/*.jpg, or a 4-D array."""
+    """Whether an input is several images: a list, an iterator, a folder, a pattern such as photos/*.jpg, tar shards, a 4-D
+    array, or an array of objects, such as Ray Data's batches have.
+    """
     if isinstance(images, str | os.PathLike):
         path = os.fspath(images)
-        return not is_url(str(path)) and (os.path.isdir(path) or _is_pattern(str(path)))
+        return not is_address(str(path)) and (os.path.isdir(path) or _is_pattern(str(path)) or _is_shard(str(path)))
     if isinstance(images, np.ndarray | Tensor):
-        return images.ndim == 4
-    return (
-        isinstance(images, Iterable)
-        and not isinstance(images, bytes | bytearray | Image.Image)
-        and not _is_file(images)
+        return images.ndim == 4 or (images.ndim == 1 and images.dtype == np.object_)
+    return isinstance(images, Iterable) and not (
+        isinstance(images, Image.Image) or _is_file(images) or _view_buffer(images) is not None
     )
 
 
@@ -52,6 +57,10 @@ def expand_images(images: Any) -> Iterator[tuple[str, ImageInput | DataError]]:
         yield get_name(images), images
     elif isinstance(images, str | os.PathLike):
         path = str(os.fspath(images))
+        if _is_shard(path):
+            for shard in expand_braces(path):
+                yield from _list_members(Path(shard))
+            return
         paths = [path] if os.path.isdir(path) else sorted(glob.glob(path, recursive=True))
         if not paths:
             raise UsageError(f"no file matches {path}.")
@@ -60,14 +69,17 @@ def expand_images(images: Any) -> Iterator[tuple[str, ImageInput | DataError]]:
                 yield (each if isinstance(found, DataError) else str(found)), found
     else:
         for image in images:
-            yield from expand_images(image)
+            try:
+                yield from expand_images(image)
+            except UsageError as error:  # one of many: the others are still predicted
+                yield str(image), DataError(str(error))
 
 
 def get_name(image: ImageInput) -> str:
     """The name of an image in predictions: its path or address (without a signature), else "image"."""
     if isinstance(image, str | os.PathLike):
         text = str(os.fspath(image))
-        return strip_query(text) if is_url(text) else text
+        return strip_secrets(text) if is_address(text) else text
     return "image"
 
 
@@ -80,21 +92,63 @@ def read_image(image: ImageInput | DataError) -> Image.Image:
         raise image
     if isinstance(image, Image.Image):
         return convert_image(image)
-    if isinstance(image, str) and is_url(image):
-        return decode(_fetch(image), strip_query(image))
+    if isinstance(image, str) and is_address(image):
+        return decode(_fetch(image), strip_secrets(image))
     if isinstance(image, str | os.PathLike):
         return decode(Path(image))
-    if isinstance(image, bytes | bytearray | memoryview):
-        return decode(bytes(image))
+    if isinstance(image, np.ndarray | Tensor) and image.ndim == 1 and "uint8" in str(image.dtype):
+        return decode(bytes(np.asarray(image)))
     if isinstance(image, np.ndarray | Tensor):
         return convert_image(Image.fromarray(_to_uint8(image)))
     if _is_file(image):
         return decode(_read_file(image))
+    if (content := _view_buffer(image)) is not None:
+        return decode(content)
     raise UsageError(f"an image is {KINDS}, not {type(image).__name__}.")
 
 
 def _is_pattern(path: str) -> bool:
     return glob.has_magic(path) and not os.path.lexists(path)
+
+
+def _is_shard(path: str) -> bool:
+    return path.endswith(".tar") and not os.path.isdir(path)
+
+
+@dataclass(frozen=True)
+class _TarMember:
+    """An image in a tar, which is opened when the image is read."""
+
+    tar: Path
+    offset: int
+    size: int
+
+    def read(self) -> bytes:
+        with open(self.tar, "rb") as file:
+            file.seek(self.offset)
+            return file.read(self.size)
+
+
+def _list_members(tar: Path) -> Iterator[tuple[str, ImageInput | DataError]]:
+    """The images in a tar, in its order, named TAR/MEMBER; a damaged tar ends with an error."""
+    try:
+        with tarfile.open(tar, "r:", tarinfo=BoundedHeader) as file:
+            for member in file:
+                if member.isfile() and os.path.splitext(member.name)[1].lower() in SUFFIXES:
+                    refuse_sparse(tar, [member])
+                    yield f"{tar}/{member.name}", _TarMember(tar, member.offset_data, member.size)
+    except DataError as error:
+        yield str(tar), error
+    except (tarfile.TarError, OSError) as error:
+        yield str(tar), DataError(f"{tar} cannot be read, or ends early ({error}); copy or pack it again.")
+
+
+def _view_buffer(image: Any) -> bytes | None:
+    """The bytes of an object with Python's buffer protocol, such as bytes or a buffer of Arrow; None for another."""
+    try:
+        return bytes(memoryview(image))
+    except TypeError:
+        return None
 
 
 def _is_file(image: Any) -> bool:
@@ -113,9 +167,10 @@ def _read_file(file: Any) -> bytes:
 
 def _fetch(url: str) -> bytes:
     """The bytes behind an address; raises DataError if there are none, or too many."""
-    name = strip_query(url)
+    name = strip_secrets(url)
     try:
-        with urlopen(Request(url, headers={"User-Agent": "resnetlab"}), timeout=TIMEOUT) as response:
+        request = Request(url, headers={"User-Agent": "resnetlab"}) if not is_store(url) else None
+        with open_at(url, 0) if request is None else urlopen(request, timeout=TIMEOUT) as response:
             content = bytes(response.read(MAX_BYTES + 1))
     except (OSError, ValueError, HTTPException) as error:
         reason = str(error) or type(error).__name__

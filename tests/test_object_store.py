@@ -1,0 +1,111 @@
+"""Data behind fsspec addresses: a file system in memory, and S3 by moto's server; what goes wrong is said without secrets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+
+from resnetlab.data import download, object_store
+from resnetlab.data.disk_split import ReadOptions
+from resnetlab.data.sources import load_dataset, short_name, strip_signature
+from resnetlab.errors import DataError, UsageError
+from resnetlab.inference.images import read_image
+from shard_files import load, packed
+
+
+@pytest.fixture
+def store() -> Iterator[Any]:
+    memory = fsspec.filesystem("memory")
+    memory.rm("/", recursive=True) if memory.ls("/") else None
+    yield memory
+    memory.rm("/", recursive=True) if memory.ls("/") else None
+
+
+def upload(store: Any, out: Path, folder: str = "/bucket/shards") -> None:
+    for file in out.iterdir():
+        if file.is_file():
+            store.pipe(f"{folder}/{file.name}", file.read_bytes())
+
+
+def test_shards_of_a_store_are_those_of_the_folder(tmp_path: Path, store: Any) -> None:
+    root, out = packed(tmp_path)
+    upload(store, out)
+    data = load_dataset("memory://bucket/shards/", tmp_path / "data")
+    assert data.fingerprint == load(root).fingerprint
+    store.rm("/bucket", recursive=True)  # what was fetched needs no store
+    pattern = "memory://bucket/shards/train-{000000..000004}.tar"
+    again = load_dataset(pattern, tmp_path / "data")
+    assert set(again.splits["all"].names) == set(data.train.names)
+    assert short_name(pattern) == "shards"
+
+
+def test_a_dropped_download_goes_on(tmp_path: Path, store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = bytes(range(256)) * 64
+    store.pipe("/bucket/file", content)
+    offsets: list[int] = []
+    open_at = object_store.open_at
+
+    def dropping(url: str, offset: int) -> Any:
+        offsets.append(offset)
+        if len(offsets) == 1:  # the first connection gives a part
+            store.pipe("/bucket/half", content[:5000])
+            return open_at("memory://bucket/half", 0)
+        return open_at(url, offset)
+
+    monkeypatch.setattr(object_store, "open_at", dropping)
+    monkeypatch.setattr(download, "PAUSES", (0.0,))
+    assert download.download_file("memory://bucket/file", tmp_path / "file").read_bytes() == content
+    assert offsets == [0, 5000]
+    assert download.is_complete(tmp_path / "file") and download.is_current("memory://bucket/file", tmp_path / "file")
+    store.pipe("/bucket/file", content + b"more")
+    assert not download.is_current("memory://bucket/file", tmp_path / "file")
+
+
+def test_what_is_not_there_is_named_without_secrets(tmp_path: Path, store: Any) -> None:
+    with pytest.raises(DataError, match=r"memory://bucket/no-0\.tar cannot be fetched: it is not there"):
+        load_dataset("memory://bucket/no-{0..1}.tar", tmp_path)
+    with pytest.raises(DataError, match="memory://bucket/none/ holds no tar shard"):
+        load_dataset("memory://bucket/none/", tmp_path)
+    with pytest.raises(UsageError, match=r"nosuch://bucket/a\.index\.json is of no known kind") as error:
+        load_dataset("nosuch://me:secret@bucket/a.tar?signature=secret", tmp_path)
+    assert "secret" not in str(error.value)
+    assert strip_signature("s3://me:secret@bucket/a.tar?x=secret") == "s3://bucket/a.tar"
+
+
+def test_an_image_of_a_store_is_read(tmp_path: Path, store: Any) -> None:
+    root, _ = packed(tmp_path)
+    file = next(root.rglob("*.jpg"))
+    store.put(str(file), "/bucket/image.jpg")
+    assert read_image("memory://bucket/image.jpg").tobytes() == read_image(file).tobytes()
+    with pytest.raises(DataError, match=r"memory://bucket/no\.jpg cannot be downloaded"):
+        read_image("memory://bucket/no.jpg")
+
+
+@pytest.mark.slow
+def test_shards_on_s3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("s3fs")
+    moto = pytest.importorskip("moto.server")
+    root, out = packed(tmp_path)
+    server = moto.ThreadedMotoServer("127.0.0.1", 0)
+    server.start()
+    try:
+        host, port = server.get_host_and_port()
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "someone")
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "topsecret")
+        monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        fsspec.filesystem("s3").mkdir("bucket")
+        upload(fsspec.filesystem("s3"), out, "bucket/shards")
+        data = load_dataset("s3://bucket/shards/", tmp_path / "data", ReadOptions())
+        assert data.fingerprint == load(root).fingerprint
+        with pytest.raises(DataError, match="is not there") as error:
+            load_dataset("s3://bucket/shards/none-{0..1}.tar", tmp_path / "data")
+        assert "topsecret" not in str(error.value)
+        written = b"".join(file.read_bytes() for file in (tmp_path / "data").rglob("*") if file.is_file())
+        assert b"topsecret" not in written
+    finally:
+        server.stop()
