@@ -27,10 +27,10 @@ def test_a_step_is_computing_and_what_it_does_not_hide() -> None:
     parameters, _ = JOB.counts
     gradient = 4 * parameters
     assert compute == pytest.approx(0.05)
-    assert exchange == pytest.approx(2 * gradient * 7 / 8 / 300e9 + gradient / 1.25e9 + 2 * 5 * 50e-6)  # 5 buckets
+    assert exchange == pytest.approx(2 * gradient * 7 / 8 / 300e9 + gradient / 1.25e9 + 2 * 4 * 50e-6)  # 4 buckets
     assert exposed == pytest.approx(exchange - 0.05 * 2 / 3)
     assert step_times(JOB, replace(cluster, link=1e6))[2] == pytest.approx(
-        step_times(JOB, replace(cluster, link=1e6))[1] / 5
+        step_times(JOB, replace(cluster, link=1e6))[1] / 4
     )
     assert step_times(JOB, Cluster(1))[2] == 0
 

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from resnetlab.data import cifar, dataset, digits, sources
 from resnetlab.data.augment import Augmentation
-from resnetlab.data.sampler import TrainLoader, step_indices
+from resnetlab.data.keyed_permutation import KeyedPermutation, keyed_epoch
+from resnetlab.data.sampler import Sampler, TrainLoader, step_indices
 from resnetlab.device import select_device
 from resnetlab.errors import DataError, UsageError
 from resnetlab.preprocessing import Preprocessing, pixel_statistics
@@ -88,6 +89,43 @@ def test_step_indices_cover_every_image_once_per_epoch(n: int, batch: int, seed:
     for epoch in range(3):
         assert torch.equal(stream[epoch * n : (epoch + 1) * n].sort().values, torch.arange(n))
     assert torch.equal(step_indices(seed, n, batch, 2), step_indices(seed, n, batch, 2))
+
+
+@given(n=st.integers(1, 5000), key=st.integers(0, 2**62))
+@settings(max_examples=40, deadline=None)
+def test_a_keyed_permutation_is_one(n: int, key: int) -> None:
+    permutation = KeyedPermutation(n, key)
+    values = permutation[0:n]
+    assert torch.equal(values.sort().values, torch.arange(n))
+    assert torch.equal(permutation[n // 3 : n // 2], values[n // 3 : n // 2])
+
+
+def test_a_keyed_permutation_shuffles_well() -> None:
+    n = 40_000
+    orders = torch.stack([keyed_epoch(1, n, epoch)[0:n] for epoch in range(4)]).double()
+    for a, b in ((orders[0], torch.arange(n).double()), (orders[0], orders[1]), (orders[2], orders[3])):
+        assert abs(float(torch.corrcoef(torch.stack([a, b]))[0, 1])) < 0.02  # 1 / sqrt(n) is 0.005
+    assert abs(float(torch.corrcoef(torch.stack([orders[0, :-1], orders[0, 1:]]))[0, 1])) < 0.02  # neighbours
+    parts = torch.stack([torch.bincount((part // 2000).long(), minlength=20) for part in orders[0].view(20, 2000)])
+    chi_square = float(((parts - 100.0) ** 2 / 100).sum())  # of images from each 20th in each 20th of the epoch
+    assert 250 < chi_square < 480  # 361 degrees of freedom: mean 361, deviation 27
+    fixed = sum(int((keyed_epoch(seed, 100, 0)[0:100] == torch.arange(100)).sum()) for seed in range(200))
+    assert 140 < fixed < 260  # one in each is expected of random ones
+    first = torch.bincount(torch.cat([keyed_epoch(seed, 7, 0)[0:1] for seed in range(700)]), minlength=7)
+    assert bool(((first > 60) & (first < 145)).all())
+
+
+def test_a_keyed_order_of_a_billion_images_takes_no_memory() -> None:
+    sampler = Sampler(10**9, 256, 3, range(64, 128), keyed=True)
+    start = time.process_time()
+    indices = sampler.indices(10**6)
+    assert time.process_time() - start < 1
+    assert len(set(indices.tolist())) == 64 and int(indices.max()) > 5 * 10**8
+    whole = Sampler(10**9, 256, 3, range(256), keyed=True)
+    assert torch.equal(whole.indices(10**6)[64:128], indices)
+    assert not torch.equal(
+        Sampler(1000, 64, 3, range(64)).indices(0), Sampler(1000, 64, 3, range(64), keyed=True).indices(0)
+    )
 
 
 def test_seeds_are_the_same_on_every_machine() -> None:

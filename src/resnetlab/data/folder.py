@@ -171,16 +171,14 @@ def _warn_of_similar_classes(name: str, classes: Sequence[str]) -> None:
 
 def _warn_of_copies(root: Path, layouts: Mapping[str, FolderLayout]) -> None:
     """Warns if most images of a split have the name, class and size in bytes of a training image."""
-    keys = {
-        split: {
-            (os.path.basename(name), text, size)
-            for name, text, size in zip(layout.names, layout.classes, layout.sizes, strict=True)
-        }
-        for split, layout in layouts.items()
-    }
-    for split in keys.keys() - {"train", ""}:
-        n = len(keys[split] & keys.get("train", set()))
-        if n > len(keys[split]) // 2:
+
+    def keys_of(layout: FolderLayout) -> Iterator[tuple[str, str, int]]:
+        return zip(map(os.path.basename, layout.names), layout.classes, layout.sizes, strict=True)
+
+    for split in layouts.keys() - {"train", ""}:
+        keys = set(keys_of(layouts[split]))  # not also of the training images, which are many more
+        n = len(keys.intersection(keys_of(layouts["train"]))) if "train" in layouts else 0
+        if n > len(keys) // 2:
             warnings.warn(
                 f"{n:,} images of {root / split} have the name, class and size of an image of train: they look like copies, "
                 f"and an error measured on them says nothing about others (resnetlab data check {root} compares them).",

@@ -18,6 +18,7 @@ from resnetlab.data import crops, trivial_augment
 from resnetlab.data.augment import Augmentation
 from resnetlab.data.crops import Crop
 from resnetlab.data.dataset import MemorySplit, Split
+from resnetlab.data.keyed_permutation import KeyedPermutation, keyed_epoch
 from resnetlab.data.prefetch import BatchReader, Prefetcher, preprocess_image, stack_images
 from resnetlab.device import DeviceConfig, to_device
 from resnetlab.distributed import World
@@ -41,7 +42,11 @@ class Batch(NamedTuple):
 
 
 def step_indices(
-    seed: int, n: int, batch: int, step: int, epoch_indices: Callable[[int, int, int], Tensor] | None = None
+    seed: int,
+    n: int,
+    batch: int,
+    step: int,
+    epoch_indices: Callable[[int, int, int], Tensor | KeyedPermutation] | None = None,
 ) -> Tensor:
     """Indices of the `batch` images of step `step`; int64 (batch,).
 
@@ -136,6 +141,7 @@ class Sampler:
         batch_size: images of a step, over all processes.
         positions: the positions of the step that this process takes.
         balanced: draws equally many images of every class; None for permutations of all.
+        keyed: permutations that take no memory (data.keyed_permutation).
     """
 
     n: int
@@ -144,11 +150,13 @@ class Sampler:
     positions: range
     streams: tuple[RandomStream, ...] = ()
     balanced: BalancedEpochs | None = None
+    keyed: bool = False
 
     def indices(self, step: int) -> Tensor:
         """Indices of this process's images; int64 (len(positions),)."""
         n = self.n if self.balanced is None else self.balanced.length
-        return self._own(step_indices(self.seed, n, self.batch_size, step, self.balanced))
+        epochs = keyed_epoch if self.keyed else self.balanced
+        return self._own(step_indices(self.seed, n, self.batch_size, step, epochs))
 
     def __call__(self, step: int) -> list[tuple[Any, ...]]:
         """(index, random numbers of each stream) of each image."""
@@ -244,7 +252,8 @@ class TrainLoader:
             streams.append(RandomStream("trivial", trivial_augment.NUM_DRAWS))
         positions = rank_positions(self.batch_size, self.device_config.world)
         balanced = BalancedEpochs.from_labels(self.split.labels) if self.sampling == "balanced" else None
-        return Sampler(len(self.split), self.batch_size, self.seed, positions, tuple(streams), balanced)
+        keyed = self.sampling == "keyed"
+        return Sampler(len(self.split), self.batch_size, self.seed, positions, tuple(streams), balanced, keyed)
 
     @cached_property
     def _prefetcher(self) -> Prefetcher[Tensor]:

@@ -16,17 +16,18 @@ from resnetlab.errors import UsageError
 from resnetlab.formatting import format_estimate, format_share
 from resnetlab.models.cost import compute_cost
 from resnetlab.models.spec import Specification
+from resnetlab.training.exchange import BUCKET_BYTES
 from resnetlab.training.recipes import SGD_BATCH
 
 COUNTED, MEASURED, GIVEN, ASSUMED, MODELLED = "counted", "measured", "given", "assumed", "modelled"
 FLOAT = 4  # bytes of a parameter and of a gradient
-BUCKET = 25e6  # bytes of gradients that are exchanged at once
 BACKWARD = 2 / 3  # share of a step that is its backward pass, beside which gradients travel
 BYTES_PER_INDEXED_IMAGE = 90  # of names, places, labels: measured with ImageNet's names (tests/test_shards.py)
 FINGERPRINT = 8  # bytes an image in a model file
 IMAGES_PER_CORE = 935  # decoded, cropped and resized to 224 pixels per second by a core (docs/log.md, 2026-11-21: data)
 MACHINE_LINK = 300e9  # bytes/s between the GPUs of a machine (NVLink)
 MIN_EFFICIENCY = 0.9
+LARGE_ORDER = 10**8  # images
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9}
 
 
@@ -135,7 +136,7 @@ def step_times(job: Job, cluster: Cluster) -> tuple[float, float, float]:
     parameters, multiply_adds = job.counts
     rate = cluster.images_per_second or cluster.tflops * 1e12 / (3 * 2 * multiply_adds)  # backward is twice forward
     compute, gradient = job.batch_per_gpu / rate, FLOAT * parameters
-    local, buckets = min(cluster.gpus, cluster.gpus_per_machine), max(1, math.ceil(gradient / BUCKET))
+    local, buckets = min(cluster.gpus, cluster.gpus_per_machine), max(1, math.ceil(gradient / BUCKET_BYTES))
     exchange = 2 * gradient * (local - 1) / local / MACHINE_LINK
     if cluster.machines > 1:
         seconds = count_link_bytes(parameters, cluster.machines) / (cluster.link * 1e9 / 8)
@@ -207,6 +208,10 @@ def find_limits(job: Job, cluster: Cluster) -> list[str]:
     if (cores := alone / IMAGES_PER_CORE) > cluster.cores:
         found.append(
             (1, f"decoding needs {cores:.0f} cores a GPU, not {cluster.cores}: smaller files (data pack --resize)")
+        )
+    if job.images > LARGE_ORDER:
+        found.append(
+            (1, f"the order of an epoch takes {_bytes(8 * job.images)} in every process that reads: sampling=keyed")
         )
     found.append((job.images / (2 * job.batch_per_gpu), "an epoch has fewer than two steps"))
     return [
