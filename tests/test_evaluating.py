@@ -27,7 +27,7 @@ from resnetlab.device import select_device
 from resnetlab.errors import DataError, UsageError, install_hint
 from resnetlab.evaluation.calibration import fit_temperature, reliability_bins
 from resnetlab.evaluation.comparison import compare_models
-from resnetlab.evaluation.evaluate import evaluate, evaluate_network
+from resnetlab.evaluation.evaluate import evaluate, evaluate_errors, evaluate_network
 from resnetlab.evaluation.metrics import ClassificationMetrics
 from resnetlab.evaluation.predictions import write_predictions
 from resnetlab.evaluation.protocols import parse_protocol
@@ -197,7 +197,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return Path(resnetlab.train(data="digits", out=out, device="cpu", precision="fp32", **changes).model)
 
 
-def test_training_fits_a_temperature_and_predictions_are_calibrated(trained: Path) -> None:
+def test_training_fits_a_temperature_and_predictions_are_calibrated(
+    trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     kept = resnetlab.load(trained, device="cpu")
     assert kept.temperature != 1.0
     assert kept.calibration == {
@@ -210,6 +212,10 @@ def test_training_fits_a_temperature_and_predictions_are_calibrated(trained: Pat
     found = evaluate_network(kept.net, data.test, kept.preprocessing, kept.classes, select_device("fp32", "cpu"))
     assert kept.metrics["test"]["loss"] == pytest.approx(found.with_temperature(kept.temperature).loss, rel=1e-4)
     assert kept.metrics["test"]["loss"] != pytest.approx(found.loss, rel=1e-4)
+    with monkeypatch.context() as patch:  # without the scores of all classes in memory, the same figures
+        patch.setattr(ClassificationMetrics, "__init__", lambda *_: pytest.fail("scores of all classes were kept"))
+        figures = evaluate_errors(kept.net, data.test, kept.preprocessing, select_device("fp32", "cpu"))
+    assert figures == {"top1_error": found.top1_error, "loss": found.loss}
     again = evaluate(kept, "digits", device="cpu", precision="fp32")
     assert again.metrics.loss == pytest.approx(kept.metrics["test"]["loss"], rel=1e-4)
     first = kept.predict(Image.fromarray(data.test.images[0, :, :, 0].numpy()), top=1)

@@ -25,10 +25,10 @@ from resnetlab.errors import DataError, DivergedError, UsageError, unknown_name_
 from resnetlab.evaluation.calibration import describe_calibration, describe_few_images, fit_temperature
 from resnetlab.evaluation.comparison import Comparison, compare_models
 from resnetlab.evaluation.corruptions import CorruptionErrors
-from resnetlab.evaluation.metrics import ClassificationMetrics
+from resnetlab.evaluation.metrics import ClassificationMetrics, mean_loss
 from resnetlab.evaluation.protocols import ONE_CROP, Protocol, parse_protocol
 from resnetlab.evaluation.published import find_published
-from resnetlab.evaluation.scores import SKIPPED, Member, predict_scores
+from resnetlab.evaluation.scores import SKIPPED, Member, ScoreSummary, predict_scores
 from resnetlab.evaluation.split_selection import describe_overlap, pick_split, select_calibration_images
 from resnetlab.formatting import format_list
 from resnetlab.models.model_file import TrainedModel, load_trained_model
@@ -156,6 +156,15 @@ def evaluate_network(
     all_scores = predict_scores([Member.from_network(net, preprocessing, device_config)], split, device_config)
     ((labels, scores),), skipped = drop_skipped(split, split.labels, all_scores)
     return replace(ClassificationMetrics.from_scores(classes, scores, labels), skipped=skipped)
+
+
+def evaluate_errors(
+    net: ResNet, split: Split, preprocessing: Preprocessing, device_config: DeviceConfig
+) -> dict[str, float]:
+    """Top-1 error and loss as `evaluate_network` gives them, without N x classes scores in memory."""
+    member, summary = Member.from_network(net, preprocessing, device_config), ScoreSummary(split.labels)
+    ((_, kept),), _ = drop_skipped(split, split.labels, predict_scores([member], split, device_config, summary=summary))
+    return {"top1_error": int((kept[:, 1] > 1).sum()) / len(kept), "loss": mean_loss(kept[:, 0])}
 
 
 def drop_skipped(

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from resnetlab.evaluation.calibration import reliability_bins
+from resnetlab.evaluation.scores import rank_classes
 
 MAX_CONFUSION = 1000  # classes of a confusion matrix; with more, only the counts that are not 0 are listed
 
@@ -82,8 +83,7 @@ class ClassificationMetrics:
     @staticmethod
     def from_scores(classes: tuple[str, ...], scores: Tensor, labels: Tensor) -> ClassificationMetrics:
         """The metrics of softmax scores (N, classes); a score of 0 counts as the smallest float32."""
-        true_scores = scores[torch.arange(len(labels)), labels].clamp_min(torch.finfo(torch.float32).tiny)
-        return ClassificationMetrics(classes, scores, labels, float(-true_scores.double().log().mean()))
+        return ClassificationMetrics(classes, scores, labels, mean_loss(scores[torch.arange(len(labels)), labels]))
 
     def with_temperature(self, temperature: float) -> ClassificationMetrics:
         """The same metrics with logits divided by `temperature`; for scores at temperature 1."""
@@ -108,9 +108,7 @@ class ClassificationMetrics:
     @cached_property
     def ranks(self) -> Tensor:
         """The true class's place among the scores, from 1; int64 (N,)."""
-        true_scores = self.scores[torch.arange(self.n), self.labels][:, None]
-        before = torch.arange(self.scores.shape[1]) < self.labels[:, None]
-        return 1 + ((self.scores > true_scores) | ((self.scores == true_scores) & before)).sum(1)
+        return rank_classes(self.scores, self.labels)
 
     @property
     def top1_error(self) -> float:
@@ -173,6 +171,11 @@ class ClassificationMetrics:
             "per_class": [each.to_json() for each in self.per_class],
             "confusion": self.confusion.tolist() if dense else None,
         } | ({} if dense else {"confusion_counts": list(map(list, self.confusion_counts))})
+
+
+def mean_loss(true_scores: Tensor) -> float:
+    """The mean cross entropy, in nats, of the scores of the images' classes, float32 (N,)."""
+    return float(-true_scores.clamp_min(torch.finfo(torch.float32).tiny).double().log().mean())
 
 
 def wilson_interval(rate: float, n: int, z: float = 1.959964) -> tuple[float, float]:

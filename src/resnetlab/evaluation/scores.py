@@ -65,6 +65,33 @@ class Member:
         return Member(copy, preprocessing, columns, temperature)
 
 
+@dataclass(frozen=True, eq=False)
+class ScoreSummary:
+    """What loss and errors need of the scores: each image's score of its class and the place of that, float32 (B, 2).
+
+    Of equal scores the class that comes first is higher. `labels` are those of all images, int64 (N,).
+    """
+
+    labels: Tensor
+    width = 2
+
+    def __call__(self, scores: Tensor, positions: list[int]) -> Tensor:
+        labels = self.labels[positions]
+        return torch.stack([scores[torch.arange(len(labels)), labels], rank_classes(scores, labels).float()], 1)
+
+
+def rank_classes(scores: Tensor, labels: Tensor) -> Tensor:
+    """The place of each image's class among its scores, from 1; of equal ones the class that comes first is higher.
+
+    Args:
+        scores: (B, classes).
+        labels: int64 (B,).
+    """
+    true_scores = scores[torch.arange(len(labels)), labels][:, None]
+    before = torch.arange(scores.shape[1]) < labels[:, None]
+    return 1 + ((scores > true_scores) | ((scores == true_scores) & before)).sum(1)
+
+
 @torch.inference_mode()
 def predict_scores(
     members: Sequence[Member],
@@ -72,12 +99,14 @@ def predict_scores(
     device_config: DeviceConfig,
     protocol: Protocol = ONE_CROP,
     on_progress: Callable[[int], None] = lambda done: None,
+    summary: ScoreSummary | None = None,
 ) -> list[Tensor]:
     """Softmax scores of every member for every image, each float32 (N, classes), in every process of `device_config.world`.
 
     The scores of an image that cannot be read, where the split skips such images, are SKIPPED.
 
     Args:
+        summary: keeps some numbers of each image in place of its scores.
         on_progress: called with the number of images that all processes have done, as far as this one knows.
 
     Raises:
@@ -85,7 +114,7 @@ def predict_scores(
         UsageError: the protocol's crop is larger than the image.
     """
     world, n = device_config.world, len(split)
-    scores = [torch.zeros(n, len(member.columns)) for member in members]
+    scores = [torch.zeros(n, summary.width if summary else len(member.columns)) for member in members]
     counts = torch.zeros(n, dtype=torch.int32)
     batches = torch.split(torch.arange(n), _batch_size(members, device_config))
     own = batches[world.rank :: world.size]
@@ -104,6 +133,7 @@ def predict_scores(
     def score(batch: tuple[Tensor, list[int], list[Tensor]]) -> tuple[int, list[int], list[Tensor]]:
         indices, positions, images = batch
         found = [score_images(member, images, protocol, device_config).float() for member in members]
+        found = [summary(values, positions) for values in found] if summary else found
         return int(indices[-1]) + 1, positions, found
 
     with contextlib.ExitStack() as stack, device_config.side_by_side_map(len(own)) as side_by_side:

@@ -24,7 +24,7 @@ from resnetlab.device import DeviceConfig
 from resnetlab.distributed import World
 from resnetlab.errors import DataError, RunError, UsageError
 from resnetlab.evaluation.calibration import MIN_IMAGES, fit_temperature
-from resnetlab.evaluation.evaluate import evaluate_network
+from resnetlab.evaluation.evaluate import evaluate_errors, evaluate_network
 from resnetlab.evaluation.gradcam import make_cam_overlays
 from resnetlab.evaluation.metrics import ClassificationMetrics
 from resnetlab.inference.start import resolve_start
@@ -227,8 +227,7 @@ class ClassificationTask(Task):
         """Top-1 error and loss on the held-out images."""
         if not len(self.held_out):
             return None
-        evaluation = self.evaluate(self.held_out)
-        return {"top1_error": evaluation.top1_error, "loss": evaluation.loss}
+        return evaluate_errors(self.net, self.held_out, self.preprocessing, self.device_config)
 
     def close(self) -> None:
         """Stops the loader's processes."""
