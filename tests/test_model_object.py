@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import array
 import io
+import pickle
 import re
 import sys
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -62,6 +65,11 @@ FORMS: dict[str, Callable[[Path], Any]] = {
     "tensor (1, H, W)": lambda folder: torch.from_numpy(PIXELS)[None],
     "tensor (3, H, W)": lambda folder: torch.from_numpy(PIXELS)[None].expand(3, -1, -1),
     "tensor of floats with gradient": lambda folder: (torch.from_numpy(PIXELS)[None] / 255).requires_grad_(),
+    "memoryview": lambda folder: memoryview((folder / "a.png").read_bytes()),
+    "bytearray": lambda folder: bytearray((folder / "a.png").read_bytes()),
+    "bytes in an array": lambda folder: np.frombuffer((folder / "a.png").read_bytes(), np.uint8),
+    "bytes in a tensor": lambda folder: torch.frombuffer(bytearray((folder / "a.png").read_bytes()), dtype=torch.uint8),
+    "another buffer": lambda folder: array.array("B", (folder / "a.png").read_bytes()),
     "batch of one": lambda folder: torch.from_numpy(PIXELS)[None, None],
 }
 
@@ -91,6 +99,52 @@ def test_several_images_give_a_list(model: Model, folder: Path, monkeypatch: pyt
     assert [p.name for p in model.predictions(str(folder / "a.png"))] == [names[0]]  # not the characters
     mixed = model.predict([names[0], folder / "none.png", PIXELS])
     assert [p.error is None for p in mixed] == [True, False, True] and mixed[2].name == "image"
+
+
+def test_a_bad_image_of_many_is_one_row(model: Model, folder: Path) -> None:
+    good = (folder / "a.png").read_bytes()
+    batch = np.empty(6, object)  # as Ray Data and pandas give columns
+    batch[:] = [good, b"no image", None, np.full((5, 7), -1.0), PIXELS, "nothing*.png"]
+    predictions = model.predict(batch)
+    assert [p.error is None for p in predictions] == [True, False, False, False, True, False]
+    assert predictions[0].top == predictions[4].top == model.predict(good).top
+    assert "an image is a path" in str(predictions[2].error) and "Normalised images" in str(predictions[3].error)
+    assert [p.error is None for p in model.predict(list(batch), protocol="flip")] == [
+        True,
+        False,
+        False,
+        False,
+        True,
+        False,
+    ]
+
+
+@pytest.mark.parametrize("backend", ["", "torch", "onnxruntime", "openvino"])
+def test_it_pickles_with_its_backend(backend: str, run: Path, folder: Path) -> None:
+    if backend in ("onnxruntime", "openvino"):
+        pytest.importorskip(backend)
+    model = resnetlab.load(run, device="cpu")
+    assert isinstance(model, Model)
+    if backend:
+        model.select_backend(backend, "fp32")
+    copied = pickle.loads(pickle.dumps(model))
+    assert copied.backend_name == model.backend_name == f"{backend or 'torch'} fp32"
+    assert copied.predict(folder / "a.png").top == model.predict(folder / "a.png").top
+
+
+def test_a_tar_of_images_is_read(model: Model, folder: Path, tmp_path: Path) -> None:
+    names = [folder / "a.png", folder / "b.png"]
+    with tarfile.open(tmp_path / "images-000.tar", "w") as tar:
+        for file in names:
+            tar.add(file, f"x/{file.name}")
+        tar.add(__file__, "x/notes.txt")
+    for place in (tmp_path / "images-000.tar", f"{tmp_path}/images-{{000..000}}.tar"):
+        predictions = model.predict(place)
+        assert [p.name for p in predictions] == [f"{tmp_path}/images-000.tar/x/{file.name}" for file in names]
+        assert [p.top for p in predictions] == [model.predict(file).top for file in names]
+    whole = (tmp_path / "images-000.tar").read_bytes()
+    (tmp_path / "cut.tar").write_bytes(b"no tar" + whole[:600])
+    assert "cannot be read" in str(model.predict(tmp_path / "cut.tar")[0].error)
 
 
 def test_an_address_is_read(model: Model, folder: Path) -> None:

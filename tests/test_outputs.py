@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import resnetlab
-from resnetlab.cli import predict
+from resnetlab.cli import prediction_output
 from resnetlab.cli.main import run_command
 from resnetlab.data.disk_split import FileSource
 from resnetlab.errors import DataError, RunError
@@ -236,7 +236,7 @@ def test_a_run_folder_removed_while_training_is_a_sentence(tmp_path: Path) -> No
 
 
 def test_names_cannot_change_the_terminal_in_any_row(capsys: pytest.CaptureFixture[str]) -> None:
-    write, end = predict._table_writer()
+    write, end = prediction_output._table_writer()
     for i in range(103):  # the first hundred rows decide the widths of the columns, the others come one by one
         write(Prediction(f"\x1b[31m{i}.png", (("a\x07", 0.5),)))
     end()

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import io
+import os
 import re
 import select
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TextIO, cast
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple, cast
 
 from cyclopts import Parameter
 
 from resnetlab.cli import console
+from resnetlab.cli.prediction_output import OUTPUT_SUFFIXES, open_output, report_predictions, write_parts
 from resnetlab.errors import DataError, UsageError
 from resnetlab.stopping import check_stop
 
@@ -27,8 +29,8 @@ if TYPE_CHECKING:
     from resnetlab.inference.annotated import AnnotatedPrediction, Detector, Segmenter
     from resnetlab.inference.images import ImageInput
     from resnetlab.inference.predict import Model, Prediction
+    from resnetlab.inference.prediction_parts import NamedImage
 
-OUTPUT_SUFFIXES = {".csv": "csv", ".json": "json", ".jsonl": "jsonl", ".parquet": "parquet", ".txt": "table"}
 CLASSIFIER_PREDICTION = {"top", "backend", "calibrate", "sort_into", "protocol"}  # options that only classifiers have
 DETECTOR_OPTIONS = {"scales", "refine"}
 
@@ -38,9 +40,10 @@ def predict(
     /,
     *images: Annotated[str, Parameter(allow_leading_hyphen=True)],  # "-" is standard input
     top: int | None = None,
-    format: Literal["table", "csv", "json", "jsonl"] | None = None,
+    format: Literal["table", "csv", "json", "jsonl", "parquet"] | None = None,
     json: Annotated[bool, Parameter(negative="")] = False,
     out: Path | None = None,
+    parts: Path | None = None,
     min_score: Annotated[float | None, Parameter(name=("--min-score", "--score"))] = None,
     sort_into: Path | None = None,
     protocol: str | None = None,
@@ -63,17 +66,20 @@ def predict(
         A model file, a run folder, or a published name such as torchvision:resnet50.IMAGENET1K_V2.
     images
         Images, folders of images (of any number: they stream), patterns such as 'photos/*.jpg', addresses (https://…), tables
-        that name images, or - for one image on standard input. Names that begin with - come after --.
+        that name images, tar shards, or - for one image on standard input. Names that begin with - come after --.
     top
         How many classes to show for each image; 5 by default.
     format
-        table, csv (one line for each image and rank), json (one document) or jsonl (one JSON object a line). Boxes and masks
-        are printed as json or jsonl.
+        table, csv (one line for each image and rank), json (one document) or jsonl (one JSON object a line); parquet for
+        --out and --parts. Boxes and masks are printed as json or jsonl.
     json
         The same as --format json.
     out
         A file for the predictions, .csv, .json, .jsonl, .parquet or .txt, in place of standard output. Or, for boxes and masks,
         a folder for the images with the boxes (NAME.boxes.png) or tinted by class (NAME.mask.png).
+    parts
+        A folder for the predictions in parts, jsonl or (--format parquet) Parquet: processes that torchrun starts share the
+        images, and what was stopped goes on when it is started again.
     min_score
         Show no class or box with a lower score; 0.5 by default for boxes.
     sort_into
@@ -96,11 +102,58 @@ def predict(
     device
         cpu, cuda, cuda:1, … ; auto takes a GPU if there is one. On a GPU the backend is torch.
     """
-    from resnetlab.inference.backends import check_backend_request
+    from resnetlab.inference.backends import FEW_IMAGES, check_backend_request
     from resnetlab.inference.open_model import open_model
     from resnetlab.inference.predict import Model
+    from resnetlab.inference.prediction_parts import PartFolder, hash_weights
     from resnetlab.models.annotated_model import TASK_NOUNS
 
+    output = "json" if json and format is None else format
+    _check_options(images, top, min_score)
+    if json and output != "json":
+        raise UsageError(f"--json and --format {format} contradict each other; give one of them.")
+    console.check_order("predict", model, images)
+    check_backend_request(backend, precision)
+    if calibrate is not None and not calibrate.is_dir():
+        raise DataError(f"{calibrate} is not a folder; --calibrate takes a folder of images.")
+    check_parts(parts, output, out, images)
+    opened = open_model(model, backend=backend, precision=precision, device=_own_device(device))
+    inputs = _expand_inputs(images)
+    file = out if out is not None and out.suffix in OUTPUT_SUFFIXES else None
+    with open_output(file, output, images) as (stream, by_suffix):
+        if not isinstance(opened, Model):
+            options = {"top": top is not None, "calibrate": calibrate is not None}
+            options |= {"sort_into": sort_into is not None, "protocol": protocol is not None}
+            console.refuse_options(TASK_NOUNS[opened.model.task], options)
+            chosen = by_suffix or output or ("json" if parts is None else "jsonl")
+            if chosen not in ("json", "jsonl"):
+                raise UsageError(f"--format {chosen} is for classes; boxes and masks are printed as json or jsonl.")
+            detector = configure_detector(opened, scales, refine, min_score)
+            predict_annotated = partial(_predict_annotated, detector, out=None if file else out)
+            if parts is None:
+                return report_predictions(predict_annotated(inputs), chosen, stream)
+            about = {
+                "min_score": min_score,
+                "scales": scales,
+                "refine": refine,
+                "weights": hash_weights(opened.model.net),
+            }
+            return write_parts(PartFolder.open(parts, ".jsonl", about), inputs, predict_annotated)
+        if out is not None and file is None:
+            raise UsageError(f"--out takes a file that ends in {', '.join(OUTPUT_SUFFIXES)}, not {out}.")
+        console.refuse_options("a classifier", {"scales": scales is not None, "refine": refine})
+        request = ClassRequest(top or 5, min_score or 0.0, sort_into, protocol, (backend, precision, calibrate))
+        if parts is not None:
+            return _predict_class_parts(opened, images, request, parts, output or "jsonl")
+        with console.ProgressBar("images") as bar:
+            first = list(islice(inputs, FEW_IMAGES + 1))
+            _choose_backend(opened, request, first)
+            shown_bar = bar if len(first) > FEW_IMAGES else None
+            predictions = _predict_classes(opened, chain(first, inputs), request, shown_bar)
+            return report_predictions(predictions, by_suffix or output or "table", stream)
+
+
+def _check_options(images: Sequence[str], top: int | None, min_score: float | None) -> None:
     if not images:
         raise UsageError("predict needs images: files, folders, or - for standard input.")
     if not all(image.strip() for image in images):
@@ -111,33 +164,8 @@ def predict(
         raise UsageError("- reads one image from standard input; give it once.")
     if top is not None and top < 1:
         raise UsageError(f"--top must be 1 or more, not {top}.")
-    if json and format not in (None, "json"):
-        raise UsageError(f"--json and --format {format} contradict each other; give one of them.")
     if min_score is not None and not 0 <= min_score <= 1:
         raise UsageError(f"--min-score must be from 0 to 1, not {min_score}.")
-    console.check_order("predict", model, images)
-    check_backend_request(backend, precision)
-    if calibrate is not None and not calibrate.is_dir():
-        raise DataError(f"{calibrate} is not a folder; --calibrate takes a folder of images.")
-    opened = open_model(model, backend=backend, precision=precision, device=device)
-    inputs, output = _expand_inputs(images), "json" if json else format
-    file = out if out is not None and out.suffix in OUTPUT_SUFFIXES else None
-    with open_output(file, output, images) as (stream, by_suffix):
-        if not isinstance(opened, Model):
-            options = {"top": top is not None, "calibrate": calibrate is not None}
-            options |= {"sort_into": sort_into is not None, "protocol": protocol is not None}
-            console.refuse_options(TASK_NOUNS[opened.model.task], options)
-            chosen = by_suffix or output or "json"
-            if chosen not in ("json", "jsonl"):
-                raise UsageError(f"--format {chosen} is for classes; boxes and masks are printed as json or jsonl.")
-            detector = configure_detector(opened, scales, refine, min_score)
-            return _report(_predict_annotated(detector, inputs, None if file else out), chosen, stream)
-        if out is not None and file is None:
-            raise UsageError(f"--out takes a file that ends in {', '.join(OUTPUT_SUFFIXES)}, not {out}.")
-        console.refuse_options("a classifier", {"scales": scales is not None, "refine": refine})
-        request = ClassRequest(top or 5, min_score or 0.0, sort_into, protocol, (backend, precision, calibrate))
-        with console.ProgressBar("images") as bar:
-            return _report(_predict_classes(opened, inputs, request, bar), by_suffix or output or "table", stream)
 
 
 class ClassRequest(NamedTuple):
@@ -150,20 +178,72 @@ class ClassRequest(NamedTuple):
     backend: tuple[str, str, Path | None]
 
 
-def _predict_classes(
-    model: Model, inputs: Iterator[tuple[str, ImageInput | DataError]], request: ClassRequest, bar: console.ProgressBar
-) -> Iterator[Prediction]:
-    """Predicts classes, with the backend that is asked for, and sorts the images."""
-    from resnetlab.inference.backends import FEW_IMAGES
+def check_parts(parts: Path | None, format: str | None, out: Path | None, images: Sequence[str]) -> None:
+    """Raises UsageError where options contradict each other, or several processes would all predict every image."""
+    from resnetlab.inference.prediction_parts import process_count
 
-    if request.protocol is not None and request.backend[0] not in ("auto", "torch"):
-        raise UsageError("--protocol is computed by torch; leave out --backend.")
-    first = list(islice(inputs, FEW_IMAGES + 1))
-    if request.protocol is None:
-        console.log(f"backend: {_select_model_backend(model, *request.backend, first)}")
-    predictions = model.named_predictions(chain(first, inputs), top=request.top, protocol=request.protocol)
+    if parts is None:
+        if (n := process_count()) > 1:
+            raise UsageError(f"{n:,} processes share the images only with --parts FOLDER; give one.")
+        if format == "parquet" and (out is None or out.suffix != ".parquet"):
+            raise UsageError("Parquet is not printed; give --out FILE.parquet, or --parts FOLDER.")
+        return
+    if format not in (None, "jsonl", "parquet"):
+        raise UsageError(f"parts are jsonl or parquet, not {format}.")
+    if out is not None and out.suffix in OUTPUT_SUFFIXES:
+        raise UsageError(f"--parts {parts} and --out {out} are both for the predictions; give one of them.")
+    if "-" in images:
+        raise UsageError("standard input cannot be read again, as --parts must; give files or folders.")
+
+
+def _own_device(device: str) -> str:
+    """The device of this process: one GPU for each process of a machine."""
+    from resnetlab.inference.prediction_parts import process_count
+
+    if process_count() == 1 or device not in ("auto", "cuda"):
+        return device
+    import torch
+
+    gpus = torch.cuda.device_count()
+    return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % gpus}" if gpus else device
+
+
+def _predict_class_parts(model: Model, images: Sequence[str], request: ClassRequest, parts: Path, format: str) -> None:
+    """Predicts this process's missing parts, all with the backend that the first process has chosen."""
+    from resnetlab.inference.backends import FEW_IMAGES
+    from resnetlab.inference.prediction_parts import PartFolder, hash_weights
+
+    _choose_backend(model, request, list(islice(_expand_inputs(images), FEW_IMAGES + 1)))
+    about = {"top": request.top, "min_score": request.min_score, "protocol": request.protocol, "format": format}
+    about |= {"backend": model.backend_name, "weights": hash_weights(model.net)}
+    folder = PartFolder.open(parts, f".{format}", about)
+    name, precision = str(folder.request["backend"]).split()
+    if model.backend_name != f"{name} {precision}":
+        model.select_backend(name, precision)
+    write_parts(folder, _expand_inputs(images), partial(_predict_classes, model, request=request))
+
+
+def _choose_backend(model: Model, request: ClassRequest, first: Sequence[NamedImage]) -> None:
+    """Selects the backend that is asked for; `first` are the first images."""
+    from resnetlab.data.decode import find_image_files
+
+    backend, precision, calibrate = request.backend
+    if request.protocol is not None:
+        if backend not in ("auto", "torch"):
+            raise UsageError("--protocol is computed by torch; leave out --backend.")
+        return
+    images = [image for _, image in first[:16] if not isinstance(image, DataError)]
+    calibration = list(islice(find_image_files([calibrate]), 256)) if calibrate is not None else ()
+    console.log(f"backend: {model.select_backend(backend, precision, images, calibration, len(first))}")
+
+
+def _predict_classes(
+    model: Model, images: Iterable[NamedImage], request: ClassRequest, bar: console.ProgressBar | None = None
+) -> Iterator[Prediction]:
+    """Predicts classes, and sorts the images."""
+    predictions = model.named_predictions(images, top=request.top, protocol=request.protocol)
     for done, p in enumerate(predictions, 1):
-        if len(first) > FEW_IMAGES and done % 64 == 0:
+        if bar is not None and done % 64 == 0:
             bar.update(done, None)
         if request.sort_into is not None and p.error is None:
             _sort_image(p, request.sort_into, request.min_score)
@@ -194,73 +274,6 @@ def _sort_image(prediction: Prediction, folder: Path, min_score: float) -> None:
         raise write_error(target, error) from error
 
 
-@contextlib.contextmanager
-def open_output(file: Path | None, format: str | None, inputs: Sequence[str]) -> Iterator[tuple[TextIO, str | None]]:
-    """The stream for predictions, and the format that the file's ending decides; the file appears when all are written.
-
-    Raises UsageError if the format is another, or the file is one of the inputs; RunError if it cannot be written.
-    """
-    from resnetlab.run_folder import check_output_file, write_atomically
-
-    if file is None:
-        yield sys.stdout, None
-        return
-    by_suffix = OUTPUT_SUFFIXES[file.suffix]
-    if format not in (None, by_suffix):
-        raise UsageError(f"--format {format} and --out {file} contradict each other; give one of them.")
-    check_output_file(file, [image for image in inputs if image != "-"])
-    stream = io.StringIO(newline="")
-    written = False
-    try:
-        yield stream, by_suffix
-        written = True
-    except DataError:  # images that could not be read have their lines
-        written = True
-        raise
-    finally:
-        if written:
-            text = stream.getvalue()
-            write_atomically(
-                file, _to_parquet(text) if by_suffix == "parquet" else text.encode("utf-8", "surrogateescape")
-            )
-            console.log(f"predictions: {file}")
-
-
-def _to_parquet(text: str) -> bytes:
-    """The rows of a CSV text as a Parquet file."""
-    from resnetlab.errors import missing_package
-
-    try:
-        import pyarrow
-        from pyarrow import csv as arrow_csv
-        from pyarrow import parquet
-    except ImportError as error:
-        raise missing_package("--out FILE.parquet", error.name, "parquet") from error
-    types = {
-        "image": pyarrow.string(),
-        "rank": pyarrow.int64(),
-        "class": pyarrow.string(),
-        "score": pyarrow.float64(),
-        "error": pyarrow.string(),
-    }
-    table = arrow_csv.read_csv(
-        io.BytesIO(text.encode("utf-8", "replace")),
-        convert_options=arrow_csv.ConvertOptions(column_types=types),
-        parse_options=arrow_csv.ParseOptions(newlines_in_values=True),
-    )
-    content = io.BytesIO()
-    parquet.write_table(table, content)
-    return content.getvalue()
-
-
-def _report(predictions: Iterator[Any], format: str, stream: TextIO) -> None:
-    """Prints predictions as they come; raises DataError at the end if an image could not be read."""
-    with contextlib.redirect_stdout(stream):
-        done, failed, reason = _print_predictions(predictions, format)
-    if failed:
-        raise DataError(f"{failed:,} of {done:,} images could not be read. The first: {reason}")
-
-
 def configure_detector(
     predictor: Detector | Segmenter, scales: str | None, refine: bool, score: float | None = None
 ) -> Detector | Segmenter:
@@ -283,7 +296,7 @@ def configure_detector(
 
 
 def _predict_annotated(
-    predictor: Detector | Segmenter, inputs: Iterable[tuple[str, ImageInput | DataError]], out: Path | None
+    predictor: Detector | Segmenter, inputs: Iterable[NamedImage], out: Path | None
 ) -> Iterator[AnnotatedPrediction]:
     """Predicts boxes or masks; writes each image with them into `out`."""
     for prediction in predictor.predictions(inputs):
@@ -334,88 +347,3 @@ def _read_stdin() -> bytes:
         if not (chunk := file.read1(2**20)):
             return bytes(content)
         content += chunk
-
-
-def _select_model_backend(
-    model: Model,
-    backend: str,
-    precision: str,
-    calibrate: Path | None,
-    first: Sequence[tuple[str, ImageInput | DataError]],
-) -> str:
-    """Selects the model's backend and returns its description; `first` are the first images."""
-    from resnetlab.data.decode import find_image_files
-
-    images = [image for _, image in first[:16] if not isinstance(image, DataError)]
-    calibration = list(islice(find_image_files([calibrate]), 256)) if calibrate is not None else ()
-    return model.select_backend(backend, precision, images, calibration, len(first))
-
-
-def _print_predictions(predictions: Iterator[Prediction], format: str) -> tuple[int, int, str | None]:
-    """Prints predictions as they come; returns their number, the number of errors, and the first error."""
-    done = failed = 0
-    reason = None
-    writers = {"table": _table_writer, "csv": _csv_writer, "json": _json_writer, "jsonl": _jsonl_writer}
-    write, end = (writers | {"parquet": _csv_writer})[format]()
-    for p in predictions:
-        check_stop()
-        done += 1
-        if p.error is not None:
-            failed, reason = failed + 1, reason or p.error
-        write(p)
-        if done % 64 == 0:
-            sys.stdout.flush()
-    end()
-    return done, failed, reason
-
-
-Writer = tuple["Callable[[Prediction], object]", Callable[[], object]]  # writes a prediction; ends the output
-
-
-def _csv_writer() -> Writer:
-    if isinstance(sys.stdout, io.TextIOWrapper):  # programs read it, on whatever system
-        sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
-    writer = csv.writer(sys.stdout)
-    writer.writerow(("image", "rank", "class", "score", "error"))
-    return lambda p: writer.writerows(p.to_rows()), lambda: None
-
-
-def _json_writer() -> Writer:
-    from json import dumps
-
-    separator = '{\n  "predictions": ['
-
-    def write(p: Prediction) -> None:
-        nonlocal separator
-        print(f"{separator}\n    {dumps(p.to_json(), allow_nan=False)}", end="")
-        separator = ","
-
-    return write, lambda: print("\n  ]\n}" if separator == "," else separator + "]\n}")
-
-
-def _jsonl_writer() -> Writer:
-    from json import dumps
-
-    return lambda p: print(dumps(p.to_json(), allow_nan=False)), lambda: None
-
-
-def _table_writer() -> Writer:
-    """The first hundred rows determine the column widths; later ones are printed as they come."""
-    rows: list[tuple[str, str]] = []
-    width = 0
-
-    def begin() -> None:
-        nonlocal width
-        width = max((len(console.escape_control(name)) for name, _ in rows), default=0)
-        console.print_table("", ("image", "classes and scores"), rows)
-
-    def write(p: Prediction) -> None:
-        row = (p.name, p.error or "  ".join(f"{name} {score:.1%}" for name, score in p.top))
-        if width:
-            console.write_line(f"{row[0]:<{width}}  {row[1]}")
-            return
-        rows.append(row)
-        if len(rows) == 100:
-            begin()
-
-    return write, lambda: None if width else begin()

@@ -16,7 +16,7 @@ from torch import Tensor
 from resnetlab.data import box_dataset, mask_dataset
 from resnetlab.data.annotated_dataset import AnnotatedDataset, AnnotatedItem
 from resnetlab.device import DeviceConfig, select_device, standard_torch_state
-from resnetlab.errors import DataError, unknown_name_error
+from resnetlab.errors import DataError, UsageError, unknown_name_error
 from resnetlab.evaluation import overlays
 from resnetlab.evaluation.detection import (
     Detections,
@@ -27,7 +27,7 @@ from resnetlab.evaluation.detection import (
 )
 from resnetlab.evaluation.segmentation import compute_segmentation_metrics, segment_image
 from resnetlab.formatting import format_list
-from resnetlab.inference.images import ImageInput, expand_images, is_many, read_image
+from resnetlab.inference.images import ImageInput, expand_images, get_name, is_many, read_image
 from resnetlab.models.annotated_model import AnnotatedModel, load_annotated
 from resnetlab.models.head_spec import DetectionOptions, DetectorSpec, SegmenterSpec
 
@@ -69,12 +69,9 @@ class AnnotatedPredictor(ABC):
 
         Raises DataError if the one image cannot be read, UsageError if it is of another type.
         """
-        predictions = list(self.predictions(expand_images(image)))
         if is_many(image):
-            return predictions
-        if (error := predictions[0].error) is not None:
-            raise DataError(error)
-        return predictions[0]
+            return list(self.predictions(expand_images(image)))
+        return next(self.predictions([(get_name(image), read_image(image))]))
 
     __call__ = predict
 
@@ -101,7 +98,7 @@ class AnnotatedPredictor(ABC):
         for name, image in images:
             try:
                 pixels = read_pixels(image)
-            except DataError as error:
+            except (DataError, UsageError) as error:
                 yield AnnotatedPrediction(name, error=str(error))
             else:
                 yield AnnotatedPrediction(name, *self.predict_pixels(pixels))

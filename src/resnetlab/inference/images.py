@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 import numpy as np
@@ -173,6 +174,8 @@ def _fetch(url: str) -> bytes:
         with open_at(url, 0) if request is None else urlopen(request, timeout=TIMEOUT) as response:
             content = bytes(response.read(MAX_BYTES + 1))
     except (OSError, ValueError, HTTPException) as error:
+        if isinstance(error, HTTPError):
+            error.close()  # it holds the connection
         reason = str(error) or type(error).__name__
         raise DataError(f"{name} cannot be downloaded ({reason}).") from error
     if len(content) > MAX_BYTES:

@@ -21,7 +21,7 @@ from resnetlab.formatting import html_table
 from resnetlab.inference.backends import BackendRequest, LoadedBackend, load_network, select_backend
 from resnetlab.inference.classes import ClassScore, top_classes
 from resnetlab.inference.download import load_or_download
-from resnetlab.inference.images import ImageInput, expand_images, is_many, read_image
+from resnetlab.inference.images import ImageInput, expand_images, get_name, is_many, read_image
 from resnetlab.models.fold import fold_batchnorm
 from resnetlab.models.model_file import TrainedModel
 from resnetlab.models.resnet import ResNet
@@ -131,10 +131,21 @@ class Model(TrainedModel):
 
     device_config: DeviceConfig = field(kw_only=True)
     backend: LoadedBackend = field(init=False)
+    _request: BackendRequest | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self.device_config.place(self.net)
         self.backend = load_network(self, self.device_config)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the backend's program, which belongs to the process; the copy starts its own (Ray, Spark, Dask)."""
+        return vars(self) | {"backend": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.backend = load_network(self, self.device_config)
+        if self._request is not None:
+            self.backend = select_backend(self, self._request, self.device_config.device)
 
     @standard_torch_state()
     def select_backend(
@@ -161,6 +172,8 @@ class Model(TrainedModel):
             use_cache=True,
         )
         self.backend = select_backend(self, request, self.device_config.device)
+        # a copy of the model takes the same one, whatever is fastest where it is
+        self._request = replace(request, backend=self.backend.name, precision=self.backend.precision)
         return str(self.backend)
 
     @property
@@ -182,7 +195,8 @@ class Model(TrainedModel):
         head = nn.Linear(self.net.fc.in_features, len(names), device="meta")
         head.weight, head.bias = nn.Parameter(self.net.fc.weight[rows]), nn.Parameter(self.net.fc.bias[rows])
         self.net.fc, self.net.spec, self.classes = head, replace(self.net.spec, classes=len(names)), names
-        self.reference_images, self.backend = None, load_network(self, self.device_config)
+        self.reference_images, self._request = None, None
+        self.backend = load_network(self, self.device_config)
 
     def _read_images(self, images: Sequence[ImageInput]) -> Tensor | None:
         """The readable images, uint8 (n, h, w, C); None if there is none."""
@@ -199,12 +213,10 @@ class Model(TrainedModel):
             DataError: the image is missing, damaged or not an image; of several, the prediction has the error.
             UsageError: it has another type, or `top` is below 1.
         """
-        predictions = Predictions(self.predictions(image, top=top, protocol=protocol))
         if is_many(image):
-            return predictions
-        if (error := predictions[0].error) is not None:
-            raise DataError(error)
-        return predictions[0]
+            return Predictions(self.predictions(image, top=top, protocol=protocol))
+        named = [(get_name(image), read_image(image))]
+        return next(self.named_predictions(named, top=top, protocol=protocol))
 
     __call__ = predict
 
@@ -244,7 +256,7 @@ class Model(TrainedModel):
             for _, image in group:
                 try:
                     pixels.append(pil_to_tensor(read_image(image).convert(mode)))
-                except DataError as error:
+                except (DataError, UsageError) as error:
                     pixels.append(str(error))
             readable = [x for x in pixels if isinstance(x, Tensor)]
             scores = iter(score_images(member, readable, protocol, self.device_config)) if readable else iter(())
@@ -279,7 +291,8 @@ class Model(TrainedModel):
         Raises DataError: an image is missing, damaged or not an image. UsageError: it has another type.
         """
         rows = []
-        for _, found in self.embeddings(expand_images(images)):
+        named = expand_images(images) if is_many(images) else [(get_name(images), read_image(images))]
+        for _, found in self.embeddings(named):
             if isinstance(found, str):
                 raise DataError(found)
             rows.append(found)
@@ -322,7 +335,7 @@ class Model(TrainedModel):
         """Decodes and preprocesses an image: uint8 (h, w, C), or the error message."""
         try:
             return self.preprocessing(read_image(image))
-        except DataError as error:
+        except (DataError, UsageError) as error:  # of any kind: the other images are still predicted
             return str(error)
 
     @property
@@ -342,6 +355,7 @@ class Model(TrainedModel):
         Raises UsageError if the device is not available.
         """
         self.device_config = select_device("auto" if self.device_config.precision == "bf16" else "fp32", str(device))
+        self._request = None
         self.__post_init__()
         return self
 
