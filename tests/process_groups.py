@@ -13,7 +13,7 @@ import torch
 
 from resnetlab.distributed import World, join_process_group
 
-LIMIT = 60  # seconds
+LIMIT = 40  # seconds
 
 
 def free_port() -> int:

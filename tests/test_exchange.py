@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from process_groups import call_in_processes, sizes
 from resnetlab.distributed import TreeSum, World
 from resnetlab.training.exchange import ALIGNMENT, GradientExchange
 from resnetlab.training.micro_batches import TreeMean, describe_sum_order
+from tiny_runs import tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 
@@ -39,11 +41,11 @@ def gradients_of_one_process(count: int) -> list[Tensor]:
     return mean.result()
 
 
-def exchange_gradients(world: World, count: int, bucket_bytes: int = 400) -> tuple[list[Tensor], list[int]]:
+def exchange_gradients(world: World, count: int, options: Any = None) -> tuple[list[Tensor], list[int]]:
     """The mean gradients, and the sizes of the groups; the micro-batches come in another order in every process."""
     assert world.links is not None
     net, here = make_net(), count // world.size
-    exchange = GradientExchange(list(net.parameters()), world, bucket_bytes)
+    exchange = GradientExchange(list(net.parameters()), world, 400, **options or {})
     replica = make_net()
     collectors = [(net, exchange.own), (replica, exchange.watch(list(replica.parameters())))]
     order = random.Random(world.rank).sample(range(here), here)
@@ -90,9 +92,22 @@ def test_the_order_in_which_terms_come_does_not_matter() -> None:
 
 
 def test_other_numbers_of_micro_batches_are_reported() -> None:
-    assert describe_sum_order(3, World(0, 2), bn_sync=False).endswith(
-        "since 3 micro-batches in each are no power of two"
-    )
-    assert "synchronised BN" in describe_sum_order(1, World(0, 2), bn_sync=True)
+    assert describe_sum_order(tiny(), 3, World(0, 2)).endswith("since 3 micro-batches in each are no power of two")
+    for values in ({"bn_sync": True}, {"grad_reduce": "all_reduce"}, {"grad_compression": "bf16"}):
+        assert describe_sum_order(tiny(**values), 1, World(0, 2)) and not describe_sum_order(tiny(**values), 1, World())
     for count, size in ((3, 1), (4, 2), (1, 3), (2, 6)):
-        assert not describe_sum_order(count, World(0, size), bn_sync=False)
+        assert not describe_sum_order(tiny(), count, World(0, size))
+
+
+@pytest.mark.parametrize("reduce", ["tree", "all_reduce"])
+@pytest.mark.parametrize("compression", ["none", "bf16"])
+def test_other_sums_are_close_and_the_same_in_all_processes(reduce: str, compression: str) -> None:
+    expected, options = gradients_of_one_process(8), {"reduce": reduce, "compression": compression}
+    (first, _), *others = call_in_processes(4, lambda world: exchange_gradients(world, 8, options), machines=2)
+    for gradients, _ in others:
+        assert all(map(np.array_equal, gradients, first))
+    for ours, theirs in zip(first, expected, strict=True):
+        precision = 2**-7 * theirs.abs().max() if compression == "bf16" else 1e-5
+        torch.testing.assert_close(torch.from_numpy(ours), theirs, rtol=1e-5, atol=float(precision))
+    exact = all(torch.equal(torch.from_numpy(a), b) for a, b in zip(first, expected, strict=True))
+    assert exact == (compression == "none" and reduce == "tree")

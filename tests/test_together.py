@@ -5,6 +5,7 @@ The recipe uses everything that a checkpoint must hold: bf16, micro-batches, the
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -128,6 +129,38 @@ def test_plain_torchrun_is_bit_identical(tmp_path: Path, undisturbed: Path) -> N
     done = subprocess.run(command, text=True, capture_output=True)
     assert done.returncode == 0, done.stderr
     assert_same(out, undisturbed)
+
+
+@pytest.mark.slow
+@needs_proc
+def test_plain_torchrun_goes_on_after_four_kills(tmp_path: Path, undisturbed: Path) -> None:
+    """No environment variable is set; every attempt finds the others in the same store."""
+    out = tmp_path / "run"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
+    command = [*launcher, "--max-restarts", "4", "-m", *COMMAND[2:], "--steps", str(STEPS), "--out", str(out)]
+    with subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        for step, rank in ((2, 3), (5, 2), (8, 1), (11, 0)):
+            wait_until(lambda: last_step(out) >= step, process)  # noqa: B023
+            os.kill(process_of_rank(rank, process.pid), signal.SIGKILL)
+        _, stderr = process.communicate()
+    assert process.returncode == 0, stderr
+    assert stderr.count("resuming from step") == 4
+    assert_same(out, undisturbed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("batch", "sizes"), [(64, (2, 4)), (192, (3, 6))])
+def test_one_model_file_for_any_number_of_processes(batch: int, sizes: tuple[int, ...], tmp_path: Path) -> None:
+    settings = ["--steps", "8", "--set", f"batch={batch}", "--set", "bn_batch=16", "--set", "checkpoint_minutes=1"]
+    digests = []
+    for n in (1, *sizes):
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n)] if n > 1 else []
+        out = tmp_path / str(n)
+        command = [sys.executable, *launcher, *COMMAND[1:], *settings, "--out", str(out)]
+        done = subprocess.run(command, text=True, capture_output=True)
+        assert done.returncode == 0, done.stderr
+        digests.append(hashlib.sha256((out / "model.safetensors").read_bytes()).hexdigest())
+    assert len(set(digests)) == 1
 
 
 @pytest.mark.slow

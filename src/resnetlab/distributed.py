@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from queue import SimpleQueue
 from typing import Any, Self, TypeVar
 
@@ -123,15 +124,26 @@ class World:
 
         The tree is balanced over the largest power of two of ranks, then over that of the rest, and so on.
         """
-        self.start_tree_all_reduce_(x).wait()
+        if self.size > 1:
+            self.start_all_reduce_(x).wait()
 
-    def start_tree_all_reduce_(self, x: Tensor) -> Pending:
-        """The same beside the caller's work, which must not use the tensor before `Pending.wait`."""
-        if self.size == 1:
-            return Pending()
-        return self.start(x, lambda levels: _tree_all_reduce(x.view(-1), levels))
+    def start_all_reduce_(self, x: Tensor, *, in_tree: bool = True, dtype: torch.dtype | None = None) -> Pending:
+        """The same beside the caller's work, which must not use the tensor before `Pending.wait`.
 
-    def start(self, x: Tensor, job: Callable[[Sequence[Any]], object]) -> Pending:
+        Args:
+            in_tree: in the order of the tree, or in that of the library's own all_reduce.
+            dtype: of what travels; None sends x as it is. The tree's terms are added in the dtype of x.
+        """
+        dtype = dtype or x.dtype
+
+        def all_reduce(_: Sequence[Any]) -> None:
+            torch.distributed.all_reduce(sent := x.to(dtype))
+            if sent is not x:
+                x.copy_(sent)
+
+        return self._start(x, partial(_tree_all_reduce, x.view(-1), dtype) if in_tree else all_reduce)
+
+    def _start(self, x: Tensor, job: Callable[[Sequence[Any]], object]) -> Pending:
         """Starts a job on a tensor, which is called with the process groups of every level."""
         assert self.links is not None
         levels, stream = self.links.levels, self.links.stream
@@ -219,7 +231,7 @@ class World:
         self._submit(lambda: torch.distributed.broadcast_object_list(values)).result()
         for tensor in tensors:
             contiguous = tensor.detach().contiguous()
-            self.start(contiguous, lambda _: torch.distributed.broadcast(contiguous, 0)).wait()  # noqa: B023
+            self._start(contiguous, lambda _: torch.distributed.broadcast(contiguous, 0)).wait()  # noqa: B023
             tensor.detach().copy_(contiguous)
         return values[0]
 
@@ -259,20 +271,20 @@ class TreeSum:
         return total
 
 
-def _tree_all_reduce(x: Tensor, levels: Sequence[Any]) -> None:
-    """Replaces x, (n,), by its sum over the processes of all levels."""
+def _tree_all_reduce(x: Tensor, dtype: torch.dtype, levels: Sequence[Any]) -> None:
+    """Replaces x, (n,), by its sum over the processes of all levels; `dtype` is that of what travels."""
     group, *outer = levels
     processes = torch.distributed.get_world_size(group)
-    slices = torch.nn.functional.pad(x, (0, -len(x) % processes)) if len(x) % processes else x
+    slices = torch.nn.functional.pad(x, (0, -len(x) % processes)).to(dtype) if len(x) % processes else x.to(dtype)
     received = torch.empty_like(slices)  # every process's terms of this one's slice
     torch.distributed.all_to_all_single(received, slices, group=group)
     tree = TreeSum()
-    for number, terms in enumerate(received.view(processes, -1).unbind()):
+    for number, terms in enumerate(received.to(x.dtype).view(processes, -1).unbind()):
         tree.add(number, [terms])
     (mine,) = tree.total()
     if outer:
-        _tree_all_reduce(mine, outer)
-    torch.distributed.all_gather_into_tensor(slices, mine, group=group)
+        _tree_all_reduce(mine, dtype, outer)
+    torch.distributed.all_gather_into_tensor(slices, mine.to(dtype), group=group)
     if slices is not x:
         x.copy_(slices[: len(x)])
 
@@ -297,6 +309,7 @@ def join_process_group() -> Iterator[World]:
     gpus = torch.cuda.is_available()
     if gpus:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")  # connect only those that talk to each other: fewer open files
     try:
         store, rank, _ = next(rendezvous("env://", timeout=TIMEOUT))
         store, restarted = _meet(store, rank, size)

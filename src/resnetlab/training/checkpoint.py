@@ -8,6 +8,7 @@ of metrics.jsonl.
 from __future__ import annotations
 
 import contextlib
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,11 @@ class TrainState:
         net, recipe = task.net, task.recipe
         average = WeightAverage(net, recipe.ema_decay)
         optimizer, world = build_optimizer(net, recipe), task.device_config.world
-        exchange = GradientExchange(list(optimizer.parameters.values()), world) if world.size > 1 else None
+        exchange, parameters = None, list(optimizer.parameters.values())
+        if world.size > 1:
+            exchange = GradientExchange(
+                parameters, world, reduce=recipe.grad_reduce, compression=recipe.grad_compression
+            )
         return TrainState(task, optimizer, average, BatchNormStatistics(net), RunState(), exchange)
 
     @property
@@ -86,27 +91,55 @@ class TrainState:
         }
 
 
-def save_checkpoint(run: RunFolder, train_state: TrainState) -> Path:
-    """Writes checkpoints/step-<n>.safetensors and removes all but the last two.
+class CheckpointWriter:
+    """Writes a run's checkpoints in a thread, each from a copy, while training goes on."""
 
-    Raises:
-        RunError: no space or no permission; earlier checkpoints remain.
-    """
-    state, tensors = train_state.state, train_state.tensors()
-    if state.losses:
-        tensors |= {"losses": torch.stack(state.losses), "errors": torch.stack(state.errors)}
-    counters = _COUNTERS + [name for name in _OPTIONAL_COUNTERS if getattr(state, name)]
-    metadata = {"identity": train_state.identity} | {name: getattr(state, name) for name in counters}
-    try:
-        run.checkpoints.mkdir(exist_ok=True)
-    except OSError as error:
-        raise write_error(run.checkpoints, error) from error
-    path = run.checkpoints / f"step-{state.step:08d}.safetensors"
-    write_tensor_file(path, tensors, metadata)
-    for old in [other for other in list_checkpoints(run) if _get_step(other) < state.step][:-1]:
+    def __init__(self, run: RunFolder) -> None:
+        self._run = run
+        self._pool = ThreadPoolExecutor(1, "checkpoint")
+        self._writing: Future[None] | None = None
+
+    def save(self, train_state: TrainState) -> None:
+        """Copies the state and starts writing it, after the checkpoint before is written; raises the errors of that one."""
+        self.wait()
+        try:
+            self._run.checkpoints.mkdir(exist_ok=True)
+        except OSError as error:
+            raise write_error(self._run.checkpoints, error) from error
+        state, tensors = train_state.state, train_state.tensors()
+        if state.losses:
+            tensors |= {"losses": torch.stack(state.losses), "errors": torch.stack(state.errors)}
+        counters = _COUNTERS + [name for name in _OPTIONAL_COUNTERS if getattr(state, name)]
+        metadata = {"identity": train_state.identity} | {name: getattr(state, name) for name in counters}
+        copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+        self._writing = self._pool.submit(_write_checkpoint, self._run, state.step, copies, metadata)
+
+    def check(self) -> None:
+        """Raises the error of a checkpoint that could not be written, as `wait` does, without waiting for one."""
+        if self._writing is not None and self._writing.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Waits until the last checkpoint is written.
+
+        Raises:
+            RunError: no space or no permission; earlier checkpoints remain.
+        """
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def close(self) -> None:
+        """Ends the thread, after what it writes."""
+        self._pool.shutdown()
+
+
+def _write_checkpoint(run: RunFolder, step: int, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+    """Writes checkpoints/step-<n>.safetensors and removes all but the last two."""
+    write_tensor_file(run.checkpoints / f"step-{step:08d}.safetensors", tensors, metadata)
+    for old in [other for other in list_checkpoints(run) if _get_step(other) < step][:-1]:
         with contextlib.suppress(OSError):  # an extra checkpoint does no harm
             old.unlink()
-    return path
 
 
 def save_best(run: RunFolder, train_state: TrainState) -> None:

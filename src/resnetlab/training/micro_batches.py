@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from resnetlab.distributed import TreeSum, World
 from resnetlab.errors import UsageError
-from resnetlab.training.recipe import Recipe
+from resnetlab.training.recipe import BaseRecipe, Recipe
 
 
 def count_micro_batches(recipe: Recipe, world: World) -> int:
@@ -53,13 +53,17 @@ def _count_or_zero(recipe: Recipe, processes: int) -> int:
     return 0 if share % here else share // here
 
 
-def describe_sum_order(count: int, world: World, *, bn_sync: bool) -> str:
+def describe_sum_order(recipe: BaseRecipe, count: int, world: World) -> str:
     """A sentence if the number of processes decides the last bits, or ""; `count` micro-batches are in each."""
-    if world.size == 1 or not (bn_sync or count & (count - 1)):
+    reasons = {
+        "gradients are rounded to bf16 between them": recipe.grad_compression == "bf16",
+        "grad_reduce=all_reduce adds in an order of its own": recipe.grad_reduce == "all_reduce",
+        "synchronised BN adds up a sum of each": getattr(recipe, "bn_sync", False),
+        f"{count} micro-batches in each are no power of two": count & (count - 1) > 0,
+    }
+    reason = next((reason for reason, holds in reasons.items() if holds), "")
+    if world.size == 1 or not reason:
         return ""
-    reason = (
-        "synchronised BN adds up a sum of each" if bn_sync else f"{count} micro-batches in each are no power of two"
-    )
     return f"the last bits of the result depend on the number of processes, since {reason}"
 
 

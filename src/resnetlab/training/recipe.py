@@ -32,6 +32,8 @@ _CHOICES = {  # allowed words, by field
     "warmup": ("none", "steps", "linear", "train-error"),
     "sampling": ("shuffle", "balanced", "keyed"),
     "keep": ("last", "best"),
+    "grad_reduce": ("tree", "all_reduce"),
+    "grad_compression": ("none", "bf16"),
 }
 _RANGES: dict[str, tuple[float, float, str]] = {  # smallest and largest value, and the range in words
     **dict.fromkeys(("steps", "log_every", "eval_every", "patience"), (1, 10**9, "from 1 to 1,000,000,000")),
@@ -73,6 +75,8 @@ _ADDED = frozenset(
         "rotate",
         "lr_base_size",
         "trust_coefficient",
+        "grad_reduce",
+        "grad_compression",
     )
 )
 _SPECIFICATION = tuple(f.name for f in fields(Specification) if f.name not in ("channels", "classes"))
@@ -122,6 +126,8 @@ class BaseRecipe:
         0  # threads inside each operation, which decide the last bits; 0: those that micro-batches leave over
     )
     fused_bn: bool = False  # on a CPU: BN, the addition and ReLU in one function that is compiled for the processor
+    grad_reduce: str = "tree"  # sum over processes: bit-identical for any number, or "all_reduce", the library's own
+    grad_compression: str = "none"  # what travels between processes: float32, or "bf16" for half the bytes
     log_every: int = 50  # steps between lines of metrics.jsonl
     eval_every: int = 1000  # steps between evaluations of the held-out images
     checkpoint_minutes: float = 1.0  # time between checkpoints; 0 writes one after every step

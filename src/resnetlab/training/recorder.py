@@ -18,7 +18,7 @@ from resnetlab.distributed import World
 from resnetlab.errors import PROCESS_GONE, DivergedError, ResNetLabError, RunError
 from resnetlab.run_folder import MetricsLog, RunFolder
 from resnetlab.stopping import StopRequest, StopSignal
-from resnetlab.training.checkpoint import TrainState, save_best, save_checkpoint
+from resnetlab.training.checkpoint import CheckpointWriter, TrainState, save_best
 from resnetlab.training.memory import peak_memory
 from resnetlab.training.recipe import Recipe
 from resnetlab.training.result import Progress
@@ -70,6 +70,7 @@ class Recorder:
             step, config = train_state.state.step, train_state.recipe.to_json()
             self._trackers = Trackers(context.run, step, config, context.report)
         self._timer, self._saved = StepTimer(train_state.state), time.monotonic()
+        self._checkpoints = CheckpointWriter(context.run)
         self._agreed: Future[tuple[int, ...]] | None = None
         self._reported_others = False
         self._held_out: Mapping[str, float] = {}
@@ -87,6 +88,7 @@ class Recorder:
             yield
         finally:
             self._task.close()
+            self._checkpoints.close()
             if self._metrics is not None and self._trackers is not None:
                 self._metrics.close()
                 self._trackers.close()
@@ -108,6 +110,7 @@ class Recorder:
             DivergedError, RunError: the loss is not finite; a file cannot be written.
         """
         self._timer.computed()
+        self._checkpoints.check()
         train_state, recipe, world = self._train_state, self._train_state.recipe, self._world
         state = train_state.state
         state.losses.append(output.loss)
@@ -135,7 +138,9 @@ class Recorder:
             self._context.on_progress(self._progress(figures, lr))
         if saving and self._metrics is not None:
             self._metrics.sync()
-            save_checkpoint(self._context.run, train_state)
+            self._checkpoints.save(train_state)
+            if last or signum or stop:
+                self._checkpoints.wait()
             self._record_machine()
             self._saved = time.monotonic()
             if not last:

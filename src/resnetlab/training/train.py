@@ -323,8 +323,7 @@ def build_task(
     task = divide_threads(task.fit_micro_batch(options.report) if options.fit_micro_batch else task)
     task = choose_batchnorm(task, options.report, resuming=started_in is not None)
     options.report(f"device: {task.device_config}")
-    bn_sync = getattr(task.recipe, "bn_sync", False)
-    if sentence := describe_sum_order(task.num_micro_batches, world, bn_sync=bn_sync):
+    if sentence := describe_sum_order(task.recipe, task.num_micro_batches, world):
         options.report(sentence)
     if device_config.device.type == "cuda" and task.nondeterministic_on_gpu:
         options.report(
