@@ -31,7 +31,7 @@ from resnetlab.run_folder import RunFolder
 from resnetlab.stopping import catch_stop_signals
 from resnetlab.studies.workers import worker_devices
 from resnetlab.training import recorder
-from resnetlab.training.annotated_recipes import boxes, masks
+from resnetlab.training.annotated_recipes import AnnotatedRecipe, boxes, masks
 from resnetlab.training.checkpoint import TrainState, restore_checkpoint
 from resnetlab.training.micro_batches import BatchNormStatistics
 from resnetlab.training.recipe import BaseRecipe, Recipe
@@ -40,6 +40,7 @@ from resnetlab.training.step import StepOutput, train_step
 from resnetlab.training.step_trace import trace_steps
 from resnetlab.training.tasks.classification import ClassificationTask
 from resnetlab.training.train import RunOptions, build_task, start_run
+from simulated_gpu import GPU, GPUTensor, simulated_gpu
 from tiny_runs import make_train_state, tiny
 
 
@@ -291,6 +292,72 @@ def test_a_step_has_no_nondeterministic_operation_but_those_said(
     assert found == expected and "convolution_backward" in {name.split(".")[1] for name in operations.names}
     assert bool(train_state.task.nondeterministic_on_gpu) is bool(expected)
     assert not any("no fixed order" in message for message in messages)  # a CPU adds in order
+
+
+def annotated(recipe: AnnotatedRecipe, folder: Path, **values: object) -> AnnotatedRecipe:
+    """A short run of a small network on drawn images."""
+    changes = {"data": str(folder), "bn": "live", "start_from": "", "image_size": 72, "batch": 2} | values
+    return replace(recipe.rescale(4), net="resnet18", specification=SMALL_NET, **changes)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", ["classify", "classify files", "detect", "segment"])
+def test_a_step_on_a_gpu_waits_for_nothing(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole path on a simulated GPU: devices, waits of the host, operations without a fixed order, in every task."""
+    many: dict[str, Any] = {"bn_batch": 16, "ema_decay": 0.9, "clip_norm": 0.5, "erasing": 0.3, "rotate": 10.0}
+    if kind.startswith("classify"):
+        one_by_one = {"crop": "resized", "trivial_augment": True} if kind.endswith("files") else {}
+        recipe: BaseRecipe = tiny(precision="bf16", mixup=0.2, stochastic_depth=0.5, **many, **one_by_one)
+    elif kind == "detect":
+        values = {"regions": 16, "pyramid": 8, "sides": (66,), "longest": 96, "context": True}
+        recipe = annotated(boxes(), cells.make_voc_folder(tmp_path / "voc"), **values)
+    else:
+        recipe = annotated(masks(), cells.make_voc_folder(tmp_path / "voc"), sides=(80,))
+    messages: list[str] = []
+    with simulated_gpu(monkeypatch) as gpu:
+        train_state = TrainState.create(
+            build_task(recipe, RunOptions(device=str(GPU), workers=0, report=messages.append))
+        )
+        assert all(isinstance(tensor, GPUTensor) for tensor in train_state.task.net.state_dict().values())
+        train_step(train_state, train_state.task.micro_batches(0), 0.1)  # what is made once is made here
+        gpu.waits.clear()
+        gpu.names.clear()
+        output = train_step(train_state, train_state.task.micro_batches(1), 0.1)
+        waits, names = set(gpu.waits), set(gpu.names)
+        assert float(output.loss) > 0 and isinstance(output.grad_norm, GPUTensor)
+        assert {wait for wait in waits if " in torchvision." not in wait} == set()
+        assert bool(waits) is (kind == "detect")  # torchvision's proposals and samples have sizes that depend on values
+        assert "convolution_backward" in names
+        expected = bool(train_state.task.nondeterministic_on_gpu)
+        assert bool(names & NONDETERMINISTIC) is expected is any("no fixed order" in message for message in messages)
+        gpu.waits.clear()
+        train_state.task.evaluate(train_state.task.test)  # type: ignore[attr-defined]
+        copies = {wait for wait in gpu.waits if " in torchvision." not in wait}
+        where = {"detect": "detection.predict_image_boxes", "segment": "segmentation.segment_image"}
+        assert copies == {f"copy to the CPU in resnetlab.evaluation.{where.get(kind, 'scores._compute_logits')}"}
+
+
+def test_the_simulated_gpu_finds_waits_and_wrong_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    with simulated_gpu(monkeypatch) as gpu:
+        x, y = torch.ones(3, device=GPU), torch.ones(3)
+        gpu.waits.clear()
+        (x * 2)[1:].sum()
+        y.pin_memory().to(GPU, non_blocking=True)
+        assert gpu.waits == []
+        _ = (
+            float(x.sum()),
+            x.nonzero(),
+            x[x > 0],
+            x.cpu(),
+            y.to(GPU),
+            x[torch.tensor([0])],
+            torch.tensor([1.0], device=GPU),
+        )
+        assert [wait.removesuffix(" in the test") for wait in gpu.waits] == [
+            *("_local_scalar_dense", "nonzero", "index by a mask", "copy to the CPU", "copy from the CPU"),
+            *("index by indices on the CPU", "copy from the CPU"),
+        ]
+        with pytest.raises(RuntimeError, match="expected all tensors on one device"):
+            x + y
 
 
 def test_a_profiled_run_has_a_trace_and_the_same_weights(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 from torchvision.ops.poolers import initLevelMapper
 
+from resnetlab.device import to_device
 from resnetlab.errors import UsageError
 from resnetlab.models.backbone import Backbone, levels, prepare_backbone
 from resnetlab.models.head_spec import DetectorSpec
@@ -103,10 +104,11 @@ class RegionHeads(RoIHeads):  # type: ignore[misc]
         """The features of each box, (N, F); with global context (N, 2F), the box's own and the whole image's."""
         x = self.box_head(self.box_roi_pool(maps, boxes, sizes))
         if self.context:
-            whole_image = [b.new_tensor([[0, 0, w, h]]) for b, (h, w) in zip(boxes, sizes, strict=True)]
+            corners = [torch.tensor([[0, 0, w, h]], dtype=b.dtype) for b, (h, w) in zip(boxes, sizes, strict=True)]
+            whole_image = [to_device(corner, x.device) for corner in corners]
             images = self.box_head(self.box_roi_pool(maps, whole_image, sizes))  # (B, F)
-            counts = torch.tensor([len(b) for b in boxes], device=x.device)
-            x = torch.cat([x, images.repeat_interleave(counts, 0)], 1)
+            counts = to_device(torch.tensor([len(b) for b in boxes]), x.device)
+            x = torch.cat([x, images.repeat_interleave(counts, 0, output_size=len(x))], 1)  # without waiting for a GPU
         return cast(Tensor, x)
 
     def predict(self, features: Tensor) -> tuple[Tensor, Tensor]:

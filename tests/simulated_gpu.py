@@ -1,0 +1,197 @@
+"""A GPU that is simulated: tensors on "cuda" compute on the CPU, and everything that a GPU would refuse or wait for shows.
+
+Tensors of `torch.device("cuda", 0)` are `GPUTensor`s, whose values are those of a CPU tensor. `SimulatedGPU`, a dispatch mode,
+sees every operation: it refuses tensors of two devices in one, and lists what makes the host wait for the device's queue. It
+cannot show CUDA's own kernels, streams, memory and speed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map_only
+
+from resnetlab import device as device_module
+
+GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
+# operations whose result the host reads, or whose output's size depends on values
+WAITING = {
+    *("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "_unique2", "unique_dim", "bincount"),
+    *("unique_consecutive", "allclose", "nms", "_linalg_check_errors", "histc"),
+}
+INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_"}
+
+
+class GPUTensor(torch.Tensor):
+    """A tensor on the simulated GPU; `values` is the CPU tensor whose memory it has."""
+
+    values: Tensor
+
+    @staticmethod
+    def __new__(cls, values: Tensor) -> GPUTensor:
+        tensor = torch.Tensor._make_subclass(cls, values, False, device_for_backend_keys=GPU)
+        tensor.values = values
+        return tensor
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @property
+    def device(self) -> torch.device:
+        return GPU
+
+    def to(self, *args: Any, **kwargs: Any) -> Tensor:
+        """torch's, which takes the tensor for one on the CPU."""
+        if args and isinstance(args[0], Tensor):
+            args = (args[0].device, args[0].dtype, *args[1:])
+        device, dtype, _, _ = torch._C._nn._parse_to(*(() if args[:1] == (None,) else args), **kwargs)
+        if device is None or device.type == "cuda":
+            return super().to(*args, **kwargs)
+        SimulatedGPU.current().wait("copy to the CPU")
+        return self.values.detach().to(dtype=dtype, copy=True)
+
+    def cpu(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self.to("cpu")
+
+    def tolist(self) -> Any:
+        return self.to("cpu").tolist()
+
+    def numpy(self, *args: Any, **kwargs: Any) -> Any:
+        raise TypeError("can't convert cuda:0 device type tensor to numpy")
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return SimulatedGPU.current().run(function, args, kwargs or {})
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        if id(self) not in memo:
+            new = self.detach().clone().requires_grad_(self.requires_grad)
+            memo[id(self)] = (
+                torch.nn.Parameter(new, self.requires_grad) if isinstance(self, torch.nn.Parameter) else new
+            )
+        return memo[id(self)]
+
+
+class SimulatedGPU(TorchDispatchMode):
+    """Runs operations on GPU tensors.
+
+    Attributes:
+        waits: "operation at file:function" of everything that made the host wait.
+        names: the operations on the GPU, in order.
+    """
+
+    _active: ClassVar[list[SimulatedGPU]] = []
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waits: list[str] = []
+        self.names: list[str] = []
+
+    @staticmethod
+    def current() -> SimulatedGPU:
+        return SimulatedGPU._active[-1]
+
+    def __enter__(self) -> Any:
+        SimulatedGPU._active.append(self)
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        SimulatedGPU._active.pop()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return self.run(function, args, kwargs or {})
+
+    def run(self, function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Runs an operation where its tensors are."""
+        if function is torch.ops.prim.device.default:
+            return GPU if isinstance(args[0], GPUTensor) else CPU
+        tensors = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)]
+        on_gpu = [x for x in tensors if isinstance(x, GPUTensor)]
+        device = kwargs.get("device")
+        if not on_gpu and (device is None or device.type != "cuda"):
+            return function(*args, **kwargs)
+        if torch._C._dispatch_has_kernel_for_dispatch_key(function.name(), "CompositeImplicitAutograd"):
+            with self:  # in inference mode composite operations arrive whole
+                return function.decompose(*args, **kwargs)
+        name = function.__name__.split(".")[0]
+        self.names.append(name)
+        self._check(name, args, kwargs, tensors)
+        wrappers = {id(x.values): x for x in on_gpu}
+        plain_args, plain_kwargs = tree_map_only(GPUTensor, lambda x: x.values, (args, kwargs))
+        if device is not None:
+            plain_kwargs["device"] = CPU
+        result = function(*plain_args, **plain_kwargs)
+        if name == "_local_scalar_dense":
+            return result
+        return tree_map_only(Tensor, lambda x: wrappers[id(x)] if id(x) in wrappers else GPUTensor(x), result)
+
+    def _check(self, name: str, args: Any, kwargs: Any, tensors: list[Tensor]) -> None:
+        """Lists a wait of the host; raises RuntimeError for tensors of two devices."""
+        on_cpu = [x for x in tensors if not isinstance(x, GPUTensor)]
+        if name in ("_to_copy", "copy_"):
+            source = args[-2 if name == "copy_" and len(args) > 2 else -1]
+            into_cpu = name == "copy_" and not isinstance(args[0], GPUTensor)
+            asynchronous = kwargs.get("non_blocking", len(args) > 2 and args[2]) and hasattr(source, "pinned")
+            if into_cpu or (on_cpu and not asynchronous):
+                self.wait(f"copy {'to' if into_cpu else 'from'} the CPU")
+            return
+        if name in WAITING or (name == "repeat_interleave" and kwargs.get("output_size") is None):
+            self.wait(name)
+        for index in args[1] if name in INDEXING else ():
+            if index is not None and (index.dtype == torch.bool or not isinstance(index, GPUTensor)):
+                self.wait(f"index by {'a mask' if index.dtype == torch.bool else 'indices on the CPU'}")
+                on_cpu = [x for x in on_cpu if x is not index]
+        if any(x.ndim and x.numel() for x in on_cpu):  # autograd's empty gradients are the simulation's
+            shapes = [tuple(x.shape) for x in on_cpu]
+            raise RuntimeError(f"{name}: expected all tensors on one device; on the CPU are {shapes} in {_caller()}")
+
+    def wait(self, what: str) -> None:
+        """Lists a wait of the host."""
+        self.waits.append(f"{what} in {_caller()}")
+
+
+def _caller() -> str:
+    """The innermost function of resnetlab or torchvision that is running, as "module.function"."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        module, name = frame.f_globals.get("__name__", ""), frame.f_code.co_name
+        if module.split(".")[0] in ("resnetlab", "torchvision") and not name.startswith("<"):
+            return f"{module}.{name}"
+        frame = frame.f_back
+    return "the test"
+
+
+@contextlib.contextmanager
+def simulated_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimulatedGPU]:
+    """One simulated GPU, which computes bf16."""
+    gpu = SimulatedGPU()
+
+    def pin(x: Tensor) -> Tensor:
+        pinned: Any = x.view_as(x)
+        pinned.pinned = True
+        return pinned
+
+    monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: None)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+    monkeypatch.setattr(device_module, "_computes_bf16", lambda _: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
+    monkeypatch.setattr(torch.__future__, "_swap_module_params_on_conversion", True)
+    monkeypatch.setattr(
+        torch.nn.functional, "one_hot", lambda x, n: (x[..., None] == torch.arange(n, device=x.device)).long()
+    )
+    lifted = torch._C._only_lift_cpu_tensors()
+    torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(…, device="cuda") is made on the CPU, then copied
+    try:
+        with torch.backends.cudnn.flags(enabled=False), gpu:
+            yield gpu
+    finally:
+        torch._C._set_only_lift_cpu_tensors(lifted)
