@@ -69,6 +69,21 @@ def test_recorded_steps_are_bit_identical(values: dict[str, Any]) -> None:
         assert torch.equal(one.tensors()[name], tensor), name
 
 
+def test_a_recording_has_the_scale_of_the_step() -> None:
+    """fp16's scale changes while a run overflows; a recording has its address, not its value."""
+    recipe, ended = tiny(precision="fp16"), []
+    for gradients in (GraphGradients(lambda _: None, anew), compute_gradients):
+        here = make_train_state(recipe)
+        here.state.loss_scale = 2.0**34
+        for t in range(4):
+            train_step(here, here.task.micro_batches(t), 0.1, gradients)
+        ended.append(here)
+    assert ended[0].state.skipped_updates == ended[1].state.skipped_updates > 0
+    assert ended[0].state.replayed_steps == 4
+    for name, tensor in ended[1].tensors().items():
+        assert torch.equal(ended[0].tensors()[name], tensor), name
+
+
 def test_what_differs_when_replayed_is_not() -> None:
     """A network that draws in every micro-batch: a recording has the seed of the first one only."""
     messages: list[str] = []

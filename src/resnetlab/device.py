@@ -26,6 +26,7 @@ from resnetlab.errors import UsageError, unknown_name_error
 A = TypeVar("A")
 B = TypeVar("B")
 PRECISIONS = ("auto", "bf16", "fp32")
+TRAINING_PRECISIONS = ("auto", "bf16", "fp16", "tf32", "fp32")
 
 
 class MapFunction(Protocol):
@@ -39,7 +40,7 @@ class DeviceConfig:
     """Device, precision, memory format and threads of one run, selected once and recorded in the run folder."""
 
     device: torch.device
-    precision: str  # "bf16" (autocast) or "fp32"
+    precision: str  # "bf16" or "fp16" (autocast), "tf32" (products of fp32 numbers on a GPU rounded to TF32) or "fp32"
     threads: int  # of the CPU
     reason: str  # why this precision, and why compiled or not; printed at the start of a run
     world: World = field(default_factory=World)  # the processes that share the work
@@ -79,9 +80,9 @@ class DeviceConfig:
 
     def autocast(self) -> AbstractContextManager[object]:
         """The autocast context for forward passes."""
-        if self.precision == "fp32":
+        if self.precision in ("fp32", "tf32"):
             return contextlib.nullcontext()
-        return torch.autocast(self.device.type, torch.bfloat16)
+        return torch.autocast(self.device.type, torch.float16 if self.precision == "fp16" else torch.bfloat16)
 
     @contextlib.contextmanager
     def side_by_side_map(self, count: int) -> Iterator[MapFunction]:
@@ -132,15 +133,21 @@ def map_in_order(pool: Executor, ahead: int, function: Callable[[A], B], items: 
         wait(pending)
 
 
-def select_device(precision: str = "auto", device: str = "auto", threads: int = 0) -> DeviceConfig:
+def select_device(
+    precision: str = "auto", device: str = "auto", threads: int = 0, *, training: bool = False
+) -> DeviceConfig:
     """Selects device and precision; "auto" takes a GPU (CUDA, then MPS) if there is one, and bf16 if the hardware computes it.
 
     Sets the number of CPU threads for the whole process; 0 keeps torch's own number, one per core that the process may use.
 
+    Args:
+        training: choose among TRAINING_PRECISIONS: fp16 needs a scaled loss.
+
     Raises UsageError for an unknown precision or a missing device.
     """
-    if precision not in PRECISIONS:
-        raise unknown_name_error("precision", precision, PRECISIONS)
+    known = TRAINING_PRECISIONS if training else PRECISIONS
+    if precision not in known:
+        raise unknown_name_error("precision", precision, known)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     elif device.isdecimal():  # as other programs number GPUs
@@ -155,13 +162,19 @@ def select_device(precision: str = "auto", device: str = "auto", threads: int = 
         torch.set_num_threads(threads)
     if selected.type == "cpu":
         _keep_freed_memory()
+    if precision == "tf32" and selected.type != "cuda":
+        raise UsageError("tf32 is a format of NVIDIA's GPUs; on this device use --precision fp32.")
     automatic = default_precision(selected)
+    automatic = automatic if automatic in known else "fp32"
     if selected.type == "cuda":
-        _set_reproducible_flags()
+        _set_reproducible_flags(tf32=precision == "tf32")
     if precision != "auto":
         return DeviceConfig(selected, precision, threads, "as asked")
     return DeviceConfig(
-        selected, automatic, threads, f"this hardware {'computes' if automatic == 'bf16' else 'does not compute'} bf16"
+        selected,
+        automatic,
+        threads,
+        f"this hardware {'computes' if automatic == 'bf16' else 'does not compute'} bf16{', but fp16' * (automatic == 'fp16')}",
     )
 
 
@@ -229,8 +242,8 @@ def release_memory(device: torch.device) -> None:
 
 
 def default_precision(device: torch.device) -> str:
-    """The precision that "auto" selects on a device."""
-    return "bf16" if _computes_bf16(device) else "fp32"
+    """The precision that "auto" selects for training on a device."""
+    return "bf16" if _computes_bf16(device) else "fp16" if _has_fp16_tensor_cores(device) else "fp32"
 
 
 class _ProcessFlags:
@@ -275,11 +288,11 @@ class _ProcessFlags:
             undo(torch.use_deterministic_algorithms, True, warn_only=warn_only)
 
 
-def _set_reproducible_flags() -> None:
-    """Deterministic algorithms of cuDNN, and fp32 that is not rounded to TF32 or bf16."""
+def _set_reproducible_flags(tf32: bool = False) -> None:
+    """Deterministic algorithms of cuDNN, and fp32 that is not rounded to TF32 (unless `tf32`) or bf16."""
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
-    torch.backends.cudnn.allow_tf32 = False
-    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = tf32
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
     cast(Any, torch.backends).mkldnn.conv.fp32_precision = "ieee"
 
 
@@ -357,6 +370,11 @@ def _computes_bf16(device: torch.device) -> bool:
     except OSError:
         return False
     return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(flags)
+
+
+def _has_fp16_tensor_cores(device: torch.device) -> bool:
+    """Whether a GPU multiplies fp16 in tensor cores: V100, T4, RTX 20 and later."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0)
 
 
 @contextlib.contextmanager

@@ -130,7 +130,8 @@ def train(
     data_dir
         Folder of the archives; "data" by default.
     precision
-        bf16 or fp32; by default bf16 if the hardware computes it.
+        bf16, fp16 (with a scaled loss), tf32 (on a GPU) or fp32; by default bf16 if the hardware computes it, else fp16 on a
+        GPU with tensor cores, else fp32.
     compile
         on or off: torch.compile, which costs about a minute and pays off in long runs on small images, where it is the
         default. off also disables the CUDA graph that a GPU replays steps from.

@@ -30,13 +30,17 @@ from resnetlab.training.run_state import RunState
 from resnetlab.training.tasks.base import Task
 
 BEST = "best.safetensors"  # beside the checkpoints: the weights of the lowest held-out error
-_OPTIONAL_COUNTERS = ["replayed_steps"]  # a checkpoint without it has 0
+_OPTIONAL_COUNTERS = ["replayed_steps", "loss_scale", "steps_at_scale", "skipped_updates"]  # one left out is 0
 _COUNTERS = [f.name for f in fields(RunState) if f.name not in ("losses", "errors", *_OPTIONAL_COUNTERS)]
 
 
 @dataclass
 class TrainState:
-    """Everything that a step changes: network (in `task`), optimizer, weight average and run state."""
+    """Everything that a step changes: network (in `task`), optimizer, weight average and run state.
+
+    Attributes:
+        loss_scale: for fp16 a scalar on the device that losses are multiplied by before their backward pass.
+    """
 
     task: Task
     optimizer: Optimizer
@@ -44,6 +48,7 @@ class TrainState:
     statistics: BatchNormStatistics
     state: RunState
     exchange: GradientExchange | None = None  # of the gradients with the other processes, if there are any
+    loss_scale: Tensor | None = None
 
     @staticmethod
     def create(task: Task) -> TrainState:
@@ -56,7 +61,9 @@ class TrainState:
             exchange = GradientExchange(
                 parameters, world, reduce=recipe.grad_reduce, compression=recipe.grad_compression
             )
-        return TrainState(task, optimizer, average, BatchNormStatistics(net), RunState(), exchange)
+        config = task.device_config
+        scale = torch.empty((), device=config.device) if config.precision == "fp16" else None
+        return TrainState(task, optimizer, average, BatchNormStatistics(net), RunState(), exchange, scale)
 
     @property
     def recipe(self) -> BaseRecipe:

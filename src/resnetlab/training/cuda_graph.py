@@ -26,6 +26,7 @@ from resnetlab.training.step import compute_gradients
 Compute = Callable[[], list[Tensor]]
 Record = Callable[[Compute], Compute]
 WARMUP_RUNS = 3  # before the capture: libraries choose their algorithms and allocate their workspaces
+TRIAL_SCALE = 2.0**8
 
 
 class _Recording(NamedTuple):
@@ -54,7 +55,8 @@ class GraphGradients:
         if full and not self._tried:
             self._tried = True
             record = self._record or partial(record_cuda_graph, device=train_state.task.device_config.device)
-            self._recording, why = _record_step(train_state, micro_batches, record)
+            with _low_loss_scale(train_state):
+                self._recording, why = _record_step(train_state, micro_batches, record)
             self._report(f"CUDA graph: {why or 'full steps are replayed from one recording'}")
         if self._recording is None:
             return compute_gradients(train_state, micro_batches)
@@ -150,6 +152,17 @@ def _record_step(
     if len(replayed) != len(direct) or not all(map(torch.equal, replayed, direct)):
         return None, "not used, since a replayed step differs from the step itself"
     return _Recording(buffers, replay), ""
+
+
+@contextlib.contextmanager
+def _low_loss_scale(train_state: TrainState) -> Iterator[None]:
+    """Scales the loss of fp16 so little that the trial does not overflow: what is not a number equals nothing."""
+    scale = train_state.loss_scale
+    if scale is not None:
+        scale.fill_(TRIAL_SCALE)
+    yield
+    if scale is not None:
+        scale.fill_(train_state.state.loss_scale)
 
 
 @contextlib.contextmanager

@@ -120,7 +120,9 @@ class BaseRecipe:
     ema_decay: float = (
         0.0  # decay per step of a moving average of the weights, which is evaluated and saved; 0 for none
     )
-    precision: str = "auto"  # "bf16", "fp32", or "auto": bf16 where the hardware computes it
+    precision: str = (
+        "auto"  # "bf16", "fp16", "tf32", "fp32", or "auto": bf16, or else fp16 where the hardware computes it
+    )
     threads: int = 0  # CPU threads of all processes; 0: one per core. A run may be resumed with another number
     op_threads: int = (
         0  # threads inside each operation, which decide the last bits; 0: those that micro-batches leave over

@@ -182,12 +182,14 @@ class Recorder:
         run.write_json("environment.json", (run.read_json("environment.json") or {}) | {"steps": sentence})
 
     def _record_machine(self) -> None:
-        """Records peak memory, and how many steps were replayed from a CUDA graph."""
+        """Records peak memory, how many steps were replayed from a CUDA graph, and fp16's loss scale."""
         run, config = self._context.run, self._task.device_config
         before = run.read_json("environment.json") or {}
         peak = max(peak_memory(config.device), before.get("peak_memory_bytes", 0))
         replayed = {"replayed_steps": self._train_state.state.replayed_steps} if config.cuda_graph else {}
-        run.write_json("environment.json", before | {"peak_memory_bytes": peak} | replayed)
+        state = self._train_state.state
+        scaled = {"loss_scale": state.loss_scale, "skipped_updates": state.skipped_updates} if state.loss_scale else {}
+        run.write_json("environment.json", before | {"peak_memory_bytes": peak} | replayed | scaled)
 
     def _log(self, output: StepOutput, lr: float) -> dict[str, float]:
         """Writes the means since the last line; ends the warm-up of 2015 §4.2 if the error is below its bound."""

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+INITIAL_SCALE, GROWTH_STEPS = 2.0**16, 2000  # of fp16's loss, as in torch.amp.GradScaler
+
 
 @dataclass
 class RunState:
@@ -28,6 +30,9 @@ class RunState:
     seconds: float = 0.0  # of training and evaluation
     step_seconds: float = 0.0  # of training steps only
     replayed_steps: int = 0  # from a CUDA graph
+    loss_scale: float = 0.0  # of fp16; 0 before the first step, and in other precisions
+    steps_at_scale: int = 0  # updates since the scale changed
+    skipped_updates: int = 0  # because a gradient was not finite
 
     def update_plateau(self, error: float, patience: int) -> None:
         """Counts an evaluation for the schedule "plateau" (2015 §3.4)."""
@@ -37,6 +42,19 @@ class RunState:
         self.bad_evaluations += 1
         if self.bad_evaluations >= patience:
             self.lr_drops, self.bad_evaluations = self.lr_drops + 1, 0
+
+    def update_loss_scale(self, finite: bool) -> None:
+        """Halves the scale after gradients that are not finite, doubles it after GROWTH_STEPS that are (torch's GradScaler)."""
+        if not finite:
+            self.loss_scale, self.steps_at_scale, self.skipped_updates = (
+                self.loss_scale / 2,
+                0,
+                self.skipped_updates + 1,
+            )
+            return
+        self.steps_at_scale += 1
+        if self.steps_at_scale == GROWTH_STEPS:
+            self.loss_scale, self.steps_at_scale = self.loss_scale * 2, 0
 
     def is_best(self, error: float) -> bool:
         """Counts an evaluation, and returns whether its held-out error is the lowest so far."""

@@ -108,7 +108,7 @@ class Replica:
         self._generator = torch.Generator()
         self._watched = None if exchange is None else exchange.watch(self._parameters)
 
-    def gradients(self, micro_batch: Any, seed: int, number: int) -> list[Tensor]:
+    def gradients(self, micro_batch: Any, seed: int, number: int, scale: Tensor | None) -> list[Tensor]:
         """Loss, error, the gradient of every parameter that has one, and the BN averages that the micro-batch leads to.
 
         Where gradients are exchanged with other processes, those of micro-batch `number` go there.
@@ -119,7 +119,7 @@ class Replica:
             with self.task.device_config.autocast():
                 loss, error = self.task.loss(micro_batch)
             with contextlib.nullcontext() if self._watched is None else self._watched.collecting(number):
-                loss.backward()  # type: ignore[no-untyped-call]
+                (loss if scale is None else loss * scale).backward()  # type: ignore[no-untyped-call]
         gradients = [p.grad for p in self._parameters if p.grad is not None]
         for p in self._parameters:
             p.grad = None
@@ -147,7 +147,8 @@ class SideBySideGradients:
     def __call__(self, train_state: TrainState, micro_batches: Sequence[Any]) -> list[Tensor]:
         task, statistics = train_state.task, train_state.statistics
         mean, first = TreeMean(task.device_config.world), task.device_config.world.rank * len(micro_batches)
-        jobs = [(part, train_state.network_seed(first + i), i) for i, part in enumerate(micro_batches)]
+        scale = train_state.loss_scale
+        jobs = [(part, train_state.network_seed(first + i), i, scale) for i, part in enumerate(micro_batches)]
         if self._exchange is not None:
             self._exchange.start(len(micro_batches))
         try:
@@ -162,7 +163,7 @@ class SideBySideGradients:
         train_state.optimizer.set_grads(results[2:])
         return results
 
-    def _carry(self, job: tuple[Any, int, int]) -> list[Tensor]:
+    def _carry(self, job: tuple[Any, int, int, Tensor | None]) -> list[Tensor]:
         replica = self._replicas.get()
         try:
             return replica.gradients(*job)

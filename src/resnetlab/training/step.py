@@ -6,10 +6,15 @@ import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
+from resnetlab.errors import DivergedError
 from resnetlab.training.checkpoint import TrainState
 from resnetlab.training.micro_batches import TreeMean
+from resnetlab.training.run_state import INITIAL_SCALE, RunState
+
+SMALLEST_SCALE = 2.0**-10  # of fp16's loss; below it the run has diverged
 
 
 class StepOutput(NamedTuple):
@@ -17,7 +22,7 @@ class StepOutput(NamedTuple):
 
     loss: Tensor
     error: Tensor  # the share of images whose highest score is another class
-    grad_norm: Tensor  # norm of the gradient before clipping
+    grad_norm: Tensor  # norm of the gradient before clipping; 0 where fp16 overflowed and the update was left out
 
 
 # (state, this process's micro-batches) -> loss and error; leaves the gradients in the parameters
@@ -45,8 +50,9 @@ def compute_gradients(
         seed(first + number)
         with task.device_config.autocast():
             loss, error = task.loss(micro_batch)
+        scaled = loss if train_state.loss_scale is None else loss * train_state.loss_scale
         with contextlib.nullcontext() if exchange is None else exchange.own.collecting(number):
-            loss.backward()  # type: ignore[no-untyped-call]
+            scaled.backward()  # type: ignore[no-untyped-call]
         results = [loss.detach(), error, *optimizer.grads()]  # no gradients where they are exchanged
         if shared:
             mean.add(results + statistics.rewind())
@@ -69,9 +75,34 @@ def train_step(
         micro_batches: this process's share of the step.
         gradients: `compute_gradients`, or a bit-identical replacement.
     """
+    optimizer, state, scale = train_state.optimizer, train_state.state, train_state.loss_scale
+    if scale is not None:
+        state.loss_scale = state.loss_scale or INITIAL_SCALE
+        scale.fill_(state.loss_scale)
     loss, error, *_ = gradients(train_state, micro_batches)
-    norm = train_state.optimizer.clip_grad_norm(train_state.recipe.clip_norm)
-    train_state.optimizer.step(lr)
-    train_state.state.step += 1
-    train_state.average.update(train_state.state.step)
+    if scale is not None:
+        torch._foreach_mul_(optimizer.grads(), 1 / state.loss_scale)
+    norm = optimizer.clip_grad_norm(train_state.recipe.clip_norm)
+    if scale is not None and not _keep_update(state, norm):
+        optimizer.zero_grad()
+        norm = torch.zeros_like(norm)
+    else:
+        optimizer.step(lr)
+    state.step += 1
+    train_state.average.update(state.step)
     return StepOutput(loss, error, norm)
+
+
+def _keep_update(state: RunState, norm: Tensor) -> bool:
+    """Whether the gradients of an fp16 step are finite, which adapts the scale; as GradScaler's, waits for the device.
+
+    Raises DivergedError where no scale is small enough.
+    """
+    finite = bool(norm.isfinite())
+    state.update_loss_scale(finite)
+    if state.loss_scale < SMALLEST_SCALE:
+        raise DivergedError(
+            f"the gradients overflow in fp16 at step {state.step:,}, whatever the loss's scale; try --set precision=fp32, or a "
+            "smaller learning rate."
+        )
+    return finite

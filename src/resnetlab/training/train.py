@@ -296,7 +296,7 @@ def build_task(
         raise unknown_name_error("optimizer", recipe.optimizer, OPTIMIZERS)
     device, world = options.device or "auto", world or World()
     threads = -(-recipe.threads // local_process_count())  # rounded up
-    device_config = replace(select_device(recipe.precision, device, threads), world=world)
+    device_config = replace(select_device(recipe.precision, device, threads, training=True), world=world)
     count = TASKS[recipe.task].count_micro_batches(recipe, world)  # raises before anything takes time
     torch.set_num_threads(recipe.op_threads or max(1, device_config.threads // count))
     if world.size > 1 and device_config.device.index is not None:
