@@ -84,6 +84,19 @@ def test_a_recording_has_the_scale_of_the_step() -> None:
         assert torch.equal(ended[0].tensors()[name], tensor), name
 
 
+@pytest.mark.parametrize(("error", "used"), [(1e-5, True), (0.1, False)])
+def test_with_exact_false_a_recording_may_differ_in_its_last_bits(error: float, used: bool) -> None:
+    def nearly(compute: Compute) -> Compute:
+        replay = anew(compute)
+        return lambda: [x * (1 + error) for x in replay()]
+
+    for exact in (True, False):
+        messages: list[str] = []
+        here = make_train_state(tiny(exact=exact))
+        train_step(here, here.task.micro_batches(0), 0.1, GraphGradients(messages.append, nearly))
+        assert ("replayed from one recording" in messages[0]) is (used and not exact)
+
+
 def test_what_differs_when_replayed_is_not() -> None:
     """A network that draws in every micro-batch: a recording has the seed of the first one only."""
     messages: list[str] = []

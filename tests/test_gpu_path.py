@@ -22,7 +22,7 @@ from resnetlab.data.disk_split import DiskSplit, ReadOptions
 from resnetlab.data.error_policy import ErrorPolicy
 from resnetlab.data.prefetch import LoadedBatch, Prefetcher
 from resnetlab.data.sources import load_dataset
-from resnetlab.device import DeviceConfig, is_usable
+from resnetlab.device import DeviceConfig, is_usable, standard_torch_state
 from resnetlab.errors import DataError, RunError, UsageError
 from resnetlab.evaluation import scores
 from resnetlab.models.resnet import build
@@ -33,8 +33,10 @@ from resnetlab.studies.workers import worker_devices
 from resnetlab.training import recorder
 from resnetlab.training.annotated_recipes import AnnotatedRecipe, boxes, masks
 from resnetlab.training.checkpoint import TrainState, restore_checkpoint
+from resnetlab.training.machine import describe_machine
 from resnetlab.training.micro_batches import BatchNormStatistics
 from resnetlab.training.recipe import BaseRecipe, Recipe
+from resnetlab.training.recipes import describe_changes
 from resnetlab.training.recorder import Recorder, RunContext
 from resnetlab.training.step import StepOutput, train_step
 from resnetlab.training.step_trace import trace_steps
@@ -334,6 +336,32 @@ def test_a_step_on_a_gpu_waits_for_nothing(kind: str, tmp_path: Path, monkeypatc
         copies = {wait for wait in gpu.waits if " in torchvision." not in wait}
         where = {"detect": "detection.predict_image_boxes", "segment": "segmentation.segment_image"}
         assert copies == {f"copy to the CPU in resnetlab.evaluation.{where.get(kind, 'scores._compute_logits')}"}
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_exact_false_takes_the_fastest_kernels_of_a_gpu_and_says_so(
+    optimizer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained, messages = {}, []
+    with simulated_gpu(monkeypatch), standard_torch_state():
+        for exact in (True, False):
+            options = RunOptions(device=str(GPU), report=messages.append)
+            here = TrainState.create(build_task(tiny(optimizer=optimizer, exact=exact, lr=0.01, steps=3), options))
+            cudnn = torch.backends.cudnn
+            assert (cudnn.deterministic, cudnn.benchmark) == (exact, not exact)
+            with Operations() as operations:
+                for step in range(3):
+                    train_step(here, here.task.micro_batches(step), 0.01)
+            trained[exact] = here.task.net.conv1.weight.cpu()  # type: ignore[union-attr]
+            fused = {name.split(".")[1] for name in operations.names if "_fused" in name}
+            assert fused == (set() if exact else {f"_fused_{optimizer}_"})
+            assert describe_machine(here.task)["exact_resume"] is exact
+    torch.testing.assert_close(trained[True], trained[False], rtol=1e-4, atol=1e-6)
+    said = [message for message in messages if "may differ in its last bits" in message]
+    assert len(said) == 1 and said[0].startswith("exact=false takes the GPU's fastest kernels")
+    recipe = tiny(exact=False)
+    assert "exact = False (not True)" in describe_changes(recipe, "fp32") and recipe.to_json()["exact"] is False
+    assert "exact" not in tiny().to_json()  # as before it existed
 
 
 def test_the_simulated_gpu_finds_waits_and_wrong_devices(monkeypatch: pytest.MonkeyPatch) -> None:

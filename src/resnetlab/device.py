@@ -134,7 +134,7 @@ def map_in_order(pool: Executor, ahead: int, function: Callable[[A], B], items: 
 
 
 def select_device(
-    precision: str = "auto", device: str = "auto", threads: int = 0, *, training: bool = False
+    precision: str = "auto", device: str = "auto", threads: int = 0, *, training: bool = False, exact: bool = True
 ) -> DeviceConfig:
     """Selects device and precision; "auto" takes a GPU (CUDA, then MPS) if there is one, and bf16 if the hardware computes it.
 
@@ -142,6 +142,7 @@ def select_device(
 
     Args:
         training: choose among TRAINING_PRECISIONS: fp16 needs a scaled loss.
+        exact: take only deterministic kernels of a GPU; False takes the fastest ones, found by cuDNN's benchmark.
 
     Raises UsageError for an unknown precision or a missing device.
     """
@@ -168,6 +169,7 @@ def select_device(
     automatic = automatic if automatic in known else "fp32"
     if selected.type == "cuda":
         _set_reproducible_flags(tf32=precision == "tf32")
+        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = exact, not exact
     if precision != "auto":
         return DeviceConfig(selected, precision, threads, "as asked")
     return DeviceConfig(

@@ -13,8 +13,11 @@ from resnetlab.training.tasks.base import Task
 def describe_machine(task: Task) -> dict[str, object]:
     """Versions and hardware of this machine."""
     device, processes = task.device_config.device, task.device_config.world.size
-    exact = device.type == "cpu" or not task.nondeterministic_on_gpu
-    return environment(device) | {"device": device.type, "processes": processes, "exact_resume": exact}
+    return environment(device) | {
+        "device": device.type,
+        "processes": processes,
+        "exact_resume": not task.reason_against_exact,
+    }
 
 
 def describe_differences(before: Mapping[str, Any], now: Mapping[str, Any], recipe: BaseRecipe) -> list[str]:

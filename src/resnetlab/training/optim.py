@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
+from resnetlab.device import to_device
 from resnetlab.training.recipe import BaseRecipe
 
 HEAD_PREFIX = "fc."  # of the parameters that `backbone_lr_scale` does not apply to
@@ -94,6 +95,11 @@ class Optimizer(ABC):
     def _update(self, names: list[str], decay: float, lr: float) -> None:
         """Updates the parameters of these names."""
 
+    @property
+    def _fused(self) -> bool:
+        """Whether one kernel makes the whole update, on a GPU with exact=false, not one for each operation on a list."""
+        return not self._recipe.exact and all(p.device.type == "cuda" for p in self.parameters.values())
+
     def _tensors(self, names: list[str]) -> tuple[list[Tensor], list[Tensor]]:
         """The parameters of these names, and their gradients."""
         parameters = [self.parameters[name] for name in names]
@@ -116,7 +122,8 @@ class SGD(Optimizer):
             self._tensors(names)[0],
             gradients,
             [*self._buffers("momentum", names)],
-            foreach=True,
+            foreach=not self._fused,
+            fused=self._fused,
             weight_decay=decay,
             momentum=self._recipe.momentum,
             lr=lr,
@@ -139,14 +146,20 @@ class AdamW(Optimizer):
         super().step(lr)
         self.state["steps"] += 1
 
+    def _copy_steps(self, names: list[str]) -> list[Tensor]:
+        """The number of completed steps for each parameter; the fused kernel reads it on the device."""
+        device = self.parameters[names[0]].device if names and self._fused else torch.device("cpu")
+        return list(to_device(self.state["steps"].repeat(len(names)), device).unbind())
+
     def _update(self, names: list[str], decay: float, lr: float) -> None:
         adamw(
             *self._tensors(names),
             self._buffers("exp_avg", names),
             self._buffers("exp_avg_sq", names),
             [],
-            [self.state["steps"].clone() for _ in names],  # which it increments
-            foreach=True,
+            self._copy_steps(names),  # which it increments
+            foreach=not self._fused,
+            fused=self._fused,
             amsgrad=False,
             beta1=self._recipe.beta1,
             beta2=self._recipe.beta2,

@@ -63,6 +63,7 @@ EVAL_RATIO = 8 / 7  # of eval_resize to image_size where a recipe has neither: 2
 # values that version 0.2 adds: left out of files and hashes where they change nothing, so older runs resume
 _ADDED = frozenset(
     (
+        "exact",
         "keep_images",
         "groups",
         "fold",
@@ -126,6 +127,9 @@ class BaseRecipe:
     threads: int = 0  # CPU threads of all processes; 0: one per core. A run may be resumed with another number
     op_threads: int = (
         0  # threads inside each operation, which decide the last bits; 0: those that micro-batches leave over
+    )
+    exact: bool = (
+        True  # on a GPU only kernels that add in a fixed order; False: the fastest, so runs repeat approximately
     )
     fused_bn: bool = False  # on a CPU: BN, the addition and ReLU in one function that is compiled for the processor
     grad_reduce: str = "tree"  # sum over processes: bit-identical for any number, or "all_reduce", the library's own

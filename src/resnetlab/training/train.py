@@ -296,7 +296,8 @@ def build_task(
         raise unknown_name_error("optimizer", recipe.optimizer, OPTIMIZERS)
     device, world = options.device or "auto", world or World()
     threads = -(-recipe.threads // local_process_count())  # rounded up
-    device_config = replace(select_device(recipe.precision, device, threads, training=True), world=world)
+    selected = select_device(recipe.precision, device, threads, training=True, exact=recipe.exact)
+    device_config = replace(selected, world=world)
     count = TASKS[recipe.task].count_micro_batches(recipe, world)  # raises before anything takes time
     torch.set_num_threads(recipe.op_threads or max(1, device_config.threads // count))
     if world.size > 1 and device_config.device.index is not None:
@@ -325,11 +326,8 @@ def build_task(
     options.report(f"device: {task.device_config}")
     if sentence := describe_sum_order(task.recipe, task.num_micro_batches, world):
         options.report(sentence)
-    if device_config.device.type == "cuda" and task.nondeterministic_on_gpu:
-        options.report(
-            f"on a GPU {task.nondeterministic_on_gpu} add in no fixed order, so another run, or a resumed one, may differ in "
-            "its last bits"
-        )
+    if reason := task.reason_against_exact:
+        options.report(f"{reason}, so another run, or a resumed one, may differ in its last bits")
     if device_config.device.type == "cpu" and threads > (cores := count_cores()):
         options.report(f"{threads} threads share {cores} core{'s' * (cores > 1)}: threads={cores} is faster")
     if changes := recipes.describe_changes(task.recipe, default_precision(device_config.device)):

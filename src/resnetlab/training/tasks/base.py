@@ -106,6 +106,16 @@ class Task(ABC):
         return self.count_micro_batches(self.recipe, self.device_config.world)
 
     @property
+    def reason_against_exact(self) -> str:
+        """Why a run on this device does not repeat bit-identically; empty if it does."""
+        if self.device_config.device.type == "cpu":
+            return ""
+        if not self.recipe.exact:
+            return "exact=false takes the GPU's fastest kernels, some of which add in no fixed order"
+        what = self.nondeterministic_on_gpu
+        return f"on a GPU {what} add in no fixed order" if what else ""
+
+    @property
     def busy_threads(self) -> float:
         """How many threads of a CPU a step keeps busy: three micro-batches on two threads keep 1.5 busy."""
         rounds = -(-self.num_micro_batches // self.device_config.side_by_side)
