@@ -1,0 +1,118 @@
+#!/usr/bin/env python3
+"""What only a GPU can show of the training step, one check after the other (`on_a_gpu` runs them).
+
+    python benchmarks/gpu_checks.py [graph] [order] [waits] [--device cuda] [--steps 50]
+
+* graph: steps in bf16 with mixing and stochastic depth, replayed from a CUDA graph and launched one by one: equal bits?
+* order: torch's own warnings of operations that add in no fixed order, in a step of each task.
+* waits: torch's own warnings of waits of the host for the GPU, in steps on images in memory and on disk.
+
+The same is tested with a simulated GPU in tests/test_gpu_path.py. On a CPU this only shows that the script works.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from resnetlab.training.annotated_recipes import boxes, masks
+from resnetlab.training.checkpoint import TrainState
+from resnetlab.training.gradients import select_gradients
+from resnetlab.training.recipes import photos, quick
+from resnetlab.training.step import compute_gradients, train_step
+from resnetlab.training.train import RunOptions, build_task
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from cells import make_voc_folder
+
+
+def start(recipe: Any, device: str) -> TrainState:
+    """The state of a run before its first step."""
+    return TrainState.create(build_task(recipe, RunOptions(device=device)))
+
+
+@contextmanager
+def count_warnings(found: Counter[str]) -> Iterator[None]:
+    """Counts the first sentence of every warning."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    found.update(str(warning.message).split(". ")[0][:160] for warning in caught)
+
+
+def check_graph(device: str, steps: int) -> None:
+    recipe = replace(quick(), mixup=0.2, cutmix=1.0, stochastic_depth=0.2)
+    said: list[str] = []
+    replayed, launched = (start(recipe, device) for _ in range(2))
+    for train_state, gradients in ((replayed, select_gradients(replayed, said.append)), (launched, compute_gradients)):
+        for step in range(steps):
+            train_step(train_state, train_state.task.micro_batches(step), 0.01, gradients)
+    others = launched.tensors()
+    different = [name for name, tensor in replayed.tensors().items() if not torch.equal(tensor, others[name])]
+    print(
+        f"{replayed.task.device_config}; {'; '.join(said)}; {replayed.state.replayed_steps} of {steps} steps replayed"
+    )
+    print(f"{len(different)} of {len(others)} tensors differ {different[:3]}")
+
+
+def check_order(device: str, _: int) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        data = {"data": str(make_voc_folder(Path(folder, "voc"))), "bn": "live", "start_from": "", "net": "resnet18"}
+        for recipe in (quick(), replace(boxes(), batch=2, **data), replace(masks(), batch=2, **data)):
+            train_state, found = start(recipe, device), Counter[str]()
+            torch.use_deterministic_algorithms(True, warn_only=True)
+            with count_warnings(found):
+                train_step(train_state, train_state.task.micro_batches(0), 0.01)
+            torch.use_deterministic_algorithms(False)
+            train_state.task.close()
+            print(f"{recipe.task}: {dict(found) or 'nothing'}")
+
+
+def check_waits(device: str, steps: int) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        for i in range(64):
+            path = Path(folder, "photos", "train", "ab"[i % 2], f"{i}.jpg")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.random.default_rng(i).integers(256, size=(256, 320, 3), dtype=np.uint8)).save(path)
+        disk = replace(
+            photos(), data=str(Path(folder, "photos")), batch=16, val_images=8, net="resnet18", keep_images=0
+        )
+        for name, recipe in (("memory", quick()), ("disk", disk)):
+            train_state, found = start(recipe, device), Counter[str]()
+            gradients = select_gradients(train_state, print)
+            for step in range(3):
+                train_step(train_state, train_state.task.micro_batches(step), 0.01, gradients)
+            if device.startswith("cuda"):
+                torch.cuda.set_sync_debug_mode("warn")
+            with count_warnings(found):
+                for step in range(3, 3 + steps):
+                    train_step(train_state, train_state.task.micro_batches(step), 0.01, gradients)
+            if device.startswith("cuda"):
+                torch.cuda.set_sync_debug_mode("default")
+            train_state.task.close()
+            print(f"{name}, {steps} steps: {dict(found) or 'no wait'}")
+
+
+CHECKS = {"graph": check_graph, "order": check_order, "waits": check_waits}
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checks", nargs="*", choices=[*CHECKS, []], default=list(CHECKS))
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--steps", type=int, default=50)
+    options = parser.parse_args()
+    for name in options.checks:
+        print(f"{name}:")
+        CHECKS[name](options.device, options.steps)
