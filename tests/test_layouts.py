@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,23 @@ def test_what_is_left_out_is_said(tmp_path: Path) -> None:
     (tmp_path / "yolo" / "labels" / "train" / "p1.txt").unlink()
     with pytest.warns(UserWarning, match="1 of 9 images have no label file and count as background"):
         assert len(box_dataset.load_boxes(tmp_path / "yolo").train[1].boxes) == 0
+
+
+def test_what_is_of_no_split_is_said(tmp_path: Path) -> None:
+    layouts.ultralytics(tmp_path / "yolo")
+    shutil.copytree(tmp_path / "yolo" / "images" / "val", tmp_path / "yolo" / "images" / "holdback")
+    with pytest.warns(
+        UserWarning, match=r"3 images outside the splits of data\.yaml are left out, such as images/holdback/p6"
+    ):
+        assert len(box_dataset.load_boxes(tmp_path / "yolo").test) == 3
+    cells.make_voc_folder(tmp_path / "voc", train=4, val=2)
+    lists = tmp_path / "voc" / "ImageSets" / "Main"
+    (lists / "round_train.txt").write_text("p0  1\n")  # VOC's own, of a class
+    (lists / "val.txt").rename(lists / "Validation.txt")
+    (lists / "holdback.txt").write_text("p1.png\n")
+    with pytest.warns(UserWarning, match=r"Main: holdback\.txt named after no split") as said:
+        data = box_dataset.load_boxes(tmp_path / "voc")
+    assert (len(data.train), len(data.test), data.evaluated_split, len(said)) == (4, 2, "val", 1)
 
 
 YOLO_FAULTS = {

@@ -105,7 +105,10 @@ def test_training_segments_dark_discs_and_bright_squares(trained: Path, capsys: 
     assert printed["mean_iou"] > 0.6 and all(c["iou"] > 0.4 for c in printed["per_class"])
     model = str(trained / "run" / "model.safetensors")
     assert resnetlab_(["segment", "evaluate", model, "--data", str(trained / "voc"), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["mean_iou"] == printed["mean_iou"]
+    evaluated, said = capsys.readouterr()
+    assert json.loads(evaluated)["mean_iou"] == printed["mean_iou"]
+    assert "voc: Pascal VOC masks, 2 splits, 16 images, 3 classes" in said
+    assert json.loads(evaluated)["layout"] == "Pascal VOC masks, 2 splits, 16 images, 3 classes"
     assert "mean IoU" in (trained / "run" / "report.html").read_text()
 
 

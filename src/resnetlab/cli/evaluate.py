@@ -259,6 +259,7 @@ def _evaluate_annotated(predictor: Detector | Segmenter, data: Path, split: str,
     """Evaluates a detector or segmenter, and prints its metrics."""
     with console.ProgressBar("images") as bar:
         figures = predictor.evaluate(data, split=split, on_bad=on_bad, on_progress=bar.update)
+    console.log(f"{figures['data']}: {figures['layout']}")
     if skipped := figures.get("skipped"):
         console.log(f"{len(skipped):,} annotations or images were skipped and are not counted: {', '.join(skipped)}")
     if json:

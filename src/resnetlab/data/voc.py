@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+import warnings
 from collections import Counter
 from collections.abc import Container, Iterable
 from pathlib import Path
@@ -23,6 +24,7 @@ from resnetlab.data.error_policy import ErrorPolicy
 from resnetlab.data.file_lookup import LABEL_AT_END, NameIndex, find_entry, find_split, list_subfolders
 from resnetlab.data.text_files import read_bytes, read_lines
 from resnetlab.errors import DataError
+from resnetlab.formatting import format_list
 
 TRUE = ("1", "true", "yes")
 
@@ -89,10 +91,11 @@ def read_voc_splits(folder: Path, stems: Iterable[str]) -> dict[str, list[str]]:
         stems: known names. A line may be one, a file name, a path or two (image and mask), or have VOC's " -1" behind it; a
             line that is none of them is given without a label.
 
-    Raises DataError if a list names an image twice, or train shares an image with val or test.
+    Raises DataError if a list names an image twice, or train shares an image with val or test. Warns of other lists of images
+    than those of a split or of a class in a split (cat_train.txt).
     """
     splits: dict[str, list[str]] = {}
-    index = NameIndex(stems)
+    index, unread = NameIndex(stems), list[str]()
     for file in sorted(folder.glob("*.txt")) if folder.is_dir() else ():
         if split := find_split(file.stem):
             if split in splits:
@@ -101,6 +104,14 @@ def read_voc_splits(folder: Path, stems: Iterable[str]) -> dict[str, list[str]]:
             if len(set(splits[split])) < len(splits[split]):
                 twice = min(name for name, n in Counter(splits[split]).items() if n > 1)
                 raise DataError(f"{file} names {twice} twice; remove one line.")
+        elif not find_split(file.stem.rpartition("_")[2]) and any(map(index.find_list_entry, read_lines(file)[:1])):
+            unread.append(file.name)
+    if unread:
+        warnings.warn(
+            f"{folder}: {format_list(unread)} named after no split (train, val, test, …), and left out.",
+            UserWarning,
+            stacklevel=2,
+        )
     if "train" in splits:
         splits.pop("trainval", None)
     for split in ("val", "test"):

@@ -49,7 +49,10 @@ def read_yolo(root: Path, errors: ErrorPolicy, masks: bool) -> Annotations:
     finder = ImageFinder(root)
     texts = NameIndex(path.relative_to(root).as_posix() for path in root.rglob("*") if path.suffix.lower() == ".txt")
     splits, without, missing = {}, 0, 0
-    for split, images in _list_split_images(root, finder, config).items():
+    listed = _list_split_images(root, finder, config)
+    used = {name for images in listed.values() for name in images}
+    unused = [path for path in finder.paths if path not in used and "labels" not in path.split("/")[:-1]]
+    for split, images in listed.items():
         records = []
         for name in images:
             expected = _label_file(name)
@@ -61,8 +64,13 @@ def read_yolo(root: Path, errors: ErrorPolicy, masks: bool) -> Annotations:
         splits[split] = records
     if without == missing:
         raise DataError(f"{root}: none of its {missing:,} images has a label file labels/….txt; check where they are.")
-    note = f"{without:,} of {missing:,} images have no label file and count as background"
-    return Annotations("YOLO", config.names, dict(splits), (note,) if without else ())
+    notes = []
+    if without:
+        notes.append(f"{without:,} of {missing:,} images have no label file and count as background")
+    if unused:
+        where = f"the splits of {config.file.name}" if config.splits and config.file else "the folders of the splits"
+        notes.append(f"{len(unused):,} images outside {where} are left out, such as {unused[0]}")
+    return Annotations("YOLO", config.names, dict(splits), tuple(notes))
 
 
 def read_yolo_config(root: Path) -> YoloConfig:

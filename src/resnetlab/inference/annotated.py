@@ -176,7 +176,7 @@ class Detector(AnnotatedPredictor):
             "context": cast(DetectorSpec, self.model.head_spec).context,
         }
         metrics = compute_detection_metrics(truth, detections, self.model.classes)
-        return name, additions | metrics.to_json(), dataset.errors.skipped
+        return name, {"layout": dataset.layout} | additions | metrics.to_json(), dataset.errors.skipped
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -214,7 +214,7 @@ class Segmenter(AnnotatedPredictor):
         metrics = compute_segmentation_metrics(
             self.segment, images, classes, dataset.errors, self.device_config, on_progress
         )
-        return name, metrics.to_json(), dataset.errors.skipped
+        return name, {"layout": dataset.layout} | metrics.to_json(), dataset.errors.skipped
 
 
 PREDICTORS: dict[str, type[Detector | Segmenter]] = {"detect": Detector, "segment": Segmenter}
