@@ -1,4 +1,4 @@
-"""`resnetlab embed` and `resnetlab data audit`: what a model's features tell about images."""
+"""`resnetlab embed`, `neighbours` and `data audit`: what a model's features tell about images."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from resnetlab.cli import console
 from resnetlab.formatting import format_percent
 
 MAX_PRINTED = 50  # likely errors; --json lists all
+MAX_SHOWN = 500  # likely errors on a page
 
 
 def embed(
@@ -56,12 +57,98 @@ def embed(
     print(f"{n:,} images in {out}")
 
 
+def neighbours(
+    model: str,
+    data: str,
+    /,
+    *images: str,
+    top: int = 8,
+    out: Path | None = None,
+    data_dir: Path = Path("data"),
+    precision: str = "auto",
+    device: str = "auto",
+    json: Annotated[bool, Parameter(negative="")] = False,
+) -> None:
+    """Find the images of a data set that are most similar to given ones, by exact search over feature vectors.
+
+    Example: `resnetlab neighbours runs/photos/model.safetensors photos one.jpg --out neighbours.html`
+
+    Parameters
+    ----------
+    model
+        A model file, or a published name such as torchvision:resnet50.IMAGENET1K_V2.
+    data
+        The images that are searched: a data set, or a folder of images.
+    images
+        The images to find similar ones of: files, folders, patterns or addresses.
+    top
+        How many to find of each.
+    out
+        Write a page that shows them, .html.
+    data_dir
+        Folder of the archives.
+    precision
+        fp32, bf16, or auto: bf16 where the hardware computes it.
+    device
+        cpu, cuda, cuda:1, … ; auto takes a GPU where there is one.
+    json
+        Print the result as one JSON document.
+    """
+    from resnetlab.errors import UsageError
+    from resnetlab.inference.embed import embed_data
+    from resnetlab.inference.images import expand_images
+    from resnetlab.inference.neighbours import FeatureIndex, ShownImage, render_images
+    from resnetlab.inference.predict import load
+    from resnetlab.run_folder import check_output_file, write_atomically
+
+    console.check_order("neighbours", model, [data, *images])
+    if not images:
+        raise UsageError("name the images to find similar ones of: resnetlab neighbours MODEL DATA IMAGE...")
+    if top < 1:
+        raise UsageError(f"--top must be 1 or more, not {top}.")
+    if out is not None:
+        if out.suffix != ".html":
+            raise UsageError(f"--out writes a page, .html, not {out.name}.")
+        check_output_file(out, [model, data, *images])
+    loaded = load(model, precision=precision, device=device)
+    queries = {name: loaded.embed(found) for each in images for name, found in expand_images(each)}
+    index = FeatureIndex.from_rows(embed_data(loaded, data, data_dir))
+    for name, reason in index.unreadable.items():
+        console.log(f"resnetlab: warning: {name} is left out: {reason}")
+    found = dict(zip(queries, index.search(list(queries.values()), top), strict=True))
+    if out is not None:
+        groups = [
+            (
+                query,
+                [
+                    ShownImage(query, ("the image",)),
+                    *(ShownImage(n.image, (n.label, f"{n.similarity:.3f}")) for n in near),
+                ],
+            )
+            for query, near in found.items()
+        ]
+        lead = f"The {top} most similar of {len(index.rows):,} images of {data}, by the cosine of their features."
+        write_atomically(out, render_images("Similar images", lead, groups, data, data_dir))
+        console.log(f"page: {out}")
+    if json:
+        answer = [{"image": query, "neighbours": [n.to_json() for n in near]} for query, near in found.items()]
+        return console.print_json({"n": len(index.rows), "images": answer})
+    rows = [
+        (query if rank == 1 else "", str(rank), n.image, n.label, f"{n.similarity:.3f}")
+        for query, near in found.items()
+        for rank, n in enumerate(near, 1)
+    ]
+    console.print_table("", ("image", "rank", "similar", "class", "similarity"), rows, right=(1, 4))
+    return None
+
+
 def audit(
     data: str,
     /,
     *,
     model: str,
     quarantine: Path | None = None,
+    out: Path | None = None,
     folds: int = 5,
     seed: int = 0,
     data_dir: Path = Path("data"),
@@ -80,6 +167,8 @@ def audit(
         published name such as torchvision:resnet50.IMAGENET1K_V2.
     quarantine
         Write the names of the likely errors into this file, for `resnetlab train DATA --quarantine FILE`.
+    out
+        Write a page that shows the likely errors, .html.
     folds
         Parts of the data; each is predicted by a head that was fitted on the others.
     seed
@@ -91,16 +180,36 @@ def audit(
     """
     from resnetlab.errors import UsageError
     from resnetlab.inference.audit import audit_labels
+    from resnetlab.inference.neighbours import ShownImage, render_images
     from resnetlab.inference.predict import load
+    from resnetlab.run_folder import check_output_file, write_atomically
 
     if folds < 2:
         raise UsageError(f"--folds must be 2 or more, not {folds}.")
+    for file, option in ((quarantine, "--quarantine"), (out, "--out")):
+        if file is not None:
+            check_output_file(file, [model, data], option)
+    if out is not None and out.suffix != ".html":
+        raise UsageError(f"--out writes a page, .html, not {out.name}.")
     found = audit_labels(load(model, precision="auto"), data, data_dir, folds, seed)
     for name, reason in found.unreadable.items():
         console.log(f"resnetlab: warning: {name} is left out: {reason}")
     if quarantine is not None:
         names = [row["image"] for row in found.errors]
         console.write_quarantine(quarantine, names, f"of {found.data} whose labels are likely wrong")
+    if out is not None:
+        pairs = {(row["class"], row["likely"]): list[ShownImage]() for row in found.errors[:MAX_SHOWN]}
+        for row in found.errors[:MAX_SHOWN]:
+            lines = (f"{row['class']} {row['score']:.1%}", f"{row['likely']} {row['likely_score']:.1%}")
+            pairs[row["class"], row["likely"]].append(ShownImage(row["image"], lines))
+        groups = [(f"{given}, likely {likely} ({len(rows):,})", rows) for (given, likely), rows in pairs.items()]
+        what = f"{len(found.errors):,} of {found.n:,} labels of {found.data} are likely wrong"
+        how = (
+            f"by confident learning ({found.folds} folds, out-of-fold error {format_percent(found.out_of_fold_error)})"
+        )
+        lead = f"{what}, {how}; at most {MAX_SHOWN} are shown."
+        write_atomically(out, render_images("Likely label errors", lead, groups, data, data_dir))
+        console.log(f"page: {out}")
     if json:
         return console.print_json(found.to_json())
     print(f"{len(found.errors):,} of {found.n:,} labels of {found.data} are likely wrong")

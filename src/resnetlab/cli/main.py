@@ -37,7 +37,19 @@ app = App(
 )
 app.command(train)
 app.command(train_process, name="_train-process", show=False)
-for command in (evaluate, predict, explain, features.embed, push, strip, serve, inspect, study, plan):
+for command in (
+    evaluate,
+    predict,
+    explain,
+    features.embed,
+    features.neighbours,
+    push,
+    strip,
+    serve,
+    inspect,
+    study,
+    plan,
+):
     app.command(command)
 app.command(weights.import_, name="import")
 app.command(weights.export)

@@ -1,0 +1,115 @@
+"""The most similar images of a data set, by exact search over a model's features; and pages that show images of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from resnetlab.data import sources
+from resnetlab.errors import DataError
+from resnetlab.evaluation.figures import image_uri, pil_image_uri
+from resnetlab.evaluation.page import load_templates
+from resnetlab.inference.embed import EmbeddingRow
+from resnetlab.inference.images import expand_images, read_image
+
+
+class Neighbour(NamedTuple):
+    """An image of the data, and the cosine of the angle between its features and the query's: 1 for the same direction."""
+
+    image: str
+    split: str
+    label: str
+    similarity: float
+
+    def to_json(self) -> dict[str, Any]:
+        """A plain dictionary; keys as in docs/json.md."""
+        about = {"image": self.image, "split": self.split, "class": self.label, "similarity": self.similarity}
+        return {key: value for key, value in about.items() if value != ""}
+
+
+@dataclass(frozen=True, eq=False)
+class FeatureIndex:
+    """The features of a data set's images.
+
+    Attributes:
+        rows: (name, split, class) of each image.
+        features: of length 1, float32 (n, C).
+        unreadable: name -> reason.
+    """
+
+    rows: Sequence[tuple[str, str, str]]
+    features: Tensor
+    unreadable: Mapping[str, str] = field(default_factory=dict)
+
+    @staticmethod
+    def from_rows(rows: Iterable[EmbeddingRow]) -> FeatureIndex:
+        """The index of embedded images. Raises DataError if none can be read."""
+        found, vectors, unreadable = [], [], {}
+        for row in rows:
+            if row.features is None:
+                unreadable[row.image] = row.error
+            else:
+                found.append((row.image, row.split, row.label))
+                vectors.append(row.features)
+        if not vectors:
+            raise DataError("no image can be read; fix them: resnetlab data check.")
+        return FeatureIndex(found, F.normalize(torch.stack(vectors).float(), dim=1), unreadable)
+
+    def search(self, queries: Iterable[Tensor], top: int) -> list[list[Neighbour]]:
+        """The `top` most similar images of each query, (C,), best first; of equal ones the image that comes first."""
+        found = []
+        for query in queries:
+            values, positions = (self.features @ F.normalize(query.float().cpu(), dim=0)).sort(
+                descending=True, stable=True
+            )
+            pairs = zip(values[:top].tolist(), positions[:top].tolist(), strict=True)
+            rows = [(self.rows[i], round(value, 6)) for value, i in pairs]
+            found.append([Neighbour(image, split, label, value) for (image, split, label), value in rows])
+        return found
+
+
+class ShownImage(NamedTuple):
+    """An image on a page: its name in the data (or its path, if it is not of the data), and the lines below it."""
+
+    name: str
+    lines: Sequence[str]
+
+
+def render_images(
+    title: str, lead: str, groups: Sequence[tuple[str, Sequence[ShownImage]]], data: str | Path, data_dir: Path
+) -> str:
+    """A page of images in groups with headings, as HTML that needs no other file; an unreadable image has its name only."""
+    uris = _read_uris({image.name for _, images in groups for image in images}, str(data), data_dir)
+    shown = [(heading, [(uris.get(i.name, ""), i.name, i.lines) for i in images]) for heading, images in groups]
+    page = load_templates().get_template("images.html.j2").render(title=title, lead=lead, groups=shown)
+    return page.encode(errors="replace").decode()  # a file name may not be valid UTF-8
+
+
+def _read_uris(names: set[str], data: str, data_dir: Path) -> dict[str, str]:
+    """name -> the image as a data URI, of the images of a data set, or of a folder without classes, or paths."""
+    uris: dict[str, str] = {}
+    try:
+        source = sources.load_dataset(data, data_dir)
+    except DataError:
+        others = {name: image for name, image in expand_images(data) if name in names}
+    else:
+        others = {}
+        for split in source.splits.values():
+            for i, name in enumerate(split.names):
+                if name in names and name not in uris:
+                    try:
+                        uris[name] = image_uri(split.read_image(i))
+                    except DataError:
+                        uris[name] = ""
+    for name in names - uris.keys():
+        try:
+            uris[name] = pil_image_uri(read_image(others.get(name, name)).convert("RGB"))
+        except DataError:
+            uris[name] = ""
+    return uris
