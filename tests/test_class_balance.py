@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import tomllib
 from collections import Counter
 from dataclasses import replace
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image, ImageChops
 
 import resnetlab
 from images import folder
@@ -20,17 +22,20 @@ from resnetlab.data.augment import Augmentation, rotate_images
 from resnetlab.data.dataset import A_TENTH, GROUP, MemorySplit, assign_folds, count_held_out, take_fold
 from resnetlab.data.sampler import BalancedEpochs, Batch, step_indices
 from resnetlab.errors import DataError, RunError, UsageError
+from resnetlab.evaluation.calibration import choose_none_below
+from resnetlab.evaluation.evaluate import evaluate
 from resnetlab.models.model_file import load_trained_model
 from resnetlab.preprocessing import Preprocessing
 from resnetlab.training.class_balance import describe_imbalance, parse_class_weights
 from resnetlab.training.recipe import Recipe
 from resnetlab.training.recipes import RECIPES, find_classification_recipe, find_recipe
 from resnetlab.training.recorder import RunStopped
+from resnetlab.training.result import ClassificationResult
 from resnetlab.training.tasks.classification import ClassificationTask
 from resnetlab.training.tasks.classification_data import describe_view
 from resnetlab.training.train import RunOptions, build_task, resume, start_run
 from runs import assert_same, figures
-from tiny_runs import TINY_PHOTOS, tiny
+from tiny_runs import TINY, TINY_PHOTOS, tiny
 
 CPU = RunOptions(device="cpu")
 LABELS = torch.tensor([0] * 12 + [1] * 3 + [2] * 9)
@@ -295,3 +300,56 @@ def test_how_many_are_held_out_by_default(tmp_path: Path) -> None:
         )
         task = build_task(replace(recipe, eval_resize=20), CPU)
         assert (task.recipe.to_json()["val_images"], len(task.held_out)) == (count, 9 if root == given else count)
+
+
+def test_none_of_these_is_chosen_on_held_out_images(tmp_path: Path) -> None:
+    scores = torch.eye(20)[:, :2] * 0 + torch.arange(20)[:, None] / 20 * torch.tensor([1.0, 0.5])
+    assert choose_none_below(scores, 0.1) == pytest.approx(2 / 20)  # two of twenty are below
+    result = start_run(tiny(none_share=0.25, val_images=40), tmp_path / "run", CPU)
+    model = load_trained_model(Path(result.model))
+    assert model.calibration["none_share"] == 0.25 and isinstance(result, ClassificationResult)
+    test = evaluate(model, "digits", device="cpu")
+    low = test.metrics.scores.max(1).values < model.none_below
+    wrong = (test.metrics.predicted != test.metrics.labels)[~low]
+    assert test.none_of_these == result.none_of_these is not None
+    assert result.none_of_these["share"] == pytest.approx(float(low.double().mean()))
+    assert result.none_of_these["top1_error"] == pytest.approx(float(wrong.double().mean()))
+    assert 'as 25% of these images have, is "none of these"' in test.calibration[0]
+    assert "predicted as none of the classes" in (tmp_path / "run" / "report.html").read_text()
+    fitted = evaluate(model, "digits", device="cpu", fit_on="100").trained_models[0]
+    assert fitted.calibration["none_share"] == 0.25 and 0 < fitted.none_below != model.none_below
+    for values, sentence in (({"val_images": 0}, "nothing is held out"), ({"val_images": 10}, "hold out 20 or more")):
+        with pytest.raises(UsageError, match=sentence):
+            build_task(tiny(none_share=0.05, **values), CPU)
+
+
+def jitter(image: Image.Image) -> Image.Image:
+    """A transform that draws from all three generators."""
+    shift = random.randint(-1, 1), int(np.random.randint(-1, 2)), int(torch.randint(-1, 2, ()))  # noqa: NPY002
+    return ImageChops.offset(image, shift[0] + shift[2], shift[1])
+
+
+def test_a_transform_of_ones_own_resumes_bit_identically(tmp_path: Path) -> None:
+    values = TINY | {"steps": 8, "eval_every": 3, "device": "cpu", "progress": False, "checkpoint_minutes": 0.0}
+    state = random.getstate(), torch.get_rng_state()
+    whole = resnetlab.train("digits", transform=jitter, out=tmp_path / "a", **values)  # type: ignore[arg-type]
+    assert random.getstate() == state[0] and torch.equal(torch.get_rng_state(), state[1])
+    with pytest.raises(RunStopped):
+        resnetlab.train("digits", transform=jitter, out=tmp_path / "b", on_evaluate=lambda _: True, **values)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match=r"changed by the function .*\.jitter; give it again"):
+        resnetlab.train(resume=tmp_path / "b", progress=False)
+    with pytest.raises(UsageError, match=r"\.jitter, not PIL\.ImageChops\.invert; give it again"):
+        resnetlab.train(resume=tmp_path / "b", transform=ImageChops.invert, progress=False)
+    resnetlab.train(resume=tmp_path / "b", transform=jitter, workers=2, progress=False)
+    assert_same(tmp_path / "a", tmp_path / "b")
+    bare = resnetlab.train("digits", out=tmp_path / "c", **values)  # type: ignore[arg-type]
+    same = resnetlab.train("digits", transform=lambda image: np.array(image)[..., None], out=tmp_path / "d", **values)  # type: ignore[arg-type]
+    weights = [load_trained_model(Path(r.model)).net.state_dict()["fc.weight"] for r in (whole, bare, same)]
+    assert torch.equal(weights[1], weights[2]) and not torch.equal(weights[0], weights[1])
+    assert 'transform = "test_class_balance.jitter"' in (tmp_path / "a" / "recipe.toml").read_text()
+    for wrong, sentence in (
+        (lambda image: image.resize((9, 9)), r"gives one of the same size, .* it gave torch\.uint8 \(9, 9, 1\)"),
+        (lambda image: image.nothing, "failed on an image: AttributeError"),
+    ):
+        with pytest.raises(UsageError, match=sentence):
+            resnetlab.train("digits", transform=wrong, out=tmp_path / f"e{len(sentence)}", **values)  # type: ignore[arg-type]

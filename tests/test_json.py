@@ -42,12 +42,13 @@ def words(text: str) -> set[str]:
 
 @pytest.fixture
 def files(tmp_path: Path) -> list[str]:
-    """Two models that were never trained, the first with a temperature, and an image."""
+    """Two models that were never trained, the first with a temperature and a least score, and an image."""
     paths = []
     for seed in (0, 1):
         net: Any = build("resnet8", classes=10, channels=1, seed=seed)
         prepared = Preprocessing(1, (8, 8), 8, torch.tensor([0.3]), torch.tensor([0.3]))
-        about = {"data": "digits", "split": "train", "n": 5, "protocol": "1crop"} if seed == 0 else {}
+        about: dict[str, Any] = {"data": "digits", "split": "train", "n": 5, "protocol": "1crop"}
+        about = about | {"none_below": 1.0, "none_share": 0.05} if seed == 0 else {}
         path = tmp_path / f"m{seed}.safetensors"
         TrainedModel(net.eval(), tuple("0123456789"), prepared, 1.5 - seed / 2, calibration=about).save(path)
         paths.append(str(path))
@@ -66,7 +67,7 @@ def test_evaluate(files: list[str], capsys: pytest.CaptureFixture[str], tmp_path
     evaluate = ["evaluate", "--data", "digits", "--device", "cpu"]
     one, both = run_json(capsys, *evaluate, files[0]), run_json(capsys, *evaluate, *files[:2])
     assert set(one) == set(table) - {"skipped", "members", "comparisons", "corruptions", "by_column"}
-    assert set(both) == set(table) - {"skipped", "corruptions", "by_column"}
+    assert set(both) == set(table) - {"skipped", "corruptions", "by_column", "none_of_these"}
     assert set(one["protocol_options"][0]) == words(table["protocol_options"]) and set(one["calibration"][0]) == words(
         table["calibration"]
     )

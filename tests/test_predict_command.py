@@ -13,7 +13,9 @@ import resnetlab
 from http_server import FileServer
 from resnetlab.cli.main import run_command
 from resnetlab.data import digits
+from resnetlab.errors import ModelFileError
 from resnetlab.inference.predict import Model
+from resnetlab.serve.models import ServedClassifier
 from tiny_runs import TINY
 
 
@@ -153,3 +155,40 @@ def test_evaluate_keeps_the_page_of_other_data(run: Path, capsys: pytest.Capture
         page = run / "evaluation-digits-train" / "evaluation.html"
     assert json.loads((run / "evaluation.json").read_text())["split"] == "test"
     assert json.loads((page.parent / "evaluation.json").read_text())["split"] == "train"
+
+
+def test_none_of_these_below_the_models_score(
+    run: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = resnetlab.load(run)
+    assert isinstance(model, Model)
+    best = sorted(p.score for p in model.predict(folder))
+    model.calibration = {**model.calibration, "none_below": best[2], "none_share": 0.3}
+    model.save(tmp_path / "m.safetensors")
+    _, out, _ = predict(capsys, tmp_path / "m.safetensors", folder, "--json", "--sort-into", tmp_path / "sorted")
+    found = json.loads(out)["predictions"]
+    none = [p for p in found if "none_of_these" in p]
+    assert len(none) == 2 and all(p["top"][0]["score"] < best[2] for p in none)
+    assert sorted(f.name for f in (tmp_path / "sorted" / "none of these").iterdir()) == sorted(
+        Path(p["image"]).name for p in none
+    )
+    rows = list(csv.DictReader(predict(capsys, tmp_path / "m.safetensors", folder, "--format", "csv")[1].splitlines()))
+    assert [row["image"] for row in rows if row["class"] == "none of these"] == [p["image"] for p in none]
+    assert predict(capsys, tmp_path / "m.safetensors", folder)[1].count("none of these  ") == 2
+    model = resnetlab.load(tmp_path / "m.safetensors")
+    assert isinstance(model, Model) and "none of these" in [p.label for p in model.predict(folder)]
+    served = ServedClassifier(model)
+    pixels = [served.prepare(Image.open(p["image"])) for p in found]
+    assert [
+        served.format(x, s, None, None).get("none_of_these")
+        for x, s in zip(pixels, served.predict(pixels), strict=True)
+    ] == [p.get("none_of_these") for p in found]
+    figures = model.evaluate("digits").to_json()
+    assert figures["none_of_these"]["below"] == best[2] and 0 < figures["none_of_these"]["share"] < 1
+    assert figures["none_of_these"]["top1_error"] < figures["top1_error"]
+    model.keep_classes(["0", "1", "2"])  # whose scores are others
+    assert model.none_below == 0
+    model.calibration = {"none_below": 2}
+    model.save(tmp_path / "bad.safetensors")
+    with pytest.raises(ModelFileError, match="its score for none of the classes is 2"):
+        resnetlab.load(tmp_path / "bad.safetensors")

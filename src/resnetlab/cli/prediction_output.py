@@ -167,7 +167,7 @@ def _table_writer() -> Writer:
         console.print_table("", ("image", "classes and scores"), rows)
 
     def write(p: Prediction) -> None:
-        row = (p.name, p.error or "  ".join(f"{name} {score:.1%}" for name, score in p.top))
+        row = (p.name, p.describe())
         if width:
             console.write_line(f"{row[0]:<{width}}  {row[1]}")
             return

@@ -18,7 +18,11 @@ from resnetlab.data import crops, trivial_augment
 from resnetlab.data.augment import Augmentation
 from resnetlab.data.crops import Crop
 from resnetlab.data.dataset import MemorySplit, Split
+<<<<<<< HEAD
 from resnetlab.data.keyed_permutation import KeyedPermutation, keyed_epoch
+=======
+from resnetlab.data.own_transform import Transform, TransformedReader
+>>>>>>> 9564de0 (Say "none of these" below a chosen score, and take a transform of one's own)
 from resnetlab.data.prefetch import BatchReader, Prefetcher, preprocess_image, stack_images
 from resnetlab.device import DeviceConfig, to_device
 from resnetlab.distributed import World
@@ -194,6 +198,7 @@ class TrainLoader:
 
     Attributes:
         batch_size: images in a step, over all processes of `device_config.world`; `batch` returns the images of this one.
+        transform: a function of the user's own that changes each image.
     """
 
     split: Split
@@ -203,6 +208,7 @@ class TrainLoader:
     seed: int
     device_config: DeviceConfig
     sampling: str = "shuffle"
+    transform: Transform | None = None
 
     def batch(self, step: int) -> Batch:
         """This process's images of step `step`, augmented, normalised and mixed, on the device.
@@ -211,7 +217,7 @@ class TrainLoader:
         """
         sampler = self._sampler
         indices, device = sampler.indices(step), self.device_config.device
-        one_by_one = self.augmentation.trivial_augment or self.augmentation.crop.kind != "centre"
+        one_by_one = self.augmentation.trivial_augment or self.augmentation.crop.kind != "centre" or self.transform
         if self._on_device is not None and not one_by_one:
             chosen, read = to_device(indices, device), torch.arange(len(indices))
             pixels, labels = (x.index_select(0, chosen) for x in self._on_device)
@@ -250,6 +256,8 @@ class TrainLoader:
         streams = [RandomStream("crop", crops.NUM_DRAWS)]
         if self.augmentation.trivial_augment:
             streams.append(RandomStream("trivial", trivial_augment.NUM_DRAWS))
+        if self.transform is not None:
+            streams.append(RandomStream("transform", 1))
         positions = rank_positions(self.batch_size, self.device_config.world)
         balanced = BalancedEpochs.from_labels(self.split.labels) if self.sampling == "balanced" else None
         keyed = self.sampling == "keyed"
@@ -258,7 +266,9 @@ class TrainLoader:
     @cached_property
     def _prefetcher(self) -> Prefetcher[Tensor]:
         split, pin = self.split, self.device_config.device.type == "cuda"
-        read = partial(read_train_image, split, self.preprocessing, self.augmentation.crop)
+        read: Callable[..., Tensor] = partial(read_train_image, split, self.preprocessing, self.augmentation.crop)
+        if self.transform is not None:
+            read = TransformedReader(read, self.transform)
         reader = BatchReader(self._sampler, read, split.name_of, stack_images)
         return Prefetcher(reader, split.errors, split.workers, pin)
 

@@ -12,6 +12,7 @@ from resnetlab.errors import UsageError
 
 BINS = 15
 MIN_IMAGES, FEW_IMAGES = 10, 100  # to fit a temperature on: fewer are refused, or noted
+NONE = "none of these"  # in place of a class, where the best score is too low
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.05, 20.0
 
 
@@ -49,7 +50,22 @@ def describe_calibration(temperature: float, calibration: Mapping[str, Any], pro
     text = f"temperature {temperature:.3f}, fitted on {images} by {about['protocol']}"
     if str(about["split"]).endswith("train"):
         text += ", which the network may have been trained on, so scores may be overconfident"
+    if below := about.get("none_below"):
+        text += f'; a best score below {below:.3f}, as {about["none_share"]:.0%} of these images have, is "{NONE}"'
     return text + (f"; used here for {protocol}, for which it was not fitted" if about["protocol"] != protocol else "")
+
+
+def choose_none_below(scores: Tensor, share: float) -> float:
+    """The score below which a prediction says "none of these": `share` of held-out images have a lower best score.
+
+    So 1 - `share` of images like them get a class, as in Hendrycks and Gimpel (2017), who tell strange images by the best
+    score too.
+
+    Args:
+        scores: calibrated softmax (N, classes) of held-out images.
+    """
+    best = scores.double().max(1).values.sort().values
+    return round(float(best[int(len(best) * share)]), 6)
 
 
 def describe_few_images(n: int) -> list[str]:

@@ -22,7 +22,12 @@ from resnetlab.data.prefetch import PreprocessedSplit
 from resnetlab.device import DeviceConfig, select_device, standard_torch_state
 from resnetlab.distributed import join_process_group, leave_if_imported_again
 from resnetlab.errors import DataError, DivergedError, UsageError, unknown_name_error
-from resnetlab.evaluation.calibration import describe_calibration, describe_few_images, fit_temperature
+from resnetlab.evaluation.calibration import (
+    choose_none_below,
+    describe_calibration,
+    describe_few_images,
+    fit_temperature,
+)
 from resnetlab.evaluation.comparison import Comparison, compare_models
 from resnetlab.evaluation.corruptions import CorruptionErrors
 from resnetlab.evaluation.metrics import ClassificationMetrics, mean_loss
@@ -104,6 +109,8 @@ class Evaluation:
         if self.metrics.skipped:
             figures["skipped"] = dict(self.metrics.skipped)
         figures["published"] = known.to_json() if known else None
+        if self.none_of_these:
+            figures["none_of_these"] = self.none_of_these
         if by_column := self.errors_by_column:
             figures["by_column"] = by_column
         if self.corruptions:
@@ -127,6 +134,12 @@ class Evaluation:
                 rows = zip(names.tolist(), counts.tolist(), (errors / counts).tolist(), strict=True)
                 found[column] = [{"value": value, "n": n, "top1_error": error} for value, n, error in rows]
         return found
+
+    @property
+    def none_of_these(self) -> dict[str, float | None] | None:
+        """What a model's lowest score does here (`metrics.with_none_below`); None if it has none, or for an ensemble."""
+        below = self.trained_models[0].none_below if len(self.models) == 1 else 0.0
+        return self.metrics.with_none_below(below) if below else None
 
     @property
     def calibration(self) -> list[str]:
@@ -325,6 +338,9 @@ def fit_temperatures(
         calibrated.append(copy.copy(model))
         calibrated[-1].temperature = fit_temperature(log_scores, truth)
         calibrated[-1].calibration = about | {"n": len(split) - len(skipped), "protocol": str(ONE_CROP)}
+        if share := model.calibration.get("none_share"):
+            new = (log_scores / calibrated[-1].temperature).softmax(1)
+            calibrated[-1].calibration |= {"none_below": choose_none_below(new, share), "none_share": share}
     return calibrated
 
 

@@ -122,6 +122,12 @@ class ClassificationMetrics:
         """The share of images whose class is not among the k highest scores."""
         return int((self.ranks > k).sum()) / self.n
 
+    def with_none_below(self, score: float) -> dict[str, float | None]:
+        """The `share` of images whose best score is `below` this; the `top1_error` of the others, if any."""
+        sure = self.scores.max(1).values >= score
+        wrong = float((self.ranks[sure] > 1).double().mean()) if bool(sure.any()) else None
+        return {"below": score, "share": 1 - float(sure.double().mean()), "top1_error": wrong}
+
     @property
     def confusion(self) -> Tensor:
         """Counts, int64 (classes, classes): rows are true classes, columns predicted ones."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from resnetlab.device import DeviceConfig, count_cores, eval_mode, select_device, standard_torch_state, to_device
 from resnetlab.errors import DataError, ModelFileError, UsageError, unknown_name_error
+from resnetlab.evaluation.calibration import NONE
 from resnetlab.evaluation.protocols import Protocol, parse_protocol
 from resnetlab.evaluation.scores import Member, score_images
 from resnetlab.formatting import html_table
@@ -41,12 +42,14 @@ VIEWED = 4  # whole images that are in memory for a protocol
 class Prediction:
     """The classes with the highest scores for one image, best first; or why it cannot be read.
 
-    `prediction[0].label` and `prediction.label` are the best class.
+    `prediction[0].label` and `prediction.label` are the best class; `prediction.label` is "none of these" where its score is
+    below the model's `none_below`.
     """
 
     name: str
     top: tuple[ClassScore, ...] = ()  # scores are softmax probabilities
     error: str | None = None
+    is_none: bool = False
 
     def __getitem__(self, rank: int) -> ClassScore:
         return self.top[rank]
@@ -56,8 +59,8 @@ class Prediction:
 
     @property
     def label(self) -> str:
-        """The best class; raises DataError if the image could not be read."""
-        return self._best.label
+        """The best class, or "none of these"; raises DataError if the image could not be read."""
+        return NONE if self.is_none else self._best.label
 
     @property
     def score(self) -> float:
@@ -74,7 +77,8 @@ class Prediction:
         """A JSON dictionary; keys as in docs/json.md."""
         if self.error is not None:
             return {"image": self.name, "error": self.error}
-        return {"image": self.name, "top": [{"class": name, "score": score} for name, score in self.top]}
+        top = [{"class": name, "score": score} for name, score in self.top]
+        return {"image": self.name, "top": top} | ({"none_of_these": True} if self.is_none else {})
 
     to_dict = to_json
 
@@ -82,14 +86,21 @@ class Prediction:
         """Rows of image, rank, class, score and error, "" where there is none."""
         if self.error is not None:
             return [(self.name, "", "", "", self.error)]
-        return [(self.name, rank, each.label, each.score, "") for rank, each in enumerate(self.top, 1)]
+        none: list[tuple[str, int | str, str, float | str, str]] = (
+            [(self.name, 0, NONE, "", "")] if self.is_none else []
+        )
+        return none + [(self.name, rank, each.label, each.score, "") for rank, each in enumerate(self.top, 1)]
+
+    def describe(self) -> str:
+        """The classes and scores, or the error, in one line."""
+        return self.error or "  ".join([NONE] * self.is_none + [str(each) for each in self.top])
 
     def to_pandas(self) -> Any:
         """A pandas DataFrame, a row for each class. Raises UsageError without pandas."""
         return Predictions([self]).to_pandas()
 
     def __repr__(self) -> str:
-        return f"Prediction({self.name}: {self.error or '  '.join(map(str, self.top))})"
+        return f"Prediction({self.name}: {self.describe()})"
 
     def _repr_html_(self) -> str:
         return Predictions([self])._repr_html_()
@@ -112,7 +123,7 @@ class Predictions(list[Prediction]):
 
     def _repr_html_(self) -> str:
         """The first of them as a table for notebooks."""
-        rows = [(each.name, each.error or "  ".join(map(str, each.top))) for each in self[:20]]
+        rows = [(each.name, each.describe()) for each in self[:20]]
         rest = f"<p>and {len(self) - 20:,} more</p>" if len(self) > 20 else ""
         return html_table(("image", "classes and scores"), rows) + rest
 
@@ -195,8 +206,13 @@ class Model(TrainedModel):
         head = nn.Linear(self.net.fc.in_features, len(names), device="meta")
         head.weight, head.bias = nn.Parameter(self.net.fc.weight[rows]), nn.Parameter(self.net.fc.bias[rows])
         self.net.fc, self.net.spec, self.classes = head, replace(self.net.spec, classes=len(names)), names
+<<<<<<< HEAD
         self.reference_images, self._request = None, None
         self.backend = load_network(self, self.device_config)
+=======
+        self.calibration = {k: v for k, v in self.calibration.items() if not k.startswith("none_")}  # of other scores
+        self.reference_images, self.backend = None, load_network(self, self.device_config)
+>>>>>>> 9564de0 (Say "none of these" below a chosen score, and take a transform of one's own)
 
     def _read_images(self, images: Sequence[ImageInput]) -> Tensor | None:
         """The readable images, uint8 (n, h, w, C); None if there is none."""
@@ -264,7 +280,11 @@ class Model(TrainedModel):
                 if isinstance(x, str):
                     yield Prediction(name, error=x)
                 else:
-                    yield Prediction(name, top_classes(self.classes, next(scores), top))
+                    yield self._make_prediction(name, next(scores), top)
+
+    def _make_prediction(self, name: str, scores: Tensor, top: int) -> Prediction:
+        best = top_classes(self.classes, scores, top)
+        return Prediction(name, best, is_none=best[0].score < self.none_below)
 
     def _predict_batches(self, images: Iterable[tuple[str, ImageInput | DataError]], top: int) -> Iterator[Prediction]:
         decoded = self._decode_ahead(images)
@@ -275,7 +295,7 @@ class Model(TrainedModel):
                 if isinstance(x, str):
                     yield Prediction(name, error=x)
                 else:
-                    yield Prediction(name, top_classes(self.classes, next(scores), top))
+                    yield self._make_prediction(name, next(scores), top)
 
     @standard_torch_state()
     def predict_scores(self, pixels: Tensor) -> Tensor:

@@ -39,6 +39,7 @@ class TrainedModel:
         preprocessing: how images become the network's input.
         temperature: divides the logits before the softmax; 1 if it was not fitted.
         calibration: the data on which the temperature was fitted: {"data": …, "split": …, "n": …, "protocol": …}, or empty.
+            With "none_below" and "none_share" predictions say "none of these" below that score.
         recipe: the values of its training.
         metrics: split -> metrics measured on it, such as {"test": {"top1_error": 0.01, "n": 360}}.
         data: name and fingerprint of the training data.
@@ -63,6 +64,11 @@ class TrainedModel:
     def spec(self) -> Specification:
         """The network's specification."""
         return self.net.spec
+
+    @property
+    def none_below(self) -> float:
+        """The score below which a prediction says "none of these"; 0 if it never does."""
+        return float(self.calibration.get("none_below", 0))
 
     def describe(self) -> dict[str, str]:
         """The model in a few words: network, classes, input, and the errors that were measured."""
@@ -141,6 +147,9 @@ class TrainedModel:
         temperature = self.temperature
         if not isinstance(temperature, int | float) or not 1e-6 <= temperature <= 1e6:
             return f"its temperature is {temperature!r}"
+        below = self.calibration.get("none_below", 0)
+        if not isinstance(below, int | float) or not 0 <= below <= 1:
+            return f"its score for none of the classes is {below!r}"
         if bad := [name for name, v in self.net.state_dict().items() if not bool(v.isfinite().all())]:
             return f"some of its weights are not finite, such as {bad[0]}"
         return None

@@ -116,7 +116,8 @@ class ServedClassifier:
 
     def format(self, image: Tensor, result: Tensor, top: int | None, min_score: float | None) -> dict[str, Any]:
         classes = top_classes(self.model.classes, result, top or 5)
-        return {"top": [{"class": name, "score": score} for name, score in classes if score >= (min_score or 0)]}
+        rows = [{"class": name, "score": score} for name, score in classes if score >= (min_score or 0)]
+        return {"top": rows} | ({"none_of_these": True} if classes[0].score < self.model.none_below else {})
 
     def explain(self, image: Tensor, top: int | None, on_progress: Callable[[int, int], None]) -> dict[str, Any]:
         explanation = explain(self.model, image, top=top or 5, progress=on_progress)
@@ -127,6 +128,7 @@ class ServedClassifier:
         return _describe_model("classify", model, model.spec) | {
             "temperature": model.temperature,
             "calibrated": bool(model.calibration),
+            "none_below": model.none_below or None,
             "preprocessing": model.preprocessing.to_json(),
             "backend": model.backend_name,
         }

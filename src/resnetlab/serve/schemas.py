@@ -58,6 +58,7 @@ class ImagePrediction(BaseModel):
 
     image: str = Field(description="The file name in the request.")
     top: list[ClassScore] | None = Field(None, description="Of a classifier.")
+    none_of_these: bool | None = Field(None, description="True where the best score is below the model's least one.")
     width: int | None = Field(None, description="Of the image in pixels; of detectors and segmenters, like height.")
     height: int | None = None
     boxes: list[DetectedBox] | None = Field(None, description="Of a detector, best first.")
@@ -106,6 +107,9 @@ class ModelAnswer(BaseModel):
     parameters: int
     temperature: float | None = None
     calibrated: bool | None = None
+    none_below: float | None = Field(
+        None, description="The least score of a class; a lower best score is none of these."
+    )
     preprocessing: dict[str, Any] | None = Field(None, description="Of a classifier.")
     head: dict[str, Any] | None = Field(None, description="The head of a detector or segmenter.")
     colours: list[str] | None = Field(None, description="Of each class of a detector or segmenter, on the page.")

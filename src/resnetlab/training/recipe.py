@@ -50,6 +50,7 @@ _RANGES: dict[str, tuple[float, float, str]] = {  # smallest and largest value, 
     ),
     **dict.fromkeys(("eval_resize", "bn_batch", "clip_norm", "precise_bn"), (0, sys.float_info.max, "0 or more")),
     "val_images": (A_TENTH, sys.float_info.max, f"0 or more, or {A_TENTH} for a tenth of the training images"),
+    "none_share": (0, 0.5, "from 0 to 0.5"),
     "early_stop": (0, 10**9, "0 or more"),
     "batch": (1, 2**20, "from 1 to 1,048,576"),
     "lr_base_size": (0, 2**20, "from 1 to 1,048,576, or 0 for the batch"),
@@ -78,6 +79,8 @@ _ADDED = frozenset(
         "trust_coefficient",
         "grad_reduce",
         "grad_compression",
+        "none_share",
+        "transform",
     )
 )
 _SPECIFICATION = tuple(f.name for f in fields(Specification) if f.name not in ("channels", "classes"))
@@ -303,6 +306,7 @@ class Recipe(BaseRecipe):
     sampling: str = "shuffle"
     keep: str = "last"  # weights of the last step, or "best": those of the lowest error on the held-out images
     early_stop: int = 0  # evaluations in a row without a new lowest held-out error, after which the run ends; 0 never
+    none_share: float = 0.0  # share of held-out images that predictions may call "none of these"; 0 never says so
     crop: str = "centre"  # augmentation: "centre" (none), "scale" (2015 §3.4), "resized" (random area and shape)
     scale: tuple[int, ...] = (256, 480)  # "scale": lengths of the shorter side, uniform between
     area: float = 0.08  # "resized": smallest share of the image
@@ -312,6 +316,7 @@ class Recipe(BaseRecipe):
     flip: bool = True  # augmentation: mirror half of the images
     flip_vertical: bool = False  # augmentation: turn half of the images upside down
     rotate: float = 0.0  # augmentation: largest angle in degrees, either way; corners get the mean
+    transform: str = ""  # augmentation: the name of a function of one's own, given in Python (data.own_transform)
     trivial_augment: bool = False  # augmentation: one random change of random strength per image
     erasing: float = 0.0  # augmentation: share of images in which a random rectangle is replaced by the mean
     mixup: float = 0.0  # mixes neighbours in a batch and their targets, with shares from Beta(mixup, mixup); 0 for none

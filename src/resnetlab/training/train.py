@@ -15,6 +15,7 @@ from resnetlab.data.dataset import Dataset
 from resnetlab.data.decode import jpeg_decoder
 from resnetlab.data.disk_split import ReadOptions
 from resnetlab.data.objects import dataset_from_object
+from resnetlab.data.own_transform import Transform
 from resnetlab.device import count_cores, default_precision, preserve_process_state, select_device
 from resnetlab.distributed import (
     World,
@@ -78,6 +79,7 @@ class RunOptions:
         on_progress: called at every line of metrics.jsonl.
         dataset: the data of a classifier, or their new place, if its recipe names none that can be loaded.
         on_evaluate: called with the figures of every evaluation of held-out images; if it returns True the run stops.
+        transform: changes training images (data.own_transform).
         profile: how many steps to trace, near the start, into the run's trace.json.
     """
 
@@ -92,6 +94,7 @@ class RunOptions:
     on_progress: Callable[[Progress], None] = _ignore
     on_evaluate: OnEvaluate | None = None
     dataset: Dataset | str | None = None
+    transform: Transform | None = None
 
 
 def train(
@@ -112,6 +115,7 @@ def train(
     progress: Callable[[Progress], None] | bool = True,
     report: Callable[[str], None] | None = None,
     on_evaluate: OnEvaluate | None = None,
+    transform: Transform | None = None,
     **values: Any,
 ) -> ClassificationResult:
     """Trains a network into a new run folder, or resumes a run.
@@ -135,6 +139,9 @@ def train(
         report: called with sentences on what happens, in place of printing them.
         on_evaluate: called after every evaluation of held-out images with its figures, and "step" and "steps". If it returns
             True, the run stops; it is saved and can be resumed.
+        transform: a function of your own that changes training images: it takes a Pillow image of the network's size, after the
+            crop, and gives one of the same size. What it draws from random, NumPy and torch is a function of seed, step and
+            image, so runs resume bit-identically; a state of its own would not be. recipe.toml records its name.
         **values: any other value of the recipe or of the network's specification, such as batch=64 or shortcut="C".
 
     Returns:
@@ -172,6 +179,7 @@ def train(
             on_progress=shown,
             on_evaluate=on_evaluate,
             dataset=own,
+            transform=transform,
         )
         if resume is not None and (recipe is not None or out is not None):
             raise UsageError("resume continues a run with its own recipe in its own folder; leave out recipe and out.")
@@ -184,10 +192,7 @@ def train(
 def start_run(recipe: BaseRecipe, out: Path | None = None, options: RunOptions | None = None) -> TrainResult:
     """Trains a complete recipe into a new run folder, which is created only after data and network are ready.
 
-    A job that torchrun has restarted resumes the run in `out`.
-
-    Args:
-        out: the run folder; None takes runs/<data>, or the next free name.
+    The folder is `out`, or runs/<data>, or the next free name. A job that torchrun has restarted resumes the run in `out`.
     """
     with contextlib.ExitStack() as stack:
         world, options = _join(stack, options)
@@ -287,11 +292,7 @@ def train_to_end(task: Task, context: RunContext) -> TrainResult:
 def build_task(
     recipe: BaseRecipe, options: RunOptions, world: World | None = None, started_in: Path | None = None
 ) -> Task:
-    """The task of a recipe, with all "auto" values of its recipe resolved.
-
-    Args:
-        started_in: the folder that paths in the recipe are relative to.
-    """
+    """The task of a recipe, whose paths are relative to `started_in`, with all "auto" values resolved."""
     if recipe.optimizer not in OPTIMIZERS:
         raise unknown_name_error("optimizer", recipe.optimizer, OPTIMIZERS)
     device, world = options.device or "auto", world or World()
@@ -311,6 +312,7 @@ def build_task(
         started_in=started_in or Path(),
         epochs=options.epochs,
         dataset=options.dataset,
+        transform=options.transform,
         report=options.report,
     )
     with world.first_process_first():  # the others find what the first one has downloaded

@@ -19,8 +19,9 @@ const bar = (share) => {
 
 // A classifier: the classes with bars, then the heat map and the effect of each block.
 
-function showScores({ top }, image, { calibrated }) {
-  $("answer").textContent = top[0].class;
+function showScores({ top, none_of_these }, image, { calibrated }) {
+  const answer = none_of_these ? "none of these" : top[0].class;
+  $("answer").textContent = answer;
   $("scores").replaceChildren(...top.map(({ class: name, score }) => {
     const row = element("li"), label = element("div");
     label.append(element("b", name), element("span", percent(score)));
@@ -35,7 +36,7 @@ function showScores({ top }, image, { calibrated }) {
   $("heat-caption").textContent = "computing the heat map …";
   $("why").hidden = true;
   $("scored").hidden = false;
-  return `Prediction: ${top[0].class}, ${percent(top[0].score)}.`;
+  return none_of_these ? `Prediction: ${answer}.` : `Prediction: ${answer}, ${percent(top[0].score)}.`;
 }
 
 function showExplanation({ top, heat, blocks }) {

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Self, TypeVar
 from torch import Tensor, nn
 
 from resnetlab.data.dataset import Dataset
+from resnetlab.data.own_transform import Transform
 from resnetlab.data.prefetch import default_workers
 from resnetlab.device import DeviceConfig
 from resnetlab.distributed import World
@@ -33,6 +34,7 @@ class TaskSetup:
         started_in: the folder that paths in the recipe are relative to.
         epochs: the length of a new run, if it is given in epochs.
         dataset: the data of a classifier, or their new place, if they are not those that its recipe names.
+        transform: changes a classifier's training images.
         report: called with sentences on what happens.
     """
 
@@ -42,6 +44,7 @@ class TaskSetup:
     started_in: Path = field(default_factory=Path)
     epochs: Epochs | None = None
     dataset: Dataset | str | None = None
+    transform: Transform | None = None
     report: Callable[[str], None]
 
     @property

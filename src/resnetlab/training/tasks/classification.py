@@ -23,8 +23,13 @@ from resnetlab.data.sampler import Batch, TrainLoader
 from resnetlab.device import DeviceConfig
 from resnetlab.distributed import World
 from resnetlab.errors import DataError, RunError, UsageError
+<<<<<<< HEAD
 from resnetlab.evaluation.calibration import MIN_IMAGES, fit_temperature
 from resnetlab.evaluation.evaluate import evaluate_errors, evaluate_network
+=======
+from resnetlab.evaluation.calibration import MIN_IMAGES, choose_none_below, fit_temperature
+from resnetlab.evaluation.evaluate import evaluate_network
+>>>>>>> 9564de0 (Say "none of these" below a chosen score, and take a transform of one's own)
 from resnetlab.evaluation.gradcam import make_cam_overlays
 from resnetlab.evaluation.metrics import ClassificationMetrics
 from resnetlab.inference.start import resolve_start
@@ -52,6 +57,7 @@ from resnetlab.training.tasks.classification_data import (
     describe_view,
     divide_images,
     load_source,
+    name_own_transform,
     require_held_out,
     resolve_size,
     resolve_val_images,
@@ -106,11 +112,9 @@ class ClassificationTask(Task):
         net, begun, notes = build_network(recipe, start_from, channels, source.classes)
         start = begun.model if begun else None
         recipe = resolve_size(recipe, start)
-        size = recipe.image_size
-        shape = Preprocessing(
-            channels, (size, size), recipe.eval_resize or size, torch.zeros(channels), torch.ones(channels)
-        )
-        recipe = resolve_val_images(recipe, source)
+        size, mean, std = recipe.image_size, torch.zeros(channels), torch.ones(channels)
+        shape = Preprocessing(channels, (size, size), recipe.eval_resize or size, mean, std)
+        recipe = name_own_transform(resolve_val_images(recipe, source), setup)
         train, held_out, test, holdout = divide_images(recipe, source, shape)
         for split in (held_out, test):
             if isinstance(split, DiskSplit):
@@ -137,6 +141,7 @@ class ClassificationTask(Task):
             recipe.seed,
             device_config,
             recipe.sampling,
+            setup.transform,
         )
         if not recipe.net:
             name, changes = nearest_name(net.spec)
@@ -346,6 +351,11 @@ class ClassificationTask(Task):
         fitted = (
             {"data": self.data["name"], "split": "held_out", "n": val.n, "protocol": "1crop"} if val and enough else {}
         )
+        none = None
+        if recipe.none_share and val:
+            below = choose_none_below(val.with_temperature(temperature).scores, recipe.none_share)
+            fitted |= {"none_below": below, "none_share": recipe.none_share}
+            none = evaluation.with_none_below(below)
         if is_first:
             model = self.trained_model(measured)
             model.temperature, model.calibration = temperature, fitted
@@ -362,6 +372,7 @@ class ClassificationTask(Task):
             top1_interval=tuple(measured[self.evaluated_split]["top1_interval"]),
             top5_error=evaluation.top5_error,
             held_out_error=held_out["top1_error"] if held_out else None,
+            none_of_these=none,
             steps=state.step,
             seconds=round(state.seconds, 3),
             images_per_second=round(recipe.batch * state.step / state.step_seconds, 1),

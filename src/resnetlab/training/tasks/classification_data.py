@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -13,8 +14,10 @@ from resnetlab.data.crops import Crop
 from resnetlab.data.dataset import A_TENTH, Dataset, Split, count_held_out, hold_out, take_fold
 from resnetlab.data.disk_split import DiskSplit, ReadOptions
 from resnetlab.data.mixing import Mixing
+from resnetlab.data.own_transform import name_transform
 from resnetlab.data.statistics import compute_statistics
 from resnetlab.errors import DataError, UsageError
+from resnetlab.evaluation.calibration import MIN_IMAGES
 from resnetlab.evaluation.evaluate import prepare_split
 from resnetlab.models.model_file import TrainedModel
 from resnetlab.preprocessing import Preprocessing
@@ -55,12 +58,18 @@ def require_held_out(recipe: Recipe, held_out: Split, images: int) -> None:
         "schedule=plateau": recipe.schedule == "plateau",
         "keep=best": recipe.keep == "best",
         "early_stop": recipe.early_stop > 0,
+        "none_share": recipe.none_share > 0,
     }
     if any(watching.values()) and not len(held_out):
         value = next(key for key, watches in watching.items() if watches)
         raise UsageError(
             f"{value} watches the held-out error, but nothing is held out; "
             f"hold out some of the {images:,} images to train on, such as --set val_images={max(1, min(1000, images // 10))}."
+        )
+    if recipe.none_share and (n := len(held_out)) < max(MIN_IMAGES, 1 / recipe.none_share):
+        raise UsageError(
+            f"none_share={recipe.none_share:g} of {n:,} held-out images tells nothing; hold out "
+            f"{math.ceil(max(MIN_IMAGES, 1 / recipe.none_share)):,} or more, with --set val_images=…"
         )
 
 
@@ -72,6 +81,18 @@ def describe_view(recipe: Recipe) -> list[str]:
     usual = round(EVAL_RATIO * recipe.image_size)
     seen = f"looks at the middle {recipe.image_size}, {part:.0%} of a square image; eval_resize={usual} would be usual"
     return [f"evaluation resizes images to {recipe.eval_resize} pixels and {seen}"]
+
+
+def name_own_transform(recipe: Recipe, setup: TaskSetup) -> Recipe:
+    """The recipe with the name of the function that is given; raises UsageError if it has another one's, or none is given."""
+    given = "" if setup.transform is None else name_transform(setup.transform)
+    if recipe.transform in ("", given) and (given or not recipe.transform):
+        return replace(recipe, transform=given)
+    raise UsageError(
+        f"the training images of this recipe are changed by the function {recipe.transform}"
+        + (f", not {given}" if given else "")
+        + "; give it again, in Python: resnetlab.train(…, transform=…)."
+    )
 
 
 def choose_augmentation(recipe: Recipe, num_classes: int) -> Augmentation:
