@@ -49,10 +49,10 @@ def test_help_lists_every_command_with_its_description() -> None:
             if not name.startswith(("-", "_")):
                 described.append(name)
                 assert group[name].help.strip().splitlines()[0], f"{name} has no description"
-    assert len(described) == 20 + 3 + 5 + 4 + 1  # of the top level, data, detect, segment, runs
+    assert len(described) == 21 + 3 + 5 + 4 + 1  # of the top level, data, detect, segment, runs
     heavy, output = loaded_by(MAIN.format(arguments=["--help"]))
     lines = [line.strip("│").split() for line in output.splitlines() if line.startswith("│ ") and line[2] != " "]
-    assert not heavy and len(lines) == 20 + 3 and all(len(line) > 2 for line in lines)  # and --help, …
+    assert not heavy and len(lines) == 21 + 3 and all(len(line) > 2 for line in lines)  # and --help, …
 
 
 def test_what_is_heavy_would_be_seen() -> None:

@@ -18,11 +18,8 @@ from resnetlab.data import crops, trivial_augment
 from resnetlab.data.augment import Augmentation
 from resnetlab.data.crops import Crop
 from resnetlab.data.dataset import MemorySplit, Split
-<<<<<<< HEAD
 from resnetlab.data.keyed_permutation import KeyedPermutation, keyed_epoch
-=======
 from resnetlab.data.own_transform import Transform, TransformedReader
->>>>>>> 9564de0 (Say "none of these" below a chosen score, and take a transform of one's own)
 from resnetlab.data.prefetch import BatchReader, Prefetcher, preprocess_image, stack_images
 from resnetlab.device import DeviceConfig, to_device
 from resnetlab.distributed import World

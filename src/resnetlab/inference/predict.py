@@ -206,13 +206,9 @@ class Model(TrainedModel):
         head = nn.Linear(self.net.fc.in_features, len(names), device="meta")
         head.weight, head.bias = nn.Parameter(self.net.fc.weight[rows]), nn.Parameter(self.net.fc.bias[rows])
         self.net.fc, self.net.spec, self.classes = head, replace(self.net.spec, classes=len(names)), names
-<<<<<<< HEAD
+        self.calibration = {k: v for k, v in self.calibration.items() if not k.startswith("none_")}  # of other scores
         self.reference_images, self._request = None, None
         self.backend = load_network(self, self.device_config)
-=======
-        self.calibration = {k: v for k, v in self.calibration.items() if not k.startswith("none_")}  # of other scores
-        self.reference_images, self.backend = None, load_network(self, self.device_config)
->>>>>>> 9564de0 (Say "none of these" below a chosen score, and take a transform of one's own)
 
     def _read_images(self, images: Sequence[ImageInput]) -> Tensor | None:
         """The readable images, uint8 (n, h, w, C); None if there is none."""

@@ -23,13 +23,8 @@ from resnetlab.data.sampler import Batch, TrainLoader
 from resnetlab.device import DeviceConfig
 from resnetlab.distributed import World
 from resnetlab.errors import DataError, RunError, UsageError
-<<<<<<< HEAD
-from resnetlab.evaluation.calibration import MIN_IMAGES, fit_temperature
-from resnetlab.evaluation.evaluate import evaluate_errors, evaluate_network
-=======
 from resnetlab.evaluation.calibration import MIN_IMAGES, choose_none_below, fit_temperature
-from resnetlab.evaluation.evaluate import evaluate_network
->>>>>>> 9564de0 (Say "none of these" below a chosen score, and take a transform of one's own)
+from resnetlab.evaluation.evaluate import evaluate_errors, evaluate_network
 from resnetlab.evaluation.gradcam import make_cam_overlays
 from resnetlab.evaluation.metrics import ClassificationMetrics
 from resnetlab.inference.start import resolve_start
