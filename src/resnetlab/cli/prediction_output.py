@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from resnetlab.cli import console
 from resnetlab.errors import DataError, UsageError
-from resnetlab.run_folder import check_output_file, write_atomically
 from resnetlab.stopping import check_stop
 
 if TYPE_CHECKING:
@@ -28,6 +27,8 @@ def open_output(file: Path | None, format: str | None, inputs: Sequence[str]) ->
 
     Raises UsageError if the format is another, or the file is one of the inputs; RunError if it cannot be written.
     """
+    from resnetlab.run_folder import check_output_file, write_atomically  # loads torch
+
     if file is None:
         yield sys.stdout, None
         return
@@ -93,6 +94,8 @@ def write_parts(
     predict_part: Callable[[list[NamedImage]], Iterator[Any]],
 ) -> None:
     """Predicts the missing parts; raises DataError at the end if an image could not be read."""
+    from resnetlab.run_folder import write_atomically  # loads torch
+
     done = failed = written = 0
     reason = None
     for part in folder.missing(images):
