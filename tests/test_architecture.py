@@ -49,7 +49,7 @@ PARAMETERS = 6  # without self; more belong into a value object
 # Commands, whose parameters are their options, and functions that people call from Python with the options they want
 MANY_PARAMETERS = re.compile(
     r"resnetlab\.(cli\.\w+\.(train|evaluate|predict|explain|audit|neighbours|serve|study|import_|export|plan)"
-    r"|training\.train\.train|inference\.build\.build|evaluation\.evaluate\.evaluate"
+    r"|training\.python_api\.train|inference\.build\.build|evaluation\.evaluate\.evaluate"
     r"|inference\.predict\.export)"
 )
 

@@ -60,14 +60,24 @@ def test_doctor_names_what_is_missing_and_how_to_install_it(
 
     found = catalogue._version
     monkeypatch.setattr(catalogue, "_version", lambda name: None if name == "uvicorn" else found(name))
+    monkeypatch.setattr("resnetlab.training.timing.measure_bf16", lambda: 1.25)
     document = printed(capsys, "doctor")
+    assert document["cores"] >= 1 and document["bf16_speedup"] == 1.25
+    assert document["fused_kernel"].startswith("fused BN and ReLU: ")
     serve = document["extras"]["serve"]
     assert serve["missing"] == ["uvicorn"] and not serve["installed"] and "[serve]" in serve["install"]
     assert document["extras"]["fast"] == {"installed": True, "missing": [], "install": None}
     assert document["versions"]["torch"] and document["devices"][-1].startswith("cpu, ")
     assert run_command(["doctor"]) == 0
     out = capsys.readouterr().out
+    assert "takes 0.80 times as long as in fp32" in out and document["fused_kernel"] in out and "cores  " in out
     assert "without uvicorn" in out and serve["install"] in out and "all" not in document["extras"]
+
+
+def test_bf16_is_measured_in_little_time() -> None:
+    from resnetlab.training.timing import measure_bf16
+
+    assert 0.01 < measure_bf16(seconds=0.0) < 100
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from resnetlab.errors import ModelFileError
+from resnetlab.errors import ModelFileError, ResNetLabError
+from resnetlab.inference.hub import make_model_card
+from resnetlab.inference.import_model import ImportOptions, import_weights
 from resnetlab.models.model_file import load_trained_model
+from resnetlab.run_folder import RunFolder, read_metrics
 from resnetlab.tensor_file import read_tensor_file, write_tensor_file
 from service import write_classifier
 
@@ -124,3 +127,73 @@ def test_tensors_of_another_shape_are_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(ModelFileError, match="does not match its own specification") as error:
         load_trained_model(path)
     assert "\n" not in str(error.value)
+
+
+def put(*path: str, value: Any) -> Callable[[dict[str, Any]], None]:
+    """A change of one value in a model file's metadata."""
+
+    def change(metadata: dict[str, Any]) -> None:
+        for key in path[:-1]:
+            metadata = metadata[key]
+        metadata[path[-1]] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (put("classes", value=[["0"], "b", "c", "d", "e", "f"]), r"\['0'\] is no class name"),
+        (put("classes", value=["\ud800", "b", "c", "d", "e", "f"]), "cannot be encoded as UTF-8"),
+        (put("temperature", value=1e-320), "its temperature is 1e-320"),
+        (put("temperature", value=True), "its temperature is True"),
+        (put("preprocessing", "std", value=[1e-320, 0.25, 0.25]), "the preprocessing in the model file cannot be used"),
+        (put("recipe", value=[]), "not tables of values"),
+        (put("metrics", value={"test": 3}), "not tables of values"),
+    ],
+)
+def test_metadata_of_other_kinds_are_refused(
+    change: Callable[[dict[str, Any]], None], reason: str, tmp_path: Path
+) -> None:
+    path = write_classifier(tmp_path / "m.safetensors")
+    tensors, metadata = read_tensor_file(path, "model file")
+    change(metadata)
+    write_tensor_file(path, tensors, {key: value for key, value in metadata.items() if key != "format"})
+    with pytest.raises(ModelFileError, match=reason):
+        load_trained_model(path)
+
+
+def test_metadata_of_other_kinds_make_a_card(tmp_path: Path) -> None:
+    path = write_classifier(tmp_path / "m.safetensors")
+    tensors, metadata = read_tensor_file(path, "model file")
+    metadata |= {"metrics": {"test": {"n": "many", "top1_error": []}, "held-out": {"n": 4, "top1_error": 0.25}}}
+    metadata |= {
+        "recipe": {"net": ["a"], "lr": {}},
+        "data": {"name": 3},
+        "versions": {"torch": []},
+        "calibration": {"n": {}},
+    }
+    write_tensor_file(path, tensors, {key: value for key, value in metadata.items() if key != "format"})
+    card = make_model_card(load_trained_model(path), "me/x")
+    assert "| test | 4 | 25.00 % |" in card and "many" not in card.partition("## Training")[0]
+
+
+def test_weights_that_contain_themselves_are_refused(tmp_path: Path) -> None:
+    weights: dict[str, Any] = {"conv1.weight": torch.zeros(4, 3, 3, 3)}
+    weights["state_dict"] = weights
+    torch.save(weights, tmp_path / "own.pth")
+    with pytest.raises(ResNetLabError):
+        import_weights(tmp_path / "own.pth", ImportOptions(classes="a,b"))
+
+
+def test_lines_of_metrics_that_are_no_figures_are_left_out(tmp_path: Path) -> None:
+    good = {"kind": "held_out", "step": 3, "top1_error": 0.5}
+    bad = [
+        '{"kind": "held_out", "step": "3"}',
+        '{"kind": "held_out", "step": true}',
+        "[" * 50_000,
+        "3",
+        '{"kind": "train", "step": 1}',
+    ]
+    (tmp_path / "metrics.jsonl").write_text("\n".join([json.dumps(good), *bad]))
+    assert read_metrics(RunFolder(tmp_path)) == [good]

@@ -17,7 +17,7 @@ from resnetlab.studies.runs import RunOutcomes
 from resnetlab.studies.setting import Setting, Trial
 from resnetlab.studies.study import Row, Study, StudyResult, run_studies
 from resnetlab.training.optim import OPTIMIZERS, Optimizer
-from resnetlab.training.train import train
+from resnetlab.training.python_api import train
 
 
 def test_an_activation_order_is_one_entry(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -110,7 +110,7 @@ REFUSED = {
     "only in val ALPHA; give both the same class folders, in the same capitals": lambda d: (d / "val" / "alpha").rename(
         d / "val" / "ALPHA"
     ),
-    "holds no class folders with images: its 1 images are in no class folder": lambda d: (
+    "holds no class folders with images: it holds 1 image in no class folder": lambda d: (
         shutil.rmtree(d / "train"),
         shutil.rmtree(d / "val"),
         photo(1).save(d / "a.jpg"),
@@ -145,7 +145,7 @@ def test_files_beside_class_folders_are_reported(tmp_path: Path) -> None:
     shutil.copy(root / "train" / "alpha" / "bild 0.jpg", root / "train" / "alpha" / ".thumbs")
     assert len(load(root).train) == 6
     photo(1).save(root / "train" / "loose.png")
-    with pytest.warns(UserWarning, match=r"1 images beside the class folders of .* belong to no class.*loose.png"):
+    with pytest.warns(UserWarning, match=r"1 image beside the class folders of .* left out, of no class.*loose.png"):
         assert len(load(root).train) == 6
 
 
@@ -388,7 +388,7 @@ def test_a_run_that_a_image_stopped_goes_on_without_it(tmp_path: Path, monkeypat
     values = TINY_PHOTOS | {"data": str(root), "steps": 1}
     with monkeypatch.context() as patch:  # damage that the look before training does not see is met at the end
         patch.setattr(DiskSplit, "require_readable", lambda self: None)
-        with pytest.raises(DataError, match=r"bild 1.jpg is damaged.*--on-bad-image skip"):
+        with pytest.raises(DataError, match=r"bild 1.jpg is damaged.*on_bad_image skip"):
             resnetlab.train("photos", out=tmp_path / "run", **values)  # type: ignore[arg-type]
     whole = resnetlab.train("photos", out=tmp_path / "whole", on_bad_image="skip", **values)  # type: ignore[arg-type]
     assert run_command(["train", "--resume", str(tmp_path / "run"), "--seed", "5", "--on-bad-image", "skip"]) == 1
@@ -534,7 +534,7 @@ def test_images_of_other_kinds_are_read_or_reported(tmp_path: Path) -> None:
     shutil.copy(root / "alpha" / "bild 0.jpg", root / "alpha" / "no suffix")
     (root / "alpha" / "notes.txt").write_text("no image")
     with pytest.warns(
-        UserWarning, match="1 files in the class folders of .* such as alpha/no suffix; save them as JPEG"
+        UserWarning, match="1 file in the class folders of .* such as alpha/no suffix; save them as JPEG"
     ):
         data = load(root)
     assert data.all_images is not None and len(data.all_images) == 17

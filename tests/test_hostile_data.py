@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import os
@@ -182,3 +183,22 @@ def test_class_names_are_different_words() -> None:
     assert find_name_problem(("a", "größe", "<b>")) is None
     for names in (("a", 1), ("a", ""), ("a", "\udcff"), ("a", "b", "a")):
         assert find_name_problem(names)
+
+
+def test_a_compressed_tar_unpacks_to_a_bounded_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = tar(tmp_path / "photos.tar", {f"{name}/{i}.jpg": jpeg(i) for i in range(5) for name in "ab"})
+    packed_tar = tmp_path / "photos.tar.gz"
+    packed_tar.write_bytes(gzip.compress(plain.read_bytes()))
+    assert len(load(packed_tar, tmp_path / "data").classes) == 2
+    monkeypatch.setattr(archives, "SMALL_ARCHIVE", 10_000)
+    bomb = tmp_path / "bomb.tar.gz"
+    bomb.write_bytes(gzip.compress(bytes(2**24)))
+    with pytest.raises(DataError, match=r"bomb.tar.gz unpacks to more than [\d,]+ bytes, far more than images do"):
+        load(bomb, tmp_path / "data")
+    assert [file.suffix for file in (tmp_path / "data" / "archives").iterdir()] == [".tar"]
+
+
+def test_deeply_nested_json_in_a_shard_is_refused(tmp_path: Path) -> None:
+    shard = tar(tmp_path / "train-000000.tar", {"0.jpg": jpeg(0), "0.json": b"[" * 100_000})
+    with pytest.raises(DataError):
+        load(shard)

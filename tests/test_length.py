@@ -40,9 +40,9 @@ def test_epochs_become_steps_of_the_images_to_train_on(tmp_path: Path) -> None:
     assert recipe["milestones"] == [9, 12]  # given, so not rescaled
     assert recipe["eval_every"] == round(50 * 20 / 600)
     assert result.budget == "20 of the 600 steps of quick (3.3%)"
-    with pytest.raises(UsageError, match="--steps and --epochs are both the length"):
+    with pytest.raises(UsageError, match="steps and epochs are both the length"):
         resnetlab.train("digits", epochs=1, steps=20, progress=False)
-    with pytest.raises(UsageError, match="--epochs must be above 0"):
+    with pytest.raises(UsageError, match="epochs must be above 0"):
         resnetlab.train("digits", epochs=0, out=tmp_path / "none", **QUIET)
     assert not (tmp_path / "none").exists()
 

@@ -192,3 +192,22 @@ def test_a_script_without_a_main_guard_is_told_so(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, script], capture_output=True, text=True)
     assert 'put the call under if __name__ == "__main__":' in done.stdout and "memory" not in done.stdout
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["training", "start-up"])
+def test_processes_of_a_job_stop_saved_on_a_signal_to_the_command(moment: str, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    line = "train digits --net resnet8 --steps 100000 --procs 2 --device cpu --set batch=32 --set checkpoint_minutes=0"
+    command = [sys.executable, "-m", "resnetlab", *line.split(), "--out", str(run)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        until = time.monotonic() + 200
+        while not (run / ("metrics.jsonl" if moment == "training" else "recipe.toml")).exists():
+            assert process.poll() is None and time.monotonic() < until
+            time.sleep(0.05)
+        time.sleep(2.0 if moment == "training" else 0.5)
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=100)
+    assert process.returncode == 143 and "Traceback" not in err, err
+    if moment == "training":
+        assert "which is saved; resume with: resnetlab train --resume" in err and list((run / "checkpoints").iterdir())

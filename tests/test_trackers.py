@@ -75,7 +75,7 @@ def test_unknown_and_missing_trackers_are_refused_before_anything_is_written(
     with pytest.raises(UsageError, match=r"unknown tracker 'wandbb'; did you mean 'wandb'"):
         resnetlab.train(tiny(), out=tmp_path / "run", trackers=("wandbb",))
     monkeypatch.setattr(trackers, "is_installed", lambda name: False)
-    with pytest.raises(UsageError, match=r"--tracker mlflow needs the package mlflow; install it with: .*\[mlflow\]"):
+    with pytest.raises(UsageError, match=r"^tracker mlflow needs the package mlflow; install it with: .*\[mlflow\]"):
         resnetlab.train(tiny(), out=tmp_path / "run", trackers=("mlflow",))
     assert not (tmp_path / "run").exists()
 

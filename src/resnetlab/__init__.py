@@ -25,14 +25,14 @@ if TYPE_CHECKING:
     from resnetlab.evaluation.evaluate import evaluate
     from resnetlab.inference.build import build, list_models
     from resnetlab.inference.open_model import load
-    from resnetlab.training.train import train
+    from resnetlab.training.python_api import train
 
 _MODULES = {
     "build": "resnetlab.inference.build",
     "evaluate": "resnetlab.evaluation.evaluate",
     "list_models": "resnetlab.inference.build",
     "load": "resnetlab.inference.open_model",
-    "train": "resnetlab.training.train",
+    "train": "resnetlab.training.python_api",
 }
 
 

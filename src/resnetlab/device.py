@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from resnetlab.distributed import World
 from resnetlab.errors import UsageError, unknown_name_error
+from resnetlab.formatting import format_count
 
 A = TypeVar("A")
 B = TypeVar("B")
@@ -105,11 +106,13 @@ class DeviceConfig:
             torch.set_num_threads(before)
 
     def __str__(self) -> str:
-        threads = f", {self.threads} thread{'s' * (self.threads > 1)}" if self.device.type == "cpu" else ""
+        threads = f", {format_count(self.threads, 'thread')}" if self.device.type == "cpu" else ""
         if self.side_by_side > 1:
             each = self.op_threads if self.op_threads > 1 else "one"
             count = self.side_by_side * self.op_threads
-            threads = f", {count} threads, {each} for each of {self.side_by_side} micro-batches at a time"
+            threads = (
+                f", {format_count(count, 'thread')}, {each} for each of {self.side_by_side} micro-batches at a time"
+            )
         mode = ", compiled" * self.compiled + ", fused BN" * self.fused_bn + ", CUDA graph" * self.cuda_graph
         return f"{self.device}{threads}, {self.precision}, channels_last{mode} ({self.reason})"
 

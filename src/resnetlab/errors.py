@@ -10,9 +10,11 @@ ResNetLabError            exit code 1
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from resnetlab.peer_words import ANSWERS, translate
@@ -24,6 +26,37 @@ class ResNetLabError(Exception):
     """Base of all errors that the command line prints as one sentence."""
 
     exit_code = 1
+    on_command_line = False  # set on this class while a command runs
+
+
+_COMMAND = re.compile(r"(`[^`]*`|\b(?:resnetlab|torchrun|docker run|convmv|(?:uv )?pip) [^;`]*)")
+_OPTION = re.compile(r"--([a-z][a-z-]*)(?: ([A-Z][A-Z.]+|\d[\w.,]*)\b)?")
+
+
+def name_arguments(text: str) -> str:
+    """A message with the arguments of Python in place of options; commands in it stay as they are.
+
+    >>> name_arguments("try --set lr=0.01, or --start-from FILE; go on with: resnetlab train --resume RUN")
+    'try lr=0.01, or start_from=FILE; go on with: resnetlab train --resume RUN'
+    """
+
+    def rename(match: re.Match[str]) -> str:
+        name = match[1].replace("-", "_")
+        return f"{name}={match[2]}" if match[2] else name
+
+    parts = _COMMAND.split(text)
+    return "".join(p if i % 2 else _OPTION.sub(rename, p.replace("--set ", "")) for i, p in enumerate(parts))
+
+
+@contextlib.contextmanager
+def python_messages() -> Iterator[None]:
+    """Errors of a function that Python calls name its arguments, not the options of a command, unless a command runs."""
+    try:
+        yield
+    except ResNetLabError as error:
+        if not ResNetLabError.on_command_line and error.args:
+            error.args = (name_arguments(str(error.args[0])), *error.args[1:])
+        raise
 
 
 class UsageError(ResNetLabError, ValueError):

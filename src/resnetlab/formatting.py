@@ -28,6 +28,34 @@ def format_share(fraction: float) -> str:
     return f"{100 * fraction:.2g} %" if fraction < 0.995 else format_percent(fraction, 0)
 
 
+def format_count(number: int, noun: str) -> str:
+    """A number and what it counts, in the singular or the plural.
+
+    >>> format_count(1, "step"), format_count(1200, "class")
+    ('1 step', '1,200 classes')
+    """
+    plural = f"{noun}es" if noun.endswith(("s", "x", "ch")) else f"{noun}s"
+    return f"{number:,} {noun if number == 1 else plural}"
+
+
+def format_split(name: str) -> str:
+    """The name of a split as text: images that are drawn for the test ("held-out" in files) are test images.
+
+    "Held out" is said of the training images that are evaluated while training.
+    """
+    return "test" if name == "held-out" else name
+
+
+def format_figure(key: str, value: float) -> str:
+    """A figure of an evaluation with its name: errors in per cent, mAP and IoU as fractions, as everywhere.
+
+    >>> format_figure("top1_error", 0.0512), format_figure("map_50", 0.5)
+    ('top1 error 5.12 %', 'mAP@.5 0.500')
+    """
+    names = {"map": "mAP@[.5:.95]", "map_50": "mAP@.5", "mean_iou": "mean IoU"}
+    return f"{names[key]} {value:.3f}" if key in names else f"{key.replace('_', ' ')} {format_percent(value)}"
+
+
 def format_duration(seconds: float, decimals: int = 0) -> str:
     """A duration; `decimals` are those of less than a minute.
 

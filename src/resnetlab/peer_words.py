@@ -20,7 +20,7 @@ _SYNONYMS = {
     "data": "dataset data_path data_root root val val_dir test_dir data_set d",
     "IMAGES": "source input image images input_path img",
     "batch": "batch_size bs train_batch_size per_device_train_batch_size b",
-    "epochs": "max_epochs num_epochs num_train_epochs n_epochs e",
+    "epochs": "epoch max_epochs num_epochs num_train_epochs n_epochs e",
     "steps": "max_steps iterations iters max_iter num_steps train_steps",
     "lr": "learning_rate lr0 base_lr",
     "image_size": "imgsz img_size input_size crop_size train_crop_size size resolution",
@@ -66,6 +66,9 @@ _SYNONYMS = {
     "backend": "engine",
     "images": "pictures",
     "json": "as_json",
+    "1crop": "single_crop center_crop centre_crop centercrop onecrop one_crop crop",
+    "10crop": "tencrop ten_crop 10_crop tencrops",
+    "multiscale:224,256,384,480,640": "multi_scale ms",
 }
 _FLAGS = {  # a word without a value: our option and its value
     "cpu": ("device", "cpu"),
@@ -82,8 +85,8 @@ _FLAGS = {  # a word without a value: our option and its value
     "test_time_augmentation": ("protocol", "flip"),
 }
 _ANSWERS = {  # words that have no counterpart: what does the job
-    "epochs": "the length in epochs is --epochs 10 (in Python epochs=10).",
-    "max_epochs": "the length in epochs is --epochs 10.",
+    "epochs epoch": "the length in epochs is --epochs 10 (in Python epochs=10).",
+    "max_epochs num_epochs n_epochs": "the length in epochs is --epochs 10.",
     "gpu gpus gpu_id gpu_ids devices accelerator strategy":
         "a GPU is chosen with --device cuda:1, several share a run with --procs 2; without either, a GPU is taken "
         "if there is one.",

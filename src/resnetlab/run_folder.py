@@ -71,7 +71,7 @@ def write_atomically(path: Path, content: bytes | str) -> None:
     data = content.encode() if isinstance(content, str) else content
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        _remove_old_temporary_files(path)
+        remove_old_temporary_files(path)
         with open(temporary, "wb") as file:
             file.write(data)
             file.flush()
@@ -84,7 +84,7 @@ def write_atomically(path: Path, content: bytes | str) -> None:
         raise write_error(path, error) from error
 
 
-def _remove_old_temporary_files(path: Path) -> None:
+def remove_old_temporary_files(path: Path) -> None:
     """Removes what killed processes left while they wrote this file: a process that still writes is not an hour old."""
     for old in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
         with contextlib.suppress(OSError):
@@ -108,13 +108,20 @@ def write_together(folder: Path, files: Mapping[str, str]) -> None:
         write_atomically(folder / name, content)
 
 
-def check_output_file(out: Path, inputs: Iterable[str | Path], option: str = "--out") -> None:
+def check_output_file(
+    out: Path, inputs: Iterable[str | Path], option: str = "--out", *, makes_folder: bool = False
+) -> None:
     """Raises UsageError, before any work is done, if writing `out` would replace one of the `inputs`, or no file.
 
     Args:
         inputs: paths of files that are read; other values, such as published names, do no harm.
+        makes_folder: whether the folder of `out` is made where it is missing.
     """
     if not out.exists():
+        if makes_folder:
+            check_output_folder(out.parent)
+        elif not out.parent.is_dir():
+            raise UsageError(f"{option} {out}: there is no folder {out.parent}; make it first, or choose another.")
         return
     if not out.is_file():
         raise UsageError(
@@ -124,6 +131,24 @@ def check_output_file(out: Path, inputs: Iterable[str | Path], option: str = "--
         with contextlib.suppress(OSError):  # not a path at all
             if out.samefile(path):
                 raise UsageError(f"{option} {out} is {path} itself, which is read; choose another name.")
+
+
+def check_output_folder(out: Path | None, *, new: bool = False) -> None:
+    """Raises RunError, before any work is done, if `out` is no folder that can be written into or made.
+
+    Args:
+        out: None, for a folder with a name of its own, is fine.
+        new: whether it must also be empty, or missing.
+    """
+    if out is None:
+        return
+    if new and out.is_dir():
+        RunFolder(out).check_empty()
+    there = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise RunError(f"{out} cannot be a folder: {there} is a file; choose another --out.")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise write_error(out, PermissionError(errno.EACCES, "no permission"))
 
 
 def _sync_folder(folder: Path) -> None:

@@ -26,7 +26,7 @@ from resnetlab.cli.train import (
     read_overrides,
 )
 from resnetlab.errors import UsageError
-from resnetlab.formatting import format_percent
+from resnetlab.formatting import format_count, format_percent, format_split
 
 Decorator = Callable[[Callable[[], None]], Callable[..., None]]
 
@@ -52,7 +52,11 @@ def detect_train(
         result = run()
     if print_json_result(result, options):
         return None
-    metrics = {f"{result.split} mAP@.5": result.map_50, "mAP@[.5:.95]": result.map, "VOC mAP": result.voc_map}
+    metrics = {
+        f"{format_split(result.split)} mAP@.5": result.map_50,
+        "mAP@[.5:.95]": result.map,
+        "VOC mAP": result.voc_map,
+    }
     print_result(result, {name: f"{value:.3f}" for name, value in metrics.items()})
     return print_box_classes(result.per_class)
 
@@ -79,7 +83,7 @@ def segment_train(
     if print_json_result(result, options):
         return None
     wrong = format_percent(result.pixel_error)
-    print_result(result, {f"{result.split} mean IoU": f"{result.mean_iou:.3f}", "wrong pixels": wrong})
+    print_result(result, {f"{format_split(result.split)} mean IoU": f"{result.mean_iou:.3f}", "wrong pixels": wrong})
     return print_mask_classes(result.per_class)
 
 
@@ -175,7 +179,7 @@ def export_annotated(
         figures = {"images": parity.n, "agreement": rate, "largest_difference": largest}
         return console.print_json({"model": str(model), "file": str(out), "to": "onnx"} | figures)
     unit = "pixels" if opened.model.task == "detect" else "of a score"
-    console.write_line(f"{out}: on {parity.n:,} images {format_percent(rate)} agreement with PyTorch,")
+    console.write_line(f"{out}: on {format_count(parity.n, 'image')} {format_percent(rate)} agreement with PyTorch,")
     return print(f"largest difference {largest:.2g} {unit}")
 
 
@@ -246,7 +250,9 @@ def detect_localise(
             for r in results
         ]
         return console.print_json(metrics | {"images": rows})
-    console.write_line(f"{model} on the {split} split of {data}, {metrics['n']:,} images with boxes")
+    console.write_line(
+        f"{model} on the {format_split(split)} split of {data}, {format_count(metrics['n'], 'image')} with boxes"
+    )
     return print(
         f"localisation error {format_percent(metrics['localisation_error'])} (IoU with every true box below .5), "
         f"mean IoU with the nearest {metrics['mean_iou']:.3f}"

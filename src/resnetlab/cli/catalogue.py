@@ -13,6 +13,7 @@ from cyclopts import Parameter
 
 from resnetlab.cli import console
 from resnetlab.errors import UsageError, install_hint
+from resnetlab.formatting import format_count
 
 
 def models(pattern: str = "*", /, *, json: Annotated[bool, Parameter(negative="")] = False) -> None:
@@ -100,7 +101,7 @@ def recipes(name: str | None = None, /, *, json: Annotated[bool, Parameter(negat
 
 
 def doctor(*, json: Annotated[bool, Parameter(negative="")] = False) -> None:
-    """Show versions, devices and extras, what is missing, and the command that installs it.
+    """Show versions, devices, what they compute fast, and extras, with the command that installs what is missing.
 
     Example: `resnetlab doctor`
 
@@ -109,14 +110,18 @@ def doctor(*, json: Annotated[bool, Parameter(negative="")] = False) -> None:
     json
         Print one JSON document.
     """
+    import os
     import shutil
 
     import resnetlab
+    from resnetlab.device import count_cores
+    from resnetlab.nn.kernel import load_kernel
+    from resnetlab.training.timing import measure_bf16
 
     packages = ("torch", "torchvision", "numpy", "pillow", "safetensors")
     versions = {name: _version(name) or "missing" for name in packages}
     extras = {extra: [name for name in names if _version(name) is None] for extra, names in _extras().items()}
-    document = {
+    document: dict[str, Any] = {
         "resnetlab": resnetlab.__version__,
         "python": platform.python_version(),
         "executable": sys.executable,
@@ -124,6 +129,10 @@ def doctor(*, json: Annotated[bool, Parameter(negative="")] = False) -> None:
         "versions": versions,
         "devices": _devices(),
         "compiler": shutil.which("c++") or shutil.which("g++") or shutil.which("cl"),
+        "cores": count_cores(),
+        "load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,  # Windows has none
+        "bf16_speedup": round(measure_bf16(), 2),
+        "fused_kernel": str(load_kernel()),
         "free_disk_gb": round(shutil.disk_usage(Path.cwd()).free / 1e9, 1),
         "extras": {
             extra: {"installed": not missing, "missing": missing, "install": install_hint(extra) if missing else None}
@@ -134,7 +143,13 @@ def doctor(*, json: Annotated[bool, Parameter(negative="")] = False) -> None:
         return console.print_json(document)
     print(f"resnetlab {document['resnetlab']}, Python {document['python']} ({sys.executable}), {document['system']}")
     print(", ".join(f"{name} {value}" for name, value in versions.items()))
-    print("devices        " + "; ".join(_devices()))
+    print("devices        " + "; ".join(document["devices"]))
+    busy = "" if document["load"] is None else f", {document['load']} programs on average in the last minute wanted one"
+    print(f"cores          {document['cores']}{busy}")
+    print(
+        f"bf16           a training step takes {1 / document['bf16_speedup']:.2f} times as long as in fp32 (measured)"
+    )
+    print(f"kernel         {document['fused_kernel']}")
     print(f"compiler       {document['compiler'] or 'none: --compile on is not possible here (install g++)'}")
     print(f"free disk      {document['free_disk_gb']} GB here\n")
     rows = [
@@ -172,4 +187,4 @@ def _devices() -> list[str]:
     gpus = [f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())]
     mps = ["mps"] if torch.backends.mps.is_available() else []
     cpu = torch.device("cpu")
-    return [*gpus, *mps, f"cpu, {torch.get_num_threads()} threads, {default_precision(cpu)}"]
+    return [*gpus, *mps, f"cpu, {format_count(torch.get_num_threads(), 'thread')}, {default_precision(cpu)}"]

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from resnetlab.errors import UsageError
-from resnetlab.formatting import format_json
+from resnetlab.formatting import format_count, format_json
 from resnetlab.progress import ProgressBar as ProgressBar
 from resnetlab.progress import escape_control as escape_control
 from resnetlab.progress import log as log
@@ -102,7 +102,7 @@ def write_quarantine(path: Path, names: Sequence[str], what: str) -> None:
     from resnetlab.data.disk_split import quarantine_line
     from resnetlab.run_folder import write_atomically
 
-    head = f"# {len(names):,} images {what}: resnetlab train DATA --quarantine {path}\n"
+    head = f"# {format_count(len(names), 'image')} {what}: resnetlab train DATA --quarantine {path}\n"
     text = head + "".join(f"{quarantine_line(name)}\n" for name in names)
     write_atomically(path, text.encode("utf-8", "surrogateescape"))
-    log(f"{path}: {len(names):,} images for training to leave out")
+    log(f"{path}: {format_count(len(names), 'image')} for training to leave out")

@@ -10,6 +10,7 @@ from cyclopts import Parameter
 
 from resnetlab.cli import console
 from resnetlab.errors import DataError
+from resnetlab.formatting import format_count, format_split
 
 if TYPE_CHECKING:
     from resnetlab.data.check import CheckReport
@@ -77,7 +78,7 @@ def check(
         words = f"{speed['images_per_second']:,.0f} images/s in one process"
         print(f"loading        {words}, {speed['share_of_step']:.1%} of a ResNet-18 step that waits for it")
     if n := len(report.problems):
-        raise DataError(f"{n:,} problem{'s' * (n > 1)} found in {data}.")
+        raise DataError(f"{format_count(n, 'problem')} found in {data}.")
 
 
 def pack(
@@ -108,12 +109,15 @@ def pack(
     resize
         Resize images with a longer shorter side to this many pixels, written as JPEG; 0 keeps every file's bytes.
     """
-    from resnetlab.data.pack import pack_shards
+    from resnetlab.data.pack import check_target, pack_shards
+    from resnetlab.run_folder import check_output_folder
 
+    check_output_folder(out)
+    check_target(out)
     with console.ProgressBar("images") as bar:
         source = _load_source(data, Path("data"))
         written = pack_shards(source, out, per_shard=per_shard, seed=seed, resize=resize, on_progress=bar.update)
-    print(f"{len(written):,} shards in {out}")
+    console.write_line(f"{format_count(len(written), 'shard')} in {out}")
 
 
 def _load_source(data: str, data_dir: Path) -> Dataset:
@@ -138,7 +142,7 @@ def _measure_loading(source: Dataset) -> dict[str, float] | None:
 
 
 def _print_report(report: CheckReport) -> None:
-    console.write_line(f"{report.data}: {report.images:,} images, {report.readable:,} can be read")
+    console.write_line(f"{report.data}: {format_count(report.images, 'image')}, {report.readable:,} can be read")
     if report.shorter_sides:
         low, middle, high = report.shorter_sides
         print(f"shorter side   {low:,} to {high:,} pixels, median {middle:,.0f}")
@@ -148,7 +152,7 @@ def _print_report(report: CheckReport) -> None:
     if names:
         print()
         rows = [(name, *(f"{report.classes[split][name]:,}" for split in splits)) for name in names]
-        console.print_table("", ("class", *splits), rows, right=tuple(range(1, len(splits) + 1)))
+        console.print_table("", ("class", *map(format_split, splits)), rows, right=tuple(range(1, len(splits) + 1)))
     if report.problems:
         print()
         console.print_table("", ("kind", "file", "detail"), report.problems[:MAX_PRINTED])

@@ -12,7 +12,7 @@ from cyclopts import Parameter
 from resnetlab.cli import console
 from resnetlab.cli.predict import configure_detector
 from resnetlab.errors import RunError, UsageError
-from resnetlab.formatting import format_percent
+from resnetlab.formatting import format_count, format_percent, format_split
 
 if TYPE_CHECKING:
     from resnetlab.evaluation.corruptions import CorruptionErrors
@@ -157,9 +157,10 @@ def evaluate(
     from resnetlab.evaluation.predictions import check_table_file
     from resnetlab.inference.download import find_model, get_scheme, load_or_download
     from resnetlab.models.annotated_model import TASK_NOUNS, read_task
-    from resnetlab.run_folder import check_output_file
+    from resnetlab.run_folder import check_output_file, check_output_folder
 
     _check_argument_order(models, data)
+    check_output_folder(out)
     models = tuple(map(find_model, models))
     task = next((task for task in map(read_task, map(Path, models)) if task != "classify"), None)
     if task is not None:
@@ -208,7 +209,7 @@ def _write_files(evaluation: Evaluation, default: Path, out: Path | None, predic
     from resnetlab.evaluation.predictions import write_predictions
 
     if skipped := evaluation.metrics.skipped:
-        console.log(f"{len(skipped):,} images could not be read and are not counted: {', '.join(skipped)}")
+        console.log(f"{format_count(len(skipped), 'image')} could not be read and not counted: {', '.join(skipped)}")
     for sentence in evaluation.notes:
         console.log(f"resnetlab: warning: {sentence}.")
     folder = _choose_folder(evaluation, default) if out is None else out
@@ -261,12 +262,14 @@ def _evaluate_annotated(predictor: Detector | Segmenter, data: Path, split: str,
         figures = predictor.evaluate(data, split=split, on_bad=on_bad, on_progress=bar.update)
     console.log(f"{figures['data']}: {figures['layout']}")
     if skipped := figures.get("skipped"):
-        console.log(f"{len(skipped):,} annotations or images were skipped and are not counted: {', '.join(skipped)}")
+        console.log(f"{len(skipped):,} of the annotations or images were skipped and not counted: {', '.join(skipped)}")
     if json:
         return console.print_json(figures)
-    console.write_line(
-        f"{figures['model']} on the {figures['split']} split of {figures['data']}, {figures['n']:,} images"
+    split, images = (
+        f"the {format_split(figures['split'])} split of {figures['data']}",
+        format_count(figures["n"], "image"),
     )
+    console.write_line(f"{figures['model']} on {split}, {images}")
     if "map" in figures:
         if additions := _describe_additions(figures):
             print(f"with {additions} (2015, appendix B)")
@@ -302,8 +305,10 @@ def print_mask_classes(per_class: Sequence[Mapping[str, Any]]) -> None:
 def _print_evaluation(evaluation: Evaluation) -> None:
     """Prints the figures."""
     metrics, figures = evaluation.metrics, evaluation.to_json()
-    split = f"the {evaluation.split} split of {evaluation.data}"
-    console.write_line(f"{' + '.join(evaluation.models)} on {split}, {metrics.n:,} images, {evaluation.protocol}")
+    split = f"the {format_split(evaluation.split)} split of {evaluation.data}"
+    console.write_line(
+        f"{' + '.join(evaluation.models)} on {split}, {format_count(metrics.n, 'image')}, {evaluation.protocol}"
+    )
     if evaluation.scope:
         print(f"scores are over {evaluation.scope} (--classes all or data)")
     low, high = figures["top1_interval"]

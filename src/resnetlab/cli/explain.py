@@ -11,6 +11,7 @@ from cyclopts import Parameter
 
 from resnetlab.cli import console
 from resnetlab.errors import DataError, UsageError
+from resnetlab.formatting import format_count
 
 if TYPE_CHECKING:
     from resnetlab.inference.explain import Explanation
@@ -59,7 +60,9 @@ def explain(
     from resnetlab.inference.explain import explain as explain_image
     from resnetlab.inference.predict import load
     from resnetlab.models.annotated_model import read_task
+    from resnetlab.run_folder import check_output_folder
 
+    check_output_folder(out)
     console.check_order("explain", model, [str(image) for image in images])
     model = find_model(model)
     if (task := read_task(Path(model))) != "classify":
@@ -71,10 +74,10 @@ def explain(
     if top < 1:
         raise UsageError(f"--top must be 1 or more, not {top}.")
     loaded, files = load(model, precision=precision, device=device), list(find_image_files(images))
-    outputs = f"all {len(loaded.classes):,} outputs"
+    outputs = f"all {format_count(len(loaded.classes), 'output')}"
     if classes is not None:
         loaded.keep_classes(_read_class_names(classes))
-        outputs = f"{len(loaded.classes):,} classes alone, of {outputs[4:]}"
+        outputs = f"{format_count(len(loaded.classes), 'class')} alone, of {outputs[4:]}"
     documents: list[dict[str, Any]] = []
     taken: set[str] = set()
     with console.ProgressBar("blocks") as bar:

@@ -8,7 +8,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from resnetlab.cli import console
-from resnetlab.formatting import format_percent
+from resnetlab.formatting import format_count, format_percent
 
 MAX_PRINTED = 50  # likely errors; --json lists all
 MAX_SHOWN = 500  # likely errors on a page
@@ -50,11 +50,11 @@ def embed(
 
     console.check_order("embed", model, [data])
     check_table_file(out, "features", SUFFIXES)
-    check_output_file(out, [model, data])
+    check_output_file(out, [model, data], makes_folder=True)
     n, errors = write_features(out, embed_data(load(model, precision=precision, device=device), data, data_dir))
     for name, reason in errors.items():
         console.log(f"resnetlab: warning: {name} is left out: {reason}")
-    print(f"{n:,} images in {out}")
+    console.write_line(f"{format_count(n, 'image')} in {out}")
 
 
 def neighbours(
@@ -212,7 +212,7 @@ def audit(
         console.log(f"page: {out}")
     if json:
         return console.print_json(found.to_json())
-    print(f"{len(found.errors):,} of {found.n:,} labels of {found.data} are likely wrong")
+    console.write_line(f"{len(found.errors):,} of {format_count(found.n, 'label')} of {found.data} are likely wrong")
     print(f"out-of-fold error of the labels {format_percent(found.out_of_fold_error)}, {found.folds} folds\n")
     rows = [
         (r["image"], r["class"], f"{r['score']:.1%}", r["likely"], f"{r['likely_score']:.1%}") for r in found.errors

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import sys
 import warnings
 from collections.abc import Sequence
+from inspect import getdoc
 
-from cyclopts import App, CycloptsError
+from cyclopts import App, CycloptsError, MissingArgumentError
 
 import resnetlab
 from resnetlab.cli import annotated, catalogue, console, data, features, runs, weights
@@ -86,6 +88,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def run_command(arguments: Sequence[str]) -> int:
     """Runs one command and returns its exit code. Errors become one sentence on standard error."""
+    before, ResNetLabError.on_command_line = ResNetLabError.on_command_line, True
+    try:
+        return _run_command(arguments)
+    finally:
+        ResNetLabError.on_command_line = before
+
+
+def _run_command(arguments: Sequence[str]) -> int:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("default", UserWarning)
@@ -97,7 +107,7 @@ def run_command(arguments: Sequence[str]) -> int:
             sys.stdout.flush()
         check_stop()
     except CycloptsError as error:
-        console.log_error(" ".join(str(error).split()) + " (resnetlab --help lists what there is)")
+        console.log_error(_explain(error))
         return 2
     except ResNetLabError as error:
         unexplained = isinstance(error, NoSpaceError) and not error.hint
@@ -118,6 +128,18 @@ def run_command(arguments: Sequence[str]) -> int:
         console.log_error(str(error))
         return int(code)
     return 0
+
+
+def _explain(error: CycloptsError) -> str:
+    """The sentence of an error in a command line: what is missing, with the command's example, or what is not understood."""
+    if not isinstance(error, MissingArgumentError) or error.argument is None or not error.command_chain:
+        return " ".join(str(error).split()) + " (resnetlab --help lists what there is)"
+    command, found = app, error.argument
+    for word in error.command_chain:
+        command = command[word]
+    example = re.search(r"^Example: `([^`]+)`", getdoc(command.default_command) or "", re.MULTILINE)
+    needs = f"{' '.join(error.command_chain)} needs {found.name}" if found.required else f"{found.name} needs a value"
+    return f"{needs}; for example: {example[1]}" if example else f"{needs}."
 
 
 def _find_command_name(arguments: Sequence[str]) -> str:

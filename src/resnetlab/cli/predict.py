@@ -107,19 +107,21 @@ def predict(
     from resnetlab.inference.predict import Model
     from resnetlab.inference.prediction_parts import PartFolder, hash_weights
     from resnetlab.models.annotated_model import TASK_NOUNS
+    from resnetlab.run_folder import check_output_folder
 
     output = "json" if json and format is None else format
     _check_options(images, top, min_score)
     if json and output != "json":
         raise UsageError(f"--json and --format {format} contradict each other; give one of them.")
     console.check_order("predict", model, images)
+    file = out if out is not None and out.suffix in OUTPUT_SUFFIXES else None
+    check_output_folder(sort_into or (None if file else out))
     check_backend_request(backend, precision)
     if calibrate is not None and not calibrate.is_dir():
         raise DataError(f"{calibrate} is not a folder; --calibrate takes a folder of images.")
     check_parts(parts, output, out, images)
     opened = open_model(model, backend=backend, precision=precision, device=_own_device(device))
     inputs = _expand_inputs(images)
-    file = out if out is not None and out.suffix in OUTPUT_SUFFIXES else None
     with open_output(file, output, images) as (stream, by_suffix):
         if not isinstance(opened, Model):
             options = {"top": top is not None, "calibrate": calibrate is not None}

@@ -40,7 +40,7 @@ def push(
     from resnetlab.inference import hub
     from resnetlab.inference.download import find_model
     from resnetlab.models.model_file import load_trained_model
-    from resnetlab.run_folder import check_output_file
+    from resnetlab.run_folder import check_output_file, check_output_folder
 
     trained = load_trained_model(Path(find_model(model)))
     if to.startswith("hf:"):
@@ -48,9 +48,11 @@ def push(
         return
     if private:
         raise UsageError("--private is for the hub: give hf:OWNER/NAME.")
-    check_output_file(Path(to) / "model.safetensors", [model], "the folder")
+    check_output_folder(Path(to))
+    if Path(to).is_dir():
+        check_output_file(Path(to) / "model.safetensors", [model], "the folder")
     hub.save_pretrained(trained, Path(to), with_images=with_images)
-    print(Path(to) / "README.md")
+    console.write_line(str(Path(to) / "README.md"))
 
 
 def strip(model: Path, /, *, out: Path | None = None) -> None:
@@ -68,10 +70,12 @@ def strip(model: Path, /, *, out: Path | None = None) -> None:
     out
         The file to write; by default NAME.stripped.safetensors beside the model.
     """
+    from resnetlab.inference.download import find_model
     from resnetlab.models.annotated_model import TASK_NOUNS, read_task
     from resnetlab.models.model_file import load_trained_model
     from resnetlab.run_folder import check_output_file
 
+    model = Path(find_model(model))
     if (task := read_task(model)) != "classify":
         raise UsageError(f"{TASK_NOUNS[task]} holds no images; {model} can be given away as it is.")
     out = out or model.with_suffix(".stripped.safetensors")
@@ -79,4 +83,4 @@ def strip(model: Path, /, *, out: Path | None = None) -> None:
     trained = load_trained_model(model)
     console.log(trained.describe_images())
     trained.without_images().save(out)
-    print(out)
+    console.write_line(str(out))

@@ -9,7 +9,7 @@ from cyclopts import App, Parameter
 
 from resnetlab.cli import console
 from resnetlab.errors import ResNetLabError, RunError, UsageError
-from resnetlab.formatting import format_duration, format_percent
+from resnetlab.formatting import format_duration, format_figure, format_split
 
 if TYPE_CHECKING:
     pass
@@ -59,11 +59,12 @@ def compare(
     json
         Print the figures and differences as one JSON document.
     """
-    from resnetlab.run_folder import RunFolder, write_atomically
+    from resnetlab.run_folder import RunFolder, check_output_file, write_atomically
     from resnetlab.training.run_comparison import MAX_RUNS, compare_recipes, render_comparison
 
     if not 2 <= len(runs) <= MAX_RUNS:
         raise UsageError(f"runs compare needs from 2 to {MAX_RUNS} run folders, not {len(runs)}.")
+    check_output_file(out, ())
     folders = [RunFolder.open(run) for run in runs]
     summaries = [summarise_run(run.path) for run in folders]
     if broken := next((s for s in summaries if "error" in s), None):
@@ -116,7 +117,7 @@ def print_runs(summaries: list[dict[str, Any]]) -> None:
             rows.append((s["run"], s["error"], "", "", "", "", ""))
             continue
         held_out = next(iter(s["held_out"].items()), None)
-        figures = [f"{s['split']} {_format_figure(k, v)}" for k, v in s["result"].items()]
+        figures = [f"{format_split(s['split'])} {_format_figure(k, v)}" for k, v in s["result"].items()]
         rows.append(
             (
                 s["run"],
@@ -133,5 +134,4 @@ def print_runs(summaries: list[dict[str, Any]]) -> None:
 
 
 def _format_figure(key: str, value: float) -> str:
-    words = key.replace("_", " ").replace("top1 error", "error")
-    return f"{words} {format_percent(value)}"
+    return format_figure("error" if key == "top1_error" else key, value)

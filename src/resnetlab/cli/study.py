@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from resnetlab.cli import console
-from resnetlab.formatting import format_estimate
+from resnetlab.formatting import format_count, format_estimate
 
 if TYPE_CHECKING:
     from resnetlab.studies.setting import Setting
@@ -70,10 +70,12 @@ def study(
         Print the rows as one JSON document.
     """
     from resnetlab.data import sources
+    from resnetlab.run_folder import check_output_folder
     from resnetlab.studies import catalogue, report
     from resnetlab.studies.setting import SEEDS, Setting
     from resnetlab.studies.study import Callbacks, run_studies
 
+    check_output_folder(out)
     num_seeds = SEEDS.get(budget, 1) if seeds is None else seeds
     setting = Setting(data, data_dir, budget, num_seeds, _parse_depths(depths), device, steps, epochs=epochs)
     if name is None:
@@ -86,7 +88,7 @@ def study(
     command = shlex.join(["resnetlab", *sys.argv[1:]])
     report.write_study(outputs, folder, command)
     if records:
-        console.log(f"records of {report.write_records(outputs, folder):,} runs: {folder / 'runs'}")
+        console.log(f"records of {format_count(report.write_records(outputs, folder), 'run')}: {folder / 'runs'}")
     console.log(f"report: {folder / 'report.html'}")
     if json:
         rows = [row for output in outputs for row in output.rows]
@@ -124,7 +126,7 @@ def _print_studies(outputs: list[StudyOutput]) -> None:
         console.write_line(f"{output.result.answer} {output.result.details}")
         if output.outcomes:
             seeds = output.setting.seeds
-            print(f"Budget: {describe_study_budget(output.setting)}, {seeds} seed{'s' * (seeds > 1)}.")
+            print(f"Budget: {describe_study_budget(output.setting)}, {format_count(seeds, 'seed')}.")
         print()
 
 

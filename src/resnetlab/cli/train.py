@@ -13,7 +13,7 @@ from cyclopts import Parameter
 
 from resnetlab.cli import console, launch
 from resnetlab.errors import UsageError
-from resnetlab.formatting import format_duration, format_percent
+from resnetlab.formatting import format_count, format_duration, format_percent, format_split
 
 if TYPE_CHECKING:
     from resnetlab.training.recipe import BaseRecipe, Overrides
@@ -36,8 +36,9 @@ class TrainOptions:
         paper-imagenet, preact-imagenet, modern, modern-long. Detectors: boxes (a feature pyramid, small images), paper-boxes
         (the 2015 paper's schedule and form). Segmenters: masks.
     start_from
-        Weights to start from (recipe finetune): a model file, a published name such as torchvision:resnet18.IMAGENET1K_V1, or a
-        weight file of another program. They bring their network, and get a new head if the data have other classes.
+        Weights to start from (recipe finetune): a model file, a run folder, a published name such as
+        torchvision:resnet18.IMAGENET1K_V1, or a weight file of another program. They bring their network, and get a new head
+        if the data have other classes.
     pretrained
         Start from the published ImageNet weights of --net, which torchvision's server has (resnet18, 34, 50, 101, 152).
     steps
@@ -161,7 +162,9 @@ def train(
     low, high = result.top1_interval
     interval = f"95 % interval {100 * low:.2f} to {100 * high:.2f} %, n = {result.n:,}"
     interval += f"; accuracy {format_percent(1 - result.top1_error)}"
-    return print_result(result, {f"{result.split} error, top-1": f"{format_percent(result.top1_error)}  ({interval})"})
+    return print_result(
+        result, {f"{format_split(result.split)} error, top-1": f"{format_percent(result.top1_error)}  ({interval})"}
+    )
 
 
 def _cross_validate(folds: int, options: TrainOptions, overrides: Overrides, data_dir: Path | None) -> None:
@@ -318,7 +321,7 @@ def print_result(result: TrainResult, metrics: Mapping[str, str]) -> None:
     """Prints the result as text, the task's metrics first."""
     rate = f"{result.images_per_second:,.{0 if result.images_per_second >= 100 else 1}f} images/s"
     rows = dict(metrics) | ({"budget": result.budget} if result.budget else {})
-    rows |= {"trained": f"{result.steps:,} steps in {format_duration(result.seconds)}, {rate}"}
+    rows |= {"trained": f"{format_count(result.steps, 'step')} in {format_duration(result.seconds)}, {rate}"}
     for name, text in (rows | {"model": result.model, "report": result.report}).items():
         console.write_line(f"{name:<18} {text}")
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 from cyclopts import Parameter
 
 from resnetlab.cli import console
 from resnetlab.errors import UsageError
+from resnetlab.formatting import format_count
 
 
 def import_(
@@ -114,7 +115,7 @@ def export(
     model: str,
     /,
     *,
-    to: str,
+    to: str | None = None,
     out: Path | None = None,
     precision: str = "fp32",
     data: str | None = None,
@@ -136,7 +137,8 @@ def export(
     model
         A model file, or a published name such as torchvision:resnet50.IMAGENET1K_V2.
     to
-        onnx, torch (.pt2) or openvino; or torchvision: a state_dict under its names, which torchvision and timm load.
+        onnx, torch (.pt2) or openvino; or torchvision: a state_dict under its names, which torchvision and timm load. By
+        default what the ending of --out says.
     out
         The file to write; by default the model's name with .onnx, .pt2, .xml or .pth (also .safetensors).
     precision
@@ -152,13 +154,18 @@ def export(
         Print the parity report as one JSON document.
     """
     from resnetlab.inference.download import find_model, get_scheme, load_or_download
+    from resnetlab.inference.formats import FORMATS, find_format, get_format
     from resnetlab.models.annotated_model import TASK_NOUNS, read_task
 
+    if to is None and out is None:
+        raise UsageError(
+            f"export needs --to {', '.join(FORMATS)}, or --out FILE with the ending of one, such as .onnx."
+        )
     model = find_model(model)
     if (task := read_task(Path(model))) != "classify":
         from resnetlab.cli.annotated import export_annotated
 
-        if to != "onnx":
+        if to not in (None, "onnx"):
             raise UsageError(f"{TASK_NOUNS[task]} is exported to onnx only, not to {to}.")
         console.refuse_options(TASK_NOUNS[task], {"precision": precision != "fp32", "data": data is not None})
         return export_annotated(Path(model), *([str(images)] if images else []), out=out, json=json)
@@ -166,9 +173,9 @@ def export(
         raise UsageError("give --data or --images, not both.")
     from resnetlab.inference.export import check_export_request, export_model, export_weights
     from resnetlab.inference.export_images import load_export_images
-    from resnetlab.inference.formats import get_format
     from resnetlab.run_folder import check_output_file
 
+    to = to or find_format(cast(Path, out).suffix)
     format = get_format(to)
     stem = Path(model.split(":")[1].replace("/", "-")) if get_scheme(model) else Path(model).with_suffix("")
     out = out or stem.with_name(stem.name + format.suffixes[0])
@@ -182,12 +189,14 @@ def export(
     if format.read is None:
         for note in export_weights(trained, to, out):
             console.log(f"resnetlab: note: {note}")
-        return print(out)
+        return console.write_line(str(out))
     check_images, calibration_images = load_export_images(trained, data, images, data_dir)
     parity = export_model(trained, to, precision, out, check_images, calibration_images)
     if json:
         return console.print_json({"model": model, "file": str(out), "to": to, **parity.to_json()})
-    console.write_line(f"{out}: {parity.agreement}, on {parity.n} images, with the network in torch fp32")
+    console.write_line(
+        f"{out}: {parity.agreement}, on {format_count(parity.n, 'image')}, with the network in torch fp32"
+    )
     for size, seconds in parity.seconds.items():
         eager = parity.torch_seconds[size]
         ratio = eager / seconds

@@ -14,7 +14,7 @@ from torch import Tensor
 from resnetlab.data.annotations import Annotations
 from resnetlab.data.error_policy import ErrorPolicy
 from resnetlab.errors import DataError
-from resnetlab.formatting import find_name_problem, format_list
+from resnetlab.formatting import find_name_problem, format_count, format_list
 from resnetlab.random import seed_for
 
 HELD_OUT_FRACTION = 0.2  # of data without a split to evaluate on
@@ -100,8 +100,8 @@ def arrange_annotated_splits(
             raise DataError(
                 f"{name}: the training and {evaluated} splits share {format_list(shared)}; do not evaluate on training images."
             )
-    plural = "s" if len(splits) > 1 else "", "es" if len(classes) > 1 else ""
-    layout = f"{found.layout}, {len(splits)} split{plural[0]}, {count:,} images, {len(classes):,} class{plural[1]}"
+    counts = (format_count(n, what) for n, what in ((len(splits), "split"), (count, "image"), (len(classes), "class")))
+    layout = ", ".join((found.layout, *counts))
     train, val, test, evaluated = _choose_splits(splits)
     return AnnotatedDataset(name, classes, train, val, test, evaluated, errors, layout)
 
@@ -126,7 +126,9 @@ def hold_out_images(images: Sequence[P], count: int) -> tuple[tuple[P, ...], tup
     Raises DataError if nothing would be left.
     """
     if not 0 < count < len(images):
-        raise DataError(f"cannot hold out {count:,} of {len(images):,} images; hold out fewer, or give more.")
+        raise DataError(
+            f"cannot hold out {count:,} of {format_count(len(images), 'image')}; hold out fewer, or give more."
+        )
     chosen = set(sorted(range(len(images)), key=lambda i: seed_for(0, "held-out", images[i].name))[:count])
     return (
         tuple(p for i, p in enumerate(images) if i not in chosen),

@@ -10,7 +10,6 @@ import gzip
 import hashlib
 import lzma
 import os
-import shutil
 import struct
 import tarfile
 import zipfile
@@ -19,7 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,7 +32,8 @@ from resnetlab.data.shards import ShardSource
 from resnetlab.data.tar_index import BoundedHeader, refuse_sparse
 from resnetlab.errors import DataError
 from resnetlab.formatting import format_list
-from resnetlab.run_folder import write_error
+from resnetlab.run_folder import remove_old_temporary_files, write_error
+from resnetlab.stopping import check_stop
 
 COMPRESSED: dict[str, Callable[..., Any]] = {
     ".gz": gzip.open,
@@ -41,6 +41,7 @@ COMPRESSED: dict[str, Callable[..., Any]] = {
     ".bz2": bz2.open,
     ".xz": lzma.open,
 }
+MAX_RATIO, SMALL_ARCHIVE = 100, 2**30  # a compressed tar unpacks to at most so many times its size, or so many bytes
 PEEK = 64  # members of a tar: among so many, a shard has a label
 LOCAL_HEADER = 30  # bytes before the name of a zip's member; its last four are the lengths of name and extra field
 
@@ -94,7 +95,7 @@ def is_archive(data: str) -> bool:
     if path.suffix.lower() != ".tar" or not path.is_file():
         return False
     try:
-        with tarfile.open(path, "r:") as tar:
+        with tarfile.open(path, "r:", tarinfo=BoundedHeader) as tar:
             files = [os.path.normpath(member.name) for member in islice(tar, PEEK) if member.isfile()]
     except (tarfile.TarError, OSError):
         return False  # reported by data.shards
@@ -179,6 +180,20 @@ def _find_splits(path: Path, names: list[str]) -> tuple[str, dict[str, int]]:
     return prefix, dict.fromkeys(splits.values(), 1)
 
 
+def _copy_bounded(source: BinaryIO, target: BinaryIO, limit: int, path: Path) -> None:
+    """Copies what is decompressed; raises DataError if that is more than `limit` bytes."""
+    written = 0
+    while chunk := source.read(2**20):
+        check_stop()
+        written += len(chunk)
+        if written > limit:
+            raise DataError(
+                f"{path} unpacks to more than {limit:,} bytes, far more than images do; it is refused. If it is right, unpack "
+                "it, and give the folder."
+            )
+        target.write(chunk)
+
+
 def _decompress(path: Path, data_dir: Path) -> Path:
     """The tar in a compressed file, decompressed into the data folder if it is not there yet."""
     about = path.stat()
@@ -186,11 +201,12 @@ def _decompress(path: Path, data_dir: Path) -> Path:
     target = data_dir / "archives" / f"{path.name.split('.')[0]}-{key}.tar"
     if target.is_file():
         return target
-    part = target.with_name(f".{target.name}.{os.getpid()}.part")
+    part = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        remove_old_temporary_files(target)
         with COMPRESSED[path.suffix.lower()](path, "rb") as source, open(part, "wb") as file:
-            shutil.copyfileobj(source, file, 2**20)
+            _copy_bounded(source, file, max(SMALL_ARCHIVE, MAX_RATIO * about.st_size), path)
         os.replace(part, target)
     except (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile) as error:
         raise DataError(f"{path} is damaged ({error}); copy it again.") from error

@@ -33,7 +33,7 @@ from resnetlab.data.disk_split import DiskSplit, FileNames, FileSource, ImageSou
 from resnetlab.data.error_policy import ErrorPolicy
 from resnetlab.data.labels import DEVKIT, read_class_names, read_flat_labels
 from resnetlab.errors import DataError, UsageError
-from resnetlab.formatting import format_list
+from resnetlab.formatting import format_count, format_list
 
 SPLITS = ("train", "val", "test")
 OTHER_NAMES = {"training": "train", "validation": "val", "valid": "val", "dev": "val", "testing": "test"}  # of splits
@@ -307,22 +307,22 @@ def _read_class_folders(root: Path, folder: Path) -> FolderLayout:
             raise DataError(f"the class folder {folder / name} holds no image; put some there, or remove it.")
     if not found.names:
         loose = find_loose_images(folder)
-        hint = f"its {len(loose):,} images are in no class folder" if loose else "it is empty of images"
+        hint = f"it holds {format_count(len(loose), 'image')} in no class folder" if loose else "it is empty of images"
         listed = f", or list them in {folder.name}.txt beside it" if loose and folder != root else ""
         raise DataError(
             f"{folder} holds no class folders with images: {hint}; give each class a folder of its own{listed}."
         )
     if loose := find_loose_images(folder):
         warnings.warn(
-            f"{len(loose):,} images beside the class folders of {folder} belong to no class and are left out, such as "
+            f"{format_count(len(loose), 'image')} beside the class folders of {folder} left out, of no class, such as "
             f"{loose[0]}.",
             UserWarning,
             stacklevel=2,
         )
     if unsupported:
         warnings.warn(
-            f"{len(unsupported):,} files in the class folders of {folder} may be images, but of a kind that is not read or "
-            f"without suffix, and are left out, such as {os.path.relpath(min(unsupported), folder)}; save them as JPEG or PNG.",
+            f"{format_count(len(unsupported), 'file')} in the class folders of {folder} left out, of a kind that is not read "
+            f"or without suffix, such as {os.path.relpath(min(unsupported), folder)}; save them as JPEG or PNG.",
             UserWarning,
             stacklevel=2,
         )

@@ -27,6 +27,7 @@ from resnetlab.data.disk_split import ReadOptions
 from resnetlab.data.error_policy import ErrorPolicy
 from resnetlab.data.folder import arrange_splits, guess_split, require_classes
 from resnetlab.errors import DataError, UsageError, missing_package
+from resnetlab.formatting import format_count
 
 PREFIX, HUB = "python:", "hf:"  # of the names of data sets that were given as objects, and of Hugging Face's
 HASHED = 64  # images of a split whose pixels are in its fingerprint
@@ -199,7 +200,8 @@ def _read_arrays(images: Any, labels: Any) -> tuple[Any, list[str], Any]:
         raise DataError(f"images are an array (N, H, W) or (N, H, W, C) of 1 or 3 channels, not {tuple(pixels.shape)}.")
     texts = _label_texts(labels, None)
     if len(texts) != len(pixels):
-        raise DataError(f"there are {len(pixels):,} images and {len(texts):,} labels; give one label per image.")
+        counts = f"{format_count(len(pixels), 'image')} and {format_count(len(texts), 'label')}"
+        raise DataError(f"there are {counts}; give one label per image.")
     return pixels.contiguous(), texts, None
 
 

@@ -74,6 +74,12 @@ def pack_shards(
     return written
 
 
+def check_target(out: Path) -> None:
+    """Raises RunError if a folder holds anything but an unfinished packing."""
+    if out.is_dir() and not (out / UNFINISHED).is_dir() and any(out.iterdir()):
+        raise RunError(f"{out} is not empty; choose another folder for the shards.")
+
+
 @contextlib.contextmanager
 def _unfinished_folder(out: Path) -> Iterator[Path]:
     """A folder in `out` for the shard that is being written; while it is there, the shards are not taken for whole.
@@ -85,8 +91,7 @@ def _unfinished_folder(out: Path) -> Iterator[Path]:
     unfinished, is_ours = out / UNFINISHED, False
     try:
         out.mkdir(parents=True, exist_ok=True)
-        if not unfinished.is_dir() and any(out.iterdir()):
-            raise RunError(f"{out} is not empty; choose another folder for the shards.")
+        check_target(out)
         unfinished.mkdir(exist_ok=True)
         with RunFolder(unfinished).lock(
             f"another process is packing into {out}; wait for it, or choose another folder."

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from resnetlab.errors import UsageError
+from resnetlab.formatting import format_count, format_split
 
 BINS = 15
 MIN_IMAGES, FEW_IMAGES = 10, 100  # to fit a temperature on: fewer are refused, or noted
@@ -45,8 +46,8 @@ def describe_calibration(temperature: float, calibration: Mapping[str, Any], pro
             return "uncalibrated: no temperature was fitted, so scores may be overconfident"
         return f"temperature {temperature:.3f}; the model file does not say what it was fitted on"
     about = dict.fromkeys(("data", "split", "n", "protocol"), "?") | dict(calibration)
-    n = f"{about['n']:,}" if isinstance(about["n"], int) else about["n"]
-    images = f"{n} images ({str(about['split']).replace('_', '-')} of {about['data']})"
+    count = format_count(about["n"], "image") if isinstance(about["n"], int) else f"{about['n']} images"
+    images = f"{count} ({format_split(str(about['split'])).replace('_', '-')} of {about['data']})"
     text = f"temperature {temperature:.3f}, fitted on {images} by {about['protocol']}"
     if str(about["split"]).endswith("train"):
         text += ", which the network may have been trained on, so scores may be overconfident"

@@ -21,7 +21,7 @@ from resnetlab.data.objects import dataset_from_object
 from resnetlab.data.prefetch import PreprocessedSplit
 from resnetlab.device import DeviceConfig, select_device, standard_torch_state
 from resnetlab.distributed import join_process_group, leave_if_imported_again
-from resnetlab.errors import DataError, DivergedError, UsageError, unknown_name_error
+from resnetlab.errors import DataError, DivergedError, UsageError, python_messages, unknown_name_error
 from resnetlab.evaluation.calibration import (
     choose_none_below,
     describe_calibration,
@@ -211,6 +211,7 @@ def prepare_split(split: Split, preprocessing: Preprocessing) -> Split:
     return replace(split, images=torch.cat(pixels)) if pixels else split
 
 
+@python_messages()
 @standard_torch_state()
 def evaluate(
     model: Model | Sequence[Model],

@@ -12,7 +12,7 @@ from resnetlab.evaluation import figures
 from resnetlab.evaluation.calibration import reliability_bins
 from resnetlab.evaluation.evaluate import Evaluation
 from resnetlab.evaluation.metrics import ClassificationMetrics, wilson_interval
-from resnetlab.formatting import format_json, format_percent, unbreakable
+from resnetlab.formatting import format_figure, format_json, format_percent, format_split, unbreakable
 from resnetlab.preprocessing import Preprocessing, tensor_to_pil
 from resnetlab.run_folder import write_together
 
@@ -33,7 +33,12 @@ def load_templates() -> Environment:
     templates = Environment(
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    templates.filters |= {"percent": format_rate, "count": "{:,.0f}".format}
+    templates.filters |= {
+        "percent": format_rate,
+        "count": "{:,.0f}".format,
+        "split_name": format_split,
+        "figure": format_figure,
+    }
     return templates
 
 

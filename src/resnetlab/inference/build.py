@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from resnetlab.errors import UsageError
+from resnetlab.errors import UsageError, python_messages
 from resnetlab.inference.start import NO_HEAD, choose_specification, find_pretrained, load_start
 from resnetlab.models import resnet
 from resnetlab.models.resnet import ResNet
 from resnetlab.models.spec import get_specification, list_network_names
 
 
+@python_messages()
 def build(
     name: str,
     *,

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from resnetlab.data import sources
+from resnetlab.data.archives import is_archive
 from resnetlab.data.dataset import Dataset, Split
 from resnetlab.data.disk_split import DiskSplit
+from resnetlab.data.tables import is_table
 from resnetlab.errors import DataError
 from resnetlab.evaluation.predictions import check_table_file
 from resnetlab.inference.images import ImageInput, expand_images
@@ -43,7 +45,7 @@ def embed_data(model: Model, data: str | Path, data_dir: Path = Path("data")) ->
     try:
         source = sources.load_dataset(name, data_dir)
     except DataError:
-        if not Path(name).exists():
+        if not Path(name).exists() or is_table(name) or is_archive(name):
             raise
         images = iter((image, ("", "", each)) for image, each in expand_images(name))
     else:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from resnetlab.errors import ModelFileError, RunError, UsageError, missing_package
+from resnetlab.formatting import format_count, format_split
 from resnetlab.models.cost import count_parameters
 from resnetlab.models.model_file import TrainedModel, load_trained_model
 from resnetlab.run_folder import write_atomically, write_error
@@ -137,7 +138,7 @@ def make_model_card(model: TrainedModel, name: str) -> str:
     description = (
         f"A residual network of {count_parameters(model.net):,} parameters: {spec.block} blocks "
         f"{'-'.join(map(str, spec.depths))}, activation order {spec.activation_order}, shortcut {spec.shortcut}, for images "
-        f"of {h}x{w} pixels and {preprocessing.channels} channels."
+        f"of {h}x{w} pixels and {format_count(preprocessing.channels, 'channel')}."
     )
     lines = [
         "---",
@@ -181,7 +182,7 @@ def make_model_card(model: TrainedModel, name: str) -> str:
 
 def _format_metrics(metrics: Any) -> list[str]:
     rows = [
-        f"| {_escape(split)} | {values['n']:,} | {100 * values['top1_error']:.2f} % |"
+        f"| {_escape(format_split(str(split)).replace('_', '-'))} | {values['n']:,} | {100 * values['top1_error']:.2f} % |"
         for split, values in metrics.items()
         if all(isinstance(values.get(key), int | float) for key in ("n", "top1_error"))
     ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from resnetlab.errors import UsageError
+from resnetlab.errors import UsageError, python_messages
 from resnetlab.inference import predict
 from resnetlab.inference.download import find_model
 from resnetlab.models.annotated_model import TASK_NOUNS, read_task
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from resnetlab.inference.predict import Model
 
 
+@python_messages()
 def load(path: str | Path, *, precision: str = "fp32", device: str = "auto") -> Model | Detector | Segmenter:
     """Loads a model for prediction.
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from resnetlab.device import DeviceConfig, count_cores, eval_mode, select_device, standard_torch_state, to_device
-from resnetlab.errors import DataError, ModelFileError, UsageError, unknown_name_error
+from resnetlab.errors import DataError, ModelFileError, UsageError, python_messages, unknown_name_error
 from resnetlab.evaluation.calibration import NONE
 from resnetlab.evaluation.protocols import Protocol, parse_protocol
 from resnetlab.evaluation.scores import Member, score_images
@@ -215,6 +215,7 @@ class Model(TrainedModel):
         pixels = [x for image in images if isinstance(x := self._prepare_input(image), Tensor)]
         return torch.stack(pixels) if pixels else None
 
+    @python_messages()
     def predict(self, image: Any, *, top: int | None = None, protocol: str | None = None) -> Any:
         """The `top` best classes of an image, five by default: a Prediction; of several images Predictions, a list.
 
@@ -301,6 +302,7 @@ class Model(TrainedModel):
             raise ModelFileError("the network's scores are not finite; its weights or preprocessing are not usable.")
         return scores
 
+    @python_messages()
     def embed(self, images: Any) -> Tensor:
         """The features of an image, float32 (C,), or of several, (n, C): the last map averaged over its positions.
 
@@ -364,6 +366,7 @@ class Model(TrainedModel):
         """The class of each output."""
         return dict(enumerate(self.classes))
 
+    @python_messages()
     @standard_torch_state()
     def to(self, device: str | torch.device) -> Self:
         """Moves the model to a device, such as "cuda" or "cpu", where torch predicts until `select_backend` is called.
@@ -379,12 +382,14 @@ class Model(TrainedModel):
         """Returns the model: it is always in eval mode."""
         return self
 
+    @python_messages()
     def evaluate(self, data: str | Path, **options: Any) -> Evaluation:
         """Evaluates the model on a data set; see `resnetlab.evaluate` for the options."""
         from resnetlab.evaluation.evaluate import evaluate
 
         return evaluate(self, data, **{"device": str(self.device), **options})
 
+    @python_messages()
     def explain(self, image: ImageInput, *, top: int = 5) -> Explanation:
         """Explains the prediction for an image: Grad-CAM (`overlay`), and what each block does for it (`blocks`).
 
@@ -396,6 +401,7 @@ class Model(TrainedModel):
             raise UsageError(f"top must be a whole number from 1 up, not {top!r}.")
         return explain(self, self.preprocessing(read_image(image)), top=top)
 
+    @python_messages()
     def export(
         self,
         out: str | Path,

@@ -12,7 +12,7 @@ import torch
 
 from resnetlab.device import standard_torch_state
 from resnetlab.errors import UsageError
-from resnetlab.inference.download import download_model, get_scheme
+from resnetlab.inference.download import download_model, find_model, get_scheme
 from resnetlab.inference.import_model import IMAGENET_MEAN, IMAGENET_STD, ImportOptions, import_state_dict
 from resnetlab.models.model_file import TrainedModel, load_trained_model
 from resnetlab.models.resnet import ResNet
@@ -57,18 +57,20 @@ def load_start(name: str, changes: Mapping[str, Any] | None = None) -> Start:
     """Loads weights to start from.
 
     Args:
-        name: a published name such as "torchvision:resnet18.IMAGENET1K_V1", a model file, or a weight file of another program,
-            also of a network without a head.
+        name: a published name such as "torchvision:resnet18.IMAGENET1K_V1", a model file, a run folder, or a weight file of
+            another program, also of a network without a head.
         changes: values of the network's specification that names and shapes do not determine.
 
     Raises:
         ModelFileError: the file is missing or damaged, or holds no residual network; or the download fails.
-        UsageError: there is no such published model.
+        UsageError: there is no such published model, or it is the name of a network.
     """
     if get_scheme(name):
         model, notes = download_model(name)
         return Start(model, _hash_weights(model.net), notes)
     path = Path(name)
+    if path.is_dir() or not path.exists():
+        path = Path(find_model(path))
     foreign = path.name.endswith(SUFFIXES) and path.is_file() and not read_metadata(path)
     if not foreign:
         model, notes = load_trained_model(path), []

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from resnetlab.device import standard_torch_state
 from resnetlab.errors import ModelFileError
-from resnetlab.formatting import find_name_problem, format_list, html_table
+from resnetlab.formatting import find_name_problem, format_count, format_list, html_table, is_number
 from resnetlab.models.reference_images import ReferenceImages
 from resnetlab.models.resnet import ResNet
 from resnetlab.models.spec import Specification
@@ -114,10 +114,8 @@ class TrainedModel:
         """A sentence on the images of the data in the model file."""
         if (images := self.reference_images) is None:
             return "The model file holds no images."
-        return (
-            f"The model file holds {len(images.check)} images to check backends on and {len(images.training)} training images, "
-            "as the network gets them."
-        )
+        check, training = format_count(len(images.check), "image"), format_count(len(images.training), "training image")
+        return f"The model file holds {check} to check backends on and {training}, as the network gets them."
 
     def without_images(self) -> TrainedModel:
         """A copy for other people: without images of the data. Their fingerprints, which recognise them, stay."""
@@ -145,7 +143,7 @@ class TrainedModel:
         ):
             return "its metadata are not tables of values"
         temperature = self.temperature
-        if not isinstance(temperature, int | float) or not 1e-6 <= temperature <= 1e6:
+        if not is_number(temperature) or not 1e-6 <= temperature <= 1e6:
             return f"its temperature is {temperature!r}"
         below = self.calibration.get("none_below", 0)
         if not isinstance(below, int | float) or not 0 <= below <= 1:

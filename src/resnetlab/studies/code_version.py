@@ -27,9 +27,9 @@ from resnetlab.models.model_file import load_trained_model
 from resnetlab.models.resnet import build
 from resnetlab.random import make_generator
 from resnetlab.run_folder import write_atomically
+from resnetlab.training.python_api import train
 from resnetlab.training.recipe import Recipe
 from resnetlab.training.recipes import find_classification_recipe
-from resnetlab.training.train import train
 
 RECORD = "code-versions.json"
 # The source of version 0.1 and the fingerprint of its own code.

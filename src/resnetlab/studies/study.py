@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from resnetlab.device import standard_torch_state
 from resnetlab.distributed import leave_if_imported_again
 from resnetlab.errors import UsageError
-from resnetlab.formatting import format_estimate
+from resnetlab.formatting import format_count, format_estimate
 from resnetlab.studies import verdicts, workers
 from resnetlab.studies.code_version import CodeVersions
 from resnetlab.studies.cost_estimate import CostEstimate
@@ -227,7 +227,7 @@ def check_cost(
     steps = f"{lengths[0]:,} steps" if len(lengths) == 1 else f"{lengths[0]:,} to {lengths[-1]:,} steps"
     together = f"{processes} at once" if processes > 1 else "one after the other"
     report(
-        f"{len(planned):,} runs of {steps}, {len(planned) - len(missing):,} of them there already; "
+        f"{format_count(len(planned), 'run')} of {steps}, {len(planned) - len(missing):,} of them there already; "
         f"{len(missing):,} to make, {together}: about {format_estimate(seconds)} on this machine."
     )
     if seconds > DAY and not yes:
@@ -260,5 +260,5 @@ class PlanProgress:
         left = sum(c * (1 - now) for c, now in zip(self._costs, self._shares, strict=True))
         speed = done / (time.monotonic() - self._start) or self._processes
         finished = sum(now >= 1 for now in self._shares)
-        text = f"{finished} of {len(self.runs)} runs  {format_estimate(left / speed)} left"
+        text = f"{finished} of {format_count(len(self.runs), 'run')}  {format_estimate(left / speed)} left"
         self._on_runs(round(1000 * (1 - left / sum(self._costs))), 1000, text)

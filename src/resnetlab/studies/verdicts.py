@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
 
-from resnetlab.formatting import format_share
+from resnetlab.formatting import format_count, format_share
 
 FAIL = 0.2  # 2016 Table 1: a run with a larger error has failed
 SEEDS = 3  # fewer runs than this give no verdict
@@ -115,7 +115,7 @@ def describe(difference: PairedDifference, a: str, b: str, *, larger: str, small
 
 def format_seeds(count: int, n: int) -> str:
     """A number of seeds, with a remark where they are too few: "5 of 5 seeds"."""
-    return f"{count} of {n} seed{'s' * (n > 1)}" + ("" if n >= SEEDS else ", too few for a verdict")
+    return f"{count} of {format_count(n, 'seed')}" + ("" if n >= SEEDS else ", too few for a verdict")
 
 
 def compare_with_paper(

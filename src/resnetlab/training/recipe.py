@@ -159,6 +159,11 @@ class BaseRecipe:
         if list(self.milestones) != sorted(set(self.milestones)):
             raise UsageError(f"milestones must rise, not {list(self.milestones)}.")
 
+    @classmethod
+    def keys(cls) -> list[str]:
+        """The keys that `with_values` takes: values of the recipe and of the network's specification."""
+        return [f.name for f in fields(cls) if f.name not in ("name", "specification")] + list(_SPECIFICATION)
+
     def with_values(self, pairs: Mapping[str, str]) -> Self:
         """The recipe with values given as text, as for `--set`; keys of the network's specification are allowed too.
 
@@ -171,7 +176,7 @@ class BaseRecipe:
         for word in pairs:
             key = word if word in own or word in _SPECIFICATION else translate(word, own)
             if key is None:
-                raise unknown_name_error("key", word, [*own, *_SPECIFICATION])
+                raise unknown_name_error("key", word, self.keys())
             if key in given:
                 raise UsageError(f"{word} and {given[key]} are the same value; give it once.")
             given[key] = word

@@ -12,6 +12,7 @@ from resnetlab import migrate_v01
 from resnetlab.data import sources
 from resnetlab.data.dataset import A_TENTH
 from resnetlab.errors import UsageError, unknown_name_error
+from resnetlab.formatting import format_count
 from resnetlab.run_folder import RunFolder
 from resnetlab.training.annotated_recipes import ANNOTATED_RECIPES
 from resnetlab.training.recipe import BaseRecipe, Recipe
@@ -270,6 +271,7 @@ RECIPES: dict[str, Callable[[], BaseRecipe]] = {
     "finetune": finetune,
     **ANNOTATED_RECIPES,
 }
+SMALL_SIDE = 64  # pixels; ImageNet's stem leaves nothing of smaller images
 # by the task, and for classifiers by the name of the data ("photos" for all others)
 DEFAULT_RECIPES = {
     "detect": "boxes",
@@ -304,6 +306,13 @@ def choose_recipe(name: str | Path | None, *, task: str, data: str | None) -> Ba
         return read_recipe_file(Path(name), task)
     name = None if name is None else str(name)
     return find_recipe(name or DEFAULT_RECIPES.get(task) or DEFAULT_RECIPES.get(data or "digits", "photos"), task)
+
+
+def fit_small_images(recipe: Recipe, side: int) -> Recipe:
+    """The recipe at the size of images as small as CIFAR's, with CIFAR's network and crops; for larger ones as it is."""
+    if side > SMALL_SIDE:
+        return recipe
+    return replace(recipe, net="resnet20", image_size=side, eval_resize=0, crop="centre", pad=side // 8)
 
 
 def read_recipe_file(path: Path, task: str) -> BaseRecipe:
@@ -382,11 +391,11 @@ def describe_budget(recipe: BaseRecipe) -> str | None:
     full = find_recipe(recipe.name, recipe.task).steps if recipe.name in RECIPES else recipe.steps
     if recipe.steps == full:
         return None
-    return f"{recipe.steps:,} of the {full:,} steps of {recipe.name} ({recipe.steps / full:.1%})"
+    return f"{recipe.steps:,} of the {format_count(full, 'step')} of {recipe.name} ({recipe.steps / full:.1%})"
 
 
 def describe_run_budget(run: RunFolder, recipe: BaseRecipe) -> str | None:
     """The same for a run in its folder, which may have been extended."""
     extended = (run.read_json("environment.json") or {}).get("extended_after", [])
-    after = [f"extended after {step:,} steps without the optimizer's momentum" for step in extended]
+    after = [f"extended after {format_count(step, 'step')} without the optimizer's momentum" for step in extended]
     return "; ".join(filter(None, [describe_budget(recipe), *after])) or None

@@ -264,8 +264,14 @@ class Recorder:
             error=figures["error"],
             held_out=self._held_out,
             images_per_second=figures["images_per_second"],
-            seconds_left=self._timer.seconds_per_step() * (steps - state.step) + evaluations * self._evaluation_seconds,
+            seconds_left=self._timer.seconds_per_step() * (steps - state.step)
+            + evaluations * self._seconds_evaluating(),
         )
+
+    def _seconds_evaluating(self) -> float:
+        """How long an evaluation takes: as the last one; before the first, a third of the steps of as many images."""
+        steps = len(self._task.held_out) / self._train_state.recipe.batch
+        return self._evaluation_seconds or steps * self._timer.seconds_per_step() / 3
 
 
 def _check_finite(state: RunState, lr: float, world: World) -> None:

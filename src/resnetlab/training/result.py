@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from resnetlab.formatting import format_duration, format_percent
+from resnetlab.formatting import format_duration, format_figure, format_percent
 from resnetlab.progress import ProgressBar
 
 
@@ -27,7 +27,7 @@ class Progress:
     def describe(self) -> list[str]:
         """The figures as text, the most important first."""
         figure = next(iter(self.held_out.items()), None)
-        held_out = [] if figure is None else [f"held-out {figure[0].replace('_', ' ')} {format_percent(figure[1])}"]
+        held_out = [] if figure is None else [f"held-out {format_figure(*figure)}"]
         return [
             f"{format_duration(self.seconds_left)} left",
             f"loss {self.loss:.4f}",

@@ -7,6 +7,8 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from resnetlab.formatting import format_count
+
 WARMUP_STEPS = 3  # before the traced ones: memory, kernels and workers are made ready
 
 
@@ -37,7 +39,7 @@ def trace_steps(steps: int, path: Path, report: Callable[[str], None]) -> Iterat
         temporary = path.with_name(f".{path.name}.tmp")
         trace.export_chrome_trace(str(temporary))
         os.replace(temporary, path)
-        report(f"trace of {traced} step{'s' * (traced > 1)}, to open in Perfetto: {path}")
+        report(f"trace of {format_count(traced, 'step')}, to open in Perfetto: {path}")
 
     plan = schedule(wait=0, warmup=WARMUP_STEPS, active=steps, repeat=1)
     with profile(schedule=plan, on_trace_ready=write, acc_events=True) as profiler:

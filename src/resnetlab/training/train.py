@@ -1,9 +1,9 @@
-"""Training: starts a run or resumes one, and the loop over its steps."""
+"""Training: starts a run or resumes one, and the loop over its steps. `python_api` has the function for Python."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -13,8 +13,6 @@ import torch
 from resnetlab.data import sources
 from resnetlab.data.dataset import Dataset
 from resnetlab.data.decode import jpeg_decoder
-from resnetlab.data.disk_split import ReadOptions
-from resnetlab.data.objects import dataset_from_object
 from resnetlab.data.own_transform import Transform
 from resnetlab.device import count_cores, default_precision, preserve_process_state, select_device
 from resnetlab.distributed import (
@@ -23,11 +21,15 @@ from resnetlab.distributed import (
     leave_if_imported_again,
     local_process_count,
 )
-from resnetlab.errors import DataError, ResNetLabError, RunError, UsageError, unknown_name_error
-from resnetlab.formatting import format_percent
-from resnetlab.inference.start import find_pretrained
-from resnetlab.progress import log
-from resnetlab.run_folder import RunFolder, explain_full_disk, write_atomically
+from resnetlab.errors import (
+    DataError,
+    ResNetLabError,
+    RunError,
+    UsageError,
+    unknown_name_error,
+)
+from resnetlab.formatting import format_count, format_percent
+from resnetlab.run_folder import RunFolder, check_output_folder, explain_full_disk, write_atomically
 from resnetlab.stopping import catch_stop_signals
 from resnetlab.training import recipes
 from resnetlab.training.average import set_train_mode
@@ -46,7 +48,7 @@ from resnetlab.training.micro_batches import describe_sum_order
 from resnetlab.training.optim import OPTIMIZERS
 from resnetlab.training.recipe import BaseRecipe, Epochs, Overrides, Recipe
 from resnetlab.training.recorder import OnEvaluate, Recorder, RunContext
-from resnetlab.training.result import ClassificationResult, Progress, TrainResult, show_training
+from resnetlab.training.result import Progress, TrainResult
 from resnetlab.training.schedule import learning_rate
 from resnetlab.training.side_by_side import choose_batchnorm, divide_threads
 from resnetlab.training.step import compute_gradients, train_step
@@ -60,8 +62,8 @@ from resnetlab.training.trackers import add_trackers, check_trackers
 TASKS: dict[str, type[Task]] = {task.name: task for task in (ClassificationTask, DetectionTask, SegmentationTask)}
 
 
-def _ignore(_: Any) -> None:
-    return None
+def ignore(_: Any) -> None:
+    """Takes a message or progress that nobody wants."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,103 +92,11 @@ class RunOptions:
     epochs: Epochs | None = None
     trackers: tuple[str, ...] = ()
     profile: int = 0
-    report: Callable[[str], None] = _ignore
-    on_progress: Callable[[Progress], None] = _ignore
+    report: Callable[[str], None] = ignore
+    on_progress: Callable[[Progress], None] = ignore
     on_evaluate: OnEvaluate | None = None
     dataset: Dataset | str | None = None
     transform: Transform | None = None
-
-
-def train(
-    recipe: Recipe | str | Path | None = None,
-    *,
-    data: Any = None,
-    net: str | None = None,
-    steps: int | None = None,
-    epochs: float | None = None,
-    seed: int | None = None,
-    out: str | Path | None = None,
-    resume: str | Path | None = None,
-    data_dir: str | Path | None = None,
-    device: str | None = None,
-    workers: int | None = None,
-    trackers: Sequence[str] = (),
-    pretrained: bool = False,
-    progress: Callable[[Progress], None] | bool = True,
-    report: Callable[[str], None] | None = None,
-    on_evaluate: OnEvaluate | None = None,
-    transform: Transform | None = None,
-    **values: Any,
-) -> ClassificationResult:
-    """Trains a network into a new run folder, or resumes a run.
-
-    Args:
-        recipe: a Recipe, the name of one, its file, such as a run's recipe.toml, or None for the default of the data ("quick"
-            for digits, "paper-cifar" for CIFAR, "photos" for a folder). What is none of these is taken for `data`.
-        data: a data set's name, folder, table or pattern; or a list of (path, label), arrays (X, y), a PyTorch or Hugging Face
-            data set, or a dictionary of splits (data.objects). Objects that are random give runs that cannot be repeated.
-        net, seed: change the recipe's values.
-        steps, epochs: length of the run; the schedule is rescaled to it.
-        out: the run folder; None takes runs/<data>, or the next free name.
-        resume: the folder of a run to resume; the result is bit-identical to that of an uninterrupted run. A finished run is
-            extended if `steps` or `epochs` is larger than its own.
-        data_dir: the folder of the archives; None takes "data", or that of the resumed run.
-        workers: processes that decode images on disk; None decides by the machine. The result does not depend on it.
-        trackers: experiment trackers that get the figures: "tensorboard", "wandb", "mlflow", "trackio".
-        pretrained: start from torchvision's ImageNet weights of `net`, by the recipe finetune.
-        progress: True shows progress and messages on standard error, False nothing; a function is called at every line of
-            metrics.jsonl.
-        report: called with sentences on what happens, in place of printing them.
-        on_evaluate: called after every evaluation of held-out images with its figures, and "step" and "steps". If it returns
-            True, the run stops; it is saved and can be resumed.
-        transform: a function of your own that changes training images: it takes a Pillow image of the network's size, after the
-            crop, and gives one of the same size. What it draws from random, NumPy and torch is a function of seed, step and
-            image, so runs resume bit-identically; a state of its own would not be. recipe.toml records its name.
-        **values: any other value of the recipe or of the network's specification, such as batch=64 or shortcut="C".
-
-    Returns:
-        Paths of the run, the model and the report; errors as fractions, times in seconds (docs/json.md, `train`).
-
-    Raises:
-        UsageError, DataError, RunError, DivergedError: see resnetlab.errors.
-        RunStopped: `on_evaluate` stopped the run.
-        StopSignal: SIGINT or SIGTERM, after a checkpoint.
-    """
-    if recipe is not None and data is None and not isinstance(recipe, Recipe) and not recipes.is_recipe(recipe):
-        recipe, data = None, recipe
-    if net is not None and not isinstance(net, str):
-        raise UsageError(
-            f"net is a network's name, not {type(net).__name__}; a network of your own trains in a loop of your own."
-        )
-    if workers is not None and (not isinstance(workers, int) or workers < 0):
-        raise UsageError(f"workers must be 0 or more, not {workers!r}.")
-    reading = ReadOptions(str(values.get("on_bad_image", "stop")), groups=str(values.get("groups", "")))
-    own = None if data is None or isinstance(data, str | Path) else dataset_from_object(data, reading)
-    name = own.name if own is not None else None if data is None else str(data)
-    if pretrained:
-        recipe, values = recipe or "finetune", {"start_from": find_pretrained(net), **values}
-    texts = {key: ",".join(map(str, v)) if isinstance(v, list | tuple) else str(v) for key, v in values.items()}
-    overrides = Overrides(data=name, net=net, steps=steps, epochs=epochs, seed=seed, values=texts)
-    with contextlib.ExitStack() as stack:
-        shown = stack.enter_context(show_training()) if progress is True else progress or _ignore
-        options = RunOptions(
-            data_dir=None if data_dir is None else Path(data_dir),
-            device=None if device is None else str(device),
-            workers=workers,
-            epochs=overrides.length,
-            trackers=tuple(trackers),
-            report=report or (log if progress is True else _ignore),
-            on_progress=shown,
-            on_evaluate=on_evaluate,
-            dataset=own,
-            transform=transform,
-        )
-        if resume is not None and (recipe is not None or out is not None):
-            raise UsageError("resume continues a run with its own recipe in its own folder; leave out recipe and out.")
-        if resume is not None:
-            return cast(ClassificationResult, _resume(Path(resume), options, overrides=overrides))
-        base = recipe if isinstance(recipe, Recipe) else recipes.choose_recipe(recipe, task="classify", data=name)
-        return cast(ClassificationResult, start_run(overrides.apply(base), Path(out) if out else None, options))
 
 
 def start_run(recipe: BaseRecipe, out: Path | None = None, options: RunOptions | None = None) -> TrainResult:
@@ -201,6 +111,8 @@ def start_run(recipe: BaseRecipe, out: Path | None = None, options: RunOptions |
         if world.broadcast(world.restarted and out is not None and (out / "recipe.toml").is_file()):
             prepared = _reopen(stack, world, cast(Path, out), options, recipe.task, recipe)
         else:
+            if world.is_first:
+                check_output_folder(out, new=True)
             task = build_task(recipe, options, world)
             path = RunFolder.create(out, sources.short_name(recipe.data)).path if world.is_first else None
             run = RunFolder(world.broadcast(path) or Path())
@@ -230,9 +142,6 @@ def resume(
         world, options = _join(stack, options)
         prepared = _reopen(stack, world, path, options, task, overrides or Overrides())
         return prepared if isinstance(prepared, TrainResult) else train_to_end(*prepared)
-
-
-_resume = resume  # `train` has an argument of this name
 
 
 def train_to_end(task: Task, context: RunContext) -> TrainResult:
@@ -331,7 +240,7 @@ def build_task(
     if reason := task.reason_against_exact:
         options.report(f"{reason}, so another run, or a resumed one, may differ in its last bits")
     if device_config.device.type == "cpu" and threads > (cores := count_cores()):
-        options.report(f"{threads} threads share {cores} core{'s' * (cores > 1)}: threads={cores} is faster")
+        options.report(f"{threads} threads share {format_count(cores, 'core')}: threads={cores} is faster")
     if changes := recipes.describe_changes(task.recipe, default_precision(device_config.device)):
         options.report(f"recipe {task.recipe.name}, with {'; '.join(changes)}")
     if warning := recipes.describe_batch(task.recipe):
@@ -374,7 +283,7 @@ def _join(stack: contextlib.ExitStack, options: RunOptions | None) -> tuple[Worl
     stack.enter_context(preserve_process_state())
     world, options = stack.enter_context(join_process_group()), options or RunOptions()
     check_trackers(options.trackers)
-    return world, options if world.is_first else replace(options, report=_ignore, on_progress=_ignore)
+    return world, options if world.is_first else replace(options, report=ignore, on_progress=ignore)
 
 
 def _reopen(

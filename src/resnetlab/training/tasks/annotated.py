@@ -21,6 +21,7 @@ from resnetlab.data.error_policy import ErrorPolicy
 from resnetlab.device import DeviceConfig
 from resnetlab.distributed import World
 from resnetlab.errors import DataError, UsageError, unknown_name_error
+from resnetlab.formatting import format_count
 from resnetlab.inference.start import choose_specification, load_start, resolve_start
 from resnetlab.models.annotated_model import AnnotatedModel, build_annotated_net
 from resnetlab.models.cost import count_parameters
@@ -126,11 +127,11 @@ class AnnotatedTask(Task, Generic[P, S]):
         setup.report(f"{recipe.data}: {data.layout}")
         setup.report(
             f"{task.title} on {recipe.data}: {task.describe_data()} to train on, {len(held_out):,} held out, "
-            f"{len(task.test):,} to test on ({task.evaluated_split}); {count_parameters(task.net):,} parameters"
+            f"{len(task.test):,} to test on{task.test_origin}; {count_parameters(task.net):,} parameters"
         )
         epochs = recipe.steps * recipe.batch / len(train)
         setup.report(
-            f"{recipe.steps:,} steps of {recipe.batch:,} images are {epochs:,.1f} epochs (--epochs changes that)"
+            f"{format_count(recipe.steps, 'step')} of {recipe.batch:,} images are {epochs:,.1f} epochs (--epochs changes that)"
         )
         return task
 

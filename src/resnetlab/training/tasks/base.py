@@ -83,6 +83,13 @@ class Task(ABC):
     data: Mapping[str, str]
     holdout: Mapping[str, Sequence[str]]
     held_out: Sized  # images that are evaluated while training; may be empty
+    evaluated_split: str  # that the images to test on are; "held-out" if they were drawn from all
+
+    @property
+    def test_origin(self) -> str:
+        """Where the images to test on come from, in brackets, if not from a test split of the data."""
+        origins = {"test": "", "held-out": " (drawn by name)"}
+        return origins.get(self.evaluated_split, f" ({self.evaluated_split})")
 
     @property
     @abstractmethod

@@ -27,6 +27,7 @@ from resnetlab.evaluation.calibration import MIN_IMAGES, choose_none_below, fit_
 from resnetlab.evaluation.evaluate import evaluate_errors, evaluate_network
 from resnetlab.evaluation.gradcam import make_cam_overlays
 from resnetlab.evaluation.metrics import ClassificationMetrics
+from resnetlab.formatting import format_count
 from resnetlab.inference.start import resolve_start
 from resnetlab.models.cost import count_parameters
 from resnetlab.models.model_file import TrainedModel, load_trained_model
@@ -120,7 +121,7 @@ class ClassificationTask(Task):
         trained_on = start.data.get("fingerprint", "") if start else ""
         if n := int(match_fingerprints(fingerprints, trained_on, source, source.test).seen.sum()):
             notes.append(
-                f"{n:,} of the {len(source.test):,} images to test on were seen in the training of {start_from}"
+                f"{n:,} of the {format_count(len(source.test), 'image')} to test on were seen in the training of {start_from}"
             )
         device_config.place(net)
         if isinstance(train, MemorySplit):  # a CPU crops and augments these too, where the recipe does that per image
@@ -177,14 +178,13 @@ class ClassificationTask(Task):
     def _describe(self) -> list[str]:
         """Sentences on data, network and length of the run."""
         recipe, n = self.recipe, self.num_train_images
-        evaluated = "" if self.evaluated_split == "test" else f" ({self.evaluated_split})"
         data = sources.strip_signature(recipe.data)
-        watched = f"{len(self.held_out):,} held out to watch the error of" if len(self.held_out) else "none held out"
-        counts = f"{n:,} images to train on, {watched}, {len(self.test):,} to test on{evaluated}"
+        watched = f"{len(self.held_out):,} held out{' to watch the error of' if len(self.held_out) else ''}"
+        counts = f"{format_count(n, 'image')} to train on, {watched}, {len(self.test):,} to test on{self.test_origin}"
         sentences = [f"{recipe.net} on {data}: {counts}; {count_parameters(self.net):,} parameters"]
         if not sources.is_builtin(recipe.data):
-            steps, epochs = f"{recipe.steps:,} steps of {recipe.batch:,} images", recipe.steps * recipe.batch / n
-            sentences.append(f"{steps} are {epochs:,.1f} epochs (--epochs changes that)")
+            steps, epochs = format_count(recipe.steps, "step"), recipe.steps * recipe.batch / n
+            sentences.append(f"{steps} of {recipe.batch:,} images are {epochs:,.1f} epochs (--epochs changes that)")
         return sentences
 
     @property

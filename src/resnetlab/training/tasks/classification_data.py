@@ -20,8 +20,10 @@ from resnetlab.errors import DataError, UsageError
 from resnetlab.evaluation.calibration import MIN_IMAGES
 from resnetlab.evaluation.evaluate import prepare_split
 from resnetlab.models.model_file import TrainedModel
+from resnetlab.models.spec import get_specification
 from resnetlab.preprocessing import Preprocessing
 from resnetlab.training.recipe import EVAL_RATIO, Recipe
+from resnetlab.training.recipes import SMALL_SIDE
 from resnetlab.training.tasks.base import TaskSetup
 
 SMALL_VIEW = 0.5  # share of an image's area: less is reported
@@ -74,7 +76,10 @@ def require_held_out(recipe: Recipe, held_out: Split, images: int) -> None:
 
 
 def describe_view(recipe: Recipe) -> list[str]:
-    """A sentence if evaluation looks at an unusually small part of an image."""
+    """A sentence if evaluation looks at an unusually small part of an image, or the network is one for smaller images."""
+    if recipe.net and get_specification(recipe.net).stem == "cifar" and recipe.image_size > SMALL_SIDE:
+        better = "take --set image_size=32, or --net resnet18"
+        return [f"{recipe.net} is for images of about 32 pixels and slow at {recipe.image_size}: {better}"]
     part = (recipe.image_size / (recipe.eval_resize or recipe.image_size)) ** 2
     if part >= SMALL_VIEW:
         return []

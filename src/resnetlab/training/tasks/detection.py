@@ -25,6 +25,7 @@ from resnetlab.evaluation.detection import (
     predict_boxes,
     require_coco_eval,
 )
+from resnetlab.formatting import format_count, format_split
 from resnetlab.models.annotated_model import load_annotated
 from resnetlab.models.head_spec import DetectionOptions, DetectorSpec
 from resnetlab.training.annotated_recipes import DetectionRecipe
@@ -97,7 +98,8 @@ class DetectionTask(AnnotatedTask[AnnotatedImage, DetectionSample]):
 
     def describe_data(self) -> str:
         count, anchors = sum(len(image.boxes) for image in self.train), ", ".join(map(str, self.head_spec.anchors))
-        return f"{len(self.train):,} images, {count:,} boxes of {len(self.classes)} classes (anchors {anchors} px)"
+        images, boxes = format_count(len(self.train), "image"), format_count(count, "box")
+        return f"{images}, {boxes} of {format_count(len(self.classes), 'class')} (anchors {anchors} px)"
 
     def loss(self, batch: list[DetectionSample]) -> tuple[Tensor, Tensor]:
         """The sum of both stages' four losses, and the fraction of regions whose class is wrong; scalars."""
@@ -127,7 +129,8 @@ class DetectionTask(AnnotatedTask[AnnotatedImage, DetectionSample]):
 
     def summarise_evaluation(self, result: DetectionResult, metrics: DetectionMetrics) -> EvaluationSummary:
         count = sum(row["n"] for row in result.per_class)
-        scope = f"On the {self.evaluated_split} split, {result.n:,} images with {count:,} boxes"
+        counts = f"{format_count(result.n, 'image')} with {format_count(count, 'box')}"
+        scope = f"On the {format_split(self.evaluated_split)} split, {counts}"
         images = []
         for truth, found in list(zip(metrics.truth, metrics.detections, strict=True))[:MAX_IMAGES]:
             overlay = overlays.draw_boxes(truth.read_pixels(), found.at_least(MIN_SCORE), self.classes, truth)

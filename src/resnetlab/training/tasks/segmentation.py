@@ -20,6 +20,7 @@ from resnetlab.data.mask_files import VOID
 from resnetlab.device import eval_mode, to_device
 from resnetlab.evaluation import overlays
 from resnetlab.evaluation.segmentation import SegmentationMetrics, compute_segmentation_metrics, segment_image
+from resnetlab.formatting import format_count, format_split
 from resnetlab.models.annotated_model import load_annotated
 from resnetlab.models.head_spec import SegmenterSpec
 from resnetlab.training.annotated_recipes import SegmentationRecipe
@@ -94,7 +95,7 @@ class SegmentationTask(AnnotatedTask[MaskedImage, SegmentationSample]):
         return f"{self.recipe.net} ({self.recipe.head})"
 
     def describe_data(self) -> str:
-        return f"{len(self.train):,} images of {len(self.classes)} classes"
+        return f"{format_count(len(self.train), 'image')} of {format_count(len(self.classes), 'class')}"
 
     def loss(self, batch: list[SegmentationSample]) -> tuple[Tensor, Tensor]:
         """Mean cross entropy in nats over the pixels that are not VOID, and the fraction of them that is wrong; scalars."""
@@ -127,8 +128,8 @@ class SegmentationTask(AnnotatedTask[MaskedImage, SegmentationSample]):
             images.append((image.name, overlays.jpeg_data_uri(overlay)))
         return EvaluationSummary(
             merit=f"{result.mean_iou:.3f} mean IoU",
-            lead=f"On the {self.evaluated_split} split, {result.n:,} images; {100 * result.pixel_error:.2f} % of pixels "
-            "are wrong.",
+            lead=f"On the {format_split(self.evaluated_split)} split, {format_count(result.n, 'image')}; "
+            f"{100 * result.pixel_error:.2f} % of pixels are wrong.",
             columns=COLUMNS,
             images=images,
             caption="Each class in its colour, the background unchanged; the first images of the split.",

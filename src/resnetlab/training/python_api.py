@@ -1,0 +1,123 @@
+"""`resnetlab.train`: training from Python."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from inspect import signature
+from pathlib import Path
+from typing import Any, cast
+
+from resnetlab.data.disk_split import DiskSplit, ReadOptions
+from resnetlab.data.objects import dataset_from_object
+from resnetlab.data.own_transform import Transform
+from resnetlab.errors import UsageError, name_arguments, python_messages, unknown_name_error
+from resnetlab.inference.start import find_pretrained
+from resnetlab.peer_words import translate
+from resnetlab.progress import log
+from resnetlab.training import recipes
+from resnetlab.training.recipe import Overrides, Recipe
+from resnetlab.training.recorder import OnEvaluate
+from resnetlab.training.result import ClassificationResult, Progress, show_training
+from resnetlab.training.train import RunOptions, ignore, start_run
+from resnetlab.training.train import resume as resume_run
+
+
+@python_messages()
+def train(
+    recipe: Recipe | str | Path | None = None,
+    *,
+    data: Any = None,
+    net: str | None = None,
+    steps: int | None = None,
+    epochs: float | None = None,
+    seed: int | None = None,
+    out: str | Path | None = None,
+    resume: str | Path | None = None,
+    data_dir: str | Path | None = None,
+    device: str | None = None,
+    workers: int | None = None,
+    trackers: Sequence[str] = (),
+    pretrained: bool = False,
+    progress: Callable[[Progress], None] | bool = True,
+    report: Callable[[str], None] | None = None,
+    on_evaluate: OnEvaluate | None = None,
+    transform: Transform | None = None,
+    **values: Any,
+) -> ClassificationResult:
+    """Trains a network into a new run folder, or resumes a run.
+
+    Args:
+        recipe: a Recipe, the name of one, its file, such as a run's recipe.toml, or None for the default of the data ("quick"
+            for digits, "paper-cifar" for CIFAR, "photos" for all else; Python objects with images of at most 64 pixels are
+            trained on at their size, by default with resnet20). What is none of these is taken for `data`.
+        data: a data set's name, folder, table or pattern; or a list of (path, label), arrays (X, y), a PyTorch or Hugging Face
+            data set, or a dictionary of splits (data.objects). Objects that are random give runs that cannot be repeated.
+        net, seed: change the recipe's values.
+        steps, epochs: length of the run; the schedule is rescaled to it.
+        out: the run folder; None takes runs/<data>, or the next free name.
+        resume: the folder of a run to resume; the result is bit-identical to that of an uninterrupted run. A finished run is
+            extended if `steps` or `epochs` is larger than its own.
+        data_dir: the folder of the archives; None takes "data", or that of the resumed run.
+        workers: processes that decode images on disk; None decides by the machine. The result does not depend on it.
+        trackers: experiment trackers that get the figures: "tensorboard", "wandb", "mlflow", "trackio".
+        pretrained: start from torchvision's ImageNet weights of `net`, by the recipe finetune.
+        progress: True shows progress and messages on standard error, False nothing; a function is called at every line of
+            metrics.jsonl.
+        report: called with sentences on what happens, in place of printing them.
+        on_evaluate: called after every evaluation of held-out images with its figures, and "step" and "steps". If it returns
+            True, the run stops; it is saved and can be resumed.
+        transform: a function of your own that changes training images: it takes a Pillow image of the network's size, after the
+            crop, and gives one of the same size. What it draws from random, NumPy and torch is a function of seed, step and
+            image, so runs resume bit-identically; a state of its own would not be. recipe.toml records its name.
+        **values: any other value of the recipe or of the network's specification, such as batch=64 or shortcut="C".
+
+    Returns:
+        Paths of the run, the model and the report; errors as fractions, times in seconds (docs/json.md, `train`).
+
+    Raises:
+        UsageError, DataError, RunError, DivergedError: see resnetlab.errors.
+        RunStopped: `on_evaluate` stopped the run.
+        StopSignal: SIGINT or SIGTERM, after a checkpoint.
+    """
+    if recipe is not None and data is None and not isinstance(recipe, Recipe) and not recipes.is_recipe(recipe):
+        recipe, data = None, recipe
+    if net is not None and not isinstance(net, str):
+        raise UsageError(
+            f"net is a network's name, not {type(net).__name__}; a network of your own trains in a loop of your own."
+        )
+    if workers is not None and (not isinstance(workers, int) or workers < 0):
+        raise UsageError(f"workers must be 0 or more, not {workers!r}.")
+    keys = Recipe.keys()
+    for word in values:
+        if word not in keys and translate(word, keys) is None:
+            raise unknown_name_error("key", word, [*signature(train).parameters, *keys])
+    reading = ReadOptions(str(values.get("on_bad_image", "stop")), groups=str(values.get("groups", "")))
+    own = None if data is None or isinstance(data, str | Path) else dataset_from_object(data, reading)
+    name = own.name if own is not None else None if data is None else str(data)
+    if pretrained:
+        recipe, values = recipe or "finetune", {"start_from": find_pretrained(net), **values}
+    texts = {key: ",".join(map(str, v)) if isinstance(v, list | tuple) else str(v) for key, v in values.items()}
+    overrides = Overrides(data=name, net=net, steps=steps, epochs=epochs, seed=seed, values=texts)
+    with contextlib.ExitStack() as stack:
+        shown = stack.enter_context(show_training()) if progress is True else progress or ignore
+        options = RunOptions(
+            data_dir=None if data_dir is None else Path(data_dir),
+            device=None if device is None else str(device),
+            workers=workers,
+            epochs=overrides.length,
+            trackers=tuple(trackers),
+            report=report or ((lambda sentence: log(name_arguments(sentence))) if progress is True else ignore),
+            on_progress=shown,
+            on_evaluate=on_evaluate,
+            dataset=own,
+            transform=transform,
+        )
+        if resume is not None and (recipe is not None or out is not None):
+            raise UsageError("resume continues a run with its own recipe in its own folder; leave out recipe and out.")
+        if resume is not None:
+            return cast(ClassificationResult, resume_run(Path(resume), options, overrides=overrides))
+        base = recipe if isinstance(recipe, Recipe) else recipes.choose_recipe(recipe, task="classify", data=name)
+        if recipe is None and own is not None and isinstance(base, Recipe) and not isinstance(own.train, DiskSplit):
+            base = recipes.fit_small_images(base, min(own.train.read_image(0).shape[:2]))
+        return cast(ClassificationResult, start_run(overrides.apply(base), Path(out) if out else None, options))

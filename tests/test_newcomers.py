@@ -1,0 +1,266 @@
+"""What newcomers type first, and what they are told."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import resnetlab
+from images import folder
+from resnetlab.cli.main import run_command
+from resnetlab.cli.runs import print_runs
+from resnetlab.errors import ModelFileError, RunError, UsageError, name_arguments
+from resnetlab.evaluation.protocols import parse_protocol
+from resnetlab.formatting import format_count, format_figure, format_split
+from resnetlab.inference.start import load_start
+from resnetlab.training import train as training
+from resnetlab.training.recipe import Recipe
+from resnetlab.training.recipes import fit_small_images, photos, read_recipe_file
+from resnetlab.training.tasks.classification_data import describe_view
+from tiny_runs import TINY
+
+SHORT = TINY | {"steps": 2, "device": "cpu", "progress": False}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two steps on the digits."""
+    out = tmp_path_factory.mktemp("newcomers") / "run"
+    resnetlab.train("quick", out=out, keep_images=2, **SHORT)  # type: ignore[arg-type]
+    return out
+
+
+def told(capsys: pytest.CaptureFixture[str], *line: str, code: int = 2) -> str:
+    assert run_command(line) == code
+    return capsys.readouterr().err
+
+
+def test_training_starts_from_a_run_folder(run: Path, tmp_path: Path) -> None:
+    start = load_start(str(run))
+    assert start.digest == load_start(str(run / "model.safetensors")).digest and start.model.spec.depths == (1, 1, 1)
+    assert resnetlab.build("resnet8", weights=run, num_classes=10, in_chans=1).spec == start.model.spec
+    with pytest.raises(ModelFileError, match="is a folder without model"):
+        load_start(str(tmp_path))
+
+
+def test_a_network_is_no_start(capsys: pytest.CaptureFixture[str]) -> None:
+    error = told(capsys, "train", "digits", "--start-from", "resnet18")
+    assert "resnet18 is the name of a network, without weights" in error and "torchvision:resnet18" in error
+
+
+def test_python_is_told_of_arguments_and_the_command_line_of_options(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(UsageError, match="that is asked for; leave out net and the values of its") as error:
+        resnetlab.build("resnet20", weights=run)
+    assert "--" not in str(error.value)
+    with pytest.raises(
+        UsageError, match=r"^pretrained takes .* named by net; .* Other weights: start_from=NAME or FILE"
+    ):
+        resnetlab.build("resnet20", pretrained=True)
+    with pytest.raises(UsageError, match="start_from=MODEL"):
+        resnetlab.train("finetune", data="digits", progress=False)
+    assert "--start-from MODEL" in told(capsys, "train", "digits", "--recipe", "finetune")
+    kept = "resume with: resnetlab train --resume runs/a"
+    assert name_arguments(f"shorten it with --set steps=3; {kept}") == f"shorten it with steps=3; {kept}"
+
+
+def test_misspelt_arguments_of_train_are_answered() -> None:
+    for word, ours in {
+        "epoch": "epochs",
+        "max_epochs": "epochs",
+        "stpes": "steps",
+        "output_dir": "out",
+        "lrr": "lr",
+    }.items():
+        with pytest.raises(UsageError, match=f"unknown key '{word}'; did you mean '{ours}'"):
+            resnetlab.train("digits", progress=False, **{word: 1})
+
+
+@pytest.mark.parametrize(
+    ("word", "ours"),
+    [("tencrop", "10crop"), ("ten-crop", "10crop"), ("center_crop", "1crop"), ("multi-scale", "multiscale")],
+)
+def test_other_names_of_protocols(word: str, ours: str) -> None:
+    with pytest.raises(UsageError, match=f"did you mean '{ours}"):
+        parse_protocol(word)
+
+
+def test_small_arrays_are_trained_on_at_their_size(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 12, 10, 3), dtype=np.uint8)
+    labels = np.arange(40) % 2
+    result = resnetlab.train(
+        data=(pixels, labels), steps=1, out=tmp_path / "run", device="cpu", progress=False, batch=8
+    )
+    recipe = read_recipe_file(tmp_path / "run" / "recipe.toml", "classify")
+    assert isinstance(recipe, Recipe) and recipe.net == "resnet20" and result.steps == 1
+    assert (recipe.image_size, recipe.crop, recipe.pad) == (10, "centre", 1)
+    assert fit_small_images(photos(), 65) == photos()
+    assert "is for images of about 32 pixels" in describe_view(photos().with_values({"net": "resnet20"}))[0]
+
+
+def test_required_options_are_named_with_an_example(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "data audit needs --model; for example: resnetlab data audit photos --model" in told(
+        capsys, "data", "audit", "x"
+    )
+    assert "evaluate needs --data; for example: " in told(capsys, "evaluate", "m.safetensors")
+    assert "--steps needs a value; for example: " in told(capsys, "train", "--steps")
+    assert "predict needs MODEL; for example: " in told(capsys, "predict")
+
+
+def test_a_table_without_rows_is_said_to_be_one(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table = tmp_path / "photos.csv"
+    table.write_text("path,label\n")
+    embed = ("embed", str(run), str(table), "--out", str(tmp_path / "f.npz"))
+    for line in (("data", "audit", str(table), "--model", str(run)), embed):
+        assert "photos.csv has no rows below its header" in told(capsys, *line, code=1)
+
+
+def test_a_place_to_write_is_checked_before_the_work(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for work in (
+        *("training.train.build_task", "studies.study.run_studies", "cli.data._load_source", "inference.predict.load"),
+        *("inference.audit.audit_labels", "evaluation.evaluate.evaluate", "inference.open_model.open_model"),
+    ):
+        name = f"resnetlab.{work}"
+        monkeypatch.setattr(name, lambda *_, name=name, **__: pytest.fail(f"{name} was called"))
+    file = tmp_path / "file"
+    file.write_text("mine")
+    model = str(run / "model.safetensors")
+    assert "is not empty; choose another --out" in told(capsys, "train", "digits", "--out", str(tmp_path), code=1)
+    assert "file is a file" in told(capsys, "train", "digits", "--out", str(file), code=1)
+    assert "file is a file" in told(capsys, "train", "digits", "--out", str(file / "below"), code=1)
+    assert "file is a file" in told(capsys, "study", "degradation", "--out", str(file), code=1)
+    assert "file is a file" in told(capsys, "evaluate", model, "--data", "digits", "--out", str(file), code=1)
+    assert "file is a file" in told(capsys, "explain", model, "x.png", "--out", str(file), code=1)
+    assert "file is a file" in told(capsys, "predict", model, "x.png", "--sort-into", str(file), code=1)
+    assert "is not empty" in told(capsys, "data", "pack", "photos", str(tmp_path), code=1)
+    assert "file is a file" in told(capsys, "embed", model, "digits", "--out", str(file / "f.npz"), code=1)
+    listed = ("data", "audit", "digits", "--model", model, "--quarantine", str(tmp_path / "no" / "q.txt"))
+    assert "there is no folder" in told(capsys, *listed)
+    assert "is a folder" in told(capsys, "data", "audit", "digits", "--model", model, "--quarantine", str(tmp_path))
+    assert file.read_text() == "mine"
+    with pytest.raises(
+        RunError, match="is not empty; choose another out, or continue that run with: resnetlab train --resume"
+    ):
+        resnetlab.train("digits", out=tmp_path, progress=False)
+    assert training.build_task.__name__ == "<lambda>"
+
+
+def test_the_format_of_an_export_is_that_of_the_ending(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_command(["export", str(run), "--out", str(tmp_path / "weights.pth")]) == 0
+    assert (tmp_path / "weights.pth").is_file() and capsys.readouterr().out.strip().endswith("weights.pth")
+    assert "export needs --to" in told(capsys, "export", str(run))
+    assert "no format has files that end in '.exe'" in told(
+        capsys, "export", str(run), "--out", str(tmp_path / "m.exe")
+    )
+
+
+def test_figures_are_shown_as_what_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    base = {"net": "resnet18", "data": "boxes", "step": 3, "steps": 3, "seconds": 1.0, "finished": True}
+    detector = base | {
+        "run": "a",
+        "split": "held-out",
+        "held_out": {"map_50": 0.25},
+        "result": {"map": 0.5, "map_50": 0.75},
+    }
+    classifier = base | {"run": "b", "split": "val", "held_out": {"top1_error": 0.25}, "result": {"top1_error": 0.5}}
+    print_runs([detector, classifier])
+    text = capsys.readouterr().out
+    assert "mAP@.5 0.250" in text and "test mAP@[.5:.95] 0.500, test mAP@.5 0.750" in text
+    assert "error 25.00 %" in text and "val error 50.00 %" in text
+    assert format_figure("mean_iou", 0.5) == "mean IoU 0.500"
+
+
+def test_held_out_is_said_of_images_that_are_evaluated_while_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = folder(tmp_path / "photos", {"": 6}, ("a", "b"))
+    line = ["train", str(data), "--out", str(tmp_path / "run"), "--steps", "1", "--device", "cpu", "--net", "resnet8"]
+    values = ("image_size=16", "batch=4", "precision=fp32", "val_images=2", "threads=1")
+    assert run_command([*line, *(word for value in values for word in ("--set", value))]) == 0
+    shown = capsys.readouterr()
+    assert (
+        "2 held out to watch the error of, 2 to test on (drawn by name)" in shown.err
+        and "1 step of 4 images" in shown.err
+    )
+    assert "1 thread" in shown.err and "1 threads" not in shown.err
+    assert "test error, top-1" in shown.out and "1 step in" in shown.out and "held-out error" not in shown.out
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "held-out split" not in page and "drawn by name from all" in page and "Accuracy" in page
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["split"] == "held-out"  # in files, as it was
+    assert format_split("held-out") == "test" and format_split("val") == "val"
+
+
+def test_one_is_singular() -> None:
+    assert (
+        format_count(1, "class") == "1 class"
+        and format_count(0, "box") == "0 boxes"
+        and format_count(2, "shard") == "2 shards"
+    )
+
+
+def test_one_shard_is_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = folder(tmp_path / "photos", {"": 5}, ("a", "b"))
+    assert run_command(["data", "pack", str(data), str(tmp_path / "shards")]) == 0
+    assert capsys.readouterr().out == f"1 shard in {tmp_path / 'shards'}\n"
+
+
+def test_the_contracts_snippet_runs(run: Path, tmp_path: Path) -> None:
+    """The lines of the design's §1 that no other test has; weights of torchvision are in test_citizen and test_importing."""
+    assert {"resnet20", "resnet50v1.5"} <= set(resnetlab.list_models("resnet*"))
+    with torch.device("meta"):
+        net = resnetlab.build("resnet34", shortcut="C", activation_order="preact")
+    assert net.spec.shortcut == "C" and net.conv1.weight.is_meta
+    model = resnetlab.load(run, device="cpu")
+    image = np.zeros((8, 8), np.uint8)
+    assert len(model.predict(image, top=3).top) == 3 and model.predict([image, image])[1].label in model.classes
+    assert model.embed([image, image]).shape == (2, 64)
+    assert model.evaluate("digits").n == 360
+    assert len(model.explain(image).blocks) == 3
+    assert model.export(tmp_path / "m.pth") == tmp_path / "m.pth"
+    assert len(repr(model)) < 300 and model.predict(image).to_dict()["top"]
+
+
+def test_what_is_no_model_is_answered() -> None:
+    with pytest.raises(UsageError, match=r"resnet50 is the name of a network, without weights.*torchvision:resnet50"):
+        resnetlab.load("resnet50")
+    with pytest.raises(ModelFileError, match="runs/nowhere"):
+        resnetlab.load("runs/nowhere")
+
+
+@pytest.mark.parametrize(
+    ("line", "answer"),
+    [
+        ("train digits --set epochs=3", "the length in epochs is --epochs 10"),
+        ("train digits --set epoch=3", "the length in epochs is --epochs 10"),
+        ("evaluate m.safetensors --data digits --protocol tencrop", "10crop"),
+        ("train digits --epoch 1 --steps 1", "--steps and --epochs are both the length"),
+    ],
+)
+def test_command_lines_that_people_type_first(
+    line: str, answer: str, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert answer in told(capsys, *line.replace("m.safetensors", str(run / "model.safetensors")).split())
+
+
+def test_help_does_not_import_torch() -> None:
+    program = (
+        "import sys; from resnetlab.cli.main import app, run_command\n"
+        "for line in ([], ['train'], ['predict'], ['evaluate'], ['study'], ['detect', 'train'], ['doctor']):\n"
+        "    assert run_command([*line, '--help']) == 0\n"
+        "assert run_command(['trian']) == 2 and run_command(['evaluate', 'x']) == 2\n"
+        "heavy = {'torch', 'torchvision', 'numpy', 'matplotlib', 'scipy'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
