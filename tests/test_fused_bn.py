@@ -162,7 +162,7 @@ def test_a_run_records_its_form_and_keeps_it(monkeypatch: pytest.MonkeyPatch) ->
     recipe = tiny(bn_batch=16, fused_bn=True)
     states = [TrainState.create(build_task(replace(recipe, threads=n), RunOptions(device="cpu"))) for n in (1, 2)]
     for each in states:
-        train_step(each, each.task.micro_batches(0), 0.1, select_gradients(each.task, print))
+        train_step(each, each.task.micro_batches(0), 0.1, select_gradients(each, print))
     one, two = states
     assert "fused BN" in str(one.task.device_config) and two.task.device_config.side_by_side == 2
     assert all(torch.equal(x, two.tensors()[name]) for name, x in one.tensors().items())

@@ -50,9 +50,10 @@ class Links:
     def __init__(self, levels: Sequence[Any]) -> None:
         self.levels = levels
         self.stream = torch.cuda.Stream() if torch.cuda.is_available() else None  # type: ignore[no-untyped-call]
-        self._jobs: SimpleQueue[tuple[Future[Any], Callable[[], Any]]] = SimpleQueue()
+        self._jobs: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = SimpleQueue()
         self._error: BaseException | None = None
-        threading.Thread(target=self._work, name="collectives", daemon=True).start()
+        self._thread = threading.Thread(target=self._work, name="collectives", daemon=True)
+        self._thread.start()
 
     def submit(self, job: Callable[[], T]) -> Future[T]:
         """Carries out a job after those submitted before it. Once one has failed the others fail too, without waiting."""
@@ -60,9 +61,17 @@ class Links:
         self._jobs.put((future, job))
         return future
 
+    def close(self, seconds: float | None = None) -> None:
+        """Waits for the jobs that were submitted, at most so long, and takes no more.
+
+        A process must not end while one of them is under way: its thread would be ended inside gloo, which aborts the process.
+        """
+        self._jobs.put(None)
+        self._thread.join(seconds)
+
     def _work(self) -> None:
-        while True:
-            future, job = self._jobs.get()
+        while (item := self._jobs.get()) is not None:
+            future, job = item
             if self._error is None:
                 try:
                     with _connection_errors():
@@ -321,15 +330,21 @@ def join_process_group() -> Iterator[World]:
             f"the {size:,} processes of this job did not meet at {place} ({str(error).splitlines()[0][:120]}); check that all "
             "of them run, and reach that address."
         ) from error
+    links: Links | None = None
     try:
         with _connection_errors():
             links = Links(_connect_levels(rank, size))
         yield World(rank, size, restarted, links)
     except BaseException:
+        if links is not None:  # processes that stop at one step complete what is under way; others may never do
+            links.close(PATIENCE)
         # destroy_process_group waits for work on the GPU that a lost or failed process never completes
         with contextlib.suppress(RuntimeError):
             torch.distributed.distributed_c10d._abort_process_group()
+        if links is not None:
+            links.close(PATIENCE)  # what was under way fails now
         raise
+    links.close()
     torch.distributed.destroy_process_group()
 
 

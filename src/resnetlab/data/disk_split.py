@@ -71,6 +71,11 @@ class SelectedNames(Sequence[str]):
     def __iter__(self) -> Iterator[str]:
         return map(self.names.__getitem__, self.indices.tolist())
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
 
 class ImageSource(Protocol):
     """A source of encoded images."""
