@@ -103,7 +103,7 @@ def test_what_cannot_be_found_exits_with_1(capsys: pytest.CaptureFixture[str], t
         (["evaluate", str(tmp_path), "--data", "digits"], "is a folder without model.safetensors"),
         (["evaluate", str(model), "--data=~/no photos"], f"{Path.home()}/no photos is not there"),  # as shells leave it
         (["train", "digits", "--out", str(model.parent), *SHORT], "is not empty; choose another --out"),
-        (["train", "digits", "--out", str(model), *SHORT], "is a file; --out names a folder for the run."),
+        (["train", "digits", "--out", str(model), *SHORT], "is a file; --out names a folder."),
     ]
     for arguments, sentence in cases:
         code, out, err = run_cli(capsys, *arguments)

@@ -221,7 +221,7 @@ def test_a_new_format_is_one_entry(
         (["--to", "torchvision", "--json"], 2, "--to torchvision takes only --out"),
         (["--to", "onnx", "--data", "digits", "--images", "."], 2, "give --data or --images, not both"),
         (["--to", "onnx", "--images", "nowhere"], 1, "nowhere is not a folder"),
-        (["--to", "torch", "--out", "nowhere/m.pt2"], 1, "cannot write nowhere/m.pt2"),
+        (["--to", "torch", "--out", "nowhere/m.pt2"], 2, "there is no folder nowhere; make it first"),
     ],
 )
 def test_wrong_requests(

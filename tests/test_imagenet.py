@@ -159,7 +159,7 @@ FAULTS: dict[str, tuple[str, Callable[[Path], object], str]] = {
         "devkit", lambda d: photo(1).save(d / "val" / "dog.JPEG"), r"by the numbers in their names; dog.JPEG has none"),
     "no list at all": (
         "val.txt of synsets", lambda d: (d / "val.txt").unlink(),
-        r"val holds no class folders with images: its 8 images are in no class folder; .*val.txt"),
+        r"val holds no class folders with images: it holds 8 images in no class folder; .*val.txt"),
 }  # fmt: skip
 
 

@@ -146,7 +146,7 @@ def check_output_folder(out: Path | None, *, new: bool = False) -> None:
         RunFolder(out).check_empty()
     there = next(path for path in (out, *out.absolute().parents) if path.exists())
     if not there.is_dir():
-        raise RunError(f"{out} cannot be a folder: {there} is a file; choose another --out.")
+        raise RunError(f"cannot write {out}: {there} is a file; --out names a folder.")
     if not os.access(there, os.W_OK | os.X_OK):
         raise write_error(out, PermissionError(errno.EACCES, "no permission"))
 
