@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 import resnetlab
-from resnetlab.cli import prediction_output
+from resnetlab import run_folder
 from resnetlab.cli.main import run_command
 from resnetlab.data import digits
 from tiny_runs import TINY
@@ -52,16 +52,18 @@ def test_processes_share_the_images_and_go_on_after_a_crash(
     run: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words, parts = (run, images, "--parts", tmp_path / "p"), tmp_path / "p"
-    write, written = prediction_output.write_atomically, []
+    write, written = run_folder.write_atomically, []
 
     def crash(file: Path, content: bytes) -> None:
-        if len(written) == 3:
+        is_part = file.match("p/part-*")
+        if is_part and len(written) == 3:
             raise RuntimeError("killed")
         write(file, content)
-        written.append(file)
+        if is_part:
+            written.append(file)
 
     with monkeypatch.context() as patch:
-        patch.setattr(prediction_output, "write_atomically", crash)
+        patch.setattr(run_folder, "write_atomically", crash)
         with pytest.raises(RuntimeError, match="killed"):
             predict(patch, 1, 2, *words)
     before = {file: file.read_bytes() for file in written}
