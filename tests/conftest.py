@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import atexit
-import gc
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Generator
 from pathlib import Path
 
 import pytest
@@ -24,22 +22,6 @@ sys.dont_write_bytecode = False
 # Nothing is taken from, or left in, the cache of whoever runs the tests.
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="resnetlab-tests-")
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_collection() -> Generator[None, object, object]:
-    """Keeps the garbage collector away while all modules are imported, and afterwards from what they hold."""
-    gc.disable()
-    try:
-        return (yield)
-    finally:
-        gc.freeze()
-        gc.enable()
-
-
-def pytest_unconfigure() -> None:
-    """Lets go of what was kept, or some packages report it as leaked."""
-    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)
