@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -251,3 +253,20 @@ def test_a_missing_package_is_named(model: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(formats, "find_spec", lambda name: None if name == "onnxscript" else name)
     with pytest.raises(UsageError, match=re.escape(str(missing_package("--to onnx", "onnxscript", "onnx")))):
         export.check_export_request("onnx", "fp32", Path("m.onnx"))
+
+
+def test_models_of_openvino_let_go_in_any_order_leave_no_stack_for_signals(model: Path) -> None:
+    """OpenVINO's plugins left a freed alternate stack, on which the next handled signal ended the process."""
+    code = (
+        "import os, signal, sys, resnetlab\n"
+        "signal.signal(signal.SIGUSR1, lambda *_: print('handled'))\n"
+        "first, second = (resnetlab.load(sys.argv[1], device='cpu') for _ in range(2))\n"
+        "first.select_backend('openvino')\n"
+        "second.select_backend('openvino')\n"
+        "del first\n"
+        "del second\n"
+        "import gc; gc.collect()\n"
+        "os.kill(os.getpid(), signal.SIGUSR1)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, model], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "handled\n"), done.stderr

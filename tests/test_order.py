@@ -109,12 +109,11 @@ def test_two_processes_that_fetch_shards_at_once(tmp_path: Path) -> None:
     theirs = sources.load_dataset(str(root), tmp_path)
     made = [file for tar in pack.pack_shards(theirs, tmp_path / "s", per_shard=12) for file in (tar, index_path(tar))]
     server = FileServer({file.name: file.read_bytes() for file in made}, pause=0.3)
-    url, spawn = server.url + "{train-000000,train-000001,val-000000}.tar", get_context("spawn")
-    # not "fork": what other tests loaded into this process has threads, and a whole run of the tests crashed here
-    pipes = [spawn.Pipe(duplex=False) for _ in range(2)]
-    ours = [spawn.Process(target=run_process, args=(url, tmp_path / "data", i, pipes[i][1])) for i in range(2)]
+    url, fork = server.url + "{train-000000,train-000001,val-000000}.tar", get_context("fork")
+    pipes = [fork.Pipe(duplex=False) for _ in range(2)]
+    ours = [fork.Process(target=run_process, args=(url, tmp_path / "data", i, pipes[i][1])) for i in range(2)]
     for process, (_, sender) in zip(ours, pipes, strict=True):
-        process.start()
+        process.start()  # before the server's threads are
         sender.close()
     with server:
         seen = [pickle.loads(receiver.recv_bytes()) for receiver, _ in pipes]

@@ -10,7 +10,7 @@ import os
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -26,6 +26,20 @@ from resnetlab.models.model_file import TrainedModel
 PIXELS, SCORES = "pixels", "scores"  # names of input and output in every format
 RESIZED = "resized"  # name of the tensor between resize and network
 OPSET = 20  # of ONNX; the newest that is two years old
+
+
+@cache
+def openvino_core() -> Any:
+    """The one `openvino.Core` of this process.
+
+    The CPU plugin of every core has an alternate stack for signals, and gives back the one it found. Released in another
+    order than they were made, two of them leave one that is freed, and the next signal that Python handles ends the process.
+    """
+    import openvino
+
+    core = openvino.Core()
+    core.get_property("CPU", "FULL_DEVICE_NAME")  # loads the plugin, before other libraries make a core of their own
+    return core
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,7 +93,7 @@ class ExportGraphs:
         """
         import openvino
 
-        graph: Any = openvino.Core().read_model(self.onnx("fp32"), b"")
+        graph: Any = openvino_core().read_model(self.onnx("fp32"), b"")
         if precision == "int8":
             os.environ.setdefault("NNCF_CI", "1")  # disables its telemetry
             with _suppress_output():
@@ -89,7 +103,7 @@ class ExportGraphs:
                 batches = nncf.Dataset([x.numpy() for x in torch.split(images, 1)])
                 graph = nncf.quantize(graph, batches, subset_size=len(images), preset=nncf.QuantizationPreset.MIXED)
         if any_size:
-            resize = openvino.Core().read_model(self._resize_onnx.SerializeToString(), b"")
+            resize = openvino_core().read_model(self._resize_onnx.SerializeToString(), b"")
             resized = resize.output(0).get_node().input_value(0)
             for target in graph.input(0).get_node().output(0).get_target_inputs():
                 target.replace_source_output(resized)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from resnetlab.device import default_precision
 from resnetlab.errors import UsageError, unknown_name_error
-from resnetlab.inference.export_graphs import PIXELS, ExportGraphs, export_metadata, export_resize
+from resnetlab.inference.export_graphs import PIXELS, ExportGraphs, export_metadata, export_resize, openvino_core
 from resnetlab.inference.inference_module import InferenceModule
 from resnetlab.inference.state_dict_export import list_differences, write_state_dict
 from resnetlab.models.model_file import TrainedModel
@@ -113,10 +113,8 @@ def _write_openvino(graphs: ExportGraphs, precision: str, file: Path) -> None:
 
 
 def _open_openvino(file: Path) -> PredictFn:
-    import openvino
-
     settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
-    compiled = openvino.compile_model(str(file), "CPU", settings)
+    compiled = openvino_core().compile_model(str(file), "CPU", settings)
     return lambda pixels: torch.from_numpy(compiled([pixels.numpy()])[0].copy())
 
 
@@ -131,17 +129,13 @@ def _openvino_settings(precision: str) -> dict[str, Any]:
 
 
 def _build_openvino(graphs: ExportGraphs, precision: str) -> bytes:
-    import openvino
-
-    compiled = openvino.compile_model(graphs.openvino(precision), "CPU", _openvino_settings(precision))
+    compiled = openvino_core().compile_model(graphs.openvino(precision), "CPU", _openvino_settings(precision))
     content: bytes = compiled.export_model().getvalue()
     return content
 
 
 def _start_openvino(program: bytes, model: TrainedModel, precision: str) -> PredictFn:
-    import openvino
-
-    compiled = openvino.Core().import_model(program, "CPU", _openvino_settings(precision))
+    compiled = openvino_core().import_model(program, "CPU", _openvino_settings(precision))
     local = threading.local()  # a request computes one batch at a time, so each thread has its own
 
     def predict(pixels: Tensor) -> Tensor:
