@@ -23,7 +23,7 @@ from resnetlab.distributed import World
 from resnetlab.errors import ModelFileError, UsageError
 from resnetlab.inference.localization import box_around_peak, box_overlap
 from resnetlab.models.annotated_model import load_annotated
-from resnetlab.models.detection import RegionHeads, build_detector
+from resnetlab.models.detection import RegionHeads, build_detector, reorder_classes
 from resnetlab.models.head_spec import DetectionOptions, DetectorSpec
 from resnetlab.models.model_file import TrainedModel, load_trained_model
 from resnetlab.models.resnet import build
@@ -108,8 +108,8 @@ def test_without_additions_predictions_are_torchvisions() -> None:
     net = small("fpn")
     net.roi_heads.score_thresh = 0.0
     with torch.inference_mode():
-        ours = detect(net, image(), DetectionOptions())
-        refined = detect(net, image(), DetectionOptions(refine=True))
+        ours = detect([net], image(), DetectionOptions())
+        refined = detect([net], image(), DetectionOptions(refine=True))
         own = cast(Any, RoIHeads.forward)  # torchvision's forward on the same parts
         images, _ = net.transform([image()])
         maps = net.backbone(images.tensors)
@@ -125,12 +125,66 @@ def test_multi_scale_testing_at_equal_scales_changes_nothing() -> None:
     net = small("fpn")
     net.roi_heads.score_thresh = 0.0
     with torch.inference_mode():
-        plain = detect(net, image(), DetectionOptions())
+        plain = detect([net], image(), DetectionOptions())
         doubled = DetectionOptions(sides=(72, 73))
         object.__setattr__(doubled, "sides", (72, 72))
-        torch.testing.assert_close(detect(net, image(), doubled)[1], plain[1], rtol=0, atol=1e-5)
-        other = detect(net, image(), DetectionOptions(sides=(66, 72, 96)))
+        torch.testing.assert_close(detect([net], image(), doubled)[1], plain[1], rtol=0, atol=1e-5)
+        other = detect([net], image(), DetectionOptions(sides=(66, 72, 96)))
     assert len(other[0]) and not torch.allclose(other[1][:5], plain[1][:5])
+
+
+def test_an_ensemble_classifies_the_union_of_its_proposals() -> None:
+    """2015, appendix B, by hand from torchvision's parts; a network beside itself changes nothing."""
+    from torchvision.models.detection.transform import resize_boxes
+    from torchvision.ops import clip_boxes_to_image
+
+    from resnetlab.models.test_time import suppress_and_vote
+
+    nets = [small("fpn"), small("c4", context=True)]
+    nets[1].load_state_dict({k: v * 1.5 for k, v in nets[1].state_dict().items()})
+    nets[1].transform.min_size = (96,)
+    for net in nets:
+        net.roi_heads.score_thresh = 0.0
+    with torch.inference_mode():
+        together, own, parts = detect(nets, image(), DetectionOptions()), [], []
+        for net in nets:
+            images, _ = net.transform([image()])
+            maps = net.backbone(images.tensors)
+            maps = maps if isinstance(maps, dict) else {"0": maps}
+            parts.append((net.roi_heads, maps, images.image_sizes))
+            own.append(resize_boxes(net.rpn(images, maps)[0][0], images.image_sizes[0], (72, 90)))
+        boxes, scores = [], []
+        for heads, maps, sizes in parts:
+            union = resize_boxes(torch.cat(own), (72, 90), sizes[0])
+            logits, shifts = heads.predict(heads.region_features(maps, [union], sizes))
+            decoded = heads.box_coder.decode(shifts, [union]).reshape(-1, 4)
+            boxes.append(clip_boxes_to_image(resize_boxes(decoded, sizes[0], (72, 90)), (72, 90)).reshape(-1, 3, 4))
+            scores.append(logits.softmax(1))
+        assert len(own[0]) > 10 and len(own[1]) > 10 and not torch.allclose(*scores, atol=0.01)
+        expected = suppress_and_vote(parts[0][0], (boxes[0] + boxes[1]) / 2, (scores[0] + scores[1]) / 2, False)
+        torch.testing.assert_close(together[1], expected[1], rtol=0, atol=1e-5)
+        torch.testing.assert_close(together[0], expected[0], rtol=0, atol=1e-3)
+        for options in (DetectionOptions(), DetectionOptions(sides=(66, 96))):
+            alone, twice = detect(nets[:1], image(), options), detect([nets[0], nets[0]], image(), options)
+            torch.testing.assert_close(twice[1], alone[1], rtol=0, atol=1e-6)
+
+
+def test_detectors_are_evaluated_together(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Classes are matched by name: a detector beside itself with its classes in the other order has the same metrics."""
+    first, data = str(trained / "run" / "model.safetensors"), str(trained / "voc")
+    other, command = load_annotated(Path(first), "detect"), ["detect", "evaluate", first]
+    reorder_classes(other.net, [1, 0])
+    other.classes = other.classes[::-1]
+    other.save(tmp_path / "b.safetensors")
+    documents = []
+    for models in ([], [str(tmp_path / "b.safetensors")]):
+        assert resnetlab_([*command, *models, "--data", data, "--scales", "72,80", "--json", "--device", "cpu"]) == 0
+        documents.append(json.loads(capsys.readouterr().out))
+    assert documents[1].pop("models") == [first, str(tmp_path / "b.safetensors")] and documents[1] == documents[0]
+    other.classes = ("cat", "dog")
+    other.save(tmp_path / "c.safetensors")
+    assert resnetlab_([*command, str(tmp_path / "c.safetensors"), "--data", data]) == 1
+    assert "only with the same classes" in capsys.readouterr().err
 
 
 def test_adjacent_scales_are_those_nearest_to_224_of_600_pixels() -> None:

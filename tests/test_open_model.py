@@ -90,8 +90,11 @@ def test_evaluate_finds_the_task_in_the_file(folder: Path, task: str, run: Run) 
     assert json.loads(printed)["n"] == 3
     code, _, error = run("evaluate", *arguments, "--protocol", "10crop")
     assert code == 2 and "--protocol is not an option" in error
-    code, _, error = run("evaluate", folder / f"{task}.safetensors", *arguments)
-    assert code == 2 and "only classifiers are evaluated together" in error
+    code, printed, error = run("evaluate", folder / f"{task}.safetensors", *arguments)
+    if task == "detect":
+        assert code == 0 and len(json.loads(printed)["models"]) == 2
+    else:
+        assert code == 2 and "only classifiers and detectors are evaluated together" in error
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -383,15 +383,17 @@ def _has_fp16_tensor_cores(device: torch.device) -> bool:
 
 
 @contextlib.contextmanager
-def eval_mode(net: nn.Module) -> Iterator[None]:
+def eval_mode(*nets: nn.Module) -> Iterator[None]:
     """Eval mode without gradients; the former mode is restored on exit."""
-    before = net.training
-    net.eval()
+    before = [net.training for net in nets]
+    for net in nets:
+        net.eval()
     try:
         with torch.inference_mode():
             yield
     finally:
-        net.train(before)
+        for net, training in zip(nets, before, strict=True):
+            net.train(training)
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:

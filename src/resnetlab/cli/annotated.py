@@ -112,7 +112,7 @@ def _restrict(command: Callable[..., None], task: str, hidden: Collection[str]) 
 
 @_restrict(evaluate, "detect", CLASSIFIER_EVALUATION)
 def detect_evaluate() -> None:
-    """Evaluate a detector: mean average precision by COCO's and Pascal VOC's rules, per class.
+    """Evaluate a detector, or several as an ensemble: mean average precision by COCO's and Pascal VOC's rules, per class.
 
     Example: `resnetlab detect evaluate runs/blood-cells/model.safetensors --data blood-cells`
     """

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 from cyclopts import Parameter
 
@@ -99,7 +99,7 @@ def evaluate(
     predictions: Path | None = None,
     json: Annotated[bool, Parameter(negative="")] = False,
 ) -> None:
-    """Evaluate a model, or several classifiers as an ensemble: errors with a 95 % interval, calibration, confusion; mAP; IoU.
+    """Evaluate a model, or several as an ensemble: errors with a 95 % interval, calibration, confusion; mAP; IoU.
 
     Example: `resnetlab evaluate runs/digits/model.safetensors --data digits --protocol 1crop`
 
@@ -109,7 +109,7 @@ def evaluate(
     ----------
     models
         Model files, or publishers' names such as torchvision:resnet50.IMAGENET1K_V2. The scores of several are averaged, their
-        classes matched by name.
+        classes matched by name; several detectors classify the union of their proposals (2015, appendix B).
     data
         Data set: digits, cifar10, cifar100, a folder of class folders (or a zip or tar of one), a table of paths and labels, or
         a pattern of tar shards. For a detector or segmenter a folder in Pascal VOC's format or with COCO's JSON.
@@ -248,12 +248,13 @@ def _check_argument_order(models: Sequence[str], data: str) -> None:
 
 
 def _open_annotated(models: Sequence[str], task: str, precision: str, device: str) -> Detector | Segmenter:
-    """Opens the one detector or segmenter."""
-    from resnetlab.inference.annotated import open_annotated_model
+    """Opens a segmenter, or one or several detectors."""
+    from resnetlab.inference.annotated import Detector, open_annotated_model
 
-    if len(models) > 1:
-        raise UsageError("only classifiers are evaluated together; give one detector or segmenter.")
-    return open_annotated_model(Path(models[0]), task, precision, device)
+    if len(models) > 1 and task == "segment":
+        raise UsageError("only classifiers and detectors are evaluated together; give one segmenter.")
+    first, *others = (open_annotated_model(Path(model), task, precision, device) for model in models)
+    return first.join(cast("list[Detector]", others)) if isinstance(first, Detector) and others else first
 
 
 def _evaluate_annotated(predictor: Detector | Segmenter, data: Path, split: str, on_bad: str, json: bool) -> None:
@@ -269,7 +270,7 @@ def _evaluate_annotated(predictor: Detector | Segmenter, data: Path, split: str,
         f"the {format_split(figures['split'])} split of {figures['data']}",
         format_count(figures["n"], "image"),
     )
-    console.write_line(f"{figures['model']} on {split}, {images}")
+    console.write_line(f"{' + '.join(figures.get('models', [figures['model']]))} on {split}, {images}")
     if "map" in figures:
         if additions := _describe_additions(figures):
             print(f"with {additions} (2015, appendix B)")

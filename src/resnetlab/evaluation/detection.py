@@ -31,20 +31,20 @@ class Detections(NamedTuple):
 
 
 def predict_boxes(
-    net: nn.Module,
+    nets: Sequence[nn.Module],
     images: Sequence[AnnotatedImage],
     device_config: DeviceConfig,
     testing: DetectionOptions,
     errors: ErrorPolicy,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[list[AnnotatedImage], list[Detections]]:
-    """The images that can be read, and the boxes found in each; `errors` handles the others."""
+    """The images that can be read, and the boxes of a detector or an ensemble in each; `errors` handles the others."""
     readable, detections = [], []
 
     def predict(read: tuple[AnnotatedImage, Tensor]) -> tuple[AnnotatedImage, Detections]:
-        return read[0], predict_image_boxes(net, read[1], device_config, testing)
+        return read[0], predict_image_boxes(nets, read[1], device_config, testing)
 
-    with eval_mode(net), device_config.side_by_side_map(len(images)) as side_by_side:
+    with eval_mode(*nets), device_config.side_by_side_map(len(images)) as side_by_side:
         for image, found in side_by_side(predict, errors.read_each(images, AnnotatedImage.read_pixels)):
             readable.append(image)
             detections.append(found)
@@ -53,14 +53,14 @@ def predict_boxes(
 
 
 def predict_image_boxes(
-    net: nn.Module, pixels: Tensor, device_config: DeviceConfig, testing: DetectionOptions
+    nets: Sequence[nn.Module], pixels: Tensor, device_config: DeviceConfig, testing: DetectionOptions
 ) -> Detections:
     """The boxes found in one image, uint8 (H, W, 3)."""
     from resnetlab.models.test_time import detect
 
-    with eval_mode(net), device_config.autocast():
+    with eval_mode(*nets), device_config.autocast():
         image = to_device(pixels, device_config.device).permute(2, 0, 1) / 255
-        boxes, scores, labels = detect(net, image, testing)
+        boxes, scores, labels = detect(nets, image, testing)
     best = scores.argsort(descending=True, stable=True)
     return Detections(boxes[best].float().cpu(), scores[best].float().cpu(), labels[best].cpu() - 1)
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, cast
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from resnetlab.data import box_dataset, mask_dataset
 from resnetlab.data.annotated_dataset import AnnotatedDataset, AnnotatedItem
@@ -138,11 +138,12 @@ class AnnotatedPredictor(ABC):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Detector(AnnotatedPredictor):
-    """A detector.
+    """A detector, or an ensemble of them.
 
     Attributes:
         options: the paper's test-time additions.
         min_score: score that a predicted box has at least.
+        others: the further members of an ensemble, with the classes of the first in its order.
     """
 
     no_explanation = "a detector's boxes cannot be explained; only a classifier's prediction can."
@@ -150,11 +151,34 @@ class Detector(AnnotatedPredictor):
 
     options: DetectionOptions = field(default_factory=DetectionOptions)
     min_score: float = 0.5
+    others: tuple[Detector, ...] = ()
+
+    @property
+    def nets(self) -> list[nn.Module]:
+        """The networks of all members."""
+        return [self.model.net, *(other.model.net for other in self.others)]
+
+    def join(self, others: Sequence[Detector]) -> Detector:
+        """An ensemble (2015, appendix B); classes are matched by name, in the others' networks too.
+
+        Raises DataError where they are not the same.
+        """
+        from resnetlab.models.detection import reorder_classes
+
+        for other in others:
+            if set(other.classes) != set(self.classes):
+                raise DataError(
+                    f"{other.path} has the classes {', '.join(other.classes)}, {self.path} has {', '.join(self.classes)}; "
+                    "detectors are evaluated together only with the same classes."
+                )
+            reorder_classes(other.model.net, [other.classes.index(name) for name in self.classes])
+            other.model.classes = self.classes
+        return replace(self, others=tuple(others))
 
     @standard_torch_state()
     def detect(self, pixels: Tensor) -> Detections:
         """The boxes of every score in an image, uint8 (H, W, 3)."""
-        return predict_image_boxes(self.model.net, pixels, self.device_config, self.options)
+        return predict_image_boxes(self.nets, pixels, self.device_config, self.options)
 
     def predict_pixels(self, pixels: Tensor) -> tuple[dict[str, Any], Image.Image]:
         detections, classes = self.detect(pixels).at_least(self.min_score), self.model.classes
@@ -169,13 +193,15 @@ class Detector(AnnotatedPredictor):
         name, images = select_split(dataset, split)
         truth = [box_dataset.relabel_boxes(image, indices) for image in images]
         truth, detections = predict_boxes(
-            self.model.net, truth, self.device_config, self.options, dataset.errors, on_progress
+            self.nets, truth, self.device_config, self.options, dataset.errors, on_progress
         )
         additions = {
             "scales": list(self.options.sides),
             "refine": self.options.refine,
-            "context": cast(DetectorSpec, self.model.head_spec).context,
+            "context": all(cast(DetectorSpec, each.model.head_spec).context for each in (self, *self.others)),
         }
+        if self.others:
+            additions["models"] = [str(each.path) for each in (self, *self.others)]
         metrics = compute_detection_metrics(truth, detections, self.model.classes)
         return name, {"layout": dataset.layout} | additions | metrics.to_json(), dataset.errors.skipped
 

@@ -184,6 +184,17 @@ def build_detector(
     return model
 
 
+def reorder_classes(net: FasterRCNN, order: Sequence[int]) -> None:
+    """Makes class i of a detector the one that was `order[i]`, 0 for the first after the background, in place."""
+    predictor = cast(FastRCNNPredictor, net.roi_heads.box_predictor)
+    indices = torch.tensor([0, *(i + 1 for i in order)])
+    with torch.no_grad():
+        for layer in (predictor.cls_score, predictor.bbox_pred):
+            for value in (layer.weight, layer.bias):
+                rows = value.reshape(len(indices), -1, *value.shape[1:])  # (1 + classes, 1 or 4, …)
+                value.copy_(rows[indices.to(value.device)].reshape(value.shape))
+
+
 def build_roi_pool(strides: Sequence[int], size: int) -> MultiScaleRoIAlign:
     """torchvision's region pooling with given map strides.
 

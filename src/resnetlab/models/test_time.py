@@ -3,6 +3,7 @@
 box refinement   each region is pooled again from the box that was regressed from it; NMS sees the boxes of both rounds
 box voting       each remaining box is the mean of the boxes that it overlaps, weighted by their scores
 multi-scale      regions are pooled from two adjacent scales, and the larger of each feature is kept (maxout)
+ensemble         the union of all networks' proposals is classified by each of them; scores and regressed boxes are averaged
 """
 
 from __future__ import annotations
@@ -32,29 +33,36 @@ class ImageScale:
     size: tuple[int, int]
 
 
-def detect(net: FasterRCNN, image: Tensor, testing: DetectionOptions) -> tuple[Tensor, Tensor, Tensor]:
+def detect(nets: Sequence[FasterRCNN], image: Tensor, testing: DetectionOptions) -> tuple[Tensor, Tensor, Tensor]:
     """Boxes (n, 4) in the image's own pixels, scores (n,) and labels (n,), 1 for the first class; best first.
 
     Args:
-        net: in eval mode; the caller sets inference mode and precision.
+        nets: one, or an ensemble with the same classes in the same order; in eval mode; the caller sets inference mode and
+            precision. The thresholds of the last steps are those of the first.
         image: float (3, H, W) in [0, 1].
     """
-    if testing == DetectionOptions():
-        prediction = net([image])[0]
+    if len(nets) == 1 and testing == DetectionOptions():
+        prediction = nets[0]([image])[0]
         return prediction["boxes"], prediction["scores"], prediction["labels"]
-    heads = cast(RegionHeads, net.roi_heads)
-    base, proposals = _propose_boxes(net, image)
-    scales = [_compute_scale(net, image, side) for side in testing.sides] or [base]
-    boxes, scores = _predict_regions(net, heads, proposals, base.size, scales)
+    bases, own_proposals = zip(*(_propose_boxes(net, image) for net in nets), strict=True)
+    size = bases[0].size  # boxes are in the pixels of the first network's own scale
+    proposals = torch.cat(
+        [resize_boxes(p, list(b.size), list(size)) for b, p in zip(bases, own_proposals, strict=True)]
+    )
+    scales = [
+        [_compute_scale(net, image, side) for side in testing.sides] or [base]
+        for net, base in zip(nets, bases, strict=True)
+    ]
+    boxes, scores = _predict_regions(nets, proposals, size, scales)
     if testing.refine:
         best = scores[:, 1:].argmax(1) + 1
         refined = boxes[torch.arange(len(boxes)), best]
         refined = refined[((refined[:, 2:] - refined[:, :2]) > 1e-2).all(1)]
-        refined_boxes, refined_scores = _predict_regions(net, heads, refined, base.size, scales)
+        refined_boxes, refined_scores = _predict_regions(nets, refined, size, scales)
         boxes, scores = torch.cat([boxes, refined_boxes]), torch.cat([scores, refined_scores])
-    boxes, scores, labels = suppress_and_vote(heads, boxes, scores, testing.refine)
+    boxes, scores, labels = suppress_and_vote(cast(RegionHeads, nets[0].roi_heads), boxes, scores, testing.refine)
     h, w = image.shape[-2:]
-    return resize_boxes(boxes, list(base.size), [h, w]), scores, labels
+    return resize_boxes(boxes, list(size), [h, w]), scores, labels
 
 
 def _propose_boxes(net: FasterRCNN, image: Tensor) -> tuple[ImageScale, Tensor]:
@@ -82,9 +90,18 @@ def _compute_scale(net: FasterRCNN, image: Tensor, side: int) -> ImageScale:
 
 
 def _predict_regions(
-    net: FasterRCNN, heads: RegionHeads, boxes: Tensor, size: tuple[int, int], scales: Sequence[ImageScale]
+    nets: Sequence[FasterRCNN], boxes: Tensor, size: tuple[int, int], scales: Sequence[Sequence[ImageScale]]
 ) -> tuple[Tensor, Tensor]:
-    """The second stage's boxes (N, 1 + classes, 4), clipped to the image, and scores (N, 1 + classes)."""
+    """The second stage's boxes (N, 1 + classes, 4), clipped to the image, and scores (N, 1 + classes): means over networks."""
+    each = [_predict_regions_of(net, boxes, size, own) for net, own in zip(nets, scales, strict=True)]
+    all_boxes, all_scores = (torch.stack(part) for part in zip(*each, strict=True))
+    return all_boxes.mean(0), all_scores.mean(0)
+
+
+def _predict_regions_of(
+    net: FasterRCNN, boxes: Tensor, size: tuple[int, int], scales: Sequence[ImageScale]
+) -> tuple[Tensor, Tensor]:
+    heads = cast(RegionHeads, net.roi_heads)
     features = torch.stack(
         [heads.region_features(s.maps, [resize_boxes(boxes, list(size), list(s.size))], [s.size]) for s in scales]
     )  # (scales, N, F)

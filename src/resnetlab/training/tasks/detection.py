@@ -117,7 +117,7 @@ class DetectionTask(AnnotatedTask[AnnotatedImage, DetectionSample]):
 
     def evaluate(self, images: Sequence[AnnotatedImage]) -> DetectionMetrics:
         """Evaluates the network with its current weights."""
-        truth, detections = predict_boxes(self.net, images, self.device_config, DetectionOptions(), self.errors)
+        truth, detections = predict_boxes([self.net], images, self.device_config, DetectionOptions(), self.errors)
         return compute_detection_metrics(truth, detections, self.classes)
 
     def evaluate_held_out(self) -> dict[str, float] | None:
