@@ -10,6 +10,7 @@ from math import comb
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -34,6 +35,7 @@ from resnetlab.evaluation.protocols import parse_protocol
 from resnetlab.evaluation.published import find_published
 from resnetlab.formatting import format_json
 from resnetlab.inference.classes import top_classes
+from resnetlab.inference.inference_module import InferenceModule
 from resnetlab.models.model_file import TrainedModel, load_trained_model
 from resnetlab.models.resnet import ResNet, build
 from resnetlab.models.spec import get_specification
@@ -363,6 +365,42 @@ def test_an_exported_and_imported_model_has_the_same_errors(
         documents.append(json.loads(capsys.readouterr().out))
         assert documents[-1].pop("model") == str(path)
     assert documents[0] == documents[1] and documents[0]["top1_error"] < 0.5
+
+
+def test_an_imported_mean_for_every_pixel_is_used_by_every_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`import --mean-file` through predict, evaluate and what is exported: scores by hand, (x / 255 - mean) / std, pixel by pixel."""
+    net: Any = build("resnet8", classes=3, seed=0).eval()
+    mean = np.random.default_rng(0).uniform(0, 255, (32, 32, 3)).astype(np.float32)
+    np.save(tmp_path / "mean.npy", mean)
+    torch.save(net.state_dict(), tmp_path / "w.pth")
+    file, data = str(tmp_path / "m.safetensors"), folder(tmp_path / "d", {"val": 2, "train": 1})
+    names = ",".join(sorted(NAMES_ON_DISK))
+    given = ["--mean-file", str(tmp_path / "mean.npy"), "--std", "0.25", "--classes", names, "--out", file]
+    assert run_command(["import", str(tmp_path / "w.pth"), *given]) == 0
+    preprocessing = load_trained_model(Path(file)).preprocessing
+    images = sorted((data / "val").rglob("*.jpg"))
+    pixels = np.stack([preprocessing(Image.open(path)).numpy() for path in images])
+    x = torch.from_numpy((pixels / 255 - mean / 255) / 0.25).float().permute(0, 3, 1, 2)
+    with torch.no_grad():
+        scores, other = (
+            net(x).softmax(1),
+            net(x + torch.from_numpy(mean / 255 - mean.mean((0, 1)) / 255).permute(2, 0, 1) * 4),
+        )
+    assert float((scores - other.softmax(1)).abs().max()) > 0.01  # with the mean of each channel the scores are others
+    device = ["--device", "cpu", "--precision", "fp32"]
+    capsys.readouterr()
+    assert run_command(["predict", file, *map(str, images), "--json", *device]) == 0
+    for row, score in zip(json.loads(capsys.readouterr().out)["predictions"], scores, strict=True):
+        assert row["top"][0]["score"] == pytest.approx(float(score.max()), abs=1e-4)
+    labels = torch.tensor([sorted(NAMES_ON_DISK).index(path.parent.name) for path in images])
+    assert run_command(["evaluate", file, "--data", str(data), "--json", *device]) == 0
+    assert json.loads(capsys.readouterr().out)["top1_error"] == pytest.approx(
+        float((scores.argmax(1) != labels).float().mean())
+    )
+    exported = InferenceModule(load_trained_model(Path(file)))  # what every exported file computes
+    torch.testing.assert_close(exported(torch.from_numpy(pixels)), scores, rtol=0, atol=1e-4)
 
 
 def test_a_temperature_is_fitted_on_images_that_are_not_evaluated(
