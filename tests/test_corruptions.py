@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from corruption_formulas import FORMULAS
 from resnetlab.cli.main import run_command
 from resnetlab.errors import UsageError
 from resnetlab.evaluation import robustness
@@ -22,6 +23,7 @@ from resnetlab.evaluation.robustness import evaluate_corruptions
 from resnetlab.models.model_file import TrainedModel
 from resnetlab.models.resnet import build
 from resnetlab.preprocessing import Preprocessing
+from resnetlab.random import seed_for
 
 
 def photograph(side: int, channels: int = 3) -> Tensor:
@@ -43,6 +45,19 @@ def test_every_kind_at_every_size(kind: str) -> None:
         assert change[5] > 0.2 and (side == 8 or "elastic" in kind or change[5] > 0.9 * change[1])
     if kind not in ("defocus_blur", "zoom_blur", "brightness", "contrast", "pixelate", "jpeg_compression"):
         assert not torch.equal(corrupt(photograph(32), kind, 5, 0, "a"), corrupt(photograph(32), kind, 5, 1, "a"))
+
+
+@pytest.mark.parametrize("kind", FORMULAS)
+def test_every_kind_is_the_authors(kind: str) -> None:
+    """Beside the authors' formulas, written a second time (docs/log.md: beside their programs): within a grey level."""
+    for side, severities in ((32, (1, 2, 3, 4, 5)), (66, (1, 5))):
+        for severity in severities:
+            x, entry = photograph(side), CORRUPTIONS[kind]
+            parameters = (entry.small if side == 32 else entry.large)[severity - 1]
+            draw = np.random.default_rng(seed_for(0, "corruption", kind, severity, "a"))
+            expected = FORMULAS[kind](x.numpy() / 255, parameters, draw).clip(0, 1) * 255
+            difference = np.abs(corrupt(x, kind, severity, 0, "a").numpy() - np.floor(expected + 1e-6))
+            assert difference.max() <= 1 and difference.mean() < 0.01, (side, severity)
 
 
 def test_known_values() -> None:

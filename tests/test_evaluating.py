@@ -370,7 +370,7 @@ def test_an_exported_and_imported_model_has_the_same_errors(
 def test_an_imported_mean_for_every_pixel_is_used_by_every_command(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """`import --mean-file` through predict, evaluate and what is exported: scores by hand, (x / 255 - mean) / std, pixel by pixel."""
+    """`import --mean-file` through predict, evaluate and what is exported: scores by hand, (x / 255 - mean) / std."""
     net: Any = build("resnet8", classes=3, seed=0).eval()
     mean = np.random.default_rng(0).uniform(0, 255, (32, 32, 3)).astype(np.float32)
     np.save(tmp_path / "mean.npy", mean)

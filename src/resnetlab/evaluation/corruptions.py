@@ -47,10 +47,11 @@ def _defocus_blur(x: Array, c: tuple[float, float], draw: Generator) -> Array:
     reach = 8 if radius <= 8 else int(radius)
     rows, columns = np.mgrid[-reach : reach + 1, -reach : reach + 1]
     disk = (rows**2 + columns**2 <= radius**2).astype(np.float64)
+    disk /= disk.sum()
     taps = np.arange(-1, 2) if radius <= 8 else np.arange(-2, 3)
     weights = np.exp(-(taps**2) / (2 * sigma**2))
     for axis in (0, 1):
-        disk = correlate1d(disk / disk.sum(), weights / weights.sum(), axis, mode="mirror")
+        disk = correlate1d(disk, weights / weights.sum(), axis, mode="mirror")
     padded = np.pad(x, ((reach, reach), (reach, reach), (0, 0)), "reflect")
     product = np.fft.rfft2(padded, axes=(0, 1)) * np.fft.rfft2(disk, padded.shape[:2])[:, :, None]
     return np.fft.irfft2(product, padded.shape[:2], axes=(0, 1))[2 * reach :, 2 * reach :]  # where the kernel fits
