@@ -77,11 +77,12 @@ def service_in_thread(model: Path) -> Iterator[ServiceClient]:
     from resnetlab.serve.app import make_app
     from resnetlab.serve.limits import Limits
     from resnetlab.serve.models import load_served_model
+    from resnetlab.serve.process import _protocol_with_limits
     from resnetlab.serve.service import Service
 
     app = make_app(Service(load_served_model(str(model), "torch", "fp32", "cpu")[0], Limits()))
     listener = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="error", http=_protocol_with_limits(30, 512)))
     thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
     thread.start()
     try:

@@ -64,15 +64,20 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--gpus", "0"], "gpus must be above 0, not 0."),
+        (["--gpus", "0"], "resnetlab: --gpus must be above 0, not 0."),
         (["--gpus", "8", "--images", "many"], "--images takes a number such as 1.28M, 50k or 1281167, not 'many'."),
-        (["--gpus", "8", "--epochs", "-1"], "epochs must be above 0, not -1.0."),
+        (["--gpus", "8", "--epochs", "-1"], "resnetlab: --epochs must be above 0, not -1.0."),
         (["--gpus", "8", "--net", "resnet51"], "unknown"),
     ],
 )
 def test_wrong_requests(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_command(["plan", *words]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_python_names_arguments() -> None:
+    with pytest.raises(UsageError, match=r"^gpus_per_machine must be above 0, not -8\.$"):
+        Cluster(gpus=8, gpus_per_machine=-8)
 
 
 def test_counts_of_images() -> None:

@@ -14,13 +14,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import resnetlab
 from resnetlab.errors import ModelFileError, ResNetLabError
 from resnetlab.inference.hub import make_model_card
 from resnetlab.inference.import_model import ImportOptions, import_weights
 from resnetlab.models.model_file import load_trained_model
 from resnetlab.run_folder import RunFolder, read_metrics
 from resnetlab.tensor_file import read_tensor_file, write_tensor_file
-from service import write_classifier
+from service import write_annotated_model, write_classifier
 
 TENSORS = {"a": torch.arange(6.0).view(2, 3), "b": torch.tensor([1, 2, 3]), "c": torch.tensor(1.5)}
 METADATA = {"classes": ["größe", "b"], "preprocessing": {"mean": [0.5], "std": [0.25]}, "temperature": 1.25}
@@ -197,3 +198,18 @@ def test_lines_of_metrics_that_are_no_figures_are_left_out(tmp_path: Path) -> No
     ]
     (tmp_path / "metrics.jsonl").write_text("\n".join([json.dumps(good), *bad]))
     assert read_metrics(RunFolder(tmp_path)) == [good]
+
+
+@pytest.mark.parametrize("task", ["classify", "detect"])
+@pytest.mark.parametrize("key", ["depths", "widths", "channels"])
+def test_a_network_far_larger_than_its_file_is_not_built(task: str, key: str, tmp_path: Path) -> None:
+    """9,000 blocks of nothing took 50 s, and widths took all memory."""
+    file = tmp_path / "m.safetensors"
+    write_classifier(file) if task == "classify" else write_annotated_model(file, task)
+    tensors, metadata = read_tensor_file(file, "model file")
+    spec = metadata["specification"]
+    large = {"depths": [3000] * len(spec["depths"]), "widths": [3000] * len(spec["depths"]), "channels": 10**7}
+    metadata = {name: value for name, value in metadata.items() if name != "format"}
+    write_tensor_file(file, dict(tensors), metadata | {"specification": spec | {key: large[key]}})
+    with pytest.raises(ModelFileError, match="of a network far larger than its tensors"):
+        resnetlab.load(file, device="cpu")

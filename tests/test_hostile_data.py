@@ -172,6 +172,15 @@ def test_a_zip_member_is_not_unpacked_beyond_the_size_that_it_claims(tmp_path: P
         source.read(list(source.names).index("a/0.png"))
 
 
+def test_a_zip_member_without_a_name_is_left_out(tmp_path: Path) -> None:
+    """Python 3.11's ZipInfo.is_dir raises an IndexError."""
+    with zipfile.ZipFile(tmp_path / "d.zip", "w") as file:
+        for name in ("a/0.png", "a/1.png", "b/0.png", "b/1.png", "c"):
+            file.writestr(name, jpeg(len(name)))
+        file.infolist()[-1].filename = ""
+    assert load(tmp_path / "d.zip").classes == ("a", "b")
+
+
 def test_small_files_of_a_server_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, out = packed(tmp_path)
     monkeypatch.setattr(remote_shards, "MAX_INDEX", 100)

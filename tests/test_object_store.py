@@ -9,11 +9,13 @@ from typing import Any
 import fsspec
 import pytest
 
+import resnetlab
 from resnetlab.data import download, object_store
 from resnetlab.data.disk_split import ReadOptions
 from resnetlab.data.sources import load_dataset, short_name, strip_signature
 from resnetlab.errors import DataError, UsageError
 from resnetlab.inference.images import read_image
+from resnetlab.training.recipes import quick
 from shard_files import load, packed
 
 
@@ -71,9 +73,36 @@ def test_what_is_not_there_is_named_without_secrets(tmp_path: Path, store: Any) 
     with pytest.raises(DataError, match="memory://bucket/none/ holds no tar shard"):
         load_dataset("memory://bucket/none/", tmp_path)
     with pytest.raises(UsageError, match=r"nosuch://bucket/a\.index\.json is of no known kind") as error:
-        load_dataset("nosuch://me:secret@bucket/a.tar?signature=secret", tmp_path)
+        load_dataset("nosuch://me@bucket/a.tar?signature=secret", tmp_path)
     assert "secret" not in str(error.value)
     assert strip_signature("s3://me:secret@bucket/a.tar?x=secret") == "s3://bucket/a.tar"
+
+
+@pytest.mark.parametrize(("url", "instead"), [
+    ("s3://KEY:secret/+@bucket/x-{0..1}.tar", "AWS_SECRET_ACCESS_KEY"), ("https://me:secret@host/a.tar", "signed address"),
+    ("https://secret@host:80/a.tar", "signed address"), ("ftp://me:secret@host/a.tar", "FSSPEC_FTP_PASSWORD"),
+    ("hf://me:secret@datasets/a.tar", "HF_TOKEN"), ("gs://me:secret@a/b.tar", "GOOGLE_APPLICATION_CREDENTIALS"),
+])  # fmt: skip
+def test_passwords_in_addresses_are_refused_so_that_no_file_keeps_them(url: str, instead: str, tmp_path: Path) -> None:
+    for use in (
+        lambda: load_dataset(url, tmp_path),
+        lambda: read_image(url),
+        lambda: quick().with_values({"data": url}),
+        lambda: resnetlab.train(url, out=tmp_path / "run", progress=False),
+    ):
+        with pytest.raises(
+            UsageError, match="is given with a password, which files would keep; leave it out, and"
+        ) as error:
+            use()
+        assert instead in str(error.value) and "secret" not in str(error.value)
+    assert list(tmp_path.iterdir()) == []
+    for fine in (
+        "https://host:8080/a@2.tar",
+        "abfs://box@account/a.tar",
+        "hf://datasets/me/x@1/a.tar",
+        "s3://b/2026:1@a.tar",
+    ):
+        object_store.refuse_password(fine)
 
 
 def test_an_image_of_a_store_is_read(tmp_path: Path, store: Any) -> None:

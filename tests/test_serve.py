@@ -8,6 +8,7 @@ import gzip
 import http.client
 import io
 import json
+import logging
 import re
 import signal
 import socket
@@ -28,7 +29,7 @@ from images import photo, png_bomb
 from resnetlab.cli import serve as cli_serve
 from resnetlab.cli.main import run_command
 from resnetlab.inference.predict import load
-from service import CLASSES, RunningService, service_process, write_classifier
+from service import CLASSES, RunningService, service_in_thread, service_process, write_classifier
 
 pytest.importorskip("fastapi", reason="the extra `serve` is not installed")
 
@@ -339,6 +340,26 @@ def test_a_head_without_end_is_refused(running: RunningService) -> None:
     with socket.create_connection(("127.0.0.1", running.port), timeout=60) as link:
         link.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\nX: " + b"a" * 100_000)
         assert b" 400 " in link.recv(4096)
+
+
+@pytest.mark.parametrize("method", ["POST", "HEAD", "X"])
+def test_a_body_that_is_not_http_is_answered_once_and_logs_nothing(
+    method: str, model_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """uvicorn answers 400 beside the answer in progress, and logs a traceback for each of the two."""
+    logged: list[object] = []
+    for name in ("uvicorn.error", "asyncio"):
+        monkeypatch.setattr(logging.getLogger(name), "error", lambda *values, **_: logged.append(values))
+    with service_in_thread(model_file) as it:
+        answer = b""
+        with socket.create_connection(("127.0.0.1", it.port), timeout=60) as link:
+            head = f"{method} /predict HTTP/1.1\r\nhost: localhost\r\ncontent-type: image/png\r\n"
+            link.sendall(head.encode() + b"transfer-encoding: chunked\r\n\r\n--XX\r\n")
+            while chunk := link.recv(4096):
+                answer += chunk
+        assert it.request("GET", "/healthz")[0] == 200
+    assert answer.count(b"HTTP/1.1 ") == 1 and b" 400 " in answer and b"not a valid HTTP request" in answer
+    assert logged == []
 
 
 def test_a_body_that_never_ends_times_out(running: RunningService) -> None:

@@ -9,6 +9,8 @@ import tarfile
 import tracemalloc
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -27,6 +29,7 @@ from resnetlab.data.sampler import TrainLoader
 from resnetlab.device import select_device
 from resnetlab.errors import DataError, RunError, UsageError
 from resnetlab.preprocessing import Preprocessing
+from resnetlab.training.trackers import TRACKERS, TrackedRun
 from shard_files import files, jpeg, load, packed, tar
 from shard_files import members as shard_members
 
@@ -168,10 +171,15 @@ def test_a_server_that_always_drops_is_reported_with_the_url(tmp_path: Path) -> 
             load(server.url + "other-000000.tar", tmp_path / "data")
 
 
-def test_training_on_signed_shards_equals_training_on_the_folder(tmp_path: Path) -> None:
+def test_training_on_signed_shards_equals_training_on_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tracked: list[TrackedRun] = []
+    monkeypatch.setitem(TRACKERS, "json", lambda run: tracked.append(run) or SimpleNamespace(
+        run_id=None, write=lambda *_: None, close=lambda: None))  # fmt: skip
     root, out = packed(tmp_path, per_shard=100)
     here = tmp_path / "data"
-    values = {
+    values: dict[str, Any] = {
         "net": "resnet8",
         "image_size": 16,
         "eval_resize": 20,
@@ -180,17 +188,20 @@ def test_training_on_signed_shards_equals_training_on_the_folder(tmp_path: Path)
         "device": "cpu",
         "precision": "fp32",
     }
-    a = resnetlab.train("photos", data=str(root), out=tmp_path / "a", **values)  # type: ignore[arg-type]
+    a = resnetlab.train("photos", data=str(root), out=tmp_path / "a", **values)
     with FileServer({f"{name}?sig=secret": content for name, content in files(out).items()}) as server:
         url = server.url + "{train,val}-000000.tar"
-        b = resnetlab.train("photos", data=f"{url}?sig=secret", data_dir=here, out=tmp_path / "b", **values)  # type: ignore[arg-type]
+        values |= {"data": f"{url}?sig=secret", "data_dir": here, "trackers": ("json",)}
+        b = resnetlab.train("photos", out=tmp_path / "b", **values)
     one, two = resnetlab.load(a.model), resnetlab.load(b.model)
     assert all(
         torch.equal(x, y) for x, y in zip(one.net.state_dict().values(), two.net.state_dict().values(), strict=True)
     )
     evaluated = resnetlab.evaluate(a.model, f"{url}?sig=secret", data_dir=here, device="cpu")
     assert a.top1_error == b.top1_error and (evaluated.split, evaluated.data) == ("val", url)
-    assert two.recipe["data"] == url  # published files have no signature; recipe.toml has it, to resume
+    assert (
+        two.recipe["data"] == url == tracked[0].config["data"]
+    )  # published files have no signature; recipe.toml has it, to resume
     assert all(b"secret" not in Path(file).read_bytes() for file in (b.model, b.report))
     assert "sig=secret" in (tmp_path / "b" / "recipe.toml").read_text()
 

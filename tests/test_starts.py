@@ -23,7 +23,7 @@ from resnetlab.models.resnet import build
 from resnetlab.models.spec import get_specification, nearest_name
 from resnetlab.preprocessing import Preprocessing
 from resnetlab.training.recipe import Overrides
-from resnetlab.training.recipes import find_recipe
+from resnetlab.training.recipes import find_recipe, read_recipe_file
 
 SMALL: dict[str, Any] = {"widths": (4, 4, 4, 4), "depths": (1, 1, 1, 1)}
 
@@ -41,6 +41,7 @@ def state(name: str, **changes: Any) -> dict[str, Tensor]:
 def test_values_that_mean_nothing_are_not_compared() -> None:
     """A ResNet-18 imported from torchvision (stride_in=3x3) is resnet18; a ResNet-50 with it is resnet50v1.5."""
     imported = get_specification("resnet18", stride_in="3x3", zero_pad="centre", gate_bias=-3.0)
+    assert nearest_name(get_specification("plain14")) == ("plain14", {})
     assert nearest_name(imported) == ("resnet18", {}) and choose_specification("w", imported, "resnet18", {}) == []
     v15 = get_specification("resnet50", stride_in="3x3")
     (note,) = choose_specification("w", v15, "resnet50", {})
@@ -84,7 +85,10 @@ def test_train_starts_from_weights_of_others(start: str, tmp_path: Path, monkeyp
 
         result = start_run(recipe, tmp_path / "run")
     model = load_trained_model(Path(result.model))
-    assert nearest_name(model.spec)[0] == ("resnet18" if ":" in start else "resnet20") and len(model.classes) == 3
+    named = read_recipe_file(tmp_path / "run" / "recipe.toml", "classify")
+    assert (named.net, named.specification) == ("resnet18" if ":" in start else "resnet8", {}) and len(
+        model.classes
+    ) == 3
     expected = state("resnet18", classes=1000)["conv1.weight"] if ":" in start else small["conv1.weight"]
     torch.testing.assert_close(model.net.conv1.weight.detach(), expected, rtol=1e-3, atol=1e-5)
 

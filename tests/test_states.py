@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,7 @@ def test_torchs_averaged_model_is_read() -> None:
 @pytest.mark.parametrize("order", ["original", "bn-after-add", "relu-before-add", "relu-only-preact", "preact"])
 def test_an_ambiguous_activation_order_is_reported_as_assumed(order: str) -> None:
     net: Any = resnetlab.build("resnet8", classes=3, activation_order=order)
-    state = parse_state_dict(net.state_dict(), "w.pth")
+    state = parse_state_dict(dict(net.state_dict()), "w.pth")  # without the mark of ours
     spec, notes = infer_specification(state)
     assumed = [note for note in notes if "ASSUMED activation_order=original" in note]
     assert bool(assumed) is (order != "preact") is (spec.activation_order == "original")
@@ -117,11 +118,36 @@ def test_an_ambiguous_activation_order_is_reported_as_assumed(order: str) -> Non
 
 
 def test_ambiguous_values_are_reported_as_assumed() -> None:
-    pre = parse_state_dict(resnetlab.build("preresnet8", classes=3).state_dict(), "w.pth")
+    pre = parse_state_dict(dict(resnetlab.build("preresnet8", classes=3).state_dict()), "w.pth")
     assert any("ASSUMED preact_transition=shared" in note for note in infer_specification(pre)[1])
     assert not any(
         "preact_transition" in note for note in infer_specification(pre, changes={"preact_transition": "raw"})[1]
     )
-    wide = parse_state_dict(resnetlab.build("resnet18", classes=3).state_dict(), "w.pth")
+    wide = parse_state_dict(dict(resnetlab.build("resnet18", classes=3).state_dict()), "w.pth")
     assert any("ASSUMED maxpool=padded" in note for note in infer_specification(wide)[1])
     assert not any("maxpool=padded, as" in note for note in infer_specification(wide, "torchvision")[1])
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("resnet8", {"activation_order": "relu-before-add", "zero_pad": "centre"}),
+        ("plain8", {}),
+        ("preresnet8", {"preact_transition": "raw"}),
+        ("resnet50", {"depths": (1, 1, 1, 1), "widths": (8, 8, 8, 8), "stride_in": "first", "maxpool": "ceil"}),
+    ],
+)
+def test_nothing_is_assumed_of_a_state_dict_of_ours(name: str, changes: dict[str, Any], tmp_path: Path) -> None:
+    """It is marked with its specification, also inside another mapping and below a wrapper's prefix."""
+    net = resnetlab.build(name, classes=3, **changes)
+    net.fc = torch.nn.Linear(net.fc.in_features, 4)  # a head of one's own
+    for number, content in enumerate(
+        (net.state_dict(), {"model": torch.nn.DataParallel(net).state_dict(), "epoch": 3})
+    ):
+        torch.save(content, tmp_path / f"{number}.pth")
+        state = read_state_dict(tmp_path / f"{number}.pth")
+        spec, notes = infer_specification(state)
+        assert spec == replace(net.spec, classes=4) and not any("ASSUMED" in note for note in notes)
+        assert torch.equal(build_from_state(state, spec).fc.weight, net.fc.weight)
+    both = {**net.state_dict(prefix="a."), **net.state_dict(prefix="b.")}
+    assert not parse_state_dict({"model": both}, "w.pth", "a").specification

@@ -17,11 +17,13 @@ from typing import BinaryIO, NamedTuple
 import pytest
 import torch
 
-from resnetlab.cli import main, predict
+from resnetlab.cli import launch, main, predict
 from resnetlab.data import prefetch
 from resnetlab.data.download import download_file
 from resnetlab.errors import DataError
+from resnetlab.run_folder import RunFolder
 from resnetlab.stopping import StopSignal, catch_stop_signals, check_stop, end_on_stop_signals
+from resnetlab.training.train import RunOptions
 
 
 class Node:
@@ -192,6 +194,29 @@ def test_a_script_without_a_main_guard_is_told_so(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, script], capture_output=True, text=True)
     assert 'put the call under if __name__ == "__main__":' in done.stdout and "memory" not in done.stdout
     assert "Traceback" not in done.stderr
+
+
+def test_a_signal_inside_the_garbage_collector_ends_a_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun's own handlers raise, which the collector's callbacks swallow; the job would go on."""
+    python, sent = tmp_path / "python", []
+    python.write_text(f"#!/bin/sh\ntouch {tmp_path}/started\nexec sleep 30\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(launch.sys, "executable", str(python))
+
+    def callback(*_: object) -> None:
+        if not sent and (tmp_path / "started").exists():
+            sent.append(os.kill(os.getpid(), signal.SIGTERM))
+
+    gc.callbacks.append(callback)
+    threshold = gc.get_threshold()
+    gc.set_threshold(50)
+    try:
+        with end_on_stop_signals(), pytest.raises(SystemExit) as end:
+            launch.Job("classify", RunOptions(device="cpu"), 1, 3)._launch(RunFolder(tmp_path / "run"))
+    finally:
+        gc.callbacks.remove(callback)
+        gc.set_threshold(*threshold)
+    assert end.value.code == 143 and sent
 
 
 @pytest.mark.slow

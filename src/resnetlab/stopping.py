@@ -35,12 +35,11 @@ class StopRequest:
 
     Attributes:
         deferred: the work will end by itself, at a place where everything is saved.
-        other_handlers: a library is about to set handlers of its own, which get the signal if they came too late.
     """
 
     def __init__(self) -> None:
         self.signum: int | None = None
-        self.deferred = self.other_handlers = False
+        self.deferred = False
         self.message = ""
 
     def check(self) -> None:
@@ -83,7 +82,6 @@ def catch_stop_signals() -> Iterator[StopRequest]:
             raise
         finally:
             request.deferred, request.message = before
-            request.other_handlers = False
 
 
 @contextlib.contextmanager
@@ -129,18 +127,13 @@ def end_on_stop_signals() -> Iterator[StopRequest]:
 
 def _watch(watched: socket.socket, request: StopRequest) -> None:
     """Ends the process at the second signal, or PATIENCE seconds after the first where nobody looks at it."""
-    first, sent_again = 0, False
+    first = 0
     while True:
         if not select.select([watched], [], [], PATIENCE if first else None)[0]:
             if not request.deferred:
                 _end(request, first)
-            if request.other_handlers and request.signum is not None:  # they came later than the signal
-                request.signum, sent_again = None, True
-                signal.raise_signal(first)
         elif not (number := watched.recv(1)[0]):
             return
-        elif sent_again:
-            sent_again = False
         elif number in SIGNALS:
             if first:
                 _end(request, number)

@@ -1,9 +1,13 @@
-"""Hostile requests are answered in a sentence or hung up on; good ones between them get the same answer as before."""
+"""Hostile requests are answered in a sentence or hung up on; good ones between them get the same answer as before.
+
+Whatever the service logs is a failure too: a traceback there is a request that nobody thought of.
+"""
 
 from __future__ import annotations
 
 import io
 import json
+import logging
 import random
 import socket
 import tempfile
@@ -62,7 +66,20 @@ def make_request(draw: random.Random) -> bytes:
     return damage(content, draw) if draw.random() < 0.3 else content
 
 
-def attack_service(client: ServiceClient, expected: object, draw: random.Random) -> str | None:
+class Log(logging.Handler):
+    """Keeps what the service logs."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.ERROR)
+        self.lines: list[str] = []
+        for name in ("uvicorn.error", "asyncio"):
+            logging.getLogger(name).addHandler(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(f"{record.getMessage()} {record.exc_info and record.exc_info[1]!r}")
+
+
+def attack_service(client: ServiceClient, log: Log, expected: object, draw: random.Random) -> str | None:
     with socket.create_connection(("127.0.0.1", client.port), timeout=30) as connection:
         answer = b""
         try:
@@ -76,6 +93,8 @@ def attack_service(client: ServiceClient, expected: object, draw: random.Random)
         return f"not an answer: {answer[:60]!r}"
     if answer[9:12] >= b"500" and answer[9:12] != b"503":
         return f"an answer {answer[:300]!r}"
+    if log.lines:
+        return f"logged (for this request or the one before): {log.lines.pop()}"
     if draw.random() < 0.02 and client.post(GOOD) != expected:
         return "a good request got another answer"
     return None
@@ -87,4 +106,5 @@ if __name__ == "__main__":
     ) as it:
         before = it.post(GOOD)
         assert before[0] == 200, json.dumps(before)
-        run("hostile requests", lambda draw: attack_service(it, before, draw), 5000)
+        log = Log()
+        run("hostile requests", lambda draw: attack_service(it, log, before, draw), 5000)

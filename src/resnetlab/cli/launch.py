@@ -5,14 +5,16 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from resnetlab.cli import console
 from resnetlab.errors import PROCESS_GONE, RunError, UsageError
-from resnetlab.stopping import catch_stop_signals
+from resnetlab.stopping import StopRequest, catch_stop_signals
 
 if TYPE_CHECKING:
     from resnetlab.run_folder import RunFolder
@@ -109,6 +111,7 @@ class Job(NamedTuple):
                 local_addr="localhost",  # the default, the machine's name, may not resolve in a container
                 rdzv_configs={"timeout": 60},
                 monitor_interval=0.1,
+                signals_to_handle="SIGHUP,SIGQUIT",  # not those that the command handles
                 logs_specs=DefaultLogsSpecs(log_dir=logs, redirects=dict.fromkeys(range(1, self.processes), Std.ERR)),
             )
             request = {
@@ -123,8 +126,7 @@ class Job(NamedTuple):
                 "profile": self.options.profile,
             }
             try:
-                with catch_stop_signals() as stop_request:
-                    stop_request.other_handlers = True  # torchrun's end the processes, which save first
+                with catch_stop_signals() as stop_request, _torchrun_looks_at(stop_request):
                     elastic_launch(config, sys.executable)("-m", "resnetlab", "_train-process", json.dumps(request))
             except SignalException as stop:
                 raise SystemExit(128 + stop.sigval) from None
@@ -148,6 +150,31 @@ class Job(NamedTuple):
         if result is None:
             raise RunError(f"{run.path} has no result; resume with: {TASKS[self.task].command} --resume {run.path}")
         return result
+
+
+@contextlib.contextmanager
+def _torchrun_looks_at(request: StopRequest) -> Iterator[None]:
+    """Lets torchrun's loop end its processes, which save first, after a request to stop.
+
+    Its own handlers raise, which a callback of the garbage collector would swallow. So the loop, which publishes metrics
+    of itself ten times a second, looks at the request there.
+    """
+    from torch.distributed.elastic.metrics import api as metrics
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+
+    class Look(metrics.MetricHandler):
+        raised = False
+
+        def emit(self, metric_data: metrics.MetricData) -> None:
+            if request.signum is not None and not self.raised:
+                self.raised = True
+                raise SignalException("stopped", signal.Signals(request.signum))
+
+    metrics.configure(Look())
+    try:
+        yield
+    finally:
+        metrics.configure(metrics.NullMetricHandler())
 
 
 def train_process(request: str) -> None:

@@ -85,7 +85,7 @@ def study(
         outputs = run_studies(studies, setting, yes=yes, callbacks=Callbacks(console.log, bar.update, bar.update))
     length = f"{steps}-steps" if steps else f"{epochs:g}-epochs" if epochs else budget
     folder = out or Path("runs") / f"study-{name}-{sources.short_name(data)}-{length}"
-    command = shlex.join(["resnetlab", *sys.argv[1:]])
+    command = shlex.join(["resnetlab", *map(sources.strip_signature, sys.argv[1:])])
     report.write_study(outputs, folder, command)
     if records:
         console.log(f"records of {format_count(report.write_records(outputs, folder), 'run')}: {folder / 'runs'}")

@@ -17,6 +17,13 @@ EXTRAS = {  # the package that opens addresses of a kind, and our extra that ins
     "gs": ("gcsfs", "remote"),
     "hf": ("huggingface-hub", "hub"),
 }
+CREDENTIALS = {  # where the package of a kind of address looks for them
+    "s3": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+    "gs": "set GOOGLE_APPLICATION_CREDENTIALS",
+    "hf": "set HF_TOKEN",
+    "http": "give a signed address, or download the files",
+}
+_USER = re.compile(r"(?<=://)(?:[^/@]*@|[^/@\[]*:(?!\d+/)[^@]*@)")  # a key after the colon may contain slashes
 VERSION_KEYS = ("ETag", "etag", "md5Hash", "sha256", "LastModified", "last_modified", "mtime", "updated", "created")
 
 
@@ -40,7 +47,23 @@ def strip_secrets(url: str) -> str:
     >>> strip_secrets("https://me:secret@host/a.tar?signature=x")
     'https://host/a.tar'
     """
-    return re.sub(r"^([a-z][a-z0-9+.-]+://)[^/@]*@", r"\1", url.partition("?")[0])
+    return _USER.sub("", url.partition("?")[0], count=1)
+
+
+def refuse_password(text: str) -> None:
+    """Raises UsageError for an address with a password, which a run's recipe.toml would keep.
+
+    >>> refuse_password("https://host:8080/a@1.tar"), refuse_password("abfs://container@account/a.tar")
+    (None, None)
+    """
+    user, protocol = _USER.search(text.partition("?")[0]), text.partition("://")[0]
+    if user is None or (":" not in user[0] and not protocol.startswith("http")):
+        return
+    variables = f"FSSPEC_{protocol.upper()}_USERNAME and FSSPEC_{protocol.upper()}_PASSWORD"
+    where = CREDENTIALS.get(protocol.replace("https", "http"), f"set {variables}")
+    raise UsageError(
+        f"{strip_secrets(text)} is given with a password, which files would keep; leave it out, and {where}."
+    )
 
 
 @contextlib.contextmanager

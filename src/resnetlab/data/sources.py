@@ -12,7 +12,7 @@ from resnetlab.data import archives, cifar, digits, folder, objects, shards, tab
 from resnetlab.data.dataset import Dataset
 from resnetlab.data.disk_split import ReadOptions
 from resnetlab.data.layouts import describe_annotations
-from resnetlab.data.object_store import is_address, strip_secrets
+from resnetlab.data.object_store import is_address, refuse_password, strip_secrets
 from resnetlab.errors import DataError, UsageError, unknown_name_error
 
 
@@ -73,6 +73,7 @@ def load_dataset(name: str, data_dir: Path, read_options: ReadOptions | None = N
     Raises UsageError for an unknown name, DataError if the files are missing or damaged.
     """
     read_options = read_options or ReadOptions()
+    refuse_password(name)
     if not name.strip():
         raise UsageError(
             f"the data set's name is empty; give a folder of class folders, or one of {', '.join(BUILTIN)}."

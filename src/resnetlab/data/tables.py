@@ -26,6 +26,7 @@ from resnetlab.data.dataset import GROUP, Columns, Dataset
 from resnetlab.data.decode import SUFFIXES
 from resnetlab.data.disk_split import FileNames, FileSource, ReadOptions
 from resnetlab.data.folder import LabelledImages, guess_split, make_dataset, require_classes
+from resnetlab.data.object_store import strip_secrets
 from resnetlab.errors import DataError, UsageError, missing_package
 from resnetlab.formatting import format_list
 
@@ -246,7 +247,7 @@ def _find_files(images: ImageList) -> tuple[list[str], list[int]]:
     files, sizes = [], []
     for row, path in enumerate(images.paths):
         if "://" in path:
-            raise images.error(row, f"{path} is an address; download the images, and name their files.")
+            raise images.error(row, f"{strip_secrets(path)} is an address; download the images, and name their files.")
         file = os.path.normpath(os.path.join(base, path))
         size = _file_size(file + endings)
         if size < 0 and missing < MAX_MISSING:

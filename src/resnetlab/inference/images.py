@@ -19,7 +19,7 @@ from torch import Tensor
 
 from resnetlab.data.decode import SUFFIXES, convert_image, decode, list_images
 from resnetlab.data.download import TIMEOUT
-from resnetlab.data.object_store import is_address, is_store, open_at, strip_secrets
+from resnetlab.data.object_store import is_address, is_store, open_at, refuse_password, strip_secrets
 from resnetlab.data.shards import expand_braces
 from resnetlab.data.tar_index import BoundedHeader, refuse_sparse
 from resnetlab.errors import DataError, UsageError
@@ -167,7 +167,8 @@ def _read_file(file: Any) -> bytes:
 
 
 def _fetch(url: str) -> bytes:
-    """The bytes behind an address; raises DataError if there are none, or too many."""
+    """The bytes behind an address; raises DataError if there are none, or too many, UsageError for one with a password."""
+    refuse_password(url)
     name = strip_secrets(url)
     try:
         request = Request(url, headers={"User-Agent": "resnetlab"}) if not is_store(url) else None

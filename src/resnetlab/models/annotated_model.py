@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from resnetlab.errors import ModelFileError, ResNetLabError
 from resnetlab.formatting import find_name_problem
 from resnetlab.models.head_spec import DetectorSpec, HeadSpec, SegmenterSpec
 from resnetlab.models.resnet import ResNet, allocate
-from resnetlab.models.spec import Specification
+from resnetlab.models.spec import Specification, check_file_size
 from resnetlab.tensor_file import read_metadata, read_tensor_file, write_tensor_file
 
 TASK_NOUNS = {"classify": "a classifier", "detect": "a detector", "segment": "a segmenter"}
@@ -107,8 +107,9 @@ def load_annotated(path: Path, task: str) -> AnnotatedModel:
         classes = tuple(about["classes"])
         if problem := find_name_problem(classes):
             raise ModelFileError(f"{problem}; train it again")
+        check_file_size(spec, tensors)
         with torch.device("meta"):
-            body = ResNet(spec)
+            body = ResNet(replace(spec, classes=1))  # without its own head
         net = build_annotated_net(allocate(body), head_spec, len(classes))
         net.load_state_dict(tensors)
         if not all(bool(v.isfinite().all()) for v in tensors.values()):

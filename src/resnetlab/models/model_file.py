@@ -21,7 +21,7 @@ from resnetlab.errors import ModelFileError
 from resnetlab.formatting import find_name_problem, format_count, format_list, html_table, is_number
 from resnetlab.models.reference_images import ReferenceImages
 from resnetlab.models.resnet import ResNet
-from resnetlab.models.spec import Specification
+from resnetlab.models.spec import Specification, check_file_size
 from resnetlab.preprocessing import Preprocessing
 from resnetlab.tensor_file import read_tensor_file, write_tensor_file
 
@@ -171,6 +171,7 @@ def load_trained_model(path: Path) -> TrainedModel:
             for name in list(tensors)
             if name.startswith(FINGERPRINTS)
         }
+        check_file_size(spec, tensors)
         with torch.device("meta"):
             net = ResNet(spec)
         dtypes = {name: tensor.dtype for name, tensor in net.state_dict().items()}

@@ -141,10 +141,10 @@ class ResNet(nn.Module):
         return F.conv2d(last, self.fc.weight[:, :, None, None], self.fc.bias)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """torch's, marked with the place of the stride, which names and shapes do not tell."""
+        """torch's, marked with the specification, which names and shapes do not tell."""
         state = super().state_dict(*args, **kwargs)
         if (own := getattr(state, "_metadata", {}).get(kwargs.get("prefix", "").rstrip("."))) is not None:
-            own["stride_in"] = self.spec.stride_in
+            own |= {"stride_in": self.spec.stride_in, "specification": self.spec.to_json()}
         return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:

@@ -16,11 +16,14 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from resnetlab.errors import ModelFileError, UsageError, unknown_name_error
 from resnetlab.nn import shortcuts
 from resnetlab.nn.blocks import ACTIVATION_ORDERS
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,6 +145,14 @@ class Specification:
             raise ModelFileError(f"the specification cannot be used: {error}") from error
 
 
+def check_file_size(spec: Specification, tensors: Mapping[str, Tensor]) -> None:
+    """Raises ModelFileError if a file's network is far larger than its tensors: building it would take hours, or all memory."""
+    weights = sum(9 * width**2 * (depth - 1) for width, depth in zip(spec.widths, spec.depths, strict=True))
+    weights = max(weights, max(spec.widths) ** 2, spec.widths[0] * spec.channels)
+    if sum(spec.depths) > len(tensors) or weights > sum(tensor.numel() for tensor in tensors.values()):
+        raise ModelFileError("its specification is of a network far larger than its tensors")
+
+
 def _is_count(value: Any) -> bool:
     """Whether a value is an integer from 1 to 10 million."""
     return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= 10_000_000
@@ -257,8 +268,11 @@ def nearest_name(spec: Specification) -> tuple[str, dict[str, Any]]:
     """The name nearest to a specification, and the changes to it; without channels and classes."""
     own = asdict(spec.canonical())
     best: tuple[str, dict[str, Any]] | None = None
-    for name in list_network_names():
-        named = asdict(get_specification(name).canonical())
+    for name in [*list_network_names(), *(f"{prefix}{spec.depth}" for prefix in _PREFIXES)]:
+        try:
+            named = asdict(get_specification(name).canonical())
+        except UsageError:  # no network of the papers' kinds has this depth
+            continue
         changes = {k: v for k, v in own.items() if v != named[k] and k not in ("channels", "classes")}
         if best is None or len(changes) < len(best[1]):
             best = name, changes

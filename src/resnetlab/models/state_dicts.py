@@ -44,6 +44,7 @@ class StateDictFile:
     Attributes:
         tensors: name -> value, floating point except for counters.
         metadata: written by `resnetlab export`; empty for other programs' files.
+        specification: of the network of ours whose state_dict it is, which that is marked with; empty where it is not.
         layout: whose names the file had where they tell: "caffe", "transformers", or "".
         has_linear: whether the fully connected layer was called `linear`.
         notes: sentences on how the file's names were changed.
@@ -51,6 +52,7 @@ class StateDictFile:
 
     tensors: dict[str, Tensor]
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    specification: Mapping[str, Any] = field(default_factory=dict)
     layout: str = ""
     has_linear: bool = False
     notes: tuple[str, ...] = ()
@@ -79,8 +81,10 @@ def parse_state_dict(
 ) -> StateDictFile:
     """Extracts the weights from any nesting of mappings and converts their names; see `read_state_dict`."""
     notes = list(notes or ())
-    tensors, key = _unwrap(value, where, key, notes)
-    layout = ""
+    found, key = _unwrap(value, where, key, notes)
+    marks = [mark for mark in dict(getattr(found, "_metadata", {})).values() if isinstance(mark, Mapping)]
+    own = [mark["specification"] for mark in marks if isinstance(mark.get("specification"), Mapping)]
+    tensors, layout = _select_tensors(found, where, notes), ""
     if any(re.match(r"(res|bn|scale)\d[a-z]\d*_branch", name) for name in tensors):
         from resnetlab.models.caffe_names import convert_caffe_names
 
@@ -103,7 +107,8 @@ def parse_state_dict(
             f"{where} has {duplicates} duplicate names without prefixes; save only one network's state_dict."
         )
     _check_dense(renamed, where)
-    return StateDictFile(renamed, metadata or {}, layout, has_linear, tuple(notes))
+    is_own = len(own) == 1 and {"conv1.weight", "fc.weight"} <= renamed.keys()
+    return StateDictFile(renamed, metadata or {}, own[0] if is_own else {}, layout, has_linear, tuple(notes))
 
 
 def _check_dense(tensors: Mapping[str, Tensor], where: str) -> None:
@@ -137,7 +142,7 @@ def _holds_weights(value: Any, depth: int = 0) -> bool:
 
 def _unwrap(
     value: Any, where: str, key: str | None, notes: list[str], depth: int = 0
-) -> tuple[dict[str, Tensor], str | None]:
+) -> tuple[Mapping[Any, Any], str | None]:
     """Finds the mapping of names to tensors in `value`; also returns `key` if it did not name a mapping."""
     if isinstance(value, Inert):
         raise ModelFileError(
@@ -162,7 +167,7 @@ def _unwrap(
             notes.append(f"nested under {nests[0]}{average}")
             return _unwrap(value[nests[0]], where, key, notes, depth + 1)
         if any(isinstance(each, Tensor) for each in value.values()):
-            return _select_tensors(value, where, notes), key
+            return value, key
     raise ModelFileError(
         f"{where} has no state_dict: neither a mapping of names to tensors nor one under {', '.join(NESTED_KEYS)}; save only "
         "the state_dict."

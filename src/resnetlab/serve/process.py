@@ -11,6 +11,7 @@ import socket
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import h11
 import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -80,6 +81,7 @@ def _protocol_with_limits(timeout: float, max_connections: int) -> type[asyncio.
     too_many = _make_answer(
         b"503 Service Unavailable", f"{max_connections:,} connections are open; try again in a moment."
     )
+    invalid = _make_answer(b"400 Bad Request", "this is not a valid HTTP request.")
 
     class ProtocolWithLimits(H11Protocol):
         timer: asyncio.TimerHandle | None = None
@@ -102,6 +104,15 @@ def _protocol_with_limits(timeout: float, max_connections: int) -> type[asyncio.
             if self.timer is not None:
                 self.timer.cancel()
             self.timer = self.loop.call_later(timeout, self.hang_up)
+
+        def send_400_response(self, msg: str) -> None:
+            """Answers and hangs up; uvicorn's raises where an answer has begun, and then the service sends its own too."""
+            if self.cycle is not None and not self.cycle.response_complete:
+                self.cycle.disconnected = True
+                self.cycle.message_event.set()
+            if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+                self.transport.write(invalid)
+            self.transport.close()
 
         def shutdown(self) -> None:
             """Marks the answer in progress as the connection's last; otherwise the client's next request would be lost."""

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from resnetlab.errors import UsageError
+from resnetlab.errors import UsageError, python_messages
 from resnetlab.formatting import format_estimate, format_share
 from resnetlab.models.cost import compute_cost
 from resnetlab.models.spec import Specification
@@ -29,6 +30,13 @@ MACHINE_LINK = 300e9  # bytes/s between the GPUs of a machine (NVLink)
 MIN_EFFICIENCY = 0.9
 LARGE_ORDER = 10**8  # images
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9}
+
+
+@python_messages()
+def _check_positive(values: Mapping[str, float]) -> None:
+    for key, value in values.items():
+        if not 0 < value < math.inf:
+            raise UsageError(f"--{key.replace('_', '-')} must be above 0, not {value}.")
 
 
 @dataclass(frozen=True)
@@ -54,9 +62,7 @@ class Cluster:
     cores: int = 12
 
     def __post_init__(self) -> None:
-        for key, value in vars(self).items():
-            if value is not None and not (0 < value < math.inf):
-                raise UsageError(f"{key.replace('_', '-')} must be above 0, not {value}.")
+        _check_positive({key: value for key, value in vars(self).items() if value is not None})
 
     @property
     def machines(self) -> int:
@@ -76,9 +82,7 @@ class Job:
     image_bytes: int = 115_000
 
     def __post_init__(self) -> None:
-        for key in ("images", "image_size", "batch_per_gpu", "epochs", "image_bytes"):
-            if not 0 < getattr(self, key) < math.inf:
-                raise UsageError(f"{key.replace('_', '-')} must be above 0, not {getattr(self, key)}.")
+        _check_positive({key: value for key, value in vars(self).items() if key not in ("net", "spec")})
 
     @cached_property
     def counts(self) -> tuple[int, int]:

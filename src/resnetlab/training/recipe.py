@@ -13,6 +13,7 @@ from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 import tomli_w
 
 from resnetlab.data.dataset import A_TENTH
+from resnetlab.data.object_store import refuse_password
 from resnetlab.errors import RunError, UsageError, unknown_name_error
 from resnetlab.models.reference_images import MAX_TRAINING
 from resnetlab.models.spec import Specification, parse_changes, parse_value
@@ -154,6 +155,7 @@ class BaseRecipe:
                 raise UsageError(f"{f.name} must be {words}, not {value}.")
             if value not in (known := _CHOICES.get(f.name, (value,))):
                 raise unknown_name_error(f.name, value, known)
+        refuse_password(self.data)
         if not all(isinstance(m, int) and m > 0 for m in self.milestones):
             raise UsageError(f"milestones must be steps from 1 up, not {list(self.milestones)}.")
         if list(self.milestones) != sorted(set(self.milestones)):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from resnetlab.data.sources import strip_signature
 from resnetlab.device import count_cores
 from resnetlab.distributed import World
 from resnetlab.errors import PROCESS_GONE, DivergedError, ResNetLabError, RunError
@@ -67,7 +68,8 @@ class Recorder:
         self._metrics = MetricsLog(context.run, train_state.state.step) if self._world.is_first else None
         self._trackers = None
         if self._world.is_first:
-            step, config = train_state.state.step, train_state.recipe.to_json()
+            recipe = train_state.recipe
+            step, config = train_state.state.step, recipe.to_json() | {"data": strip_signature(recipe.data)}
             self._trackers = Trackers(context.run, step, config, context.report)
         self._timer, self._saved = StepTimer(train_state.state), time.monotonic()
         self._checkpoints = CheckpointWriter(context.run)
