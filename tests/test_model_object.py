@@ -257,7 +257,7 @@ def test_load_takes_a_run_folder_and_says_what_else_is_meant(run: Path, folder: 
 WRONG: dict[str, Callable[[Path], Any]] = {
     "images are an array (N, H, W) or (N, H, W, C)": lambda run: resnetlab.train(data=(PIXELS, [1]), progress=False),
     "items of a data set are (image, label), not ndarray": lambda run: resnetlab.train(PIXELS, progress=False),  # type: ignore[arg-type]
-    "net is a network's name, not Linear": lambda run: resnetlab.train(net=torch.nn.Linear(2, 2)),  # type: ignore[arg-type]
+    "net is a network's name or a torch.nn.Module, not builtin_function": lambda run: resnetlab.train(net=torch.relu),  # type: ignore[arg-type]
     "steps must be a whole number, not '3'": lambda run: resnetlab.train("digits", steps="3"),  # type: ignore[arg-type]
     "epochs must be a number, not '3'": lambda run: resnetlab.train("digits", epochs="3"),  # type: ignore[arg-type]
     "workers must be 0 or more, not -1": lambda run: resnetlab.train("digits", workers=-1),

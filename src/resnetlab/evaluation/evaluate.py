@@ -37,7 +37,7 @@ from resnetlab.evaluation.scores import SKIPPED, Member, ScoreSummary, predict_s
 from resnetlab.evaluation.split_selection import describe_overlap, pick_split, select_calibration_images
 from resnetlab.formatting import format_list
 from resnetlab.models.model_file import TrainedModel, load_trained_model
-from resnetlab.models.resnet import ResNet
+from resnetlab.models.own_network import Network
 from resnetlab.preprocessing import Preprocessing
 
 Model = TrainedModel | str | Path
@@ -156,7 +156,7 @@ class Evaluation:
 
 
 def evaluate_network(
-    net: ResNet,
+    net: Network,
     split: Split,
     preprocessing: Preprocessing,
     classes: tuple[str, ...],
@@ -172,7 +172,7 @@ def evaluate_network(
 
 
 def evaluate_errors(
-    net: ResNet, split: Split, preprocessing: Preprocessing, device_config: DeviceConfig
+    net: Network, split: Split, preprocessing: Preprocessing, device_config: DeviceConfig
 ) -> dict[str, float]:
     """Top-1 error and loss as `evaluate_network` gives them, without N x classes scores in memory."""
     member, summary = Member.from_network(net, preprocessing, device_config), ScoreSummary(split.labels)

@@ -13,6 +13,7 @@ from typing import Any
 from resnetlab.data import imagenet
 from resnetlab.evaluation.protocols import Protocol
 from resnetlab.models.model_file import TrainedModel
+from resnetlab.models.own_network import OwnNetwork
 from resnetlab.models.spec import Specification, get_specification, parse_changes
 
 MULTISCALE = "multiscale:224,256,384,480,640"
@@ -198,6 +199,8 @@ def find_published(model: TrainedModel, data: str, split: str, protocol: Protoco
     ImageNet's are for a split of its 1,000 classes that is as large as its validation split, is not called train, and is
     resized and cropped as in the published protocol.
     """
+    if isinstance(model.net, OwnNetwork):
+        return None
     if data in ("cifar10", "cifar100"):
         if split != "test" or n != 10_000:
             return None

@@ -24,7 +24,7 @@ from resnetlab.device import DeviceConfig, eval_mode, map_in_order, to_device
 from resnetlab.errors import DataError
 from resnetlab.evaluation.protocols import ONE_CROP, Protocol, generate_views
 from resnetlab.models.fold import fold_batchnorm
-from resnetlab.models.resnet import ResNet
+from resnetlab.models.own_network import Network, OwnNetwork
 from resnetlab.preprocessing import Preprocessing
 
 SKIPPED = -1.0  # in place of the scores of an image that cannot be read
@@ -44,14 +44,14 @@ class Member:
         temperature: logits are divided by it.
     """
 
-    net: ResNet
+    net: Network
     preprocessing: Preprocessing
     columns: Tensor
     temperature: float = 1.0
 
     @staticmethod
     def from_network(
-        net: ResNet,
+        net: Network,
         preprocessing: Preprocessing,
         device_config: DeviceConfig,
         *,
@@ -136,7 +136,9 @@ def predict_scores(
         found = [summary(values, positions) for values in found] if summary else found
         return int(indices[-1]) + 1, positions, found
 
-    with contextlib.ExitStack() as stack, device_config.side_by_side_map(len(own)) as side_by_side:
+    # a network of the user's own may keep something of each call, so its batches go one after the other
+    batches_at_once = 1 if any(isinstance(member.net, OwnNetwork) for member in members) else len(own)
+    with contextlib.ExitStack() as stack, device_config.side_by_side_map(batches_at_once) as side_by_side:
         for done, positions, found in side_by_side(score, read()):
             for rows, values in zip(scores, found, strict=True):
                 rows[positions] = values
@@ -240,7 +242,7 @@ def _compute_logits(
 
 def _training_map_size(member: Member) -> tuple[int, int]:
     """The height and width of the last map for an input of the training size."""
-    device = member.net.fc.weight.device
+    device = next(member.net.parameters()).device
     with torch.autocast(device.type, enabled=False):
         last = member.net.forward_features(
             torch.zeros(1, member.preprocessing.channels, *member.preprocessing.size, device=device)

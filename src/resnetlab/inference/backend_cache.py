@@ -77,7 +77,7 @@ def open_cache(model: TrainedModel, request: Mapping[str, Any], *images: Tensor 
     preprocessing = model.preprocessing
     key = {
         "request": dict(request),
-        "model": [model.spec.to_json(), model.classes, preprocessing.to_json(), float(model.temperature)],
+        "model": [model.net.spec.to_json(), model.classes, preprocessing.to_json(), float(model.temperature)],
         "machine": [environment()["cpu"], torch.get_num_threads()],
         "versions": {name: _get_version(name) for name in PACKAGES},
     }

@@ -23,6 +23,7 @@ from resnetlab.inference.inference_module import compute_reference_scores
 from resnetlab.inference.parity_check import PARITY_BOUNDS, Agreement, measure_seconds
 from resnetlab.models.fold import fold_batchnorm
 from resnetlab.models.model_file import TrainedModel
+from resnetlab.models.own_network import OwnNetwork
 from resnetlab.models.reference_images import exclude_images
 
 BACKENDS: Mapping[str, tuple[Backend, ExportFormat]] = {
@@ -107,7 +108,7 @@ def select_backend(
     request = _complete_request(model, request)
     candidates = _find_candidates(request)
     graphs = ExportGraphs(model, request.calibration_images)
-    if not request.use_cache:
+    if not request.use_cache or isinstance(model.net, OwnNetwork):  # whose code the cache does not know
         return _select(graphs, candidates, request)
     key = {"candidates": candidates, "backend": request.backend, "precision": request.precision, "batch": TIMED_BATCH}
     cache = open_cache(model, key, request.check_images, request.calibration_images)

@@ -73,7 +73,7 @@ def build(
     start = load_start(source, own)
     for note in choose_specification(source, start.model.spec, name, own):
         warnings.warn(f"{note}.", stacklevel=2)
-    net = start.model.net
+    net = start.model.resnet
     if (classes := changes.get("classes")) is None and start.model.classes == NO_HEAD:
         raise UsageError(f"{source} has no head; give num_classes for a new one.")
     wanted = {"classes": classes or net.spec.classes, "channels": changes.get("channels", net.spec.channels)}

@@ -16,6 +16,8 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import Any, cast
 
+from torch import nn
+
 from resnetlab.data import imagenet
 from resnetlab.data.decode import SUFFIXES
 from resnetlab.device import standard_torch_state
@@ -76,13 +78,13 @@ def find_model(name: str | Path) -> str:
     return text
 
 
-def load_or_download(name: str | Path) -> TrainedModel:
+def load_or_download(name: str | Path, net: nn.Module | None = None) -> TrainedModel:
     """Loads a model file or that of a run folder, or downloads a published name.
 
     Raises as `find_model`, `load_trained_model` and `download_model`.
     """
     found = find_model(name)
-    return download_model(found)[0] if get_scheme(found) else load_trained_model(Path(found))
+    return download_model(found)[0] if get_scheme(found) else load_trained_model(Path(found), net)
 
 
 @standard_torch_state()

@@ -22,11 +22,13 @@ from resnetlab.preprocessing import Preprocessing
 class Model(Protocol):
     """What is needed of a classifier on its device (inference.predict)."""
 
-    net: ResNet
     classes: tuple[str, ...]
     preprocessing: Preprocessing
     temperature: float
     device_config: DeviceConfig
+
+    @property
+    def resnet(self) -> ResNet: ...
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ def explain(
         top: how many classes to name.
         progress: called with (blocks left out so far, all such blocks).
     """
-    net, device_config = model.net, model.device_config
+    net, device_config = model.resnet, model.device_config
     removable = removable_blocks(net)
     with eval_mode(net), device_config.autocast():
         x = model.preprocessing.normalise(pixels[None].to(device_config.device))  # (1, C, h, w)

@@ -144,7 +144,7 @@ def describe_export(model: TrainedModel, target: str, precision: str) -> dict[st
             f"the centre {w}x{h}, normalises, and returns calibrated scores.",
         },
         "classes": list(model.classes),
-        "specification": model.spec.to_json(),
+        "specification": model.net.spec.to_json(),
     }
 
 

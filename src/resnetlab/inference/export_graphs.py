@@ -190,7 +190,7 @@ def export_metadata(model: TrainedModel) -> dict[str, str]:
     return {
         "classes": json.dumps(model.classes, ensure_ascii=False),
         "preprocessing": json.dumps(model.preprocessing.to_json()),
-        "specification": json.dumps(model.spec.to_json()),
+        "specification": json.dumps(model.net.spec.to_json()),
         "temperature": str(model.temperature),
     }
 

@@ -16,6 +16,7 @@ from resnetlab.errors import ModelFileError, RunError, UsageError, missing_packa
 from resnetlab.formatting import format_count, format_split
 from resnetlab.models.cost import count_parameters
 from resnetlab.models.model_file import TrainedModel, load_trained_model
+from resnetlab.models.own_network import OwnNetwork, own_network_error
 from resnetlab.run_folder import write_atomically, write_error
 
 MAX_CLASSES = 40  # listed in the card
@@ -35,6 +36,8 @@ def save_pretrained(
 
     Raises RunError if the folder cannot be written, or is a run folder.
     """
+    if isinstance(model.net, OwnNetwork):
+        raise own_network_error(model.net)
     if (folder / "recipe.toml").exists():
         raise RunError(f"{folder} is a run folder; choose another folder for the model and its card.")
     try:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from resnetlab.device import eval_mode
+from resnetlab.errors import UsageError
 from resnetlab.models.fold import fold_batchnorm
 from resnetlab.models.model_file import TrainedModel
 
@@ -52,8 +53,12 @@ def export_program(module: nn.Module, shape: Sequence[int], dynamic: Sequence[st
     """
     example = torch.zeros(2, *shape, dtype=torch.uint8)  # a batch of one would become a constant
     dims = {axis: torch.export.Dim(name, min=1, max=65_536) for axis, name in enumerate(dynamic)}
-    with torch.no_grad():
-        return torch.export.export(module.eval(), (example,), dynamic_shapes=(dims,))
+    try:
+        with torch.no_grad():
+            return torch.export.export(module.eval(), (example,), dynamic_shapes=(dims,))
+    except Exception as error:  # of many kinds, about a network of the user's own
+        reason = str(error).strip().partition("\n")[0]
+        raise UsageError(f"torch.export cannot trace the network for batches of any size: {reason[:300]}") from error
 
 
 def compute_reference_scores(model: TrainedModel, pixels: Tensor) -> Tensor:

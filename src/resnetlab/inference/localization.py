@@ -85,8 +85,8 @@ def localize_class(model: Model, pixels: Tensor) -> tuple[Tensor, Tensor]:
     x = resize_bounded(pixels, side, 16 * side).to(model.device_config.device).float() / 255
     mean = mean if mean.ndim == 1 else mean.mean((0, 1))
     x = ((x - mean.to(x)) / preprocessing.std.to(x)).permute(2, 0, 1)[None]  # (1, 3, h, w)
-    with eval_mode(model.net), model.device_config.autocast():
-        heat, logits = grad_cam(model.net, x)
+    with eval_mode(model.resnet), model.device_config.autocast():
+        heat, logits = grad_cam(model.resnet, x)
     heat = F.interpolate(heat[None].float().cpu(), pixels.shape[:2], mode="bilinear", align_corners=False)
     return heat[0, 0], torch.softmax(logits[0].float().cpu() / model.temperature, 0)
 

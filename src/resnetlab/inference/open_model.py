@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from torch import nn
+
 from resnetlab.errors import UsageError, python_messages
 from resnetlab.inference import predict
 from resnetlab.inference.download import find_model
@@ -16,7 +18,9 @@ if TYPE_CHECKING:
 
 
 @python_messages()
-def load(path: str | Path, *, precision: str = "fp32", device: str = "auto") -> Model | Detector | Segmenter:
+def load(
+    path: str | Path, *, precision: str = "fp32", device: str = "auto", net: nn.Module | None = None
+) -> Model | Detector | Segmenter:
     """Loads a model for prediction.
 
     Args:
@@ -24,6 +28,7 @@ def load(path: str | Path, *, precision: str = "fp32", device: str = "auto") -> 
             "torchvision:resnet50.IMAGENET1K_V2", "timm:resnet50.a1_in1k", "hf:OWNER/REPOSITORY".
         precision: "fp32", "bf16" or "auto".
         device: "cpu", "cuda", "cuda:1", "mps", or "auto": a GPU if there is one.
+        net: for a model file with the weights of a network of your own, that network; its weights are replaced.
 
     Returns:
         A Model (classifier) with network, classes and preprocessing; or a Detector or Segmenter. All have `predict`,
@@ -35,7 +40,9 @@ def load(path: str | Path, *, precision: str = "fp32", device: str = "auto") -> 
     """
     found = find_model(path)
     if (task := read_task(Path(found))) == "classify":
-        return predict.load(found, precision=precision, device=device)
+        return predict.load(found, precision=precision, device=device, net=net)
+    if net is not None:
+        raise UsageError(f"{path} is {TASK_NOUNS[task]}, which has its network; load it without net.")
     from resnetlab.inference.annotated import open_annotated_model
 
     return open_annotated_model(Path(found), task, precision, device)

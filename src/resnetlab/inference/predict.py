@@ -25,7 +25,7 @@ from resnetlab.inference.download import load_or_download
 from resnetlab.inference.images import ImageInput, expand_images, get_name, is_many, read_image
 from resnetlab.models.fold import fold_batchnorm
 from resnetlab.models.model_file import TrainedModel
-from resnetlab.models.resnet import ResNet
+from resnetlab.models.own_network import Network
 from resnetlab.preprocessing import pil_to_tensor
 
 if TYPE_CHECKING:
@@ -202,10 +202,11 @@ class Model(TrainedModel):
             raise unknown_name_error("class of the model", unknown[0], self.classes)
         if len(names) < 2:
             raise UsageError(f"two classes or more can compete, not {len(names)}; give more names.")
-        rows = torch.tensor([self.classes.index(name) for name in names], device=self.net.fc.weight.device)
-        head = nn.Linear(self.net.fc.in_features, len(names), device="meta")
-        head.weight, head.bias = nn.Parameter(self.net.fc.weight[rows]), nn.Parameter(self.net.fc.bias[rows])
-        self.net.fc, self.net.spec, self.classes = head, replace(self.net.spec, classes=len(names)), names
+        net = self.resnet
+        rows = torch.tensor([self.classes.index(name) for name in names], device=net.fc.weight.device)
+        head = nn.Linear(net.fc.in_features, len(names), device="meta")
+        head.weight, head.bias = nn.Parameter(net.fc.weight[rows]), nn.Parameter(net.fc.bias[rows])
+        net.fc, net.spec, self.classes = head, replace(net.spec, classes=len(names)), names
         self.calibration = {k: v for k, v in self.calibration.items() if not k.startswith("none_")}  # of other scores
         self.reference_images, self._request = None, None
         self.backend = load_network(self, self.device_config)
@@ -328,7 +329,7 @@ class Model(TrainedModel):
                 yield name, x if isinstance(x, str) else next(features)
 
     @standard_torch_state()
-    def _compute_features(self, net: ResNet, pixels: Tensor) -> Tensor:
+    def _compute_features(self, net: Network, pixels: Tensor) -> Tensor:
         with eval_mode(net), self.device_config.autocast():
             x = self.preprocessing.normalise(to_device(pixels, self.device_config.device))
             features = net.forward_features(x).mean((2, 3)).float().cpu()
@@ -438,6 +439,6 @@ class Model(TrainedModel):
 
 
 @standard_torch_state()
-def load(path: str | Path, *, precision: str = "fp32", device: str = "auto") -> Model:
+def load(path: str | Path, *, precision: str = "fp32", device: str = "auto", net: nn.Module | None = None) -> Model:
     """Loads a classifier for prediction; see `open_model.load`."""
-    return Model(**vars(load_or_download(path)), device_config=select_device(precision, device))
+    return Model(**vars(load_or_download(path, net)), device_config=select_device(precision, device))

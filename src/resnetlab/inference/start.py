@@ -67,7 +67,7 @@ def load_start(name: str, changes: Mapping[str, Any] | None = None) -> Start:
     """
     if get_scheme(name):
         model, notes = download_model(name)
-        return Start(model, _hash_weights(model.net), notes)
+        return Start(model, _hash_weights(model.resnet), notes)
     path = Path(name)
     if path.is_dir() or not path.exists():
         path = Path(find_model(path))

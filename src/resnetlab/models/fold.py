@@ -9,16 +9,20 @@ from typing import cast
 import torch
 from torch import nn
 
+from resnetlab.models.own_network import Network
 from resnetlab.models.resnet import ResNet
 from resnetlab.nn.blocks import Block
 
 
-def fold_batchnorm(net: ResNet) -> ResNet:
+def fold_batchnorm(net: Network) -> Network:
     """Copies a network in eval mode, with each BN that follows a convolution folded into its weights and bias.
 
-    In eval mode BN is y = (x - mean) / sqrt(variance + eps) * weight + bias, which is linear. `net` is not changed.
+    In eval mode BN is y = (x - mean) / sqrt(variance + eps) * weight + bias, which is linear. `net` is not changed. A
+    network of the user's own is copied as it is.
     """
     net = copy.deepcopy(net).eval().requires_grad_(False)
+    if not isinstance(net, ResNet):
+        return net
     net.conv1, net.bn1 = _fuse_conv_bn(net.conv1, net.bn1), nn.Identity()  # type: ignore[assignment]
     for _, block in net.blocks():
         for conv, norm in find_foldable_pairs(block):

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from resnetlab.device import standard_torch_state
 from resnetlab.errors import ModelFileError
 from resnetlab.formatting import find_name_problem, format_count, format_list, html_table, is_number
+from resnetlab.models.own_network import OWN, Network, OwnNetwork, load_own_network, own_network_error
 from resnetlab.models.reference_images import ReferenceImages
 from resnetlab.models.resnet import ResNet
 from resnetlab.models.spec import Specification, check_file_size
@@ -34,7 +35,7 @@ class TrainedModel:
     """A classifier with everything that its model file holds.
 
     Attributes:
-        net: the network, in eval mode.
+        net: the network, in eval mode; one of the user's own in an OwnNetwork, as `net.module`.
         classes: names, in the order of the logits.
         preprocessing: how images become the network's input.
         temperature: divides the logits before the softmax; 1 if it was not fitted.
@@ -48,7 +49,7 @@ class TrainedModel:
         fingerprints: "seen", "held_out" -> fingerprints of these images of the run, uint32 (n, 2); see data.fingerprints.
     """
 
-    net: ResNet
+    net: Network
     classes: tuple[str, ...]
     preprocessing: Preprocessing
     temperature: float = 1.0
@@ -61,9 +62,16 @@ class TrainedModel:
     fingerprints: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
+    def resnet(self) -> ResNet:
+        """The network, as one whose layers are known; raises UsageError for one of the user's own."""
+        if isinstance(self.net, OwnNetwork):
+            raise own_network_error(self.net)
+        return self.net
+
+    @property
     def spec(self) -> Specification:
-        """The network's specification."""
-        return self.net.spec
+        """The network's specification; raises UsageError for a network of the user's own."""
+        return self.resnet.spec
 
     @property
     def none_below(self) -> float:
@@ -72,11 +80,10 @@ class TrainedModel:
 
     def describe(self) -> dict[str, str]:
         """The model in a few words: network, classes, input, and the errors that were measured."""
-        spec, (height, width) = self.spec, self.preprocessing.size
-        blocks = f"{spec.depth} layers, {spec.block} blocks {'-'.join(map(str, spec.depths))}"
+        spec, (height, width) = self.net.spec, self.preprocessing.size
         errors = [f"{key} {value['top1_error']:.2%}" for key, value in self.metrics.items() if "top1_error" in value]
         return {
-            "network": f"{self.recipe.get('net', 'residual network')} ({blocks})",
+            "network": f"{str(self.recipe.get('net', 'residual network')).removeprefix(OWN)} ({spec.summary})",
             "classes": f"{len(self.classes):,}: {format_list(self.classes, 5)}",
             "input": f"{height}x{width} pixels, {'grey' if spec.channels == 1 else 'colour'}",
             "top-1 error": ", ".join(errors) or "not measured",
@@ -93,7 +100,7 @@ class TrainedModel:
         path = Path(path)
         metadata = {
             "task": "classify",
-            "specification": self.spec.to_json(),
+            "specification": self.net.spec.to_json(),
             "classes": list(self.classes),
             "preprocessing": self.preprocessing.to_json(),
             "temperature": self.temperature,
@@ -103,6 +110,8 @@ class TrainedModel:
             "versions": self.versions,
         } | ({"calibration": self.calibration} if self.calibration else {})
         tensors = dict(self.net.state_dict())
+        if isinstance(self.net, OwnNetwork):  # some of whose tensors may be one
+            tensors = {name: tensor.clone() for name, tensor in tensors.items()}
         if self.preprocessing.mean.ndim == 3:
             tensors[MEAN_TENSOR] = self.preprocessing.mean
         if self.reference_images is not None:
@@ -123,7 +132,7 @@ class TrainedModel:
 
     def validate(self) -> str | None:
         """Returns what makes the model unusable, or None."""
-        names, spec = self.classes, self.spec
+        names, spec = self.classes, self.net.spec
         if problem := find_name_problem(names):
             return problem
         if len(names) != spec.classes:
@@ -154,8 +163,8 @@ class TrainedModel:
 
 
 @standard_torch_state()
-def load_trained_model(path: Path) -> TrainedModel:
-    """Reads a model file.
+def load_trained_model(path: Path, net: nn.Module | None = None) -> TrainedModel:
+    """Reads a model file; `net` is the user's own network that it holds the weights of.
 
     Raises ModelFileError if it is missing, damaged, foreign, or its tensors do not match its specification.
     """
@@ -163,7 +172,6 @@ def load_trained_model(path: Path) -> TrainedModel:
     if (task := metadata.get("task", "classify")) != "classify":
         raise ModelFileError(f"{path} is not a classifier; use it with: resnetlab {task} predict {path} IMAGE...")
     try:
-        spec = Specification.from_json(metadata["specification"])
         preprocessing = Preprocessing.from_json(metadata["preprocessing"], tensors.pop(MEAN_TENSOR, None))
         reference_images = ReferenceImages.pop_from(tensors)
         fingerprints = {
@@ -171,13 +179,8 @@ def load_trained_model(path: Path) -> TrainedModel:
             for name in list(tensors)
             if name.startswith(FINGERPRINTS)
         }
-        check_file_size(spec, tensors)
-        with torch.device("meta"):
-            net = ResNet(spec)
-        dtypes = {name: tensor.dtype for name, tensor in net.state_dict().items()}
-        nn.Module.load_state_dict(net, {k: v.to(dtypes.get(k, v.dtype)) for k, v in tensors.items()}, assign=True)
         model = TrainedModel(
-            net=net.eval().requires_grad_(True),
+            net=_load_network(metadata["specification"], tensors, net),
             classes=tuple(metadata["classes"]),
             preprocessing=preprocessing,
             temperature=metadata["temperature"],
@@ -197,3 +200,17 @@ def load_trained_model(path: Path) -> TrainedModel:
     if problem := model.validate():
         raise ModelFileError(f"{path} cannot be used: {problem}; train or import it again.")
     return model
+
+
+def _load_network(specification: Mapping[str, Any], tensors: Mapping[str, Tensor], own: nn.Module | None) -> Network:
+    if "own_class" in specification:
+        return load_own_network(own, specification, tensors).eval()
+    spec = Specification.from_json(specification)
+    if own is not None:
+        raise ModelFileError(f"it holds one of ResNetLab's networks ({spec.summary}); load it without net")
+    check_file_size(spec, tensors)
+    with torch.device("meta"):
+        net = ResNet(spec)
+    dtypes = {name: tensor.dtype for name, tensor in net.state_dict().items()}
+    nn.Module.load_state_dict(net, {k: v.to(dtypes.get(k, v.dtype)) for k, v in tensors.items()}, assign=True)
+    return net.eval().requires_grad_(True)

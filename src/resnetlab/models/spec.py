@@ -111,6 +111,11 @@ class Specification:
         """Layers as the papers count them: convolutions and the fully connected layer, without projections."""
         return 2 + sum(self.depths) * (3 if self.block == "bottleneck" else self.layers)
 
+    @property
+    def summary(self) -> str:
+        """The network in a few words."""
+        return f"{self.depth} layers, {self.block} blocks {'-'.join(map(str, self.depths))}"
+
     def canonical(self) -> Specification:
         """The same network, with the defaults for values that mean nothing for it, such as a basic block's `stride_in`."""
         projects = self.shortcut in ("B", *shortcuts.PROJECT_EVERYWHERE)

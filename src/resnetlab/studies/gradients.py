@@ -73,9 +73,9 @@ class Gradients(Study):
             model, label = outcome.load_model(), outcome.trial.label
             x, labels = load_probe_batch(model, images)
             fresh = build_from_spec(model.spec, init=outcome.trial.recipe.init, seed=seed_for(outcome.seed, "init"))
-            flows[label].append(SignalFlow(measure_signals(fresh, x, labels), measure_signals(model.net, x, labels)))
+            flows[label].append(SignalFlow(measure_signals(fresh, x, labels), measure_signals(model.resnet, x, labels)))
             if label in units:
-                units[label].append(measure_identity_flow(model.net, x[:32], labels[:32]))
+                units[label].append(measure_identity_flow(model.resnet, x[:32], labels[:32]))
             on_progress(done, len(trained))
         no_vanishing = count_unhealthy(flows[plain]) == 0 and len(flows[plain]) >= SEEDS
         details = (

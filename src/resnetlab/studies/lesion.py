@@ -124,13 +124,13 @@ def measure_lesions(model: TrainedModel, setting: Setting, seed: int) -> LesionE
 
     single: dict[str, float] = {}
     repeated: dict[str, dict[int, list[float]]] = {"several": {}, "swaps": {}}
-    for kind, which, net in generate_lesions(model.net, seed):
+    for kind, which, net in generate_lesions(model.resnet, seed):
         if kind == "single":
             single[str(which)] = error(net)
         else:
             repeated[kind].setdefault(int(str(which)), []).append(error(net))
     several, swaps = ({n: statistics.fmean(e) for n, e in each.items()} for each in repeated.values())
-    return LesionErrors(error(model.net), single, several, swaps)
+    return LesionErrors(error(model.resnet), single, several, swaps)
 
 
 def lesion_verdict(errors: Mapping[int, LesionErrors], net: str, guess: float) -> str:

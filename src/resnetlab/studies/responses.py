@@ -79,7 +79,7 @@ def measure_all_responses(
     for done, outcome in enumerate(trained, 1):
         model = outcome.load_model()
         x, _ = load_probe_batch(model, images)
-        deviations.setdefault(outcome.trial.label, {})[outcome.seed] = list(measure_responses(model.net, x).values())
+        deviations.setdefault(outcome.trial.label, {})[outcome.seed] = list(measure_responses(model.resnet, x).values())
         on_progress(done, len(trained))
     return deviations
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from resnetlab.distributed import World
 from resnetlab.random import seed_for
@@ -18,7 +19,7 @@ def set_train_mode(net: nn.Module) -> None:
     """Puts a network into train mode; frozen BN stays in eval mode."""
     net.train()
     for module in net.modules():
-        if isinstance(module, nn.BatchNorm2d) and not module.weight.requires_grad:
+        if isinstance(module, _BatchNorm) and module.weight is not None and not module.weight.requires_grad:
             module.eval()
 
 
@@ -64,7 +65,7 @@ def reestimate_bn_statistics(task: Task, num_batches: int) -> None:
     The batches are those of the steps that would follow, augmented, each in the micro-batches that BN saw in training.
     """
     statistics, mean = BatchNormStatistics(task.net), TreeMean(World())
-    modules = [m for m in task.net.modules() if isinstance(m, nn.BatchNorm2d)]
+    modules = [m for m in task.net.modules() if isinstance(m, _BatchNorm)]
     before = [m.momentum for m in modules]
     set_train_mode(task.net)
     statistics.save()

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from resnetlab.device import DeviceConfig
 from resnetlab.models.cost import compute_cost
+from resnetlab.models.own_network import OwnSpecification
 from resnetlab.models.spec import Specification
 from resnetlab.training.recipe import Recipe
 
@@ -19,7 +20,9 @@ MAX_COMPILED_SIZE = 64  # pixels on a side
 MIN_GRAPH_STEPS = 25
 
 
-def choose_compilation(device_config: DeviceConfig, recipe: Recipe, spec: Specification) -> DeviceConfig:
+def choose_compilation(
+    device_config: DeviceConfig, recipe: Recipe, spec: Specification | OwnSpecification
+) -> DeviceConfig:
     """The device config with `compiled` and `cuda_graph` set from the recipe's `compile`, and the reason."""
     if recipe.compile != "auto":
         reason = f"compile {recipe.compile} as requested"
@@ -33,10 +36,12 @@ def choose_compilation(device_config: DeviceConfig, recipe: Recipe, spec: Specif
     return replace(device_config, compiled=not against, reason=f"{device_config.reason}; {reason}")
 
 
-def _reason_not_to_compile(device_config: DeviceConfig, recipe: Recipe, spec: Specification) -> str:
+def _reason_not_to_compile(device_config: DeviceConfig, recipe: Recipe, spec: Specification | OwnSpecification) -> str:
     """Why not to compile; empty if compiling pays off."""
     if device_config.device.type != "cpu":
         return "not compiled: its effect was not measured on this kind of device"
+    if isinstance(spec, OwnSpecification):
+        return "not compiled: its effect was not measured on networks of others"
     if recipe.image_size > MAX_COMPILED_SIZE:
         return "not compiled: that saves nothing on images this large"
     if recipe.recompute or recipe.bn_sync:

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from resnetlab.distributed import TreeSum, World
 from resnetlab.errors import UsageError
@@ -97,7 +98,7 @@ class BatchNormStatistics:
     """BN's moving averages: each micro-batch updates them from their values before the step; the step ends at the mean."""
 
     def __init__(self, net: nn.Module) -> None:
-        modules = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d) and m.running_mean is not None]
+        modules = [m for m in net.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
         self.averages: list[Tensor] = [b for m in modules for b in (m.running_mean, m.running_var) if b is not None]
         self._counts: list[Tensor] = [m.num_batches_tracked for m in modules if m.num_batches_tracked is not None]
         # a GPU copies a list of one type with one kernel, where tensors one by one take more time to launch than to copy

@@ -8,17 +8,21 @@ from inspect import signature
 from pathlib import Path
 from typing import Any, cast
 
+from torch import nn
+
 from resnetlab.data.disk_split import DiskSplit, ReadOptions
 from resnetlab.data.objects import dataset_from_object
 from resnetlab.data.own_transform import Transform
 from resnetlab.errors import UsageError, name_arguments, python_messages, unknown_name_error
 from resnetlab.inference.start import find_pretrained
+from resnetlab.models.own_network import OWN, check_module, class_name
 from resnetlab.peer_words import translate
 from resnetlab.progress import log
 from resnetlab.training import recipes
 from resnetlab.training.recipe import Overrides, Recipe
 from resnetlab.training.recorder import OnEvaluate
 from resnetlab.training.result import ClassificationResult, Progress, show_training
+from resnetlab.training.tasks.starting_network import without_named_network
 from resnetlab.training.train import RunOptions, ignore, start_run
 from resnetlab.training.train import resume as resume_run
 
@@ -28,7 +32,7 @@ def train(
     recipe: Recipe | str | Path | None = None,
     *,
     data: Any = None,
-    net: str | None = None,
+    net: str | nn.Module | None = None,
     steps: int | None = None,
     epochs: float | None = None,
     seed: int | None = None,
@@ -53,7 +57,10 @@ def train(
             trained on at their size, by default with resnet20). What is none of these is taken for `data`.
         data: a data set's name, folder, table or pattern; or a list of (path, label), arrays (X, y), a PyTorch or Hugging Face
             data set, or a dictionary of splits (data.objects). Objects that are random give runs that cannot be repeated.
-        net, seed: change the recipe's values.
+        net: the network's name; or a network of your own, which takes images (B, C, H, W) and gives logits (B, classes). It is
+            trained in place, from the weights that it has; give it again to resume the run. What it keeps from step to step
+            must be in its parameters and buffers.
+        seed: changes the recipe's value.
         steps, epochs: length of the run; the schedule is rescaled to it.
         out: the run folder; None takes runs/<data>, or the next free name.
         resume: the folder of a run to resume; the result is bit-identical to that of an uninterrupted run. A finished run is
@@ -82,14 +89,13 @@ def train(
     """
     if recipe is not None and data is None and not isinstance(recipe, Recipe) and not recipes.is_recipe(recipe):
         recipe, data = None, recipe
-    if net is not None and not isinstance(net, str):
-        raise UsageError(
-            f"net is a network's name, not {type(net).__name__}; a network of your own trains in a loop of your own."
-        )
+    module, net = _name_network(net, pretrained)
     if workers is not None and (not isinstance(workers, int) or workers < 0):
         raise UsageError(f"workers must be 0 or more, not {workers!r}.")
     keys = Recipe.keys()
-    for word in values:
+    for word, value in values.items():
+        if isinstance(value, nn.Module):
+            raise UsageError(f"{word} takes no network; give it as net.")
         if word not in keys and translate(word, keys) is None:
             raise unknown_name_error("key", word, [*signature(train).parameters, *keys])
     reading = ReadOptions(str(values.get("on_bad_image", "stop")), groups=str(values.get("groups", "")))
@@ -98,7 +104,14 @@ def train(
     if pretrained:
         recipe, values = recipe or "finetune", {"start_from": find_pretrained(net), **values}
     texts = {key: ",".join(map(str, v)) if isinstance(v, list | tuple) else str(v) for key, v in values.items()}
-    overrides = Overrides(data=name, net=net, steps=steps, epochs=epochs, seed=seed, values=texts)
+    overrides = Overrides(
+        data=name,
+        net=net,
+        steps=steps,
+        epochs=epochs,
+        seed=seed,
+        values=texts,
+    )
     with contextlib.ExitStack() as stack:
         shown = stack.enter_context(show_training()) if progress is True else progress or ignore
         options = RunOptions(
@@ -112,12 +125,26 @@ def train(
             on_evaluate=on_evaluate,
             dataset=own,
             transform=transform,
+            net=module,
         )
         if resume is not None and (recipe is not None or out is not None):
             raise UsageError("resume continues a run with its own recipe in its own folder; leave out recipe and out.")
         if resume is not None:
             return cast(ClassificationResult, resume_run(Path(resume), options, overrides=overrides))
         base = recipe if isinstance(recipe, Recipe) else recipes.choose_recipe(recipe, task="classify", data=name)
+        base = without_named_network(base, module) if module is not None and isinstance(base, Recipe) else base
         if recipe is None and own is not None and isinstance(base, Recipe) and not isinstance(own.train, DiskSplit):
             base = recipes.fit_small_images(base, min(own.train.read_image(0).shape[:2]))
         return cast(ClassificationResult, start_run(overrides.apply(base), Path(out) if out else None, options))
+
+
+def _name_network(net: str | nn.Module | None, pretrained: bool) -> tuple[nn.Module | None, str | None]:
+    """The user's own network, if one is given, and the name of the network, for the recipe."""
+    if net is not None and not isinstance(net, str | nn.Module):
+        raise UsageError(f"net is a network's name or a torch.nn.Module, not {type(net).__name__}.")
+    if not isinstance(net, nn.Module):
+        return None, net
+    check_module(net)
+    if pretrained:
+        raise UsageError("pretrained takes the weights of a network's name; a network of your own brings its own.")
+    return net, OWN + class_name(net)

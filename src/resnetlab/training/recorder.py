@@ -139,10 +139,7 @@ class Recorder:
         if logging:
             self._context.on_progress(self._progress(figures, lr))
         if saving and self._metrics is not None:
-            self._metrics.sync()
-            self._checkpoints.save(train_state)
-            if last or signum or stop:
-                self._checkpoints.wait()
+            self.save(wait=bool(last or signum or stop))
             self._record_machine()
             self._saved = time.monotonic()
             if not last:
@@ -151,6 +148,14 @@ class Recorder:
             raise StopSignal(signum, f"stopped at step {state.step:,}, which is saved; {self.how_to_resume}")
         if stop:
             raise RunStopped(self._context.run.path, state.step, self._held_out)
+
+    def save(self, *, wait: bool = True) -> None:
+        """Saves the run as it is, in the first process; `wait` until the checkpoint is written."""
+        if self._metrics is not None:
+            self._metrics.sync()
+            self._checkpoints.save(self._train_state)
+            if wait:
+                self._checkpoints.wait()
 
     def _agree(self) -> tuple[int, ...]:
         """The signal to stop at this step, and whether to save, the same in all processes.

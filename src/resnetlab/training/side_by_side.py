@@ -87,6 +87,8 @@ def reason_for_turns(task: Task) -> str:
         return "synchronised BN exchanges its statistics in every layer"
     if not is_dataclass(task):
         return "the task cannot be copied"
+    if getattr(task.net, "draws", False):
+        return "the network draws random numbers"
     for module in task.net.modules():
         kind = type(module)
         if kind.__module__.split(".")[0] not in OURS and not getattr(kind, "thread_safe", False):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
+from torch import nn
 
 from resnetlab.data import sources
 from resnetlab.data.dataset import Dataset
@@ -29,8 +30,10 @@ from resnetlab.errors import (
     unknown_name_error,
 )
 from resnetlab.formatting import format_count, format_percent
+from resnetlab.models.own_network import OWN
 from resnetlab.run_folder import RunFolder, check_output_folder, explain_full_disk, write_atomically
 from resnetlab.stopping import catch_stop_signals
+from resnetlab.tensor_file import read_tensor_file
 from resnetlab.training import recipes
 from resnetlab.training.average import set_train_mode
 from resnetlab.training.checkpoint import (
@@ -82,6 +85,7 @@ class RunOptions:
         dataset: the data of a classifier, or their new place, if its recipe names none that can be loaded.
         on_evaluate: called with the figures of every evaluation of held-out images; if it returns True the run stops.
         transform: changes training images (data.own_transform).
+        net: a classifier's network of the user's own (models.own_network), which is trained in place.
         profile: how many steps to trace, near the start, into the run's trace.json.
     """
 
@@ -97,6 +101,7 @@ class RunOptions:
     on_evaluate: OnEvaluate | None = None
     dataset: Dataset | str | None = None
     transform: Transform | None = None
+    net: nn.Module | None = None
 
 
 def start_run(recipe: BaseRecipe, out: Path | None = None, options: RunOptions | None = None) -> TrainResult:
@@ -156,6 +161,8 @@ def train_to_end(task: Task, context: RunContext) -> TrainResult:
     with catch_stop_signals() as request, explain_full_disk(how_to_resume):
         recorder = Recorder(train_state, context, request)
         gradients = select_gradients(train_state, recorder.report_graph)
+        if recipe.net.startswith(OWN) and not state.step:  # only the caller knows where its weights began
+            recorder.save()
         set_train_mode(task.net)
         steps = context.profile if task.device_config.world.is_first else 0
         with recorder.closing(), trace_steps(steps, context.run.path / "trace.json", context.report) as end_traced_step:
@@ -222,6 +229,7 @@ def build_task(
         epochs=options.epochs,
         dataset=options.dataset,
         transform=options.transform,
+        net=options.net,
         report=options.report,
     )
     with world.first_process_first():  # the others find what the first one has downloaded
@@ -261,7 +269,7 @@ def read_result(run: RunFolder, task: type[Task]) -> TrainResult | None:
     """The result of a finished run; None if one of its files is missing or cannot be read, so that it is written again."""
     try:
         values = run.read_json("result.json") or {}
-        task.load_model(run.model)
+        read_tensor_file(run.model, "model file")
         result = task.result_type(**values | {"run": str(run.path), "model": str(run.model), "report": str(run.report)})
     except (ResNetLabError, KeyError, TypeError):
         return None

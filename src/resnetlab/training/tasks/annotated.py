@@ -285,10 +285,10 @@ def build_starting_network(
     preprocessing = bundle.preprocessing
     means = preprocessing.mean if preprocessing.mean.ndim == 1 else preprocessing.mean.mean((0, 1))
     digest = hashlib.sha256()
-    for tensor in bundle.net.state_dict().values():
+    for tensor in bundle.resnet.state_dict().values():
         digest.update(tensor.contiguous().numpy().tobytes())
     return StartingNetwork(
-        bundle.net.train(), tuple(means.tolist()), tuple(preprocessing.std.tolist()), digest.hexdigest()[:16], notes
+        bundle.resnet.train(), tuple(means.tolist()), tuple(preprocessing.std.tolist()), digest.hexdigest()[:16], notes
     )
 
 

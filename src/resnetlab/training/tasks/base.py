@@ -35,6 +35,7 @@ class TaskSetup:
         epochs: the length of a new run, if it is given in epochs.
         dataset: the data of a classifier, or their new place, if they are not those that its recipe names.
         transform: changes a classifier's training images.
+        net: a classifier's network, if it is not one that its recipe names.
         report: called with sentences on what happens.
     """
 
@@ -45,6 +46,7 @@ class TaskSetup:
     epochs: Epochs | None = None
     dataset: Dataset | str | None = None
     transform: Transform | None = None
+    net: nn.Module | None = None
     report: Callable[[str], None]
 
     @property
@@ -130,11 +132,6 @@ class Task(ABC):
         """How many threads of a CPU a step keeps busy: three micro-batches on two threads keep 1.5 busy."""
         rounds = -(-self.num_micro_batches // self.device_config.side_by_side)
         return self.device_config.op_threads * self.num_micro_batches / rounds
-
-    @staticmethod
-    @abstractmethod
-    def load_model(path: Path) -> object:
-        """Loads a model file of the task; raises ModelFileError."""
 
     @property
     @abstractmethod

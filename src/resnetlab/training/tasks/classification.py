@@ -30,7 +30,8 @@ from resnetlab.evaluation.metrics import ClassificationMetrics
 from resnetlab.formatting import format_count
 from resnetlab.inference.start import resolve_start
 from resnetlab.models.cost import count_parameters
-from resnetlab.models.model_file import TrainedModel, load_trained_model
+from resnetlab.models.model_file import TrainedModel
+from resnetlab.models.own_network import OWN, Network
 from resnetlab.models.reference_images import MAX_CHECK, ReferenceImages, spread_positions
 from resnetlab.models.resnet import ResNet, warn_small_image
 from resnetlab.models.spec import nearest_name
@@ -79,10 +80,9 @@ class ClassificationTask(Task):
     command = "resnetlab train"
     recipe_type = Recipe
     result_type = ClassificationResult
-    load_model = staticmethod(load_trained_model)
 
     recipe: Recipe
-    net: ResNet
+    net: Network
     classes: tuple[str, ...]
     preprocessing: Preprocessing
     loader: TrainLoader
@@ -105,7 +105,7 @@ class ClassificationTask(Task):
         source = load_source(recipe, setup)
         channels = source.train.images.shape[-1] if isinstance(source.train, MemorySplit) else 3
         start_from = resolve_start(recipe.start_from, setup.started_in)
-        net, begun, notes = build_network(recipe, start_from, channels, source.classes)
+        net, begun, notes = build_network(recipe, start_from, channels, source.classes, setup.net)
         start = begun.model if begun else None
         recipe = resolve_size(recipe, start)
         size, mean, std = recipe.image_size, torch.zeros(channels), torch.ones(channels)
@@ -139,7 +139,7 @@ class ClassificationTask(Task):
             recipe.sampling,
             setup.transform,
         )
-        if not recipe.net:
+        if not recipe.net and isinstance(net, ResNet):
             name, changes = nearest_name(net.spec)
             recipe = replace(recipe, net=name, specification=changes)
         device_config = choose_compilation(device_config, recipe, net.spec)
@@ -181,11 +181,16 @@ class ClassificationTask(Task):
         data = sources.strip_signature(recipe.data)
         watched = f"{len(self.held_out):,} held out{' to watch the error of' if len(self.held_out) else ''}"
         counts = f"{format_count(n, 'image')} to train on, {watched}, {len(self.test):,} to test on{self.test_origin}"
-        sentences = [f"{recipe.net} on {data}: {counts}; {count_parameters(self.net):,} parameters"]
+        sentences = [f"{self._network} on {data}: {counts}; {count_parameters(self.net):,} parameters"]
         if not sources.is_builtin(recipe.data):
             steps, epochs = format_count(recipe.steps, "step"), recipe.steps * recipe.batch / n
             sentences.append(f"{steps} of {recipe.batch:,} images are {epochs:,.1f} epochs (--epochs changes that)")
         return sentences
+
+    @property
+    def _network(self) -> str:
+        """The network's name, for people."""
+        return self.recipe.net.removeprefix(OWN)
 
     @property
     def seconds_reading(self) -> float:
@@ -215,7 +220,7 @@ class ClassificationTask(Task):
 
     @cached_property
     def _forward(self) -> Callable[[Tensor], Tensor]:
-        if self.device_config.compiled:  # a compiled network does not warn itself
+        if self.device_config.compiled and isinstance(self.net, ResNet):  # a compiled network does not warn itself
             warn_small_image(self.net.spec, self.preprocessing.size)
         return self.device_config.forward_fn(self.net)
 
@@ -376,9 +381,11 @@ class ClassificationTask(Task):
         )
         if is_first:
             images = self.evaluated_images(self.test)
-            overlays = make_cam_overlays(
-                self.net, evaluation, images, self.preprocessing, self.device_config, report.OVERLAYS
-            )
+            overlays = []
+            if isinstance(self.net, ResNet):
+                overlays = make_cam_overlays(
+                    self.net, evaluation, images, self.preprocessing, self.device_config, report.OVERLAYS
+                )
             describe = self._describe_run(run)
             page = report.render_report(describe, result, evaluation, images, overlays, model.describe_images())
             write_atomically(run.report, page)
@@ -389,7 +396,7 @@ class ClassificationTask(Task):
         write_atomically(run.report, report.render_progress(self._describe_run(run), str(run.path)))
 
     def _describe_run(self, run: RunFolder) -> report.RunDescription:
-        title = f"{self.recipe.net} on {sources.short_name(self.recipe.data)}"
+        title = f"{self._network} on {sources.short_name(self.recipe.data)}"
         return report.RunDescription.from_run(run, title, self._shared_recipe, self.device_config)
 
     @property

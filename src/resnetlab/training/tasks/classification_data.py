@@ -20,6 +20,7 @@ from resnetlab.errors import DataError, UsageError
 from resnetlab.evaluation.calibration import MIN_IMAGES
 from resnetlab.evaluation.evaluate import prepare_split
 from resnetlab.models.model_file import TrainedModel
+from resnetlab.models.own_network import OWN
 from resnetlab.models.spec import get_specification
 from resnetlab.preprocessing import Preprocessing
 from resnetlab.training.recipe import EVAL_RATIO, Recipe
@@ -77,7 +78,8 @@ def require_held_out(recipe: Recipe, held_out: Split, images: int) -> None:
 
 def describe_view(recipe: Recipe) -> list[str]:
     """A sentence if evaluation looks at an unusually small part of an image, or the network is one for smaller images."""
-    if recipe.net and get_specification(recipe.net).stem == "cifar" and recipe.image_size > SMALL_SIDE:
+    named = recipe.net and not recipe.net.startswith(OWN)
+    if named and get_specification(recipe.net).stem == "cifar" and recipe.image_size > SMALL_SIDE:
         better = "take --set image_size=32, or --net resnet18"
         return [f"{recipe.net} is for images of about 32 pixels and slow at {recipe.image_size}: {better}"]
     part = (recipe.image_size / (recipe.eval_resize or recipe.image_size)) ** 2

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +25,6 @@ from resnetlab.evaluation.detection import (
     require_coco_eval,
 )
 from resnetlab.formatting import format_count, format_split
-from resnetlab.models.annotated_model import load_annotated
 from resnetlab.models.head_spec import DetectionOptions, DetectorSpec
 from resnetlab.training.annotated_recipes import DetectionRecipe
 from resnetlab.training.annotated_report import MAX_IMAGES, EvaluationSummary
@@ -63,7 +61,6 @@ class DetectionTask(AnnotatedTask[AnnotatedImage, DetectionSample]):
     nondeterministic_on_gpu = "the gradients of region features (ROI align)"
     skip_reason = "boxes or images were invalid"
     metrics = ("map", "map_50", "voc_map", "per_class")
-    load_model = staticmethod(partial(load_annotated, task="detect"))
 
     recipe: DetectionRecipe
     head_spec: DetectorSpec

@@ -21,7 +21,6 @@ from resnetlab.device import eval_mode, to_device
 from resnetlab.evaluation import overlays
 from resnetlab.evaluation.segmentation import SegmentationMetrics, compute_segmentation_metrics, segment_image
 from resnetlab.formatting import format_count, format_split
-from resnetlab.models.annotated_model import load_annotated
 from resnetlab.models.head_spec import SegmenterSpec
 from resnetlab.training.annotated_recipes import SegmentationRecipe
 from resnetlab.training.annotated_report import MAX_IMAGES, EvaluationSummary
@@ -68,7 +67,6 @@ class SegmentationTask(AnnotatedTask[MaskedImage, SegmentationSample]):
     skip_reason = "masks or images were invalid"
     nondeterministic_on_gpu = "the gradient of upsampling and the loss of pixels"
     metrics = ("mean_iou", "pixel_error", "per_class")
-    load_model = staticmethod(partial(load_annotated, task="segment"))
 
     recipe: SegmentationRecipe
     head_spec: SegmenterSpec

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,24 +14,42 @@ from resnetlab.formatting import format_list
 from resnetlab.inference.start import NO_HEAD, Start, choose_specification, load_start
 from resnetlab.models.backbone import levels
 from resnetlab.models.model_file import TrainedModel
+from resnetlab.models.own_network import OWN, Network, adopt_network, class_name
 from resnetlab.models.resnet import ResNet, build_from_spec
-from resnetlab.models.spec import get_specification
+from resnetlab.models.spec import get_specification, nearest_name
 from resnetlab.random import seed_for
 from resnetlab.training.recipe import Recipe
 
+# values of networks that are built here by name, each with the one that changes nothing
+FOR_NAMED_NETWORKS: dict[str, Any] = {
+    "start_from": "",
+    "init": "fan_in",
+    "zero_init_last_bn": False,
+    "stochastic_depth": 0.0,
+    "recompute": False,
+    "frozen_stages": "",
+    "frozen_bn": False,
+    "backbone_lr_scale": 1.0,
+    "fused_bn": False,
+    "bn_sync": False,
+}
+
 
 def build_network(
-    recipe: Recipe, start_from: str, channels: int, classes: Sequence[str]
-) -> tuple[ResNet, Start | None, list[str]]:
+    recipe: Recipe, start_from: str, channels: int, classes: Sequence[str], module: nn.Module | None = None
+) -> tuple[Network, Start | None, list[str]]:
     """The network, what it starts from, and sentences on what was taken from that.
 
     Args:
         start_from: a model file, a published name or a weight file, or "".
+        module: the network of the user's own that the recipe records.
 
     Raises:
         UsageError: an unknown network or value, or one that differs from the model file's.
         ModelFileError: the model file is missing or damaged.
     """
+    if module is not None or recipe.net.startswith(OWN):
+        return _take_own_network(recipe, module, channels, len(classes)), None, []
     start = load_start(start_from, recipe.specification) if start_from else None
     notes = [] if start is None else start.notes
     changes = {"channels": channels, "classes": len(classes)} | dict(recipe.specification)
@@ -60,6 +79,34 @@ def build_network(
         if isinstance(module, nn.BatchNorm2d):
             module.requires_grad_(False)
     return net, start, notes
+
+
+def without_named_network(recipe: Recipe, module: nn.Module) -> Recipe:
+    """The recipe for a network of the user's own, without what is for networks that are built by name."""
+    changes = nearest_name(module.spec)[1] if isinstance(module, ResNet) else {}
+    return replace(recipe, **FOR_NAMED_NETWORKS, specification=changes)
+
+
+def _take_own_network(recipe: Recipe, module: nn.Module | None, channels: int, classes: int) -> Network:
+    """The network that the user gives, for a recipe that records its class.
+
+    Raises UsageError if another or none is given, if it does not take the data's images, or if the recipe has values that are
+    for networks built here.
+    """
+    given, asked = "" if module is None else class_name(module), recipe.net.removeprefix(OWN)
+    if module is None or given != asked:
+        raise UsageError(
+            f"the network of this recipe, {asked}, was given in Python{f', and {given} is another' if given else ''}; "
+            f"give it again: resnetlab.train(…, net={asked}(…))."
+        )
+    if changes := recipe.differences(without_named_network(recipe, module)):
+        raise UsageError(
+            f"{changes[0].partition(' (not')[0]} is for networks that are built by name, and {asked} is given as it is; "
+            "leave it out."
+        )
+    if not recipe.image_size:
+        raise UsageError(f"{recipe.name} takes the size of a model to start from; give {asked} one: image_size=224.")
+    return adopt_network(module, (channels, recipe.image_size, recipe.image_size), classes)
 
 
 def _freeze_stages(net: ResNet, deepest: str) -> None:
