@@ -24,6 +24,18 @@ os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="resnetlab-tests-")
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def first_backward() -> None:
+    """Takes torch's first backward pass before any export.
+
+    Some tests fork. After `torch.export`, which makes a device that is not the CPU known, the first backward pass starts
+    autograd's threads, and no forked process can take another one then.
+    """
+    import torch
+
+    torch.ones(1, requires_grad=True).sum().backward()
+
+
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tests download only from their own servers, and retry without waiting."""
