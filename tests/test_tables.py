@@ -122,7 +122,9 @@ def test_splits_groups_and_columns_of_other_names(photos: Path, tmp_path: Path) 
     assert {name: len(split) for name, split in data.splits.items()} == {"train": 10, "val": 10, "test": 10}
     assert set(data.train.columns["garden"]) == {"g0"} == set(data.train.columns[GROUP])
     assert data.test.columns["set"].tolist() == ["Test"] * 10
-    with pytest.raises(UsageError, match=r"'label=kind' after .* is not one of path, label, split, group = one of its"):
+    with pytest.raises(
+        UsageError, match=r"'label=kind' after .* is not one of path, label, labels, split, group = one of its"
+    ):
         load(f"{table}:path=id,label=kind")
 
 

@@ -52,7 +52,7 @@ def format_figure(key: str, value: float) -> str:
     >>> format_figure("top1_error", 0.0512), format_figure("map_50", 0.5)
     ('top1 error 5.12 %', 'mAP@.5 0.500')
     """
-    names = {"map": "mAP@[.5:.95]", "map_50": "mAP@.5", "mean_iou": "mean IoU"}
+    names = {"mean_ap": "mAP", "map": "mAP@[.5:.95]", "map_50": "mAP@.5", "mean_iou": "mean IoU"}
     return f"{names[key]} {value:.3f}" if key in names else f"{key.replace('_', ' ')} {format_percent(value)}"
 
 

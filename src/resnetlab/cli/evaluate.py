@@ -16,7 +16,7 @@ from resnetlab.formatting import format_count, format_percent, format_split
 
 if TYPE_CHECKING:
     from resnetlab.evaluation.corruptions import CorruptionErrors
-    from resnetlab.evaluation.evaluate import Evaluation
+    from resnetlab.evaluation.evaluate import Evaluation, MultiLabelEvaluation
     from resnetlab.evaluation.metrics import ClassificationMetrics
     from resnetlab.inference.annotated import Detector, Segmenter
 
@@ -305,6 +305,11 @@ def print_mask_classes(per_class: Sequence[Mapping[str, Any]]) -> None:
 
 def _print_evaluation(evaluation: Evaluation) -> None:
     """Prints the figures."""
+    from resnetlab.evaluation.evaluate import MultiLabelEvaluation
+
+    if isinstance(evaluation, MultiLabelEvaluation):
+        _print_multi_label(evaluation)
+        return
     metrics, figures = evaluation.metrics, evaluation.to_json()
     split = f"the {format_split(evaluation.split)} split of {evaluation.data}"
     console.write_line(
@@ -344,6 +349,37 @@ def _print_evaluation(evaluation: Evaluation) -> None:
         print()
         by_value = [(v["value"], f"{v['n']:,}", format_percent(v["top1_error"])) for v in values]
         console.print_table("", (column, "n", "top-1 error"), by_value, right=(1, 2))
+
+
+def _print_multi_label(evaluation: MultiLabelEvaluation) -> None:
+    """Prints the figures of several classes per image."""
+    figures = evaluation.to_json()
+    split = f"the {format_split(evaluation.split)} split of {evaluation.data}"
+    count = format_count(evaluation.n, "image")
+    console.write_line(f"{evaluation.models[0]} on {split}, {count}, {evaluation.protocol}")
+    if evaluation.scope:
+        print(f"figures are over {evaluation.scope}")
+    print(f"mAP {figures['mean_ap']:.3f}")
+    precision, recall, f1, micro, label, image = (
+        format_percent(figures[key]) for key in ("precision", "recall", "f1", "micro_f1", "label_error", "set_error")
+    )
+    print(f"precision {precision}, recall {recall}, F1 {f1} (means over the classes); micro F1 {micro}")
+    print(f"label error {label} (of all decisions), set error {image} (of the images)")
+    console.write_line(evaluation.calibration[0])
+    print()
+    rows = [
+        (
+            c["class"],
+            f"{c['n']:,}",
+            f"{c['predicted']:,}",
+            "–" if c["ap"] is None else f"{c['ap']:.3f}",
+            *("–" if c[key] is None else format_percent(c[key]) for key in ("f1", "precision", "recall")),
+            f"{c['threshold']:.3f}",
+        )
+        for c in figures["per_class"]
+    ]
+    columns = ("class", "n", "predicted", "AP", "F1", "precision", "recall", "threshold")
+    console.print_table("", columns, rows, right=tuple(range(1, len(columns))))
 
 
 def _print_corruptions(errors: CorruptionErrors) -> None:

@@ -144,7 +144,7 @@ def predict(
         if out is not None and file is None:
             raise UsageError(f"--out takes a file that ends in {', '.join(OUTPUT_SUFFIXES)}, not {out}.")
         console.refuse_options("a classifier", {"scales": scales is not None, "refine": refine})
-        request = ClassRequest(top or 5, min_score or 0.0, sort_into, protocol, (backend, precision, calibrate))
+        request = ClassRequest(top, min_score or 0.0, sort_into, protocol, (backend, precision, calibrate))
         if parts is not None:
             return _predict_class_parts(opened, images, request, parts, output or "jsonl")
         with console.ProgressBar("images") as bar:
@@ -173,7 +173,7 @@ def _check_options(images: Sequence[str], top: int | None, min_score: float | No
 class ClassRequest(NamedTuple):
     """What is asked of a classifier's predictions; `backend` is its name, precision and the folder to calibrate on."""
 
-    top: int
+    top: int | None
     min_score: float
     sort_into: Path | None
     protocol: str | None
@@ -216,8 +216,8 @@ def _predict_class_parts(model: Model, images: Sequence[str], request: ClassRequ
     from resnetlab.inference.prediction_parts import PartFolder, hash_weights
 
     _choose_backend(model, request, list(islice(_expand_inputs(images), FEW_IMAGES + 1)))
-    about = {"top": request.top, "min_score": request.min_score, "protocol": request.protocol, "format": format}
-    about |= {"backend": model.backend_name, "weights": hash_weights(model.net)}
+    about = {"top": request.top or model.default_top, "min_score": request.min_score, "protocol": request.protocol}
+    about |= {"format": format, "backend": model.backend_name, "weights": hash_weights(model.net)}
     folder = PartFolder.open(parts, f".{format}", about)
     name, precision = str(folder.request["backend"]).split()
     if model.backend_name != f"{name} {precision}":
@@ -243,6 +243,10 @@ def _predict_classes(
     model: Model, images: Iterable[NamedImage], request: ClassRequest, bar: console.ProgressBar | None = None
 ) -> Iterator[Prediction]:
     """Predicts classes, and sorts the images."""
+    if request.sort_into is not None and model.multi_label:
+        raise UsageError(
+            "--sort-into puts an image into one folder, but this model gives it several classes; take --out."
+        )
     predictions = model.named_predictions(images, top=request.top, protocol=request.protocol)
     for done, p in enumerate(predictions, 1):
         if bar is not None and done % 64 == 0:

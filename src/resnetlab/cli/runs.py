@@ -106,7 +106,7 @@ def summarise_run(path: Path) -> dict[str, Any]:
 
 
 def _main_figures(result: dict[str, Any]) -> dict[str, float]:
-    return {key: result[key] for key in ("top1_error", "map", "map_50", "mean_iou") if key in result}
+    return {key: result[key] for key in ("top1_error", "mean_ap", "map", "map_50", "mean_iou") if key in result}
 
 
 def print_runs(summaries: list[dict[str, Any]]) -> None:

@@ -147,6 +147,8 @@ def train(
         Verify on this machine that a killed run resumes bit-identically: train the recipe's first steps without a stop and with
         a real SIGKILL, compare, and leave nothing behind. So few steps are not compiled; add --compile on to verify that.
     """
+    from resnetlab.training.result import MultiLabelResult
+
     if options.show_recipe is not None:
         return print_recipe(options.show_recipe)
     values = {"precision": precision, "compile": compile, "on_bad_image": on_bad_image}
@@ -159,6 +161,10 @@ def train(
         result = run()
     if print_json_result(result, options):
         return None
+    if isinstance(result, MultiLabelResult):
+        f1, error = format_percent(result.f1), format_percent(result.label_error)
+        text = f"{result.mean_ap:.3f}  (F1 {f1}, mean over the classes; label error {error}; n = {result.n:,})"
+        return print_result(result, {f"{format_split(result.split)} mAP": text})
     low, high = result.top1_interval
     interval = f"95 % interval {100 * low:.2f} to {100 * high:.2f} %, n = {result.n:,}"
     interval += f"; accuracy {format_percent(1 - result.top1_error)}"

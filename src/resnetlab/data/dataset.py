@@ -131,6 +131,8 @@ class Dataset:
         val: evaluated while training; None if the data have no such split.
         evaluated_split: the name of `test` in the source: "test", "val", or "held-out" if it was drawn from all images.
         all_images: all images, if `test` was drawn from them.
+        label_sets: where an image has several classes, or none: float32 (sets, classes) of 0 and 1, which the splits' labels
+            are positions in (data.label_sets); None where each has one.
         fingerprint: SHA-256 of the classes and the contents of the splits, the first 16 hex digits.
     """
 
@@ -141,12 +143,15 @@ class Dataset:
     val: Split | None = None
     evaluated_split: str = "test"
     all_images: Split | None = None
+    label_sets: Tensor | None = None
     fingerprint: str = field(init=False)
 
     def __post_init__(self) -> None:
         if problem := find_name_problem(self.classes):
             raise DataError(f"{self.name} cannot be used: {problem}; give each class a name of its own.")
         digest = hashlib.sha256("\n".join(self.classes).encode(errors="surrogateescape"))
+        if self.label_sets is not None:
+            digest.update(self.label_sets.numpy().tobytes())
         for split in (self.train, self.test, *([self.val] if self.val is not None else [])):
             split.update_hash(digest)
         object.__setattr__(self, "fingerprint", digest.hexdigest()[:16])

@@ -130,12 +130,14 @@ class ReadOptions:
         workers: processes that decode while the network computes; 0 decodes in this one. The results are the same.
         groups: a column of a table, or a pattern (regular expression) found in every image's name: images of equal values
             stay together when images are held out.
+        multi_label: whether data with several classes per image are taken too, or refused.
     """
 
     on_bad: str = "stop"
     quarantine: str = ""
     workers: int = 0
     groups: str = ""
+    multi_label: bool = False
 
     def __post_init__(self) -> None:
         ErrorPolicy(self.on_bad)  # raises UsageError for another word

@@ -26,11 +26,13 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from resnetlab.data.dataset import GROUP, Columns, Dataset, Split, hold_out
 from resnetlab.data.decode import is_hidden, is_image_name, resolve_ancestors
 from resnetlab.data.disk_split import DiskSplit, FileNames, FileSource, ImageSource, ReadOptions
 from resnetlab.data.error_policy import ErrorPolicy
+from resnetlab.data.label_sets import find_classes, number_label_sets
 from resnetlab.data.labels import DEVKIT, read_class_names, read_flat_labels
 from resnetlab.errors import DataError, UsageError
 from resnetlab.formatting import format_count, format_list
@@ -94,7 +96,13 @@ def load_folder(root: Path, read_options: ReadOptions) -> Dataset:
 
 
 def make_dataset(
-    name: str, root: Path, classes: Sequence[str], images: Mapping[str, LabelledImages], read_options: ReadOptions
+    name: str,
+    root: Path,
+    classes: Sequence[str],
+    images: Mapping[str, LabelledImages],
+    read_options: ReadOptions,
+    *,
+    multi_label: bool = False,
 ) -> Dataset:
     """A data set of labelled images, by split ("train", "val", "test", or "" for all together).
 
@@ -102,6 +110,7 @@ def make_dataset(
         name: of the data, in messages.
         root: the folder that image names are below; a file in it may name the classes (data.labels).
         classes: the labels' texts, sorted, in Unicode's form NFC.
+        multi_label: the labels' texts name several classes each (data.label_sets).
     """
     _warn_of_similar_classes(name, classes)
     names = read_class_names(root, classes)
@@ -110,11 +119,14 @@ def make_dataset(
         _require_utf8(root, each)
     kept = read_options.apply_quarantine(image_names, name)
     order = sorted(range(len(classes)), key=names.__getitem__)  # classes are in the order of their names
-    label_of = {classes[i]: label for label, i in enumerate(order)}
+    label_of, label_sets = {classes[i]: label for label, i in enumerate(order)}, None
+    if multi_label:
+        texts = (text for part in images.values() for text in part.labels)
+        label_of, label_sets = number_label_sets(texts, [classes[i] for i in order])
     splits = {}
     for split, part in images.items():
         labels = torch.tensor([label_of[unicodedata.normalize("NFC", text)] for text in part.labels])
-        if empty := set(labels.tolist()) - set(labels[kept[split]].tolist()):
+        if empty := find_classes(labels, label_sets) - find_classes(labels[kept[split]], label_sets):
             raise DataError(f"the quarantine list leaves no image of class {names[order[min(empty)]]} in {name}.")
         indices = torch.arange(len(labels)) if part.indices is None else torch.from_numpy(part.indices)
         columns = add_groups(part.columns, read_options.groups, image_names[split], name)
@@ -123,7 +135,7 @@ def make_dataset(
         )
         splits[split] = everything.subset(kept[split])
     require_whole_groups(name, splits)
-    return arrange_splits(name, tuple(names[i] for i in order), splits)
+    return arrange_splits(name, tuple(names[i] for i in order), splits, label_sets)
 
 
 def add_groups(columns: Columns, groups: str, names: Sequence[str], place: str) -> Columns:
@@ -205,7 +217,9 @@ def _require_utf8(root: Path, names: list[str]) -> None:
         ) from None
 
 
-def arrange_splits(name: str, classes: tuple[str, ...], splits: Mapping[str, Split]) -> Dataset:
+def arrange_splits(
+    name: str, classes: tuple[str, ...], splits: Mapping[str, Split], label_sets: Tensor | None = None
+) -> Dataset:
     """A data set from splits called "train", "val", "test", or "" for all images together."""
     if (everything := splits.get("")) is not None:
         if len(everything) < 2 * len(classes):
@@ -221,14 +235,15 @@ def arrange_splits(name: str, classes: tuple[str, ...], splits: Mapping[str, Spl
             everything.subset(chosen),
             evaluated_split="held-out",
             all_images=everything,
+            label_sets=label_sets,
         )
     present = [split for split in ("test", "val", "train") if split in splits]
     evaluated = present[0] if present[0] != "train" else "held-out"
     train = splits.get("train", splits[present[0]].subset(torch.empty(0, dtype=torch.long)))
     if evaluated == "held-out":  # train/ alone
-        return arrange_splits(name, classes, {"": train})
+        return arrange_splits(name, classes, {"": train}, label_sets)
     val: Split | None = splits.get("val") if evaluated == "test" else None
-    return Dataset(name, classes, train, splits[evaluated], val=val, evaluated_split=evaluated)
+    return Dataset(name, classes, train, splits[evaluated], val=val, evaluated_split=evaluated, label_sets=label_sets)
 
 
 def find_split_folders(root: Path) -> dict[str, Path]:

@@ -2,6 +2,7 @@
 
 [("a/1.jpg", "cat"), …]                  paths, read as a table is (data.tables)
 (X, y)                                   arrays or tensors: images (N, H, W) or (N, H, W, C), uint8 or floats in [0, 1]
+                                         several classes per image: y (N, classes) of 0 and 1, or lists of names
 torch.utils.data.Dataset                 items (image, label); a PIL image, an array or a tensor
 datasets.Dataset                         a column of images and one of labels
 {"train": …, "val": …, "test": …}        splits of any of these
@@ -26,6 +27,7 @@ from resnetlab.data.decode import convert_image, decode
 from resnetlab.data.disk_split import ReadOptions
 from resnetlab.data.error_policy import ErrorPolicy
 from resnetlab.data.folder import arrange_splits, guess_split, require_classes
+from resnetlab.data.label_sets import LabelLists, number_label_sets
 from resnetlab.errors import DataError, UsageError, missing_package
 from resnetlab.formatting import format_count
 
@@ -130,18 +132,29 @@ def dataset_from_object(data: Any, read_options: ReadOptions | None = None) -> D
     if isinstance(data, Dataset):
         return data
     if _is_path_list(data):
+        lists = _read_label_lists([label for _, label in data], None)
         images = tables.ImageList(
-            "the list", Path(), [str(path) for path, _ in data], [str(label) for _, label in data]
+            "the list",
+            Path(),
+            [str(path) for path, _ in data],
+            [str(label) for _, label in data] if lists is None else lists,
+            classes=() if lists is None else lists.classes,
         )
         return _named(tables.load_listed(images, read_options))
     parts = dict(data) if isinstance(data, Mapping) else {"": data}
     found = {guess_split(str(name)) if name else "": _read_part(part) for name, part in parts.items()}
     if len(found) < len(parts) or ("" in found and len(found) > 1) or ("" in found and "" not in parts):
         raise UsageError(f"a dictionary of data has the splits train, val and test, not {', '.join(map(str, parts))}.")
-    classes = require_classes("the data", {label for _, labels, _ in found.values() for label in labels})
+    several = [labels for _, labels, _ in found.values() if isinstance(labels, LabelLists)]
+    if 0 < len(several) < len(found):
+        raise DataError("some splits have one label per image, others several; give all the same kind.")
+    every = {label for _, labels, _ in found.values() for label in labels}
+    classes = require_classes("the data", {name for labels in several for name in labels.classes} if several else every)
     if all(label.isdecimal() for label in classes):
         classes.sort(key=int)
-    number = {label: i for i, label in enumerate(classes)}
+    number, label_sets = {label: i for i, label in enumerate(classes)}, None
+    if several:
+        number, label_sets = number_label_sets(every, classes)
     splits: dict[str, Split] = {}
     for name, (items, texts, image_of) in found.items():
         labels, place = torch.tensor([number[text] for text in texts]), name or "images"
@@ -150,7 +163,7 @@ def dataset_from_object(data: Any, read_options: ReadOptions | None = None) -> D
         else:
             errors, everything = ErrorPolicy(read_options.on_bad), torch.arange(len(labels))
             splits[name] = ObjectSplit(items, image_of, everything, labels, place, errors, read_options.workers)
-    return _named(arrange_splits("the data", tuple(classes), splits))
+    return _named(arrange_splits("the data", tuple(classes), splits, label_sets))
 
 
 def _named(data: Dataset) -> Dataset:
@@ -220,11 +233,39 @@ def _read_hugging_face(data: Any) -> tuple[Any, list[str], Any]:
 
 def _label_texts(labels: Any, names: Sequence[str] | None) -> list[str]:
     """Labels as text: names, or numbers where there are none. Raises DataError for a missing or negative one."""
+    if (several := _read_label_lists(labels, names)) is not None:
+        return several
     values = labels.tolist() if hasattr(labels, "tolist") else [getattr(v, "item", lambda v=v: v)() for v in labels]
     for i, value in enumerate(values):
         if not isinstance(value, str | int) or isinstance(value, bool) or value == "" or (names and value == -1):
             raise DataError(f"label {i} is {value!r}; labels are names or whole numbers.")
     return [str(names[v]) if names and isinstance(v, int) and 0 <= v < len(names) else str(v) for v in values]
+
+
+def _read_label_lists(labels: Any, names: Sequence[str] | None) -> LabelLists | None:
+    """Labels of several classes each: an array (N, C) of 0 and 1, or a list of classes per image; None if each has one.
+
+    Raises DataError for values that are neither.
+    """
+    lists = [
+        hasattr(row, "__len__") and not isinstance(row, str) and getattr(row, "shape", None) != () for row in labels
+    ]
+    if not any(lists):
+        return None
+    if not all(lists):
+        raise DataError("some images have one label, others a list of them; give a list for every image.")
+    rows = [row.tolist() if hasattr(row, "tolist") else list(row) for row in labels]
+    width, values = len(rows[0]), {value for row in rows for value in row}
+    if width > 1 and values <= {0, 1} and all(len(row) == width for row in rows):
+        classes = [str(name) for name in names or range(width)]
+        return LabelLists(([c for c, value in zip(classes, row, strict=True) if value] for row in rows), classes)
+    if hasattr(labels[0], "tolist") or not all(
+        isinstance(value, str | int) and not isinstance(value, bool) for value in values
+    ):
+        raise DataError(
+            "labels of several classes are an array (images, classes) of 0 and 1, or for every image a list of names."
+        )
+    return LabelLists([str(names[v]) if names and isinstance(v, int) else str(v) for v in row] for row in rows)
 
 
 def load_hugging_face(name: str, read_options: ReadOptions) -> Dataset:

@@ -87,7 +87,13 @@ def load_dataset(name: str, data_dir: Path, read_options: ReadOptions | None = N
     if name.startswith(objects.HUB):
         return objects.load_hugging_face(name, read_options)
     if tables.is_table(name):
-        return tables.load_table(name, read_options)
+        table = tables.load_table(name, read_options)
+        if table.label_sets is not None and not read_options.multi_label:
+            raise UsageError(
+                f"{name} gives several classes per image, which train, evaluate and predict take, but this does not; give data "
+                "with one class per image."
+            )
+        return table
     if archives.is_archive(name):
         return archives.load_archive(Path(name), data_dir, read_options)
     if shards.is_shard_pattern(name):

@@ -3,6 +3,11 @@
     photos.csv                              path,label,split,group
                                             photos/daisy/1.jpg,daisy,train,garden 7
     photos.csv:label=species,group=garden   names the columns that have other names than the usual ones
+    photos.csv                              path,labels              several classes per image, or none
+                                            1.jpg,cat;dog
+    photos.csv                              path,cat,dog             the same, a column of 0 and 1 for each class
+                                            1.jpg,1,1
+    photos.csv:labels=tags                  names the list's column; labels=cat+dog those of some classes
 
 Paths are relative to the table's folder. Images get names below the folder that all of them share, and are in the order of
 classes and names, so a table that names a folder's images is the same data set as the folder, bit for bit.
@@ -15,6 +20,7 @@ import os
 import re
 import sys
 import unicodedata
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +32,7 @@ from resnetlab.data.dataset import GROUP, Columns, Dataset
 from resnetlab.data.decode import SUFFIXES
 from resnetlab.data.disk_split import FileNames, FileSource, ReadOptions
 from resnetlab.data.folder import LabelledImages, guess_split, make_dataset, require_classes
+from resnetlab.data.label_sets import INDICATORS, LabelLists, join_classes, split_classes
 from resnetlab.data.object_store import strip_secrets
 from resnetlab.errors import DataError, UsageError, missing_package
 from resnetlab.formatting import format_list
@@ -44,6 +51,7 @@ USUAL_NAMES = {  # use -> names of its column, in small letters with "_" between
         "img_path",
     ),
     "label": ("label", "class", "class_name", "category", "target"),
+    "labels": ("labels", "tags", "classes", "class_names", "categories", "targets"),  # several per image
     "split": ("split", "set", "subset", "partition"),
     GROUP: (GROUP, "group_id"),
 }
@@ -64,6 +72,7 @@ class ImageList:
         base: the folder that the paths are relative to.
         splits: of each image "train", "val" or "test" (or another usual name); empty if all images are together.
         columns: whatever else is known.
+        classes: all that there are, where `labels` name several each (data.label_sets); empty where each image has one.
     """
 
     name: str
@@ -72,6 +81,7 @@ class ImageList:
     labels: Sequence[str]
     splits: Sequence[str] = ()
     columns: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    classes: Sequence[str] = ()
 
     def error(self, row: int, problem: str) -> DataError:
         """The error for a row, counted from 0."""
@@ -98,19 +108,64 @@ def load_table(data: str, read_options: ReadOptions) -> Dataset:
     """
     file = table_file(data)
     columns = _read_columns(file)
-    uses = _find_columns(data, columns, ("path", "label"))
+    uses = _find_columns(data, columns, ("path",))
+    several = None if "label" in uses else _read_label_lists(file, columns, uses)
+    if several is None:
+        uses = _find_columns(data, columns, ("path", "label"))
+        labels, used, classes = columns[uses["label"]], [uses["label"]], []
+        if any(";" in label for label in labels):
+            warnings.warn(
+                f"{file} has labels with a ';', each of which is one class here; if they name several classes, say so: "
+                f"{file}:labels={uses['label']}",
+                UserWarning,
+                stacklevel=2,
+            )
+    else:
+        labels, used, classes = several[0], several[1], several[0].classes
     return load_listed(
         ImageList(
             str(file),
             file.parent,
             columns[uses["path"]],
-            columns[uses["label"]],
+            labels,
             columns[uses["split"]] if "split" in uses else (),
-            {name: values for name, values in columns.items() if name not in (uses["path"], uses["label"])}
+            {name: values for name, values in columns.items() if name not in (uses["path"], *used)}
             | ({GROUP: columns[uses[GROUP]]} if GROUP in uses else {}),
+            classes,
         ),
         read_options,
     )
+
+
+def _read_label_lists(
+    file: Path, columns: Mapping[str, Sequence[str]], uses: Mapping[str, str]
+) -> tuple[LabelLists, list[str]] | None:
+    """The classes of each image, and the columns that give them: a list, or 0 and 1 per class; None if there are none.
+
+    Raises DataError if a column is mostly of 0 and 1, but not everywhere.
+    """
+    named = uses.get("labels")
+    if named is not None and named in columns:
+        return LabelLists(map(split_classes, columns[named])), [named]
+    others = [name for name in columns if name not in uses.values()]
+    found = []
+    for name in named.split("+") if named else others:
+        known = [value.strip().lower() in INDICATORS for value in columns[name]]
+        if not all(known) and (named or 2 * sum(known) > len(known)):
+            row = known.index(False)
+            raise DataError(
+                f"{file}, row {row + 1:,}: column {name} has {columns[name][row]!r}, while it has 0 or 1 elsewhere, for images "
+                f"without and with this class; correct it, or name the columns of the classes: {file}:labels=CLASS+CLASS"
+            )
+        if all(known):
+            found.append(name)
+    if len(found) < 2:
+        return None
+    rows = zip(*(columns[name] for name in found), strict=True)
+    return LabelLists(
+        ([name for name, value in zip(found, row, strict=True) if INDICATORS[value.strip().lower()]] for row in rows),
+        found,
+    ), found
 
 
 def list_table_images(data: str) -> list[Path]:
@@ -124,11 +179,12 @@ def list_table_images(data: str) -> list[Path]:
 
 def load_listed(images: ImageList, read_options: ReadOptions) -> Dataset:
     """The data set of listed images. Raises DataError if none is there, a row is incomplete, or an image occurs twice."""
+    several = bool(images.classes)
     labels = [unicodedata.normalize("NFC", label.strip()) for label in images.labels]
     for row, (path, label) in enumerate(zip(images.paths, labels, strict=True)):
-        if not (path.strip() and label):
+        if not (path.strip() and (label or several)):
             raise images.error(row, "a path and a label are needed, and one is empty; fill it in, or remove the row.")
-    classes = require_classes(images.name, labels)
+    classes = require_classes(images.name, images.classes or labels)
     files, sizes = _find_files(images)
     root = os.path.commonpath({os.path.dirname(file) for file in files})
     names = (
@@ -148,9 +204,10 @@ def load_listed(images: ImageList, read_options: ReadOptions) -> Dataset:
         columns: Columns = {key: _select_rows(values, rows) for key, values in images.columns.items()}
         source = FileSource(Path(root), FileNames(names[row] for row in rows), own)
         parts[split] = LabelledImages(source, [labels[row] for row in rows], columns=columns)
-    if unseen := sorted(set(classes) - set(parts.get("train", next(iter(parts.values()))).labels)):
+    trained_on = parts.get("train", next(iter(parts.values()))).labels
+    if not several and (unseen := sorted(set(classes) - set(trained_on))):
         raise DataError(f"{images.name} has no image to train on of class {format_list(unseen)}; add some.")
-    return make_dataset(images.name, Path(root), classes, parts, read_options)
+    return make_dataset(images.name, Path(root), classes, parts, read_options, multi_label=several)
 
 
 def _select_rows(values: Sequence[str], rows: list[int]) -> NDArray[np.object_]:
@@ -205,8 +262,13 @@ def _read_parquet(file: Path) -> dict[str, list[str]]:
     if not table.num_rows:
         raise DataError(f"{file} has no rows; give one row per image.")
     return {
-        name: ["" if value is None else str(value) for value in table[name].to_pylist()] for name in table.column_names
+        name: ["" if value is None else _to_text(value) for value in table[name].to_pylist()]
+        for name in table.column_names
     }
+
+
+def _to_text(value: object) -> str:
+    return join_classes(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _find_columns(data: str, columns: Mapping[str, Sequence[str]], needed: Sequence[str]) -> dict[str, str]:
@@ -215,14 +277,15 @@ def _find_columns(data: str, columns: Mapping[str, Sequence[str]], needed: Seque
     uses: dict[str, str] = {}
     for pair in named.split(",") if named else ():
         use, _, column = (part.strip() for part in pair.partition("="))
-        if use not in USUAL_NAMES or column not in columns:
+        several = set(column.split("+")) <= columns.keys() if use == "labels" else False
+        if use not in USUAL_NAMES or not (column in columns or several):
             raise UsageError(
                 f"{pair!r} after {file} is not one of {', '.join(USUAL_NAMES)} = one of its columns "
                 f"({format_list(list(columns))}); for example {file}:label=species"
             )
         uses[use] = column
     plain = {re.sub(r"[ -]+", "_", name.strip().lower()): name for name in columns}
-    for use in USUAL_NAMES.keys() - uses.keys():
+    for use in USUAL_NAMES.keys() - uses.keys() - ({"label"} if "labels" in uses else set()):
         found = [plain[name] for name in USUAL_NAMES[use] if name in plain]
         if len(found) > 1 and use in needed:
             raise UsageError(

@@ -21,7 +21,7 @@ from resnetlab.data.objects import dataset_from_object
 from resnetlab.data.prefetch import PreprocessedSplit
 from resnetlab.device import DeviceConfig, select_device, standard_torch_state
 from resnetlab.distributed import join_process_group, leave_if_imported_again
-from resnetlab.errors import DataError, DivergedError, UsageError, python_messages, unknown_name_error
+from resnetlab.errors import DataError, UsageError, python_messages, unknown_name_error
 from resnetlab.evaluation.calibration import (
     choose_none_below,
     describe_calibration,
@@ -31,9 +31,10 @@ from resnetlab.evaluation.calibration import (
 from resnetlab.evaluation.comparison import Comparison, compare_models
 from resnetlab.evaluation.corruptions import CorruptionErrors
 from resnetlab.evaluation.metrics import ClassificationMetrics, mean_loss
+from resnetlab.evaluation.multi_label import MultiLabelMetrics, describe_thresholds
 from resnetlab.evaluation.protocols import ONE_CROP, Protocol, parse_protocol
 from resnetlab.evaluation.published import find_published
-from resnetlab.evaluation.scores import SKIPPED, Member, ScoreSummary, predict_scores
+from resnetlab.evaluation.scores import Member, ScoreSummary, drop_skipped, predict_scores
 from resnetlab.evaluation.split_selection import describe_overlap, pick_split, select_calibration_images
 from resnetlab.formatting import format_list
 from resnetlab.models.model_file import TrainedModel, load_trained_model
@@ -155,6 +156,41 @@ class Evaluation:
         return [compare_models(a, b, name_a, name_b) for (name_a, a), (name_b, b) in combinations(results, 2)]
 
 
+@dataclass(frozen=True, eq=False)
+class MultiLabelEvaluation(Evaluation):
+    """The result of one model that gives an image several classes, or none: `metrics` have no top-1 error, but mAP and F1."""
+
+    metrics: MultiLabelMetrics  # type: ignore[assignment]
+
+    @property
+    def top1_error(self) -> float:
+        """Raises UsageError: there is none."""
+        raise UsageError(
+            "there is no top-1 error of several classes per image; see metrics.mean_ap and metrics.per_class."
+        )
+
+    top5_error = top1_error
+
+    @property
+    def calibration(self) -> list[str]:
+        return [f"thresholds: {describe_thresholds(self.trained_models[0].calibration)}"]
+
+    def to_json(self) -> dict[str, Any]:
+        about = {
+            "model": self.models[0],
+            "data": self.data,
+            "split": self.split,
+            "protocol": str(self.protocol),
+            "protocol_options": list(self.protocol_options),
+            "classes": self.scope or "all",
+            "notes": list(self.notes),
+        }
+        skipped = {"skipped": dict(self.metrics.skipped)} if self.metrics.skipped else {}
+        return (
+            about | self.metrics.to_json() | skipped | {"calibration": dict(self.trained_models[0].calibration) or None}
+        )
+
+
 def evaluate_network(
     net: Network,
     split: Split,
@@ -178,28 +214,6 @@ def evaluate_errors(
     member, summary = Member.from_network(net, preprocessing, device_config), ScoreSummary(split.labels)
     ((_, kept),), _ = drop_skipped(split, split.labels, predict_scores([member], split, device_config, summary=summary))
     return {"top1_error": int((kept[:, 1] > 1).sum()) / len(kept), "loss": mean_loss(kept[:, 0])}
-
-
-def drop_skipped(
-    split: Split, labels: Tensor, scores: Sequence[Tensor]
-) -> tuple[list[tuple[Tensor, Tensor]], dict[str, str]]:
-    """Labels and scores of the readable images, for each model; and the names of the others with the reasons.
-
-    Raises DataError where none could, DivergedError where scores are not finite.
-    """
-    if not all(bool(each.isfinite().all()) for each in scores):
-        raise DivergedError(
-            "the network's scores are not finite: its training went wrong; try a tenth of the learning rate."
-        )
-    readable = (scores[0] != SKIPPED).all(1)
-    if bool(readable.all()):
-        return [(labels, each) for each in scores], {}
-    if not bool(readable.any()):
-        raise DataError("no image can be read; fix them: resnetlab data check.")
-    names = split.subset(torch.nonzero(~readable).flatten()).names
-    return [(labels[readable], each[readable]) for each in scores], {
-        n: split.errors.skipped.get(n, "could not be read") for n in names
-    }
 
 
 def prepare_split(split: Split, preprocessing: Preprocessing) -> Split:
@@ -268,15 +282,16 @@ def evaluate(
     names = _default_names(given) if names is None else list(names)
     if classes not in SCOPES:
         raise unknown_name_error("choice of classes", classes, SCOPES)
-    source, data = _load_source(data, Path(data_dir), ReadOptions(on_bad_image, str(quarantine)))
+    source, data = _load_source(data, Path(data_dir), ReadOptions(on_bad_image, str(quarantine), multi_label=True))
+    _check_multi_label(trained, names, source, fit_on)
     scored, scope = _select_classes(trained, names, source.classes, classes)
     columns = [torch.tensor([each.classes.index(name) for name in scored]) for each in trained]
     data = sources.strip_signature(str(data))  # figures are shared, so addresses lose their signatures
     split, images = pick_split(source, split, trained)
-    _labels_by_name(images, source.classes, scored)
+    _require_labels(images)
     if fit_on is not None:
         images, held_out, about = select_calibration_images(fit_on, source, split, images, trained)
-    labels = _labels_by_name(images, source.classes, scored)
+    labels = _find_truth(source, images, scored, trained[0].multi_label)
     notes = describe_overlap(source, images, trained, names)
     with join_process_group() as world:
         device_config = replace(select_device(precision, device), world=world)
@@ -294,14 +309,12 @@ def evaluate(
     results, skipped = drop_skipped(images, labels, scores)
     if skipped:
         images = images.subset(torch.tensor([i for i, name in enumerate(images.names) if name not in skipped]))
-    members = [ClassificationMetrics.from_scores(scored, scores, truth) for truth, scores in results]
-    mean = torch.stack([w * scores for w, (_, scores) in zip(weights, results, strict=True)]).sum(0)
-    metrics = ClassificationMetrics.from_scores(scored, mean, results[0][0]) if len(members) > 1 else members[0]
-    return Evaluation(
+    kind, metrics, members = _measure(trained[0], columns[0], scored, weights, results)
+    return kind(
         metrics=replace(metrics, split=split, skipped=skipped),
         models=tuple(names),
         weights=weights,
-        members=tuple(members) if len(members) > 1 else (),
+        members=members,
         data=data,
         split=split,
         protocol=parsed,
@@ -311,6 +324,25 @@ def evaluate(
         scope=scope,
         notes=tuple(notes),
     )
+
+
+def _measure(
+    model: TrainedModel,
+    columns: Tensor,
+    classes: tuple[str, ...],
+    weights: Sequence[float],
+    results: Sequence[tuple[Tensor, Tensor]],
+) -> tuple[type[Evaluation], Any, tuple[ClassificationMetrics, ...]]:
+    """The kind of evaluation, its metrics, and those of each member of an ensemble; `results` are (truth, scores) of each."""
+    if model.multi_label:
+        ((truth, scores),) = results
+        thresholds = tuple(model.thresholds[i] for i in columns.tolist())
+        return MultiLabelEvaluation, MultiLabelMetrics(classes, scores, truth, thresholds), ()
+    members = tuple(ClassificationMetrics.from_scores(classes, scores, truth) for truth, scores in results)
+    if len(members) == 1:
+        return Evaluation, members[0], ()
+    mean = torch.stack([w * scores for w, (_, scores) in zip(weights, results, strict=True)]).sum(0)
+    return Evaluation, ClassificationMetrics.from_scores(classes, mean, results[0][0]), members
 
 
 def _load_source(data: Any, data_dir: Path, reading: ReadOptions) -> tuple[Dataset, str]:
@@ -352,7 +384,14 @@ def _make_members(
     device_config: DeviceConfig,
 ) -> list[Member]:
     return [
-        Member.from_network(model.net, model.preprocessing, device_config, columns=order, temperature=temperature)
+        Member.from_network(
+            model.net,
+            model.preprocessing,
+            device_config,
+            columns=order,
+            temperature=temperature,
+            multi_label=model.multi_label,
+        )
         for model, order, temperature in zip(models, columns, temperatures, strict=True)
     ]
 
@@ -406,16 +445,51 @@ def _select_classes(
     return scored, f"the data's {len(data):,} classes alone, of {len(classes):,} outputs"
 
 
-def _labels_by_name(split: Split, data: tuple[str, ...], scored: tuple[str, ...]) -> Tensor:
-    """Labels as positions in the scored classes, matched by name.
+def _check_multi_label(
+    models: Sequence[TrainedModel], names: Sequence[str], source: Dataset, fit_on: str | None
+) -> None:
+    """Raises UsageError for what makes no sense where a model, or the data, have several classes per image."""
+    several = [name for model, name in zip(models, names, strict=True) if model.multi_label]
+    if source.label_sets is not None and not several:
+        raise UsageError(
+            f"{source.name} gives several classes per image, but {names[0]} was trained on data with one; train on such data."
+        )
+    if several and len(models) > 1:
+        raise UsageError(f"{several[0]} gives an image several classes, and is evaluated alone; give one such model.")
+    if several and fit_on is not None:
+        raise UsageError(
+            f"{several[0]} gives an image several classes and has thresholds, which its training fitted on held-out images; it "
+            "has no temperature to fit."
+        )
 
-    Raises DataError where an image has no label, or there is no image.
-    """
-    labels = split.labels
+
+def _label_sets_by_name(source: Dataset, scored: tuple[str, ...]) -> Tensor:
+    """The label sets, or one for each class where the data have one class per image: bool (sets, scored classes)."""
+    own = torch.eye(len(source.classes)) if source.label_sets is None else source.label_sets
+    sets = torch.zeros(len(own), len(scored), dtype=torch.bool)
+    sets[:, [scored.index(name) for name in source.classes]] = own > 0
+    return sets
+
+
+def _find_truth(source: Dataset, images: Split, scored: tuple[str, ...], multi_label: bool) -> Tensor:
+    """The images' labels, int64 (N,), or whether they have each scored class, bool (N, classes)."""
+    if not multi_label:
+        return _labels_by_name(images, source.classes, scored)
+    _require_labels(images)
+    return _label_sets_by_name(source, scored)[images.labels]
+
+
+def _labels_by_name(split: Split, data: tuple[str, ...], scored: tuple[str, ...]) -> Tensor:
+    """Labels as positions in the scored classes, matched by name; raises DataError as `_require_labels`."""
+    _require_labels(split)
+    return torch.tensor([scored.index(name) for name in data])[split.labels]
+
+
+def _require_labels(split: Split) -> None:
+    """Raises DataError where an image has no label, or there is no image."""
     if not len(split):
         raise DataError("there is no image to evaluate; give a split that holds some.")
-    if len(labels) != len(split) or int(labels.min()) < 0:
+    if len(split.labels) != len(split) or int(split.labels.min()) < 0:
         raise DataError(
             "the images have no labels and cannot be evaluated; `resnetlab predict` takes images without labels."
         )
-    return torch.tensor([scored.index(name) for name in data])[labels]

@@ -10,8 +10,9 @@ from torch import Tensor
 from resnetlab.data.dataset import Split
 from resnetlab.evaluation import figures
 from resnetlab.evaluation.calibration import reliability_bins
-from resnetlab.evaluation.evaluate import Evaluation
+from resnetlab.evaluation.evaluate import Evaluation, MultiLabelEvaluation
 from resnetlab.evaluation.metrics import ClassificationMetrics, wilson_interval
+from resnetlab.evaluation.multi_label import describe_thresholds
 from resnetlab.formatting import format_figure, format_json, format_percent, format_split, unbreakable
 from resnetlab.preprocessing import Preprocessing, tensor_to_pil
 from resnetlab.run_folder import write_together
@@ -38,6 +39,7 @@ def load_templates() -> Environment:
         "count": "{:,.0f}".format,
         "split_name": format_split,
         "figure": format_figure,
+        "plain": str,
     }
     return templates
 
@@ -78,6 +80,8 @@ def write_evaluation(evaluation: Evaluation, folder: Path) -> None:
 
 def render_evaluation(evaluation: Evaluation) -> str:
     """The page as HTML."""
+    if isinstance(evaluation, MultiLabelEvaluation):
+        return _render_multi_label(evaluation)
     metrics, n = evaluation.metrics, evaluation.n
     rows = figures.class_rows(metrics)
     with_images = [row for row in rows if row.n]
@@ -103,6 +107,25 @@ def render_evaluation(evaluation: Evaluation) -> str:
         mistakes=[(names[m.index], m) for m in mistakes],
     )
     return page.encode(errors="replace").decode()  # a file name may not be valid UTF-8
+
+
+def _render_multi_label(evaluation: MultiLabelEvaluation) -> str:
+    """The page of several classes per image."""
+    template = load_templates().get_template("multi_label.html.j2")
+    page = template.render(
+        title=f"{evaluation.models[0]} on {evaluation.data}",
+        figures=evaluation.to_json(),
+        n=evaluation.n,
+        split=evaluation.split,
+        calibration=describe_thresholds(evaluation.trained_models[0].calibration),
+        notes=[f"{note}." for note in evaluation.notes],
+        options={"protocol": evaluation.protocol, **evaluation.protocol_options[0]},
+        curves=None,
+        budget=None,
+        recipe_rows=(),
+        environment={},
+    )
+    return page.encode(errors="replace").decode()
 
 
 def draw_reliability(metrics: ClassificationMetrics) -> str:

@@ -12,6 +12,7 @@ import torch
 
 from resnetlab.errors import UsageError, missing_package
 from resnetlab.evaluation.metrics import ClassificationMetrics
+from resnetlab.evaluation.multi_label import MultiLabelMetrics
 from resnetlab.run_folder import write_atomically
 
 SUFFIXES = (".csv", ".parquet")
@@ -43,10 +44,12 @@ def tabulate_predictions(metrics: ClassificationMetrics, names: Sequence[str]) -
     }
 
 
-def write_predictions(path: Path, metrics: ClassificationMetrics, names: Sequence[str]) -> None:
+def write_predictions(path: Path, metrics: ClassificationMetrics | MultiLabelMetrics, names: Sequence[str]) -> None:
     """Writes the table as CSV or Parquet, by the file's suffix; raises RunError where there is no space or no permission."""
     check_table_file(path)
-    columns = tabulate_predictions(metrics, names)
+    columns = (
+        metrics.tabulate(names) if isinstance(metrics, MultiLabelMetrics) else tabulate_predictions(metrics, names)
+    )
     if path.suffix == ".csv":
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")

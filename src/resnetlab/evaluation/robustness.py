@@ -25,10 +25,10 @@ from resnetlab.evaluation.corruptions import (
     Errors,
     corrupt,
 )
-from resnetlab.evaluation.evaluate import Evaluation, drop_skipped
+from resnetlab.evaluation.evaluate import Evaluation, MultiLabelEvaluation
 from resnetlab.evaluation.metrics import ClassificationMetrics
 from resnetlab.evaluation.protocols import ONE_CROP
-from resnetlab.evaluation.scores import Member, predict_scores
+from resnetlab.evaluation.scores import Member, drop_skipped, predict_scores
 from resnetlab.formatting import format_list
 from resnetlab.models.model_file import TrainedModel
 from resnetlab.preprocessing import Preprocessing
@@ -87,6 +87,8 @@ def evaluate_corruptions(
         UsageError: several models, another protocol than one crop, or AlexNet's errors for other data or severities.
         DataError: the baseline lacks a class.
     """
+    if isinstance(evaluation, MultiLabelEvaluation):
+        raise UsageError("corruptions are evaluated for models of one class per image; leave out --corruptions.")
     if len(evaluation.trained_models) > 1 or evaluation.protocol != ONE_CROP:
         raise UsageError(
             "corruptions are evaluated for one model with one crop; leave out other models and --protocol."

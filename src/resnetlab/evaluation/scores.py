@@ -21,9 +21,10 @@ from torch import Tensor
 from resnetlab.data.dataset import MemorySplit, Split
 from resnetlab.data.prefetch import default_workers
 from resnetlab.device import DeviceConfig, eval_mode, map_in_order, to_device
-from resnetlab.errors import DataError
+from resnetlab.errors import DataError, DivergedError
 from resnetlab.evaluation.protocols import ONE_CROP, Protocol, generate_views
 from resnetlab.models.fold import fold_batchnorm
+from resnetlab.models.model_file import compute_scores
 from resnetlab.models.own_network import Network, OwnNetwork
 from resnetlab.preprocessing import Preprocessing
 
@@ -42,12 +43,14 @@ class Member:
         net: folded and on the device.
         columns: for every class, the position of its logit in the network's own order.
         temperature: logits are divided by it.
+        multi_label: scores are sigmoids, in place of a softmax.
     """
 
     net: Network
     preprocessing: Preprocessing
     columns: Tensor
     temperature: float = 1.0
+    multi_label: bool = False
 
     @staticmethod
     def from_network(
@@ -57,12 +60,13 @@ class Member:
         *,
         columns: Tensor | None = None,
         temperature: float = 1.0,
+        multi_label: bool = False,
     ) -> Member:
         """A member with a folded copy of `net`, which stays as it is."""
         columns = torch.arange(net.spec.classes) if columns is None else columns
         copy = fold_batchnorm(net)
         device_config.place(copy)
-        return Member(copy, preprocessing, columns, temperature)
+        return Member(copy, preprocessing, columns, temperature, multi_label)
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,6 +94,28 @@ def rank_classes(scores: Tensor, labels: Tensor) -> Tensor:
     true_scores = scores[torch.arange(len(labels)), labels][:, None]
     before = torch.arange(scores.shape[1]) < labels[:, None]
     return 1 + ((scores > true_scores) | ((scores == true_scores) & before)).sum(1)
+
+
+def drop_skipped(
+    split: Split, labels: Tensor, scores: Sequence[Tensor]
+) -> tuple[list[tuple[Tensor, Tensor]], dict[str, str]]:
+    """Labels and scores of the readable images, for each model; and the names of the others with the reasons.
+
+    Raises DataError where none could, DivergedError where scores are not finite.
+    """
+    if not all(bool(each.isfinite().all()) for each in scores):
+        raise DivergedError(
+            "the network's scores are not finite: its training went wrong; try a tenth of the learning rate."
+        )
+    readable = (scores[0] != SKIPPED).all(1)
+    if bool(readable.all()):
+        return [(labels, each) for each in scores], {}
+    if not bool(readable.any()):
+        raise DataError("no image can be read; fix them: resnetlab data check.")
+    names = split.subset(torch.nonzero(~readable).flatten()).names
+    return [(labels[readable], each[readable]) for each in scores], {
+        n: split.errors.skipped.get(n, "could not be read") for n in names
+    }
 
 
 @torch.inference_mode()
@@ -214,11 +240,11 @@ def score_images(member: Member, images: list[Tensor], protocol: Protocol, devic
             batch = max(1, _max_pixels(device_config) // (pixels.shape[1] * pixels.shape[2]))
             for rows, views in zip(torch.split(positions, batch), torch.split(pixels, batch), strict=True):
                 logits = _compute_logits(member, views, mirrored, protocol, device_config)  # (B, classes, positions)
-                values = logits.softmax(1) if by_scores else logits
+                values = compute_scores(logits, member.multi_label) if by_scores else logits
                 total.index_add_(0, rows, values.mean(2))
                 n_views.index_add_(0, rows, torch.ones(len(rows), dtype=torch.float64))
     mean = total / n_views[:, None]
-    return mean if by_scores else mean.softmax(1)
+    return mean if by_scores else compute_scores(mean, member.multi_label)
 
 
 def _compute_logits(

@@ -22,7 +22,7 @@ from resnetlab.inference.formats import FORMATS, Backend, ExportFormat, PredictF
 from resnetlab.inference.inference_module import compute_reference_scores
 from resnetlab.inference.parity_check import PARITY_BOUNDS, Agreement, measure_seconds
 from resnetlab.models.fold import fold_batchnorm
-from resnetlab.models.model_file import TrainedModel
+from resnetlab.models.model_file import TrainedModel, compute_scores
 from resnetlab.models.own_network import OwnNetwork
 from resnetlab.models.reference_images import exclude_images
 
@@ -76,7 +76,7 @@ def load_network(model: TrainedModel, device_config: DeviceConfig, net: nn.Modul
         network = net or model.net  # the model's may be exchanged
         with eval_mode(network), device_config.autocast():
             logits = network(model.preprocessing.normalise(to_device(pixels, device_config.device)))
-        return torch.softmax(logits.float().cpu() / model.temperature, 1)
+        return compute_scores(logits.float().cpu() / model.temperature, model.multi_label)
 
     return LoadedBackend("torch", device_config.precision, predict, str(device_config))
 

@@ -15,6 +15,7 @@ from resnetlab.evaluation.gradcam import draw_overlay, grad_cam
 from resnetlab.inference.classes import top_classes
 from resnetlab.models.contributions import measure_contributions
 from resnetlab.models.lesion import removable_blocks, remove_blocks
+from resnetlab.models.model_file import compute_scores
 from resnetlab.models.resnet import ResNet
 from resnetlab.preprocessing import Preprocessing
 
@@ -29,6 +30,10 @@ class Model(Protocol):
 
     @property
     def resnet(self) -> ResNet: ...
+
+    @property
+    def multi_label(self) -> bool:
+        """Whether an image may have several classes, or none."""
 
 
 @dataclass(frozen=True)
@@ -123,5 +128,5 @@ def explain(
 
 def _softmax(model: Model, logits: Tensor) -> Tensor:
     """Calibrated scores of one image, float32 (classes,); equal ones for a lesion that overflows."""
-    scores = torch.softmax(logits[0].float().cpu() / model.temperature, 0)
+    scores = compute_scores(logits[0].float().cpu() / model.temperature, model.multi_label, 0)
     return scores if bool(scores.isfinite().all()) else torch.full_like(scores, 1 / len(scores))

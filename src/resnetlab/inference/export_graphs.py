@@ -192,7 +192,7 @@ def export_metadata(model: TrainedModel) -> dict[str, str]:
         "preprocessing": json.dumps(model.preprocessing.to_json()),
         "specification": json.dumps(model.net.spec.to_json()),
         "temperature": str(model.temperature),
-    }
+    } | ({"thresholds": json.dumps(model.thresholds)} if model.multi_label else {})
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from torch import Tensor
 from resnetlab.data import sources
 from resnetlab.data.dataset import Split
 from resnetlab.data.decode import decode, list_images
+from resnetlab.data.disk_split import ReadOptions
 from resnetlab.data.prefetch import preprocess_image
 from resnetlab.errors import DataError, UsageError
 from resnetlab.models.model_file import TrainedModel
@@ -41,7 +42,7 @@ def load_export_images(
     """
     preprocessing = model.preprocessing
     if data is not None:
-        source = sources.load_dataset(data, data_dir)
+        source = sources.load_dataset(data, data_dir, ReadOptions(multi_label=True))
         check = list(_read_check_images(source.test, preprocessing))
         calibration = list(_read_check_images(source.train, preprocessing))
     elif folder is not None:

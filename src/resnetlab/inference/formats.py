@@ -22,7 +22,7 @@ from resnetlab.errors import UsageError, unknown_name_error
 from resnetlab.inference.export_graphs import PIXELS, ExportGraphs, export_metadata, export_resize, openvino_core
 from resnetlab.inference.inference_module import InferenceModule
 from resnetlab.inference.state_dict_export import list_differences, write_state_dict
-from resnetlab.models.model_file import TrainedModel
+from resnetlab.models.model_file import TrainedModel, compute_scores
 
 PredictFn = Callable[[Tensor], Tensor]  # images, uint8 -> scores, float32 (B, classes)
 
@@ -87,7 +87,7 @@ def _start_torch(program: bytes, model: TrainedModel, precision: str) -> Predict
     def predict(pixels: Tensor) -> Tensor:
         with torch.inference_mode():
             x = preprocessing.normalise(pixels)
-            return torch.softmax(net(x.to(dtype)).float() / module.temperature, 1)
+            return compute_scores(net(x.to(dtype)).float() / module.temperature, module.multi_label)
 
     return predict
 

@@ -1,4 +1,4 @@
-"""The network with normalisation, temperature and softmax in one module, which is exported and run by other backends.
+"""The network with normalisation, temperature and softmax (or sigmoid) in one module, for export and other backends.
 
 uint8 (B, h, w, C)  --normalise, network, / temperature, softmax-->  float32 (B, classes)
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from resnetlab.device import eval_mode
 from resnetlab.errors import UsageError
 from resnetlab.models.fold import fold_batchnorm
-from resnetlab.models.model_file import TrainedModel
+from resnetlab.models.model_file import TrainedModel, compute_scores
 
 
 class InferenceModule(nn.Module):
@@ -29,7 +29,7 @@ class InferenceModule(nn.Module):
     def __init__(self, model: TrainedModel) -> None:
         super().__init__()
         preprocessing = model.preprocessing
-        self.net = fold_batchnorm(model.net).cpu()
+        self.net, self.multi_label = fold_batchnorm(model.net).cpu(), model.multi_label
         shift = preprocessing.mean / preprocessing.std  # (C,) or (h, w, C)
         shift = shift[:, None, None] if shift.ndim == 1 else shift.permute(2, 0, 1)  # (C, 1, 1) or (C, h, w)
         # channels first: runtimes are slow if the innermost dimension is only as long as the number of channels
@@ -41,7 +41,7 @@ class InferenceModule(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         x = pixels.permute(0, 3, 1, 2).to(torch.float32) * self.scale - self.shift  # (B, C, h, w)
         logits = self.net(x)
-        return torch.softmax(logits / self.temperature, 1)
+        return compute_scores(logits / self.temperature, self.multi_label)
 
 
 def export_program(module: nn.Module, shape: Sequence[int], dynamic: Sequence[str]) -> torch.export.ExportedProgram:
@@ -68,4 +68,4 @@ def compute_reference_scores(model: TrainedModel, pixels: Tensor) -> Tensor:
         logits = torch.cat(
             [model.net(model.preprocessing.normalise(x.to(device))).cpu() for x in torch.split(pixels, 16)]
         )
-    return torch.softmax(logits.float() / model.temperature, 1)
+    return compute_scores(logits.float() / model.temperature, model.multi_label)

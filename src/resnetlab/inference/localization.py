@@ -27,6 +27,7 @@ from resnetlab.evaluation.gradcam import grad_cam
 from resnetlab.evaluation.segmentation import resize_bounded
 from resnetlab.inference.annotated import select_split
 from resnetlab.inference.predict import Model
+from resnetlab.models.model_file import compute_scores
 
 PEAK_FRACTION = 0.2  # of the maximum (Zhou et al. 2016, arXiv 1512.04150, §3.2)
 IOU_THRESHOLD = 0.5  # with a true box, for a correct localisation
@@ -88,7 +89,7 @@ def localize_class(model: Model, pixels: Tensor) -> tuple[Tensor, Tensor]:
     with eval_mode(model.resnet), model.device_config.autocast():
         heat, logits = grad_cam(model.resnet, x)
     heat = F.interpolate(heat[None].float().cpu(), pixels.shape[:2], mode="bilinear", align_corners=False)
-    return heat[0, 0], torch.softmax(logits[0].float().cpu() / model.temperature, 0)
+    return heat[0, 0], compute_scores(logits[0].float().cpu() / model.temperature, model.multi_label, 0)
 
 
 def box_around_peak(heat: Tensor) -> Tensor:

@@ -43,13 +43,15 @@ class Prediction:
     """The classes with the highest scores for one image, best first; or why it cannot be read.
 
     `prediction[0].label` and `prediction.label` are the best class; `prediction.label` is "none of these" where its score is
-    below the model's `none_below`.
+    below the model's `none_below`. Of a model that gives several classes `labels` are those over their thresholds, and
+    `prediction.label` is "none of these" where there is none.
     """
 
     name: str
-    top: tuple[ClassScore, ...] = ()  # scores are softmax probabilities
+    top: tuple[ClassScore, ...] = ()  # scores are softmax probabilities, or sigmoids
     error: str | None = None
     is_none: bool = False
+    labels: tuple[str, ...] | None = None  # of a model that gives several classes; None for others
 
     def __getitem__(self, rank: int) -> ClassScore:
         return self.top[rank]
@@ -78,22 +80,29 @@ class Prediction:
         if self.error is not None:
             return {"image": self.name, "error": self.error}
         top = [{"class": name, "score": score} for name, score in self.top]
-        return {"image": self.name, "top": top} | ({"none_of_these": True} if self.is_none else {})
+        labels = {} if self.labels is None else {"labels": list(self.labels)}
+        return {"image": self.name, "top": top} | labels | ({"none_of_these": True} if self.is_none else {})
 
     to_dict = to_json
 
     def to_rows(self) -> list[tuple[str, int | str, str, float | str, str]]:
-        """Rows of image, rank, class, score and error, "" where there is none."""
+        """Rows of image, rank, class, score and error, "" where there is none.
+
+        A row of rank 0 says "none of these", or of several classes which are over their thresholds, "cat;dog".
+        """
         if self.error is not None:
             return [(self.name, "", "", "", self.error)]
         none: list[tuple[str, int | str, str, float | str, str]] = (
-            [(self.name, 0, NONE, "", "")] if self.is_none else []
+            [(self.name, 0, NONE if self.is_none else ";".join(self.labels or ()), "", "")]
+            if self.is_none or self.labels
+            else []
         )
         return none + [(self.name, rank, each.label, each.score, "") for rank, each in enumerate(self.top, 1)]
 
     def describe(self) -> str:
         """The classes and scores, or the error, in one line."""
-        return self.error or "  ".join([NONE] * self.is_none + [str(each) for each in self.top])
+        said = [NONE] * self.is_none + ([f"[{'; '.join(self.labels)}]"] if self.labels else [])
+        return self.error or "  ".join(said + [str(each) for each in self.top])
 
     def to_pandas(self) -> Any:
         """A pandas DataFrame, a row for each class. Raises UsageError without pandas."""
@@ -188,6 +197,11 @@ class Model(TrainedModel):
         return str(self.backend)
 
     @property
+    def default_top(self) -> int:
+        """How many classes a prediction names: all of a model that gives several, otherwise five."""
+        return len(self.classes) if self.multi_label else 5
+
+    @property
     def backend_name(self) -> str:
         """What computes the scores, such as "openvino bf16"."""
         return f"{self.backend.name} {self.backend.precision}"
@@ -206,6 +220,8 @@ class Model(TrainedModel):
         rows = torch.tensor([self.classes.index(name) for name in names], device=net.fc.weight.device)
         head = nn.Linear(net.fc.in_features, len(names), device="meta")
         head.weight, head.bias = nn.Parameter(net.fc.weight[rows]), nn.Parameter(net.fc.bias[rows])
+        if self.multi_label:
+            self.thresholds = tuple(self.thresholds[i] for i in rows.tolist())
         net.fc, net.spec, self.classes = head, replace(net.spec, classes=len(names)), names
         self.calibration = {k: v for k, v in self.calibration.items() if not k.startswith("none_")}  # of other scores
         self.reference_images, self._request = None, None
@@ -219,6 +235,8 @@ class Model(TrainedModel):
     @python_messages()
     def predict(self, image: Any, *, top: int | None = None, protocol: str | None = None) -> Any:
         """The `top` best classes of an image, five by default: a Prediction; of several images Predictions, a list.
+
+        A model that gives several classes gives all of them by default, and names those over their thresholds.
 
         Args:
             protocol: average the scores of the views of a test protocol, such as "flip" or "10crop".
@@ -253,7 +271,7 @@ class Model(TrainedModel):
             protocol: a test protocol, such as "flip" or "10crop" (evaluation.protocols), computed by torch; whole images are
                 in memory then, at most VIEWED at a time.
         """
-        top = 5 if top is None else top
+        top = self.default_top if top is None else top
         if not isinstance(top, int) or isinstance(top, bool) or top < 1:
             raise UsageError(f"top must be a whole number from 1 up, not {top!r}.")
         if protocol is not None:
@@ -263,7 +281,13 @@ class Model(TrainedModel):
     def _predict_views(
         self, images: Iterable[tuple[str, ImageInput | DataError]], top: int, protocol: Protocol
     ) -> Iterator[Prediction]:
-        member = Member.from_network(self.net, self.preprocessing, self.device_config, temperature=self.temperature)
+        member = Member.from_network(
+            self.net,
+            self.preprocessing,
+            self.device_config,
+            temperature=self.temperature,
+            multi_label=self.multi_label,
+        )
         mode, remaining = "L" if self.preprocessing.channels == 1 else "RGB", iter(images)
         while group := list(islice(remaining, VIEWED)):
             pixels: list[Tensor | str] = []
@@ -282,6 +306,9 @@ class Model(TrainedModel):
 
     def _make_prediction(self, name: str, scores: Tensor, top: int) -> Prediction:
         best = top_classes(self.classes, scores, top)
+        if self.multi_label:
+            labels = tuple(self.over_threshold(scores))
+            return Prediction(name, best, is_none=not labels, labels=labels)
         return Prediction(name, best, is_none=best[0].score < self.none_below)
 
     def _predict_batches(self, images: Iterable[tuple[str, ImageInput | DataError]], top: int) -> Iterator[Prediction]:
@@ -297,7 +324,7 @@ class Model(TrainedModel):
 
     @standard_torch_state()
     def predict_scores(self, pixels: Tensor) -> Tensor:
-        """Softmax scores, float32 (B, classes), of resized and cropped images, uint8 (B, h, w, C)."""
+        """Softmax scores (sigmoids, of several classes), float32 (B, classes), of cropped images, uint8 (B, h, w, C)."""
         scores = self.backend.predict(pixels)
         if not bool(scores.isfinite().all()):
             raise ModelFileError("the network's scores are not finite; its weights or preprocessing are not usable.")

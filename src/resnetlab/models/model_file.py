@@ -46,6 +46,8 @@ class TrainedModel:
         data: name and fingerprint of the training data.
         versions: of resnetlab and torch at training time.
         reference_images: images to check backends on and to calibrate int8 on; None if it was not trained here.
+        thresholds: of a model that gives an image several classes, or none: a class is predicted where its score, a sigmoid, is
+            this or more; empty for one class per image, by softmax.
         fingerprints: "seen", "held_out" -> fingerprints of these images of the run, uint32 (n, 2); see data.fingerprints.
     """
 
@@ -60,6 +62,17 @@ class TrainedModel:
     calibration: Mapping[str, Any] = field(default_factory=dict)
     reference_images: ReferenceImages | None = None
     fingerprints: Mapping[str, Tensor] = field(default_factory=dict)
+    thresholds: tuple[float, ...] = ()
+
+    @property
+    def multi_label(self) -> bool:
+        """Whether an image may have several classes, or none."""
+        return bool(self.thresholds)
+
+    def over_threshold(self, scores: Tensor) -> list[str]:
+        """The classes of an image whose scores (classes,) are at their thresholds or over them, in the order of `classes`."""
+        rows = zip(self.classes, scores.tolist(), self.thresholds, strict=True)
+        return [name for name, score, threshold in rows if score >= threshold]
 
     @property
     def resnet(self) -> ResNet:
@@ -82,11 +95,15 @@ class TrainedModel:
         """The model in a few words: network, classes, input, and the errors that were measured."""
         spec, (height, width) = self.net.spec, self.preprocessing.size
         errors = [f"{key} {value['top1_error']:.2%}" for key, value in self.metrics.items() if "top1_error" in value]
+        kind = "top-1 error"
+        if self.multi_label:
+            kind = "mean average precision"
+            errors = [f"{key} {value['mean_ap']:.3f}" for key, value in self.metrics.items() if "mean_ap" in value]
         return {
             "network": f"{str(self.recipe.get('net', 'residual network')).removeprefix(OWN)} ({spec.summary})",
             "classes": f"{len(self.classes):,}: {format_list(self.classes, 5)}",
             "input": f"{height}x{width} pixels, {'grey' if spec.channels == 1 else 'colour'}",
-            "top-1 error": ", ".join(errors) or "not measured",
+            kind: ", ".join(errors) or "not measured",
         }
 
     def __repr__(self) -> str:
@@ -109,6 +126,7 @@ class TrainedModel:
             "data": self.data,
             "versions": self.versions,
         } | ({"calibration": self.calibration} if self.calibration else {})
+        metadata |= {"thresholds": list(self.thresholds)} if self.thresholds else {}
         tensors = dict(self.net.state_dict())
         if isinstance(self.net, OwnNetwork):  # some of whose tensors may be one
             tensors = {name: tensor.clone() for name, tensor in tensors.items()}
@@ -157,9 +175,17 @@ class TrainedModel:
         below = self.calibration.get("none_below", 0)
         if not isinstance(below, int | float) or not 0 <= below <= 1:
             return f"its score for none of the classes is {below!r}"
+        thresholds = self.thresholds
+        if thresholds and (len(thresholds) != len(names) or not all(is_number(t) and 0 < t < 1 for t in thresholds)):
+            return f"its thresholds are not {len(names)} numbers between 0 and 1"
         if bad := [name for name, v in self.net.state_dict().items() if not bool(v.isfinite().all())]:
             return f"some of its weights are not finite, such as {bad[0]}"
         return None
+
+
+def compute_scores(logits: Tensor, multi_label: bool, dim: int = 1) -> Tensor:
+    """Scores of logits over classes in dimension `dim`: softmax, or sigmoid where an image may have several classes."""
+    return torch.sigmoid(logits) if multi_label else torch.softmax(logits, dim)
 
 
 @standard_torch_state()
@@ -191,6 +217,7 @@ def load_trained_model(path: Path, net: nn.Module | None = None) -> TrainedModel
             calibration=metadata.get("calibration", {}),
             reference_images=reference_images,
             fingerprints=fingerprints,
+            thresholds=tuple(metadata.get("thresholds", ())),
         )
     except ModelFileError as error:
         raise ModelFileError(f"{path}: {error}") from error

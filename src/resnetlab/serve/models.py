@@ -115,8 +115,12 @@ class ServedClassifier:
         return list(self._scores(torch.stack(list(images))))
 
     def format(self, image: Tensor, result: Tensor, top: int | None, min_score: float | None) -> dict[str, Any]:
-        classes = top_classes(self.model.classes, result, top or 5)
+        several = self.model.multi_label
+        classes = top_classes(self.model.classes, result, top or self.model.default_top)
         rows = [{"class": name, "score": score} for name, score in classes if score >= (min_score or 0)]
+        if several:
+            labels = self.model.over_threshold(result)
+            return {"top": rows, "labels": labels} | ({} if labels else {"none_of_these": True})
         return {"top": rows} | ({"none_of_these": True} if classes[0].score < self.model.none_below else {})
 
     def explain(self, image: Tensor, top: int | None, on_progress: Callable[[int, int], None]) -> dict[str, Any]:

@@ -58,6 +58,9 @@ class ImagePrediction(BaseModel):
 
     image: str = Field(description="The file name in the request.")
     top: list[ClassScore] | None = Field(None, description="Of a classifier.")
+    labels: list[str] | None = Field(
+        None, description="Of a classifier of several classes: those over their thresholds."
+    )
     none_of_these: bool | None = Field(None, description="True where the best score is below the model's least one.")
     width: int | None = Field(None, description="Of the image in pixels; of detectors and segmenters, like height.")
     height: int | None = None

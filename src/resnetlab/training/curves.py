@@ -34,12 +34,14 @@ def draw_curves(
         return None
     stepwise = recipe.get("schedule") != "cosine"  # a cosine changes at every step, so it has no marks
     marks = learning_rate_changes(train, recipe.get("milestones", ())) if stepwise else []
-    error = curve_points(train, "error"), curve_points(held_out, "top1_error")
+    several = any("label_error" in line for line in held_out) or bool(result and "mean_ap" in result)
+    key = "label_error" if several else "top1_error"
+    error = curve_points(train, "error"), curve_points(held_out, key)
     losses = curve_points(train, "loss"), curve_points(held_out, "loss")
     loss = [[point for point in points if point[1] > 0] for points in losses]  # the axis is logarithmic
     steps = float(result["steps"] if result else recipe["steps"])
-    test = float(result["top1_error"]) if result else math.nan
-    interval = wilson_interval(test, int(result["n"])) if result else ()
+    test = float(result[key]) if result else math.nan
+    interval = () if result is None else (test, test) if several else wilson_interval(test, int(result["n"]))
     last = max(steps, *(float(line["step"]) for line in metrics))
 
     def draw_error(figure: Figure) -> None:
@@ -61,7 +63,9 @@ def draw_curves(
     label = f"by step, 0 to {last:,.0f}: training as a thin line, held-out images as a heavier one"
     end = ", the test error as a diamond at the end" if result else ""
     return {
-        "error": _draw_wide_and_narrow(draw_error, 330, "error", f"Top-1 error {label}{end}."),
+        "error": _draw_wide_and_narrow(
+            draw_error, 330, "error", f"{'Label' if several else 'Top-1'} error {label}{end}."
+        ),
         "loss": _draw_wide_and_narrow(draw_loss, 210, "loss", f"Loss {label}."),
     }
 

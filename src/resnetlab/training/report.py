@@ -15,13 +15,14 @@ from resnetlab.device import DeviceConfig, default_precision
 from resnetlab.evaluation import figures
 from resnetlab.evaluation.gradcam import CamOverlay
 from resnetlab.evaluation.metrics import ClassificationMetrics, wilson_interval
+from resnetlab.evaluation.multi_label import MultiLabelMetrics, describe_thresholds
 from resnetlab.evaluation.page import format_interval, load_templates
 from resnetlab.formatting import format_duration, unbreakable
 from resnetlab.run_folder import RunFolder, read_metrics
 from resnetlab.training import recipes
 from resnetlab.training.curves import draw_curves
 from resnetlab.training.recipe import BaseRecipe
-from resnetlab.training.result import ClassificationResult
+from resnetlab.training.result import ClassificationResult, MultiLabelResult
 
 MISTAKES = 24  # images shown at most
 PAIRS = 12  # rows of confused classes shown at most
@@ -110,6 +111,28 @@ def render_report(
             f"resnetlab explain {model} IMAGE...",
             f"resnetlab evaluate {model} --data {data}",
         ],
+    )
+
+
+def render_multi_label_report(
+    description: RunDescription,
+    result: MultiLabelResult,
+    evaluation: MultiLabelMetrics,
+    holds: str,
+    calibration: Mapping[str, Any],
+) -> str:
+    """The report of a run whose images have several classes, or none, as HTML; `calibration` is that of the model."""
+    model, data = shlex.quote(result.model), shlex.quote(str(description.recipe.get("data", "DATA")))
+    return description.render(
+        "multi_label.html.j2",
+        figures=evaluation.to_json(),
+        n=evaluation.n,
+        split=result.split,
+        curves=draw_curves(description.metrics, description.recipe, result.to_json()),
+        calibration=describe_thresholds(calibration),
+        notes=[holds],
+        options={},
+        commands=[f"resnetlab predict {model} IMAGE...", f"resnetlab evaluate {model} --data {data}"],
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Self
 
 from resnetlab.formatting import format_duration, format_figure, format_percent
 from resnetlab.progress import ProgressBar
@@ -60,6 +60,11 @@ class TrainResult:
     parameters: int
     budget: str | None  # "600 of the 64,000 steps of …" if the run is not as long as its recipe
 
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
+        """The result in a dictionary; raises TypeError for one of another kind."""
+        return cls(**values)
+
     def to_json(self) -> dict[str, Any]:
         """A plain dictionary."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
@@ -80,6 +85,22 @@ class ClassificationResult(TrainResult):
     def __post_init__(self) -> None:
         low, high = self.top1_interval  # a list if read from a file
         object.__setattr__(self, "top1_interval", (low, high))
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Any:
+        """The result in a dictionary, of whichever kind of classifier; raises TypeError for another."""
+        return MultiLabelResult(**values) if "mean_ap" in values else cls(**values)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MultiLabelResult(TrainResult):
+    """Result of a classifier that gives an image several classes, or none; fractions."""
+
+    mean_ap: float  # over the classes
+    f1: float  # mean over the classes
+    micro_f1: float  # of all decisions together
+    label_error: float  # the share of wrong decisions
+    held_out_mean_ap: float | None  # None if nothing was held out
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -42,6 +42,7 @@ def render_comparison(
         "Training error": ("train", "error"),
         "Held-out loss": ("held_out", "loss"),
         "Held-out error": ("held_out", "top1_error"),
+        "Held-out label error": ("held_out", "label_error"),
         "Held-out mAP": ("held_out", "map"),
         "Held-out mean IoU": ("held_out", "mean_iou"),
     }

@@ -270,7 +270,9 @@ def read_result(run: RunFolder, task: type[Task]) -> TrainResult | None:
     try:
         values = run.read_json("result.json") or {}
         read_tensor_file(run.model, "model file")
-        result = task.result_type(**values | {"run": str(run.path), "model": str(run.model), "report": str(run.report)})
+        result = task.result_type.from_json(
+            values | {"run": str(run.path), "model": str(run.model), "report": str(run.report)}
+        )
     except (ResNetLabError, KeyError, TypeError):
         return None
     return result if run.report.is_file() else None

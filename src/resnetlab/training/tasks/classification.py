@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from resnetlab.data import sources
-from resnetlab.data.dataset import MemorySplit, Split
+from resnetlab.data.dataset import Dataset, MemorySplit, Split
 from resnetlab.data.disk_split import DiskSplit
 from resnetlab.data.fingerprints import match_fingerprints, record_fingerprints
 from resnetlab.data.prefetch import PreprocessedSplit
@@ -45,7 +45,7 @@ from resnetlab.training.compilation import choose_compilation
 from resnetlab.training.memory import largest_micro_batch
 from resnetlab.training.micro_batches import count_micro_batches
 from resnetlab.training.recipe import Recipe
-from resnetlab.training.result import ClassificationResult
+from resnetlab.training.result import ClassificationResult, MultiLabelResult
 from resnetlab.training.run_state import RunState
 from resnetlab.training.tasks.base import Task, TaskSetup
 from resnetlab.training.tasks.classification_data import (
@@ -58,6 +58,12 @@ from resnetlab.training.tasks.classification_data import (
     require_held_out,
     resolve_size,
     resolve_val_images,
+)
+from resnetlab.training.tasks.multi_label import (
+    check_label_sets,
+    finish_multi_label,
+    held_out_figures,
+    multi_label_loss,
 )
 from resnetlab.training.tasks.starting_network import build_network
 
@@ -72,6 +78,8 @@ class ClassificationTask(Task):
         held_out: images evaluated during training and never trained on; may be empty.
         test: evaluated once, at the end.
         evaluated_split: the name of `test`: "test", "val" or "held-out".
+        label_sets: where images have several classes, or none: float32 (sets, classes) on the device, in which labels are
+            positions; None where each has one.
         class_weights: of the loss, float32 (classes,) on the device; None for ones.
         start_fingerprints: of the images that the model was trained on which training started from.
     """
@@ -94,6 +102,7 @@ class ClassificationTask(Task):
     holdout: Mapping[str, Sequence[str]] = field(default_factory=dict)
     start_fingerprints: Mapping[str, Tensor] = field(default_factory=dict)
     class_weights: Tensor | None = None
+    label_sets: Tensor | None = None
 
     @classmethod
     def build(cls, recipe: Recipe, setup: TaskSetup) -> Self:
@@ -127,12 +136,12 @@ class ClassificationTask(Task):
         if isinstance(train, MemorySplit):  # a CPU crops and augments these too, where the recipe does that per image
             train = replace(train, workers=setup.num_workers)
         require_held_out(recipe, held_out, len(train))
-        notes += describe_view(recipe) + describe_imbalance(source.classes, train.labels)
-        weights = parse_class_weights(recipe.class_weights, source.classes, train.labels)
+        weights, targets, sentences = _choose_targets(recipe, source, train)
+        notes += describe_view(recipe) + sentences
         loader = TrainLoader(
             train,
             preprocessing,
-            choose_augmentation(recipe, len(source.classes)),
+            choose_augmentation(recipe, targets),
             recipe.batch,
             recipe.seed,
             device_config,
@@ -162,6 +171,7 @@ class ClassificationTask(Task):
             holdout=holdout,
             start_fingerprints=fingerprints,
             class_weights=None if weights is None else weights.to(device_config.device),
+            label_sets=None if source.label_sets is None else source.label_sets.to(device_config.device),
         )
         for sentence in [*notes, *task._describe()]:
             setup.report(sentence)
@@ -207,9 +217,11 @@ class ClassificationTask(Task):
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Mean cross entropy in nats, weighted by `class_weights`, and the share of images whose highest score is another
-        class; both scalars. A mixed image counts as the class with the largest share.
+        class; both scalars. A mixed image counts as the class with the largest share. For several classes: `multi_label_loss`.
         """
         logits = self._forward(batch.images).float()  # (B, classes)
+        if self.label_sets is not None:
+            return multi_label_loss(logits, batch.targets, self.label_sets, self.recipe.label_smoothing)
         error = (logits.detach().argmax(1) != batch.labels).float().mean()
         weights, smoothing = self.class_weights, self.recipe.label_smoothing
         if weights is None:
@@ -229,9 +241,11 @@ class ClassificationTask(Task):
         return evaluate_network(self.net, split, self.preprocessing, self.classes, self.device_config)
 
     def evaluate_held_out(self) -> dict[str, float] | None:
-        """Top-1 error and loss on the held-out images."""
+        """Top-1 error and loss on the held-out images, or the figures of several classes."""
         if not len(self.held_out):
             return None
+        if self.label_sets is not None:
+            return held_out_figures(self)
         return evaluate_errors(self.net, self.held_out, self.preprocessing, self.device_config)
 
     def close(self) -> None:
@@ -297,6 +311,8 @@ class ClassificationTask(Task):
         if not check:
             return None
         labels = check_split.labels[torch.tensor([i for i, _ in check])]
+        if self.label_sets is not None:
+            labels = self.label_sets.cpu().argmax(1)[labels]  # the first of several, or of all where there is none
         h, w, c = (*self.preprocessing.size, self.preprocessing.channels)
         training_images = [x for _, x in training]
         return ReferenceImages(
@@ -336,12 +352,14 @@ class ClassificationTask(Task):
             fingerprints=record_fingerprints(seen, held_out, self.start_fingerprints),
         )
 
-    def finish(self, run: RunFolder, state: RunState) -> ClassificationResult:
+    def finish(self, run: RunFolder, state: RunState) -> ClassificationResult | MultiLabelResult:
         """Evaluates the final weights (or their average) on the test split, once; writes model and report."""
         start = time.perf_counter()
         recipe, is_first = self.recipe, self.device_config.world.is_first
         if recipe.precise_bn:
             reestimate_bn_statistics(self, recipe.precise_bn)
+        if self.label_sets is not None:
+            return finish_multi_label(self, run, state)
         val = self.evaluate(self.held_out) if len(self.held_out) else None
         enough = val is not None and val.n >= MIN_IMAGES
         temperature = fit_temperature(val.log_scores, val.labels) if val and enough else 1.0
@@ -386,16 +404,17 @@ class ClassificationTask(Task):
                 overlays = make_cam_overlays(
                     self.net, evaluation, images, self.preprocessing, self.device_config, report.OVERLAYS
                 )
-            describe = self._describe_run(run)
+            describe = self.describe_run(run)
             page = report.render_report(describe, result, evaluation, images, overlays, model.describe_images())
             write_atomically(run.report, page)
         return result
 
     def write_running_report(self, run: RunFolder) -> None:
         """Writes the report of a run that is still training: its curves so far, and its recipe."""
-        write_atomically(run.report, report.render_progress(self._describe_run(run), str(run.path)))
+        write_atomically(run.report, report.render_progress(self.describe_run(run), str(run.path)))
 
-    def _describe_run(self, run: RunFolder) -> report.RunDescription:
+    def describe_run(self, run: RunFolder) -> report.RunDescription:
+        """What the page of the run shows, finished or not."""
         title = f"{self._network} on {sources.short_name(self.recipe.data)}"
         return report.RunDescription.from_run(run, title, self._shared_recipe, self.device_config)
 
@@ -406,3 +425,11 @@ class ClassificationTask(Task):
         It does not have the number of threads either, which does not change the model.
         """
         return replace(self.recipe, data=sources.strip_signature(self.recipe.data), threads=0)
+
+
+def _choose_targets(recipe: Recipe, source: Dataset, train: Split) -> tuple[Tensor | None, int, list[str]]:
+    """The classes' weights in the loss, the number of different labels, and sentences on these."""
+    if source.label_sets is not None:
+        return None, len(source.label_sets), check_label_sets(recipe, source, train)
+    weights = parse_class_weights(recipe.class_weights, source.classes, train.labels)
+    return weights, len(source.classes), describe_imbalance(source.classes, train.labels)

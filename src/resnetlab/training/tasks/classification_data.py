@@ -13,6 +13,7 @@ from resnetlab.data.augment import Augmentation
 from resnetlab.data.crops import Crop
 from resnetlab.data.dataset import A_TENTH, Dataset, Split, count_held_out, hold_out, take_fold
 from resnetlab.data.disk_split import DiskSplit, ReadOptions
+from resnetlab.data.label_sets import find_classes
 from resnetlab.data.mixing import Mixing
 from resnetlab.data.own_transform import name_transform
 from resnetlab.data.statistics import compute_statistics
@@ -50,7 +51,8 @@ def resolve_val_images(recipe: Recipe, source: Dataset) -> Recipe:
             rest, _ = hold_out(train, count)
         except DataError:  # too few groups
             return replace(recipe, val_images=0)
-        if set(train.labels.tolist()) - set(train.labels[rest].tolist()):  # a class would have no image to train on
+        seen, left = (find_classes(labels, source.label_sets) for labels in (train.labels, train.labels[rest]))
+        if seen - left:  # a class would have no image to train on
             count = 0
     return replace(recipe, val_images=count)
 
@@ -123,7 +125,7 @@ def load_source(recipe: Recipe, setup: TaskSetup) -> Dataset:
     quarantine = str(setup.started_in / recipe.quarantine) if recipe.quarantine else ""
     moved = setup.dataset if isinstance(setup.dataset, str) else ""
     data = moved or sources.resolve_data_path(recipe.data, setup.started_in)
-    read_options = ReadOptions(recipe.on_bad_image, quarantine, setup.num_workers, recipe.groups)
+    read_options = ReadOptions(recipe.on_bad_image, quarantine, setup.num_workers, recipe.groups, multi_label=True)
     own = setup.dataset if isinstance(setup.dataset, Dataset) else None
     source = own or sources.load_dataset(data, setup.data_dir, read_options)
     if recipe.groups and not isinstance(source.train, DiskSplit):
@@ -132,7 +134,7 @@ def load_source(recipe: Recipe, setup: TaskSetup) -> Dataset:
         raise DataError(
             f"{data} has no train folder; training needs class folders, or train/ with class folders in it."
         )
-    return take_fold(source, recipe.fold) if recipe.fold else source
+    return take_fold(source, recipe.fold) if recipe.fold and source.label_sets is None else source
 
 
 def divide_images(
