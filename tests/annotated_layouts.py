@@ -182,6 +182,83 @@ def label_studio(root: Path) -> None:
     _write(root / "project-1.json", tasks)
 
 
+def encode_brush(inside: Any) -> list[int]:
+    """Label Studio's run lengths of a mask (H, W), as RGBA; every run is of one value."""
+    values = np.repeat(255 * inside.astype(np.uint8).ravel(), 4)
+    bits = [f"{len(values):032b}", f"{7:05b}", *(f"{n - 1:04b}" for n in (3, 4, 8, 16))]
+    runs = np.split(values, np.flatnonzero(np.diff(values)) + 1)
+    text = "".join(bits + [f"1{3:02b}{len(run) - 1:016b}{run[0]:08b}" for run in runs])
+    return [int(text[i : i + 8].ljust(8, "0"), 2) for i in range(0, len(text), 8)]
+
+
+def label_studio_brushes(root: Path) -> None:
+    tasks = []
+    for split, seeds in SPLITS.items():
+        for i in seeds:
+            image, _, objects = cells.scene(i)
+            _save(image, root / split / f"p{i}.png")
+            result = []
+            for name, (x1, y1, x2, y2) in objects:
+                inside = np.zeros(cells.SIZE, bool)
+                inside[y1:y2, x1:x2] = True
+                value = {"format": "rle", "rle": encode_brush(inside), "brushlabels": [name]}
+                size = {"original_width": WIDTH, "original_height": HEIGHT, "image_rotation": 0}
+                result.append({"type": "brushlabels", **size, "value": value})
+            tasks.append({"id": i, "data": {"image": f"s3://bucket/p{i}.png"}, "annotations": [{"result": result}]})
+    _write(root / "project-2.json", tasks)
+
+
+def cvat_images(root: Path) -> None:
+    """CVAT's XML for images: a box, then a polygon or a mask."""
+    labels = "".join(f"<label><name>{name}</name><color>#ff0000</color></label>" for name in NAMES)
+    images = []
+    for seeds, subset in zip(SPLITS.values(), ("Train", "Validation"), strict=True):
+        for i in seeds:
+            image, _, objects = cells.scene(i)
+            _save(image, root / "images" / subset / f"p{i}.png")
+            shapes = ['<tag label="round" source="manual"/>']
+            for k, (name, (x1, y1, x2, y2)) in enumerate(objects):
+                outer = f'label="{name}" source="manual" occluded="0" z_order="0"'
+                if k % 3 == 0:
+                    shapes.append(f'<box {outer} xtl="{x1}.00" ytl="{y1}.00" xbr="{x2}.00" ybr="{y2}.00"></box>')
+                elif k % 3 == 1:
+                    shapes.append(f'<polygon {outer} points="{x1},{y1};{x2},{y1};{x2},{y2};{x1},{y2}"></polygon>')
+                else:
+                    w, h = x2 - x1, y2 - y1
+                    shapes.append(
+                        f'<mask {outer} rle="0, {w * h}" left="{x1}" top="{y1}" width="{w}" height="{h}"></mask>'
+                    )
+            size = f'width="{WIDTH}" height="{HEIGHT}"'
+            images.append(f'<image id="{i}" name="p{i}.png" subset="{subset}" {size}>{"".join(shapes)}</image>')
+    head = '<?xml version="1.0" encoding="utf-8"?>\n<annotations>\n  <version>1.1</version>\n  <meta><job><labels>'
+    _write(root / "annotations.xml", f"{head}{labels}</labels></job></meta>{''.join(images)}</annotations>")
+
+
+def fiftyone_samples(root: Path) -> None:
+    """FiftyOne's own export of a data set whose splits are tags; a model's predictions stand beside."""
+    samples = []
+    for split, seeds in SPLITS.items():
+        for i in seeds:
+            image, _, objects = cells.scene(i)
+            _save(image, root / "data" / f"p{i}.png")
+            detections = [
+                {
+                    "_cls": "Detection",
+                    "label": name,
+                    "bounding_box": [x1 / WIDTH, y1 / HEIGHT, (x2 - x1) / WIDTH, (y2 - y1) / HEIGHT],
+                }
+                for name, (x1, y1, x2, y2) in objects
+            ]
+            wrong = [{"_cls": "Detection", "label": "round", "bounding_box": [0, 0, 0.1, 0.1], "confidence": 0.4}]
+            fields = {"ground_truth": detections, "a_model": wrong}
+            samples.append(
+                {"filepath": f"data/p{i}.png", "tags": ["batch 3", "validation" if split == "val" else split]}
+                | {name: {"_cls": "Detections", "detections": value} for name, value in fields.items()}
+            )
+    _write(root / "samples.json", {"samples": samples})
+    _write(root / "metadata.json", {"name": "cells", "default_classes": []})
+
+
 def fiftyone(root: Path) -> None:
     for split, seeds in SPLITS.items():
         labels: dict[str, Any] = {}
@@ -260,12 +337,13 @@ def cityscapes(root: Path) -> None:
 
 BOXES: dict[str, Callable[[Path], None]] = {
     "voc": voc, "voc in a folder": nested_voc, "roboflow voc": roboflow_voc, "fiftyone": fiftyone,
+    "fiftyone samples": fiftyone_samples,
     "ultralytics": ultralytics, "roboflow yolo": roboflow_yolo, "darknet": darknet_lists,
 }  # fmt: skip
 OUTLINES: dict[str, Callable[[Path], None]] = {  # both boxes and masks
     "coco": official_coco, "roboflow coco": roboflow_coco, "cvat coco": cvat_coco, "fiftyone coco": fiftyone_coco,
     "coco from windows": windows_coco, "yolo outlines": lambda root: ultralytics(root, outlines=True), "labelme": labelme,
-    "label studio": label_studio,
+    "label studio": label_studio, "label studio brushes": label_studio_brushes, "cvat images": cvat_images,
 }  # fmt: skip
 MASKS: dict[str, Callable[[Path], None]] = {
     "voc": voc, "cvat": cvat_masks, "camvid": camvid, "segnet": segnet, "images and masks": images_and_masks,

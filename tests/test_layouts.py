@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import warnings
 from pathlib import Path
@@ -204,6 +205,57 @@ def test_rotated_and_round_regions(tmp_path: Path) -> None:
         DataError, match=r"p0\.json, shape 1: its shape cannot be used: a line of 2 points encloses no area"
     ):
         box_dataset.load_boxes(tmp_path / "b")
+
+
+def test_cvats_shapes(tmp_path: Path) -> None:
+    """A box turned about its centre, an ellipse, a mask row by row; lines enclose nothing; bad shapes are named."""
+    layouts.cvat_images(tmp_path)
+    file = tmp_path / "annotations.xml"
+    text, (first, *_) = file.read_text(), re.findall(r'<image id="0".*?</image>', file.read_text(), re.S)
+
+    def put(*shapes: str) -> None:
+        image = re.sub(r">.*<", ">" + "".join(shapes) + "<", first, count=1, flags=re.S)
+        file.write_text(text.replace(first, image))
+
+    box = '<box label="square" xtl="30" ytl="20" xbr="50" ybr="30" rotation="90"/>'
+    put(box, '<polyline label="round" points="1,1;5,5"/>', '<ellipse label="round" cx="40" cy="40" rx="12" ry="6"/>')
+    with pytest.warns(UserWarning, match="1 polyline enclosing no area left out") as _:
+        data = box_dataset.load_boxes(tmp_path)
+    expected = torch.tensor([[35.0, 15, 45, 35], [28, 34, 52, 46]])
+    torch.testing.assert_close(data.train[0].boxes, expected, rtol=0, atol=0.2)
+    put('<mask label="square" rle="1, 2, 2, 1" left="10" top="5" width="3" height="2"/>')
+    mask = load(mask_dataset.load_masks, tmp_path).train[0].read()[1]
+    assert mask.nonzero().tolist() == [[5, 11], [5, 12], [6, 12]]
+    for shape, message in {
+        '<mask label="round" rle="1, 2" left="0" top="0" width="3" height="2"/>': "are for 3 pixels, its box has 3x2",
+        '<mask label="round" rle="0, 6" left="79" top="0" width="3" height="2"/>': "its mask is larger than the image",
+        '<box label="round" xtl="1" ytl="2" xbr="9"/>': "it has no ybr",
+        '<polygon label="round" points="1,1;2,x;3,3"/>': "could not convert string to float",
+    }.items():
+        put(shape)
+        with pytest.raises(DataError, match=rf"annotations\.xml, image p0\.png, \w+ 1: .*{message}"):
+            load(box_dataset.load_boxes, tmp_path)
+    file.write_text("<annotations><track/></annotations>")
+    with pytest.raises(DataError, match="is CVAT's XML for video; export"):
+        box_dataset.load_boxes(tmp_path)
+
+
+def test_broken_brushes_are_named(tmp_path: Path) -> None:
+    layouts.label_studio_brushes(tmp_path)
+    file = tmp_path / "project-2.json"
+    tasks = json.loads(file.read_text())
+    region = tasks[0]["annotations"][0]["result"][0]
+    whole = region["value"]["rle"]
+    for rle, message in (
+        (whole[:9], "cut short"),
+        ([0, 0, 0, 1, *whole[4:]], "are for 1 values, an image of 80x64 has 20,480"),
+    ):
+        region["value"]["rle"] = rle
+        file.write_text(json.dumps(tasks))
+        with pytest.raises(
+            DataError, match=rf"task 0, result 1: its region cannot be read \(its run lengths .*{message}"
+        ):
+            load(box_dataset.load_boxes, tmp_path)
 
 
 @pytest.mark.parametrize("layout", ["ultralytics", "yolo outlines", "roboflow coco", "roboflow voc"])

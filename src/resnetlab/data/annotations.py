@@ -150,7 +150,9 @@ def _scale_boxes(objects: list[ObjectRecord], size: tuple[int, int]) -> list[Obj
     return [
         thing._replace(
             box=None if thing.box is None else cast(Box, tuple(scale(thing.box))),
-            segmentation=[scale(polygon) for polygon in thing.segmentation] if thing.segmentation else None,
+            segmentation=[scale(polygon) for polygon in thing.segmentation]
+            if isinstance(thing.segmentation, list)
+            else thing.segmentation,  # run lengths are of pixels
         )
         for thing in objects
     ]

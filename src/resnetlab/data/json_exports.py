@@ -1,4 +1,4 @@
-"""Annotation tools' own JSON: LabelMe (a file beside each image), Label Studio (one list of tasks), FiftyOne (labels.json)."""
+"""Annotation tools' own JSON: LabelMe (a file beside each image), Label Studio (one list of tasks), FiftyOne."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from PIL import Image
 from resnetlab.data.annotations import Annotations, ImageRecord, ObjectRecord
 from resnetlab.data.error_policy import ErrorPolicy
 from resnetlab.data.file_lookup import ImageFinder, find_entry, find_split, list_subfolders
+from resnetlab.data.object_masks import CIRCLE_CORNERS, encode_mask, turn_corners
 from resnetlab.data.text_files import read_json, read_lines
 from resnetlab.errors import DataError
+from resnetlab.formatting import format_list
 
-CIRCLE_CORNERS = 64
 NO_CLASSES = ("__ignore__", "_background_")  # of LabelMe's labels.txt
 UPLOAD_PREFIX = re.compile(r"^[0-9a-f]{8}-")  # that Label Studio gives to an uploaded file's name
 
@@ -102,12 +103,7 @@ def _decode_mask(text: str, left: int, top: int, size: tuple[int, int]) -> dict[
     """Run lengths of LabelMe's mask, a PNG in base64 that begins at (left, top)."""
     with Image.open(io.BytesIO(base64.b64decode(text))) as image:
         inside = np.asarray(image.convert("L")) > 0
-    whole = np.zeros(size, bool)
-    if top + inside.shape[0] > size[0] or left + inside.shape[1] > size[1]:
-        raise ValueError("its mask is larger than the image")
-    whole[top : top + inside.shape[0], left : left + inside.shape[1]] = inside
-    changes = np.flatnonzero(np.diff(whole.T.ravel(), prepend=False))
-    return {"size": list(size), "counts": np.diff([0, *changes, whole.size]).tolist()}
+    return encode_mask(inside, left, top, size)
 
 
 def _group(shapes: list[tuple[ObjectRecord, Any]]) -> list[ObjectRecord]:
@@ -169,21 +165,21 @@ def _find_address(task: Any) -> str:
 
 
 def _read_result(result: Any, where: str, errors: ErrorPolicy) -> ObjectRecord | None:
-    """One rectangle, ellipse or polygon; None for what is no region (a choice, a text)."""
+    """One rectangle, ellipse, polygon or brush; None for what is no region (a choice, a text)."""
     try:
         value = result["value"]
         key = next((key for key in value if key.endswith("labels")), None)
         if key is None or not value[key]:
             return None
         label = str(value[key][0])
+        if value.get("format") == "rle":
+            return ObjectRecord(where, label, None, _decode_brush(value["rle"], result))
         if "points" in value:
             outline = [float(v) / 100 for point in value["points"] for v in point]
             return ObjectRecord(where, label, None, [outline])
         return ObjectRecord(where, label, None, [_region_outline(value, result)])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        errors.reject(
-            where, f"its region cannot be read ({error or type(error).__name__}); brushes: export masks as PNG"
-        )
+        errors.reject(where, f"its region cannot be read ({error or type(error).__name__})")
         return ObjectRecord(where, None, None)
 
 
@@ -198,15 +194,80 @@ def _region_outline(value: Any, result: Any) -> list[float]:
         pivot, corners = (x, y), [(x, y), (x + w, y), (x + w, y + h), (x, y + h)]
     if turn := math.radians(float(value.get("rotation") or 0)):
         ratio = float(result["original_width"]) / float(result["original_height"])  # turned in pixels, not in fractions
-        away = [((px - pivot[0]) * ratio, py - pivot[1]) for px, py in corners]
-        corners = [
-            (
-                pivot[0] + (dx * math.cos(turn) - dy * math.sin(turn)) / ratio,
-                pivot[1] + dx * math.sin(turn) + dy * math.cos(turn),
-            )
-            for dx, dy in away
-        ]
+        turned = turn_corners([(px * ratio, py) for px, py in corners], (pivot[0] * ratio, pivot[1]), turn)
+        corners = [(px / ratio, py) for px, py in turned]
     return [v for corner in corners for v in corner]
+
+
+def _decode_brush(content: Any, result: Any) -> dict[str, Any]:
+    """COCO's run lengths of a brush, whose bytes hold the pixels' RGBA values (label_studio_converter.brush.decode_rle):
+
+    32 bits of how many values, 5 of a value's length - 1, 4 times 4 of a run's length - 1; then runs: 1 bit whether one value
+    is repeated, 2 bits which of the four lengths, the run - 1, and the value or values.
+    """
+    height, width = int(result["original_height"]), int(result["original_width"])
+    if height * width > 2 * (Image.MAX_IMAGE_PIXELS or 0):
+        raise ValueError(f"an image of {width}x{height} pixels is too large")
+    bits = np.unpackbits(np.array(content, np.uint8))
+    at = 0
+
+    def read(count: int) -> int:
+        nonlocal at
+        at += count
+        if at > len(bits):
+            raise ValueError("its run lengths are cut short")
+        return int.from_bytes(
+            np.packbits(np.r_[np.zeros(-count % 8, np.uint8), bits[at - count : at]]).tobytes(), "big"
+        )
+
+    total, word = read(32), read(5) + 1
+    if total != 4 * height * width:
+        raise ValueError(
+            f"its run lengths are for {total:,} values, an image of {width}x{height} has {4 * height * width:,}"
+        )
+    lengths = [read(4) + 1 for _ in range(4)]
+    inside, i = np.zeros(total, bool), 0
+    while i < total:
+        repeated, run = read(1), read(lengths[read(2)]) + 1
+        if i + run > total:
+            raise ValueError("its run lengths are longer than the image")
+        inside[i : i + run] = read(word) > 0 if repeated else [read(word) > 0 for _ in range(run)]
+        i += run
+    return encode_mask(inside.reshape(height, width, 4)[:, :, 3], 0, 0, (height, width))
+
+
+def read_fiftyone_samples(root: Path, errors: ErrorPolicy, masks: bool) -> Annotations:
+    """FiftyOne's own data sets: {"samples": [{"filepath", "tags", FIELD: {"detections": […]} or {"polylines": […]}}]}.
+
+    The first field in the order of names that holds any is read, "ground_truth" before others.
+    """
+    splits: dict[str, list[ImageRecord]] = {}
+    finder, notes = ImageFinder(root), list[str]()
+    for file in (file for file in list_json_files(root) if file.stem.lower() == "samples"):
+        samples = read_json(file)["samples"]
+        fields = {
+            k for s in samples for k, v in s.items() if isinstance(v, dict) and ("detections" in v or "polylines" in v)
+        }
+        if not fields:
+            raise DataError(f"{file} has no field with detections or polylines; export one of them with the samples.")
+        first, *others = sorted(fields, key=lambda name: (name != "ground_truth", name))
+        notes += [f"{file.name}: the field {first} is read, not {format_list(others)}"] if others else []
+        folder = file.parent.relative_to(root).as_posix().removeprefix(".")
+        for number, sample in enumerate(samples, 1):
+            name, value = str(sample.get("filepath", "")), sample.get(first) or {}
+            if (image := finder.find(name, (folder, f"{folder}/data".strip("/")))) is None:
+                errors.reject(f"{file}, sample {number}", f"its image {name} does not exist below {file.parent}")
+                continue
+            entries = value.get("detections") or value.get("polylines") or ()
+            where = f"{file}, {Path(name).name}, {first}"
+            objects = [_read_detection(e, f"{where} {i}", (), errors) for i, e in enumerate(entries, 1)]
+            record = ImageRecord(finder.name_of(image), image, str(file), (0, 0), objects, relative=True)
+            tagged = next(filter(None, map(find_split, map(str, sample.get("tags") or ()))), "")
+            if tagged:
+                splits.setdefault(tagged, []).append(record)
+            else:
+                _add_record(splits, file, root, record)
+    return Annotations("FiftyOne", None, dict(splits), tuple(notes))
 
 
 def read_fiftyone(root: Path, errors: ErrorPolicy, masks: bool) -> Annotations:
@@ -235,6 +296,9 @@ def read_fiftyone(root: Path, errors: ErrorPolicy, masks: bool) -> Annotations:
 def _read_detection(entry: Any, where: str, classes: tuple[str, ...], errors: ErrorPolicy) -> ObjectRecord:
     try:
         label = classes[entry["label"]] if isinstance(entry["label"], int) else str(entry["label"])
+        if "points" in entry:  # a polyline of FiftyOne's: rings of [x, y]
+            rings = [[float(v) for point in ring for v in point] for ring in entry["points"]]
+            return ObjectRecord(where, label, None, rings)
         x, y, w, h = (float(v) for v in entry["bounding_box"])
     except (KeyError, TypeError, ValueError, IndexError):
         errors.reject(where, "it has no label and bounding_box [x, y, width, height] as fractions of the image")

@@ -9,9 +9,16 @@ from typing import NamedTuple
 
 from resnetlab.data.annotations import Annotations
 from resnetlab.data.coco import find_coco_files, read_coco
+from resnetlab.data.cvat_xml import find_cvat_files, read_cvat
 from resnetlab.data.error_policy import ErrorPolicy
 from resnetlab.data.file_lookup import list_subfolders
-from resnetlab.data.json_exports import list_json_files, read_fiftyone, read_label_studio, read_labelme
+from resnetlab.data.json_exports import (
+    list_json_files,
+    read_fiftyone,
+    read_fiftyone_samples,
+    read_label_studio,
+    read_labelme,
+)
 from resnetlab.data.mask_folders import has_mask_folders, read_mask_folders, read_voc_masks
 from resnetlab.data.text_files import find_encoding
 from resnetlab.data.voc import find_voc_folders, read_voc
@@ -61,9 +68,11 @@ LAYOUTS = (  # the first that matches is read
         read_voc_masks,
         "masks",
     ),
+    Layout("CVAT's XML for images (annotations.xml)", lambda root: bool(find_cvat_files(root)), read_cvat),
     Layout("Pascal VOC's format (Annotations/*.xml with JPEGImages/, or XML beside images)",
            lambda root: bool(find_voc_folders(root)), read_voc),
     Layout("FiftyOne's (labels.json, data/)", lambda root: _has_json(root, "{", "classes", "labels"), read_fiftyone),
+    Layout("FiftyOne's data sets (samples.json, data/)", lambda root: _has_json(root, "{", "samples"), read_fiftyone_samples),
     Layout("LabelMe's (JSON beside images)", lambda root: _has_json(root, "{", "shapes"), read_labelme),
     Layout("COCO's (train.json, annotations/instances_train2017.json, train/_annotations.coco.json, result.json and so on)",
            _has_coco, read_coco),

@@ -6,7 +6,9 @@ pycocotools reads past them. `tests/test_object_masks.py` compares the two.
 
 from __future__ import annotations
 
+import math
 from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +18,7 @@ from numpy.typing import NDArray
 from resnetlab.formatting import is_number
 
 OVERSAMPLING = 5  # pycocotools rounds corners to fifths of a pixel
+CIRCLE_CORNERS = 64  # of the polygon that stands for a circle or an ellipse
 MARGIN = 1  # pixels by which a corner may be beyond the image's border: tools write the border as width or width + 1
 
 Runs = NDArray[np.int64]  # where pixels change between outside and inside, ascending, in column-major order
@@ -120,6 +123,30 @@ def _parse_runs(segmentation: dict[str, Any], size: tuple[int, int]) -> ObjectMa
     if not any(counts[1::2]):
         raise ValueError("has run lengths without a pixel inside")
     return ObjectMask(runs=np.cumsum(counts, dtype=np.int64).astype(np.int32), size=(height, width))
+
+
+def encode_mask(inside: NDArray[np.bool_], left: int, top: int, size: tuple[int, int]) -> dict[str, Any]:
+    """COCO's run lengths of a mask (h, w) that begins at (left, top) of an image of (height, width).
+
+    Raises:
+        ValueError: it reaches outside the image.
+    """
+    (h, w), (height, width) = inside.shape, size
+    if min(left, top) < 0 or top + h > height or left + w > width:
+        raise ValueError("its mask is larger than the image")
+    whole = np.zeros(size, bool)
+    whole[top : top + h, left : left + w] = inside
+    changes = np.flatnonzero(np.diff(whole.T.ravel(), prepend=False))
+    return {"size": list(size), "counts": np.diff([0, *changes, whole.size]).tolist()}
+
+
+def turn_corners(
+    corners: Sequence[tuple[float, float]], pivot: tuple[float, float], angle: float
+) -> list[tuple[float, float]]:
+    """Corners in pixels, turned about a point by an angle in radians, clockwise on the screen."""
+    (px, py), cos, sin = pivot, math.cos(angle), math.sin(angle)
+    away = [(x - px, y - py) for x, y in corners]
+    return [(px + dx * cos - dy * sin, py + dx * sin + dy * cos) for dx, dy in away]
 
 
 def decompress_counts(text: bytes) -> list[int]:

@@ -1,0 +1,141 @@
+"""CVAT's own XML, "CVAT for images 1.1": one annotations.xml and the images.
+
+<annotations><meta>…<label><name>round</name></label>…</meta>
+  <image name="frames/a.png" subset="Train" width="640" height="480">
+    <box label="round" xtl="1" ytl="2" xbr="30" ybr="40" rotation="15"/> <polygon label="round" points="1,2;30,2;30,40"/>
+    <ellipse label="round" cx="9" cy="9" rx="5" ry="4"/>
+    <mask label="round" rle="3, 5, 2" left="1" top="2" width="5" height="2"/>
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+
+from resnetlab.data.annotations import Annotations, ImageRecord, ObjectRecord
+from resnetlab.data.error_policy import ErrorPolicy
+from resnetlab.data.file_lookup import ImageFinder, find_split
+from resnetlab.data.object_masks import CIRCLE_CORNERS, encode_mask, turn_corners
+from resnetlab.data.text_files import find_encoding, read_bytes
+from resnetlab.errors import DataError
+from resnetlab.formatting import format_count
+
+PEEK = 4096  # bytes of a file that show whose it is
+NO_REGIONS = ("polyline", "points", "cuboid", "skeleton", "tag")
+
+
+def find_cvat_files(root: Path) -> list[Path]:
+    """The XML files in a folder itself that are CVAT's, sorted."""
+    found = []
+    for file in sorted(root.glob("*.[xX][mM][lL]")):
+        with file.open("rb") as stream:
+            head = stream.read(PEEK)
+        if re.search(r"<annotations[\s>]", head.decode(find_encoding(head), "replace")):
+            found.append(file)
+    return found
+
+
+def read_cvat(root: Path, errors: ErrorPolicy, masks: bool) -> Annotations:
+    """The images of each subset with their shapes; one without a shape is background."""
+    splits: dict[str, list[ImageRecord]] = {}
+    classes: dict[str, None] = {}
+    finder, left_out = ImageFinder(root), Counter[str]()
+    for file in find_cvat_files(root):
+        try:
+            document = ElementTree.fromstring(read_bytes(file))
+        except (ElementTree.ParseError, ValueError, LookupError) as error:  # an unknown encoding is a LookupError
+            raise DataError(f"{file} is broken XML ({error}); export it again.") from None
+        if document.find("track") is not None:
+            raise DataError(f'{file} is CVAT\'s XML for video; export "CVAT for images 1.1" or "COCO 1.0".')
+        classes |= dict.fromkeys(name.text or "" for name in document.findall("meta//label/name"))
+        for item in document.findall("image"):
+            name, where = item.get("name") or "", f"{file}, image {item.get('name')}"
+            subset = find_split(item.get("subset") or "")
+            image = finder.find(name, ("", "images", *(f"images/{s}" for s in [item.get("subset")] if s)))
+            size = (_whole(item, "height"), _whole(item, "width"))
+            if image is None or 0 in size:
+                missing = f"its image does not exist below {root}" if image is None else "it has no width and height"
+                errors.reject(where, missing)
+                continue
+            left_out.update(shape.tag for shape in item if shape.tag in NO_REGIONS)
+            objects = [
+                _read_shape(shape, f"{where}, {shape.tag} {number}", size, errors)
+                for number, shape in enumerate(item, 1)
+                if shape.tag in SHAPES
+            ]
+            splits.setdefault(subset, []).append(ImageRecord(finder.name_of(image), image, str(file), size, objects))
+    notes = [
+        f"{format_count(n, tag)} enclosing no area left out" for tag, n in sorted(left_out.items()) if tag != "tag"
+    ]
+    return Annotations("CVAT", tuple(filter(None, classes)) or None, dict(splits), tuple(notes))
+
+
+def _whole(item: ElementTree.Element, key: str) -> int:
+    text = item.get(key) or ""
+    return int(text) if text.isdecimal() else 0
+
+
+def _read_shape(shape: ElementTree.Element, where: str, size: tuple[int, int], errors: ErrorPolicy) -> ObjectRecord:
+    try:
+        return SHAPES[shape.tag](shape, where, shape.attrib["label"], size)
+    except KeyError as error:
+        errors.reject(where, f"it has no {error.args[0]}")
+    except ValueError as error:
+        errors.reject(where, f"its shape cannot be used: {error}")
+    return ObjectRecord(where, None, None)
+
+
+def _numbers(shape: ElementTree.Element, *keys: str) -> list[float]:
+    return [float(shape.attrib[key]) for key in keys]
+
+
+def _turned(
+    shape: ElementTree.Element, corners: Sequence[tuple[float, float]], pivot: tuple[float, float]
+) -> list[list[float]]:
+    """One polygon, turned about a point by the shape's rotation in degrees, clockwise."""
+    turned = turn_corners(corners, pivot, math.radians(float(shape.get("rotation") or 0)))
+    return [[v for corner in turned for v in corner]]
+
+
+def _read_box(shape: ElementTree.Element, where: str, label: str, size: tuple[int, int]) -> ObjectRecord:
+    x1, y1, x2, y2 = _numbers(shape, "xtl", "ytl", "xbr", "ybr")
+    corners = [(x1, y1), (x2, y1), (x2, y2), (x1, y2)]
+    outline = _turned(shape, corners, ((x1 + x2) / 2, (y1 + y2) / 2))
+    turned = float(shape.get("rotation") or 0)
+    return ObjectRecord(where, label, None if turned else (x1, y1, x2, y2), outline)
+
+
+def _read_polygon(shape: ElementTree.Element, where: str, label: str, size: tuple[int, int]) -> ObjectRecord:
+    values = [float(v) for point in shape.attrib["points"].split(";") for v in point.split(",")]
+    return ObjectRecord(where, label, None, [values])
+
+
+def _read_ellipse(shape: ElementTree.Element, where: str, label: str, size: tuple[int, int]) -> ObjectRecord:
+    x, y, rx, ry = _numbers(shape, "cx", "cy", "rx", "ry")
+    angles = [2 * math.pi * i / CIRCLE_CORNERS for i in range(CIRCLE_CORNERS)]
+    corners = [(x + rx * math.cos(a), y + ry * math.sin(a)) for a in angles]
+    return ObjectRecord(where, label, None, _turned(shape, corners, (x, y)))
+
+
+def _read_mask(shape: ElementTree.Element, where: str, label: str, size: tuple[int, int]) -> ObjectRecord:
+    """Run lengths row by row inside a box, the first outside the object."""
+    left, top, width, height = (int(v) for v in _numbers(shape, "left", "top", "width", "height"))
+    lengths = [int(v) for v in shape.attrib["rle"].split(",")]
+    if min((width, height, *lengths)) < 0 or sum(lengths) != width * height:
+        raise ValueError(f"its run lengths are for {sum(lengths):,} pixels, its box has {width}x{height}")
+    inside = np.repeat(np.arange(len(lengths)) % 2 == 1, lengths).reshape(height, width)
+    return ObjectRecord(where, label, None, encode_mask(inside, left, top, size))
+
+
+SHAPES: Mapping[str, Callable[[ElementTree.Element, str, str, tuple[int, int]], ObjectRecord]] = {
+    "box": _read_box,
+    "polygon": _read_polygon,
+    "ellipse": _read_ellipse,
+    "mask": _read_mask,
+}
