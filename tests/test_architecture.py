@@ -261,3 +261,18 @@ def test_a_name_means_one_thing() -> None:
                 homes.setdefault(node.name.lstrip("_"), set()).add(module)
     several = sorted(name for name, found in homes.items() if len(found) > 1)
     assert len(several) <= 40, several
+
+
+def test_commands_print_through_one_place() -> None:
+    """Names of files and classes may contain escapes of the terminal, which `console` escapes; JSON does so itself."""
+    found = []
+    for path in (SOURCE / "resnetlab" / "cli").glob("*.py"):
+        if path.name not in ("console.py", "prediction_output.py"):
+            calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+            prints = [call for call in calls if ast.unparse(call.func) in ("print", "sys.stdout.write")]
+            found += [
+                f"{path.name}:{call.lineno}"
+                for call in prints
+                if not all(isinstance(a, ast.Constant) for a in call.args)
+            ]
+    assert found == []

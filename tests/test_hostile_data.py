@@ -204,7 +204,15 @@ def test_a_compressed_tar_unpacks_to_a_bounded_size(tmp_path: Path, monkeypatch:
     bomb.write_bytes(gzip.compress(bytes(2**24)))
     with pytest.raises(DataError, match=r"bomb.tar.gz unpacks to more than [\d,]+ bytes, far more than images do"):
         load(bomb, tmp_path / "data")
-    assert [file.suffix for file in (tmp_path / "data" / "archives").iterdir()] == [".tar"]
+    (unpacked,) = (tmp_path / "data" / "archives").iterdir()
+    assert unpacked.suffix == ".tar"
+    killed, running = (unpacked.with_name(f".{unpacked.name}.{pid}.tmp") for pid in (1, 2))
+    for left in (killed, running):
+        left.write_bytes(bytes(9))
+    os.utime(killed, (0, 0))
+    unpacked.unlink()
+    load(packed_tar, tmp_path / "data")
+    assert sorted((tmp_path / "data" / "archives").iterdir()) == [running, unpacked]  # a killed process's is removed
 
 
 def test_deeply_nested_json_in_a_shard_is_refused(tmp_path: Path) -> None:

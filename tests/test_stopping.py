@@ -12,11 +12,13 @@ import time
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import BinaryIO, NamedTuple
 
 import pytest
 import torch
 
+from resnetlab import __main__
 from resnetlab.cli import launch, main, predict
 from resnetlab.data import prefetch
 from resnetlab.data.download import download_file
@@ -56,6 +58,21 @@ def test_a_signal_at_the_start_of_a_command_is_not_lost(
     with pytest.raises(SystemExit) as end:
         main.main([command])
     assert end.value.code == 143 and capsys.readouterr().err == "resnetlab: stopped.\n"
+
+
+def test_a_signal_while_the_command_is_imported_is_not_lost(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run() -> None:
+        signal_in_callback()
+        main.main(["models"])
+
+    imported = ModuleType("main")
+    imported.__dict__["main"] = run  # as if it came in the last import
+    monkeypatch.setitem(sys.modules, "resnetlab.cli.main", imported)
+    with pytest.raises(SystemExit) as end:
+        __main__.main()
+    assert end.value.code == 143 and capsys.readouterr() == ("", "resnetlab: stopped.\n")
 
 
 def test_deferred_work_ends_by_itself_and_a_library_gets_the_second_signal(request: pytest.FixtureRequest) -> None:
@@ -217,6 +234,14 @@ def test_a_signal_inside_the_garbage_collector_ends_a_job(tmp_path: Path, monkey
         gc.callbacks.remove(callback)
         gc.set_threshold(*threshold)
     assert end.value.code == 143 and sent
+
+
+def test_a_process_of_a_job_stops_with_its_launcher() -> None:
+    """Those of a launcher that was killed while they started waited half an hour for it."""
+    with end_on_stop_signals():
+        launch._stop_with(os.getppid() + 1)
+        with pytest.raises(StopSignal):
+            check_stop()
 
 
 @pytest.mark.slow

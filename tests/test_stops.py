@@ -21,8 +21,9 @@ from resnetlab.errors import RunError, UsageError
 from resnetlab.models.model_file import TrainedModel
 from resnetlab.models.resnet import build
 from resnetlab.preprocessing import Preprocessing
-from resnetlab.stopping import StopSignal
+from resnetlab.stopping import StopSignal, check_stop
 from resnetlab.training import recorder, report
+from resnetlab.training import train as training
 from resnetlab.training.recipe import Recipe
 from resnetlab.training.recipes import RECIPES, find_classification_recipe, quick
 from resnetlab.training.result import Progress
@@ -111,6 +112,25 @@ def test_a_signal_in_the_last_evaluation_says_how_to_go_on(
     assert stop.value.exit_code == 143
     resume(out)
     assert_same(out, undisturbed)
+
+
+def test_a_signal_while_the_first_step_compiles_waits_for_no_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compiling takes minutes, and nothing is lost: the run is as it was saved."""
+
+    def compile_for_minutes(*_: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        check_stop()
+
+    monkeypatch.setattr(training, "train_step", compile_for_minutes)
+    with pytest.raises(StopSignal, match=r"stopped while compiling, at step 0; resume with: resnetlab train --resume"):
+        resnetlab.train(tiny(compile="on"), out=tmp_path / "run", device="cpu")
+    monkeypatch.setattr(
+        training, "train_step", lambda *_: compile_for_minutes() or pytest.fail("the signal is deferred")
+    )
+    with pytest.raises(pytest.fail.Exception):
+        resnetlab.train(tiny(compile="off"), out=tmp_path / "other", device="cpu")
 
 
 def test_two_threads(tmp_path: Path) -> None:

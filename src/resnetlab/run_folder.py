@@ -19,6 +19,7 @@ import contextlib
 import errno
 import glob
 import json
+import mimetypes
 import os
 import shutil
 import stat
@@ -72,12 +73,8 @@ def write_atomically(path: Path, content: bytes | str) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         remove_old_temporary_files(path)
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
+        temporary.write_bytes(data)
+        move_into_place(temporary, path)
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -131,6 +128,9 @@ def check_output_file(
         with contextlib.suppress(OSError):  # not a path at all
             if out.samefile(path):
                 raise UsageError(f"{option} {out} is {path} itself, which is read; choose another name.")
+            is_image = (mimetypes.guess_type(out.name)[0] or "").startswith("image/")
+            if is_image and out.resolve().is_relative_to(path.resolve()):
+                raise UsageError(f"{option} {out} is an image in {path}, which is read; choose another name.")
 
 
 def check_output_folder(out: Path | None, *, new: bool = False) -> None:
@@ -149,6 +149,14 @@ def check_output_folder(out: Path | None, *, new: bool = False) -> None:
         raise RunError(f"cannot write {out}: {there} is a file; --out names a folder.")
     if not os.access(there, os.W_OK | os.X_OK):
         raise write_error(out, PermissionError(errno.EACCES, "no permission"))
+
+
+def move_into_place(temporary: Path, path: Path) -> None:
+    """Gives a complete file its name, so that a power failure leaves it, or what was there before (fsync, rename)."""
+    with open(temporary, "rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    _sync_folder(path.parent)
 
 
 def _sync_folder(folder: Path) -> None:

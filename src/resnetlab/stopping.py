@@ -110,7 +110,10 @@ def _handle_signals(pass_on: bool) -> Iterator[StopRequest]:
 
 @contextlib.contextmanager
 def end_on_stop_signals() -> Iterator[StopRequest]:
-    """For a command: work stops where it looks at the signal, the process ends where it does not."""
+    """For a command: work stops where it looks at the signal, the process ends where it does not. May be nested."""
+    if _active is not None:
+        yield _active
+        return
     watched, signalled = socket.socketpair()
     signalled.setblocking(False)
     with watched, signalled, _handle_signals(pass_on=False) as request:

@@ -39,7 +39,7 @@ from tiny_runs import TINY_PHOTOS
 FOLDER = Path(tempfile.mkdtemp(prefix="resnetlab-robustness-"))
 LIMIT = 120.0  # seconds in which a command that was signalled, and the processes that it started, must end
 OFTEN = ["--set=checkpoint_minutes=0", "--set=log_every=2", "--device", "cpu", "--out", "run"]
-DIGITS = ["--steps", "12", "--set=batch=32", "--set=val_images=40", "--set=eval_every=4", "--set=bn_batch=16"]
+DIGITS = ["--steps", "8", "--set=batch=32", "--set=val_images=40", "--set=eval_every=4", "--set=bn_batch=16"]
 DIGITS += ["--precision", "fp32", *OFTEN]
 PHOTOS = ["../photos", "--steps", "8", *OFTEN]
 PHOTOS += [f"--set={key}={value}" for key, value in TINY_PHOTOS.items() if key not in ("net", "steps", "device")]
@@ -74,7 +74,7 @@ COMMANDS = [
     Command(["detect", "train", "../voc", *BOXES], MODEL, 3),
     Command(["segment", "train", "../voc", *SMALL], MODEL, 3),
     Command(["study", "degradation", "--depths", "8", "--seeds", "1", "--steps", "12", "--device", "cpu", "--out", "study"],
-            ("runs/studies/*/model.safetensors",), 2),
+            ("runs/studies/*/model.safetensors",), 1),
     Command(["data", "pack", "../photos", "shards", "--per-shard", "5"], ("shards/*",), 3),
     Command(["data", "check", "../photos", "--quarantine", "list.txt", "--no-timing", "--workers", "0"], ("list.txt",)),
     Command(["evaluate", START, "--data", "../photos", "--out", "figures", "--device", "cpu"], ("figures/evaluation.json",), 3),
@@ -269,6 +269,7 @@ def attack(draw: random.Random) -> str | None:
 
 
 def main_() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # as a process has it before Python starts
     folder(FOLDER / "photos", {"train": 12, "val": 6})
     cells.make_voc_folder(FOLDER / "voc")
     photo(1).save(FOLDER / "a.jpg")

@@ -180,7 +180,7 @@ def export_annotated(
         return console.print_json({"model": str(model), "file": str(out), "to": "onnx"} | figures)
     unit = "pixels" if opened.model.task == "detect" else "of a score"
     console.write_line(f"{out}: on {format_count(parity.n, 'image')} {format_percent(rate)} agreement with PyTorch,")
-    return print(f"largest difference {largest:.2g} {unit}")
+    return console.write_line(f"largest difference {largest:.2g} {unit}")
 
 
 @_restrict(export_annotated, "detect", ())
@@ -253,7 +253,7 @@ def detect_localise(
     console.write_line(
         f"{model} on the {format_split(split)} split of {data}, {format_count(metrics['n'], 'image')} with boxes"
     )
-    return print(
+    return console.write_line(
         f"localisation error {format_percent(metrics['localisation_error'])} (IoU with every true box below .5), "
         f"mean IoU with the nearest {metrics['mean_iou']:.3f}"
     )

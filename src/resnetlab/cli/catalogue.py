@@ -141,17 +141,22 @@ def doctor(*, json: Annotated[bool, Parameter(negative="")] = False) -> None:
     }
     if json:
         return console.print_json(document)
-    print(f"resnetlab {document['resnetlab']}, Python {document['python']} ({sys.executable}), {document['system']}")
-    print(", ".join(f"{name} {value}" for name, value in versions.items()))
-    print("devices        " + "; ".join(document["devices"]))
+    console.write_line(
+        f"resnetlab {document['resnetlab']}, Python {document['python']} ({sys.executable}), {document['system']}"
+    )
+    console.write_line(", ".join(f"{name} {value}" for name, value in versions.items()))
+    console.write_line("devices        " + "; ".join(document["devices"]))
     busy = "" if document["load"] is None else f", {document['load']} programs on average in the last minute wanted one"
-    print(f"cores          {document['cores']}{busy}")
-    print(
+    console.write_line(f"cores          {document['cores']}{busy}")
+    console.write_line(
         f"bf16           a training step takes {1 / document['bf16_speedup']:.2f} times as long as in fp32 (measured)"
     )
-    print(f"kernel         {document['fused_kernel']}")
-    print(f"compiler       {document['compiler'] or 'none: --compile on is not possible here (install g++)'}")
-    print(f"free disk      {document['free_disk_gb']} GB here\n")
+    console.write_line(f"kernel         {document['fused_kernel']}")
+    console.write_line(
+        f"compiler       {document['compiler'] or 'none: --compile on is not possible here (install g++)'}"
+    )
+    console.write_line(f"free disk      {document['free_disk_gb']} GB here")
+    print()
     rows = [
         (extra, "installed" if not missing else f"without {', '.join(missing)}", install_hint(extra) if missing else "")
         for extra, missing in extras.items()

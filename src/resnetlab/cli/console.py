@@ -55,9 +55,9 @@ def print_json(value: Any) -> None:
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> None:
     """Prints a table to standard output; `right` lists the columns of numbers. In a pipe no line is wrapped."""
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    table = Table(title=escape_control(title), title_justify="left", box=None, pad_edge=False, header_style="bold")
     for i, name in enumerate(columns):
-        table.add_column(name, justify="right" if i in right else "left", overflow="fold")
+        table.add_column(escape_control(name), justify="right" if i in right else "left", overflow="fold")
     for row in rows:
         table.add_row(*map(escape_control, row))
     console = Console(soft_wrap=False, markup=False, highlight=False, emoji=False)

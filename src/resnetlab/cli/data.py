@@ -76,7 +76,9 @@ def check(
         console.print_json(report.to_json() | {"loading": speed})
     elif speed is not None:
         words = f"{speed['images_per_second']:,.0f} images/s in one process"
-        print(f"loading        {words}, {speed['share_of_step']:.1%} of a ResNet-18 step that waits for it")
+        console.write_line(
+            f"loading        {words}, {speed['share_of_step']:.1%} of a ResNet-18 step that waits for it"
+        )
     if n := len(report.problems):
         raise DataError(f"{format_count(n, 'problem')} found in {data}.")
 
@@ -145,8 +147,8 @@ def _print_report(report: CheckReport) -> None:
     console.write_line(f"{report.data}: {format_count(report.images, 'image')}, {report.readable:,} can be read")
     if report.shorter_sides:
         low, middle, high = report.shorter_sides
-        print(f"shorter side   {low:,} to {high:,} pixels, median {middle:,.0f}")
-        print(f"kinds          {', '.join(f'{kind} {n:,}' for kind, n in report.kinds.items())}")
+        console.write_line(f"shorter side   {low:,} to {high:,} pixels, median {middle:,.0f}")
+        console.write_line(f"kinds          {', '.join(f'{kind} {n:,}' for kind, n in report.kinds.items())}")
     splits = list(report.classes)
     names = list(dict.fromkeys(name for counts in report.classes.values() for name in counts))
     if names:
@@ -157,5 +159,5 @@ def _print_report(report: CheckReport) -> None:
         print()
         console.print_table("", ("kind", "file", "detail"), report.problems[:MAX_PRINTED])
         if (rest := len(report.problems) - MAX_PRINTED) > 0:
-            print(f"and {rest:,} more: --json lists all")
+            console.write_line(f"and {rest:,} more: --json lists all")
     sys.stdout.flush()  # before the speed is measured

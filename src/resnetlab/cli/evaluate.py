@@ -273,10 +273,14 @@ def _evaluate_annotated(predictor: Detector | Segmenter, data: Path, split: str,
     console.write_line(f"{' + '.join(figures.get('models', [figures['model']]))} on {split}, {images}")
     if "map" in figures:
         if additions := _describe_additions(figures):
-            print(f"with {additions} (2015, appendix B)")
-        print(f"mAP@.5 {figures['map_50']:.3f}, mAP@[.5:.95] {figures['map']:.3f}, VOC mAP {figures['voc_map']:.3f}\n")
+            console.write_line(f"with {additions} (2015, appendix B)")
+        console.write_line(
+            f"mAP@.5 {figures['map_50']:.3f}, mAP@[.5:.95] {figures['map']:.3f}, VOC mAP {figures['voc_map']:.3f}"
+        )
+        print()
         return print_box_classes(figures["per_class"])
-    print(f"mean IoU {figures['mean_iou']:.3f}, wrong pixels {format_percent(figures['pixel_error'])}\n")
+    console.write_line(f"mean IoU {figures['mean_iou']:.3f}, wrong pixels {format_percent(figures['pixel_error'])}")
+    print()
     return print_mask_classes(figures["per_class"])
 
 
@@ -316,16 +320,16 @@ def _print_evaluation(evaluation: Evaluation) -> None:
         f"{' + '.join(evaluation.models)} on {split}, {format_count(metrics.n, 'image')}, {evaluation.protocol}"
     )
     if evaluation.scope:
-        print(f"scores are over {evaluation.scope} (--classes all or data)")
+        console.write_line(f"scores are over {evaluation.scope} (--classes all or data)")
     low, high = figures["top1_interval"]
     interval = f"95 % interval {100 * low:.2f} to {100 * high:.2f} %"
     accuracy = format_percent(1 - metrics.top1_error)
-    print(f"top-1 error {format_percent(metrics.top1_error)}  ({interval}; accuracy {accuracy})")
+    console.write_line(f"top-1 error {format_percent(metrics.top1_error)}  ({interval}; accuracy {accuracy})")
     if len(metrics.classes) > 5:
-        print(f"top-5 error {format_percent(metrics.top5_error)}")
+        console.write_line(f"top-5 error {format_percent(metrics.top5_error)}")
     precision, recall, f1 = (format_percent(figures[key]) for key in ("precision", "recall", "f1"))
-    print(f"precision {precision}, recall {recall}, F1 {f1} (means over the classes)")
-    print(f"expected calibration error {format_percent(metrics.calibration_error)}")
+    console.write_line(f"precision {precision}, recall {recall}, F1 {f1} (means over the classes)")
+    console.write_line(f"expected calibration error {format_percent(metrics.calibration_error)}")
     for name, sentence in zip(evaluation.models, evaluation.calibration, strict=True):
         console.write_line(sentence if len(evaluation.models) == 1 else f"{name}: {sentence}")
     if (known := figures["published"]) is not None:
@@ -391,11 +395,11 @@ def _print_corruptions(errors: CorruptionErrors) -> None:
         rows.append((kind, *map(format_percent, row), format_percent(sum(row) / len(row)), relative))
     columns = ("corruption", *(f"severity {each}" for each in errors.severities), "mean", "relative")
     console.print_table("", columns, rows, right=tuple(range(1, len(columns))))
-    print(
+    console.write_line(
         f"mean error on corrupted images {format_percent(errors.mean_error)}, clean {format_percent(errors.clean_error)}"
     )
     if (mce := errors.mean_corruption_error) is not None:
-        print(f"mean corruption error {format_percent(mce)}, relative to {errors.baseline}")
+        console.write_line(f"mean corruption error {format_percent(mce)}, relative to {errors.baseline}")
     print()
 
 

@@ -98,7 +98,7 @@ def explain(
     if json:
         console.print_json({"classes": outputs, "explanations": documents})
     else:
-        print(f"scores are over {outputs}")
+        console.write_line(f"scores are over {outputs}")
         _print_explanations(documents)
     if failed := sum("error" in document for document in documents):
         raise DataError(f"{failed} of {len(files)} images could not be read.")

@@ -213,11 +213,14 @@ def audit(
     if json:
         return console.print_json(found.to_json())
     console.write_line(f"{len(found.errors):,} of {format_count(found.n, 'label')} of {found.data} are likely wrong")
-    print(f"out-of-fold error of the labels {format_percent(found.out_of_fold_error)}, {found.folds} folds\n")
+    console.write_line(
+        f"out-of-fold error of the labels {format_percent(found.out_of_fold_error)}, {found.folds} folds"
+    )
+    print()
     rows = [
         (r["image"], r["class"], f"{r['score']:.1%}", r["likely"], f"{r['likely_score']:.1%}") for r in found.errors
     ]
     console.print_table("", ("image", "class", "score", "likely", "score"), rows[:MAX_PRINTED], right=(2, 4))
     if (rest := len(rows) - MAX_PRINTED) > 0:
-        print(f"and {rest:,} more: --json or --quarantine lists all")
+        console.write_line(f"and {rest:,} more: --json or --quarantine lists all")
     return None

@@ -105,12 +105,14 @@ def _group_blocks(cost: Cost) -> Iterator[tuple[str, str, tuple[int, ...], int, 
 def _print_totals(net: str, spec: Specification, cost: Cost) -> None:
     height, width = cost.image_size
     blocks = f"{spec.block} blocks {'-'.join(map(str, spec.depths))}"
-    print(
+    console.write_line(
         f"{net}: {cost.depth} layers, {blocks}, shortcut {spec.shortcut}, activation order {spec.activation_order}, "
         f"input {height}x{width}"
     )
-    print(f"parameters     {cost.parameters:>15,}{_format_published(cost.paper_parameters, cost.source)}")
-    print(f"multiply-adds  {cost.multiply_adds:>15,}{_format_published(cost.paper_multiply_adds, cost.source)}")
+    console.write_line(f"parameters     {cost.parameters:>15,}{_format_published(cost.paper_parameters, cost.source)}")
+    console.write_line(
+        f"multiply-adds  {cost.multiply_adds:>15,}{_format_published(cost.paper_multiply_adds, cost.source)}"
+    )
 
 
 def _format_published(figure: float | None, source: str | None) -> str:

@@ -8,6 +8,8 @@ import os
 import signal
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -115,6 +117,7 @@ class Job(NamedTuple):
                 logs_specs=DefaultLogsSpecs(log_dir=logs, redirects=dict.fromkeys(range(1, self.processes), Std.ERR)),
             )
             request = {
+                "launcher": os.getpid(),
                 "run": str(run.path),
                 "task": self.task,
                 "data_dir": self.options.data_dir and str(self.options.data_dir),
@@ -184,6 +187,7 @@ def train_process(request: str) -> None:
     from resnetlab.training.train import RunOptions, resume
 
     values = json.loads(request)
+    threading.Thread(target=_stop_with, args=(values["launcher"],), daemon=True).start()
     with show_training() as on_progress:
         options = RunOptions(
             data_dir=Path(values["data_dir"]) if values["data_dir"] else None,
@@ -197,6 +201,13 @@ def train_process(request: str) -> None:
             on_progress=on_progress,
         )
         resume(Path(values["run"]), options, task=values["task"])
+
+
+def _stop_with(launcher: int) -> None:
+    """Stops this process, saved, when its launcher has died: it would wait for the others, or train on, unseen."""
+    while os.getppid() == launcher:
+        time.sleep(0.5)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _read_stderr(rank: int, logs: Path) -> str:

@@ -87,5 +87,5 @@ def plan(
     console.print_table(title, ("", "figure", "basis"), rows, right=(1,))
     print("\nWhat breaks first:")
     for sentence in found.limits:
-        print(f"- {sentence}")
+        console.write_line(f"- {sentence}")
     return None

@@ -260,24 +260,14 @@ def _predict_classes(
 
 def _sort_image(prediction: Prediction, folder: Path, min_score: float) -> None:
     """Copies an image into the folder of its best class, under an unused name."""
-    from resnetlab.run_folder import write_error
-
     source = Path(prediction.name)
     if not source.is_file():
         raise UsageError(f"--sort-into copies files, and {prediction.name} is none.")
     label = prediction.label if prediction.score >= min_score else "unsure"
     place = folder / re.sub(r'[/\\:*?"<>|]', "_", label)
-    target, number = place / source.name, 1
-    while target.exists():
-        if target.samefile(source) or target.read_bytes() == source.read_bytes():
-            return  # sorted before
-        number += 1
-        target = place / f"{source.stem}-{number}{source.suffix}"
-    try:
-        place.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(source, target)
-    except OSError as error:
-        raise write_error(target, error) from error
+    target = _write_copy(source.read_bytes(), place, source.stem, source.suffix)
+    with contextlib.suppress(OSError):  # of file systems without times or modes
+        shutil.copystat(source, target)
 
 
 def configure_detector(
@@ -315,16 +305,26 @@ def _predict_annotated(
 
 def save_overlay(overlay: Image.Image, out: Path, stem: str, suffix: str) -> Path:
     """Writes an overlay under an unused name: two folders may hold images of one name. Raises RunError if it cannot."""
-    from resnetlab.run_folder import write_error
+    buffer = io.BytesIO()
+    overlay.save(buffer, "PNG")
+    return _write_copy(buffer.getvalue(), out, stem, f".{suffix}.png")
 
-    number = 1
-    while (file := out / f"{stem}{'' if number == 1 else f'-{number}'}.{suffix}.png").exists():
-        number += 1
+
+def _write_copy(content: bytes, folder: Path, stem: str, suffix: str) -> Path:
+    """Writes a file STEM.SUFFIX, or STEM-2.SUFFIX, … where that is another one; not again what an earlier start has written."""
+    from resnetlab.run_folder import write_atomically, write_error
+
+    file, number = folder / f"{stem}{suffix}", 1
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        overlay.save(file)
+        folder.mkdir(parents=True, exist_ok=True)
+        while file.exists():
+            if file.is_file() and file.read_bytes() == content:
+                return file
+            number += 1
+            file = folder / f"{stem}-{number}{suffix}"
     except OSError as error:
         raise write_error(file, error) from error
+    write_atomically(file, content)
     return file
 
 

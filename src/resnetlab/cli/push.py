@@ -44,7 +44,7 @@ def push(
 
     trained = load_trained_model(Path(find_model(model)))
     if to.startswith("hf:"):
-        print(hub.push_to_hub(trained, to.removeprefix("hf:"), private, with_images))
+        console.write_line(hub.push_to_hub(trained, to.removeprefix("hf:"), private, with_images))
         return
     if private:
         raise UsageError("--private is for the hub: give hf:OWNER/NAME.")

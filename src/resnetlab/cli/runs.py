@@ -36,7 +36,7 @@ def list_runs(folder: Path = Path("runs"), /, *, json: Annotated[bool, Parameter
     if json:
         return console.print_json({"runs": found})
     if not found:
-        return print(f"no runs in {folder}; `resnetlab train` makes one")
+        return console.write_line(f"no runs in {folder}; `resnetlab train` makes one")
     return print_runs(found)
 
 
@@ -64,7 +64,7 @@ def compare(
 
     if not 2 <= len(runs) <= MAX_RUNS:
         raise UsageError(f"runs compare needs from 2 to {MAX_RUNS} run folders, not {len(runs)}.")
-    check_output_file(out, ())
+    check_output_file(out, [run / name for run in runs for name in ("recipe.toml", "metrics.jsonl", "result.json")])
     folders = [RunFolder.open(run) for run in runs]
     summaries = [summarise_run(run.path) for run in folders]
     if broken := next((s for s in summaries if "error" in s), None):

@@ -126,7 +126,7 @@ def _print_studies(outputs: list[StudyOutput]) -> None:
         console.write_line(f"{output.result.answer} {output.result.details}")
         if output.outcomes:
             seeds = output.setting.seeds
-            print(f"Budget: {describe_study_budget(output.setting)}, {format_count(seeds, 'seed')}.")
+            console.write_line(f"Budget: {describe_study_budget(output.setting)}, {format_count(seeds, 'seed')}.")
         print()
 
 
@@ -150,7 +150,8 @@ def _print_catalogue(setting: Setting, json: bool) -> None:
         times = (format_estimate(row["seconds"][budget]) for budget in ("smoke", "quick", "paper"))
         cells.append((row["study"], row["question"], row["place"], *times))
     console.print_table("", columns, cells, right=(3, 4, 5))
-    print(
-        f"\nTimes are for {setting.data} on this machine, from a few timed steps, without the runs that are finished."
+    print()
+    console.write_line(
+        f"Times are for {setting.data} on this machine, from a few timed steps, without the runs that are finished."
     )
     return None

@@ -190,7 +190,7 @@ def _cross_validate(folds: int, options: TrainOptions, overrides: Overrides, dat
     rows = [(each["run"], f"{each['n']:,}", format_percent(each["top1_error"])) for each in summary["runs"]]
     console.print_table("", ("run", "images", "top-1 error"), rows, right=(1, 2))
     mean, deviation = (format_percent(summary[key]) for key in ("top1_error", "standard_deviation"))
-    return print(
+    return console.write_line(
         f"top-1 error {mean} ± {deviation} (mean and standard deviation over {folds} folds, n = {summary['n']:,})"
     )
 
@@ -311,7 +311,9 @@ def _verify(options: TrainOptions, overrides: Overrides, data_dir: Path | None) 
     if options.profile:
         raise UsageError("--verify-resume compares runs that it leaves nothing of; leave out --profile.")
     recipe = complete_recipe("classify", options, overrides)
-    print(verify_resume(recipe, data_dir or Path("data"), options.device or "auto", options.workers, console.log))
+    console.write_line(
+        verify_resume(recipe, data_dir or Path("data"), options.device or "auto", options.workers, console.log)
+    )
 
 
 def print_json_result(result: TrainResult, options: TrainOptions) -> bool:
@@ -340,5 +342,5 @@ def print_recipe(name: str, task: str = "classify") -> None:
 
     value = recipes.find_recipe(name, task)
     description = cleandoc(recipes.RECIPES[name].__doc__ or "")
-    print("\n".join(f"# {line}".rstrip() for line in description.splitlines()) + "\n")
-    print(value.to_toml(), end="")
+    for line in [*(f"# {line}".rstrip() for line in description.splitlines()), "", *value.to_toml().splitlines()]:
+        console.write_line(line)

@@ -106,7 +106,7 @@ def import_(
     for name in ("mean", "std"):
         numbers = preprocessing[name]
         preprocessing[name] = "per pixel" if numbers is None else ",".join(f"{value:g}" for value in numbers)
-    print(f"{'preprocessing':<18} {', '.join(f'{name} {value}' for name, value in preprocessing.items())}")
+    console.write_line(f"{'preprocessing':<18} {', '.join(f'{name} {value}' for name, value in preprocessing.items())}")
     console.write_line(f"{'model':<18} {out}")
     return None
 
@@ -200,5 +200,7 @@ def export(
     for size, seconds in parity.seconds.items():
         eager = parity.torch_seconds[size]
         ratio = eager / seconds
-        print(f"batch {size}: {1e3 * seconds:.2f} ms; torch fp32 {1e3 * eager:.2f} ms, {ratio:.2f} times as long")
+        console.write_line(
+            f"batch {size}: {1e3 * seconds:.2f} ms; torch fp32 {1e3 * eager:.2f} ms, {ratio:.2f} times as long"
+        )
     return None

@@ -32,7 +32,7 @@ from resnetlab.data.shards import ShardSource
 from resnetlab.data.tar_index import BoundedHeader, refuse_sparse
 from resnetlab.errors import DataError
 from resnetlab.formatting import format_list
-from resnetlab.run_folder import remove_old_temporary_files, write_error
+from resnetlab.run_folder import move_into_place, remove_old_temporary_files, write_error
 from resnetlab.stopping import check_stop
 
 COMPRESSED: dict[str, Callable[..., Any]] = {
@@ -207,7 +207,7 @@ def _decompress(path: Path, data_dir: Path) -> Path:
         remove_old_temporary_files(target)
         with COMPRESSED[path.suffix.lower()](path, "rb") as source, open(part, "wb") as file:
             _copy_bounded(source, file, max(SMALL_ARCHIVE, MAX_RATIO * about.st_size), path)
-        os.replace(part, target)
+        move_into_place(part, target)
     except (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile) as error:
         raise DataError(f"{path} is damaged ({error}); copy it again.") from error
     except OSError as error:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import time
 from collections.abc import Callable, Iterator
 from email.message import Message
@@ -23,7 +22,7 @@ from resnetlab.data import object_store
 from resnetlab.data.object_store import strip_secrets
 from resnetlab.errors import DataError
 from resnetlab.formatting import parse_json
-from resnetlab.run_folder import hold_lock, temporary_folder, write_atomically, write_error
+from resnetlab.run_folder import hold_lock, move_into_place, temporary_folder, write_atomically, write_error
 from resnetlab.stopping import check_stop
 
 PAUSES = (0.5, 1.0, 2.0, 4.0)  # seconds between attempts, of which there is one more
@@ -88,7 +87,7 @@ def download_file(
             part.unlink(missing_ok=True)
         _retry(url, lambda: _fetch(url, part, target, check, limit))
         _write_version(target, _read_version(target)._replace(size=part.stat().st_size))
-        os.replace(part, target)
+        move_into_place(part, target)
     except OSError as error:
         raise write_error(target, error) from error
     return target

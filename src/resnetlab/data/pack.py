@@ -21,7 +21,7 @@ from resnetlab.data.shards import UNFINISHED
 from resnetlab.data.tar_index import FORMAT, index_path
 from resnetlab.errors import DataError, RunError, UsageError
 from resnetlab.random import make_generator
-from resnetlab.run_folder import RunFolder, write_atomically, write_error
+from resnetlab.run_folder import RunFolder, move_into_place, write_atomically, write_error
 from resnetlab.stopping import check_stop
 
 QUALITY = 95  # of JPEGs that are written because the image was resized
@@ -67,7 +67,7 @@ def pack_shards(
                 part = order[start : start + per_shard]
                 index = _write_shard(unfinished / tar.name, split, part, data.classes, resize)
                 write_atomically(index_path(tar), json.dumps(index | {"shards": len(starts)}) + "\n")
-                os.replace(unfinished / tar.name, tar)
+                move_into_place(unfinished / tar.name, tar)
                 written.append(tar)
                 done += len(part)
                 on_progress(done, total)

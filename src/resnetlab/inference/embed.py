@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +19,7 @@ from resnetlab.errors import DataError
 from resnetlab.evaluation.predictions import check_table_file
 from resnetlab.inference.images import ImageInput, expand_images
 from resnetlab.inference.predict import Model
-from resnetlab.run_folder import write_error
+from resnetlab.run_folder import move_into_place, write_error
 
 SUFFIXES = (".npz", ".parquet")
 
@@ -114,7 +113,7 @@ def write_features(path: Path, rows: Iterator[EmbeddingRow], part: int = 4096) -
         if not n:
             raise DataError("no image can be read; fix them: resnetlab data check.")
         writer.close()
-        os.replace(temporary, path)
+        move_into_place(temporary, path)
     except OSError as error:
         raise write_error(path, error) from error
     finally:

@@ -6,7 +6,6 @@ FILE.json describes the input and its preprocessing, FILE.parity.json is the par
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from resnetlab.inference.export_graphs import PIXELS, SCORES, ExportGraphs
 from resnetlab.inference.formats import get_format
 from resnetlab.inference.parity_check import PARITY_BOUNDS, ParityReport, check_parity
 from resnetlab.models.model_file import TrainedModel
-from resnetlab.run_folder import temporary_folder, write_error
+from resnetlab.run_folder import move_into_place, temporary_folder, write_error
 
 
 def check_export_request(target: str, precision: str, out: Path) -> None:
@@ -104,7 +103,7 @@ def _replace_files(folder: Path, out: Path) -> None:
     moved: list[Path] = []
     try:
         for target in targets:
-            os.replace(folder / target.name, target)
+            move_into_place(folder / target.name, target)
             moved.append(target)
     except OSError as error:
         for done in moved:

@@ -167,12 +167,17 @@ def train_to_end(task: Task, context: RunContext) -> TrainResult:
         steps = context.profile if task.device_config.world.is_first else 0
         with recorder.closing(), trace_steps(steps, context.run.path / "trace.json", context.report) as end_traced_step:
             try:
+                if (
+                    task.device_config.compiled and task.device_config.world.size == 1
+                ):  # in the first step, for minutes; a request to stop needs no step after it
+                    request.stop_immediately(f"stopped while compiling, at step {state.step:,}; {how_to_resume}")
                 while not train_state.is_done:
                     recorder.start_step()
                     lr = learning_rate(recipe, state.step, state.warmup_end, state.lr_drops)
                     micro_batches = task.micro_batches(state.step)
                     recorder.batch_ready()
                     output = train_step(train_state, micro_batches, lr, gradients)
+                    request.deferred = True
                     recorder.end_step(output, lr)
                     end_traced_step()
             except ValueError as error:
