@@ -117,7 +117,9 @@ def fake(name: str, shift: float, seconds: float, times: dict[int, float]) -> tu
     return backend, ExportFormat(suffixes=(), write=lambda *_: None, read=None, backend=backend)
 
 
-def test_auto_selects_the_fastest_that_agrees(trained: TrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_selects_the_fastest_that_agrees(
+    trained: TrainedModel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     times: dict[int, float] = {}
     table = {
         "slow": fake("slow", 0.0, 8.0, times),
@@ -129,6 +131,7 @@ def test_auto_selects_the_fastest_that_agrees(trained: TrainedModel, monkeypatch
     monkeypatch.setattr(backends, "measure_seconds", lambda functions, pixels: [times[id(f)] for f in functions])
     choice = select_backend(trained)
     assert (choice.name, choice.precision) == ("right", "fp32")
+    assert "comparing slow, wrong, right, once" in capsys.readouterr().err  # a minute where other programs work
     assert "slow fp32 takes 4.00 times as long" in choice.reason and "wrong fp32 does not agree" in choice.reason
     table = {"wrong": table["wrong"], "torch": fake("torch", float("nan"), 1.0, times)}
     monkeypatch.setattr(backends, "BACKENDS", table)

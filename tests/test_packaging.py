@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tarfile
 import tomllib
+import urllib.request
 import zipfile
 from pathlib import Path
 
@@ -67,13 +68,24 @@ def test_wheel_and_sdist_work_in_an_empty_environment(tmp_path: Path) -> None:
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     constraints = tmp_path / "constraints.txt"
     constraints.write_text(
-        run(uv, "export", "--frozen", "--no-hashes", "--no-emit-project", "--no-dev", "--quiet", cwd=ROOT)
+        run(
+            uv,
+            "export",
+            "--frozen",
+            "--no-hashes",
+            "--no-emit-project",
+            "--no-dev",
+            "--extra=serve",
+            "--quiet",
+            cwd=ROOT,
+        )
     )
     for package in (wheel, sdist):
         environment = tmp_path / package.suffix
         run(uv, "venv", "--quiet", "--python", version, environment, cwd=tmp_path)
         python = environment / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
-        run(uv, "pip", "install", "--quiet", "--python", python, "--constraints", constraints, package, cwd=tmp_path)
+        what = f"resnetlab[serve] @ {package.as_uri()}" if package == wheel else package
+        run(uv, "pip", "install", "--quiet", "--python", python, "--constraints", constraints, what, cwd=tmp_path)
         command = python.with_name("resnetlab")
         assert "study" in run(command, "--help", cwd=tmp_path)
         out = f"runs/{package.suffix}"
@@ -82,3 +94,24 @@ def test_wheel_and_sdist_work_in_an_empty_environment(tmp_path: Path) -> None:
         image = ROOT / "docs/three.png"
         assert "top1" in run(command, "evaluate", trained["model"], "--data", "digits", "--json", cwd=tmp_path)
         assert run(command, "predict", trained["model"], image, "--json", cwd=tmp_path)
+        if package == wheel:
+            check_service(command, tmp_path / trained["model"], image)
+
+
+def check_service(command: Path, model: Path, image: Path) -> None:
+    """The installed service starts, answers an image with its page beside it, and ends by SIGTERM with exit code 0."""
+    service = subprocess.Popen(
+        [command, "serve", model, "--port", "0"], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+    )
+    try:
+        address = next(line for line in service.stderr if "is served at" in line).split()[4]
+        request = urllib.request.Request(f"{address}predict?top=2", image.read_bytes(), {"Content-Type": "image/png"})
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            assert len(json.load(answer)["predictions"][0]["top"]) == 2
+        with urllib.request.urlopen(address, timeout=60) as page:
+            assert b"<html" in page.read()
+        service.terminate()
+        assert service.wait(60) == 0
+    finally:
+        service.kill()
+        service.communicate()

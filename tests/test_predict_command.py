@@ -132,8 +132,9 @@ def test_swapped_arguments_are_recognised(
     assert code == 2 and err == f"resnetlab: the model comes first: resnetlab predict {model} {image}\n"
     assert run_command(["explain", str(image), str(model)]) == 2
     assert f"the model comes first: resnetlab explain {model} {image}" in capsys.readouterr().err
-    code, _, err = predict(capsys, image, run)
-    assert code == 2 and "is an image; the model comes first" in err
+    for first in (image, folder):
+        code, _, err = predict(capsys, first, run)
+        assert code == 2 and err == f"resnetlab: the model comes first: resnetlab predict {run} {first}\n"
     for name, sentence in (("a.pth", "make a model file of it first: resnetlab import"), ("a.onnx", "is an export")):
         (other := tmp_path / name).write_bytes(b"PK")
         code, _, err = predict(capsys, other, image)

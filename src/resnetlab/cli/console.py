@@ -91,10 +91,15 @@ def check_order(command: str, model: str, images: Sequence[str]) -> None:
     """Raises UsageError, with the right command line, if a model is among the images or data that come after it."""
     from shlex import join
 
-    found = next((image for image in images if image.endswith(".safetensors")), None)
-    if found is not None and not model.endswith(".safetensors"):
+    found = next((image for image in images if _is_model(image)), None)
+    if found is not None and not _is_model(model):
         others = [model, *(image for image in images if image != found)]
         raise UsageError(f"the model comes first: {join(['resnetlab', command, found, *others])}")
+
+
+def _is_model(name: str) -> bool:
+    """Whether a word is a model file or a run folder, by its name or content."""
+    return name.endswith(".safetensors") or (Path(name) / "recipe.toml").is_file()
 
 
 def write_quarantine(path: Path, names: Sequence[str], what: str) -> None:

@@ -25,6 +25,7 @@ from resnetlab.models.fold import fold_batchnorm
 from resnetlab.models.model_file import TrainedModel, compute_scores
 from resnetlab.models.own_network import OwnNetwork
 from resnetlab.models.reference_images import exclude_images
+from resnetlab.progress import log
 
 BACKENDS: Mapping[str, tuple[Backend, ExportFormat]] = {
     format.backend.name: (format.backend, format) for format in FORMATS.values() if format.backend
@@ -244,9 +245,15 @@ def _select_fastest(
     """Takes the best agreeing precision of each backend, and the fastest of those."""
     agreeing: list[tuple[LoadedBackend, Agreement]] = []
     rejected = []
+    if len(candidates) > 1:  # which takes a minute where other programs work
+        log(f"comparing {', '.join(name for name, _ in candidates)}, once; the next start takes the fastest at once")
     for name, precisions in candidates:
         for precision in precisions:
-            built = _build_backend(graphs, name, precision)
+            try:
+                built = _build_backend(graphs, name, precision)
+            except UsageError as error:  # a network of the user's own that cannot be traced
+                rejected.append(f"not {name}: {str(error).rstrip('.')}")
+                break
             agreement = Agreement.between(built.predict(check_images), expected)
             if agreement.within(*PARITY_BOUNDS[precision]):
                 agreeing.append((built, agreement))
