@@ -5,19 +5,32 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from images import photo
+from images import folder, photo
 from resnetlab.cli.main import app, run_command
 from resnetlab.cli.study import study
 from resnetlab.cli.train import complete_recipe, read_overrides
 from resnetlab.evaluation.protocols import parse_protocol
 from resnetlab.evaluation.published import PRINTED
 from resnetlab.models.spec import get_specification, parse_value
-from resnetlab.studies import catalogue
+from resnetlab.studies import catalogue, code_version, workers
+from resnetlab.studies.imagenet import ImageNet
+from resnetlab.studies.paper import NO_FIGURE
+from resnetlab.studies.setting import Setting
+from resnetlab.studies.study import Study, run_studies
 from study_settings import make_setting
+
+
+def adapt(study: Study, setting: Setting) -> Setting:
+    """The study's own setting, with the same stand-in for the data."""
+    own = study.adapt(setting)
+    own.__dict__["source"] = setting.source
+    return own
+
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "papers.md"
 COMMANDS = sorted(set(re.findall(r"`(resnetlab [^`]+)`", PAGE.read_text())))
@@ -29,8 +42,9 @@ def test_a_command_of_the_page_parses_and_its_plan_builds(command: str) -> None:
     given = bound.arguments
     if parsed is study:
         depths = tuple(parse_value("--depths", given.get("depths", ""), "tuple[int, ...]"))
-        setting = make_setting(given.get("data", "digits"), depths)
+        setting = make_setting(given.get("data", "digits").lower(), depths)
         (chosen,) = catalogue.select_studies(given["name"])
+        setting = adapt(chosen, setting)
         assert chosen.plan(setting) or given["name"] == "cost"
     elif parsed.__name__ in ("train", "detect_train"):
         options = given["options"]
@@ -67,6 +81,26 @@ def test_the_imagenet_plan_runs_at_its_smallest_size(tmp_path: Path, capsys: pyt
         assert run_command([*arguments, "--out", str(tmp_path / "out")]) == 0
         document = json.loads(capsys.readouterr().out)
         assert document["n"] == 4 and len(document["members"]) == 4 and document["protocol"].startswith(protocol[:5])
+
+
+@pytest.mark.slow
+def test_the_study_of_imagenet_runs_at_its_smallest_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every network, narrow and shallow, by every protocol, with the ensemble; no printed figure is of so little."""
+    data = folder(tmp_path / "d", {"train": 10, "val": 2}, ("n01440764", "n01443537"))
+    thin = {"widths": (4, 4, 4, 4), "depths": (1, 1, 1, 1)}
+    networks = tuple(replace(v, values=dict(v.values) | thin) for v in ImageNet.networks)
+    monkeypatch.setattr(ImageNet, "networks", networks)
+    monkeypatch.setattr(code_version, "measure_fingerprint", lambda device: "tiny weights")
+    monkeypatch.setattr(workers, "make_runs", lambda runs, data_dir, *_: [r.make(data_dir, "cpu", print) for r in runs])
+    here = Setting(str(data), tmp_path, "smoke", 1, steps=1, device="cpu")
+    ((result, setting),) = [(o.result, o.setting) for o in run_studies([ImageNet()], here, root=tmp_path / "runs")]
+    assert (setting.base.batch, setting.base.image_size, setting.base.crop) == (8, 66, "scale")
+    rows = {(row.what, row.figure): row for row in result.rows}
+    assert (
+        len(rows) == 9 + 3 + 5 + 1 + 1 + 9
+    )  # 10 crops, 1 crop, several scales and their ensemble, dense, training errors
+    assert all(row.paper is None or row.paper.source == NO_FIGURE for row in rows.values())
+    assert f"Of {len(ImageNet.better)} orders" in result.answer and "after 1 step (" in result.answer
 
 
 def test_the_page_names_every_study_and_the_recipes_of_printed_imagenet_errors() -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from resnetlab.errors import UsageError
 from resnetlab.models.probes import IdentityFlow, LayerSignal
 from resnetlab.studies import catalogue, figures, gradients, lesion, protocols, responses
 from resnetlab.studies.runs import RunOutcome, RunOutcomes
@@ -110,11 +111,12 @@ def no_models(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lesion, "measure_lesions", lambda model, setting, seed: errors)
 
     def measure(self: protocols.Protocols, setting: Setting, outcomes: RunOutcomes, _: object) -> protocols.Errors:
-        labels = [f"resnet{depth}" for depth in self.depths(setting)]
-        return {
-            label: {p: {s: 0.08 + 0.001 * s for s in range(setting.seeds)} for p in self.protocols(setting)}
-            for label in [*labels, protocols.ENSEMBLE]
-        }
+        errors: protocols.Errors = {}
+        for p in self.protocols(setting):
+            for label in [*self.models(setting, p), protocols.ENSEMBLE]:
+                for rank in ("", protocols.TOP5) if self.on_imagenet else ("",):
+                    errors.setdefault(label, {})[p + rank] = {s: 0.08 + 0.001 * s for s in range(setting.seeds)}
+        return errors
 
     monkeypatch.setattr(protocols.Protocols, "_measure", measure)
 
@@ -159,7 +161,7 @@ def check(name: str, row: Row, trial: Trial | None, setting: Setting) -> str | N
     return None if trial and crops and any(fits(facts, trial, setting) for facts in allowed) else where
 
 
-EVERY = tuple(name for name in catalogue.STUDIES if name != "cost")
+EVERY = tuple(study.name for study in catalogue.select_studies("all") if study.name != "cost")
 SETTINGS = [  # data, depths, studies: the deepest nets, which take long to count, only where they belong
     ("cifar10", (), EVERY), ("cifar10", (20, 56), EVERY), ("cifar10", (110,), EVERY), ("cifar10", (164,), ("orderings",)),
     ("cifar10", (164, 1001), ("preactivation", "degradation")), ("cifar10", (8, 1202), ("depth",)),
@@ -179,6 +181,41 @@ def test_no_study_compares_unequal_things() -> None:
                 seen.add(round(100 * row.paper.value, 2))
     assert not wrong, "\n".join(wrong)
     assert seen == set(LEDGER)  # and every figure of the ledger finds its run
+
+
+IMAGENET = {  # figure -> network -> top-1 and top-5, per cent: 2015 Tables 2 to 4, its models' README, 2016 Table 5 and §4.1
+    "10crop": {"plain18": (27.94,), "resnet18, A": (27.88,), "plain34": (28.54, 10.02), "resnet34, A": (25.03, 7.76),
+               "resnet34, B": (24.52, 7.46), "resnet34, C": (24.19, 7.40), "resnet50": (22.85, 6.71),
+               "resnet101": (21.75, 6.05), "resnet152": (21.43, 5.71)},
+    "multiscale:224,256,384,480,640": {"resnet34, B": (21.84, 5.71), "resnet34, C": (21.53, 5.60), "resnet50": (20.74, 5.25),
+                                       "resnet101": (19.87, 4.60), "resnet152": (19.38, 4.49)},
+    "1crop": {"resnet50": (24.7, 7.8), "resnet101": (23.6, 7.1), "resnet152": (23.0, 6.7),
+              "resnet101, BN after addition": (24.6, 7.5)},
+    "dense:320": {"resnet152": (21.3, 5.5), "preresnet152": (21.1, 5.5), "resnet200": (21.8, 6.0),
+                  "preresnet200": (20.7, 5.3), "preresnet200, aspect ratio": (20.1, 4.8)},
+}  # fmt: skip
+
+
+@pytest.mark.usefixtures("no_models")
+def test_imagenets_figures_stand_beside_their_own_networks_and_tests() -> None:
+    """At the paper's length on the whole of ImageNet every printed figure is found once; on another folder none is."""
+    setting = make_setting("imagenet", (), seeds=3)
+    found: dict[str, dict[str, list[float]]] = {figure: {} for figure in IMAGENET}
+    for _, row, trial, own in all_rows(setting, ("imagenet", "imagenet-preact")):
+        assert own.share == pytest.approx(1) and (trial is None or trial.recipe.image_size == 224)
+        if row.paper and row.paper.value is not None:
+            assert (
+                trial is not None and row.from_paper is not None and row.from_paper.n == 3 and "of 5" not in row.verdict
+            )
+            assert trial.recipe.steps == (600_000 if trial.recipe.name == "paper-imagenet" else 450_411)
+            figure = row.figure.removeprefix("top-5 ").removeprefix("test error, ")
+            found[figure].setdefault(row.what, []).append(round(100 * row.paper.value, 2))
+    assert found == {figure: {net: list(e) for net, e in errors.items()} for figure, errors in IMAGENET.items()}
+    other = all_rows(make_setting("photos", (), seeds=3), ("imagenet", "imagenet-preact"))
+    assert not any(row.paper and row.paper.value for _, row, _, _ in other)
+    for data, depths in (("digits", ()), ("photos", (20,))):
+        with pytest.raises(UsageError, match="laid out as ImageNet" if data == "digits" else "leave --depths out"):
+            catalogue.STUDIES["imagenet"].adapt(make_setting(data, depths))
 
 
 @pytest.mark.usefixtures("no_models")

@@ -37,7 +37,8 @@ def study(
 ) -> None:
     """Repeat one of the papers' experiments: its runs, a table beside the paper's numbers, figures, and a verdict.
 
-    Without a name: the list of studies, each with its question and its cost here. `all` makes them all, in one report.
+    Without a name: the list of studies, each with its question and its cost here. `all` makes all but ImageNet's,
+    in one report.
     Runs are kept in runs/studies and reused by every study that needs them; a study that was stopped is resumed.
 
     Example: `resnetlab study degradation --data cifar10 --budget quick --seeds 3 --data-dir data`
@@ -47,7 +48,8 @@ def study(
     name
         A study, or all.
     data
-        digits, cifar10, cifar100, or a folder of class folders.
+        digits, cifar10, cifar100, or a folder of class folders; of the studies imagenet and imagenet-preact a folder laid
+        out as ImageNet.
     budget
         smoke (does it run), quick (a first look) or paper (the paper's own length); the cost is reported before it starts.
     seeds
@@ -147,7 +149,8 @@ def _print_catalogue(setting: Setting, json: bool) -> None:
     columns = ("study", "question", "in the papers", "smoke", "quick", "paper")
     cells = []
     for row in rows:
-        times = (format_estimate(row["seconds"][budget]) for budget in ("smoke", "quick", "paper"))
+        seconds = (row["seconds"][budget] for budget in ("smoke", "quick", "paper"))
+        times = ("–" if each is None else format_estimate(each) for each in seconds)
         cells.append((row["study"], row["question"], row["place"], *times))
     console.print_table("", columns, cells, right=(3, 4, 5))
     print()

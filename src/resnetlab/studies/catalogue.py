@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from resnetlab.data import sources
 from resnetlab.errors import unknown_name_error
 from resnetlab.studies.block_depth import BlockDepth
 from resnetlab.studies.bottleneck import Bottleneck
@@ -16,6 +17,7 @@ from resnetlab.studies.degradation import Degradation
 from resnetlab.studies.depth import Depth
 from resnetlab.studies.footnotes import Iterations, Warmup
 from resnetlab.studies.gradients import Gradients
+from resnetlab.studies.imagenet import ImageNet, ImageNetPreact
 from resnetlab.studies.lesion import Lesion
 from resnetlab.studies.orderings import Orderings
 from resnetlab.studies.preactivation import Preactivation
@@ -30,14 +32,15 @@ from resnetlab.studies.workers import worker_devices
 _STUDIES: tuple[Study, ...] = (
     NetworkCosts(), Degradation(), Depth(), Convergence(), Iterations(), Warmup(), Shortcuts(), Bottleneck(), BlockDepth(),
     Orderings(), Preactivation(), ShortcutTypes(), Responses(), Gradients(), Lesion(), Protocols(),
+    ImageNet(), ImageNetPreact(),
 )  # fmt: skip
 STUDIES: dict[str, Study] = {study.name: study for study in _STUDIES}
 
 
 def select_studies(name: str) -> list[Study]:
-    """The study of a name, or all of them for "all"; raises UsageError, naming the nearest, for an unknown one."""
+    """The study of a name, or all of CIFAR's for "all"; raises UsageError, naming the nearest, for an unknown one."""
     if name == "all":
-        return list(STUDIES.values())
+        return [study for study in STUDIES.values() if not study.on_imagenet]
     if name not in STUDIES:
         raise unknown_name_error("study", name, [*STUDIES, "all"])
     return [STUDIES[name]]
@@ -46,13 +49,14 @@ def select_studies(name: str) -> list[Study]:
 def estimate_costs(setting: Setting, root: Path = RUNS) -> list[dict[str, Any]]:
     """Every study with its question, its place in the papers, and the seconds that each budget takes on this machine.
 
-    One kind of network is timed for all of them, and finished runs cost nothing.
+    One kind of network is timed for all of them, and finished runs cost nothing. Where a study does not run on the data, the
+    seconds are None.
     """
     estimate = CostEstimate(setting, every_kind=False)
     rows = []
     for study in STUDIES.values():
-        seconds = {}
-        for budget in BUDGETS:
+        seconds: dict[str, int | None] = dict.fromkeys(BUDGETS)
+        for budget in BUDGETS if not (study.on_imagenet and setting.data in sources.BUILTIN) else ():
             own = study.adapt(replace(setting, budget=budget, seeds=SEEDS[budget]))
             missing = [run for run in locate_runs(study.plan(own), own, root) if not run.finished]
             processes = len(worker_devices(setting.device, len(missing)))

@@ -25,17 +25,17 @@ class Convergence(Study):
 
     def adapt(self, setting: Setting) -> Setting:
         """The ImageNet nets on the user's folder, unless depths are given."""
-        return replace(setting, photographs=setting.data not in sources.BUILTIN and not setting.depths)
+        return replace(setting, recipe="" if setting.data in sources.BUILTIN or setting.depths else "photos")
 
     def networks(self, setting: Setting) -> tuple[str, str]:
         """The names of the plain net and the residual one."""
-        depth = 18 if setting.photographs else setting.pick_depths(smoke=(8,), quick=(20,), paper=(20,))[0]
+        depth = 18 if setting.recipe else setting.pick_depths(smoke=(8,), quick=(20,), paper=(20,))[0]
         return f"plain{depth}", f"resnet{depth}"
 
     def plan(self, setting: Setting) -> list[Trial]:
         """Both nets; those of 6n+2 layers as the study of degradation has them, 18 layers without projections (Table 2)."""
         plain, residual = self.networks(setting)
-        if setting.photographs:
+        if setting.recipe:
             return setting.trials(plain, plain) + setting.trials(residual, residual, {"shortcut": "A"})
         return [trial for net in (plain, residual) for trial in network_trials(setting, net, _depth(net))]
 

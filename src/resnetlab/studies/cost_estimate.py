@@ -21,6 +21,7 @@ from resnetlab.training.timing import time_steps
 
 START_UP = 4.0  # seconds until a run's first step
 FORWARD = 1 / 3  # cost of evaluating an image, as a share of a training step
+PIXELS = 2**19  # of the images that are timed together, at most
 BLOCKS = (1, 3)  # in each stage of the two networks that are timed
 
 
@@ -67,10 +68,14 @@ def _multiply_adds(spec: Specification, size: tuple[int, int]) -> int:
 
 
 def _time_step(spec: Specification, recipe: Recipe, device: str) -> float:
-    """Seconds of one step (forward, backward) on noise: the median of three after one to warm up."""
+    """Seconds of one step (forward, backward) on noise: the median of three after one to warm up.
+
+    As many images are timed as a micro-batch has, or fewer large ones.
+    """
+    n = max(1, min(recipe.bn_batch or recipe.batch, recipe.batch, PIXELS // recipe.image_size**2))
     device_config = select_device(recipe.precision, device, 1)
     net: Any = device_config.place(build_from_spec(spec, seed=0)).train()
-    images = torch.randn(recipe.batch, spec.channels, recipe.image_size, recipe.image_size, device=device_config.device)
+    images = torch.randn(n, spec.channels, recipe.image_size, recipe.image_size, device=device_config.device)
     images = images.contiguous(memory_format=device_config.memory_format)
-    labels = torch.zeros(recipe.batch, dtype=torch.long, device=device_config.device)
-    return statistics.median(time_steps(net, images, labels, device_config, 3))
+    labels = torch.zeros(n, dtype=torch.long, device=device_config.device)
+    return statistics.median(time_steps(net, images, labels, device_config, 3)) * recipe.batch / n

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from resnetlab.formatting import format_count, format_share
 from resnetlab.studies.runs import RunOutcomes
 from resnetlab.studies.setting import Setting
 from resnetlab.studies.variants import SideBySide, Variant, assess_claim, describe_errors, warmup_2015
@@ -48,9 +49,10 @@ class Iterations(SideBySide):
             "not shown": "Degradation is not shown",
         }[still.strength]
         text = describe_errors(before, deep, shallow)
+        length = f"{variants[-1].changes['steps']:,} steps, {TIMES} times {format_share(setting.share)} of the paper's epochs"
         return (
-            f"{opening} after {variants[-1].changes['steps']:,} steps: {describe_errors(still, deep_long, shallow_long)}.",
-            f"After {setting.base.steps:,} steps, {text}.",
+            f"{opening} after {length}: {describe_errors(still, deep_long, shallow_long)}.",
+            f"After {format_count(setting.base.steps, 'step')}, {text}.",
         )
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection
+from typing import ClassVar
 
 from resnetlab.evaluation.evaluate import evaluate
 from resnetlab.studies import figures
@@ -10,10 +11,11 @@ from resnetlab.studies.runs import RunOutcome, RunOutcomes
 from resnetlab.studies.setting import Setting, Trial
 from resnetlab.studies.study import Row, Study, StudyResult
 from resnetlab.studies.variants import beside_paper, describe_errors, network_trials
-from resnetlab.studies.verdicts import compare_by_seed
+from resnetlab.studies.verdicts import PairedDifference, compare_by_seed
 
 Errors = dict[str, dict[str, dict[int, float]]]  # model -> protocol -> seed -> top-1 error
 ENSEMBLE = "ensemble of depths"
+TOP5 = ", top-5"  # behind a protocol's name
 
 
 class Protocols(Study):
@@ -22,6 +24,13 @@ class Protocols(Study):
     name = "protocols"
     question = "What do more crops, more scales and more models bring?"
     place = "2015 Tables 3 to 5"
+    remarks: ClassVar[tuple[str, ...]] = (
+        "The paper's figures are of ImageNet, whose images are larger than the crop.",
+    )
+
+    def models(self, setting: Setting, protocol: str) -> list[str]:
+        """Labels of the models that are evaluated by a protocol, and form an ensemble."""
+        return [f"resnet{depth}" for depth in self.depths(setting)]
 
     def depths(self, setting: Setting) -> tuple[int, ...]:
         """The depths whose models are evaluated and form the ensemble."""
@@ -44,39 +53,53 @@ class Protocols(Study):
             "multiscale": f"multiscale:{sides}",
         }
 
+    def ensembles(self, setting: Setting) -> Collection[str]:
+        """The protocols by which the models are an ensemble too."""
+        return self.protocols(setting)
+
     def read(self, setting: Setting, outcomes: RunOutcomes, on_progress: Callable[[int, int], None]) -> StudyResult:
         """Every model by every protocol, each seed's depths as an ensemble."""
         errors, protocols = self._measure(setting, outcomes, on_progress), self.protocols(setting)
         rows = []
         for model, by_protocol in errors.items():
             for protocol, by_seed in by_protocol.items():
-                text, compared = "what the other protocols are compared with", None
-                if protocol != "1crop":
-                    difference = compare_by_seed(by_seed, by_protocol["1crop"])
-                    text, compared = describe_errors(difference, protocol, "1crop", "tests"), ("1crop", difference)
-                figure = f"test error, {protocols[protocol]}"
+                text, compared = self.compare(errors, model, protocol)
+                name, rank = protocols[protocol.removesuffix(TOP5)], "top5" if protocol.endswith(TOP5) else "top1"
+                figure = f"{'top-5 ' if rank == 'top5' else ''}test error, {name}"
                 row = Row(model, figure, tuple(by_seed.values()), text, None, setting.share, compared=compared)
-                rows += beside_paper(row, setting, outcomes.of(model), protocols[protocol])
-        answer, details = answer_protocols(errors, setting)
+                rows += beside_paper(row, setting, outcomes.of(model), name, rank)
+        answer, details = self.answer(errors, setting)
         return StudyResult(
             answer=answer,
             details=details,
             rows=rows,
             figures=[draw_protocols(errors)],
             remarks=[
-                "The paper's figures are of ImageNet, whose images are larger than the crop.",
+                *self.remarks,
                 "An ensemble's score is the mean of its members'. The paper's six models: 3.57 % top-5, test (Table 5).",
             ],
         )
 
+    def compare(self, errors: Errors, model: str, protocol: str) -> tuple[str, tuple[str, PairedDifference] | None]:
+        """A row's verdict, and what it is compared with: the same model by one crop."""
+        if protocol == "1crop":
+            return "what the other protocols are compared with", None
+        difference = compare_by_seed(errors[model][protocol], errors[model]["1crop"])
+        return describe_errors(difference, protocol, "1crop", "tests"), ("1crop", difference)
+
+    def answer(self, errors: Errors, setting: Setting) -> tuple[str, str]:
+        """The verdict in one sentence, and details."""
+        return answer_protocols(errors, setting)
+
     def _measure(self, setting: Setting, outcomes: RunOutcomes, on_progress: Callable[[int, int], None]) -> Errors:
-        """Evaluates the models seed by seed, all depths of a seed at once."""
-        labels, protocols = [f"resnet{depth}" for depth in self.depths(setting)], self.protocols(setting)
-        by_seed: dict[int, list[RunOutcome]] = {}
-        for outcome in (o for label in labels for o in outcomes.trained(label)):
-            by_seed.setdefault(outcome.seed, []).append(outcome)
-        jobs = [(seed, runs, *protocol) for seed, runs in by_seed.items() for protocol in protocols.items()]
-        errors: Errors = {model: {label: {} for label in protocols} for model in [*labels, ENSEMBLE]}
+        """Evaluates the models seed by seed, all of a seed at once."""
+        jobs = []
+        for label, protocol in self.protocols(setting).items():
+            by_seed: dict[int, list[RunOutcome]] = {}
+            for outcome in (o for model in self.models(setting, label) for o in outcomes.trained(model)):
+                by_seed.setdefault(outcome.seed, []).append(outcome)
+            jobs += [(seed, runs, label, protocol) for seed, runs in by_seed.items()]
+        errors: Errors = {}
         for done, (seed, runs, label, protocol) in enumerate(jobs, 1):
             evaluation = evaluate(
                 [run.load_model() for run in runs],
@@ -86,13 +109,18 @@ class Protocols(Study):
                 precision=setting.base.precision,
                 device=setting.device,
             )
-            members = [member.top1_error for member in evaluation.members] or [evaluation.top1_error]
-            for run, error in zip(runs, members, strict=True):
-                errors[run.trial.label][label][seed] = error
-            if len(runs) == len(labels) > 1:
-                errors[ENSEMBLE][label][seed] = evaluation.top1_error
+            found = {
+                run.trial.label: e for run, e in zip(runs, evaluation.members or [evaluation.metrics], strict=True)
+            }
+            if len(runs) == len(self.models(setting, label)) > 1 and label in self.ensembles(setting):
+                found[ENSEMBLE] = evaluation.metrics
+            for model, metrics in found.items():
+                of_model = errors.setdefault(model, {})
+                of_model.setdefault(label, {})[seed] = metrics.top1_error
+                if self.on_imagenet and len(metrics.classes) > 5:
+                    of_model.setdefault(label + TOP5, {})[seed] = metrics.top5_error
             on_progress(done, len(jobs))
-        return {model: by_protocol for model, by_protocol in errors.items() if any(by_protocol.values())}
+        return dict(sorted(errors.items(), key=lambda item: item[0] == ENSEMBLE))
 
 
 def answer_protocols(errors: Errors, setting: Setting) -> tuple[str, str]:
@@ -118,11 +146,11 @@ def answer_protocols(errors: Errors, setting: Setting) -> tuple[str, str]:
 
 def draw_protocols(errors: Errors) -> figures.StudyFigure:
     """One panel for each protocol, a line for each model."""
-    labels: Sequence[str] = list(next(iter(errors.values()), {}))
+    labels = list(dict.fromkeys(p for each in errors.values() for p in each if not p.endswith(TOP5)))
 
     def draw(panels: figures.Panels) -> None:
         for axes, label in zip(panels, labels, strict=True):
-            groups = {model: list(by_protocol[label].values()) for model, by_protocol in errors.items()}
+            groups = {model: list(each[label].values()) for model, each in errors.items() if label in each}
             figures.plot_dots(axes, label, groups)
 
     return figures.draw_study_figure(

@@ -12,14 +12,17 @@ from resnetlab.data import imagenet, sources
 from resnetlab.data.dataset import Dataset
 from resnetlab.device import default_precision, select_device
 from resnetlab.errors import DataError, UsageError, unknown_name_error
-from resnetlab.formatting import format_share
+from resnetlab.formatting import format_count, format_share
 from resnetlab.models.spec import CIFAR_BOTTLENECK, IMAGENET_DEPTHS, Specification, get_specification
 from resnetlab.training.recipe import Recipe
 from resnetlab.training.recipes import find_classification_recipe
 
 PAPER_EPOCHS = 64_000 * 128 / 50_000  # of 2015 §4.2 on CIFAR-10
 IMAGENET_IMAGES = 1_281_167  # of its training split
-IMAGENET_EPOCHS = 600_000 * 256 / IMAGENET_IMAGES  # of 2015 §3.4 on ImageNet
+SMOKE: dict[str, Any] = {  # values of a trial run of ImageNet's recipes
+    "image_size": 66, "eval_resize": 75, "scale": (75, 141), "batch": 8, "bn_batch": 4, "precise_bn": 2, "lr": 0.01,
+}  # fmt: skip
+IMAGENET_RECIPES = ("paper-imagenet", "preact-imagenet")
 WARMUP = 400 / 64_000  # of a run's steps (2016, appendix)
 BUDGETS = {  # name: purpose, share of the paper's epochs, steps at least
     "smoke": ("does it run at all", 0.0, 20),
@@ -48,7 +51,7 @@ class Setting:
         seeds: number of runs of each network; their seeds are 0, 1, ….
         depths: of the networks, where the user gives them; empty takes the study's own.
         steps, epochs: length of a run, where the user gives it; else the budget's.
-        photographs: the networks are ImageNet's, trained by the recipe `photos`; else CIFAR's.
+        recipe: of runs on photographs, whose networks are ImageNet's; empty: CIFAR's networks, by the recipe for the data.
     """
 
     data: str
@@ -58,7 +61,7 @@ class Setting:
     depths: tuple[int, ...] = ()
     device: str = "auto"
     steps: int | None = None
-    photographs: bool = False
+    recipe: str = ""
     epochs: float | None = None
 
     def __post_init__(self) -> None:
@@ -89,8 +92,10 @@ class Setting:
     @cached_property
     def base(self) -> Recipe:
         """The recipe that every run of the study starts from: the one for the data, at the budget's length."""
-        name = "quick" if self.data == "digits" else "photos" if self.photographs else "paper-cifar"
+        name = self.recipe or ("quick" if self.data == "digits" else "paper-cifar")
         full = replace(find_classification_recipe(name), data=self.data)
+        if self.budget == "smoke" and name in IMAGENET_RECIPES:
+            full = replace(full, **SMOKE)
         device_config = select_device(full.precision, self.device)
         full = replace(
             full, threads=1, val_images=max(0, full.val_images), precision=default_precision(device_config.device)
@@ -110,8 +115,11 @@ class Setting:
 
     @property
     def paper_epochs(self) -> float:
-        """The paper's epochs for networks of this kind: 164 on CIFAR, 120 on ImageNet."""
-        return IMAGENET_EPOCHS if self.photographs else PAPER_EPOCHS
+        """The paper's epochs for networks of this kind: 164 on CIFAR; on ImageNet 120 in 2015, 90 in 2016."""
+        if not self.recipe:
+            return PAPER_EPOCHS
+        paper = find_classification_recipe(self.recipe if self.recipe in IMAGENET_RECIPES else IMAGENET_RECIPES[0])
+        return paper.steps * paper.batch / IMAGENET_IMAGES
 
     @property
     def share(self) -> float:
@@ -123,7 +131,7 @@ class Setting:
         """What every sentence about shortened runs says: " after 300 steps (8.2 % of the paper's epochs)"; else empty."""
         if abs(self.share - 1) < 0.001:
             return ""
-        return f" after {self.base.steps:,} steps ({format_share(self.share)} of the paper's epochs)"
+        return f" after {format_count(self.base.steps, 'step')} ({format_share(self.share)} of the paper's epochs)"
 
     @property
     def data_name(self) -> str:
@@ -150,7 +158,7 @@ class Setting:
             **changes: other values of the recipe.
         """
         one = replace(self.base, net=net, specification=dict(values or {}), **changes)
-        if one.warmup == "steps" and not self.photographs:  # 2016's 400 of 64,000 steps
+        if one.warmup == "steps" and not self.recipe:  # 2016's 400 of 64,000 steps
             one = replace(one, warmup_steps=max(1, round(WARMUP * one.steps)))
         return [Trial(label, replace(one, seed=seed)) for seed in range(self.seeds)]
 

@@ -106,11 +106,13 @@ class Study(ABC):
         name: the name on the command line.
         question: what it answers.
         place: where the papers have it.
+        on_imagenet: it trains the networks of 224 pixels, on a folder only, and is left out of "all".
     """
 
     name: ClassVar[str]
     question: ClassVar[str]
     place: ClassVar[str]
+    on_imagenet: ClassVar[bool] = False
 
     def adapt(self, setting: Setting) -> Setting:
         """The setting that this study uses where `setting` was requested."""

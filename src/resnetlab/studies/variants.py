@@ -143,23 +143,31 @@ def error_rows(setting: Setting, outcomes: RunOutcomes, label: str, reference: s
     return rows
 
 
-def beside_paper(row: Row, setting: Setting, outcomes: Sequence[RunOutcome], protocol: str = "1crop") -> list[Row]:
+def beside_paper(
+    row: Row, setting: Setting, outcomes: Sequence[RunOutcome], protocol: str = "1crop", rank: str = "top1"
+) -> list[Row]:
     """A row of test errors for each error that the papers print for exactly this network, data, training and test.
 
     Where they print none, the one row says so. A second one of a network (the best of five) has a row of its own.
+
+    Args:
+        rank: "top1" or "top5".
     """
     rows: list[Row] = []
     for printed in find_printed(setting, outcomes[0].trial.recipe, protocol) if outcomes else []:
+        value = getattr(printed, rank)
+        if rank == "top5" and value is None:
+            continue
         share = length_share(outcomes[0].trial.recipe, printed)
         fail, statistic = printed.above or FAIL, printed.statistic
-        text = compare_with_paper(row.values, printed.top1, share, fail=fail, statistic=statistic)
+        text = compare_with_paper(row.values, value, share, fail=fail, statistic=statistic)
         away = None
-        if printed.top1 is not None and abs(share - 1) < 0.001:
-            away = difference_from_printed(row.values, printed.top1, printed.runs, statistic)
+        if value is not None and abs(share - 1) < 0.001:
+            away = difference_from_printed(row.values, value, printed.runs, statistic)
         text = f"beside the paper: {text}" + (f" ({away.describe()})" if away else "")
         above = f"above {format_percent(printed.above, 0)}: " if printed.above else ""
         beside = replace(
-            row, paper=PaperFigure(printed.top1, f"{above}{printed.source}, {statistic}"), budget=share, from_paper=away
+            row, paper=PaperFigure(value, f"{above}{printed.source}, {statistic}"), budget=share, from_paper=away
         )
         if rows:
             values = (min(row.values),) if row.values and statistic.startswith("best") else row.values
