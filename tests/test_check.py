@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+import annotated_layouts
 from images import folder, photo, png_bomb
 from resnetlab.cli.main import run_command
 from resnetlab.data import check, digits, sources
@@ -39,7 +40,17 @@ def test_a_folder_without_problems(
     root = folder(tmp_path / "my images")
     code, document, _ = found(capsys, root)
     assert code == 0 and document["problems"] == []
-    assert set(document) == {"data", "images", "readable", "problems", "classes", "kinds", "shorter_sides", "loading"}
+    assert set(document) == {
+        "data",
+        "images",
+        "readable",
+        "problems",
+        "classes",
+        "kinds",
+        "shorter_sides",
+        "loading",
+        "layout",
+    }
     assert document["images"] == document["readable"] == 33 and document["kinds"] == {"JPEG RGB": 33}
     assert document["classes"]["val"] == {"alpha": 3, "größe ß": 3, "红 花": 3}  # type: ignore[index]
     assert run_command(["data", "check", str(root), "--workers", "2"]) == 0
@@ -200,3 +211,40 @@ def test_damage_inside_an_image_is_suspicious(tmp_path: Path) -> None:
         "cut.png": png[:-20],
     }.items():
         assert any("damaged, though it can be read" in words for words in check_file(content, name).suspicious), name
+
+
+@pytest.mark.parametrize("layout", [*annotated_layouts.BOXES, *annotated_layouts.OUTLINES, *annotated_layouts.MASKS])
+@pytest.mark.filterwarnings("ignore::UserWarning")  # what a layout leaves out
+def test_boxes_and_masks(layout: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Every layout is checked as what it is; the scenes have no problem."""
+    makers = annotated_layouts.MASKS | annotated_layouts.BOXES | annotated_layouts.OUTLINES
+    makers[layout](tmp_path)
+    code, document, _ = found(capsys, tmp_path)
+    assert code == 0 and document["problems"] == [], document["problems"]
+    assert str(document["layout"]).endswith("2 splits, 9 images, 2 classes") or layout in annotated_layouts.MASKS
+    assert document["images"] == document["readable"] == 9 and document["kinds"] == {"PNG RGB": 9}
+    assert set(document["classes"]) == {"train", "val"}  # type: ignore[call-overload]
+
+
+def test_problems_of_boxes(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """A box that is outside, an image that is damaged, one in two splits; each by name, and boxes are counted."""
+    annotated_layouts.labelme(tmp_path)
+    file = tmp_path / "train" / "p0.json"
+    content = json.loads(file.read_text())
+    first = content["shapes"][0]["label"]
+    content["shapes"][0] = {"label": first, "points": [[1, 1], [500, 1], [9, 9]], "shape_type": "polygon"}
+    file.write_text(json.dumps(content))
+    whole = (tmp_path / "train" / "p1.png").read_bytes()
+    (tmp_path / "train" / "p1.png").write_bytes(whole[: len(whole) // 2])
+    shutil.copy(tmp_path / "train" / "p2.png", tmp_path / "val" / "p7.png")
+    code, document, _ = found(capsys, tmp_path)
+    assert code == 1
+    problems = {(p["kind"], Path(p["file"].split(",")[0]).name): p["detail"] for p in document["problems"]}  # type: ignore[attr-defined]
+    assert set(problems) == {("annotation", "p0.json"), ("unreadable", "p1.png"), ("leak", "p7.png")}
+    assert "outside the image" in problems["annotation", "p0.json"]
+    training = document["classes"]["train"]  # type: ignore[index]
+    assert (
+        sum(training.values()) == sum(len(json.loads(f.read_text())["shapes"]) for f in file.parent.glob("*.json")) - 1
+    )
+    assert run_command(["data", "check", str(tmp_path), "--quarantine", str(tmp_path / "q.txt")]) == 2
+    assert "--quarantine is for images in classes" in capsys.readouterr().err

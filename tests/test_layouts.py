@@ -15,7 +15,7 @@ import torch
 
 import annotated_layouts as layouts
 import cells
-from resnetlab.data import box_dataset, mask_dataset
+from resnetlab.data import box_dataset, mask_dataset, sources
 from resnetlab.errors import DataError
 
 BOXES = layouts.BOXES | layouts.OUTLINES
@@ -205,6 +205,14 @@ def test_rotated_and_round_regions(tmp_path: Path) -> None:
         DataError, match=r"p0\.json, shape 1: its shape cannot be used: a line of 2 points encloses no area"
     ):
         box_dataset.load_boxes(tmp_path / "b")
+
+
+@pytest.mark.parametrize("layout", BOXES | layouts.MASKS)
+def test_no_layout_trains_as_classes(layout: str, tmp_path: Path) -> None:
+    """Roboflow's train and valid, CamVid's train and train_labels would be two classes."""
+    (BOXES | layouts.MASKS)[layout](tmp_path)
+    with pytest.raises(DataError, match=r"looks like|holds"):
+        load(lambda root: sources.load_dataset(str(root), root), tmp_path)
 
 
 def test_cvats_shapes(tmp_path: Path) -> None:

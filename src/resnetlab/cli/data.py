@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from resnetlab.cli import console
-from resnetlab.errors import DataError
+from resnetlab.errors import DataError, UsageError
 from resnetlab.formatting import format_count, format_split
 
 if TYPE_CHECKING:
@@ -38,7 +38,8 @@ def check(
     Parameters
     ----------
     data
-        A folder of class folders, a zip or tar of one, a table of paths and labels, tar shards, or a data set's name.
+        A folder of class folders, a zip or tar of one, a table of paths and labels, tar shards, a data set's name, or a
+        folder of images with boxes or masks.
     data_dir
         The folder of archives and downloads.
     quarantine
@@ -52,6 +53,8 @@ def check(
         Print the report as one JSON document.
     """
     from resnetlab.data.check import CheckReport, Problem, check_dataset, find_unexpected_files
+    from resnetlab.data.check_annotated import check_annotated
+    from resnetlab.data.layouts import find_layout
     from resnetlab.device import count_cores
     from resnetlab.run_folder import check_output_file
 
@@ -61,7 +64,16 @@ def check(
     try:
         source = _load_source(data, data_dir)
     except DataError as error:
-        report = CheckReport(data, problems=[Problem("layout", data, str(error))])
+        layout = find_layout(Path(data)) if Path(data).is_dir() else None
+        if layout is None:
+            report = CheckReport(data, problems=[Problem("layout", data, str(error))])
+        elif quarantine is not None:
+            raise UsageError(
+                "--quarantine is for images in classes; train on boxes or masks with --on-bad-box skip or --on-bad-mask skip."
+            ) from None
+        else:
+            with console.ProgressBar("images") as bar:
+                report = check_annotated(Path(data), layout, count_cores() if workers is None else workers, bar.update)
         quarantine = None  # no image was checked: an existing list stays as it is
     else:
         with console.ProgressBar("images") as bar:
@@ -145,6 +157,8 @@ def _measure_loading(source: Dataset) -> dict[str, float] | None:
 
 def _print_report(report: CheckReport) -> None:
     console.write_line(f"{report.data}: {format_count(report.images, 'image')}, {report.readable:,} can be read")
+    if report.layout:
+        console.write_line(f"layout         {report.layout}")
     if report.shorter_sides:
         low, middle, high = report.shorter_sides
         console.write_line(f"shorter side   {low:,} to {high:,} pixels, median {middle:,.0f}")

@@ -101,10 +101,15 @@ def read_annotations(root: Path, errors: ErrorPolicy, masks: bool) -> Annotation
     raise DataError(f"{root} is neither in {' nor in '.join(layout.expected for layout in layouts)}.")
 
 
+def find_layout(root: Path) -> Layout | None:
+    """The layout of a folder of boxes or masks, or of the only folder in it, with boxes first; None for any other folder."""
+    layouts, folders = sorted(LAYOUTS, key=lambda layout: layout.gives == "masks"), _unpacked_folders(root)
+    return next((layout for layout in layouts for folder in folders if layout.matches(folder)), None)
+
+
 def describe_annotations(root: Path) -> str | None:
     """A sentence on a folder of boxes or masks, for those who take it for class folders; None for any other folder."""
-    found = next((layout for layout in LAYOUTS if layout.matches(root)), None)
-    if found is None:
+    if (found := find_layout(root)) is None:
         return None
     tasks = ["segment"] if found.gives == "masks" else ["detect", "segment"]
     commands = " or ".join(f"resnetlab {task} train {root}" for task in tasks)

@@ -62,6 +62,10 @@ def may_have_moved(data: str, other: str) -> bool:
     return data != other and not is_builtin(data) and not is_builtin(other)
 
 
+# folders of boxes and masks, which read as class folders would train in silence
+NO_CLASS = re.compile(r"images?$|masks?$|labels?$|annot(ation)?s?$|^segmentation|^gtfine$|^leftimg8bit$|^data$")
+
+
 def load_dataset(name: str, data_dir: Path, read_options: ReadOptions | None = None) -> Dataset:
     """Loads a data set by name, from a folder of class folders, a table, a zip or tar of class folders, or from tar shards.
 
@@ -121,6 +125,10 @@ def _load_folder(path: Path, read_options: ReadOptions) -> Dataset:
         if sentence:
             raise DataError(f"{error} {sentence}") from error
         raise
-    if {"images", "masks"} == {name.lower() for name in dataset.classes}:  # they would train as two classes
-        raise DataError(describe_annotations(path) or f"{path} holds images and masks, not class folders.")
+    named = [name for name in dataset.classes if folder.guess_split(name) or NO_CLASS.search(name.lower())]
+    if len(named) == len(dataset.classes):  # images and masks, or splits, would train as classes
+        if sentence := describe_annotations(path):
+            raise DataError(sentence)
+        if {"images", "masks"} == {name.lower() for name in named}:
+            raise DataError(f"{path} holds images and masks, not class folders.")
     return dataset
