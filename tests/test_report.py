@@ -154,7 +154,7 @@ def test_is_a_page_for_everybody() -> None:
     page = Page(render(USUAL))
     assert page.all("html") == [{"lang": "en"}]
     assert any(meta.get("name") == "viewport" for meta in page.all("meta"))
-    assert all(image["alt"] for image in page.all("img")) and len(page.all("img")) == 8
+    assert all(image["alt"] for image in page.all("img")) and len(page.all("img")) == 8 + 3  # mistakes, and a typical image of each class
     assert all(svg["aria-label"] and svg["role"] == "img" for svg in page.all("svg"))
     assert all(header["scope"] in ("row", "col") for header in page.all("th"))
     ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
@@ -225,7 +225,7 @@ def test_no_mistakes() -> None:
     page = Page(render(evaluation([[7, 0], [0, 0]])))  # and no image at all of the second class
     assert "0.0 % test error" in page.text and "None: all 7 test images are correct." in page.text
     assert "class 1 0 of 0 – –" in page.text
-    assert not page.all("img")
+    assert all("a typical" in (image["alt"] or "") for image in page.all("img"))
 
 
 def test_two_hundred_classes() -> None:
@@ -271,6 +271,15 @@ def test_the_most_confident_mistakes_come_first() -> None:
     assert worst[0].confidence == pytest.approx(float(USUAL.scores[204, 0]))
     assert worst[0].true_confidence == pytest.approx(float(USUAL.scores[204, 2]))
     assert worst[0].uri == figures.image_uri(random_images(300)[204]) and worst[0].small
+
+
+def test_a_typical_image_of_each_class() -> None:
+    """The correct image nearest to the mean of its class's log scores; a class without a correct image has none."""
+    scores = torch.tensor([[0.9, 0.05, 0.05], [0.5, 0.25, 0.25], [0.7, 0.15, 0.15], [0.2, 0.6, 0.2], [0.3, 0.3, 0.4]])
+    metrics = ClassificationMetrics.from_scores(("a", "b", "c"), scores, torch.tensor([0, 0, 0, 1, 1]))
+    found = figures.class_prototypes(metrics, random_images(5), limit=5)
+    assert [(p.name, p.index) for p in found] == [("a", 2), ("b", 3)] and found[0].confidence == pytest.approx(0.7)
+    assert [p.name for p in figures.class_prototypes(metrics, random_images(5), limit=1)] == ["a"]
 
 
 def test_the_matrix_has_every_count() -> None:

@@ -105,6 +105,17 @@ class Mistake:
     small: bool  # enlarged without smoothing
 
 
+@dataclass(frozen=True)
+class Prototype:
+    """The image that the network takes for the most typical of a class."""
+
+    index: int  # position in the split, from 0
+    name: str
+    confidence: float  # softmax of its class
+    uri: str
+    small: bool
+
+
 def class_rows(metrics: ClassificationMetrics) -> list[ClassRow]:
     """A row for every class, in the order of the metrics."""
     most: dict[int, tuple[int, int]] = {}  # true class -> (images, class they are taken for)
@@ -145,6 +156,26 @@ def worst_mistakes(metrics: ClassificationMetrics, images: Tensor | Preprocessed
         )
         for i, true, guess in rows
     ]
+
+
+def class_prototypes(metrics: ClassificationMetrics, images: Tensor | PreprocessedSplit, limit: int) -> list[Prototype]:
+    """A typical image of each of the first `limit` classes that have a correct one.
+
+    It is the correct image whose log scores, which are linear in the network's features, are nearest to the mean of its class's
+    correct images; of several the first.
+
+    Args:
+        images: uint8 (N, h, w, C), in the order of the metrics.
+    """
+    right, log_scores, rows = metrics.predicted == metrics.labels, metrics.log_scores, list[tuple[int, int]]()
+    for k in range(len(metrics.classes)):
+        if len(rows) == limit:
+            break
+        if len(of_class := (right & (metrics.labels == k)).nonzero().flatten()):
+            scores = log_scores[of_class]  # (n, classes)
+            rows.append((int(of_class[(scores - scores.mean(0)).square().sum(1).argmin()]), k))
+    small = max(images.shape[1:3]) <= 96
+    return [Prototype(i, metrics.classes[k], float(metrics.scores[i, k]), image_uri(images[i]), small) for i, k in rows]
 
 
 def image_uri(image: Tensor) -> str:

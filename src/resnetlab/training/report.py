@@ -104,6 +104,7 @@ def render_report(
         classes=rows,
         worst_classes=sorted(rows, key=lambda row: -(row.error or 0))[:CLASSES],
         mistakes=figures.worst_mistakes(evaluation, images, MISTAKES),
+        prototypes=figures.class_prototypes(evaluation, images, CLASSES),
         overlays=overlays,
         holds=holds,
         commands=[
