@@ -81,3 +81,16 @@ def test_the_gradient_is_the_identity_and_an_additive_term() -> None:
         torch.nn.init.zeros_(block.conv2.weight)
     for found in measure_identity_flow(zeroed, X, LABELS):  # without F the gradient is passed on unchanged
         assert (found.gradient_ratio, found.additive) == (pytest.approx(1), pytest.approx(0))
+
+
+def test_what_shortcuts_alone_pass_of_the_gradient_is_the_product_of_their_scales() -> None:
+    """2016 eq. 8, measured with nothing going back through F; a ReLU after the addition keeps a part back."""
+    scaled = build("preresnet20", classes=5, seed=0, shortcut="constant", shortcut_scale=0.5, residual_scale=1.0)
+    found = measure_identity_flow(scaled, X, LABELS)
+    assert [unit.passed for unit in found] == pytest.approx([0.125, 0.25, 0.5, 0.25, 0.5, 0.25, 0.5], rel=1e-12)
+    assert [unit.product for unit in found] == pytest.approx([unit.passed for unit in found])
+    identity = measure_identity_flow(build("preresnet20", classes=5, seed=0), X, LABELS)
+    assert [unit.passed for unit in identity] == pytest.approx([1.0] * 7, rel=1e-12)
+    dropout = build("preresnet20", classes=5, seed=0, shortcut="dropout")  # in eval mode an identity
+    assert measure_identity_flow(dropout, X, LABELS)[0].passed == pytest.approx(1)
+    assert 0.1 < measure_identity_flow(build("resnet20", classes=5, seed=0), X, LABELS)[0].passed < 1

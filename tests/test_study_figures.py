@@ -89,7 +89,7 @@ def no_models(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measurements of trained networks, made up: nothing is trained here."""
     monkeypatch.setattr(figures, "draw_study_figure", lambda *_, **__: None)  # takes a second each
     layers = [LayerSignal(str(i), 1.0, 1.0) for i in range(3)]
-    unit = IdentityFlow("layer1.1", 0.0, 1.0, 0.1, 1.0, 1.0)
+    unit = IdentityFlow("layer1.1", 0.0, 1.0, 0.1, 1.0, 1.0, 1.0)
     monkeypatch.setattr(RunOutcome, "load_model", lambda self: SimpleNamespace(spec=None, net=None))
     for name, value in {
         "select_probe_images": lambda *_: None,

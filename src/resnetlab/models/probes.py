@@ -43,6 +43,7 @@ class IdentityFlow(NamedTuple):
         additive: |dE/dx_l - P·dE/dx_L| / |dE/dx_L|: the term that passes through weight layers.
         cosine: similarity of dE/dx_l and dE/dx_L.
         product: of the shortcuts' scales from here to the stage's end (2016 eq. 8); 1 for identity shortcuts.
+        passed: the same, measured: the share of dE/dx_L that reaches x_l where nothing goes back through F.
     """
 
     block: str
@@ -51,6 +52,7 @@ class IdentityFlow(NamedTuple):
     additive: float
     cosine: float
     product: float
+    passed: float
 
 
 def measure_responses(net: ResNet, x: Tensor) -> dict[str, float]:
@@ -115,11 +117,11 @@ def measure_identity_flow(net: ResNet, x: Tensor, labels: Tensor) -> list[Identi
     changed.
     """
     net = copy.deepcopy(net).double().eval()
-    units, logits = trace_units(net, x.double())
-    for unit in units:
-        for tensor in (unit.x, unit.y):
-            tensor.retain_grad()
-    F.cross_entropy(logits, labels, reduction="sum").backward()  # type: ignore[no-untyped-call]
+    units = _backpropagate(net, x.double(), labels)
+    shortcuts_alone = copy.deepcopy(net)
+    for _, block in shortcuts_alone.blocks():
+        block.residual = lambda x, f=block.residual: f(x.detach())  # type: ignore[method-assign, misc]
+    through_shortcuts = {unit.block: unit for unit in _backpropagate(shortcuts_alone, x.double(), labels)}
     scales = {
         name: (b.junction.shortcut, b.junction.residual) if isinstance(b.junction, ScaledShortcut) else (1.0, 1.0)
         for name, b in net.blocks()
@@ -138,8 +140,21 @@ def measure_identity_flow(net: ResNet, x: Tensor, labels: Tensor) -> list[Identi
             end, here = last.y.grad.flatten(), unit.x.grad.flatten()
             cosine = float(F.cosine_similarity(here, end, dim=0))
             ratios = float(here.norm() / end.norm()), float((here - product * end).norm() / end.norm())
-            found.append(IdentityFlow(unit.block, float(deviation), *ratios, cosine, product))
+            start, arrived = through_shortcuts[last.block].y.grad, through_shortcuts[unit.block].x.grad
+            assert start is not None and arrived is not None
+            passed = float((arrived * start).sum() / (start * start).sum())
+            found.append(IdentityFlow(unit.block, float(deviation), *ratios, cosine, product, passed))
     return found
+
+
+def _backpropagate(net: ResNet, x: Tensor, labels: Tensor) -> list[UnitActivations]:
+    """Every unit's activations, with their gradients of the summed loss."""
+    units, logits = trace_units(net, x)
+    for unit in units:
+        for tensor in (unit.x, unit.y):
+            tensor.retain_grad()
+    F.cross_entropy(logits, labels, reduction="sum").backward()  # type: ignore[no-untyped-call]
+    return units
 
 
 def _forward_with_hook(net: ResNet, hook: Callable[[str, Tensor], None], x: Tensor) -> Tensor:

@@ -138,7 +138,8 @@ def product_verdict(units: Sequence[Sequence[IdentityFlow]], net: str) -> str:
     name = longest.block
     ratio = statistics.fmean(u.gradient_ratio for each in units for u in each if u.block == name)
     return (
-        f"In {net} the shortcuts pass Πλ = {longest.product:.2g} of the gradient from the last unit of a stage to {name}, "
+        f"In {net} the shortcuts pass Πλ = {longest.product:.2g} of the gradient (measured: {longest.passed:.2g}) from the "
+        f"last unit of a stage to {name}, "
         f"where |dE/dx_l| / |dE/dx_L| is {ratio:.2g}."
     )
 
@@ -174,6 +175,11 @@ def identity_rows(setting: Setting, units: dict[str, list[list[IdentityFlow]]]) 
             (
                 "product of the shortcuts' scales, smallest",
                 tuple(min(u.product for u in seed) for seed in each),
+                no_claim,
+            ),
+            (
+                "gradient that the shortcuts alone pass, smallest share",
+                tuple(min(u.passed for u in seed) for seed in each),
                 no_claim,
             ),
             ("additive term of the gradient / |dE/dx_L|", additive, no_claim),
