@@ -14,8 +14,12 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import resnetlab
+from resnetlab.evaluation.label_errors import out_of_fold_scores
+from resnetlab.inference.embed import EmbeddingRow
 from resnetlab.inference.explain import explain
 from resnetlab.inference.export import export_weights
+from resnetlab.inference.import_model import ImportOptions, import_weights
+from resnetlab.inference.neighbours import FeatureIndex
 from resnetlab.training.train import RunOptions, start_run
 from tiny_runs import tiny
 
@@ -82,10 +86,16 @@ def compute_everything(out: Path, precision: str) -> list[object]:
     image = Image.linear_gradient("L").resize((9, 8))
     evaluation = resnetlab.evaluate(model, "digits", precision=precision, device="cpu")
     export_weights(model, "torchvision", out / "weights.safetensors")
+    imported, _ = import_weights(out / "weights.safetensors", ImportOptions())
+    vectors = model.embed([image, image.rotate(90), image.rotate(180)])
+    index = FeatureIndex.from_rows(EmbeddingRow(str(i), "", "", vector) for i, vector in enumerate(vectors))
+    scores = out_of_fold_scores(vectors.repeat(4, 1), torch.arange(12, device="cpu") % 2, 2, 0)
     return [
         hashlib.sha256(Path(result.model).read_bytes()).hexdigest(),
         evaluation.metrics.loss,
         model.predict(image),
+        {name: tensor.tolist() for name, tensor in imported.net.state_dict().items()},
+        (vectors.tolist(), index.features.tolist(), index.search(vectors, 3), scores.tolist()),
         explain(model, model.preprocessing(image)).to_json(),
         {name: tensor.tolist() for name, tensor in load_file(out / "weights.safetensors").items()},
     ]

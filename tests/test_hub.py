@@ -233,6 +233,10 @@ def test_images_do_not_leave_with_a_model_unless_asked_for(tmp_path: Path, capsy
     assert out.name == "model.stripped.safetensors" and pixels not in out.read_bytes()
     stripped = load_trained_model(out)
     assert stripped.reference_images is None and stripped.metrics == make_model().metrics
+    for suffix in (".pth", ".safetensors"):
+        exported = tmp_path / f"exported{suffix}"
+        assert run_command(["export", str(file), "--to", "torchvision", "--out", str(exported)]) == 0
+        assert pixels not in exported.read_bytes()
     assert run_command(["strip", str(file), "--out", str(file)]) == 2
     assert pixels in file.read_bytes()
 

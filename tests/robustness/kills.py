@@ -54,7 +54,7 @@ class Command(NamedTuple):
 
     arguments: list[str]
     files: tuple[str, ...]
-    weight: int = 2
+    weight: float = 2
 
     @property
     def trains(self) -> bool:
@@ -74,7 +74,7 @@ COMMANDS = [
     Command(["detect", "train", "../voc", *BOXES], MODEL, 3),
     Command(["segment", "train", "../voc", *SMALL], MODEL, 3),
     Command(["study", "degradation", "--depths", "8", "--seeds", "1", "--steps", "12", "--device", "cpu", "--out", "study"],
-            ("runs/studies/*/model.safetensors",), 1),
+            ("runs/studies/*/model.safetensors",), 0.25),
     Command(["data", "pack", "../photos", "shards", "--per-shard", "5"], ("shards/*",), 3),
     Command(["data", "check", "../photos", "--quarantine", "list.txt", "--no-timing", "--workers", "0"], ("list.txt",)),
     Command(["evaluate", START, "--data", "../photos", "--out", "figures", "--device", "cpu"], ("figures/evaluation.json",), 3),
@@ -84,8 +84,8 @@ COMMANDS = [
     Command(["embed", START, "../photos", "--out", "features.npz", "--device", "cpu"], ("features.npz",), 1),
     Command(["import", "../start.pth", "--out", "m.safetensors", "--classes", "a,b,c,d,e,f", "--mean", "0.5,0.5,0.5",
              "--std", "0.25,0.25,0.25"], ("m.safetensors",), 3),
-    Command(["export", START, "--to", "torch", "--images", "../photos", "--out", "m.pt2"], (), 1),
-    Command(["export", START, "--to", "onnx", "--images", "../photos", "--out", "m.onnx"], ("m.onnx",), 1),
+    Command(["export", START, "--to", "torch", "--images", "../photos", "--out", "m.pt2"], (), 0.5),
+    Command(["export", START, "--to", "onnx", "--images", "../photos", "--out", "m.onnx"], ("m.onnx",), 0.5),
     Command(["export", START, "--to", "torchvision", "--out", "m.pth"], ("m.pth",), 1),
     Command(["strip", START, "--out", "m.safetensors"], ("m.safetensors",), 1),
     Command(["push", START, "to"], ("to/model.safetensors", "to/README.md"), 1),

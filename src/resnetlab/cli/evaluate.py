@@ -362,13 +362,13 @@ def _print_multi_label(evaluation: MultiLabelEvaluation) -> None:
     count = format_count(evaluation.n, "image")
     console.write_line(f"{evaluation.models[0]} on {split}, {count}, {evaluation.protocol}")
     if evaluation.scope:
-        print(f"figures are over {evaluation.scope}")
-    print(f"mAP {figures['mean_ap']:.3f}")
+        console.write_line(f"figures are over {evaluation.scope}")
+    console.write_line(f"mAP {figures['mean_ap']:.3f}")
     precision, recall, f1, micro, label, image = (
         format_percent(figures[key]) for key in ("precision", "recall", "f1", "micro_f1", "label_error", "set_error")
     )
-    print(f"precision {precision}, recall {recall}, F1 {f1} (means over the classes); micro F1 {micro}")
-    print(f"label error {label} (of all decisions), set error {image} (of the images)")
+    console.write_line(f"precision {precision}, recall {recall}, F1 {f1} (means over the classes); micro F1 {micro}")
+    console.write_line(f"label error {label} (of all decisions), set error {image} (of the images)")
     console.write_line(evaluation.calibration[0])
     print()
     rows = [

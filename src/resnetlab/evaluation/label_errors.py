@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from resnetlab.device import standard_torch_state
 from resnetlab.errors import DataError
 from resnetlab.random import seed_for
 
@@ -26,6 +27,7 @@ class LabelError(NamedTuple):
     likely_score: float
 
 
+@standard_torch_state()
 def out_of_fold_scores(features: Tensor, labels: Tensor, folds: int = FOLDS, seed: int = 0) -> Tensor:
     """Scores of every image by a linear head that was fitted without it, float64 (N, classes).
 

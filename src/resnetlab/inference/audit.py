@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from resnetlab.data import sources
+from resnetlab.device import standard_torch_state
 from resnetlab.errors import DataError
 from resnetlab.evaluation.label_errors import FOLDS, find_label_errors, out_of_fold_scores
 from resnetlab.inference.embed import embed_data
@@ -38,6 +39,7 @@ class Audit:
         return dict(vars(self))
 
 
+@standard_torch_state()
 def audit_labels(
     model: Model, data: str | Path, data_dir: Path = Path("data"), folds: int = FOLDS, seed: int = 0
 ) -> Audit:

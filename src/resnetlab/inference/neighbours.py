@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from resnetlab.data import sources
+from resnetlab.device import standard_torch_state
 from resnetlab.errors import DataError
 from resnetlab.evaluation.figures import image_uri, pil_image_uri
 from resnetlab.evaluation.page import load_templates
@@ -48,6 +49,7 @@ class FeatureIndex:
     unreadable: Mapping[str, str] = field(default_factory=dict)
 
     @staticmethod
+    @standard_torch_state()
     def from_rows(rows: Iterable[EmbeddingRow]) -> FeatureIndex:
         """The index of embedded images. Raises DataError if none can be read."""
         found, vectors, unreadable = [], [], {}
@@ -61,6 +63,7 @@ class FeatureIndex:
             raise DataError("no image can be read; fix them: resnetlab data check.")
         return FeatureIndex(found, F.normalize(torch.stack(vectors).float(), dim=1), unreadable)
 
+    @standard_torch_state()
     def search(self, queries: Iterable[Tensor], top: int) -> list[list[Neighbour]]:
         """The `top` most similar images of each query, (C,), best first; of equal ones the image that comes first."""
         found = []

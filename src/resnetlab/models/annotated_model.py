@@ -15,7 +15,7 @@ from resnetlab.errors import ModelFileError, ResNetLabError
 from resnetlab.formatting import find_name_problem
 from resnetlab.models.head_spec import DetectorSpec, HeadSpec, SegmenterSpec
 from resnetlab.models.resnet import ResNet, allocate
-from resnetlab.models.spec import Specification, check_file_size
+from resnetlab.models.spec import Specification, check_network_size
 from resnetlab.tensor_file import read_metadata, read_tensor_file, write_tensor_file
 
 TASK_NOUNS = {"classify": "a classifier", "detect": "a detector", "segment": "a segmenter"}
@@ -107,7 +107,7 @@ def load_annotated(path: Path, task: str) -> AnnotatedModel:
         classes = tuple(about["classes"])
         if problem := find_name_problem(classes):
             raise ModelFileError(f"{problem}; train it again")
-        check_file_size(spec, tensors)
+        check_network_size(spec, tensors)
         with torch.device("meta"):
             body = ResNet(replace(spec, classes=1))  # without its own head
         net = build_annotated_net(allocate(body), head_spec, len(classes))

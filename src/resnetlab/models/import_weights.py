@@ -20,7 +20,7 @@ from resnetlab.errors import ModelFileError, UsageError, unknown_name_error
 from resnetlab.formatting import format_list
 from resnetlab.models.fold import find_foldable_pairs
 from resnetlab.models.resnet import ResNet
-from resnetlab.models.spec import Specification, check_file_size, parse_changes
+from resnetlab.models.spec import Specification, check_network_size, parse_changes
 from resnetlab.models.state_dicts import StateDictFile, list_head
 from resnetlab.nn.blocks import ACTIVATION_ORDERS
 
@@ -59,7 +59,7 @@ def infer_specification(
         raise unknown_name_error("source", source, SOURCES)
     given = parse_changes(changes or {})
     if own := state.metadata.get("specification", state.specification):
-        check_file_size(written := Specification.from_json(own), state.tensors)
+        check_network_size(written := Specification.from_json(own), state.tensors)
         if not state.metadata:  # layers may have been replaced since
             written = replace(
                 written, channels=state.tensors["conv1.weight"].shape[1], classes=len(state.tensors["fc.weight"])

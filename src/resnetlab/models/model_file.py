@@ -22,7 +22,7 @@ from resnetlab.formatting import find_name_problem, format_count, format_list, h
 from resnetlab.models.own_network import OWN, Network, OwnNetwork, load_own_network, own_network_error
 from resnetlab.models.reference_images import ReferenceImages
 from resnetlab.models.resnet import ResNet
-from resnetlab.models.spec import Specification, check_file_size
+from resnetlab.models.spec import Specification, check_network_size
 from resnetlab.preprocessing import Preprocessing
 from resnetlab.tensor_file import read_tensor_file, write_tensor_file
 
@@ -235,7 +235,7 @@ def _load_network(specification: Mapping[str, Any], tensors: Mapping[str, Tensor
     spec = Specification.from_json(specification)
     if own is not None:
         raise ModelFileError(f"it holds one of ResNetLab's networks ({spec.summary}); load it without net")
-    check_file_size(spec, tensors)
+    check_network_size(spec, tensors)
     with torch.device("meta"):
         net = ResNet(spec)
     dtypes = {name: tensor.dtype for name, tensor in net.state_dict().items()}

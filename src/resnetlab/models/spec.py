@@ -150,7 +150,7 @@ class Specification:
             raise ModelFileError(f"the specification cannot be used: {error}") from error
 
 
-def check_file_size(spec: Specification, tensors: Mapping[str, Tensor]) -> None:
+def check_network_size(spec: Specification, tensors: Mapping[str, Tensor]) -> None:
     """Raises ModelFileError if a file's network is far larger than its tensors: building it would take hours, or all memory."""
     weights = sum(9 * width**2 * (depth - 1) for width, depth in zip(spec.widths, spec.depths, strict=True))
     weights = max(weights, max(spec.widths) ** 2, spec.widths[0] * spec.channels)
