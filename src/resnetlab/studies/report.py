@@ -13,7 +13,7 @@ from typing import Any
 from resnetlab.data import sources
 from resnetlab.device import environment
 from resnetlab.evaluation.page import load_templates
-from resnetlab.formatting import format_estimate, format_percent, format_share, unbreakable
+from resnetlab.formatting import format_count, format_estimate, format_percent, format_share, unbreakable
 from resnetlab.run_folder import write_together
 from resnetlab.studies.code_version import source_hash
 from resnetlab.studies.runs import DIVERGED, RunOutcome
@@ -114,7 +114,7 @@ def budget_label(outputs: Sequence[StudyOutput]) -> str | None:
 def describe_study_budget(setting: Setting) -> str:
     """A budget in words: its steps and its share of the paper's epochs."""
     base = setting.base
-    return f"{base.steps:,} steps of {base.batch}, {format_share(setting.share)} of the paper's epochs"
+    return f"{format_count(base.steps, 'step')} of {base.batch}, {format_share(setting.share)} of the paper's epochs"
 
 
 def run_row(outcome: RunOutcome) -> dict[str, Any]:
