@@ -15,7 +15,8 @@ from images import NAMES, folder
 from resnetlab.cli.main import run_command
 from resnetlab.data import digits
 from resnetlab.errors import DataError
-from resnetlab.evaluation.label_errors import find_label_errors, out_of_fold_scores
+from resnetlab.evaluation.label_errors import find_label_errors, find_label_errors_by_cleanlab, out_of_fold_scores
+from resnetlab.inference.embed import read_features, write_features
 from resnetlab.models.model_file import TrainedModel
 from resnetlab.models.resnet import build
 from resnetlab.preprocessing import Preprocessing
@@ -136,6 +137,49 @@ def test_neighbours_are_those_of_an_exact_search(
     near = json.loads(capsys.readouterr().out)["images"][0]["neighbours"]
     assert near[0] == {"image": str(bare / "1.jpg"), "similarity": pytest.approx(1, abs=1e-5)} and len(near) == 3
     assert page.read_text().count('<img src="data:image/') == 4
+
+
+def test_cleanlab_judges(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """cleanlab finds flipped labels too; its likely class is the best of the others."""
+    draw = torch.Generator().manual_seed(0)
+    truth = torch.arange(300) % 3
+    features = torch.randn(300, 8, generator=draw) + 4 * torch.eye(3, 8)[truth]
+    labels = torch.where(torch.arange(300) < 15, (truth + 1) % 3, truth)
+    errors = find_label_errors_by_cleanlab(out_of_fold_scores(features, labels), labels)
+    found = {each.position for each in errors}
+    assert len(found & set(range(15))) >= 12 and len(found) <= 18
+    assert all(each.given == int(labels[each.position]) != each.likely for each in errors)
+    root = folder(tmp_path / "d", {"train": 12, "val": 3})
+    command = ["data", "audit", str(root), "--model", str(model), "--json"]
+    assert run_command([*command, "--judge", "cleanlab"]) == 0
+    assert json.loads(capsys.readouterr().out)["judge"] == "cleanlab"
+
+
+@pytest.mark.parametrize("name", ["features.npz", "features.parquet"])
+def test_neighbours_in_a_file_of_features(
+    name: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same as in the data themselves; a file of another model, a damaged one and a packed one are refused."""
+    root = folder(tmp_path / "d", {"train": 4, "val": 2})
+    query, file = str(root / "val" / NAMES[1] / "bild 0.jpg"), tmp_path / name
+    assert run_command(["embed", str(model), str(root), "--out", str(file), "--precision", "fp32"]) == 0
+    answers = []
+    for data in (str(root), str(file)):
+        capsys.readouterr()
+        assert run_command(["neighbours", str(model), data, query, "--json", "--precision", "fp32"]) == 0
+        answers.append(json.loads(capsys.readouterr().out))
+    assert answers[0] == answers[1]
+    command = ["neighbours", str(model), str(file), query, "--out", str(tmp_path / "n.html")]
+    assert run_command(command) == 0 and (tmp_path / "n.html").read_text().count('<img src="data:image/') == 1
+    rows = [row._replace(features=torch.zeros(3)) for row in read_features(file)]
+    write_features(file, iter(rows))
+    capsys.readouterr()
+    assert run_command(command) == 1 and "embed them with the same model" in capsys.readouterr().err
+    if name.endswith(".npz"):
+        np.savez_compressed(file, features=np.zeros((2, 3), np.float32))
+        assert run_command(command) == 1 and "its records are packed" in capsys.readouterr().err
+        file.write_bytes(b"no archive")
+        assert run_command(command) == 1 and "is no file that embed wrote" in capsys.readouterr().err
 
 
 @pytest.mark.slow

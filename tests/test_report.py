@@ -154,7 +154,9 @@ def test_is_a_page_for_everybody() -> None:
     page = Page(render(USUAL))
     assert page.all("html") == [{"lang": "en"}]
     assert any(meta.get("name") == "viewport" for meta in page.all("meta"))
-    assert all(image["alt"] for image in page.all("img")) and len(page.all("img")) == 8 + 3  # mistakes, and a typical image of each class
+    assert (
+        all(image["alt"] for image in page.all("img")) and len(page.all("img")) == 8 + 3
+    )  # mistakes, and a typical image of each class
     assert all(svg["aria-label"] and svg["role"] == "img" for svg in page.all("svg"))
     assert all(header["scope"] in ("row", "col") for header in page.all("th"))
     ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]

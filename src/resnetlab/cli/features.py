@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
@@ -78,7 +78,7 @@ def neighbours(
     model
         A model file, or a published name such as torchvision:resnet50.IMAGENET1K_V2.
     data
-        The images that are searched: a data set, or a folder of images.
+        The images that are searched: a data set, a folder of images, or a file that `embed` wrote with this model.
     images
         The images to find similar ones of: files, folders, patterns or addresses.
     top
@@ -95,7 +95,7 @@ def neighbours(
         Print the result as one JSON document.
     """
     from resnetlab.errors import UsageError
-    from resnetlab.inference.embed import embed_data
+    from resnetlab.inference.embed import embed_data, is_feature_file, read_features
     from resnetlab.inference.images import expand_images
     from resnetlab.inference.neighbours import FeatureIndex, ShownImage, render_images
     from resnetlab.inference.predict import load
@@ -112,7 +112,8 @@ def neighbours(
         check_output_file(out, [model, data, *images])
     loaded = load(model, precision=precision, device=device)
     queries = {name: loaded.embed(found) for each in images for name, found in expand_images(each)}
-    index = FeatureIndex.from_rows(embed_data(loaded, data, data_dir))
+    rows = read_features(Path(data)) if is_feature_file(data) else embed_data(loaded, data, data_dir)
+    index = FeatureIndex.from_rows(rows)
     for name, reason in index.unreadable.items():
         console.log(f"resnetlab: warning: {name} is left out: {reason}")
     found = dict(zip(queries, index.search(list(queries.values()), top), strict=True))
@@ -133,12 +134,12 @@ def neighbours(
     if json:
         answer = [{"image": query, "neighbours": [n.to_json() for n in near]} for query, near in found.items()]
         return console.print_json({"n": len(index.rows), "images": answer})
-    rows = [
+    table = [
         (query if rank == 1 else "", str(rank), n.image, n.label, f"{n.similarity:.3f}")
         for query, near in found.items()
         for rank, n in enumerate(near, 1)
     ]
-    console.print_table("", ("image", "rank", "similar", "class", "similarity"), rows, right=(1, 4))
+    console.print_table("", ("image", "rank", "similar", "class", "similarity"), table, right=(1, 4))
     return None
 
 
@@ -151,6 +152,7 @@ def audit(
     out: Path | None = None,
     folds: int = 5,
     seed: int = 0,
+    judge: Literal["resnetlab", "cleanlab"] = "resnetlab",
     data_dir: Path = Path("data"),
     json: Annotated[bool, Parameter(negative="")] = False,
 ) -> None:
@@ -173,6 +175,8 @@ def audit(
         Parts of the data; each is predicted by a head that was fitted on the others.
     seed
         Of the parts.
+    judge
+        Whose rule decides: ours, or cleanlab's find_label_issues (needs an extra).
     data_dir
         Folder of the archives.
     json
@@ -191,7 +195,7 @@ def audit(
             check_output_file(file, [model, data], option)
     if out is not None and out.suffix != ".html":
         raise UsageError(f"--out writes a page, .html, not {out.name}.")
-    found = audit_labels(load(model, precision="auto"), data, data_dir, folds, seed)
+    found = audit_labels(load(model, precision="auto"), data, data_dir, folds, seed, judge)
     for name, reason in found.unreadable.items():
         console.log(f"resnetlab: warning: {name} is left out: {reason}")
     if quarantine is not None:
@@ -204,9 +208,8 @@ def audit(
             pairs[row["class"], row["likely"]].append(ShownImage(row["image"], lines))
         groups = [(f"{given}, likely {likely} ({len(rows):,})", rows) for (given, likely), rows in pairs.items()]
         what = f"{len(found.errors):,} of {found.n:,} labels of {found.data} are likely wrong"
-        how = (
-            f"by confident learning ({found.folds} folds, out-of-fold error {format_percent(found.out_of_fold_error)})"
-        )
+        error = format_percent(found.out_of_fold_error)
+        how = f"by confident learning ({found.judge}'s rule, {found.folds} folds, out-of-fold error {error})"
         lead = f"{what}, {how}; at most {MAX_SHOWN} are shown."
         write_atomically(out, render_images("Likely label errors", lead, groups, data, data_dir))
         console.log(f"page: {out}")

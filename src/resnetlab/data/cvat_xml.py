@@ -65,7 +65,7 @@ def read_cvat(root: Path, errors: ErrorPolicy, masks: bool) -> Annotations:
                 continue
             left_out.update(shape.tag for shape in item if shape.tag in NO_REGIONS)
             objects = [
-                _read_shape(shape, f"{where}, {shape.tag} {number}", size, errors)
+                _read_region(shape, f"{where}, {shape.tag} {number}", size, errors)
                 for number, shape in enumerate(item, 1)
                 if shape.tag in SHAPES
             ]
@@ -81,7 +81,7 @@ def _whole(item: ElementTree.Element, key: str) -> int:
     return int(text) if text.isdecimal() else 0
 
 
-def _read_shape(shape: ElementTree.Element, where: str, size: tuple[int, int], errors: ErrorPolicy) -> ObjectRecord:
+def _read_region(shape: ElementTree.Element, where: str, size: tuple[int, int], errors: ErrorPolicy) -> ObjectRecord:
     try:
         return SHAPES[shape.tag](shape, where, shape.attrib["label"], size)
     except KeyError as error:
@@ -103,7 +103,7 @@ def _turned(
     return [[v for corner in turned for v in corner]]
 
 
-def _read_box(shape: ElementTree.Element, where: str, label: str, size: tuple[int, int]) -> ObjectRecord:
+def _read_rectangle(shape: ElementTree.Element, where: str, label: str, size: tuple[int, int]) -> ObjectRecord:
     x1, y1, x2, y2 = _numbers(shape, "xtl", "ytl", "xbr", "ybr")
     corners = [(x1, y1), (x2, y1), (x2, y2), (x1, y2)]
     outline = _turned(shape, corners, ((x1 + x2) / 2, (y1 + y2) / 2))
@@ -134,7 +134,7 @@ def _read_mask(shape: ElementTree.Element, where: str, label: str, size: tuple[i
 
 
 SHAPES: Mapping[str, Callable[[ElementTree.Element, str, str, tuple[int, int]], ObjectRecord]] = {
-    "box": _read_box,
+    "box": _read_rectangle,
     "polygon": _read_polygon,
     "ellipse": _read_ellipse,
     "mask": _read_mask,

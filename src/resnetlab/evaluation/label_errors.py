@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from resnetlab.device import standard_torch_state
-from resnetlab.errors import DataError
+from resnetlab.errors import DataError, missing_package
 from resnetlab.random import seed_for
 
 FOLDS = 5
@@ -104,3 +105,29 @@ def find_label_errors(scores: Tensor, labels: Tensor) -> list[LabelError]:
         for i in order.tolist()
         if wrong[i]
     ]
+
+
+def find_label_errors_by_cleanlab(scores: Tensor, labels: Tensor) -> list[LabelError]:
+    """The images that cleanlab's `find_label_issues` prunes by noise rate, its least confident labels first.
+
+    Arguments as those of `find_label_errors`. Raises UsageError if cleanlab is not installed.
+    """
+    try:
+        from cleanlab.filter import find_label_issues
+    except ImportError as error:
+        raise missing_package("--judge cleanlab", error.name, "audit") from error
+    found = find_label_issues(
+        labels.numpy(), scores.numpy(), return_indices_ranked_by="self_confidence", n_jobs=1
+    ).tolist()
+    others = scores.scatter(1, labels[:, None], -1)  # without the score of the label
+    likely_scores, likely = others.max(1)
+    return [
+        LabelError(i, int(labels[i]), int(likely[i]), float(scores[i, labels[i]]), float(likely_scores[i]))
+        for i in found
+    ]
+
+
+JUDGES: Mapping[str, Callable[[Tensor, Tensor], list[LabelError]]] = {
+    "resnetlab": find_label_errors,
+    "cleanlab": find_label_errors_by_cleanlab,
+}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -119,6 +120,55 @@ def write_features(path: Path, rows: Iterator[EmbeddingRow], part: int = 4096) -
     finally:
         temporary.unlink(missing_ok=True)
     return n, errors
+
+
+def is_feature_file(data: str | Path) -> bool:
+    """Whether data are a file as `write_features` writes it: one of its columns is "features"."""
+    path = Path(data)
+    if path.suffix not in SUFFIXES or not path.is_file():
+        return False
+    if path.suffix == ".npz":
+        return True
+    import pyarrow.parquet
+
+    try:
+        return "features" in pyarrow.parquet.read_schema(path).names
+    except pyarrow.ArrowInvalid:
+        return False
+
+
+def read_features(path: Path) -> Iterator[EmbeddingRow]:
+    """The rows of a file that `write_features` wrote. Raises DataError if it is damaged or another kind of file."""
+    try:
+        columns = _read_parquet_columns(path) if path.suffix == ".parquet" else _read_npz_columns(path)
+        names, splits, labels, features = (columns[key] for key in ("image", "split", "class", "features"))
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise DataError(f"{path} is no file that embed wrote ({error}); write it again: resnetlab embed.") from error
+    if (
+        features.ndim != 2
+        or features.dtype != np.float32
+        or not len(names) == len(splits) == len(labels) == len(features)
+    ):
+        raise DataError(f"{path} is no file that embed wrote: its columns do not fit; write it again: resnetlab embed.")
+    for name, split, label, row in zip(names, splits, labels, torch.from_numpy(features), strict=True):
+        yield EmbeddingRow(str(name), str(split), str(label), row)
+
+
+def _read_npz_columns(path: Path) -> dict[str, Any]:
+    with zipfile.ZipFile(path) as archive:  # numpy would unpack records of any size
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+            raise ValueError("its records are packed")
+    with np.load(path, allow_pickle=False) as arrays:
+        return {key: arrays[key] for key in arrays.files}
+
+
+def _read_parquet_columns(path: Path) -> dict[str, Any]:
+    import pyarrow.parquet
+
+    table = pyarrow.parquet.read_table(path)
+    features = table.column("features").combine_chunks()
+    values = features.flatten().to_numpy(zero_copy_only=False).reshape(len(features), -1)
+    return {key: table.column(key).to_pylist() for key in ("image", "split", "class")} | {"features": values}
 
 
 class _ParquetWriter:

@@ -65,9 +65,17 @@ class FeatureIndex:
 
     @standard_torch_state()
     def search(self, queries: Iterable[Tensor], top: int) -> list[list[Neighbour]]:
-        """The `top` most similar images of each query, (C,), best first; of equal ones the image that comes first."""
+        """The `top` most similar images of each query, (C,), best first; of equal ones the image that comes first.
+
+        Raises DataError for a query of another length than the features.
+        """
         found = []
         for query in queries:
+            if len(query) != self.features.shape[1]:
+                raise DataError(
+                    f"the images searched have {self.features.shape[1]:,} features each, this model gives {len(query):,}; "
+                    "embed them with the same model."
+                )
             values, positions = (self.features @ F.normalize(query.float().cpu(), dim=0)).sort(
                 descending=True, stable=True
             )
@@ -99,8 +107,9 @@ def _read_uris(names: set[str], data: str, data_dir: Path) -> dict[str, str]:
     uris: dict[str, str] = {}
     try:
         source = sources.load_dataset(data, data_dir)
-    except DataError:
-        others = {name: image for name, image in expand_images(data) if name in names}
+    except DataError:  # a folder without classes, or a file of features, which holds no image
+        folder = Path(data).is_dir()
+        others = {name: image for name, image in expand_images(data) if name in names} if folder else {}
     else:
         others = {}
         for split in source.splits.values():

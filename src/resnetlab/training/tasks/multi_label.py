@@ -107,20 +107,20 @@ def multi_label_loss(logits: Tensor, targets: Tensor, label_sets: Tensor, smooth
 
 def held_out_figures(task: MultiLabelTask) -> dict[str, float]:
     """1 - mAP, by which weights are chosen, and label error and loss at a threshold of one half."""
-    metrics = _evaluate(task, task.held_out)
+    metrics = _evaluate_split(task, task.held_out)
     return {"map_error": 1 - metrics.mean_ap, "label_error": metrics.label_error, "loss": metrics.loss}
 
 
 def finish_multi_label(task: MultiLabelTask, run: RunFolder, state: RunState) -> MultiLabelResult:
     """Fits the thresholds on the held-out images, evaluates the test split, once; writes model and report."""
     start, recipe = time.perf_counter(), task.recipe
-    val = _evaluate(task, task.held_out) if len(task.held_out) else None
+    val = _evaluate_split(task, task.held_out) if len(task.held_out) else None
     thresholds, fitted = (DEFAULT_THRESHOLD,) * len(task.classes), {}
     if val is not None and val.n >= MIN_IMAGES:
         thresholds = fit_thresholds(val.scores, val.truth)
         fitted = {"data": task.data["name"], "split": "held_out", "n": val.n, "protocol": "1crop"}
         val = replace(val, thresholds=thresholds)
-    evaluation = replace(_evaluate(task, task.test), thresholds=thresholds)
+    evaluation = replace(_evaluate_split(task, task.test), thresholds=thresholds)
     measured = {task.evaluated_split: evaluation.to_json()} | ({"held_out": val.to_json()} if val else {})
     state.seconds += time.perf_counter() - start
     result = MultiLabelResult(
@@ -152,7 +152,7 @@ def finish_multi_label(task: MultiLabelTask, run: RunFolder, state: RunState) ->
     return result
 
 
-def _evaluate(task: MultiLabelTask, split: Split) -> MultiLabelMetrics:
+def _evaluate_split(task: MultiLabelTask, split: Split) -> MultiLabelMetrics:
     assert task.label_sets is not None
     truth = (task.label_sets.cpu() > 0)[split.labels]
     return evaluate_label_sets(task.net, split, truth, task.preprocessing, task.classes, task.device_config)
