@@ -47,6 +47,24 @@ def test_an_unfinished_packing_is_recognised_and_packed_again(tmp_path: Path, mo
     assert not list((tmp_path / "u").iterdir())
 
 
+def test_a_packing_that_was_killed_and_then_interrupted_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A temporary file of the index stayed, beside which the third start would not pack."""
+    root, _ = packed(tmp_path)
+    out = tmp_path / "t"
+    seen: list[str] = []
+
+    def note(temporary: Path, path: Path) -> None:
+        seen.extend(file.name for file in out.iterdir())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("resnetlab.run_folder.move_into_place", note)
+    with pytest.raises(KeyboardInterrupt):
+        pack.pack_shards(load(root), out, per_shard=5)
+    assert seen == [".packing"] and not list(out.iterdir())
+
+
 def test_a_folder_that_lacks_shards_is_refused(tmp_path: Path) -> None:
     _, out = packed(tmp_path)
     shards = sorted(out.glob("train-*.tar"))

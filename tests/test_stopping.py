@@ -213,7 +213,9 @@ def test_a_script_without_a_main_guard_is_told_so(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_a_signal_inside_the_garbage_collector_ends_a_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_signal_inside_the_garbage_collector_ends_a_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     """torchrun's own handlers raise, which the collector's callbacks swallow; the job would go on."""
     python, sent = tmp_path / "python", []
     python.write_text(f"#!/bin/sh\ntouch {tmp_path}/started\nexec sleep 30\n")
@@ -233,7 +235,7 @@ def test_a_signal_inside_the_garbage_collector_ends_a_job(tmp_path: Path, monkey
     finally:
         gc.callbacks.remove(callback)
         gc.set_threshold(*threshold)
-    assert end.value.code == 143 and sent
+    assert end.value.code == 143 and sent and capfd.readouterr().err == ""  # torchrun logged the signal
 
 
 def test_a_process_of_a_job_stops_with_its_launcher() -> None:

@@ -98,9 +98,9 @@ class Job(NamedTuple):
         from resnetlab.training.train import TASKS, read_result
 
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, count_cores() // self.processes)))
-        logging.getLogger("torch.distributed.elastic").setLevel(
-            logging.CRITICAL
-        )  # it would print our messages as tracebacks
+        for name in logging.root.manager.loggerDict:  # each has a level of its own
+            if name.startswith("torch.distributed.elastic"):  # it would print our messages as tracebacks
+                logging.getLogger(name).setLevel(logging.CRITICAL)
         with tempfile.TemporaryDirectory() as logs:
             config = LaunchConfig(
                 min_nodes=1,

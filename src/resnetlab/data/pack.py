@@ -66,7 +66,11 @@ def pack_shards(
                 tar = out / f"{name}-{number:06d}.tar"
                 part = order[start : start + per_shard]
                 index = _write_shard(unfinished / tar.name, split, part, data.classes, resize)
-                write_atomically(index_path(tar), json.dumps(index | {"shards": len(starts)}) + "\n")
+                unfinished_index = index_path(
+                    unfinished / tar.name
+                )  # there, so that a kill leaves no other file in `out`
+                write_atomically(unfinished_index, json.dumps(index | {"shards": len(starts)}) + "\n")
+                move_into_place(unfinished_index, index_path(tar))
                 move_into_place(unfinished / tar.name, tar)
                 written.append(tar)
                 done += len(part)
