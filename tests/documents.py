@@ -12,6 +12,7 @@ from PIL import Image
 
 import images
 from resnetlab.cli.main import run_command
+from service import write_classifier
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 README = REPOSITORY / "README.md"
@@ -28,7 +29,11 @@ def blocks(language: str, page: Path = README) -> list[str]:
 
 def commands(page: Path = README, language: str = "sh") -> list[str]:
     """All commands of a page's blocks, continued lines and `&&` taken apart."""
-    lines = "".join(blocks(language, page)).replace("\\\n", "").splitlines()
+    return split_commands("".join(blocks(language, page)))
+
+
+def split_commands(text: str) -> list[str]:
+    lines = text.replace("\\\n", "").splitlines()
     parts = (part.strip() for line in lines if not line.startswith("#") for part in line.split(" && "))
     return [part for part in parts if part]
 
@@ -65,6 +70,14 @@ def add_images(text: str, folder: Path) -> None:
             Image.linear_gradient("L").resize((32, 32)).convert("RGB").save(folder / name)
 
 
+def add_model(folder: Path) -> None:
+    """What pages for other systems call their own: a model file, and a list of images."""
+    if not (folder / "model.safetensors").exists():
+        write_classifier(folder / "model.safetensors")
+        add_photos(folder)
+        (folder / "images.txt").write_text("".join(f"{file}\n" for file in (folder / "photos").rglob("*.jpg")))
+
+
 def add_photos(folder: Path) -> None:
     """A folder of class folders, like a reader's own."""
     if not (folder / "photos").exists():
@@ -86,22 +99,28 @@ def run_document(
     request: pytest.FixtureRequest,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Runs a page's `resnetlab` commands in order, then its Python, in one folder: what one writes the next may read.
+    """Runs a page's blocks in their order, `resnetlab` commands and Python, as a reader does: in one folder and one session.
 
-    They run in this process, since starting one for each would take longer than most commands do.
+    They run in this process, since starting one for each would take longer than most commands do. Python that needs a package
+    which is not installed is skipped.
     """
     monkeypatch.chdir(folder)
-    for command in commands(page):
-        if (ours := runnable(command)) is None:
-            continue
-        with subtests.test(command):
-            if "cifar10" in command:
-                add_cifar10(command, folder, request.getfixturevalue("cifar10_dir"))
-            if "photos" in command:
-                add_photos(folder)
-            add_images(command, folder)
-            assert run_command(shlex.split(ours)) == 0
-    for program in blocks("python", page):
-        with subtests.test(program):
-            add_images(program, folder)
-            exec(compile(program, page.name, "exec"), {})
+    session: dict[str, object] = {}
+    for language, text in re.findall(r"^```(sh|python)\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE):
+        for part in [text] if language == "python" else split_commands(text):
+            if (ours := part if language == "python" else runnable(part)) is None:
+                continue
+            with subtests.test(part):
+                if "cifar10" in part:
+                    add_cifar10(part, folder, request.getfixturevalue("cifar10_dir"))
+                if "photos" in part:
+                    add_photos(folder)
+                add_images(part, folder)
+                if '"model.safetensors"' in part:
+                    add_model(folder)
+                if language == "sh":
+                    assert run_command(shlex.split(ours)) == 0
+                    continue
+                for package in re.findall(r"^(?:import|from) (\w+)", part, re.MULTILINE):
+                    pytest.importorskip(package)
+                exec(compile(part, page.name, "exec"), session)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -81,6 +82,16 @@ def test_misspelt_arguments_of_train_are_answered() -> None:
     }.items():
         with pytest.raises(UsageError, match=f"unknown key '{word}'; did you mean '{ours}'"):
             resnetlab.train("digits", progress=False, **{word: 1})
+
+
+def test_other_programs_words_of_train_are_its_arguments(tmp_path: Path) -> None:
+    """Steps by whatever word rescale the schedule; a value is given once."""
+    values = {k: v for k, v in TINY.items() if k != "net"} | {"device": "cpu", "progress": False}
+    result = resnetlab.train("digits", model="resnet8", max_steps=2, random_state=3, out=tmp_path / "a", **values)  # type: ignore[arg-type]
+    recipe = tomllib.loads((tmp_path / "a" / "recipe.toml").read_text())
+    assert (result.steps, recipe["net"], recipe["seed"], max(recipe["milestones"])) == (2, "resnet8", 3, 2)
+    with pytest.raises(UsageError, match="max_steps and steps are the same value; give it once"):
+        resnetlab.train("digits", steps=1, max_steps=2)
 
 
 @pytest.mark.parametrize(

@@ -186,7 +186,8 @@ WRONG: dict[str, dict[str, Any]] = {
         "net": Small(),
         "image_size": 0,
     },
-    "model takes no network; give it as net": {"model": Small()},
+    "model and net are the same value; give it once": {"model": Small(), "net": Small()},
+    "Small gives shape (2, 3) for two images": {"arch": Small(classes=3)},
 }
 
 

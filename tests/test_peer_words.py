@@ -61,6 +61,7 @@ train x --manual-seed 3 = train x --seed=3
 train x --config paper-cifar = train x --recipe=paper-cifar
 train x --cpu = train x --device=cpu
 train x --amp = train x --precision=bf16
+train x --fp16 = train x --precision=fp16
 train --resume-from-checkpoint runs/a = train --resume=runs/a
 detect train x --batch-size 2 --arch resnet50 = detect train x --batch=2 --net=resnet50
 evaluate --model m.safetensors --data-path x --tta = evaluate m.safetensors --data=x --protocol=flip
@@ -94,9 +95,9 @@ ANSWERED = {
     "train x --exist-ok": "--out",
     "train x --name a": "--out runs/mine",
     "train x --lr-step-size 30": "--set milestones=",
-    "train x --patience 5": "--set schedule=plateau",
+    "train x --patience 5": "--set early_stop=5",
     "train x --dropout 0.1": "--set stochastic_depth=0.1",
-    "train x --freeze 10": "--set backbone_lr_scale=0.1",
+    "train x --freeze 10": "--set frozen_stages=C3",
     "train x --accumulate 4": "--set bn_batch=32",
     "train x --wandb": "--tracker tensorboard (or wandb",
     "train x --report-to mlflow": "--tracker",

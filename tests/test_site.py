@@ -53,6 +53,7 @@ def test_commands_and_options_exist_and_python_compiles(page: Path) -> None:
 @pytest.mark.filterwarnings(  # torch's launcher (`train --procs`) leaves its log files open
     "ignore:Exception ignored in.*stderr.log:pytest.PytestUnraisableExceptionWarning"
 )
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # of Ray and of trainers
 @pytest.mark.parametrize(
     "page", [page for page in PAGES if blocks("sh", page) or blocks("python", page)], ids=lambda p: p.stem
 )

@@ -77,7 +77,7 @@ _FLAGS = {  # a word without a value: our option and its value
     "mps": ("device", "mps"),
     "amp": ("precision", "bf16"),
     "half": ("precision", "bf16"),
-    "fp16": ("precision", "bf16"),
+    "fp16": ("precision", "fp16"),
     "bf16": ("precision", "bf16"),
     "int8": ("precision", "int8"),
     "no_amp": ("precision", "fp32"),
@@ -106,11 +106,12 @@ _ANSWERS = {  # words that have no counterpart: what does the job
         "the learning rate is divided by 10 at --set milestones=3000,4000 (steps); other schedules: --set "
         "schedule=cosine.",
     "patience early_stopping patience_epochs":
-        "a run trains to its end; in Python the on_evaluate function of train may stop it. The learning rate "
-        "falls when the held-out error stops falling with --set schedule=plateau (its patience counts "
-        "evaluations).",
+        "--set early_stop=5 ends a run after as many evaluations without a new lowest held-out error (--set keep=best keeps "
+        "its weights), --set schedule=plateau divides the learning rate instead.",
     "dropout": "the networks of the papers have no dropout; stochastic depth is --set stochastic_depth=0.1.",
-    "freeze": "--set backbone_lr_scale=0.1 slows all layers but the last, --set frozen_bn=true keeps BN as it is.",
+    "freeze freeze_layers freeze_backbone":
+        "--set frozen_stages=C3 keeps the first layers of --start-from up to that map (C1 the stem … C5), --set "
+        "backbone_lr_scale=0.1 slows all but the last layer, --set frozen_bn=true keeps BN as it is.",
     "accumulate gradient_accumulation_steps accumulate_grad_batches":
         "gradients are accumulated over micro-batches: --batch 256 --set bn_batch=32.",
     "distributed": "--procs 2 starts processes here; on several machines: torchrun … -m resnetlab train …",

@@ -89,13 +89,12 @@ def train(
     """
     if recipe is not None and data is None and not isinstance(recipe, Recipe) and not recipes.is_recipe(recipe):
         recipe, data = None, recipe
+    net, steps, seed = _take_synonyms(values, {"net": net, "steps": steps, "seed": seed})
     module, net = _name_network(net, pretrained)
     if workers is not None and (not isinstance(workers, int) or workers < 0):
         raise UsageError(f"workers must be 0 or more, not {workers!r}.")
     keys = Recipe.keys()
-    for word, value in values.items():
-        if isinstance(value, nn.Module):
-            raise UsageError(f"{word} takes no network; give it as net.")
+    for word in values:
         if word not in keys and translate(word, keys) is None:
             raise unknown_name_error("key", word, [*signature(train).parameters, *keys])
     reading = ReadOptions(str(values.get("on_bad_image", "stop")), groups=str(values.get("groups", "")))
@@ -104,14 +103,7 @@ def train(
     if pretrained:
         recipe, values = recipe or "finetune", {"start_from": find_pretrained(net), **values}
     texts = {key: ",".join(map(str, v)) if isinstance(v, list | tuple) else str(v) for key, v in values.items()}
-    overrides = Overrides(
-        data=name,
-        net=net,
-        steps=steps,
-        epochs=epochs,
-        seed=seed,
-        values=texts,
-    )
+    overrides = Overrides(data=name, net=net, steps=steps, epochs=epochs, seed=seed, values=texts)
     with contextlib.ExitStack() as stack:
         shown = stack.enter_context(show_training()) if progress is True else progress or ignore
         options = RunOptions(
@@ -136,6 +128,16 @@ def train(
         if recipe is None and own is not None and isinstance(base, Recipe) and not isinstance(own.train, DiskSplit):
             base = recipes.fit_small_images(base, min(own.train.read_image(0).shape[:2]))
         return cast(ClassificationResult, start_run(overrides.apply(base), Path(out) if out else None, options))
+
+
+def _take_synonyms(values: dict[str, Any], named: dict[str, Any]) -> Any:
+    """The named arguments, taken out of `values` where they are given by another program's word, such as model or max_steps."""
+    for word in list(values):
+        if (key := translate(word, named)) is not None:
+            if named[key] is not None:
+                raise UsageError(f"{word} and {key} are the same value; give it once.")
+            named[key] = values.pop(word)
+    return named.values()
 
 
 def _name_network(net: str | nn.Module | None, pretrained: bool) -> tuple[nn.Module | None, str | None]:
