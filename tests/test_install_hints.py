@@ -66,4 +66,4 @@ def test_nothing_else_tells_people_to_install_a_package(file: Path) -> None:
 def test_the_name_is_the_imports_and_the_commands() -> None:
     assert METADATA["Name"] == "resnetlab"
     (script,) = importlib.metadata.distribution("resnetlab").entry_points
-    assert (script.name, script.value) == ("resnetlab", "resnetlab.cli.main:main")
+    assert (script.name, script.value) == ("resnetlab", "resnetlab.__main__:main")

@@ -155,8 +155,8 @@ def test_fine_tuning_takes_over_what_fits(tmp_path: Path) -> None:
     assert torch.equal(ours.preprocessing.mean, theirs.preprocessing.mean)
     for (name, a), b in zip(ours.net.state_dict().items(), theirs.net.state_dict().values(), strict=True):
         assert torch.equal(a, b), name  # BN's statistics too: they are frozen
-    assert ours.recipe["net"] == "resnet20" and ours.recipe["specification"] == {"depths": [1, 1, 1]}
-    with pytest.raises(UsageError, match="holds resnet20, not the resnet14 that is asked for; leave out net"):
+    assert ours.recipe["net"] == "resnet8" and ours.recipe["specification"] == {}
+    with pytest.raises(UsageError, match="holds resnet8, not the resnet14 that is asked for; leave out net"):
         resnetlab.train(replace(again, net="resnet14"), out=tmp_path / "other", device="cpu")
     with pytest.raises(UsageError, match="the recipe has no network of its own"):
         resnetlab.train("finetune", data="digits", out=tmp_path / "none", device="cpu")

@@ -61,4 +61,4 @@ def test_what_is_heavy_would_be_seen() -> None:
 
 def test_the_command_is_the_package_run_as_a_module() -> None:
     (command,) = entry_points(group="console_scripts", name="resnetlab")
-    assert command.value == "resnetlab.cli.main:main"
+    assert command.value == "resnetlab.__main__:main"

@@ -90,7 +90,7 @@ def no_models(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(figures, "draw_study_figure", lambda *_, **__: None)  # takes a second each
     layers = [LayerSignal(str(i), 1.0, 1.0) for i in range(3)]
     unit = IdentityFlow("layer1.1", 0.0, 1.0, 0.1, 1.0, 1.0, 1.0)
-    monkeypatch.setattr(RunOutcome, "load_model", lambda self: SimpleNamespace(spec=None, net=None))
+    monkeypatch.setattr(RunOutcome, "load_model", lambda self: SimpleNamespace(spec=None, net=None, resnet=None))
     for name, value in {
         "select_probe_images": lambda *_: None,
         "load_probe_batch": lambda *_: ([0], [0]),
