@@ -137,7 +137,7 @@ def ours(net: str, batch: int, device: torch.device, form: str) -> Step:
     task = choose_batchnorm(divide_threads(task), say, resuming=False)
     say(task.device_config)
     train_state, position = TrainState.create(task), iter(range(10**9))
-    gradients = select_gradients(task, say)
+    gradients = select_gradients(train_state, say)
     return lambda: train_step(train_state, task.micro_batches(next(position)), 0.01, gradients)
 
 
