@@ -139,7 +139,7 @@ def test_neighbours_are_those_of_an_exact_search(
     assert page.read_text().count('<img src="data:image/') == 4
 
 
-def test_cleanlab_judges(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_cleanlab_as_the_method(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """cleanlab finds flipped labels too; its likely class is the best of the others."""
     draw = torch.Generator().manual_seed(0)
     truth = torch.arange(300) % 3
@@ -151,8 +151,8 @@ def test_cleanlab_judges(model: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert all(each.given == int(labels[each.position]) != each.likely for each in errors)
     root = folder(tmp_path / "d", {"train": 12, "val": 3})
     command = ["data", "audit", str(root), "--model", str(model), "--json"]
-    assert run_command([*command, "--judge", "cleanlab"]) == 0
-    assert json.loads(capsys.readouterr().out)["judge"] == "cleanlab"
+    assert run_command([*command, "--method", "cleanlab"]) == 0
+    assert json.loads(capsys.readouterr().out)["method"] == "cleanlab"
 
 
 @pytest.mark.parametrize("name", ["features.npz", "features.parquet"])

@@ -152,7 +152,7 @@ def audit(
     out: Path | None = None,
     folds: int = 5,
     seed: int = 0,
-    judge: Literal["resnetlab", "cleanlab"] = "resnetlab",
+    method: Literal["resnetlab", "cleanlab"] = "resnetlab",
     data_dir: Path = Path("data"),
     json: Annotated[bool, Parameter(negative="")] = False,
 ) -> None:
@@ -175,7 +175,7 @@ def audit(
         Parts of the data; each is predicted by a head that was fitted on the others.
     seed
         Of the parts.
-    judge
+    method
         Whose rule decides: ours, or cleanlab's find_label_issues (needs an extra).
     data_dir
         Folder of the archives.
@@ -195,7 +195,7 @@ def audit(
             check_output_file(file, [model, data], option)
     if out is not None and out.suffix != ".html":
         raise UsageError(f"--out writes a page, .html, not {out.name}.")
-    found = audit_labels(load(model, precision="auto"), data, data_dir, folds, seed, judge)
+    found = audit_labels(load(model, precision="auto"), data, data_dir, folds, seed, method)
     for name, reason in found.unreadable.items():
         console.log(f"resnetlab: warning: {name} is left out: {reason}")
     if quarantine is not None:
@@ -209,7 +209,7 @@ def audit(
         groups = [(f"{given}, likely {likely} ({len(rows):,})", rows) for (given, likely), rows in pairs.items()]
         what = f"{len(found.errors):,} of {found.n:,} labels of {found.data} are likely wrong"
         error = format_percent(found.out_of_fold_error)
-        how = f"by confident learning ({found.judge}'s rule, {found.folds} folds, out-of-fold error {error})"
+        how = f"by confident learning ({found.method}'s rule, {found.folds} folds, out-of-fold error {error})"
         lead = f"{what}, {how}; at most {MAX_SHOWN} are shown."
         write_atomically(out, render_images("Likely label errors", lead, groups, data, data_dir))
         console.log(f"page: {out}")

@@ -62,7 +62,7 @@ def may_have_moved(data: str, other: str) -> bool:
     return data != other and not is_builtin(data) and not is_builtin(other)
 
 
-# folders of boxes and masks, which read as class folders would train in silence
+# folders of boxes and masks, which read as class folders would train without a word
 NO_CLASS = re.compile(r"images?$|masks?$|labels?$|annot(ation)?s?$|^segmentation|^gtfine$|^leftimg8bit$|^data$")
 
 

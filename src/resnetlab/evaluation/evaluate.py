@@ -87,9 +87,9 @@ class Evaluation:
     def top5_error(self) -> float:
         return self.metrics.top5_error
 
-    def to_json(self) -> dict[str, Any]:
-        """The figures as a plain dictionary; keys as in docs/json.md."""
-        about = {
+    def _setting(self) -> dict[str, Any]:
+        """What was evaluated, on what and how, for `to_json`."""
+        return {
             "model": self.models[0] if len(self.models) == 1 else list(self.models),
             "data": self.data,
             "split": self.split,
@@ -98,11 +98,14 @@ class Evaluation:
             "classes": self.scope or "all",
             "notes": list(self.notes),
         }
+
+    def to_json(self) -> dict[str, Any]:
+        """The figures as a plain dictionary; keys as in docs/json.md."""
         scaling = {
             "temperature": [model.temperature for model in self.trained_models],
             "calibration": [dict(model.calibration) or None for model in self.trained_models],
         }
-        figures = about | self.metrics.to_json() | scaling
+        figures = self._setting() | self.metrics.to_json() | scaling
         n = self.n + len(self.metrics.skipped)
         known = None
         if len(self.models) == 1:
@@ -176,18 +179,12 @@ class MultiLabelEvaluation(Evaluation):
         return [f"thresholds: {describe_thresholds(self.trained_models[0].calibration)}"]
 
     def to_json(self) -> dict[str, Any]:
-        about = {
-            "model": self.models[0],
-            "data": self.data,
-            "split": self.split,
-            "protocol": str(self.protocol),
-            "protocol_options": list(self.protocol_options),
-            "classes": self.scope or "all",
-            "notes": list(self.notes),
-        }
         skipped = {"skipped": dict(self.metrics.skipped)} if self.metrics.skipped else {}
         return (
-            about | self.metrics.to_json() | skipped | {"calibration": dict(self.trained_models[0].calibration) or None}
+            self._setting()
+            | self.metrics.to_json()
+            | skipped
+            | {"calibration": dict(self.trained_models[0].calibration) or None}
         )
 
 

@@ -115,7 +115,7 @@ def find_label_errors_by_cleanlab(scores: Tensor, labels: Tensor) -> list[LabelE
     try:
         from cleanlab.filter import find_label_issues
     except ImportError as error:
-        raise missing_package("--judge cleanlab", error.name, "audit") from error
+        raise missing_package("--method cleanlab", error.name, "audit") from error
     found = find_label_issues(
         labels.numpy(), scores.numpy(), return_indices_ranked_by="self_confidence", n_jobs=1
     ).tolist()
@@ -127,7 +127,7 @@ def find_label_errors_by_cleanlab(scores: Tensor, labels: Tensor) -> list[LabelE
     ]
 
 
-JUDGES: Mapping[str, Callable[[Tensor, Tensor], list[LabelError]]] = {
+METHODS: Mapping[str, Callable[[Tensor, Tensor], list[LabelError]]] = {
     "resnetlab": find_label_errors,
     "cleanlab": find_label_errors_by_cleanlab,
 }

@@ -11,7 +11,7 @@ import torch
 from resnetlab.data import sources
 from resnetlab.device import standard_torch_state
 from resnetlab.errors import DataError, unknown_name_error
-from resnetlab.evaluation.label_errors import FOLDS, JUDGES, out_of_fold_scores
+from resnetlab.evaluation.label_errors import FOLDS, METHODS, out_of_fold_scores
 from resnetlab.inference.embed import embed_data
 from resnetlab.inference.predict import Model
 
@@ -22,7 +22,7 @@ class Audit:
 
     Attributes:
         n: labelled images that could be read.
-        judge: by whose rule, of `evaluation.label_errors.JUDGES`.
+        method: by whose rule, of `evaluation.label_errors.METHODS`.
         errors: the likely label errors, the most certain first: "image", "split", "class", "likely", "score", "likely_score".
         unreadable: name -> reason.
         out_of_fold_error: of the linear heads, which bounds what the audit can see.
@@ -31,7 +31,7 @@ class Audit:
     data: str
     n: int
     folds: int
-    judge: str
+    method: str
     out_of_fold_error: float
     errors: list[dict[str, Any]]
     unreadable: dict[str, str]
@@ -48,17 +48,17 @@ def audit_labels(
     data_dir: Path = Path("data"),
     folds: int = FOLDS,
     seed: int = 0,
-    judge: str = "resnetlab",
+    method: str = "resnetlab",
 ) -> Audit:
     """Finds likely label errors by confident learning on out-of-fold predictions of linear heads on the model's features.
 
     Features of a model that was trained on the same labels for long may have memorised some of the errors.
 
-    Raises DataError if the data have no labels, or a class with fewer than two images; UsageError for an unknown judge, or one
+    Raises DataError if the data have no labels, or a class with fewer than two images; UsageError for an unknown method, or one
     whose package is missing.
     """
-    if judge not in JUDGES:
-        raise unknown_name_error("judge", judge, JUDGES)
+    if method not in METHODS:
+        raise unknown_name_error("method", method, METHODS)
     rows = list(embed_data(model, data, data_dir))
     labelled = [row for row in rows if row.features is not None and row.label]
     if not labelled:
@@ -78,8 +78,8 @@ def audit_labels(
             "score": each.given_score,
             "likely_score": each.likely_score,
         }
-        for each in JUDGES[judge](scores, labels)
+        for each in METHODS[method](scores, labels)
     ]
     wrong = float((scores.argmax(1) != labels).double().mean())
     unreadable = {row.image: row.error for row in rows if row.features is None}
-    return Audit(sources.strip_signature(str(data)), len(labelled), folds, judge, wrong, errors, unreadable)
+    return Audit(sources.strip_signature(str(data)), len(labelled), folds, method, wrong, errors, unreadable)
