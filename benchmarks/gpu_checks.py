@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
 """What only a GPU can show of the training step, one check after the other (`on_a_gpu` runs them).
 
-    python benchmarks/gpu_checks.py [graph] [order] [waits] [--device cuda] [--steps 50]
+    python benchmarks/gpu_checks.py [CHECK …] [--device cuda] [--steps 50]
 
 * graph: steps in bf16 with mixing and stochastic depth, replayed from a CUDA graph and launched one by one: equal bits?
 * order: torch's own warnings of operations that add in no fixed order, in a step of each task.
+* compile: steps under torch.compile in each mode, twice: equal bits? And how far from steps without it.
 * waits: torch's own warnings of waits of the host for the GPU, in steps on images in memory and on disk.
 
 The same is tested with a simulated GPU in tests/test_gpu_path.py. On a CPU this only shows that the script works.
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+import time
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -105,7 +107,26 @@ def check_waits(device: str, steps: int) -> None:
             print(f"{name}, {steps} steps: {dict(found) or 'no wait'}")
 
 
-CHECKS = {"graph": check_graph, "order": check_order, "waits": check_waits}
+def check_compile(device: str, _: int) -> None:
+    on_gpu, plain = device.startswith("cuda"), dict[str, torch.Tensor]()
+    for mode in ("off", "on", "reduce-overhead", "max-autotune-no-cudagraphs") if on_gpu else ("off",):
+        recipe = replace(quick(), net="resnet8", bn_batch=quick().batch // 2, compile=mode)
+        runs, began = [], time.perf_counter()
+        for _ in range(2):
+            train_state = start(replace(recipe, exact=not mode.startswith("max")), device)
+            for step in range(5):
+                train_step(train_state, train_state.task.micro_batches(step), 0.01)
+            runs.append({name: x.clone() for name, x in train_state.tensors().items()})
+        plain = plain or runs[0]
+        equal = all(torch.equal(x, runs[1][name]) for name, x in runs[0].items())
+        worst = max(float((x.float() - plain[name].float()).abs().max()) for name, x in runs[0].items())
+        seconds = time.perf_counter() - began
+        print(
+            f"{mode}: two runs {'equal' if equal else 'DIFFER'}, {worst:.2g} from no compiler at most, {seconds:.1f} s"
+        )
+
+
+CHECKS = {"graph": check_graph, "compile": check_compile, "order": check_order, "waits": check_waits}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -5,17 +5,23 @@ from __future__ import annotations
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from resnetlab.device import DeviceConfig, select_device
+from resnetlab.distributed import World
+from resnetlab.errors import UsageError
 from resnetlab.models.resnet import build
 from resnetlab.models.spec import get_specification
 from resnetlab.training.compilation import choose_compilation
 from resnetlab.training.recipe import Recipe
 from resnetlab.training.recipes import paper_cifar, photos
+from resnetlab.training.step import compute_gradients
 from resnetlab.training.verify import verify_resume
+from tiny_runs import make_train_state, tiny
 
 CPU = DeviceConfig(torch.device("cpu"), "bf16", 2, "for the test")
 NET = get_specification("resnet20", classes=10)
@@ -45,6 +51,63 @@ def test_without_a_compiler_nothing_is_compiled(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setattr(shutil, "which", lambda _: None)
     assert "no C++ compiler" in choose_compilation(CPU, replace(paper_cifar(), bn_batch=0), NET).reason
+
+
+GPU = replace(CPU, device=torch.device("cuda"))
+
+
+@pytest.mark.parametrize(
+    ("device_config", "values", "problem"),
+    [
+        (CPU, {"compile": "reduce-overhead"}, "a mode for NVIDIA's GPUs; on this device use --compile on"),
+        (GPU, {"compile": "max-autotune"}, "may differ in its last bits; allow that: --set exact=false"),
+        (replace(GPU, world=World(0, 2)), {"compile": "reduce-overhead"}, "several processes cannot communicate"),
+        (replace(GPU, world=World(0, 2)), {"compile": "max-autotune", "exact": False}, "several processes cannot"),
+    ],
+)
+def test_a_mode_that_a_run_cannot_have_is_refused(
+    device_config: DeviceConfig, values: dict[str, Any], problem: str
+) -> None:
+    with pytest.raises(UsageError, match=problem):
+        choose_compilation(device_config, replace(paper_cifar(), **values), NET)
+
+
+@pytest.mark.parametrize("mode", ["on", "reduce-overhead", "max-autotune-no-cudagraphs"])
+def test_a_mode_on_a_gpu_is_the_compilers(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr(torch, "compile", lambda net, **options: asked.update(options) or net)
+    recipe = replace(paper_cifar(), compile=mode, exact=mode != "max-autotune-no-cudagraphs")
+    chosen = choose_compilation(GPU, recipe, NET)
+    assert (chosen.compiled, chosen.cuda_graph) == (True, False)
+    assert ("compiled (" if mode == "on" else f"compiled for {mode} (") in str(chosen)
+    with torch.backends.cudnn.flags(deterministic=recipe.exact):
+        chosen.forward_fn(torch.nn.Identity())(torch.ones(1))
+    expected = {"reduce-overhead": {"triton.cudagraphs"}, "on": set()}.get(
+        mode, {"max_autotune", "coordinate_descent_tuning"}
+    )
+    assert {key for key, value in asked["options"].items() if value} == expected | (
+        {"deterministic"} if recipe.exact else set()
+    )
+    assert asked["options"]["deterministic"] is recipe.exact
+
+
+def test_gradients_that_a_graph_of_the_compiler_holds_are_copied() -> None:
+    """The memory of a replayed graph is written again by the next micro-batch."""
+    plain, reused = (make_train_state(tiny(bn_batch=16, batch=64)) for _ in range(2))
+    config = replace(reused.task.device_config, compile_mode="reduce-overhead", side_by_side=1)
+    reused.task = replace(reused.task, device_config=config)  # type: ignore[type-var]
+    memory: dict[str, Tensor] = {}
+
+    def write_into_memory(name: str, p: Tensor) -> None:
+        memory.setdefault(name, torch.empty_like(p)).copy_(p.grad)  # type: ignore[arg-type]
+        p.grad = memory[name]
+
+    for name, p in reused.optimizer.parameters.items():
+        p.register_post_accumulate_grad_hook(lambda p, name=name: write_into_memory(name, p))  # type: ignore[attr-defined]
+    for here in (plain, reused):
+        compute_gradients(here, here.task.micro_batches(0))
+    for mine, theirs in zip(plain.optimizer.grads(), reused.optimizer.grads(), strict=True):
+        assert torch.equal(mine, theirs)
 
 
 @needs_compiler

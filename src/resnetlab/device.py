@@ -46,6 +46,7 @@ class DeviceConfig:
     reason: str  # why this precision, and why compiled or not; printed at the start of a run
     world: World = field(default_factory=World)  # the processes that share the work
     compiled: bool = False  # by torch.compile, for training
+    compile_mode: str = "default"  # torch.compile's
     cuda_graph: bool = False  # replay training steps from a CUDA graph where that is bit-identical
     op_threads: int = 0  # of the threads, those inside each operation; 0: all
     fused_bn: bool = False  # train with BN and ReLU in one function compiled for this CPU
@@ -67,8 +68,13 @@ class DeviceConfig:
         """
         if not self.compiled:
             return net
-        compiled = torch.compile(net, dynamic=False)
         from torch._dynamo.exc import TorchDynamoException
+        from torch._inductor import list_mode_options
+
+        options = list_mode_options(self.compile_mode)
+        if self.device.type == "cuda":  # otherwise kernels that add in different orders are chosen by their speed
+            options = options | {"deterministic": torch.backends.cudnn.deterministic}
+        compiled = torch.compile(net, dynamic=False, options=options)
 
         def forward(x: Tensor) -> Tensor:
             try:
@@ -113,7 +119,8 @@ class DeviceConfig:
             threads = (
                 f", {format_count(count, 'thread')}, {each} for each of {self.side_by_side} micro-batches at a time"
             )
-        mode = ", compiled" * self.compiled + ", fused BN" * self.fused_bn + ", CUDA graph" * self.cuda_graph
+        compiled = ", compiled" + f" for {self.compile_mode}" * (self.compile_mode != "default")
+        mode = compiled * self.compiled + ", fused BN" * self.fused_bn + ", CUDA graph" * self.cuda_graph
         return f"{self.device}{threads}, {self.precision}, channels_last{mode} ({self.reason})"
 
 

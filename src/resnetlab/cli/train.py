@@ -135,7 +135,8 @@ def train(
         GPU with tensor cores, else fp32.
     compile
         on or off: torch.compile, which costs about a minute and pays off in long runs on small images, where it is the
-        default. off also disables the CUDA graph that a GPU replays steps from.
+        default. off also disables the CUDA graph that a GPU replays steps from. For GPUs also torch's modes reduce-overhead
+        and, with --set exact=false, max-autotune and max-autotune-no-cudagraphs.
     on_bad_image
         stop at an image that cannot be read, or skip it: left out, counted, and listed in the run folder.
     quarantine

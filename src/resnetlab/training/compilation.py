@@ -7,6 +7,7 @@ import shutil
 from dataclasses import replace
 
 from resnetlab.device import DeviceConfig
+from resnetlab.errors import UsageError
 from resnetlab.models.cost import compute_cost
 from resnetlab.models.own_network import OwnSpecification
 from resnetlab.models.spec import Specification
@@ -16,6 +17,8 @@ from resnetlab.training.recipe import Recipe
 # and the speed without it, counting 6 operations per multiply-add. At 224 pixels it saves nothing.
 SAVED_SHARE, COMPILE_SECONDS, OPERATIONS_PER_SECOND = 0.04, 60.0, 240e9
 MAX_COMPILED_SIZE = 64  # pixels on a side
+# torch's modes that record CUDA graphs, whose memory the next forward pass takes again
+GRAPH_MODES = ("reduce-overhead", "max-autotune")
 # Recording takes the time of about ten steps. --verify-resume runs this many, so that it covers what runs do.
 MIN_GRAPH_STEPS = 25
 
@@ -23,10 +26,16 @@ MIN_GRAPH_STEPS = 25
 def choose_compilation(
     device_config: DeviceConfig, recipe: Recipe, spec: Specification | OwnSpecification
 ) -> DeviceConfig:
-    """The device config with `compiled` and `cuda_graph` set from the recipe's `compile`, and the reason."""
-    if recipe.compile != "auto":
+    """The device config with `compiled` and `cuda_graph` set from the recipe's `compile`, and the reason.
+
+    Raises UsageError for one of torch.compile's modes that this device, or a run of this kind, cannot have.
+    """
+    if recipe.compile in ("on", "off"):
         reason = f"compile {recipe.compile} as requested"
         return replace(device_config, compiled=recipe.compile == "on", reason=f"{device_config.reason}; {reason}")
+    if recipe.compile != "auto":
+        _check_mode(device_config, recipe)
+        return replace(device_config, compiled=True, compile_mode=recipe.compile)
     if device_config.device.type == "cuda":
         against = _reason_against_graph(device_config, recipe)
         reason = against or "steps are replayed if that is bit-identical"
@@ -34,6 +43,22 @@ def choose_compilation(
     against = _reason_not_to_compile(device_config, recipe, spec)
     reason = against or "the run is long enough for compiling to pay off"
     return replace(device_config, compiled=not against, reason=f"{device_config.reason}; {reason}")
+
+
+def _check_mode(device_config: DeviceConfig, recipe: Recipe) -> None:
+    mode = recipe.compile
+    if device_config.device.type != "cuda":
+        raise UsageError(f"compile={mode} is a mode for NVIDIA's GPUs; on this device use --compile on.")
+    if mode.startswith("max-autotune") and recipe.exact:
+        raise UsageError(
+            f"compile={mode} chooses kernels by their speed, so a resumed run may differ in its last bits; allow that: "
+            "--set exact=false."
+        )
+    if mode in GRAPH_MODES and device_config.world.size > 1:
+        raise UsageError(
+            f"compile={mode} replays CUDA graphs, in which several processes cannot communicate; use --compile on or "
+            "max-autotune-no-cudagraphs."
+        )
 
 
 def _reason_not_to_compile(device_config: DeviceConfig, recipe: Recipe, spec: Specification | OwnSpecification) -> str:

@@ -28,7 +28,7 @@ _KINDS: dict[str, tuple[Any, str]] = {  # by the fields' annotations: type, and 
     "Mapping": (Mapping, "a table"),
 }
 _CHOICES = {  # allowed words, by field
-    "compile": ("auto", "on", "off"),
+    "compile": ("auto", "on", "off", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
     "schedule": ("milestones", "cosine", "plateau"),
     "warmup": ("none", "steps", "linear", "train-error"),
     "sampling": ("shuffle", "balanced", "keyed"),

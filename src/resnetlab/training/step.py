@@ -11,6 +11,7 @@ from torch import Tensor
 
 from resnetlab.errors import DivergedError
 from resnetlab.training.checkpoint import TrainState
+from resnetlab.training.compilation import GRAPH_MODES
 from resnetlab.training.micro_batches import TreeMean
 from resnetlab.training.run_state import INITIAL_SCALE, RunState
 
@@ -55,6 +56,10 @@ def compute_gradients(
             scaled.backward()  # type: ignore[no-untyped-call]
         results = [loss.detach(), error, *optimizer.grads()]  # no gradients where they are exchanged
         if shared:
+            if (
+                task.device_config.compile_mode in GRAPH_MODES
+            ):  # the next forward pass takes the memory of its graph again
+                results = [x.clone() for x in results]
             mean.add(results + statistics.rewind())
             optimizer.zero_grad()
     if shared:

@@ -152,7 +152,7 @@ class ClassificationTask(Task):
             name, changes = nearest_name(net.spec)
             recipe = replace(recipe, net=name, specification=changes)
         device_config = choose_compilation(device_config, recipe, net.spec)
-        if not device_config.cuda_graph:  # "auto" chooses a graph again when the run is resumed
+        if recipe.compile == "auto" and not device_config.cuda_graph:  # a graph is chosen again at a resume
             recipe = replace(recipe, compile="on" if device_config.compiled else "off")
         if recipe.bn_sync:
             convert_sync_batchnorm(net, world)
