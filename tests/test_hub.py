@@ -229,7 +229,9 @@ def test_images_do_not_leave_with_a_model_unless_asked_for(tmp_path: Path, capsy
     assert "holds 2 images to check backends on" in (folder / "README.md").read_text()
     capsys.readouterr()
     assert run_command(["strip", str(file)]) == 0
-    out = Path(capsys.readouterr().out.strip())
+    printed = capsys.readouterr()
+    assert "2 training images, as the network gets them; they are left out." in printed.err
+    out = Path(printed.out.strip())
     assert out.name == "model.stripped.safetensors" and pixels not in out.read_bytes()
     stripped = load_trained_model(out)
     assert stripped.reference_images is None and stripped.metrics == make_model().metrics
@@ -237,6 +239,9 @@ def test_images_do_not_leave_with_a_model_unless_asked_for(tmp_path: Path, capsy
         exported = tmp_path / f"exported{suffix}"
         assert run_command(["export", str(file), "--to", "torchvision", "--out", str(exported)]) == 0
         assert pixels not in exported.read_bytes()
+        assert f"2 training images, as the network gets them; {exported} holds none." in capsys.readouterr().err
+    assert run_command(["export", str(out), "--to", "torchvision", "--out", str(exported)]) == 0
+    assert "images" not in capsys.readouterr().err
     assert run_command(["strip", str(file), "--out", str(file)]) == 2
     assert pixels in file.read_bytes()
 

@@ -161,7 +161,12 @@ def test_a_data_set_too_small_to_split_is_refused(tmp_path: Path) -> None:
 
 def test_convergence_compares_the_18_layer_nets_on_a_folder(tmp_path: Path) -> None:
     here = setting(data=str(images.folder(tmp_path, {"train": 10, "val": 3})))
-    own = Convergence().adapt(here)
+    tried = Convergence().adapt(
+        here
+    )  # "does it run at all": 20 steps of 32 images of 224 pixels took a quarter of an hour
+    assert {(t.recipe.image_size, t.recipe.batch, t.recipe.steps) for t in Convergence().plan(tried)} == {(66, 8, 20)}
+    assert tried.share == pytest.approx(20 * 8 / 30 / (600_000 * 256 / 1_281_167))
+    own = Convergence().adapt(replace(here, steps=20, budget="quick"))
     plain, residual = Convergence().plan(own)
     assert (plain.recipe.net, residual.recipe.net) == ("plain18", "resnet18")
     assert (residual.recipe.name, residual.recipe.image_size, residual.recipe.batch) == ("photos", 224, 32)

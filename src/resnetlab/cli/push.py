@@ -81,6 +81,6 @@ def strip(model: Path, /, *, out: Path | None = None) -> None:
     out = out or model.with_suffix(".stripped.safetensors")
     check_output_file(out, [model])
     trained = load_trained_model(model)
-    console.log(trained.describe_images())
+    console.log(f"{trained.describe_images()[:-1]}{'; they are left out' if trained.reference_images else ''}.")
     trained.without_images().save(out)
     console.write_line(str(out))

@@ -186,6 +186,8 @@ def export(
     check_export_request(to, precision, out)
     check_output_file(out, [model])
     trained = load_or_download(model)
+    if trained.reference_images is not None:
+        console.log(f"{trained.describe_images()[:-1]}; {out} holds none.")
     if format.read is None:
         for note in export_weights(trained, to, out):
             console.log(f"resnetlab: note: {note}")

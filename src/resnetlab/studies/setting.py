@@ -19,7 +19,7 @@ from resnetlab.training.recipes import find_classification_recipe
 
 PAPER_EPOCHS = 64_000 * 128 / 50_000  # of 2015 §4.2 on CIFAR-10
 IMAGENET_IMAGES = 1_281_167  # of its training split
-SMOKE: dict[str, Any] = {  # values of a trial run of ImageNet's recipes
+SMOKE: dict[str, Any] = {  # values of a trial run on photographs
     "image_size": 66, "eval_resize": 75, "scale": (75, 141), "batch": 8, "bn_batch": 4, "precise_bn": 2, "lr": 0.01,
 }  # fmt: skip
 IMAGENET_RECIPES = ("paper-imagenet", "preact-imagenet")
@@ -94,7 +94,7 @@ class Setting:
         """The recipe that every run of the study starts from: the one for the data, at the budget's length."""
         name = self.recipe or ("quick" if self.data == "digits" else "paper-cifar")
         full = replace(find_classification_recipe(name), data=self.data)
-        if self.budget == "smoke" and name in IMAGENET_RECIPES:
+        if self.budget == "smoke" and self.recipe:
             full = replace(full, **SMOKE)
         device_config = select_device(full.precision, self.device)
         full = replace(
