@@ -130,7 +130,7 @@ CHECKS = {"graph": check_graph, "compile": check_compile, "order": check_order, 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checks", nargs="*", choices=[*CHECKS, []], default=list(CHECKS))
+    parser.add_argument("checks", nargs="*", metavar="CHECK", help=f"by default all: {', '.join(CHECKS)}")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--steps", type=int, default=50)
     options = parser.parse_args()

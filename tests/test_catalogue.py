@@ -74,6 +74,22 @@ def test_doctor_names_what_is_missing_and_how_to_install_it(
     assert "without uvicorn" in out and serve["install"] in out and "all" not in document["extras"]
 
 
+def test_doctor_runs_from_source_that_is_not_installed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from importlib.metadata import PackageNotFoundError
+
+    from resnetlab.cli import catalogue
+
+    def requires(name: str) -> list[str]:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(catalogue, "requires", requires)
+    monkeypatch.setattr("resnetlab.training.timing.measure_bf16", lambda: 1.25)
+    assert printed(capsys, "doctor")["extras"] == {}
+    assert run_command(["doctor"]) == 0
+
+
 def test_bf16_is_measured_in_little_time() -> None:
     from resnetlab.training.timing import measure_bf16
 

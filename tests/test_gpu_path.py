@@ -143,11 +143,19 @@ def test_a_prefetcher_measures_its_reading() -> None:
     assert prefetcher.seconds >= 0.04
 
 
-def test_a_study_takes_one_process_for_each_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_study_takes_one_process_for_each_gpu_or_eight_under_mps(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("CUDA_MPS_PIPE_DIRECTORY", str(tmp_path))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert worker_devices("auto", 9) == worker_devices("cuda", 9) == ["cuda:0", "cuda:1"]
     assert worker_devices("cuda:1", 9) == ["cuda:1"] and worker_devices("cuda", 1) == ["cuda:0"]
+    (tmp_path / "control").touch()
+    assert (
+        worker_devices("cuda", 99, 32) == ["cuda:0", "cuda:1"] * 8 and worker_devices("cuda:1", 3, 32) == ["cuda:1"] * 3
+    )
+    assert worker_devices("cuda", 99, 224) == ["cuda:0", "cuda:1"]
 
 
 @pytest.mark.parametrize(("cores", "processes", "workers"), [(64, 8, 7), (64, 1, 12), (4, 8, 1), (1, 1, 1)])

@@ -143,6 +143,12 @@ def test_an_unknown_depth_gets_the_nearest_two(depth: int, sentence: str) -> Non
     assert str(error.value) == sentence
 
 
+def test_every_run_of_a_study_has_the_precision_that_was_asked_for() -> None:
+    assert {trial.recipe.precision for trial in setting(precision="bf16").trials("a", "resnet8")} == {"bf16"}
+    with pytest.raises(UsageError, match="unknown precision 'fp8'"):
+        _ = setting(precision="fp8").base
+
+
 def test_zero_seeds_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_command(["study", "cost", "--seeds", "0"]) == 2
     assert "--seeds must be from 1 to 1,000, not 0" in capsys.readouterr().err
@@ -204,7 +210,7 @@ def study_folder(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[s
         patch.setattr("sys.argv", ["resnetlab", "study", "degradation"])
         patch.setattr(code_version, "measure_fingerprint", lambda device: "tiny weights")
         patch.setattr(
-            workers, "worker_devices", lambda device, num_runs: ["cpu"]
+            workers, "worker_devices", lambda device, num_runs, image_size: ["cpu"]
         )  # a second process would import all again
         arguments = ["study", "degradation", "--steps", "4", "--seeds", "1", "--depths", "8,14", "--out", "out"]
         assert run_command([*arguments, "--device", "cpu"]) == 0

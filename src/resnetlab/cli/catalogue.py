@@ -176,7 +176,11 @@ def _extras() -> dict[str, list[str]]:
     import re
 
     extras: dict[str, list[str]] = {}
-    for requirement in requires("resnetlab") or ():
+    try:
+        declared = requires("resnetlab") or []
+    except PackageNotFoundError:  # run from its source
+        return extras
+    for requirement in declared:
         match = re.fullmatch(r"([\w.-]+).*extra == ['\"]([\w-]+)['\"].*", requirement)
         if match and match[2] != "all":
             extras.setdefault(match[2], []).append(match[1])

@@ -31,6 +31,7 @@ def study(
     yes: Annotated[bool, Parameter(negative="")] = False,
     data_dir: Path = Path("data"),
     device: str = "auto",
+    precision: str = "auto",
     out: Path | None = None,
     records: Annotated[bool, Parameter(negative="")] = False,
     json: Annotated[bool, Parameter(negative="")] = False,
@@ -63,7 +64,9 @@ def study(
     data_dir
         Folder of the archives.
     device
-        cpu, cuda, cuda:1, …; several networks train at once, one on each core or each GPU.
+        cpu, cuda, cuda:1, …; several networks train at once, one on each core or each GPU (eight where NVIDIA's MPS runs).
+    precision
+        bf16 or fp32, of every run; auto takes bf16 where the device computes it.
     out
         Folder for report.html, rows.csv and rows.json; by default runs/study-NAME-DATA-BUDGET.
     records
@@ -79,7 +82,9 @@ def study(
 
     check_output_folder(out)
     num_seeds = SEEDS.get(budget, 1) if seeds is None else seeds
-    setting = Setting(data, data_dir, budget, num_seeds, _parse_depths(depths), device, steps, epochs=epochs)
+    setting = Setting(
+        data, data_dir, budget, num_seeds, _parse_depths(depths), device, steps, epochs=epochs, precision=precision
+    )
     if name is None:
         return _print_catalogue(setting, json)
     studies = catalogue.select_studies(name)

@@ -59,7 +59,8 @@ def estimate_costs(setting: Setting, root: Path = RUNS) -> list[dict[str, Any]]:
         for budget in BUDGETS if not (study.on_imagenet and setting.data in sources.BUILTIN) else ():
             own = study.adapt(replace(setting, budget=budget, seeds=SEEDS[budget]))
             missing = [run for run in locate_runs(study.plan(own), own, root) if not run.finished]
-            processes = len(worker_devices(setting.device, len(missing)))
+            image_size = max((run.recipe.image_size for run in missing), default=0)
+            processes = len(worker_devices(setting.device, len(missing), image_size))
             seconds[budget] = round(estimate.remaining(missing, processes)) if missing else 0
         rows.append({"study": study.name, "question": study.question, "place": study.place, "seconds": seconds})
     return rows

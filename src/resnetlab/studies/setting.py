@@ -51,6 +51,7 @@ class Setting:
         seeds: number of runs of each network; their seeds are 0, 1, ….
         depths: of the networks, where the user gives them; empty takes the study's own.
         steps, epochs: length of a run, where the user gives it; else the budget's.
+        precision: of every run; auto takes bf16 where the device computes it.
         recipe: of runs on photographs, whose networks are ImageNet's; empty: CIFAR's networks, by the recipe for the data.
     """
 
@@ -63,6 +64,7 @@ class Setting:
     steps: int | None = None
     recipe: str = ""
     epochs: float | None = None
+    precision: str = "auto"
 
     def __post_init__(self) -> None:
         if self.budget not in BUDGETS:
@@ -96,10 +98,9 @@ class Setting:
         full = replace(find_classification_recipe(name), data=self.data)
         if self.budget == "smoke" and self.recipe:
             full = replace(full, **SMOKE)
-        device_config = select_device(full.precision, self.device)
-        full = replace(
-            full, threads=1, val_images=max(0, full.val_images), precision=default_precision(device_config.device)
-        )
+        device_config = select_device(self.precision, self.device)
+        precision = default_precision(device_config.device) if self.precision == "auto" else self.precision
+        full = replace(full, threads=1, val_images=max(0, full.val_images), precision=precision)
         short = full.rescale(self.steps or self._steps(full.batch))
         if short.steps == full.steps:
             return full

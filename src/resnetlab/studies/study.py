@@ -189,7 +189,7 @@ def run_studies(
     runs = {name: locate_runs(trials, settings[name], root) for name, trials in plans.items()}
     planned = list({run.folder: run for each in runs.values() for run in each}.values())
     if missing := find_missing(planned, callbacks.report):
-        devices = workers.worker_devices(setting.device, len(missing))
+        devices = workers.worker_devices(setting.device, len(missing), max(run.recipe.image_size for run in missing))
         estimate = CostEstimate(setting)
         check_cost(planned, missing, estimate, len(devices), yes, callbacks.report)
         CodeVersions(root, setting.device).record()
