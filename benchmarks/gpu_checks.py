@@ -6,6 +6,7 @@
 * graph: steps in bf16 with mixing and stochastic depth, replayed from a CUDA graph and launched one by one: equal bits?
 * order: torch's own warnings of operations that add in no fixed order, in a step of each task.
 * compile: steps under torch.compile in each mode, twice: equal bits? And how far from steps without it.
+* ahead: batches copied beside long kernels, and two batches evaluated at once, against one after the other: equal bits?
 * waits: torch's own warnings of waits of the host for the GPU, in steps on images in memory and on disk.
 
 The same is tested with a simulated GPU in tests/test_gpu_path.py. On a CPU this only shows that the script works.
@@ -20,8 +21,9 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +31,14 @@ import numpy as np
 import torch
 from PIL import Image
 
+from resnetlab.device import to_device
 from resnetlab.training.annotated_recipes import boxes, masks
 from resnetlab.training.checkpoint import TrainState
 from resnetlab.training.gradients import select_gradients
+from resnetlab.training.recipe import Recipe
 from resnetlab.training.recipes import photos, quick
 from resnetlab.training.step import compute_gradients, train_step
+from resnetlab.training.tasks.classification import ClassificationTask
 from resnetlab.training.train import RunOptions, build_task
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
@@ -82,15 +87,47 @@ def check_order(device: str, _: int) -> None:
             print(f"{recipe.task}: {dict(found) or 'nothing'}")
 
 
+def make_photos(folder: Path) -> Recipe:
+    """Writes 64 JPEGs of two classes; a recipe that trains on them."""
+    for i in range(64):
+        path = folder / "train" / "ab"[i % 2] / f"{i}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.random.default_rng(i).integers(256, size=(256, 320, 3), dtype=np.uint8)).save(path)
+    return replace(photos(), data=str(folder), batch=16, val_images=8, net="resnet18", keep_images=0)
+
+
+def check_ahead(device: str, _: int) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        task = start(make_photos(Path(folder, "photos")), device).task
+        assert isinstance(task, ClassificationTask)
+        product, images, figures, seconds = torch.zeros(4096, 4096, device=device), [], [], []
+        for ahead in (True, False):
+            if not ahead:
+                task.loader.__dict__["_copier"] = partial(to_device, device=task.device_config.device)
+                type(task.device_config).side_by_side_map = lambda *_: nullcontext(map)  # type: ignore[method-assign]
+            found = []
+            for step in range(10 if device.startswith("cuda") else 2):
+                for _ in range(20 if device.startswith("cuda") else 0):
+                    product = product @ product
+                found.append(task.loader.batch(step).images)
+            images.append(torch.stack([x.cpu() for x in found]))
+            began = time.perf_counter()
+            figures.append(
+                task.evaluate(
+                    task.loader.split.subset(torch.arange(32).repeat(16 if device.startswith("cuda") else 1))
+                ).scores
+            )
+            seconds.append(time.perf_counter() - began)
+        task.close()
+        print(
+            f"batches {'equal' if torch.equal(*images) else 'DIFFER'}, scores {'equal' if torch.equal(*figures) else 'DIFFER'}"
+        )
+        print(f"evaluated in {seconds[0]:.2f} s, one batch after the other in {seconds[1]:.2f} s")
+
+
 def check_waits(device: str, steps: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        for i in range(64):
-            path = Path(folder, "photos", "train", "ab"[i % 2], f"{i}.jpg")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(np.random.default_rng(i).integers(256, size=(256, 320, 3), dtype=np.uint8)).save(path)
-        disk = replace(
-            photos(), data=str(Path(folder, "photos")), batch=16, val_images=8, net="resnet18", keep_images=0
-        )
+        disk = make_photos(Path(folder, "photos"))
         for name, recipe in (("memory", quick()), ("disk", disk)):
             train_state, found = start(recipe, device), Counter[str]()
             gradients = select_gradients(train_state, print)
@@ -126,7 +163,13 @@ def check_compile(device: str, _: int) -> None:
         )
 
 
-CHECKS = {"graph": check_graph, "compile": check_compile, "order": check_order, "waits": check_waits}
+CHECKS = {
+    "graph": check_graph,
+    "compile": check_compile,
+    "ahead": check_ahead,
+    "order": check_order,
+    "waits": check_waits,
+}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from types import FrameType
 from typing import Any, ClassVar
 
@@ -79,8 +81,47 @@ class GPUTensor(torch.Tensor):
         return memo[id(self)]
 
 
+class SimulatedStream:
+    """A queue of the GPU: how far it is itself, and how far it knows the others to be."""
+
+    default: ClassVar[SimulatedStream]
+    here: ClassVar[threading.local]  # of each thread, its current stream as `stream`
+
+    def __init__(self, device: torch.device = GPU) -> None:
+        self.device, self.count, self.known = device, 0, dict[SimulatedStream, int]()
+
+    @staticmethod
+    def current(_: object = None) -> SimulatedStream:
+        return getattr(SimulatedStream.here, "stream", SimulatedStream.default)
+
+    @staticmethod
+    def set_current(stream: SimulatedStream) -> None:
+        SimulatedStream.here.stream = stream
+
+    @staticmethod
+    @contextlib.contextmanager
+    def use(stream: SimulatedStream) -> Iterator[None]:
+        before = SimulatedStream.current()
+        SimulatedStream.set_current(stream)
+        yield
+        SimulatedStream.set_current(before)
+
+    def record_event(self) -> dict[SimulatedStream, int]:
+        return self.known | {self: self.count}
+
+    def wait_event(self, event: dict[SimulatedStream, int]) -> None:
+        self.known |= {stream: max(count, self.known.get(stream, 0)) for stream, count in event.items()}
+
+    def wait_stream(self, other: SimulatedStream) -> None:
+        self.wait_event(other.record_event())
+
+    def is_behind(self, uses: dict[SimulatedStream, int]) -> bool:
+        """Whether another stream has yet to make these uses of a tensor, for all that this one knows."""
+        return any(stream is not self and self.known.get(stream, 0) < count for stream, count in uses.items())
+
+
 class SimulatedGPU(TorchDispatchMode):
-    """Runs operations on GPU tensors.
+    """Runs operations on GPU tensors; refuses one that overtakes another stream's write, or read before a write.
 
     Attributes:
         waits: "operation at file:function" of everything that made the host wait.
@@ -93,6 +134,8 @@ class SimulatedGPU(TorchDispatchMode):
         super().__init__()
         self.waits: list[str] = []
         self.names: list[str] = []
+        self._written: dict[int, dict[SimulatedStream, int]] = {}  # by the address of the memory
+        self._read: dict[int, dict[SimulatedStream, int]] = {}
 
     @staticmethod
     def current() -> SimulatedGPU:
@@ -129,9 +172,28 @@ class SimulatedGPU(TorchDispatchMode):
         if device is not None:
             plain_kwargs["device"] = CPU
         result = function(*plain_args, **plain_kwargs)
+        self._order(name, on_gpu, [x for x in tree_flatten(result)[0] if isinstance(x, Tensor)])
         if name == "_local_scalar_dense":
             return result
         return tree_map_only(Tensor, lambda x: wrappers[id(x)] if id(x) in wrappers else GPUTensor(x), result)
+
+    def _order(self, name: str, inputs: list[GPUTensor], outputs: list[Tensor]) -> None:
+        """Notes the stream of an operation's reads and writes; raises RuntimeError if it overtakes another stream."""
+        stream = SimulatedStream.current()
+        stream.count += 1
+        read = {x.values.untyped_storage().data_ptr() for x in inputs}
+        written = {x.untyped_storage().data_ptr() for x in outputs} - read  # a view writes nothing
+        if name.endswith("_"):
+            written |= read
+        for memory in read & self._written.keys():
+            if stream.is_behind(self._written[memory]) or (
+                memory in written and stream.is_behind(self._read.get(memory, {}))
+            ):
+                raise RuntimeError(f"{name} overtakes another stream in {_caller()}")
+        for memory in written:
+            self._written[memory], self._read[memory] = {stream: stream.count}, {}
+        for memory in read:
+            self._read.setdefault(memory, {})[stream] = stream.count
 
     def _check(self, name: str, args: Any, kwargs: Any, tensors: list[Tensor]) -> None:
         """Lists a wait of the host; raises RuntimeError for tensors of two devices."""
@@ -179,6 +241,22 @@ def simulated_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimulatedGPU]:
         pinned.pinned = True
         return pinned
 
+    class Executor(ThreadPoolExecutor):
+        """Threads that have the simulated GPU too, since a dispatch mode belongs to a thread."""
+
+        def __init__(self, threads: int, initializer: Any = lambda: None) -> None:
+            super().__init__(threads, initializer=lambda: (enter_thread(), initializer()))
+
+    def enter_thread() -> None:
+        TorchDispatchMode.__enter__(gpu)
+        torch._C._set_only_lift_cpu_tensors(True)
+
+    SimulatedStream.default, SimulatedStream.here = SimulatedStream(), threading.local()
+    monkeypatch.setattr(device_module, "ThreadPoolExecutor", Executor)
+    monkeypatch.setattr(torch.cuda, "Stream", SimulatedStream)
+    monkeypatch.setattr(torch.cuda, "stream", SimulatedStream.use)
+    monkeypatch.setattr(torch.cuda, "set_stream", SimulatedStream.set_current)
+    monkeypatch.setattr(torch.cuda, "current_stream", SimulatedStream.current)
     monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: None)
     monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)

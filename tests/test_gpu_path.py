@@ -6,6 +6,7 @@ import json
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,13 +19,15 @@ from images import NAMES, folder
 from resnetlab import distributed
 from resnetlab.cli.train import TrainOptions, read_overrides
 from resnetlab.data import prefetch
+from resnetlab.data.batch_copier import BatchCopier
 from resnetlab.data.disk_split import DiskSplit, ReadOptions
 from resnetlab.data.error_policy import ErrorPolicy
 from resnetlab.data.prefetch import LoadedBatch, Prefetcher
 from resnetlab.data.sources import load_dataset
 from resnetlab.device import DeviceConfig, is_usable, standard_torch_state
 from resnetlab.errors import DataError, RunError, UsageError
-from resnetlab.evaluation import scores
+from resnetlab.evaluation import detection, scores, segmentation
+from resnetlab.evaluation.protocols import generate_views, parse_protocol
 from resnetlab.models.resnet import build
 from resnetlab.preprocessing import Preprocessing
 from resnetlab.run_folder import RunFolder
@@ -346,6 +349,28 @@ def test_a_step_on_a_gpu_waits_for_nothing(kind: str, tmp_path: Path, monkeypatc
         assert copies == {f"copy to the CPU in resnetlab.evaluation.{where.get(kind, 'scores._compute_logits')}"}
 
 
+def test_batches_are_copied_beside_the_step_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    with simulated_gpu(monkeypatch) as gpu:
+        copier, current = BatchCopier(GPU), torch.cuda.current_stream()
+        batches = [torch.full((2, 3), float(i)) for i in range(5)] + [torch.zeros(1, 3)]
+        queued = [0]  # work when each batch was computed on
+        for i, batch in enumerate(batches):
+            copied = copier(batch)
+            known = copier._stream.known[current]  # type: ignore[union-attr, index]
+            assert (known < queued[-1]) is (1 < i < 5), "the copy waits for the step before"
+            assert gpu.waits == [] and torch.equal(copied.values, batch)  # type: ignore[attr-defined]
+            copied.sum()
+            queued.append(current.count)  # type: ignore[attr-defined]
+        late = copier(batches[0])
+        with torch.cuda.stream(torch.cuda.Stream()), pytest.raises(RuntimeError, match="overtakes another stream"):
+            late.sum()
+        for batch in batches[:3]:
+            copier(batch).sum()
+        monkeypatch.setattr(type(current), "wait_event", lambda *_: None)
+        with pytest.raises(RuntimeError, match="overtakes another stream"):
+            copier(batches[0])
+
+
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_exact_false_takes_the_fastest_kernels_of_a_gpu_and_says_so(
     optimizer: str, monkeypatch: pytest.MonkeyPatch
@@ -414,6 +439,51 @@ def test_a_profiled_run_has_a_trace_and_the_same_weights(tmp_path: Path) -> None
     assert plain == traced
     with pytest.raises(UsageError, match="--profile must be 0 or more, not -1"):
         read_overrides(None, TrainOptions(profile=-1), {})
+
+
+def test_images_that_are_resized_ahead_give_the_same_views() -> None:
+    config = DeviceConfig(GPU, "fp32", 1, "for the test")
+    preprocessing = Preprocessing(3, (16, 16), 20, torch.full((3,), 0.5), torch.full((3,), 0.25))
+    member = scores.Member(build("resnet8", classes=2), preprocessing, torch.arange(2))
+    image = torch.randint(256, (50, 31, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    for text, resized in (("10crop", True), ("dense:24", True), ("multiscale:18,24", False)):
+        protocol = parse_protocol(text)
+        ahead = scores._preprocess_ahead([member, member], protocol, config)(image)
+        assert (min(ahead.shape[:2]) < min(image.shape[:2])) is resized
+        pairs = zip(*(generate_views([each], protocol, preprocessing) for each in (image, ahead)), strict=True)
+        assert all(torch.equal(views, others) for (_, views, _), (_, others, _) in pairs)
+
+
+@pytest.mark.parametrize("task", [detection, segmentation])
+def test_boxes_and_masks_are_decoded_in_threads_ahead(
+    task: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reading, most, pixels = [0], [0], torch.zeros(8, 8, 3, dtype=torch.uint8)
+
+    def read_slowly(_: object) -> Any:
+        reading[0] += 1
+        most[0] = max(most[0], reading[0])
+        time.sleep(0.02)
+        reading[0] -= 1
+        return pixels if task is detection else (pixels, pixels[..., 0])
+
+    kind = "AnnotatedImage" if task is detection else "MaskedImage"
+    monkeypatch.setattr(getattr(task, kind), "read_pixels" if task is detection else "read", read_slowly)
+    monkeypatch.setattr(task, "default_workers", lambda _: 3)
+    monkeypatch.setattr(task, "predict_image_boxes", lambda *_: "boxes", raising=False)
+    config, images = (
+        DeviceConfig(torch.device("cpu"), "fp32", 1, "for the test"),
+        [SimpleNamespace(name=str(i)) for i in range(6)],
+    )
+    if task is detection:
+        read, found = detection.predict_boxes([], images, config, None, ErrorPolicy())  # type: ignore[arg-type]
+        assert read == images and found == ["boxes"] * 6
+    else:
+        metrics = segmentation.compute_segmentation_metrics(
+            lambda x: x[..., 0].long(), images, ("a",), ErrorPolicy(), config
+        )  # type: ignore[arg-type]
+        assert metrics.images == images and int(metrics.confusion.sum()) == 6 * 64
+    assert most[0] == 3
 
 
 def test_evaluation_decodes_in_threads_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

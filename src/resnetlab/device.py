@@ -93,9 +93,16 @@ class DeviceConfig:
 
     @contextlib.contextmanager
     def side_by_side_map(self, count: int) -> Iterator[MapFunction]:
-        """`map` in threads of a CPU, for `count` independent items such as batches to evaluate; each has as many threads
-        inside its operations as are left over, or `op_threads`. On another device the built-in `map`.
+        """`map` in threads, for `count` independent items such as batches to evaluate.
+
+        On a CPU each has as many threads inside its operations as are left over, or `op_threads`. On a GPU there are two
+        threads with a stream each, so that one batch is prepared and copied beside another. Elsewhere the built-in `map`.
         """
+        if self.device.type == "cuda" and count > 1:
+            streams = partial(_use_own_stream, torch.cuda.current_stream(self.device))
+            with ThreadPoolExecutor(2, initializer=streams) as pool:
+                yield partial(map_in_order, pool, 3)
+            return
         op_threads = self.op_threads or max(1, self.threads // max(1, count))
         side_by_side = min(count, self.threads // op_threads) if self.device.type == "cpu" else 1
         if side_by_side < 2:
@@ -122,6 +129,13 @@ class DeviceConfig:
         compiled = ", compiled" + f" for {self.compile_mode}" * (self.compile_mode != "default")
         mode = compiled * self.compiled + ", fused BN" * self.fused_bn + ", CUDA graph" * self.cuda_graph
         return f"{self.device}{threads}, {self.precision}, channels_last{mode} ({self.reason})"
+
+
+def _use_own_stream(caller: torch.cuda.Stream) -> None:
+    """Gives this thread a stream that begins after what its caller has queued."""
+    own = torch.cuda.Stream(caller.device)  # type: ignore[no-untyped-call]
+    own.wait_stream(caller)
+    torch.cuda.set_stream(own)
 
 
 def map_in_order(pool: Executor, ahead: int, function: Callable[[A], B], items: Iterable[A]) -> Iterator[B]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import signal
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
@@ -22,7 +24,7 @@ from torch.utils.data import Dataset as TorchDataset
 
 from resnetlab.data.dataset import MemorySplit, Split
 from resnetlab.data.error_policy import ErrorPolicy
-from resnetlab.device import DeviceConfig, count_cores
+from resnetlab.device import DeviceConfig, count_cores, map_in_order
 from resnetlab.distributed import local_process_count
 from resnetlab.errors import DataError
 from resnetlab.preprocessing import Preprocessing
@@ -30,11 +32,13 @@ from resnetlab.stopping import check_stop
 
 POLL = 0.5  # seconds between looks at a request to stop, while a batch is waited for
 END = object()
+AHEAD = 4  # images that each thread of `read_in_threads` may be ahead
 SHARED_MEMORY = (
     "/dev/shm must be writable and large enough (docker run --shm-size=2g, or --ipc=host), or use fewer --workers"
 )
 
 T = TypeVar("T")
+K = TypeVar("K")
 
 
 class LoadedBatch(NamedTuple, Generic[T]):
@@ -215,6 +219,31 @@ def _rebuild_tensor(piped: _PipedTensor) -> Tensor:
         f"shared memory is short, so batches travel through pipes, which is slower; {SHARED_MEMORY}.", stacklevel=2
     )
     return torch.from_numpy(piped.array)
+
+
+@contextlib.contextmanager
+def read_in_threads(read: Callable[[K], T], keys: Iterable[K], threads: int) -> Iterator[Callable[[K], T]]:
+    """`read`, to be called for these keys in order; so many threads are ahead with it, 0 for none. May raise DataError."""
+    if not threads:
+        yield read
+        return
+
+    def attempt(key: K) -> T | DataError:
+        try:
+            return read(key)
+        except DataError as error:
+            return error
+
+    def read_next(_: K) -> T:
+        result = next(results)
+        if isinstance(result, DataError):
+            raise result
+        return result
+
+    with ThreadPoolExecutor(threads) as pool:
+        results = map_in_order(pool, AHEAD * threads, attempt, keys)
+        with contextlib.closing(results):  # type: ignore[type-var]  # a generator
+            yield read_next
 
 
 @dataclass(frozen=True, eq=False)

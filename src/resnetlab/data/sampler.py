@@ -16,6 +16,7 @@ from torch import Tensor
 
 from resnetlab.data import crops, trivial_augment
 from resnetlab.data.augment import Augmentation
+from resnetlab.data.batch_copier import BatchCopier
 from resnetlab.data.crops import Crop
 from resnetlab.data.dataset import MemorySplit, Split
 from resnetlab.data.keyed_permutation import KeyedPermutation, keyed_epoch
@@ -225,7 +226,7 @@ class TrainLoader:
                     f"none of the {len(indices):,} images of step {step:,} can be read; fix them: resnetlab data check."
                 )
             read = torch.tensor(loaded.positions)
-            pixels, labels = (to_device(x, device) for x in (loaded.samples, self.split.labels[indices[read]]))
+            pixels, labels = self._copier(loaded.samples), to_device(self.split.labels[indices[read]], device)
         positions = sampler.positions.start + read
         images = self.augmentation(
             pixels,
@@ -247,6 +248,10 @@ class TrainLoader:
         return to_device(self.split.images, self.device_config.device), to_device(
             self.split.labels, self.device_config.device
         )
+
+    @cached_property
+    def _copier(self) -> BatchCopier:
+        return BatchCopier(self.device_config.device)
 
     @cached_property
     def _sampler(self) -> Sampler:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from resnetlab.data.annotations import AnnotatedImage
 from resnetlab.data.error_policy import ErrorPolicy
+from resnetlab.data.prefetch import default_workers, read_in_threads
 from resnetlab.device import DeviceConfig, eval_mode, to_device
 from resnetlab.errors import missing_package
 from resnetlab.models.head_spec import DetectionOptions
@@ -44,8 +45,14 @@ def predict_boxes(
     def predict(read: tuple[AnnotatedImage, Tensor]) -> tuple[AnnotatedImage, Detections]:
         return read[0], predict_image_boxes(nets, read[1], device_config, testing)
 
-    with eval_mode(*nets), device_config.side_by_side_map(len(images)) as side_by_side:
-        for image, found in side_by_side(predict, errors.read_each(images, AnnotatedImage.read_pixels)):
+    # torchvision writes the anchors of every call into the network, which streams of a GPU would do over each other
+    at_once = len(images) if device_config.device.type == "cpu" else 1
+    with (
+        eval_mode(*nets),
+        read_in_threads(AnnotatedImage.read_pixels, images, default_workers(device_config)) as read,
+        device_config.side_by_side_map(at_once) as side_by_side,
+    ):
+        for image, found in side_by_side(predict, errors.read_each(images, read)):
             readable.append(image)
             detections.append(found)
             on_progress(len(readable), len(images))

@@ -12,17 +12,16 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from resnetlab.data.dataset import MemorySplit, Split
-from resnetlab.data.prefetch import default_workers
-from resnetlab.device import DeviceConfig, eval_mode, map_in_order, to_device
+from resnetlab.data.prefetch import default_workers, read_in_threads
+from resnetlab.device import DeviceConfig, eval_mode, to_device
 from resnetlab.errors import DataError, DivergedError
-from resnetlab.evaluation.protocols import ONE_CROP, Protocol, generate_views
+from resnetlab.evaluation.protocols import ONE_CROP, Protocol, generate_views, resize_shorter_side
 from resnetlab.models.fold import fold_batchnorm
 from resnetlab.models.model_file import compute_scores
 from resnetlab.models.own_network import Network, OwnNetwork
@@ -31,7 +30,6 @@ from resnetlab.preprocessing import Preprocessing
 SKIPPED = -1.0  # in place of the scores of an image that cannot be read
 MAX_PIXELS = {"cpu": 2**20, "cuda": 2**24}  # of one forward pass
 BATCH = 256  # images, at most
-IMAGES_AHEAD = 4  # decoded, for each thread that decodes
 READ_BYTES = 2**26  # of decoded images in memory before they are resized
 
 
@@ -146,9 +144,11 @@ def predict_scores(
     own = batches[world.rank :: world.size]
 
     workers = 0 if isinstance(split, MemorySplit) else split.workers or default_workers(device_config)
+    resize = _preprocess_ahead(members, protocol, device_config)
 
     def read() -> Iterator[tuple[Tensor, list[int], list[Tensor]]]:  # in this thread, beside those that compute
-        read_image = stack.enter_context(_read_ahead(split, [i for indices in own for i in indices.tolist()], workers))
+        order = (i for indices in own for i in indices.tolist())
+        read_image = stack.enter_context(read_in_threads(lambda i: resize(split.read_image(i)), order, workers))
         for indices in own:
             for rows in scores:
                 rows[indices] = SKIPPED  # until they are read
@@ -188,29 +188,19 @@ def _max_pixels(device_config: DeviceConfig) -> int:
     return MAX_PIXELS.get(device_config.device.type, MAX_PIXELS["cuda"])
 
 
-@contextlib.contextmanager
-def _read_ahead(split: Split, indices: Sequence[int], workers: int) -> Iterator[Callable[[int], Tensor]]:
-    """`split.read_image`, to be called for these images in order; so many threads decode ahead."""
-    if not workers:
-        yield split.read_image
-        return
-
-    def attempt(i: int) -> Tensor | DataError:
-        try:
-            return split.read_image(i)
-        except DataError as error:
-            return error
-
-    def read_image(i: int) -> Tensor:
-        result = next(results)
-        if isinstance(result, DataError):
-            raise result
-        return result
-
-    with ThreadPoolExecutor(workers) as pool:
-        results = map_in_order(pool, IMAGES_AHEAD * workers, attempt, indices)
-        with contextlib.closing(results):  # type: ignore[type-var]  # a generator
-            yield read_image
+def _preprocess_ahead(
+    members: Sequence[Member], protocol: Protocol, device_config: DeviceConfig
+) -> Callable[[Tensor], Tensor]:
+    """The resize that all members' views begin with, on a GPU, which would wait for one thread's; else nothing."""
+    resizes = {
+        (side, member.preprocessing.channels, member.preprocessing.interpolation)
+        for member in members
+        for side in protocol.sides_for(member.preprocessing)
+    }
+    if device_config.device.type == "cpu" or len(resizes) > 1:
+        return lambda image: image
+    ((side, *_),) = resizes
+    return lambda image: resize_shorter_side(image, side, members[0].preprocessing)
 
 
 def _read_batches(

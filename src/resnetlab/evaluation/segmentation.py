@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from resnetlab.data.error_policy import ErrorPolicy
 from resnetlab.data.mask_dataset import MaskedImage
 from resnetlab.data.mask_files import VOID
+from resnetlab.data.prefetch import default_workers, read_in_threads
 from resnetlab.device import DeviceConfig, eval_mode, to_device
 from resnetlab.models.head_spec import SegmenterSpec
 
@@ -101,8 +102,11 @@ def compute_segmentation_metrics(
         pairs = mask[valid].long() * len(classes) + predicted[valid]
         return image, torch.bincount(pairs, minlength=len(classes) ** 2).view_as(confusion)
 
-    with device_config.side_by_side_map(len(images)) as side_by_side:
-        for image, pairs in side_by_side(count, errors.read_each(images, MaskedImage.read)):
+    with (
+        read_in_threads(MaskedImage.read, images, default_workers(device_config)) as read,
+        device_config.side_by_side_map(len(images)) as side_by_side,
+    ):
+        for image, pairs in side_by_side(count, errors.read_each(images, read)):
             confusion += pairs
             evaluated.append(image)
             on_progress(len(evaluated), len(images))
