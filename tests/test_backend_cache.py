@@ -148,6 +148,10 @@ def test_entries_that_others_may_have_written_are_not_used(builds: list[str], tm
         assert not from_cache(make_model())
         path.chmod(before)
         assert from_cache(make_model())
+    program.parent.chmod(0o777)
+    select_backend(make_model(1), use_cache=True)
+    assert cached_files(tmp_path) == [choice, program]  # nor is anything written there
+    program.parent.chmod(0o700)
     content = program.read_bytes()
     (tmp_path / "elsewhere").write_bytes(content)
     program.unlink()

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import resnetlab
+from resnetlab import migrate_v01
 from resnetlab.errors import ModelFileError, ResNetLabError
 from resnetlab.inference.hub import make_model_card
 from resnetlab.inference.import_model import ImportOptions, import_weights
@@ -119,6 +120,20 @@ def test_a_file_cannot_lose_its_protection_by_its_number_alone(tmp_path: Path) -
     rewrite(path, change_text('"format": 2', '"format": 1'))
     with pytest.raises(ModelFileError, match="has format 1"):
         read_tensor_file(path, "model file")
+
+
+def test_what_an_older_file_would_hold_is_not_read_beside_todays(tmp_path: Path) -> None:
+    path = tmp_path / "m.safetensors"
+    make_file(path)
+    old = {"classes": ["x", "y"], "digest": migrate_v01._compute_digest(TENSORS)}
+    rewrite(path, lambda tensors, entries: entries.update({migrate_v01.KEY: json.dumps(old)}))
+    with warnings.catch_warnings(action="error"):
+        assert read_tensor_file(path, "model file")[1]["classes"] == METADATA["classes"]
+    for number in ({}, {"format": 1}, {"format": 2}):  # no number makes an unprotected file a protected one
+        text = json.dumps(old | number)
+        rewrite(path, lambda tensors, entries, text=text: (entries.clear(), entries.update({migrate_v01.KEY: text})))  # type: ignore[misc]
+        with pytest.warns(UserWarning, match="was written by version 0.1"):
+            assert read_tensor_file(path, "model file")[1]["classes"] == old["classes"]
 
 
 def test_tensors_of_another_shape_are_one_sentence(tmp_path: Path) -> None:

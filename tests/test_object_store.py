@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,22 @@ import fsspec
 import pytest
 
 import resnetlab
+from resnetlab import migrate_v01
 from resnetlab.data import download, object_store
 from resnetlab.data.disk_split import ReadOptions
 from resnetlab.data.sources import load_dataset, short_name, strip_signature
 from resnetlab.errors import DataError, UsageError
 from resnetlab.inference.images import read_image
+from resnetlab.run_folder import RunFolder
+from resnetlab.stopping import StopSignal
+from resnetlab.tensor_file import read_tensor_file, write_tensor_file
+from resnetlab.training.checkpoint import list_checkpoints
+from resnetlab.training.recipe import Recipe
 from resnetlab.training.recipes import quick
+from resnetlab.training.result import Progress
+from resnetlab.training.train import RunOptions, resume, start_run
 from shard_files import load, packed
+from tiny_runs import tiny
 
 
 @pytest.fixture
@@ -138,3 +148,36 @@ def test_shards_on_s3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert b"topsecret" not in written
     finally:
         server.stop()
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["", "0.1"])
+def test_a_run_whose_recipe_holds_a_password_is_resumed_without_it(
+    old: bool, tmp_path: Path, store: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Earlier versions kept it there, and in the hash by which a checkpoint belongs to its recipe."""
+    upload(store, packed(tmp_path)[1])
+    run, address = tmp_path / "run", "memory://bucket/shards/"
+    small = tiny(data=address, steps=4, batch=6, image_size=16, eval_resize=20, val_images=0, log_every=1)
+
+    def stop(progress: Progress) -> None:
+        if progress.step == 1:
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(StopSignal):
+        start_run(small, run, RunOptions(data_dir=tmp_path / "data", device="cpu", on_progress=stop))
+    recipe = Recipe.from_values(RunFolder(run).read_recipe())
+    file = run / "recipe.toml"
+    file.write_text(file.read_text().replace("memory://", "memory://me:secret@"))
+    kept = RunFolder(run).read_raw_recipe()
+    before = migrate_v01.recipe_key(kept) if old else recipe.key_with_data(kept["data"])
+    monkeypatch.setattr(migrate_v01, "is_recipe", lambda values: old and "secret" in values["data"])
+    checkpoint = list_checkpoints(RunFolder(run))[-1]
+    tensors, metadata = read_tensor_file(checkpoint, "checkpoint")
+    identity = metadata["identity"].replace(recipe.key, before)
+    write_tensor_file(checkpoint, tensors, metadata | {"identity": identity})
+    said: list[str] = []
+    resume(run, RunOptions(device="cpu", report=said.append))
+    assert any("recipe.toml is removed; set FSSPEC_MEMORY_USERNAME and" in sentence for sentence in said)
+    assert any(sentence.startswith("resuming from step") for sentence in said)
+    assert Recipe.from_values(RunFolder(run).read_recipe()) == recipe
+    assert all(b"secret" not in path.read_bytes() for path in run.rglob("*") if path.is_file())

@@ -53,14 +53,14 @@ def read_metadata(text: str, tensors: dict[str, Tensor]) -> dict[str, Any] | Non
     if not isinstance(values, dict) or values.pop("digest", None) != _compute_digest(tensors):
         return None
     if "identity" in values:
-        return {"format": 1} | _rename(values, _CHECKPOINT)
+        return _rename(values, _CHECKPOINT) | {"format": 1}
     for name in _TENSORS.keys() & tensors.keys():
         tensors[_TENSORS[name]] = tensors.pop(name)
     values = migrate_metadata(values)
     for key, text in values.pop("fingerprints").items():
         pairs = np.frombuffer(base64.b64decode(text), "<u4").reshape(-1, 2).astype(np.uint32)
         tensors[f"fingerprints.{key}"] = torch.from_numpy(pairs)
-    return values
+    return values | {"format": 1}  # whatever it says: its metadata are not protected
 
 
 def migrate_metadata(values: Mapping[str, Any]) -> dict[str, Any]:

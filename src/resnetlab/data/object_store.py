@@ -50,20 +50,34 @@ def strip_secrets(url: str) -> str:
     return _USER.sub("", url.partition("?")[0], count=1)
 
 
-def refuse_password(text: str) -> None:
-    """Raises UsageError for an address with a password, which a run's recipe.toml would keep.
+def advise_on_password(text: str) -> str | None:
+    """Where credentials belong that an address contains: "set AWS_ACCESS_KEY_ID and …"; None for an address without any.
 
-    >>> refuse_password("https://host:8080/a@1.tar"), refuse_password("abfs://container@account/a.tar")
+    >>> advise_on_password("https://host:8080/a@1.tar"), advise_on_password("abfs://container@account/a.tar")
     (None, None)
     """
     user, protocol = _USER.search(text.partition("?")[0]), text.partition("://")[0]
     if user is None or (":" not in user[0] and not protocol.startswith("http")):
-        return
+        return None
     variables = f"FSSPEC_{protocol.upper()}_USERNAME and FSSPEC_{protocol.upper()}_PASSWORD"
-    where = CREDENTIALS.get(protocol.replace("https", "http"), f"set {variables}")
-    raise UsageError(
-        f"{strip_secrets(text)} is given with a password, which files would keep; leave it out, and {where}."
-    )
+    return CREDENTIALS.get(protocol.replace("https", "http"), f"set {variables}")
+
+
+def refuse_password(text: str) -> None:
+    """Raises UsageError for an address with a password, which a run's recipe.toml would keep."""
+    if (advice := advise_on_password(text)) is not None:
+        raise UsageError(
+            f"{strip_secrets(text)} is given with a password, which files would keep; leave it out, and {advice}."
+        )
+
+
+def strip_password(text: str) -> str:
+    """An address without its password, but with its query; other texts as they are.
+
+    >>> strip_password("https://me:secret@host/a.tar?part=1"), strip_password("abfs://container@account/a.tar")
+    ('https://host/a.tar?part=1', 'abfs://container@account/a.tar')
+    """
+    return text if advise_on_password(text) is None else _USER.sub("", text, count=1)
 
 
 @contextlib.contextmanager

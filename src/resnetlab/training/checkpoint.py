@@ -190,21 +190,25 @@ def list_checkpoints(run: RunFolder) -> list[Path]:
 
 
 def upgrade_run(run: RunFolder, recipe: BaseRecipe) -> None:
-    """Rewrites the files of an unfinished run of version 0.1, so that it resumes; recipe.toml comes last.
+    """Rewrites the files of an unfinished run of version 0.1, or with a password in recipe.toml, so that it resumes.
 
-    Damaged checkpoints, and those of another recipe than recipe.toml, stay as they are: restoring them reports it.
+    recipe.toml comes last. Damaged checkpoints, and those of another recipe, stay as they are: restoring them reports it.
     """
-    values = run.read_raw_recipe()
-    if not migrate_v01.is_recipe(values):
+    values, resumed = run.read_raw_recipe(), recipe.ignoring_bad_images()
+    if migrate_v01.is_recipe(values):
+        old_key = migrate_v01.recipe_key(values)
+    elif values["data"] != recipe.data:
+        old_key = resumed.key_with_data(values["data"])
+    else:
         return
-    old_key, key = migrate_v01.recipe_key(values), recipe.ignoring_bad_images().key
     for path in list_checkpoints(run):
         with contextlib.suppress(ModelFileError):
             tensors, metadata = read_tensor_file(path, "checkpoint")
-            if metadata.pop("format") == 1 and (identity := str(metadata["identity"])).startswith(old_key):
-                write_tensor_file(path, tensors, metadata | {"identity": identity.replace(old_key, key, 1)})
+            del metadata["format"]
+            if (identity := str(metadata["identity"])).startswith(old_key):
+                write_tensor_file(path, tensors, metadata | {"identity": identity.replace(old_key, resumed.key, 1)})
     for old, new in migrate_v01.RUN_FILES.items():
-        if (content := run.read_json(old)) is not None:
+        if migrate_v01.is_recipe(values) and (content := run.read_json(old)) is not None:
             run.write_json(new, migrate_v01.migrate_environment(content))
     write_atomically(run.path / "recipe.toml", recipe.to_toml())
 

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 import tomli_w
 
 from resnetlab.data.dataset import A_TENTH
-from resnetlab.data.object_store import refuse_password
+from resnetlab.data.object_store import refuse_password, strip_password
 from resnetlab.errors import RunError, UsageError, unknown_name_error
 from resnetlab.models.reference_images import MAX_TRAINING
 from resnetlab.models.spec import Specification, parse_changes, parse_value
@@ -269,9 +269,14 @@ class BaseRecipe:
 
     @classmethod
     def from_values(cls, values: Mapping[str, Any]) -> Self:
-        """The inverse of `to_json` and `to_toml`; raises RunError if values are missing or unknown."""
+        """The inverse of `to_json` and `to_toml`, without a password in the address of the data, as earlier versions kept.
+
+        Raises RunError if values are missing or unknown.
+        """
         # until this key was recorded, all threads worked inside each operation, on one micro-batch after the other
         values = {"op_threads": values.get("threads", 0)} | dict(values)
+        if isinstance(values.get("data"), str):
+            values["data"] = strip_password(values["data"])
         known = {f.name for f in fields(cls)}
         if strange := sorted(set(values) - known - {"task"}):
             raise RunError(f"recipe.toml has unknown keys {strange}; it was written by another version of resnetlab.")
@@ -283,7 +288,11 @@ class BaseRecipe:
     @property
     def key(self) -> str:
         """A hash of all values that decide the result, 16 hex digits: runs with equal keys are the same run."""
-        values = self.to_json()
+        return self.key_with_data(self.data)
+
+    def key_with_data(self, data: str) -> str:
+        """The key with another name of the data: an earlier version's, which had a password in it."""
+        values = self.to_json() | {"data": data}
         if not values["fused_bn"]:  # as before there was another form
             del values["fused_bn"]
         values["threads"] = values.pop("op_threads") or self.threads  # as it was called when there were no others

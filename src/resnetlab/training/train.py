@@ -14,6 +14,7 @@ from torch import nn
 from resnetlab.data import sources
 from resnetlab.data.dataset import Dataset
 from resnetlab.data.decode import jpeg_decoder
+from resnetlab.data.object_store import advise_on_password
 from resnetlab.data.own_transform import Transform
 from resnetlab.device import count_cores, default_precision, preserve_process_state, select_device
 from resnetlab.distributed import (
@@ -379,7 +380,10 @@ def _read_run(run: RunFolder, task_name: str, requested: Overrides | BaseRecipe,
             "or start a new run."
         )
     if result is None:
+        advice = advise_on_password(str(values["data"]))
         upgrade_run(run, recipe)
+        if advice is not None:
+            options.report(f"the password in {run.path / 'recipe.toml'} is removed; {advice}")
     if recipe.to_json() != before.to_json():
         write_atomically(run.path / "recipe.toml", recipe.to_toml())
     run.remove_temporary_files()
