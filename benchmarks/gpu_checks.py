@@ -7,6 +7,7 @@
 * order: torch's own warnings of operations that add in no fixed order, in a step of each task.
 * compile: steps under torch.compile in each mode, twice: equal bits? And how far from steps without it.
 * ahead: batches copied beside long kernels, and two batches evaluated at once, against one after the other: equal bits?
+* onnx, aotinductor: agreement of an exported network with ONNX Runtime's providers for GPUs, and compiled for this GPU.
 * waits: torch's own warnings of waits of the host for the GPU, in steps on images in memory and on disk.
 
 The same is tested with a simulated GPU in tests/test_gpu_path.py. On a CPU this only shows that the script works.
@@ -15,6 +16,7 @@ The same is tested with a simulated GPU in tests/test_gpu_path.py. On a CPU this
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import tempfile
 import time
@@ -32,7 +34,10 @@ import torch
 import torch._dynamo
 from PIL import Image
 
+from resnetlab.data.digits import load_digits
 from resnetlab.device import to_device
+from resnetlab.inference.export import export_model
+from resnetlab.inference.formats import get_format
 from resnetlab.training.annotated_recipes import boxes, masks
 from resnetlab.training.checkpoint import TrainState
 from resnetlab.training.gradients import select_gradients
@@ -128,6 +133,19 @@ def check_ahead(device: str, _: int) -> None:
         print(f"evaluated in {seconds[0]:.2f} s, one batch after the other in {seconds[1]:.2f} s")
 
 
+def check_export(device: str, _: int, target: str) -> None:
+    digits = load_digits()
+    task = start(quick(), device).task
+    assert isinstance(task, ClassificationTask)
+    model, images = task.trained_model({}), list(digits.test.images[:16])
+    with tempfile.TemporaryDirectory() as folder:
+        began, out = time.perf_counter(), Path(folder, f"m{get_format(target).suffixes[0]}")
+        parity = export_model(model, target, "fp32", out, images, None)
+        print(f"{target}: {parity.agreement}, {time.perf_counter() - began:.1f} s")
+        for provider in json.loads(Path(f"{out}.json").read_text()).get("providers", ()):
+            print(provider)
+
+
 def check_waits(device: str, steps: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         disk = make_photos(Path(folder, "photos"))
@@ -170,6 +188,7 @@ CHECKS = {
     "graph": check_graph,
     "compile": check_compile,
     "ahead": check_ahead,
+    **{target: partial(check_export, target=target) for target in ("onnx", "aotinductor")},
     "order": check_order,
     "waits": check_waits,
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -120,6 +121,67 @@ def test_tensor_resize_equals_pillows(size: tuple[int, int], resize: int, interp
         pixels = pil_to_tensor(photo(i, w, h).convert("RGB"))
         apart = (resized(pixels[None])[0].int() - prepared(tensor_to_pil(pixels)).int()).abs()
         assert apart.max() <= (3 if h > 2 * w else 0), (w, h)
+
+
+def test_onnx_has_settings_for_gpus_and_is_checked_where_they_are(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A provider that is there, one that is there and fails, and one that is not."""
+    session, asked = onnxruntime.InferenceSession, []
+
+    def start(source: Any, options: Any, providers: list[Any]) -> Any:
+        asked.append(providers[0])
+        started = session(source, options, providers=["CPUExecutionProvider"])
+        if not isinstance(providers[0], str):
+            monkeypatch.setattr(type(started), "get_providers", lambda _: [providers[0][0]])
+        return started
+
+    available = ["CPUExecutionProvider", "CUDAExecutionProvider"]
+    monkeypatch.setattr(onnxruntime, "InferenceSession", start)
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: available)
+    trained = load_trained_model(model)
+    images = list(trained.reference_images.check)  # type: ignore[union-attr]
+    format, file = formats.get_format("onnx"), tmp_path / "m.onnx"
+    format.write(ExportGraphs(trained), "fp32", file)
+    cuda, tensorrt = export.check_providers(trained, format, file, images, "fp32")["providers"]
+    assert asked == [("CUDAExecutionProvider", {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"})]
+    assert cuda["checked"]["top1_agreement"] == 1.0 and cuda["checked"]["n"] == 16
+    assert tensorrt == {
+        "name": "TensorrtExecutionProvider",
+        "settings": {"trt_fp16_enable": "0", "trt_int8_enable": "0"},
+        "checked": None,
+    }
+    monkeypatch.setattr(session, "get_providers", lambda _: ["CPUExecutionProvider"])
+    monkeypatch.setattr(onnxruntime, "InferenceSession", lambda *_, **__: session(str(file)))
+    messages: list[str] = []
+    monkeypatch.setattr(export, "log", messages.append)
+    assert export.check_providers(trained, format, file, images, "fp32")["providers"][0]["checked"] is None
+    (message,) = messages
+    assert message.startswith(
+        "CUDAExecutionProvider does not run m.onnx here: ONNX Runtime has CUDAExecutionProvider but"
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="there is no C++ compiler")
+def test_aotinductor(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "m.pt2"
+    assert run_command(["export", str(model), "--to", "aotinductor", "--out", str(out)]) == 0
+    package: Any = torch._inductor.aoti_load_package(str(out))
+    assert tuple(json.loads(package.get_metadata()["classes"])) == CLASSES
+    for n in (1, 5):
+        assert np.abs(package(FRESH[:n]).numpy() - by_hand(model, FRESH[:n])).max() < 1e-5
+
+
+def test_a_network_that_cannot_be_packaged_is_a_sentence(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("No working C++ compiler found\nand more")
+
+    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", fail)
+    code, _, err = run_json(capsys, "export", model, "--to", "aotinductor", "--out", tmp_path / "m.pt2", "--json")
+    assert code == 2 and "cannot compile the network here (No working C++ compiler found); use --to torch" in err
 
 
 def test_torch(model: Path, tmp_path: Path) -> None:

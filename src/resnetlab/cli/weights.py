@@ -137,7 +137,8 @@ def export(
     model
         A model file, or a published name such as torchvision:resnet50.IMAGENET1K_V2.
     to
-        onnx, torch (.pt2) or openvino; or torchvision: a state_dict under its names, which torchvision and timm load. By
+        onnx, torch (.pt2), aotinductor (.pt2: compiled for this machine's GPU, or its CPU) or openvino; or torchvision: a
+        state_dict under its names, which torchvision and timm load. By
         default what the ending of --out says.
     out
         The file to write; by default the model's name with .onnx, .pt2, .xml or .pth (also .safetensors).

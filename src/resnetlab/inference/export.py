@@ -15,9 +15,10 @@ from torch import Tensor
 from resnetlab.device import standard_torch_state
 from resnetlab.errors import DataError, ModelFileError, RunError, UsageError, missing_package, unknown_name_error
 from resnetlab.inference.export_graphs import PIXELS, SCORES, ExportGraphs
-from resnetlab.inference.formats import get_format
+from resnetlab.inference.formats import ExportFormat, get_format
 from resnetlab.inference.parity_check import PARITY_BOUNDS, ParityReport, check_parity
 from resnetlab.models.model_file import TrainedModel
+from resnetlab.progress import log
 from resnetlab.run_folder import move_into_place, temporary_folder, write_error
 
 
@@ -79,12 +80,32 @@ def export_model(
                     f"and within {largest:g}."
                 )
             description = describe_export(model, target, precision)
+            description |= check_providers(model, format, file, check_images, precision)
             file.with_name(f"{out.name}.json").write_text(_format_json(description), "utf-8")
             file.with_name(f"{out.name}.parity.json").write_text(_format_json(parity.to_json()), "utf-8")
             _replace_files(folder, out)
     except OSError as error:
         raise write_error(out, error) from error
     return parity
+
+
+def check_providers(
+    model: TrainedModel, format: ExportFormat, file: Path, check_images: Sequence[Tensor], precision: str
+) -> dict[str, Any]:
+    """What else the format's runtime computes the file on: settings, and the agreement where it is here; as in docs/json.md."""
+    providers = []
+    for name, settings in format.providers.items():
+        entry: dict[str, Any] = {"name": name, "settings": dict(settings), "checked": None}
+        try:
+            predict = format.read_on(file, name)
+            if predict is not None:
+                parity = check_parity(model, predict, check_images, precision).to_json()
+                keys = ("n", "top1_agreement", "largest_difference", "bound")
+                entry["checked"] = {key: parity[key] for key in keys}
+        except Exception as error:  # its own, of many kinds; the file itself agrees
+            log(f"{name} does not run {file.name} here: {str(error).strip().partition(chr(10))[0]}")
+        providers.append(entry)
+    return {"providers": providers} if providers else {}
 
 
 def _replace_files(folder: Path, out: Path) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,17 @@ import torch
 from torch import Tensor
 
 from resnetlab.device import default_precision
-from resnetlab.errors import UsageError, unknown_name_error
+from resnetlab.errors import RunError, UsageError, unknown_name_error
 from resnetlab.inference.export_graphs import PIXELS, ExportGraphs, export_metadata, export_resize, openvino_core
 from resnetlab.inference.inference_module import InferenceModule
 from resnetlab.inference.state_dict_export import list_differences, write_state_dict
 from resnetlab.models.model_file import TrainedModel, compute_scores
 
+# ONNX Runtime's providers for GPUs, with the settings under which they compute in fp32, as is checked
+GPU_PROVIDERS: Mapping[str, Mapping[str, str]] = {
+    "CUDAExecutionProvider": {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"},
+    "TensorrtExecutionProvider": {"trt_fp16_enable": "0", "trt_int8_enable": "0"},
+}
 PredictFn = Callable[[Tensor], Tensor]  # images, uint8 -> scores, float32 (B, classes)
 
 
@@ -46,6 +51,8 @@ class ExportFormat:
         packages: required ones, which the `extra` of this package installs.
         write: writes the file in one of the `precisions`.
         read: loads the file with its runtime; None for weights only, whose scores cannot be checked.
+        providers: what else its runtime computes on, which need not be here: name -> settings to run it with.
+        read_on: loads the file on one of those; None if it is not here.
         notes: what the programs that read the file compute differently.
     """
 
@@ -56,6 +63,8 @@ class ExportFormat:
     packages: tuple[str, ...] = ()
     extra: str = ""
     backend: Backend | None = None
+    providers: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    read_on: Callable[[Path, str], PredictFn | None] = lambda file, provider: None
     notes: Callable[[TrainedModel], list[str]] = lambda model: []
 
     def missing_packages(self) -> list[str]:
@@ -96,14 +105,45 @@ def _write_onnx(graphs: ExportGraphs, precision: str, file: Path) -> None:
     file.write_bytes(graphs.onnx(precision, any_size=True))
 
 
-def _run_onnx(source: str | bytes) -> PredictFn:
+def _write_aotinductor(graphs: ExportGraphs, precision: str, file: Path) -> None:
+    """A library of kernels compiled for the GPU of this machine, or else for its CPU."""
+    from torch._inductor import aoti_compile_and_package
+    from torch.export.passes import move_to_device_pass
+
+    program = export_resize(graphs.model, InferenceModule(graphs.model))
+    if torch.cuda.is_available():
+        program = move_to_device_pass(program, "cuda")
+    settings = {"aot_inductor.metadata": dict(export_metadata(graphs.model))}
+    try:
+        aoti_compile_and_package(program, package_path=str(file), inductor_configs=settings)
+    except Exception as error:  # of many kinds: a compiler that is missing, or fails
+        reason = str(error).strip().partition("\n")[0]
+        raise UsageError(f"torch cannot compile the network here ({reason[:300]}); use --to torch.") from error
+
+
+def _open_aotinductor(file: Path) -> PredictFn:
+    package: Any = torch._inductor.aoti_load_package(str(file))
+    device = package.get_metadata()["AOTI_DEVICE_KEY"]
+    return lambda pixels: package(pixels.to(device)).cpu()
+
+
+def _run_onnx(source: str | bytes, provider: str = "CPUExecutionProvider") -> PredictFn:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    providers = [provider] if provider not in GPU_PROVIDERS else [(provider, dict(GPU_PROVIDERS[provider]))]
+    session = onnxruntime.InferenceSession(source, options, providers=providers)
+    if session.get_providers()[0] != provider:  # it falls back to the CPU
+        raise RunError(f"ONNX Runtime has {provider} but cannot start it; see what it logs.")
     return lambda pixels: torch.from_numpy(session.run(None, {PIXELS: pixels.numpy()})[0])
+
+
+def _run_onnx_on(file: Path, provider: str) -> PredictFn | None:
+    import onnxruntime
+
+    return _run_onnx(str(file), provider) if provider in onnxruntime.get_available_providers() else None
 
 
 def _write_openvino(graphs: ExportGraphs, precision: str, file: Path) -> None:
@@ -160,6 +200,8 @@ FORMATS: Mapping[str, ExportFormat] = {
         extra="onnx",
         write=_write_onnx,
         read=lambda file: _run_onnx(str(file)),
+        providers=GPU_PROVIDERS,
+        read_on=_run_onnx_on,
         backend=Backend(
             name="onnxruntime",
             precisions=("fp32", "int8"),
@@ -167,6 +209,7 @@ FORMATS: Mapping[str, ExportFormat] = {
             start=lambda program, model, precision: _run_onnx(program),
         ),
     ),
+    "aotinductor": ExportFormat(suffixes=(".pt2",), write=_write_aotinductor, read=_open_aotinductor),
     "openvino": ExportFormat(  # IR: FILE.xml and FILE.bin
         suffixes=(".xml",),
         precisions=("fp32", "int8"),
