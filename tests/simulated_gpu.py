@@ -126,6 +126,7 @@ class SimulatedGPU(TorchDispatchMode):
     Attributes:
         waits: "operation at file:function" of everything that made the host wait.
         names: the operations on the GPU, in order.
+        float64: "operation in module.function" of those with such a result, which MPS could not compute.
     """
 
     _active: ClassVar[list[SimulatedGPU]] = []
@@ -134,6 +135,7 @@ class SimulatedGPU(TorchDispatchMode):
         super().__init__()
         self.waits: list[str] = []
         self.names: list[str] = []
+        self.float64: set[str] = set()
         self._written: dict[int, dict[SimulatedStream, int]] = {}  # by the address of the memory
         self._read: dict[int, dict[SimulatedStream, int]] = {}
 
@@ -172,6 +174,8 @@ class SimulatedGPU(TorchDispatchMode):
         if device is not None:
             plain_kwargs["device"] = CPU
         result = function(*plain_args, **plain_kwargs)
+        if any(x.dtype == torch.float64 for x in tree_flatten(result)[0] if isinstance(x, Tensor)):
+            self.float64.add(f"{name} in {_caller()}")
         self._order(name, on_gpu, [x for x in tree_flatten(result)[0] if isinstance(x, Tensor)])
         if name == "_local_scalar_dense":
             return result

@@ -125,6 +125,10 @@ def test_auto_takes_mps_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
         select_device()
     with pytest.raises(UsageError, match="device 'cuda:7' is not available"):
         select_device(device="7")
+    ones = torch.ones
+    monkeypatch.setattr(torch, "ones", lambda *_, **__: ones(1))  # as if it were there
+    chosen = select_device(training=True)
+    assert str(chosen) == "mps, fp32, channels_last (half precision on MPS was not checked)"
 
 
 def test_heads_are_as_timms() -> None:

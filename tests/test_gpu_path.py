@@ -345,8 +345,16 @@ def test_a_step_on_a_gpu_waits_for_nothing(kind: str, tmp_path: Path, monkeypatc
         gpu.waits.clear()
         train_state.task.evaluate(train_state.task.test)  # type: ignore[attr-defined]
         copies = {wait for wait in gpu.waits if " in torchvision." not in wait}
+        assert gpu.float64 == set()
         where = {"detect": "detection.predict_image_boxes", "segment": "segmentation.segment_image"}
         assert copies == {f"copy to the CPU in resnetlab.evaluation.{where.get(kind, 'scores._compute_logits')}"}
+
+
+def test_a_run_on_mps_does_not_promise_its_bits() -> None:
+    task = make_train_state(tiny()).task
+    assert isinstance(task, ClassificationTask) and task.reason_against_exact == ""
+    there = replace(task, device_config=replace(task.device_config, device=torch.device("mps")))
+    assert there.reason_against_exact == "whether kernels on MPS add in a fixed order was not checked"
 
 
 def test_batches_are_copied_beside_the_step_before(monkeypatch: pytest.MonkeyPatch) -> None:

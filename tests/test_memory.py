@@ -5,11 +5,17 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
+from resnetlab.device import DeviceConfig
+from resnetlab.training import memory
 from resnetlab.training.memory import is_out_of_memory
 
 CODE = """
@@ -41,6 +47,25 @@ def test_short_memory_says_what_fits_and_auto_finds_it(tmp_path: Path) -> None:
     recipe = (tmp_path / "auto" / "recipe.toml").read_text()
     assert "\nbatch = 1024\n" in recipe and re.search(r"\nbn_batch = (4|8|16|32|64|128|256)\n", recipe)
     assert "Traceback" not in done.stderr
+
+
+def test_a_trial_counts_what_a_cuda_graph_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    held: list[int] = []
+
+    def count(make: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        held.append((made := make(*args, **kwargs)).numel())
+        return made
+
+    for name in ("zeros", "zeros_like"):
+        monkeypatch.setattr(torch, name, partial(count, getattr(torch, name)))
+    net, totals = nn.Linear(10, 1000), []
+    monkeypatch.setattr(memory, "forward_backward", lambda *_: 0.0)
+    for graph in (False, True):
+        held.clear()
+        config = DeviceConfig(torch.device("cpu"), "fp32", 1, "for the test", cuda_graph=graph)
+        assert memory.largest_micro_batch(net, config, (3, 8, 8), 4, [4]) == 4
+        totals.append(sum(held))
+    assert totals[1] - totals[0] == 11_000 + 4 * 3 * 8 * 8  # the gradients of weights and biases, and a batch
 
 
 def test_out_of_memory_messages_of_gpu_libraries_are_recognised() -> None:

@@ -196,6 +196,8 @@ def select_device(
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = exact, not exact
     if precision != "auto":
         return DeviceConfig(selected, precision, threads, "as asked")
+    if selected.type == "mps":
+        return DeviceConfig(selected, "fp32", threads, "half precision on MPS was not checked")
     return DeviceConfig(
         selected,
         automatic,

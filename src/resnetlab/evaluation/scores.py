@@ -252,7 +252,7 @@ def _compute_logits(
             logits = member.net.forward_class_maps(x).float().mean((2, 3))[:, :, None]
         else:
             logits = member.net.forward_class_maps(x, _training_map_size(member)).flatten(2)
-    logits = logits.double().cpu()[:, member.columns]
+    logits = logits.cpu().double()[:, member.columns]  # MPS has no float64
     return logits / member.temperature
 
 

@@ -75,7 +75,8 @@ def largest_micro_batch(
 def _fits(net: nn.Module, device_config: DeviceConfig, shape: tuple[int, int, int], share: int, size: int) -> bool:
     """Tries what a step needs on a copy of the network: prefetched batches, and micro-batches a quarter larger than `size`.
 
-    On a CPU as many micro-batches are in memory at once as there are threads.
+    On a CPU as many micro-batches are in memory at once as there are threads. A CUDA graph has a batch of its own, and is
+    compared with gradients that were computed without it.
     """
     gc.collect()
     device = device_config.device
@@ -85,8 +86,9 @@ def _fits(net: nn.Module, device_config: DeviceConfig, shape: tuple[int, int, in
             net = copy.deepcopy(net)
             set_train_mode(net)
             parameters = list(net.parameters())
-            momentum, gradients = [torch.zeros_like(p) for p in parameters], []
-            batches = torch.zeros((BATCHES_IN_MEMORY, share, *shape), device=device)
+            copies = 1 + device_config.cuda_graph  # momentum, and those gradients
+            momentum, gradients = [torch.zeros_like(p) for _ in range(copies) for p in parameters], []
+            batches = torch.zeros((BATCHES_IN_MEMORY + device_config.cuda_graph, share, *shape), device=device)
             at_once = min(device_config.threads, share // size) if device.type == "cpu" else 1
             images = torch.zeros((at_once * (size + size // 4 + 1), *shape), device=device)
             labels = torch.zeros(len(images), dtype=torch.long, device=device)

@@ -124,6 +124,8 @@ class Task(ABC):
             return ""
         if not self.recipe.exact:
             return "exact=false takes the GPU's fastest kernels, some of which add in no fixed order"
+        if self.device_config.device.type == "mps":
+            return "whether kernels on MPS add in a fixed order was not checked"
         what = self.nondeterministic_on_gpu
         return f"on a GPU {what} add in no fixed order" if what else ""
 
