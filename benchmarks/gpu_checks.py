@@ -8,6 +8,7 @@
 * compile: steps under torch.compile in each mode, twice: equal bits? And how far from steps without it.
 * ahead: batches copied beside long kernels, and two batches evaluated at once, against one after the other: equal bits?
 * onnx, aotinductor: agreement of an exported network with ONNX Runtime's providers for GPUs, and compiled for this GPU.
+* decode: JPEGs decoded by torchvision on the device against ours on the CPU: pixels and images a second.
 * waits: torch's own warnings of waits of the host for the GPU, in steps on images in memory and on disk.
 
 The same is tested with a simulated GPU in tests/test_gpu_path.py. On a CPU this only shows that the script works.
@@ -16,6 +17,7 @@ The same is tested with a simulated GPU in tests/test_gpu_path.py. On a CPU this
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import sys
 import tempfile
@@ -28,14 +30,16 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
 import torch._dynamo
 from PIL import Image
 
+from resnetlab.data.decode import decode_pixels, jpeg_decoder
 from resnetlab.data.digits import load_digits
-from resnetlab.device import to_device
+from resnetlab.device import DeviceConfig, to_device
 from resnetlab.inference.export import export_model
 from resnetlab.inference.formats import get_format
 from resnetlab.training.annotated_recipes import boxes, masks
@@ -105,32 +109,30 @@ def make_photos(folder: Path) -> Recipe:
 
 
 def check_ahead(device: str, _: int) -> None:
+    rounds, matmuls, repeats = (10, 20, 16) if device.startswith("cuda") else (2, 0, 1)
     with tempfile.TemporaryDirectory() as folder:
         task = start(make_photos(Path(folder, "photos")), device).task
         assert isinstance(task, ClassificationTask)
+        many = task.loader.split.subset(torch.arange(32).repeat(repeats))
         product, images, figures, seconds = torch.zeros(4096, 4096, device=device), [], [], []
-        for ahead in (True, False):
-            if not ahead:
-                task.loader.__dict__["_copier"] = partial(to_device, device=task.device_config.device)
-                type(task.device_config).side_by_side_map = lambda *_: nullcontext(map)  # type: ignore[method-assign]
+        task.evaluate(many)  # chooses algorithms
+        one_by_one = patch.object(DeviceConfig, "side_by_side_map", lambda *_: nullcontext(map))
+        for evaluating in (nullcontext(), one_by_one):
             found = []
-            for step in range(10 if device.startswith("cuda") else 2):
-                for _ in range(20 if device.startswith("cuda") else 0):
+            for step in range(rounds):
+                for _ in range(matmuls):
                     product = product @ product
                 found.append(task.loader.batch(step).images)
             images.append(torch.stack([x.cpu() for x in found]))
             began = time.perf_counter()
-            figures.append(
-                task.evaluate(
-                    task.loader.split.subset(torch.arange(32).repeat(16 if device.startswith("cuda") else 1))
-                ).scores
-            )
+            with evaluating:
+                figures.append(task.evaluate(many).scores)
             seconds.append(time.perf_counter() - began)
+            task.loader.__dict__["_copier"] = partial(to_device, device=task.device_config.device)
         task.close()
-        print(
-            f"batches {'equal' if torch.equal(*images) else 'DIFFER'}, scores {'equal' if torch.equal(*figures) else 'DIFFER'}"
-        )
-        print(f"evaluated in {seconds[0]:.2f} s, one batch after the other in {seconds[1]:.2f} s")
+        batches, scores = ("equal" if torch.equal(*pair) else "DIFFER" for pair in (images, figures))
+        print(f"batches {batches}, scores {scores}")
+        print(f"{len(many)} images evaluated in {seconds[0]:.2f} s, one batch after the other in {seconds[1]:.2f} s")
 
 
 def check_export(device: str, _: int, target: str) -> None:
@@ -144,6 +146,35 @@ def check_export(device: str, _: int, target: str) -> None:
         print(f"{target}: {parity.agreement}, {time.perf_counter() - began:.1f} s")
         for provider in json.loads(Path(f"{out}.json").read_text()).get("providers", ()):
             print(provider)
+
+
+def check_decode(device: str, _: int) -> None:
+    from torchvision.io import decode_jpeg
+
+    smooth = torch.randn(1, 3, 30, 40, generator=torch.Generator().manual_seed(0))
+    pixels = torch.nn.functional.interpolate(smooth, (375, 500), mode="bicubic").mul(60).add(128).clamp(0, 255).byte()
+    file = io.BytesIO()
+    Image.fromarray(pixels[0].permute(1, 2, 0).numpy()).save(file, "JPEG", quality=90)
+    content, count = file.getvalue(), 256 if device.startswith("cuda") else 8
+    ours = decode_pixels(content, "the image").permute(2, 0, 1).int()
+    encoded = [torch.frombuffer(bytearray(content), dtype=torch.uint8)] * count
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.simplefilter("ignore", FutureWarning)
+        warnings.simplefilter("ignore", UserWarning)
+        theirs = decode_jpeg(encoded, device=device)[0]
+        began = time.perf_counter()
+        theirs = decode_jpeg(encoded, device=device)[-1].cpu().int()
+        seconds = time.perf_counter() - began
+    apart = (theirs - ours).abs()
+    began = time.perf_counter()
+    for _ in range(count):
+        decode_pixels(content, "the image")
+    own = time.perf_counter() - began
+    print(
+        f"pixels differ by {int(apart.max())} at most, {float(apart.float().mean()):.3f} on average, from {jpeg_decoder()}"
+    )
+    print(f"500x375: {count / seconds:,.0f} images/s in batches of {count}, one core of the CPU {count / own:,.0f}")
 
 
 def check_waits(device: str, steps: int) -> None:
@@ -188,6 +219,7 @@ CHECKS = {
     "graph": check_graph,
     "compile": check_compile,
     "ahead": check_ahead,
+    "decode": check_decode,
     **{target: partial(check_export, target=target) for target in ("onnx", "aotinductor")},
     "order": check_order,
     "waits": check_waits,
