@@ -129,7 +129,7 @@ _ANSWERS = {  # words that have no counterpart: what does the job
     "opset": "the opset of exported ONNX files is fixed; other programs convert it.",
     "dynamic": "exported files take any number of images of any size.",
     "model_ema": "give its decay: --set ema_decay=0.9998.",
-    "in_chans in_channels ch": "the channels come from the data: digits are grey, images in colour have three.",
+    "in_chans in_channels ch": "the channels come from the data: the images' own, or --set channels=N.",
 }  # fmt: skip
 ANSWERS = {word: answer for words, answer in _ANSWERS.items() for word in words.split()}
 COMMANDS = {  # others' commands: ours

@@ -2,18 +2,21 @@
 
     uint8 (B, H, W, C)  --resize, centre crop-->  uint8 (B, h, w, C)  --normalise-->  float32 (B, C, h, w), channels last
 
-It is stored in the model file, so that a model always gets images preprocessed as in training.
+It is stored in the model file, so that a model always gets images preprocessed as in training. Images that 8-bit grey or RGB
+cannot hold (`PixelFormat`) are float32 from the file to the network; torch resizes them, by the same rule.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
 
 from resnetlab.device import to_device
 from resnetlab.errors import DataError, ModelFileError, UsageError, unknown_name_error
@@ -22,6 +25,34 @@ INTERPOLATIONS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resamp
 STD_RANGE = 1e-7, 1e6  # beyond it normalised values overflow, or their differences are lost
 MAX_INPUT_SIDE = 16_384  # pixels on a side of the input
 MAX_RESIZED_PIXELS = 2**24  # pixels that a resized image may have
+WHITE = {"": 255, "uint8": 255, "uint16": 65_535, "int16": 32_767, "float32": 1}  # the value that counts as 1, by type
+MAX_CHANNELS = 4096
+SHOWN = 0.01, 0.99  # quantiles of a channel that are black and white where it is shown
+
+
+class PixelFormat(NamedTuple):
+    """How the values of images are read.
+
+    Attributes:
+        channels: of an image.
+        dtype: "" for 8-bit grey or RGB, to which any ordinary image is converted; otherwise the NumPy type of the values in the
+            file ("uint8", "uint16", "int16" or "float32"), which become float32 unchanged.
+    """
+
+    channels: int = 3
+    dtype: str = ""
+
+    def __str__(self) -> str:
+        kind = {"": "8 bits", "uint8": "8 bits", "uint16": "16 bits", "int16": "16 bits, signed"}
+        return f"{self.channels} channel{'s' * (self.channels > 1)} of {kind.get(self.dtype, self.dtype)}"
+
+    @property
+    def tensor_dtype(self) -> torch.dtype:
+        """Of decoded images: uint8, or float32 for values as stored."""
+        return torch.float32 if self.dtype else torch.uint8
+
+
+RGB = PixelFormat()
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,12 +60,13 @@ class Preprocessing:
     """How decoded images become the network's input.
 
     Attributes:
-        channels: 1 (grey) or 3 (RGB).
+        channels: 1 (grey) or 3 (RGB), or any number of images with values as stored.
         size: (h, w) of the network's input, in pixels.
         resize: the shorter side is resized to this many pixels, before the centre crop to `size`.
         interpolation: of that resize, INTERPOLATIONS; antialiased.
         mean: subtracted, in units of [0, 1]: per channel (C,), or per pixel (h, w, C) as in 2015 §4.2.
         std: divided by, per channel (C,); all ones to divide by nothing, as in the papers.
+        dtype: of values that are read as stored (`PixelFormat`); "" for 8-bit grey or RGB. Values are divided by its WHITE.
     """
 
     channels: int
@@ -43,13 +75,35 @@ class Preprocessing:
     mean: Tensor
     std: Tensor
     interpolation: str = "bilinear"
+    dtype: str = ""
 
     def __post_init__(self) -> None:
         if self.interpolation not in INTERPOLATIONS:
             raise unknown_name_error("interpolation", self.interpolation, INTERPOLATIONS)
 
-    def __call__(self, image: Image.Image) -> Tensor:
-        """One decoded image, L or RGB, of any size -> uint8 (h, w, C): shorter side resized (antialiased), centre crop."""
+    @property
+    def pixel_format(self) -> PixelFormat:
+        """How images are read for it."""
+        return PixelFormat(self.channels, self.dtype)
+
+    def blank_image(self, height: int, width: int) -> Tensor:
+        """Zeros, (height, width, C) of the type that images have before normalisation."""
+        return torch.zeros(height, width, self.channels, dtype=self.pixel_format.tensor_dtype)
+
+    @property
+    def white(self) -> int:
+        """The value that counts as 1."""
+        return WHITE[self.dtype]
+
+    def __call__(self, image: Image.Image | Tensor) -> Tensor:
+        """One decoded image of any size -> (h, w, C): shorter side resized (antialiased), centre crop.
+
+        A Pillow image, L or RGB, gives uint8; values as stored, float32 (H, W, C), give float32.
+        """
+        if isinstance(image, Tensor):
+            image, (h, w) = self.resize_pixels(image, self.resize), self.size
+            top, left = center_offset(image.shape[0], h), center_offset(image.shape[1], w)
+            return image[top : top + h, left : left + w].contiguous()
         image = self.resize_image(image, self.resize)
         (height, width), (h, w) = (image.height, image.width), self.size
         if (height, width) != (h, w):
@@ -57,14 +111,19 @@ class Preprocessing:
             image = image.crop((left, top, left + w, top + h))
         return pil_to_tensor(image)
 
+    def to_pixels(self, image: Image.Image | Tensor) -> Tensor:
+        """One decoded image at its own size, (H, W, C) in the channels that the network gets."""
+        return (
+            image if isinstance(image, Tensor) else pil_to_tensor(image.convert("L" if self.channels == 1 else "RGB"))
+        )
+
     def resize_image(self, image: Image.Image, side: int) -> Image.Image:
         """The whole image as L or RGB, its shorter side resized to `side` pixels; as torchvision's Resize.
 
         An image so narrow that it would exceed MAX_RESIZED_PIXELS is first cropped to its middle.
         """
         image = image.convert("L" if self.channels == 1 else "RGB")
-        short = min(image.size)
-        longest = max(short, MAX_RESIZED_PIXELS * short // side**2)  # 1x400000 pixels would take gigabytes
+        short, longest = min(image.size), self._longest_side(min(image.size), side)
         if max(image.size) > longest:
             keep_w, keep_h = (min(length, longest) for length in image.size)
             left, top = (image.width - keep_w) // 2, (image.height - keep_h) // 2
@@ -74,8 +133,29 @@ class Preprocessing:
             return image
         return image.resize((width, height), INTERPOLATIONS[self.interpolation])
 
+    def resize_pixels(self, pixels: Tensor, side: int) -> Tensor:
+        """`resize_image` for values as stored, float32 (H, W, C): torch's antialiased filter, Pillow's without rounding."""
+        if pixels.shape[2] != self.channels:
+            raise DataError(f"an image has {pixels.shape[2]} channels, not {self.channels}.")
+        short, longest = min(pixels.shape[:2]), self._longest_side(min(pixels.shape[:2]), side)
+        if max(pixels.shape[:2]) > longest:
+            keep_h, keep_w = (min(length, longest) for length in pixels.shape[:2])
+            top, left = (pixels.shape[0] - keep_h) // 2, (pixels.shape[1] - keep_w) // 2
+            pixels = pixels[top : top + keep_h, left : left + keep_w]
+        height, width = (int(side * length / short) for length in pixels.shape[:2])
+        if pixels.shape[:2] == (height, width):
+            return pixels
+        x = pixels.permute(2, 0, 1)[None]  # (1, C, H, W)
+        x = F.interpolate(x, (height, width), mode=self.interpolation, antialias=True, align_corners=False)
+        return x[0].permute(1, 2, 0).contiguous()
+
+    @staticmethod
+    def _longest_side(short: int, side: int) -> int:
+        """The longest side that is resized: 1x400000 pixels would take gigabytes."""
+        return max(short, MAX_RESIZED_PIXELS * short // side**2)
+
     def normalise(self, pixels: Tensor | Sequence[Tensor]) -> Tensor:
-        """uint8 (B, h, w, C), or B images (h, w, C) -> float32 (B, C, h, w) in channels-last memory: (x / 255 - mean) / std.
+        """(B, h, w, C), or B images (h, w, C) -> float32 (B, C, h, w) in channels-last memory: (x / white - mean) / std.
 
         For images of another size than a per-pixel mean, its average over pixels is subtracted per channel.
         """
@@ -84,7 +164,7 @@ class Preprocessing:
         mean, std = (to_device(v, one.device) for v in (self.mean, self.std))
         if mean.ndim == 3 and mean.shape[:2] != (h, w):
             mean = mean.mean((0, 1))
-        scale, shift = 1 / (255 * std), mean / std
+        scale, shift = 1 / (self.white * std), mean / std
         scale, shift = (
             v.expand(h, w, c).reshape(h, w * c) for v in (scale, shift)
         )  # whole rows are five times as fast
@@ -105,6 +185,7 @@ class Preprocessing:
             "mean": self.mean.tolist() if self.mean.ndim == 1 else None,
             "std": self.std.tolist(),
             **({} if self.interpolation == "bilinear" else {"interpolation": self.interpolation}),
+            **({"dtype": self.dtype} if self.dtype else {}),
         }
 
     @staticmethod
@@ -115,7 +196,13 @@ class Preprocessing:
             height, width = values["size"]
             std, interpolation = torch.tensor(values["std"]), values.get("interpolation", "bilinear")
             preprocessing = Preprocessing(
-                values["channels"], (height, width), values["resize"], average, std, interpolation
+                values["channels"],
+                (height, width),
+                values["resize"],
+                average,
+                std,
+                interpolation,
+                values.get("dtype", ""),
             )
             if problem := preprocessing.validate():
                 raise ValueError(problem)
@@ -131,8 +218,12 @@ class Preprocessing:
         if any(not isinstance(v, int) or not 0 < v <= MAX_INPUT_SIDE for v in sides):
             size = "x".join(map(str, self.size))
             return f"size {size} and resize {self.resize} must be between 1 and {MAX_INPUT_SIDE:,} pixels"
-        if self.channels not in (1, 3):
-            return f"images have 1 channel or 3, not {self.channels}"
+        if self.dtype not in WHITE:
+            return f"values are of {', '.join(filter(None, WHITE))}, not {self.dtype!r}"
+        if not isinstance(self.channels, int) or not 0 < self.channels <= MAX_CHANNELS:
+            return f"images have from 1 to {MAX_CHANNELS:,} channels, not {self.channels}"
+        if not self.dtype and self.channels not in (1, 3):
+            return f"images of 8 bits have 1 channel or 3, not {self.channels}"
         if self.mean.shape not in ((self.channels,), (*self.size, self.channels)) or self.std.shape != (self.channels,):
             return f"mean of shape {tuple(self.mean.shape)}, std of shape {tuple(self.std.shape)}"
         low, high = STD_RANGE
@@ -157,24 +248,49 @@ def tensor_to_pil(pixels: Tensor) -> Image.Image:
     return Image.fromarray(pixels.squeeze(-1).numpy() if pixels.shape[-1] == 1 else pixels.numpy())
 
 
-def pixel_statistics(images: Tensor | Iterable[Tensor], per_pixel: bool, divide: bool) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of training images, uint8 (N, h, w, C) or batches of them, in units of [0, 1].
+def render_pixels(pixels: Tensor) -> Image.Image:
+    """An image for people to see, uint8 or float32 (H, W, C) -> L or RGB.
 
-    The mean is (h, w, C) or (C,); the deviation (C,), all ones unless `divide`. Sums are exact (integers), so the result does
-    not depend on the order of the images. Raises DataError if there is no image.
+    One or three channels of 8 bits are shown as they are. Of others the first three are red, green and blue (of two the first
+    is grey), each stretched from its 1st to its 99th percentile in this image.
+    """
+    shown = pixels[..., :3] if pixels.shape[-1] >= 3 else pixels[..., :1]
+    if pixels.dtype == torch.uint8:
+        return tensor_to_pil(shown.contiguous())
+    values = shown.cpu().double().numpy()
+    low, high = np.quantile(values, SHOWN, axis=(0, 1))
+    scaled = (values - low) / np.maximum(high - low, 1e-30)
+    return tensor_to_pil(torch.from_numpy((255 * scaled.clip(0, 1)).round().astype(np.uint8)))
+
+
+def pixel_statistics(
+    images: Tensor | Iterable[Tensor], per_pixel: bool, divide: bool, white: int = 255
+) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of training images, (N, h, w, C) or batches of them, in units of [0, 1].
+
+    The mean is (h, w, C) or (C,); the deviation (C,), all ones unless `divide`. Sums of uint8 are exact (integers), so the
+    result does not depend on the order of the images; those of float32 are float64, by one thread. Raises DataError if there is
+    no image.
     """
     n, total, squares = 0, torch.tensor(0), torch.tensor(0)
     for batch in [images] if isinstance(images, Tensor) else images:
         for part in torch.split(batch, 4096):
-            wide = part.to(torch.int32)
             n += len(part)
+            if part.is_floating_point():
+                values = part.numpy().astype(np.float64)
+                total = total + torch.from_numpy(values.sum(0))
+                squares = squares + torch.from_numpy(np.square(values).sum((0, 1, 2)))
+                continue
+            wide = part.to(torch.int32)
             total = total + wide.sum(0)  # (h, w, C), int64
             squares = squares + wide.square().sum((0, 1, 2))
     if not n:
         raise DataError("there is no readable image to train on; fix them: resnetlab data check.")
     height, width, channels = total.shape
     pixels = n * height * width
-    mean = total.sum((0, 1)).double() / pixels / 255
-    std = (squares.double() / pixels / 255**2 - mean.square()).clamp_min(1e-12).sqrt()
-    average = total.double() / n / 255 if per_pixel else mean
+    mean = total.sum((0, 1)).double() / pixels / white
+    std = (squares.double() / pixels / white**2 - mean.square()).clamp_min(1e-12).sqrt()
+    if total.is_floating_point():  # a channel of one value would be divided by its rounding
+        std = torch.where(std > (1e-6 * mean.abs()).clamp_min(1.1e-6), std, 1.0)
+    average = total.double() / n / white if per_pixel else mean
     return average.float(), (std if divide else torch.ones(channels)).float()

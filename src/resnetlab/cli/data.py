@@ -146,9 +146,11 @@ def _load_source(data: str, data_dir: Path) -> Dataset:
 
 
 def _measure_loading(source: Dataset) -> dict[str, float] | None:
+    from resnetlab.data.check import read_as_found
     from resnetlab.data.disk_split import DiskSplit
     from resnetlab.training import recipes, timing
 
+    source = read_as_found(source)
     split = source.train if len(source.train) else source.test
     return (
         timing.time_data_loading(split, recipes.photos(), len(source.classes)) if isinstance(split, DiskSplit) else None

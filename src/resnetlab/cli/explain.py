@@ -55,9 +55,10 @@ def explain(
     device
         cpu, cuda, cuda:1, … ; auto takes a GPU where there is one.
     """
-    from resnetlab.data.decode import decode, find_image_files
+    from resnetlab.data.decode import find_image_files
     from resnetlab.inference.download import find_model
     from resnetlab.inference.explain import explain as explain_image
+    from resnetlab.inference.images import read_input
     from resnetlab.inference.predict import load
     from resnetlab.models.annotated_model import read_task
     from resnetlab.run_folder import check_output_folder
@@ -83,7 +84,7 @@ def explain(
     with console.ProgressBar("blocks") as bar:
         for done, file in enumerate(files):
             try:
-                pixels = loaded.preprocessing(decode(file))
+                pixels = loaded.preprocessing(read_input(file, loaded.preprocessing))
             except DataError as error:
                 documents.append({"image": str(file), "error": str(error)})
                 continue

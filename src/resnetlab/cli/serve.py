@@ -82,6 +82,7 @@ def serve(
         if (error.name or "").startswith("resnetlab"):  # a fault of ours
             raise
         raise missing_package("serve", error.name, "serve") from error
+    import torch
     from PIL import Image
 
     from resnetlab.data.decode import find_image_files
@@ -112,7 +113,8 @@ def serve(
     )
     served, description = load_served_model(model, backend, precision, device, reference)
     console.log(f"backend: {description}")
-    blank = served.prepare(Image.new("RGB", (320, 240)))
+    stored = torch.zeros(240, 320, served.pixel_format.channels)
+    blank = served.prepare(stored if served.pixel_format.dtype else Image.new("RGB", (320, 240)))
     for n in served.warmup_batches:  # the first batches are slow; nobody should wait for them
         served.predict([blank] * min(n, max_batch))
     run_server(

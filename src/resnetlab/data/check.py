@@ -2,7 +2,7 @@
 
 Memory holds less than a kilobyte per image, whatever its size. Kinds of problems:
 
-    unreadable       the file is missing, damaged, not an image, or implausibly large
+    unreadable       the file is missing, damaged, not an image, implausibly large, or of other channels than the first image
     suspicious       it can be read, but is damaged (for JPEGs only the extra `fast` finds that), tiny, very narrow, of one
                      colour, has another format's suffix, or Pillow warns of it
     duplicate        the same bytes as another image of the same split and class
@@ -16,13 +16,14 @@ Memory holds less than a kilobyte per image, whatever its size. Kinds of problem
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import os
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -30,13 +31,16 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, uint8
 
+from resnetlab.data.array_files import NPY
 from resnetlab.data.dataset import Dataset, Split
-from resnetlab.data.decode import decode, find_damage
+from resnetlab.data.decode import decode, decode_as, find_damage
 from resnetlab.data.disk_split import DiskSplit, FileSource
+from resnetlab.data.error_policy import ErrorPolicy
 from resnetlab.data.prefetch import prefetch
 from resnetlab.errors import DataError
+from resnetlab.preprocessing import RGB, PixelFormat, render_pixels
 
 MIN_SIDE = 16  # pixels: an image with a smaller side is reported
 MAX_RATIO = 10  # of the longer to the shorter side: more is reported
@@ -145,11 +149,20 @@ def check_dataset(
         workers: processes that decode.
         on_progress: called with the number of checked images and of all images.
     """
+    data = read_as_found(data)
     splits = {name: split for name, split in data.splits.items() if name != "all"}
     report = CheckReport(data.name)
     report.classes = {name: _count_classes(split, data.classes) for name, split in splits.items()}
     check_splits(report, splits, data.classes, workers, on_progress)
     return report
+
+
+def read_as_found(data: Dataset) -> Dataset:
+    """The data set with its images read as the first readable one is (`data.decode`), as training does."""
+    split = data.train if len(data.train) else data.test
+    if isinstance(split, DiskSplit):
+        split = replace(split, errors=ErrorPolicy("skip"))
+    return data.with_pixel_format(split.find_pixel_format())
 
 
 def check_splits(
@@ -199,7 +212,8 @@ class _ChunkCheck:
             return check_pixels(self.split.read_image(i))
         index = int(self.split.indices[i])
         try:
-            return check_file(self.split.source.read(index), self.split.source.display_name(index))
+            name = self.split.source.display_name(index)
+            return check_file(self.split.source.read(index), name, self.split.pixel_format)
         except DataError as error:
             return str(error)
 
@@ -219,16 +233,19 @@ def _check_images(
             yield image, Problem("unreadable", file, result) if isinstance(result, str) else None
 
 
-def check_file(content: bytes, name: str) -> ImageInfo:
+def check_file(content: bytes, name: str, pixel_format: PixelFormat = RGB) -> ImageInfo:
     """Decodes an encoded image in full; raises DataError if it cannot be read."""
+    if pixel_format.dtype:
+        shown = render_pixels(decode_as(content, name, pixel_format))
+        return _describe_image(shown, f"{os.path.splitext(name)[1][1:].upper()} {pixel_format}", content, [])
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         image = decode(content, name)
-        with Image.open(io.BytesIO(content)) as header:
-            kind, mode = header.format or "?", header.mode
+        kind, mode, metadata = "NPY", image.mode, ""
+        with Image.open(io.BytesIO(content)) if not content.startswith(NPY) else contextlib.nullcontext() as header:
+            kind, mode = (header.format or "?", header.mode) if header else (kind, mode)
             try:
-                header.getexif()
-                metadata = ""
+                _ = header and header.getexif()
             except Exception as error:  # the pixels are intact, but the metadata are not
                 metadata = f"its EXIF cannot be read and counts as absent: {error or type(error).__name__}"
     suspicious = [
@@ -245,10 +262,10 @@ def check_file(content: bytes, name: str) -> ImageInfo:
 
 
 def check_pixels(pixels: Tensor) -> ImageInfo:
-    """Checks a decoded image, uint8 (H, W, C)."""
-    array = np.ascontiguousarray(pixels.squeeze(-1).numpy())
-    image = Image.fromarray(array)
-    return _describe_image(image, f"pixels {image.mode}", array.tobytes(), [])
+    """Checks a decoded image (H, W, C)."""
+    image, mode = render_pixels(pixels), f"of {pixels.shape[2]} channels"
+    mode = image.mode if pixels.dtype == uint8 else mode
+    return _describe_image(image, f"pixels {mode}", pixels.numpy().tobytes(), [])
 
 
 def _describe_image(image: Image.Image, kind: str, content: bytes, suspicious: list[str]) -> ImageInfo:

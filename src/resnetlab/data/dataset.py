@@ -1,7 +1,8 @@
 """Data sets: splits of images with labels and names, and class names.
 
 Every split, in memory or on disk (data.disk_split), has `labels`, `names`, `len()`, `subset(indices)` and
-`read_image(i)`: a decoded image, uint8 (H, W, C), at its own size. `errors` handles images that cannot be read.
+`read_image(i)`: a decoded image, uint8 (H, W, C), at its own size; float32 of the values as stored where its `pixel_format`
+says so. `errors` handles images that cannot be read.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import Tensor
 from resnetlab.data.error_policy import ErrorPolicy
 from resnetlab.errors import DataError, UsageError
 from resnetlab.formatting import find_name_problem
+from resnetlab.preprocessing import PixelFormat
 from resnetlab.random import seed_for, seeds_for
 
 A_TENTH = -1  # number of images to hold out: a tenth, where the data have no split to evaluate on while training
@@ -63,7 +65,17 @@ class Split(Protocol):
         """The same images with other labels."""
 
     def read_image(self, i: int) -> Tensor:
-        """Image i, decoded, uint8 (H, W, C), at its own size; raises DataError if it cannot be read."""
+        """Image i, decoded, uint8 or float32 (H, W, C), at its own size; raises DataError if it cannot be read."""
+
+    @property
+    def pixel_format(self) -> PixelFormat:
+        """How images are read: 8-bit RGB at first."""
+
+    def find_pixel_format(self, channels: int = 0) -> PixelFormat:
+        """How the values of the first readable image are read so that nothing is lost (data.decode); raises DataError."""
+
+    def with_pixel_format(self, pixel_format: PixelFormat) -> Self:
+        """The same images, read in this way; raises DataError where they are in memory and of another kind."""
 
     def without_skipped(self) -> Self:
         """The split without the images that were skipped."""
@@ -77,7 +89,7 @@ class MemorySplit:
     """Images of one size, held in memory.
 
     Attributes:
-        images: uint8 (N, H, W, C).
+        images: uint8 (N, H, W, C), or float32 of values of `dtype`.
         labels: int64 (N,), positions in the data set's `classes`.
         name: prefix of the images' names: "test" gives "test/0", "test/1", …
         indices: the images' numbers, int64 (N,); None counts from 0.
@@ -90,9 +102,24 @@ class MemorySplit:
     errors: ErrorPolicy = field(default_factory=ErrorPolicy)
     workers: int = 0
     columns: Columns = field(default_factory=dict)
+    dtype: str = ""
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def pixel_format(self) -> PixelFormat:
+        return PixelFormat(self.images.shape[3], self.dtype)
+
+    def find_pixel_format(self, channels: int = 0) -> PixelFormat:
+        if channels not in (0, self.pixel_format.channels):
+            raise DataError(f"the images have {self.pixel_format}, not {channels} channels.")
+        return self.pixel_format
+
+    def with_pixel_format(self, pixel_format: PixelFormat) -> MemorySplit:
+        if (self.dtype or pixel_format.dtype) and self.pixel_format != pixel_format:
+            raise DataError(f"the images have {self.pixel_format}, where {pixel_format} are expected.")
+        return self
 
     @property
     def names(self) -> Sequence[str]:
@@ -155,6 +182,13 @@ class Dataset:
         for split in (self.train, self.test, *([self.val] if self.val is not None else [])):
             split.update_hash(digest)
         object.__setattr__(self, "fingerprint", digest.hexdigest()[:16])
+
+    def with_pixel_format(self, pixel_format: PixelFormat) -> Dataset:
+        """The same images, read in this way; raises DataError where some are in memory and of another kind."""
+        splits = {name: getattr(self, name) for name in ("train", "test", "val", "all_images")}
+        if all(split is None or split.pixel_format == pixel_format for split in splits.values()):
+            return self
+        return replace(self, **{k: split and split.with_pixel_format(pixel_format) for k, split in splits.items()})
 
     @property
     def splits(self) -> dict[str, Split]:

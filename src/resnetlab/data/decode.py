@@ -1,4 +1,4 @@
-"""Decodes image files of any kind to 8-bit grey or RGB, upright."""
+"""Decodes image files of any kind to 8-bit grey or RGB, upright, or reads their values as stored."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ try:  # the extra "fast": the same pixels, faster
 except ImportError:
     simplejpeg = None
 
+from resnetlab.data.array_files import NPY, is_ordinary, read_array
 from resnetlab.errors import DataError, install_hint
+from resnetlab.preprocessing import RGB, PixelFormat, pil_to_tensor, tensor_to_pil
 
 ORIENTATION = 0x0112  # an EXIF tag
 TRANSPOSITIONS = {  # its value -> what turns the image upright
@@ -56,6 +58,7 @@ SUFFIXES = frozenset(
         ".avif",
         ".heic",
         ".heif",
+        ".npy",
     }
 )
 HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")  # at byte 8 of a file
@@ -78,6 +81,44 @@ def decode_pixels(content: bytes, name: str) -> Tensor:
                 return torch.from_numpy(array)
     image = decode(content, name)
     return torch.from_numpy(np.array(image if image.mode == "RGB" else image.convert("RGB")))
+
+
+def decode_as(content: bytes, name: str, pixel_format: PixelFormat = RGB, max_pixels: int = 0) -> Tensor:
+    """The image in `content`, upright, (H, W, C): uint8 grey or RGB, or float32 of the values as stored.
+
+    Args:
+        max_pixels: height times width of values as stored; 0 for Pillow's limit.
+
+    Raises DataError as `decode` does, and for an image of another number of channels or type than `pixel_format`.
+    """
+    if not pixel_format.dtype:
+        pixels = decode_pixels(content, name)
+        return pixels if pixel_format.channels == 3 else pil_to_tensor(tensor_to_pil(pixels).convert("L"))
+    with _name_errors(name):
+        array = read_array(content, pixel_format.channels, max_pixels)
+    if array is None or PixelFormat(array.shape[2], array.dtype.name) != pixel_format:
+        found = "8 bits, grey or RGB" if array is None else PixelFormat(array.shape[2], array.dtype.name)
+        raise DataError(f"{name} has {found}, where {pixel_format} are expected; give images of one kind.")
+    return torch.from_numpy(array.astype(np.float32))
+
+
+def find_pixel_format(content: bytes, name: str, channels: int = 0) -> PixelFormat:
+    """How the values of an image are read so that nothing of them is lost.
+
+    Args:
+        channels: how many are wanted, 0 for those that there are. Of 8-bit images (or greys of 16 bits) 3 gives RGB, 1 grey.
+
+    Raises DataError if the image cannot be read, or has another number of channels.
+    """
+    with _name_errors(name):
+        array = read_array(content, channels)
+    if array is None or is_ordinary(array) or (channels == 3 and array.shape[2] == 1 and array.dtype == np.uint16):
+        found = PixelFormat(channels or 3)
+    else:
+        found = PixelFormat(array.shape[2], array.dtype.name)
+    if channels not in (0, found.channels) or (not found.dtype and channels not in (0, 1, 3)):
+        raise DataError(f"{name} has {'grey or RGB of 8 bits' if not found.dtype else found}, not {channels} channels.")
+    return found
 
 
 def find_damage(content: bytes, kind: str) -> str | None:
@@ -164,6 +205,8 @@ def _open(source: Path | bytes) -> Image.Image:
     except UnidentifiedImageError:
         with contextlib.closing(open(source, "rb") if isinstance(source, Path) else io.BytesIO(source)) as file:
             head = file.read(12)
+        if head.startswith(NPY):
+            return _open_array(source if isinstance(source, bytes) else source.read_bytes())
         if head[4:8] != b"ftyp" or head[8:12] not in HEIF_BRANDS:
             raise
     try:
@@ -172,6 +215,15 @@ def _open(source: Path | bytes) -> Image.Image:
         raise DataError(f"is a HEIC image; to read it, install: {install_hint('heic')}") from None
     pillow_heif.register_heif_opener()
     return Image.open(source if isinstance(source, Path) else io.BytesIO(source))
+
+
+def _open_array(content: bytes) -> Image.Image:
+    """A .npy of 8-bit grey or RGB as a Pillow image; raises DataError for others."""
+    array = read_array(content)
+    if array is None or not is_ordinary(array):
+        found = array if array is None else PixelFormat(array.shape[2], array.dtype.name)
+        raise DataError(f"has {found}, where grey or RGB of 8 bits are expected.")
+    return Image.fromarray(array[..., 0] if array.shape[2] == 1 else array)
 
 
 def check_file_size(size: int, name: str) -> None:
@@ -253,6 +305,8 @@ def _read_orientation(image: Image.Image) -> int:
 
 def _apply_orientation(image: Image.Image) -> Image.Image:
     image.load()
+    if image.mode == "RGBX" and image.format == "TIFF":
+        raise DataError("has a fourth channel that is not transparency, where grey or RGB of 8 bits are expected.")
     if image.mode == "F" or (image.mode == "I" and image.format not in SIXTEEN_BIT_FORMATS):
         tags = getattr(image, "tag_v2", {})
         signed = tags.get(SAMPLE_FORMAT) == (2,) and tags.get(BITS_PER_SAMPLE) == (16,)

@@ -17,10 +17,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from resnetlab.data.dataset import Columns, select_rows
-from resnetlab.data.decode import check_file_size, check_regular_file, decode_pixels, is_complete
+from resnetlab.data.decode import check_file_size, check_regular_file, decode_as, find_pixel_format, is_complete
 from resnetlab.data.error_policy import ErrorPolicy
 from resnetlab.errors import DataError
 from resnetlab.formatting import parse_json
+from resnetlab.preprocessing import RGB, PixelFormat
 
 CHUNK = 1 << 14  # names read at once
 
@@ -95,6 +96,20 @@ class ImageSource(Protocol):
         """The image's name in messages."""
 
 
+def read_image_file(file: Path) -> bytes:
+    """The bytes of an image file; raises DataError if it is missing, no file, too large or not readable."""
+    check_regular_file(file)
+    try:
+        check_file_size(file.stat().st_size, str(file))
+        return file.read_bytes()
+    except FileNotFoundError:
+        raise DataError(f"{file} is not there.") from None
+    except PermissionError:
+        raise DataError(f"{file} cannot be read: no permission.") from None
+    except OSError as error:
+        raise DataError(f"{file} cannot be read ({error.strerror or error}).") from error
+
+
 @dataclass(frozen=True, eq=False)
 class FileSource:
     """Image files below a folder."""
@@ -104,17 +119,7 @@ class FileSource:
     sizes: NDArray[np.int64]
 
     def read(self, i: int) -> bytes:
-        file = self.root / self.names[i]
-        check_regular_file(file)
-        try:
-            check_file_size(file.stat().st_size, self.display_name(i))
-            return file.read_bytes()
-        except FileNotFoundError:
-            raise DataError(f"{self.display_name(i)} is not there.") from None
-        except PermissionError:
-            raise DataError(f"{self.display_name(i)} cannot be read: no permission.") from None
-        except OSError as error:
-            raise DataError(f"{self.display_name(i)} cannot be read ({error.strerror or error}).") from error
+        return read_image_file(self.root / self.names[i])
 
     def display_name(self, i: int) -> str:
         return str(self.root / self.names[i])
@@ -209,6 +214,7 @@ class DiskSplit:
     errors: ErrorPolicy = field(default_factory=ErrorPolicy)
     workers: int = 0
     columns: Columns = field(default_factory=dict)
+    pixel_format: PixelFormat = RGB
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -229,7 +235,17 @@ class DiskSplit:
 
     def read_image(self, i: int) -> Tensor:
         index = int(self.indices[i])
-        return decode_pixels(self.source.read(index), self.source.display_name(index))
+        return decode_as(self.source.read(index), self.source.display_name(index), self.pixel_format)
+
+    def find_pixel_format(self, channels: int = 0) -> PixelFormat:
+        def find(i: int) -> PixelFormat:
+            index = int(self.indices[i])
+            return find_pixel_format(self.source.read(index), self.source.display_name(index), channels)
+
+        return next((found for _, found in self.errors.read_each(range(len(self)), find, self.name_of)), RGB)
+
+    def with_pixel_format(self, pixel_format: PixelFormat) -> DiskSplit:
+        return replace(self, pixel_format=pixel_format)
 
     def require_readable(self) -> None:
         """Opens every image, and decodes those that look cut short, so that a run does not find out at its end.
@@ -242,8 +258,8 @@ class DiskSplit:
     def _open(self, i: int) -> None:
         index = int(self.indices[i])
         content, name = self.source.read(index), self.source.display_name(index)
-        if not is_complete(content):
-            decode_pixels(content, name)
+        if self.pixel_format != RGB or not is_complete(content):
+            decode_as(content, name, self.pixel_format)
 
     def without_skipped(self) -> DiskSplit:
         if not self.errors.skipped:

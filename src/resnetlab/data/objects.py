@@ -1,7 +1,8 @@
 """Data sets from Python objects: lists of (path, label), arrays, PyTorch's and Hugging Face's data sets, and `hf:NAME`.
 
 [("a/1.jpg", "cat"), …]                  paths, read as a table is (data.tables)
-(X, y)                                   arrays or tensors: images (N, H, W) or (N, H, W, C), uint8 or floats in [0, 1]
+(X, y)                                   arrays or tensors: images (N, H, W) or (N, H, W, C), uint8 or floats in [0, 1];
+                                         of other numbers of channels or values: uint8, uint16, int16 or float32
                                          several classes per image: y (N, classes) of 0 and 1, or lists of names
 torch.utils.data.Dataset                 items (image, label); a PIL image, an array or a tensor
 datasets.Dataset                         a column of images and one of labels
@@ -14,22 +15,25 @@ from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
 from resnetlab.data import tables
+from resnetlab.data.array_files import DTYPES, convert_array, put_channels_last
 from resnetlab.data.dataset import Columns, Dataset, MemorySplit, Split, select_rows
-from resnetlab.data.decode import convert_image, decode
+from resnetlab.data.decode import convert_image, decode, decode_as, find_pixel_format
 from resnetlab.data.disk_split import ReadOptions
 from resnetlab.data.error_policy import ErrorPolicy
 from resnetlab.data.folder import arrange_splits, guess_split, require_classes
 from resnetlab.data.label_sets import LabelLists, number_label_sets
 from resnetlab.errors import DataError, UsageError, missing_package
 from resnetlab.formatting import format_count
+from resnetlab.preprocessing import RGB, PixelFormat, pil_to_tensor
 
 PREFIX, HUB = "python:", "hf:"  # of the names of data sets that were given as objects, and of Hugging Face's
 HASHED = 64  # images of a split whose pixels are in its fingerprint
@@ -52,6 +56,7 @@ class ObjectSplit:
     errors: ErrorPolicy = field(default_factory=ErrorPolicy)
     workers: int = 0
     columns: Columns = field(default_factory=dict)
+    pixel_format: PixelFormat = RGB
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -72,9 +77,22 @@ class ObjectSplit:
 
     def read_image(self, i: int) -> Tensor:
         try:
-            return to_pixels(self.image_of(self.items[int(self.indices[i])]))
+            return to_pixels(self.image_of(self.items[int(self.indices[i])]), self.pixel_format)
         except Exception as error:  # the object may raise anything
             raise DataError(f"image {self.name_of(i)} cannot be read ({error}).") from error
+
+    def find_pixel_format(self, channels: int = 0) -> PixelFormat:
+        for item in self.indices[:1].tolist():
+            try:
+                return find_object_format(self.image_of(self.items[item]), channels)
+            except UsageError:
+                raise
+            except Exception:  # the object may raise anything, which reading it reports
+                break
+        return PixelFormat(channels or 3)
+
+    def with_pixel_format(self, pixel_format: PixelFormat) -> ObjectSplit:
+        return replace(self, pixel_format=pixel_format)
 
     def without_skipped(self) -> ObjectSplit:
         readable = [k for k, name in enumerate(self.names) if name not in self.errors.skipped]
@@ -90,27 +108,71 @@ class ObjectSplit:
                 digest.update(b"unreadable")
 
 
-def to_pixels(image: Any) -> Tensor:
-    """An image as an object gives it -> uint8 (H, W, 3).
+def to_pixels(image: Any, pixel_format: PixelFormat = RGB) -> Tensor:
+    """An image as an object gives it -> uint8 (H, W, 3), or as `pixel_format` says.
 
     A PIL image, a path, bytes, or an array or tensor (H, W), (H, W, C) or (C, H, W) with values 0 to 255, or floats in [0, 1].
     """
-    if isinstance(image, Mapping):  # Hugging Face's, not decoded
-        image = image["bytes"] if image.get("bytes") is not None else image["path"]
-    if isinstance(image, str | Path | bytes):
-        image = decode(image if isinstance(image, bytes) else Path(image))
+    if isinstance(image := _encoded(image), bytes):
+        return decode_as(image, "the image", pixel_format)
+    if pixel_format.dtype:
+        return torch.from_numpy(convert_array(np.asarray(image), pixel_format))
+    if isinstance(image, str | Path):
+        image = decode(Path(image))
     elif not isinstance(image, Image.Image):
         array = _to_uint8(torch.as_tensor(np.asarray(image)))
         if array.ndim == 3 and array.shape[0] in (1, 3) and array.shape[2] not in (1, 3):
             array = array.permute(1, 2, 0)  # channels first, as torchvision's ToTensor
         image = Image.fromarray(array.squeeze(-1).numpy() if array.ndim == 3 else array.numpy())
-    return torch.from_numpy(np.array(convert_image(image).convert("RGB")))
+    return pil_to_tensor(convert_image(image).convert("RGB" if pixel_format.channels == 3 else "L"))
+
+
+def _encoded(image: Any) -> Any:
+    """The bytes of an image that is in a file or undecoded (as Hugging Face's may be); any other image as it is."""
+    if isinstance(image, Mapping):
+        image = image["bytes"] if image.get("bytes") is not None else image["path"]
+    return Path(image).read_bytes() if isinstance(image, str | Path) and Path(image).is_file() else image
+
+
+def find_object_format(image: Any, channels: int = 0) -> PixelFormat:
+    """How the values of an image that an object gives are read; raises UsageError for another number of channels."""
+    if isinstance(image := _encoded(image), bytes):
+        try:
+            return find_pixel_format(image, "the first image", channels)
+        except DataError as error:
+            raise UsageError(str(error)) from error
+    if channels in (0, 1, 3):
+        try:
+            if not (isinstance(image, Image.Image) and image.mode.startswith(("I", "F"))) or channels == 3:
+                to_pixels(image)
+                return PixelFormat(channels or 3)
+        except (DataError, TypeError):  # of more channels, or beyond 8 bits
+            pass
+    try:
+        found = _find_stored_format(np.asarray(image), channels)
+    except DataError as error:
+        raise UsageError(f"the first image cannot be read: it {error}") from error
+    if channels not in (0, found.channels):
+        raise UsageError(f"the images have {found}, not {channels} channels.")
+    return found
+
+
+def _find_stored_format(array: NDArray[Any], channels: int = 0) -> PixelFormat:
+    """The format of one image's values as they are; raises DataError for another type, or if its channels cannot be told."""
+    if array.dtype.name not in DTYPES:
+        known = ", ".join(DTYPES)
+        raise DataError(
+            f"has values of {array.dtype}, not 0 to 255 or floats from 0 to 1; others are given as {known}."
+        )
+    return PixelFormat(put_channels_last(array, channels).shape[2], array.dtype.name)
 
 
 def _to_uint8(values: Tensor) -> Tensor:
     """Values 0 to 255, or floats in [0, 1]; raises DataError for others."""
     if values.dtype == torch.uint8:
         return values
+    if values.dtype == torch.uint16:  # in which torch compares nothing
+        values = values.to(torch.int32)
     low, high = float(values.min()), float(values.max())
     if not values.is_floating_point() and 0 <= low <= high <= 255:
         return values.to(torch.uint8)
@@ -159,10 +221,11 @@ def dataset_from_object(data: Any, read_options: ReadOptions | None = None) -> D
     for name, (items, texts, image_of) in found.items():
         labels, place = torch.tensor([number[text] for text in texts]), name or "images"
         if image_of is None:
-            splits[name] = MemorySplit(items, labels, place)
+            splits[name] = MemorySplit(items.images, labels, place, dtype=items.dtype)
         else:
             errors, everything = ErrorPolicy(read_options.on_bad), torch.arange(len(labels))
-            splits[name] = ObjectSplit(items, image_of, everything, labels, place, errors, read_options.workers)
+            split = ObjectSplit(items, image_of, everything, labels, place, errors, read_options.workers)
+            splits[name] = split.with_pixel_format(split.find_pixel_format())
     return _named(arrange_splits("the data", tuple(classes), splits, label_sets))
 
 
@@ -204,18 +267,48 @@ def _take_column(row: Any, column: str) -> Any:
     return row[column]
 
 
+class _Pixels(NamedTuple):
+    """Images of one size, uint8 or float32 (N, H, W, C), and the type of values as stored."""
+
+    images: Tensor
+    dtype: str = ""
+
+
 def _read_arrays(images: Any, labels: Any) -> tuple[Any, list[str], Any]:
-    pixels = _to_uint8(torch.as_tensor(np.asarray(images)))
-    if pixels.ndim == 4 and pixels.shape[1] in (1, 3) and pixels.shape[3] not in (1, 3):
-        pixels = pixels.permute(0, 2, 3, 1)
-    pixels = pixels[..., None] if pixels.ndim == 3 else pixels
-    if pixels.ndim != 4 or pixels.shape[3] not in (1, 3):
-        raise DataError(f"images are an array (N, H, W) or (N, H, W, C) of 1 or 3 channels, not {tuple(pixels.shape)}.")
+    array = np.asarray(images)
+    if array.ndim not in (3, 4) or not array.size:
+        raise DataError(f"images are an array (N, H, W), (N, H, W, C) or (N, C, H, W), not {array.shape}.")
+    pixels = _read_eight_bits(array) or _stack_stored(array)
     texts = _label_texts(labels, None)
-    if len(texts) != len(pixels):
-        counts = f"{format_count(len(pixels), 'image')} and {format_count(len(texts), 'label')}"
+    if len(texts) != len(pixels.images):
+        counts = f"{format_count(len(pixels.images), 'image')} and {format_count(len(texts), 'label')}"
         raise DataError(f"there are {counts}; give one label per image.")
-    return pixels.contiguous(), texts, None
+    return pixels, texts, None
+
+
+def _read_eight_bits(array: NDArray[Any]) -> _Pixels | None:
+    """Images of 1 or 3 channels whose values are 0 to 255, or floats in [0, 1]; None for others."""
+    shape = array.shape
+    if array.ndim == 4 and not {shape[1], shape[3]} & {1, 3}:
+        return None
+    try:
+        pixels = _to_uint8(torch.as_tensor(array))
+    except DataError:
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            raise
+        return None
+    if array.ndim == 4 and shape[3] not in (1, 3):
+        pixels = pixels.permute(0, 2, 3, 1)
+    return _Pixels((pixels[..., None] if array.ndim == 3 else pixels).contiguous())
+
+
+def _stack_stored(array: NDArray[Any]) -> _Pixels:
+    """Images of any number of channels, whose values are taken as they are."""
+    try:
+        first = _find_stored_format(array[0])
+    except DataError as error:
+        raise DataError(f"the first image {error}") from error
+    return _Pixels(torch.stack([torch.from_numpy(convert_array(image, first)) for image in array]), first.dtype)
 
 
 def _read_hugging_face(data: Any) -> tuple[Any, list[str], Any]:

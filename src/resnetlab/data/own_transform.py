@@ -15,7 +15,7 @@ from torch import Tensor
 from resnetlab.errors import UsageError
 from resnetlab.preprocessing import pil_to_tensor, tensor_to_pil
 
-Transform = Callable[[Image.Image], Any]
+Transform = Callable[[Any], Any]  # of a Pillow image, or an array
 
 
 def name_transform(transform: Transform) -> str:
@@ -30,7 +30,8 @@ class TransformedReader:
 
     Attributes:
         read: gives the image, uint8 (h, w, C), for its index and random numbers.
-        transform: a Pillow image (L or RGB) -> one of the same size, or an array or tensor (h, w, C), uint8.
+        transform: a Pillow image (L or RGB) -> one of the same size, or an array or tensor (h, w, C), uint8. Of values as
+            stored (`preprocessing.PixelFormat`) it gets and gives an array, float32 (h, w, C).
     """
 
     read: Callable[..., Tensor]
@@ -48,7 +49,7 @@ class TransformedReader:
         np.random.seed(seed)  # noqa: NPY002
         torch.manual_seed(seed)
         try:
-            changed = self.transform(tensor_to_pil(pixels))
+            changed = self.transform(pixels.numpy().copy() if pixels.is_floating_point() else tensor_to_pil(pixels))
         except Exception as error:  # the user's code may raise anything
             raise UsageError(f"transform {name_transform(self.transform)} failed on an image: {error!r}.") from error
         finally:
@@ -58,9 +59,10 @@ class TransformedReader:
         if isinstance(changed, Image.Image):
             changed = pil_to_tensor(changed.convert("L" if pixels.shape[-1] == 1 else "RGB"))
         result = changed if isinstance(changed, Tensor) else torch.from_numpy(np.array(changed))
-        if result.shape != pixels.shape or result.dtype != torch.uint8:
+        if result.shape != pixels.shape or result.dtype != pixels.dtype:
+            taken = "an array" if pixels.is_floating_point() else "a Pillow image"
             raise UsageError(
-                f"transform {name_transform(self.transform)} takes a Pillow image of the network's size and gives one of the "
-                f"same size, or uint8 {tuple(pixels.shape)}; it gave {result.dtype} {tuple(result.shape)}."
+                f"transform {name_transform(self.transform)} takes {taken} of the network's size and gives one of the "
+                f"same size, or {str(pixels.dtype)[6:]} {tuple(pixels.shape)}; it gave {result.dtype} {tuple(result.shape)}."
             )
         return result

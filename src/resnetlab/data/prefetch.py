@@ -81,7 +81,7 @@ class BatchReader(Generic[T]):
 
 
 def stack_images(images: list[Tensor]) -> Tensor:
-    """uint8 (B, h, w, C); B may be 0."""
+    """(B, h, w, C) of the images' type; B may be 0."""
     return torch.stack(images) if images else torch.empty(0, 1, 1, 1, dtype=torch.uint8)
 
 
@@ -265,7 +265,7 @@ class PreprocessedSplit:
         return preprocess_image(self.preprocessing, self.split.read_image(i))
 
     def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yields (pixels uint8 (B, h, w, C), labels int64 (B,)) of all images in order, without those that are skipped."""
+        """Yields (pixels (B, h, w, C), labels int64 (B,)) of all images in order, without those that are skipped."""
         split = self.split
         if isinstance(split, MemorySplit) and tuple(split.images.shape[1:]) == self.shape[1:]:
             for pixels, labels in zip(torch.split(split.images, size), torch.split(split.labels, size), strict=True):
@@ -285,6 +285,8 @@ def _list_chunk(n: int, size: int, start: int) -> list[tuple[int]]:
 
 
 def preprocess_image(preprocessing: Preprocessing, pixels: Tensor) -> Tensor:
-    """Resizes and crops one decoded image, uint8 (H, W, C) -> uint8 (h, w, C)."""
+    """Resizes and crops one decoded image, uint8 or float32 (H, W, C) -> (h, w, C) of the same type."""
+    if pixels.is_floating_point():
+        return preprocessing(pixels)
     array = pixels.squeeze(-1).numpy() if pixels.shape[-1] == 1 else pixels.numpy()
     return preprocessing(Image.fromarray(array))

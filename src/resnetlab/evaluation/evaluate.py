@@ -35,7 +35,12 @@ from resnetlab.evaluation.multi_label import MultiLabelMetrics, describe_thresho
 from resnetlab.evaluation.protocols import ONE_CROP, Protocol, parse_protocol
 from resnetlab.evaluation.published import find_published
 from resnetlab.evaluation.scores import Member, ScoreSummary, drop_skipped, predict_scores
-from resnetlab.evaluation.split_selection import describe_overlap, pick_split, select_calibration_images
+from resnetlab.evaluation.split_selection import (
+    common_pixel_format,
+    describe_overlap,
+    pick_split,
+    select_calibration_images,
+)
 from resnetlab.formatting import format_list
 from resnetlab.models.model_file import TrainedModel, load_trained_model
 from resnetlab.models.own_network import Network
@@ -280,6 +285,7 @@ def evaluate(
     if classes not in SCOPES:
         raise unknown_name_error("choice of classes", classes, SCOPES)
     source, data = _load_source(data, Path(data_dir), ReadOptions(on_bad_image, str(quarantine), multi_label=True))
+    source = source.with_pixel_format(common_pixel_format(trained))
     _check_multi_label(trained, names, source, fit_on)
     scored, scope = _select_classes(trained, names, source.classes, classes)
     columns = [torch.tensor([each.classes.index(name) for name in scored]) for each in trained]

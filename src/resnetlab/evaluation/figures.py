@@ -19,6 +19,7 @@ from torch import Tensor
 
 from resnetlab.data.prefetch import PreprocessedSplit
 from resnetlab.evaluation.metrics import ClassificationMetrics, ClassMetrics
+from resnetlab.preprocessing import render_pixels
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -179,14 +180,8 @@ def class_prototypes(metrics: ClassificationMetrics, images: Tensor | Preprocess
 
 
 def image_uri(image: Tensor) -> str:
-    """An image, uint8 (h, w, C), as a data URI: PNG where it is small, else JPEG of at most 256 pixels on a side.
-
-    One channel is grey, three are red, green and blue; of any other number the first is shown.
-    """
-    from PIL import Image
-
-    pixels = image if image.shape[-1] == 3 else image[..., 0]
-    return pil_image_uri(Image.fromarray(pixels.contiguous().cpu().numpy()))
+    """An image (h, w, C) as a data URI, as `render_pixels` shows it: PNG if small, else JPEG of at most 256 pixels a side."""
+    return pil_image_uri(render_pixels(image.cpu()))
 
 
 def pil_image_uri(image: Image.Image) -> str:

@@ -13,7 +13,7 @@ from resnetlab.device import DeviceConfig, eval_mode, to_device
 from resnetlab.evaluation.figures import pil_image_uri
 from resnetlab.evaluation.metrics import ClassificationMetrics
 from resnetlab.models.resnet import ResNet
-from resnetlab.preprocessing import Preprocessing, tensor_to_pil
+from resnetlab.preprocessing import Preprocessing, render_pixels
 
 MIN_SIDE = 256  # pixels of an overlay; smaller images are enlarged, without smoothing
 MAX_OPACITY = 0.72  # of the heat where it is highest
@@ -44,11 +44,11 @@ def grad_cam(net: ResNet, x: Tensor, classes: Tensor | None = None) -> tuple[Ten
 
 
 def draw_overlay(pixels: Tensor, heat: Tensor) -> Image.Image:
-    """A heat map in [0, 1] (h', w') over its image, uint8 (h, w, C), as RGB of at least MIN_SIDE pixels on its shorter side.
+    """A heat map in [0, 1] (h', w') over its image (h, w, C), as RGB of at least MIN_SIDE pixels on its shorter side.
 
-    The image is drawn in grey, so every colour is heat.
+    The image is drawn in grey (of more than three channels or 8 bits as `render_pixels` shows it), so every colour is heat.
     """
-    grey = tensor_to_pil(pixels).convert("L")
+    grey = render_pixels(pixels).convert("L")
     factor = -(-MIN_SIDE // min(grey.size))
     size = (grey.width * factor, grey.height * factor)
     grey = grey.resize(size, Image.Resampling.NEAREST)

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from resnetlab.data.dataset import Split
+from resnetlab.data.prefetch import preprocess_image
 from resnetlab.evaluation import figures
 from resnetlab.evaluation.calibration import reliability_bins
 from resnetlab.evaluation.evaluate import Evaluation, MultiLabelEvaluation
 from resnetlab.evaluation.metrics import ClassificationMetrics, wilson_interval
 from resnetlab.evaluation.multi_label import describe_thresholds
 from resnetlab.formatting import format_figure, format_json, format_percent, format_split, unbreakable
-from resnetlab.preprocessing import Preprocessing, tensor_to_pil
+from resnetlab.preprocessing import Preprocessing
 from resnetlab.run_folder import write_together
 
 if TYPE_CHECKING:
@@ -62,8 +63,8 @@ class _CroppedImages:
         self.shape = (len(images), *preprocessing.size, preprocessing.channels)
 
     def __getitem__(self, i: int) -> Tensor:
-        """uint8 (h, w, C)."""
-        return self._preprocessing(tensor_to_pil(self._images.read_image(i)))
+        """(h, w, C)."""
+        return preprocess_image(self._preprocessing, self._images.read_image(i))
 
 
 def write_evaluation(evaluation: Evaluation, folder: Path) -> None:

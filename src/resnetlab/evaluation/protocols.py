@@ -202,9 +202,11 @@ def generate_views(
 
 
 def resize_shorter_side(image: Tensor, side: int, preprocessing: Preprocessing) -> Tensor:
-    """uint8 (H, W, C) with its shorter side resized to `side` pixels, in the channels of the preprocessing."""
+    """(H, W, C) with its shorter side resized to `side` pixels, in the channels of the preprocessing; uint8 or float32."""
     if min(image.shape[:2]) == side and image.shape[2] == preprocessing.channels:
         return image
+    if image.is_floating_point():
+        return preprocessing.resize_pixels(image, side)
     return pil_to_tensor(preprocessing.resize_image(tensor_to_pil(image), side))
 
 

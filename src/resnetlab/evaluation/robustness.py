@@ -89,6 +89,8 @@ def evaluate_corruptions(
     """
     if isinstance(evaluation, MultiLabelEvaluation):
         raise UsageError("corruptions are evaluated for models of one class per image; leave out --corruptions.")
+    if evaluation.trained_models[0].preprocessing.dtype:
+        raise UsageError("corruptions are defined on grey and RGB of 8 bits; leave out --corruptions.")
     if len(evaluation.trained_models) > 1 or evaluation.protocol != ONE_CROP:
         raise UsageError(
             "corruptions are evaluated for one model with one crop; leave out other models and --protocol."

@@ -11,7 +11,19 @@ from resnetlab.data import sources
 from resnetlab.data.dataset import Dataset, Split, split_stratified
 from resnetlab.data.fingerprints import SeenImages, match_fingerprints, same_name_count
 from resnetlab.errors import UsageError, unknown_name_error
+from resnetlab.formatting import format_list
 from resnetlab.models.model_file import TrainedModel
+from resnetlab.preprocessing import RGB, PixelFormat
+
+
+def common_pixel_format(models: Sequence[TrainedModel]) -> PixelFormat:
+    """How images are read for models; raises UsageError where they differ in values as stored."""
+    formats = {each.preprocessing.pixel_format if each.preprocessing.dtype else RGB for each in models}
+    if len(formats) > 1:
+        raise UsageError(
+            f"the models take different images: {format_list(sorted(map(str, formats)))}; evaluate each alone."
+        )
+    return formats.pop()
 
 
 def pick_split(source: Dataset, split: str, models: Sequence[TrainedModel]) -> tuple[str, Split]:

@@ -206,7 +206,7 @@ def _load_cached(cache: BackendCache, model: TrainedModel, request: BackendReque
         predict = BACKENDS[name][0].start(program, model, precision)
         images, preprocessing = request.check_images, model.preprocessing
         if images is None or not len(images):
-            images = torch.full((1, *preprocessing.size, preprocessing.channels), 128, dtype=torch.uint8)
+            images = preprocessing.blank_image(*preprocessing.size)[None] + preprocessing.white // 2 + 1
         agreement = Agreement.between(predict(images), compute_reference_scores(model, images))
     except Exception:  # the runtimes raise errors of many types
         return None

@@ -18,7 +18,8 @@ from resnetlab.data.disk_split import DiskSplit
 from resnetlab.data.tables import is_table
 from resnetlab.errors import DataError
 from resnetlab.evaluation.predictions import check_table_file
-from resnetlab.inference.images import ImageInput, expand_images
+from resnetlab.evaluation.split_selection import common_pixel_format
+from resnetlab.inference.images import DecodedImage, ImageInput, expand_images
 from resnetlab.inference.predict import Model
 from resnetlab.run_folder import move_into_place, write_error
 
@@ -43,7 +44,7 @@ def embed_data(model: Model, data: str | Path, data_dir: Path = Path("data")) ->
     name = str(data)
     images: Iterator[tuple[str, tuple[str, str, Any]]]
     try:
-        source = sources.load_dataset(name, data_dir)
+        source = sources.load_dataset(name, data_dir).with_pixel_format(common_pixel_format([model]))
     except DataError:
         if not Path(name).exists() or is_table(name) or is_archive(name):
             raise
@@ -64,7 +65,10 @@ def list_labelled(source: Dataset) -> Iterator[tuple[str, tuple[str, str, Any]]]
 def _read(split: Split, i: int) -> ImageInput | DataError:
     """The encoded image, which threads decode, or the pixels of a split in memory."""
     try:
-        return split.source.read(int(split.indices[i])) if isinstance(split, DiskSplit) else split.read_image(i)
+        if isinstance(split, DiskSplit):
+            return split.source.read(int(split.indices[i]))
+        pixels = split.read_image(i)
+        return DecodedImage(pixels) if pixels.is_floating_point() else pixels
     except DataError as error:
         return error
 

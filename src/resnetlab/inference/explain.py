@@ -67,7 +67,7 @@ class Explanation:
 
     Attributes:
         top: (class, score), best first; the first is the explained class.
-        pixels: the image as the network gets it, before normalisation; uint8 (h, w, C).
+        pixels: the image as the network gets it, before normalisation; (h, w, C).
         heat: the evidence for the first class, float32 (h', w') in [0, 1].
         blocks: in the order of the forward pass.
     """
@@ -97,7 +97,7 @@ def explain(
     """Explains the model's prediction for one image.
 
     Args:
-        pixels: the image resized and cropped (`model.preprocessing`), uint8 (h, w, C).
+        pixels: the image resized and cropped (`model.preprocessing`), (h, w, C).
         top: how many classes to name.
         progress: called with (blocks left out so far, all such blocks).
     """

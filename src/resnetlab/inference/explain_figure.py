@@ -7,7 +7,7 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 from resnetlab.evaluation.gradcam import MIN_SIDE
-from resnetlab.preprocessing import tensor_to_pil
+from resnetlab.preprocessing import render_pixels
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -68,7 +68,7 @@ def draw_explanation(explanation: Explanation, name: str) -> str:
 
 
 def _draw_images(axes: list[Axes], explanation: Explanation) -> None:
-    image = tensor_to_pil(explanation.pixels).convert("RGB")
+    image = render_pixels(explanation.pixels).convert("RGB")
     factor = -(-MIN_SIDE // min(image.size))
     panels = (image.resize((image.width * factor, image.height * factor), 0), explanation.overlay)
     for ax, panel, title in zip(axes, panels, ("as the network gets it", "where it looked (Grad-CAM)"), strict=True):

@@ -144,22 +144,25 @@ def describe_export(model: TrainedModel, target: str, precision: str) -> dict[st
     """Describes how to use the file; keys as in docs/json.md."""
     preprocessing = model.preprocessing
     h, w, c = (*preprocessing.size, preprocessing.channels)
+    kind = f"convert it to {'grey' if c == 1 else 'RGB'}, values 0 to 255"
+    if preprocessing.dtype:
+        kind = f"take the values of its {c} channels as stored ({preprocessing.dtype}), as float32"
     return {
         "format": target,
         "precision": precision,
         "input": {
             "name": PIXELS,
-            "type": "uint8",
+            "type": "float32" if preprocessing.dtype else "uint8",
             "shape": ["batch", "height", "width", c],
-            "channels": "grey" if c == 1 else "RGB",
+            "channels": preprocessing.dtype or ("grey" if c == 1 else "RGB"),
         },
         "output": {"name": SCORES, "type": "float32", "shape": ["batch", len(model.classes)]},
         "prepare": {
             "resize": preprocessing.resize,
             "interpolation": preprocessing.interpolation,
             "crop": [h, w],
-            "description": f"Apply the image's EXIF orientation and convert it to {'grey' if c == 1 else 'RGB'}, at its own "
-            "size, values 0 to 255; the images of a batch have one size. The file resizes them "
+            "description": f"Apply the image's EXIF orientation and {kind}, at its own size; the images of a batch have one "
+            "size. The file resizes them "
             f"({preprocessing.interpolation}, antialiased) so that the shorter side has {preprocessing.resize} pixels, crops "
             f"the centre {w}x{h}, normalises, and returns calibrated scores.",
         },

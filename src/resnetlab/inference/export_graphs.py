@@ -55,8 +55,8 @@ class ExportGraphs:
 
     @cached_property
     def _network_onnx(self) -> Any:
-        shape = (*self.model.preprocessing.size, self.model.preprocessing.channels)
-        return _to_onnx(export_program(InferenceModule(self.model), shape, ("batch",)), PIXELS, SCORES)
+        image = self.model.preprocessing.blank_image(*self.model.preprocessing.size)
+        return _to_onnx(export_program(InferenceModule(self.model), image, ("batch",)), PIXELS, SCORES)
 
     @cached_property
     def _resize_onnx(self) -> Any:
@@ -125,7 +125,7 @@ def export_resize(model: TrainedModel, then: nn.Module | None = None) -> torch.e
     module = resize if then is None else nn.Sequential(resize, then)
     h, w = preprocessing.size
     # an odd example size, so that nothing specialises to the network's input size
-    return export_program(module, (h + 3, w + 7, preprocessing.channels), ("batch", "height", "width"))
+    return export_program(module, preprocessing.blank_image(h + 3, w + 7), ("batch", "height", "width"))
 
 
 def _to_onnx(program: torch.export.ExportedProgram, input_name: str, output_name: str) -> Any:

@@ -7,15 +7,17 @@ from itertools import cycle, islice
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
 
 from resnetlab.data import sources
 from resnetlab.data.dataset import Split
-from resnetlab.data.decode import decode, list_images
+from resnetlab.data.decode import list_images
 from resnetlab.data.disk_split import ReadOptions
 from resnetlab.data.prefetch import preprocess_image
 from resnetlab.errors import DataError, UsageError
+from resnetlab.evaluation.split_selection import common_pixel_format
+from resnetlab.inference.images import read_input
 from resnetlab.models.model_file import TrainedModel
 from resnetlab.models.reference_images import exclude_images, spread_positions
 from resnetlab.preprocessing import Preprocessing, pil_to_tensor, tensor_to_pil
@@ -28,7 +30,7 @@ STRETCHES = ((1.0, 1.0), (1.5, 1.5), (1.2, 1.0), (2.5, 2.5), (1.3, 1.6))  # (hei
 def load_export_images(
     model: TrainedModel, data: str | None, folder: Path | None, data_dir: Path
 ) -> tuple[list[Tensor], Tensor | None]:
-    """Loads images for the parity check, each uint8 (H, W, C), and other images for int8, uint8 (n, h, w, C).
+    """Loads images for the parity check, each (H, W, C), and other images for int8, (n, h, w, C).
 
     Reference images have their own sizes; those of the model file have the network's and are stretched to several.
 
@@ -43,6 +45,7 @@ def load_export_images(
     preprocessing = model.preprocessing
     if data is not None:
         source = sources.load_dataset(data, data_dir, ReadOptions(multi_label=True))
+        source = source.with_pixel_format(common_pixel_format([model]))
         check = list(_read_check_images(source.test, preprocessing))
         calibration = list(_read_check_images(source.train, preprocessing))
     elif folder is not None:
@@ -66,7 +69,8 @@ def _read_check_images(split: Split, preprocessing: Preprocessing) -> Iterator[T
     total = 0
     for i in spread_positions(len(split), MAX_IMAGES, 1):
         try:
-            image = _image_tensor(tensor_to_pil(split.read_image(i)), preprocessing)
+            image = split.read_image(i)
+            image = image if image.is_floating_point() else preprocessing.to_pixels(tensor_to_pil(image))
         except DataError:
             continue
         if (total := total + image.numel()) > MAX_VALUES:
@@ -78,9 +82,7 @@ def _read_folder(folder: Path, preprocessing: Preprocessing) -> Iterator[Tensor]
     total = 0
     for found in islice(list_images(folder), 2 * MAX_IMAGES):
         try:
-            if isinstance(found, DataError):
-                continue
-            image = _image_tensor(decode(found), preprocessing)
+            image = preprocessing.to_pixels(read_input(found, preprocessing))
         except DataError:
             continue
         if (total := total + image.numel()) > 2 * MAX_VALUES:
@@ -88,20 +90,25 @@ def _read_folder(folder: Path, preprocessing: Preprocessing) -> Iterator[Tensor]
         yield image
 
 
-def _image_tensor(image: Image.Image, preprocessing: Preprocessing) -> Tensor:
-    return pil_to_tensor(image.convert("L" if preprocessing.channels == 1 else "RGB"))
-
-
 def _stretch(images: Tensor) -> list[Tensor]:
-    """Resizes images, uint8 (n, h, w, C), to several heights and widths."""
+    """Resizes images (n, h, w, C) to several heights and widths."""
     stretched = []
     for image, (tall, wide) in zip(images, cycle(STRETCHES), strict=False):
         h, w, _ = image.shape
-        stretched.append(pil_to_tensor(tensor_to_pil(image).resize((max(1, round(wide * w)), max(1, round(tall * h))))))
+        height, width = max(1, round(tall * h)), max(1, round(wide * w))
+        if image.is_floating_point():
+            x = F.interpolate(image.permute(2, 0, 1)[None], (height, width), mode="bicubic")
+            stretched.append(x[0].permute(1, 2, 0).contiguous())
+        else:
+            stretched.append(pil_to_tensor(tensor_to_pil(image).resize((width, height))))
     return stretched
 
 
 def _resize_and_crop(images: Sequence[Tensor], preprocessing: Preprocessing) -> Tensor:
-    """Resizes and crops images to the network's input, uint8 (n, h, w, C)."""
-    empty = torch.empty(0, *preprocessing.size, preprocessing.channels, dtype=torch.uint8)
-    return torch.cat([empty, *(preprocess_image(preprocessing, image)[None] for image in images)])
+    """Resizes and crops images to the network's input, (n, h, w, C)."""
+    return torch.cat(
+        [
+            preprocessing.blank_image(*preprocessing.size)[None][:0],
+            *(preprocess_image(preprocessing, image)[None] for image in images),
+        ]
+    )

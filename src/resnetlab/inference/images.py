@@ -9,20 +9,23 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 import numpy as np
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, from_numpy
 
-from resnetlab.data.decode import SUFFIXES, convert_image, decode, list_images
+from resnetlab.data.array_files import convert_array
+from resnetlab.data.decode import SUFFIXES, convert_image, decode, decode_as, list_images
+from resnetlab.data.disk_split import read_image_file
 from resnetlab.data.download import TIMEOUT
 from resnetlab.data.object_store import is_address, is_store, open_at, refuse_password, strip_secrets
 from resnetlab.data.shards import expand_braces
 from resnetlab.data.tar_index import BoundedHeader, refuse_sparse
 from resnetlab.errors import DataError, UsageError
+from resnetlab.preprocessing import Preprocessing
 
 # a file is a path, an address, the bytes of an encoded image in any buffer, or an open binary file; arrays are (H, W),
 # (H, W, C) or (C, H, W), or the bytes of a file
@@ -84,6 +87,40 @@ def get_name(image: ImageInput) -> str:
     return "image"
 
 
+class DecodedImage(NamedTuple):
+    """An image whose values were read as stored: float32 (H, W, C)."""
+
+    pixels: Tensor
+
+
+def decode_input(image: ImageInput | DataError, preprocessing: Preprocessing) -> Image.Image | DecodedImage:
+    """An image for a model as `read_input` takes it again; raises as that does."""
+    decoded = read_input(image, preprocessing)
+    return DecodedImage(decoded) if isinstance(decoded, Tensor) else decoded
+
+
+def read_input(image: ImageInput | DataError, preprocessing: Preprocessing) -> Image.Image | Tensor:
+    """An image for a model: mode L or RGB, or float32 (H, W, C) where it takes values as stored.
+
+    Raises DataError and UsageError as `read_image`.
+    """
+    if isinstance(image, DecodedImage):
+        return image.pixels
+    if not preprocessing.dtype:
+        return read_image(image)
+    pixel_format = preprocessing.pixel_format
+    if isinstance(image, DataError):
+        raise image
+    if isinstance(image, str | os.PathLike) and not is_address(str(image)):
+        return decode_as(read_image_file(Path(image)), str(image), pixel_format)
+    if (content := _read_encoded(image)) is not None:
+        return decode_as(content, strip_secrets(image) if isinstance(image, str) else "the image", pixel_format)
+    if isinstance(image, Image.Image | np.ndarray | Tensor):
+        array = np.asarray(image.detach().cpu() if isinstance(image, Tensor) else image)
+        return from_numpy(convert_array(array[0] if array.ndim == 4 and len(array) == 1 else array, pixel_format))
+    raise UsageError(f"an image is {KINDS}, not {type(image).__name__}.")
+
+
 def read_image(image: ImageInput | DataError) -> Image.Image:
     """An image as mode L or RGB, upright.
 
@@ -93,19 +130,24 @@ def read_image(image: ImageInput | DataError) -> Image.Image:
         raise image
     if isinstance(image, Image.Image):
         return convert_image(image)
-    if isinstance(image, str) and is_address(image):
-        return decode(_fetch(image), strip_secrets(image))
-    if isinstance(image, str | os.PathLike):
+    if isinstance(image, str | os.PathLike) and not is_address(str(image)):
         return decode(Path(image))
-    if isinstance(image, np.ndarray | Tensor) and image.ndim == 1 and "uint8" in str(image.dtype):
-        return decode(bytes(np.asarray(image)))
+    if (content := _read_encoded(image)) is not None:
+        return decode(content, strip_secrets(image) if isinstance(image, str) else None)
     if isinstance(image, np.ndarray | Tensor):
         return convert_image(Image.fromarray(_to_uint8(image)))
-    if _is_file(image):
-        return decode(_read_file(image))
-    if (content := _view_buffer(image)) is not None:
-        return decode(content)
     raise UsageError(f"an image is {KINDS}, not {type(image).__name__}.")
+
+
+def _read_encoded(image: ImageInput) -> bytes | None:
+    """The bytes of an encoded image: behind an address, in an array, an open file or a buffer; None for pixels."""
+    if isinstance(image, str) and is_address(image):
+        return _fetch(image)
+    if isinstance(image, np.ndarray | Tensor):
+        return bytes(np.asarray(image)) if image.ndim == 1 and "uint8" in str(image.dtype) else None
+    if isinstance(image, Image.Image):
+        return None
+    return _read_file(image) if _is_file(image) else _view_buffer(image)
 
 
 def _is_pattern(path: str) -> bool:

@@ -2,6 +2,7 @@
 
 uint8 (B, h, w, C)  --normalise, network, / temperature, softmax-->  float32 (B, classes)
 
+Images whose values are as stored (`preprocessing.PixelFormat`) are float32 in place of uint8.
 Backends get images that Pillow has resized and cropped. Exported files put `inference.resizing` before this module, so that
 they take images of any size.
 """
@@ -33,7 +34,7 @@ class InferenceModule(nn.Module):
         shift = preprocessing.mean / preprocessing.std  # (C,) or (h, w, C)
         shift = shift[:, None, None] if shift.ndim == 1 else shift.permute(2, 0, 1)  # (C, 1, 1) or (C, h, w)
         # channels first: runtimes are slow if the innermost dimension is only as long as the number of channels
-        self.register_buffer("scale", (1 / (255 * preprocessing.std))[:, None, None])  # (C, 1, 1)
+        self.register_buffer("scale", (1 / (preprocessing.white * preprocessing.std))[:, None, None])  # (C, 1, 1)
         self.register_buffer("shift", shift)
         self.register_buffer("temperature", torch.tensor(float(model.temperature)))
         self.eval()
@@ -44,14 +45,14 @@ class InferenceModule(nn.Module):
         return compute_scores(logits / self.temperature, self.multi_label)
 
 
-def export_program(module: nn.Module, shape: Sequence[int], dynamic: Sequence[str]) -> torch.export.ExportedProgram:
+def export_program(module: nn.Module, image: Tensor, dynamic: Sequence[str]) -> torch.export.ExportedProgram:
     """Exports a module of images with torch.export.
 
     Args:
-        shape: (h, w, C) of an image.
+        image: an example, (h, w, C) of the type that the module takes.
         dynamic: names of the leading dimensions that are dynamic: "batch", or "batch", "height" and "width".
     """
-    example = torch.zeros(2, *shape, dtype=torch.uint8)  # a batch of one would become a constant
+    example = torch.stack([image, image])  # a batch of one would become a constant
     dims = {axis: torch.export.Dim(name, min=1, max=65_536) for axis, name in enumerate(dynamic)}
     try:
         with torch.no_grad():
@@ -62,7 +63,7 @@ def export_program(module: nn.Module, shape: Sequence[int], dynamic: Sequence[st
 
 
 def compute_reference_scores(model: TrainedModel, pixels: Tensor) -> Tensor:
-    """Scores (B, classes) of the unfolded network in fp32, for images uint8 (B, h, w, C)."""
+    """Scores (B, classes) of the unfolded network in fp32, for images (B, h, w, C)."""
     device = next(model.net.parameters()).device
     with eval_mode(model.net):
         logits = torch.cat(

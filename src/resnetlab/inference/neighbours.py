@@ -12,12 +12,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from resnetlab.data import sources
+from resnetlab.data.check import read_as_found
+from resnetlab.data.decode import decode_as, find_pixel_format
+from resnetlab.data.disk_split import read_image_file
+from resnetlab.data.object_store import is_address
 from resnetlab.device import standard_torch_state
 from resnetlab.errors import DataError
 from resnetlab.evaluation.figures import image_uri, pil_image_uri
 from resnetlab.evaluation.page import load_templates
 from resnetlab.inference.embed import EmbeddingRow
-from resnetlab.inference.images import expand_images, read_image
+from resnetlab.inference.images import ImageInput, expand_images, read_image
 
 
 class Neighbour(NamedTuple):
@@ -102,6 +106,14 @@ def render_images(
     return page.encode(errors="replace").decode()  # a file name may not be valid UTF-8
 
 
+def _show(image: ImageInput) -> str:
+    """An image that is not in a data set as a data URI."""
+    if not isinstance(image, str | Path) or is_address(str(image)):
+        return pil_image_uri(read_image(image).convert("RGB"))
+    content = read_image_file(Path(image))
+    return image_uri(decode_as(content, str(image), find_pixel_format(content, str(image))))
+
+
 def _read_uris(names: set[str], data: str, data_dir: Path) -> dict[str, str]:
     """name -> the image as a data URI, of the images of a data set, or of a folder without classes, or paths."""
     uris: dict[str, str] = {}
@@ -111,7 +123,7 @@ def _read_uris(names: set[str], data: str, data_dir: Path) -> dict[str, str]:
         folder = Path(data).is_dir()
         others = {name: image for name, image in expand_images(data) if name in names} if folder else {}
     else:
-        others = {}
+        source, others = read_as_found(source), {}
         for split in source.splits.values():
             for i, name in enumerate(split.names):
                 if name in names and name not in uris:
@@ -121,7 +133,7 @@ def _read_uris(names: set[str], data: str, data_dir: Path) -> dict[str, str]:
                         uris[name] = ""
     for name in names - uris.keys():
         try:
-            uris[name] = pil_image_uri(read_image(others.get(name, name)).convert("RGB"))
+            uris[name] = _show(others.get(name, name))
         except DataError:
             uris[name] = ""
     return uris

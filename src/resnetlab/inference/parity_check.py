@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from resnetlab.data.prefetch import preprocess_image
 from resnetlab.inference.formats import PredictFn
 from resnetlab.inference.inference_module import InferenceModule, compute_reference_scores
 from resnetlab.models.model_file import TrainedModel
-from resnetlab.preprocessing import tensor_to_pil
 
 PARITY_BOUNDS = {  # least top-1 agreement with torch in fp32, largest difference of a score
     "fp32": (1.0, 1e-3),
@@ -95,12 +95,12 @@ class ParityReport:
 
 
 def check_parity(model: TrainedModel, predict: PredictFn, images: Sequence[Tensor], precision: str) -> ParityReport:
-    """Compares the file's scores with the network's on images, each uint8 (H, W, C) at its own size."""
+    """Compares the file's scores with the network's on images, each (H, W, C) at its own size."""
     agreements, times, torch_times = [], {}, {}
     net = InferenceModule(model).to(memory_format=torch.channels_last)
 
     def preprocess(batch: Tensor) -> Tensor:
-        return torch.stack([model.preprocessing(tensor_to_pil(one)) for one in batch])
+        return torch.stack([preprocess_image(model.preprocessing, one) for one in batch])
 
     with torch.inference_mode():
         for size in BATCHES:
@@ -116,7 +116,7 @@ def check_parity(model: TrainedModel, predict: PredictFn, images: Sequence[Tenso
 
 
 def _crop_to_common_size(images: Sequence[Tensor]) -> Tensor:
-    """Crops the centre of each image to their smallest height and width; uint8 (B, H, W, C)."""
+    """Crops the centre of each image to their smallest height and width; (B, H, W, C)."""
     h, w = (min(image.shape[axis] for image in images) for axis in (0, 1))
     crops = []
     for image in images:

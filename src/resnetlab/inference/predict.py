@@ -22,11 +22,10 @@ from resnetlab.formatting import html_table
 from resnetlab.inference.backends import BackendRequest, LoadedBackend, load_network, select_backend
 from resnetlab.inference.classes import ClassScore, top_classes
 from resnetlab.inference.download import load_or_download
-from resnetlab.inference.images import ImageInput, expand_images, get_name, is_many, read_image
+from resnetlab.inference.images import ImageInput, decode_input, expand_images, get_name, is_many, read_input
 from resnetlab.models.fold import fold_batchnorm
 from resnetlab.models.model_file import TrainedModel
 from resnetlab.models.own_network import Network
-from resnetlab.preprocessing import pil_to_tensor
 
 if TYPE_CHECKING:
     from resnetlab.evaluation.evaluate import Evaluation
@@ -228,7 +227,7 @@ class Model(TrainedModel):
         self.backend = load_network(self, self.device_config)
 
     def _read_images(self, images: Sequence[ImageInput]) -> Tensor | None:
-        """The readable images, uint8 (n, h, w, C); None if there is none."""
+        """The readable images (n, h, w, C); None if there is none."""
         pixels = [x for image in images if isinstance(x := self._prepare_input(image), Tensor)]
         return torch.stack(pixels) if pixels else None
 
@@ -247,7 +246,7 @@ class Model(TrainedModel):
         """
         if is_many(image):
             return Predictions(self.predictions(image, top=top, protocol=protocol))
-        named = [(get_name(image), read_image(image))]
+        named = [(get_name(image), decode_input(image, self.preprocessing))]
         return next(self.named_predictions(named, top=top, protocol=protocol))
 
     __call__ = predict
@@ -288,12 +287,12 @@ class Model(TrainedModel):
             temperature=self.temperature,
             multi_label=self.multi_label,
         )
-        mode, remaining = "L" if self.preprocessing.channels == 1 else "RGB", iter(images)
+        remaining = iter(images)
         while group := list(islice(remaining, VIEWED)):
             pixels: list[Tensor | str] = []
             for _, image in group:
                 try:
-                    pixels.append(pil_to_tensor(read_image(image).convert(mode)))
+                    pixels.append(self.preprocessing.to_pixels(read_input(image, self.preprocessing)))
                 except (DataError, UsageError) as error:
                     pixels.append(str(error))
             readable = [x for x in pixels if isinstance(x, Tensor)]
@@ -324,7 +323,7 @@ class Model(TrainedModel):
 
     @standard_torch_state()
     def predict_scores(self, pixels: Tensor) -> Tensor:
-        """Softmax scores (sigmoids, of several classes), float32 (B, classes), of cropped images, uint8 (B, h, w, C)."""
+        """Softmax scores (sigmoids, of several classes), float32 (B, classes), of cropped images (B, h, w, C)."""
         scores = self.backend.predict(pixels)
         if not bool(scores.isfinite().all()):
             raise ModelFileError("the network's scores are not finite; its weights or preprocessing are not usable.")
@@ -337,7 +336,9 @@ class Model(TrainedModel):
         Raises DataError: an image is missing, damaged or not an image. UsageError: it has another type.
         """
         rows = []
-        named = expand_images(images) if is_many(images) else [(get_name(images), read_image(images))]
+        named = (
+            expand_images(images) if is_many(images) else [(get_name(images), decode_input(images, self.preprocessing))]
+        )
         for _, found in self.embeddings(named):
             if isinstance(found, str):
                 raise DataError(found)
@@ -363,7 +364,7 @@ class Model(TrainedModel):
         return features.clone()  # outside inference mode, so that people can train on them
 
     def _decode_ahead(self, images: Iterable[tuple[str, ImageInput | DataError]]) -> Iterator[tuple[str, Tensor | str]]:
-        """Decodes images in threads: (name, uint8 (h, w, C) or an error message) of each, in order."""
+        """Decodes images in threads: (name, pixels (h, w, C) or an error message) of each, in order."""
         remaining, pending = iter(images), deque[tuple[str, Future[Tensor | str]]]()
         pool = ThreadPoolExecutor(min(16, count_cores()))
         try:
@@ -378,9 +379,9 @@ class Model(TrainedModel):
             pool.shutdown(cancel_futures=True)
 
     def _prepare_input(self, image: ImageInput | DataError) -> Tensor | str:
-        """Decodes and preprocesses an image: uint8 (h, w, C), or the error message."""
+        """Decodes and preprocesses an image: (h, w, C), or the error message."""
         try:
-            return self.preprocessing(read_image(image))
+            return self.preprocessing(read_input(image, self.preprocessing))
         except (DataError, UsageError) as error:  # of any kind: the other images are still predicted
             return str(error)
 
@@ -427,7 +428,7 @@ class Model(TrainedModel):
 
         if not isinstance(top, int) or isinstance(top, bool) or top < 1:
             raise UsageError(f"top must be a whole number from 1 up, not {top!r}.")
-        return explain(self, self.preprocessing(read_image(image)), top=top)
+        return explain(self, self.preprocessing(read_input(image, self.preprocessing)), top=top)
 
     @python_messages()
     def export(

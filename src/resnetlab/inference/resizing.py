@@ -1,6 +1,6 @@
 """Resize and centre crop with tensor operations, so that an exported file takes images of any size.
 
-uint8 (B, H, W, C)  --resize, centre crop-->  uint8 (B, h, w, C), as `Preprocessing` with Pillow
+uint8 (B, H, W, C)  --resize, centre crop-->  uint8 (B, h, w, C), as `Preprocessing` with Pillow; or both float32, as with torch
 
 Pillow's antialiased resize multiplies with one matrix along each side and rounds to integers after each: row i of a matrix
 holds the kernel around pixel i's position in the image, widened by the downscaling factor. Rows outside the crop are omitted.
@@ -31,6 +31,10 @@ class Resize(nn.Module):
         rows, columns = (torch.arange(n, device=pixels.device) for n in pixels.shape[1:3])
         short = torch.minimum(rows[-1], columns[-1]) + 1
         x = pixels.permute(0, 3, 1, 2).to(torch.float64)  # (B, C, H, W)
+        if pixels.is_floating_point():  # values as stored are not rounded (preprocessing.resize_pixels)
+            x = torch.matmul(x, self._matrix(columns, short, self.size[1], 0)) / UNIT
+            x = torch.matmul(self._matrix(rows, short, self.size[0], 1), x) / UNIT
+            return x.permute(0, 2, 3, 1).to(torch.float32)
         x = _round(torch.matmul(x, self._matrix(columns, short, self.size[1], 0)))  # (B, C, H, w)
         x = _round(torch.matmul(self._matrix(rows, short, self.size[0], 1), x))  # (B, C, h, w)
         return x.permute(0, 2, 3, 1).to(torch.uint8)

@@ -99,10 +99,11 @@ class TrainedModel:
         if self.multi_label:
             kind = "mean average precision"
             errors = [f"{key} {value['mean_ap']:.3f}" for key, value in self.metrics.items() if "mean_ap" in value]
+        colours = "grey" if spec.channels == 1 else "colour"
         return {
             "network": f"{str(self.recipe.get('net', 'residual network')).removeprefix(OWN)} ({spec.summary})",
             "classes": f"{len(self.classes):,}: {format_list(self.classes, 5)}",
-            "input": f"{height}x{width} pixels, {'grey' if spec.channels == 1 else 'colour'}",
+            "input": f"{height}x{width} pixels, {self.preprocessing.pixel_format if self.preprocessing.dtype else colours}",
             kind: ", ".join(errors) or "not measured",
         }
 

@@ -19,10 +19,10 @@ class ReferenceImages:
     """Images after resize and crop, before normalisation.
 
     Attributes:
-        check: uint8 (n, h, w, C), of the held-out split (or the training split if nothing was held out): every backend's
-            scores are compared with the network's on them.
+        check: uint8 (n, h, w, C) (float32 of values as stored), of the held-out split (or the training split if nothing was
+            held out): every backend's scores are compared with the network's on them.
         labels: int64 (n,), their classes.
-        training: uint8 (m, h, w, C), of the training split, disjoint from `check`: int8 is calibrated on them.
+        training: likewise (m, h, w, C), of the training split, disjoint from `check`: int8 is calibrated on them.
     """
 
     check: Tensor
@@ -44,7 +44,12 @@ class ReferenceImages:
         """Returns what makes the images unusable for a network with this input and number of classes, or None."""
         shape = (*preprocessing.size, preprocessing.channels)
         for name, images, limit in ((CHECK, self.check, MAX_CHECK), (TRAINING, self.training, MAX_TRAINING)):
-            if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1:] != shape or len(images) > limit:
+            if (
+                images.dtype != preprocessing.pixel_format.tensor_dtype
+                or images.ndim != 4
+                or images.shape[1:] != shape
+                or len(images) > limit
+            ):
                 return f"{name} is {images.dtype} {tuple(images.shape)}, not at most {limit} images of {shape}"
         labels = self.labels
         if not len(self.check) or labels.dtype != torch.int64 or labels.shape != (len(self.check),):
@@ -61,7 +66,7 @@ def spread_positions(n: int, limit: int, image_bytes: int) -> list[int]:
 
 
 def exclude_images(images: Tensor, others: Tensor) -> Tensor:
-    """The images that are not among the others; both uint8 (n, h, w, C)."""
+    """The images that are not among the others; both (n, h, w, C)."""
     known = {x.numpy().tobytes() for x in others}
     remaining = [i for i, x in enumerate(images) if x.numpy().tobytes() not in known]
     return images[torch.tensor(remaining, dtype=torch.long)]

@@ -36,6 +36,7 @@ from resnetlab.inference.predict import Model
 from resnetlab.models.annotated_model import AnnotatedModel
 from resnetlab.models.cost import count_parameters
 from resnetlab.models.spec import Specification
+from resnetlab.preprocessing import RGB, PixelFormat
 
 MASK_OPACITY = 130  # of 255
 
@@ -54,8 +55,12 @@ class ServedModel(Protocol):
     def no_explanation(self) -> str | None:
         """The reason why the model cannot be explained; None where it can."""
 
-    def prepare(self, image: Image.Image) -> Any:
-        """Prepares an upright image; called in many threads."""
+    @property
+    def pixel_format(self) -> PixelFormat:
+        """How uploaded images are read: as Pillow images of 8 bits, or the values as stored."""
+
+    def prepare(self, image: Any) -> Any:
+        """Prepares an upright image, a Pillow image or float32 (H, W, C) as `pixel_format` says; called in many threads."""
 
     def predict(self, images: Sequence[Any]) -> Sequence[Any]:
         """The network's result for each prepared image; called in one thread."""
@@ -101,7 +106,7 @@ class ServedClassifier:
     """A classifier.
 
     Args:
-        scores: uint8 (B, h, w, C) -> float32 (B, classes); the model's own by default.
+        scores: (B, h, w, C) -> float32 (B, classes); the model's own by default.
     """
 
     no_explanation = None
@@ -109,7 +114,7 @@ class ServedClassifier:
 
     def __init__(self, model: Model, scores: Callable[[Tensor], Tensor] | None = None) -> None:
         self.model, self._scores = model, scores or model.predict_scores
-        self.prepare = model.preprocessing
+        self.prepare, self.pixel_format = model.preprocessing, model.preprocessing.pixel_format
 
     def predict(self, images: Sequence[Tensor]) -> list[Tensor]:
         return list(self._scores(torch.stack(list(images))))
@@ -149,6 +154,7 @@ class _ServedAnnotatedModel:
     """Code shared by detectors and segmenters."""
 
     warmup_batches = (1,)  # a batch is computed image by image
+    pixel_format = RGB
 
     def __init__(self, predictor: AnnotatedPredictor) -> None:
         self.model, self.backend = predictor.model, str(predictor.device_config)

@@ -7,7 +7,6 @@ import threading
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from functools import partial
 from typing import Any
 
 from starlette.requests import Request
@@ -17,7 +16,7 @@ from resnetlab.serve.batching import Batcher
 from resnetlab.serve.counters import Counters
 from resnetlab.serve.limits import Limits, RequestError, RequestGate
 from resnetlab.serve.models import ServedModel
-from resnetlab.serve.uploads import Upload, decode_uploads
+from resnetlab.serve.uploads import Upload, decode_uploads, unpack_body
 
 
 class _Cancelled(Exception):
@@ -114,7 +113,12 @@ class Service:
     async def _decode(self, request: Request, body: bytes) -> list[Upload]:
         content_type, cancelled = request.headers.get("content-type", ""), threading.Event()
         encoding = request.headers.get("content-encoding", "")
-        work = partial(decode_uploads, content_type, body, self.served.prepare, self.limits, cancelled.is_set, encoding)
+
+        def work() -> list[Upload]:
+            content, served = unpack_body(body, encoding, self.limits), self.served
+            prepare, pixel_format = served.prepare, served.pixel_format
+            return decode_uploads(content_type, content, prepare, self.limits, cancelled.is_set, pixel_format)
+
         try:
             return await asyncio.get_running_loop().run_in_executor(self._decoders, work)
         finally:

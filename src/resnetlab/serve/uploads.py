@@ -13,10 +13,12 @@ from urllib.parse import unquote
 import torch
 from PIL import Image, UnidentifiedImageError
 from python_multipart.multipart import parse_options_header
+from torch import Tensor
 
-from resnetlab.data.decode import convert_image, decode_pixels
+from resnetlab.data.decode import convert_image, decode_as, decode_pixels
 from resnetlab.device import release_memory
 from resnetlab.errors import DataError
+from resnetlab.preprocessing import RGB, PixelFormat
 from resnetlab.serve.limits import MAX_IMAGES, Limits, RequestError
 
 # The Pillow formats that photographs come in; some of the others start programs (EPS starts Ghostscript).
@@ -40,18 +42,21 @@ class Upload:
 def decode_uploads(
     content_type: str,
     body: bytes,
-    prepare: Callable[[Image.Image], Any],
+    prepare: Callable[[Any], Any],
     limits: Limits,
     cancelled: Callable[[], bool] = lambda: False,
-    encoding: str = "",
+    pixel_format: PixelFormat = RGB,
 ) -> list[Upload]:
     """The prepared images of a request, in order; stops decoding once `cancelled` returns true.
+
+    Args:
+        pixel_format: `prepare` gets Pillow images, or values as stored, float32 (H, W, C), where it says so.
 
     Raises RequestError where the request as a whole is wrong: its type, its form, its number of images.
     """
     return [
-        _decode_upload(name, content, prepare, limits)
-        for name, content in split_body(content_type, unpack_body(body, encoding, limits))
+        _decode_upload(name, content, prepare, limits, pixel_format)
+        for name, content in split_body(content_type, body)
         if not cancelled()
     ]
 
@@ -135,16 +140,30 @@ def unpack_body(body: bytes, encoding: str, limits: Limits) -> bytes:
     return body
 
 
-def _decode_upload(name: str, content: bytes, prepare: Callable[[Image.Image], Any], limits: Limits) -> Upload:
+def _decode_upload(
+    name: str, content: bytes, prepare: Callable[[Any], Any], limits: Limits, pixel_format: PixelFormat
+) -> Upload:
     try:
-        image = _decode_image(content, limits)
-        prepared, large = prepare(image), image.width * image.height > LARGE
+        image = _read_stored(content, limits, pixel_format) if pixel_format.dtype else _decode_image(content, limits)
+        height, width = image.shape[:2] if isinstance(image, Tensor) else (image.height, image.width)
+        prepared, large = prepare(image), width * height > LARGE
     except RequestError as error:
         return Upload(name, None, error)
     if large:
         del image
         release_memory(torch.device("cpu"))
     return Upload(name, prepared, None)
+
+
+def _read_stored(content: bytes, limits: Limits, pixel_format: PixelFormat) -> Tensor:
+    """An image's values as stored, float32 (H, W, C)."""
+    if not content:
+        raise RequestError(400, "the image is empty.")
+    try:
+        pixels = decode_as(content, "the image", pixel_format, limits.max_pixels)
+    except DataError as error:
+        raise RequestError(422, str(error)) from error
+    return pixels
 
 
 def _decode_image(content: bytes, limits: Limits) -> Image.Image:

@@ -18,6 +18,7 @@ from resnetlab.errors import RunError, UsageError, unknown_name_error
 from resnetlab.models.reference_images import MAX_TRAINING
 from resnetlab.models.spec import Specification, parse_changes, parse_value
 from resnetlab.peer_words import translate
+from resnetlab.preprocessing import MAX_CHANNELS
 
 _KINDS: dict[str, tuple[Any, str]] = {  # by the fields' annotations: type, and its name in messages
     "str": (str, "a word"),
@@ -52,6 +53,7 @@ _RANGES: dict[str, tuple[float, float, str]] = {  # smallest and largest value, 
     **dict.fromkeys(("eval_resize", "bn_batch", "clip_norm", "precise_bn"), (0, sys.float_info.max, "0 or more")),
     "val_images": (A_TENTH, sys.float_info.max, f"0 or more, or {A_TENTH} for a tenth of the training images"),
     "none_share": (0, 0.5, "from 0 to 0.5"),
+    "channels": (0, MAX_CHANNELS, f"from 1 to {MAX_CHANNELS:,}, or 0 for those of the images"),
     "early_stop": (0, 10**9, "0 or more"),
     "batch": (1, 2**20, "from 1 to 1,048,576"),
     "lr_base_size": (0, 2**20, "from 1 to 1,048,576, or 0 for the batch"),
@@ -82,6 +84,7 @@ _ADDED = frozenset(
         "grad_compression",
         "none_share",
         "transform",
+        "channels",
     )
 )
 _SPECIFICATION = tuple(f.name for f in fields(Specification) if f.name not in ("channels", "classes"))
@@ -305,6 +308,7 @@ class Recipe(BaseRecipe):
 
     task: ClassVar[str] = "classify"
 
+    channels: int = 0  # of the images; 0 finds it: 3 of 8 bits, or as the files have them (data.decode)
     image_size: int  # side of the input, in pixels; 0 takes that of start_from, and its eval_resize
     eval_resize: int = 0  # evaluation: the shorter side is resized to this before the centre crop; 0 for `image_size`
     normalise: str = "per-pixel mean"  # or "per-channel mean and std"
@@ -368,6 +372,8 @@ class Recipe(BaseRecipe):
 
     def resolve_like(self, recorded: BaseRecipe) -> Self:
         recipe = super().resolve_like(recorded)
+        if not self.channels and isinstance(recorded, Recipe):
+            recipe = replace(recipe, channels=recorded.channels)
         if self.image_size or not isinstance(recorded, Recipe):
             return recipe
         return replace(recipe, image_size=recorded.image_size, eval_resize=recorded.eval_resize)

@@ -62,12 +62,14 @@ def time_data_loading(split: Split, recipe: Recipe, classes: int, device: str = 
         `images_per_second` of the loader, and `share_of_step`, its time as a fraction of loading and training.
     """
     device_config = select_device(recipe.precision, device)
+    channels = split.pixel_format.channels
     shape = Preprocessing(
-        3,
+        channels,
         (recipe.image_size, recipe.image_size),
         recipe.eval_resize or recipe.image_size,
-        torch.zeros(3),
-        torch.ones(3),
+        torch.zeros(channels),
+        torch.ones(channels),
+        dtype=split.pixel_format.dtype,
     )
     crop = Crop(recipe.crop, recipe.scale, recipe.area)
     loader = TrainLoader(split, shape, Augmentation(flip=recipe.flip, crop=crop), recipe.batch, 0, device_config)
@@ -76,6 +78,6 @@ def time_data_loading(split: Split, recipe: Recipe, classes: int, device: str = 
     for step in (1, 2):
         loader.batch(step)
     loaded = (time.perf_counter() - start) / 2
-    net = device_config.place(build(recipe.net, classes=classes)).train()
+    net = device_config.place(build(recipe.net, classes=classes, channels=channels)).train()
     trained = sum(time_steps(net, batch.images, batch.labels, device_config, 2)) / 2
     return {"images_per_second": recipe.batch / loaded, "share_of_step": loaded / (loaded + trained)}

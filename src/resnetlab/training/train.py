@@ -237,6 +237,7 @@ def build_task(
         transform=options.transform,
         net=options.net,
         report=options.report,
+        resuming=started_in is not None,
     )
     with world.first_process_first():  # the others find what the first one has downloaded
         task = TASKS[recipe.task].build(recipe, setup)

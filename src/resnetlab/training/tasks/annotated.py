@@ -279,8 +279,9 @@ def build_starting_network(
             build_from_spec(spec, init=recipe.init, seed=seed_for(recipe.seed, "init")), mean, std, "", []
         )
     bundle, _, notes = load_start(str(start_from), recipe.specification)
-    if bundle.spec.channels != 3:
-        raise UsageError(f"{start_from} takes images of {bundle.spec.channels} channel, not of 3; start from another.")
+    if bundle.spec.channels != 3 or bundle.preprocessing.dtype:
+        taken = bundle.preprocessing.pixel_format
+        raise UsageError(f"{start_from} takes images of {taken}, not of 3 channels of 8 bits; start from another.")
     notes = [*notes, *choose_specification(str(start_from), bundle.spec, recipe.net, dict(recipe.specification))]
     preprocessing = bundle.preprocessing
     means = preprocessing.mean if preprocessing.mean.ndim == 1 else preprocessing.mean.mean((0, 1))

@@ -37,6 +37,7 @@ class TaskSetup:
         transform: changes a classifier's training images.
         net: a classifier's network, if it is not one that its recipe names.
         report: called with sentences on what happens.
+        resuming: whether the recipe is a run's, complete and resolved.
     """
 
     device_config: DeviceConfig
@@ -48,6 +49,7 @@ class TaskSetup:
     transform: Transform | None = None
     net: nn.Module | None = None
     report: Callable[[str], None]
+    resuming: bool = False
 
     @property
     def num_workers(self) -> int:

@@ -111,14 +111,14 @@ class ClassificationTask(Task):
         if recipe.normalise not in NORMALISATIONS:
             known = ", ".join(map(repr, NORMALISATIONS))
             raise UsageError(f"unknown normalise {recipe.normalise!r}; known: {known}.")
-        source = load_source(recipe, setup)
-        channels = source.train.images.shape[-1] if isinstance(source.train, MemorySplit) else 3
+        recipe, source = load_source(recipe, setup)
+        channels, dtype = source.train.pixel_format
         start_from = resolve_start(recipe.start_from, setup.started_in)
         net, begun, notes = build_network(recipe, start_from, channels, source.classes, setup.net)
         start = begun.model if begun else None
         recipe = resolve_size(recipe, start)
         size, mean, std = recipe.image_size, torch.zeros(channels), torch.ones(channels)
-        shape = Preprocessing(channels, (size, size), recipe.eval_resize or size, mean, std)
+        shape = Preprocessing(channels, (size, size), recipe.eval_resize or size, mean, std, dtype=dtype)
         recipe = name_own_transform(resolve_val_images(recipe, source), setup)
         train, held_out, test, holdout = divide_images(recipe, source, shape)
         for split in (held_out, test):
@@ -299,6 +299,7 @@ class ClassificationTask(Task):
             return None
         train, check_split = self.loader.split, self.held_out
         size = math.prod((*self.preprocessing.size, self.preprocessing.channels))
+        size *= self.preprocessing.pixel_format.tensor_dtype.itemsize
         if len(check_split):
             training_positions, check_positions = (
                 spread_positions(len(train), keep, size),
@@ -318,11 +319,11 @@ class ClassificationTask(Task):
         return ReferenceImages(
             torch.stack([x for _, x in check]),
             labels.to(torch.int64),
-            torch.stack(training_images) if training_images else torch.empty(0, h, w, c, dtype=torch.uint8),
+            torch.stack(training_images) if training_images else torch.empty(0, h, w, c, dtype=check[0][1].dtype),
         )
 
     def _read(self, split: Split, positions: Sequence[int]) -> list[tuple[int, Tensor]]:
-        """(position, uint8 (h, w, C)) of the images that can be read."""
+        """(position, pixels (h, w, C)) of the images that can be read."""
         images, readable = PreprocessedSplit(split, self.preprocessing), []
         for i in positions:
             with contextlib.suppress(DataError):

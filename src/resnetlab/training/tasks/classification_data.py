@@ -23,7 +23,7 @@ from resnetlab.evaluation.evaluate import prepare_split
 from resnetlab.models.model_file import TrainedModel
 from resnetlab.models.own_network import OWN
 from resnetlab.models.spec import get_specification
-from resnetlab.preprocessing import Preprocessing
+from resnetlab.preprocessing import PixelFormat, Preprocessing
 from resnetlab.training.recipe import EVAL_RATIO, Recipe
 from resnetlab.training.recipes import SMALL_SIDE
 from resnetlab.training.tasks.base import TaskSetup
@@ -120,8 +120,11 @@ def choose_augmentation(recipe: Recipe, num_classes: int) -> Augmentation:
     )
 
 
-def load_source(recipe: Recipe, setup: TaskSetup) -> Dataset:
-    """The data of a recipe."""
+def load_source(recipe: Recipe, setup: TaskSetup) -> tuple[Recipe, Dataset]:
+    """The data of a recipe, and the recipe with the number of channels if values are read as stored.
+
+    A new run finds how its images are read by the first one; a run that is resumed has it in its recipe.
+    """
     quarantine = str(setup.started_in / recipe.quarantine) if recipe.quarantine else ""
     moved = setup.dataset if isinstance(setup.dataset, str) else ""
     data = moved or sources.resolve_data_path(recipe.data, setup.started_in)
@@ -134,7 +137,22 @@ def load_source(recipe: Recipe, setup: TaskSetup) -> Dataset:
         raise DataError(
             f"{data} has no train folder; training needs class folders, or train/ with class folders in it."
         )
-    return take_fold(source, recipe.fold) if recipe.fold and source.label_sets is None else source
+    if recipe.channels or not setup.resuming:
+        found = source.train.find_pixel_format(recipe.channels)
+        source = source.with_pixel_format(found)
+        if found.dtype:
+            recipe = replace(recipe, channels=found.channels)
+            require_eight_bits_for(recipe, found)
+            setup.report(f"images of {found}, read as stored: torch resizes them, and statistics are of every channel")
+    return recipe, take_fold(source, recipe.fold) if recipe.fold and source.label_sets is None else source
+
+
+def require_eight_bits_for(recipe: Recipe, found: PixelFormat) -> None:
+    """Raises UsageError for augmentations that are defined on 8-bit grey or RGB only."""
+    if values := [key for key in ("colour", "trivial_augment") if getattr(recipe, key)]:
+        raise UsageError(
+            f"{values[0]} changes colours of 8 bits, and the images have {found}; leave it out: --set {values[0]}=false."
+        )
 
 
 def divide_images(
@@ -159,11 +177,15 @@ def divide_images(
 
 
 def add_statistics(normalise: str, train: Split, shape: Preprocessing, start: TrainedModel | None) -> Preprocessing:
-    """The preprocessing with the training images' mean and standard deviation, or those of the start model."""
+    """The preprocessing with the training images' mean and standard deviation, or those of the start model if it has the same
+    channels.
+    """
     if normalise != "as start_from":
         return compute_statistics(train, shape, normalise == "per-pixel mean")
     if start is None:
         raise UsageError("normalise='as start_from' needs a model to start from: --start-from MODEL.")
     base = start.preprocessing
+    if base.pixel_format != shape.pixel_format:  # its statistics are of other channels
+        return compute_statistics(train, shape, per_pixel=False)
     mean = base.mean if base.mean.ndim == 1 or base.size == shape.size else base.mean.mean((0, 1))
     return replace(base, size=shape.size, resize=shape.resize, mean=mean)

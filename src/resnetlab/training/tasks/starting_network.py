@@ -11,6 +11,7 @@ from torch import nn
 
 from resnetlab.errors import UsageError, unknown_name_error
 from resnetlab.formatting import format_list
+from resnetlab.inference.build import adapt_channels
 from resnetlab.inference.start import NO_HEAD, Start, choose_specification, load_start
 from resnetlab.models.backbone import levels
 from resnetlab.models.model_file import TrainedModel
@@ -59,12 +60,14 @@ def build_network(
         spec = get_specification(recipe.net, **changes)
     else:
         own = start.model.spec
-        if channels != own.channels:
-            raise UsageError(
-                f"{start_from} takes images of {own.channels} channels, the data have {channels}; start from another model."
-            )
         notes = [*notes, *choose_specification(start_from, own, recipe.net, dict(recipe.specification))]
-        spec = replace(own, classes=len(classes))
+        if channels != own.channels:
+            notes.append(
+                f"{start_from} takes images of {own.channels} channels, the data have {channels}: the kernels of its first "
+                "convolution are "
+                + ("summed" if channels == 1 else f"repeated in turn, times {own.channels}/{channels}")
+            )
+        spec = replace(own, classes=len(classes), channels=channels)
     seed = seed_for(recipe.seed, "init")
     net = build_from_spec(spec, init=recipe.init, seed=seed, zero_last_bn=recipe.zero_init_last_bn)
     if start is not None:
@@ -122,6 +125,7 @@ def _freeze_stages(net: ResNet, deepest: str) -> None:
 def _copy_weights(net: ResNet, start: TrainedModel, classes: Sequence[str], place: str) -> str:
     """Copies a model's weights; the head's rows are matched by class names, or stay newly initialised."""
     state = start.net.state_dict()
+    state["conv1.weight"] = adapt_channels(state["conv1.weight"], net.spec.channels)
     same = set(start.classes) == set(classes)
     for key in ("fc.weight", "fc.bias"):
         state[key] = state[key][[start.classes.index(c) for c in classes]] if same else net.state_dict()[key]

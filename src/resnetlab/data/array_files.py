@@ -1,0 +1,233 @@
+"""Images whose values are read as stored, in NumPy's types: .npy, TIFF of any number of channels and 16-bit grey PNG.
+
+    .npy     (H, W), (H, W, C) or (C, H, W), by the rule of `put_channels_last`
+    TIFF     one sample per pixel by Pillow, others by tifffile: samples, planes, or pages that were written as one array
+    PNG      16-bit grey; with channels=4 also red, green, blue and alpha of 8 bits
+
+Values are uint8, uint16, int16 or float32; those of float16 and float64 are rounded to float32. Ordinary images, 8-bit grey or
+RGB, are left to `data.decode`.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+
+from resnetlab.errors import DataError, install_hint
+from resnetlab.preprocessing import MAX_CHANNELS, PixelFormat
+
+NPY, PNG = b"\x93NUMPY", b"\x89PNG\r\n\x1a\n"  # first bytes of a file
+TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+ALSO_FLOAT32 = ("float16", "float64")  # rounded to float32
+DTYPES = ("uint8", "uint16", "int16", "float32")
+LIKELY_CHANNELS = 32  # more are only found if their number is given
+ORIENTATION, BITS, PHOTOMETRIC, DESCRIPTION, SAMPLES, EXTRA_SAMPLES, SAMPLE_FORMAT = 274, 258, 262, 270, 277, 338, 339
+COLOURS = {0: 1, 1: 1, 2: 3, 3: 1, 5: 4, 6: 3, 8: 3}  # photometric interpretation -> samples that are colours
+ALPHA = (1, 2)  # of extra samples: transparency
+ARRAY_WRITERS = ('{"shape"', "ImageJ=", "<OME", "<?xml")  # how descriptions begin of TIFFs whose pages are one array
+
+
+def read_array(content: bytes, channels: int = 0, max_pixels: int = 0) -> NDArray[Any] | None:
+    """The values of an image as stored, (H, W, C); None for an ordinary image: 8-bit grey or RGB, or another format.
+
+    Args:
+        channels: how many there are, where that is known; 0 finds it.
+        max_pixels: height times width; 0 for twice Pillow's limit, as for other images.
+
+    Raises DataError for values of other types, values that are not finite, arrays whose channels cannot be told, and without
+    tifffile where it is needed.
+    """
+    limit = max_pixels or 2 * (Image.MAX_IMAGE_PIXELS or 2**40)
+    if content.startswith(NPY):
+        array: NDArray[Any] | None = put_channels_last(_read_npy(content), channels)
+    elif content.startswith(TIFF):
+        array = _read_tiff(content, channels, limit)
+    else:
+        array = _read_other(content, channels, limit)
+    if array is None:
+        return None
+    if array.dtype.name in ALSO_FLOAT32:
+        with np.errstate(over="ignore"):
+            array = array.astype(np.float32)
+    if array.dtype.name not in DTYPES:
+        bits = f"{8 * array.dtype.itemsize} bits per value" if array.dtype.kind in "iuf" else "values"
+        raise DataError(f"has {bits} of type {array.dtype}; save it as {', '.join(DTYPES)}.")
+    _require_size(array.shape[1], array.shape[0], limit)
+    if array.shape[2] > MAX_CHANNELS or not array.size:
+        raise DataError(f"has {array.shape[0]}x{array.shape[1]} pixels of {array.shape[2]:,} channels.")
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        raise DataError("has values that are not finite (NaN, or beyond float32); put numbers in their place.")
+    return np.ascontiguousarray(array.astype(array.dtype.newbyteorder("="), copy=False))
+
+
+def convert_array(array: NDArray[Any], pixel_format: PixelFormat) -> NDArray[np.float32]:
+    """Pixels in memory, (H, W), (H, W, C) or (C, H, W), as values of a format that are read as stored; float32 (H, W, C).
+
+    Integers of 32 and 64 bits are taken if they fit. Raises DataError for another number of channels or type.
+    """
+    array, dtype = put_channels_last(array, pixel_format.channels), pixel_format.dtype
+    fits = array.dtype.name == dtype or (dtype == "float32" and array.dtype.name in ALSO_FLOAT32)
+    if array.dtype.name in ("int32", "int64") and dtype != "float32":
+        limits = np.iinfo(dtype)
+        fits = bool(array.size) and limits.min <= array.min() <= array.max() <= limits.max
+    if not fits or array.shape[2] != pixel_format.channels:
+        found = f"{array.shape[2]} channels of {array.dtype}"
+        raise DataError(f"an image has {found}, where {pixel_format} ({dtype}) are expected.")
+    values = array.astype(np.float32)
+    if not np.isfinite(values).all():
+        raise DataError("an image has values that are not finite (NaN, or beyond float32).")
+    return np.ascontiguousarray(values)
+
+
+def is_ordinary(array: NDArray[Any]) -> bool:
+    """Whether an array (H, W, C) is 8-bit grey or RGB."""
+    return array.dtype == np.uint8 and array.shape[2] in (1, 3)
+
+
+def put_channels_last(array: NDArray[Any], channels: int) -> NDArray[Any]:
+    """(H, W), (H, W, C) or (C, H, W) -> (H, W, C).
+
+    The channels are the first or the last dimension: the one of length `channels` if that is given and one alone has it;
+    else the one that is smaller than both others, and at most LIKELY_CHANNELS (the caller refuses another number than is
+    given). Raises DataError where neither tells.
+    """
+    if array.ndim == 2:
+        return array[..., None]
+    shape = "x".join(map(str, array.shape))
+    if array.ndim != 3:
+        raise DataError(
+            f"has {array.ndim} dimensions ({shape}); an image is height x width, with its channels first or last."
+        )
+    first, _, last = array.shape
+    smaller = [n < sorted(array.shape)[1] for n in (first, last)]
+    if channels and (first == channels) != (last == channels):
+        return array if last == channels else np.moveaxis(array, 0, -1)
+    if any(smaller) and min(first, last) <= LIKELY_CHANNELS and channels not in (first, last):
+        return array if smaller[1] else np.moveaxis(array, 0, -1)
+    if channels:
+        raise DataError(
+            f"is an array of {shape}: neither its first nor its last dimension alone is {channels} channels."
+        )
+    raise DataError(f"is an array of {shape}, which does not tell its channels; give their number: --set channels=N.")
+
+
+def _read_npy(content: bytes) -> NDArray[Any]:
+    stream = io.BytesIO(content)
+    version = np.lib.format.read_magic(stream)
+    read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, _, dtype = read_header(stream)
+    if dtype.hasobject or math.prod(shape) * dtype.itemsize != len(content) - stream.tell():
+        raise DataError("is damaged: it is cut short, or holds Python objects.")
+    stream.seek(0)
+    array: NDArray[Any] = np.load(stream, allow_pickle=False)
+    return array
+
+
+def _require_size(width: int, height: int, limit: int) -> None:
+    if width * height > limit:
+        raise DataError(f"has {width:,} x {height:,} pixels, more than {limit:,}; make it smaller.")
+
+
+def _read_other(content: bytes, channels: int, limit: int) -> NDArray[Any] | None:
+    """16-bit grey PNG, or RGBA if four channels are wanted; None for others."""
+    is_png = content.startswith(PNG)
+    deep_grey = is_png and content[24:26] == b"\x10\0"  # depth and colour type in the header
+    if not deep_grey and not (channels == 4 and (is_png or content[8:12] == b"WEBP")):
+        return None
+    with Image.open(io.BytesIO(content), formats=("PNG", "WEBP")) as image:
+        _require_size(*image.size, limit)
+        if channels == 4 and image.mode == "RGBA":
+            return _turn_upright(np.asarray(image), _read_orientation(image))
+        if not is_png or not image.mode.startswith("I"):
+            return None
+        values = np.asarray(image).astype(np.uint16)
+        clear = image.info.get("transparency")
+        values = np.where(values == clear, np.uint16(65_535), values) if isinstance(clear, int) else values
+        return _turn_upright(values[..., None], _read_orientation(image))
+
+
+def _read_tiff(content: bytes, channels: int, limit: int) -> NDArray[Any] | None:
+    try:
+        image = Image.open(io.BytesIO(content), formats=("TIFF",))
+    except UnidentifiedImageError:  # of more channels than Pillow knows
+        return _read_tiff_array(content, channels, limit)
+    with image:
+        tags, pages = image.tag_v2, image.n_frames  # type: ignore[attr-defined]
+        samples, bits = tags.get(SAMPLES, 1), max(tags.get(BITS, (1,)))
+        is_array = pages > 1 and str(tags.get(DESCRIPTION, "")).startswith(ARRAY_WRITERS)
+        if is_array or (pages > 1 and (bits > 8 or channels == pages)):
+            return _read_tiff_array(content, channels, limit)
+        if bits <= 8 and not (channels == samples == 4):
+            extra = tags.get(EXTRA_SAMPLES, (0,))
+            extra = extra if isinstance(extra, tuple) else (extra,)
+            others = samples - COLOURS.get(tags.get(PHOTOMETRIC, 1), samples)
+            if others < 1 or (others == 1 and extra[0] in ALPHA):
+                return None
+            return _read_tiff_array(content, channels, limit)
+        _require_size(*image.size, limit)
+        if samples > 1:
+            return _read_tiff_array(content, channels, limit)
+        values, kind = np.asarray(image), tags.get(SAMPLE_FORMAT, (1,))[0]
+        if bits == 16 and kind == 2 and image.mode == "I":
+            values = values.astype(np.int16)
+        elif image.mode == "I":
+            raise DataError(
+                "has 32 bits per value and does not define which value is white; save it with 8 or 16 bits."
+            )
+        elif tags.get(PHOTOMETRIC) == 0 and values.dtype.kind == "u":
+            values = np.uint16((1 << bits) - 1) - values  # 0 is white
+        return _turn_upright(values[..., None], _read_orientation(image))
+
+
+def _read_tiff_array(content: bytes, channels: int, limit: int) -> NDArray[Any]:
+    """A TIFF's first image, (H, W, C), whose channels are samples, planes, or the pages of one array."""
+    try:
+        import tifffile
+    except ImportError:
+        raise DataError(
+            f"is a TIFF of several channels or pages; to read it, install: {install_hint('tiff')}"
+        ) from None
+    with tifffile.TiffFile(io.BytesIO(content)) as file:
+        series, page = file.series[0], file.pages.first
+        _require_size(page.imagewidth, page.imagelength, limit)
+        _require_size(series.size, 1, limit * 64)
+        axes, orientation = series.axes, page.tags.get(ORIENTATION)
+        array = np.asarray(series.asarray(maxworkers=1))
+    if array.ndim == 2:
+        array = array[..., None]
+    elif array.ndim == 3 and (found := [axes.index(c) for c in "SC" if c in axes]):
+        array = np.moveaxis(array, found[0], -1)
+    elif array.ndim == 3 and "Q" in axes:
+        array = put_channels_last(array, channels)
+    elif array.ndim == 3 and channels == len(array):
+        array = np.moveaxis(array, 0, -1)
+    else:
+        shape, hint = (
+            "x".join(map(str, array.shape)),
+            f"; channels={len(array)} takes its pages as channels" * (array.ndim == 3),
+        )
+        raise DataError(f"has several pages ({shape}){hint}, or save the one that is the image.")
+    return _turn_upright(array, 1 if orientation is None else int(orientation.value))
+
+
+def _read_orientation(image: Image.Image) -> int:
+    try:
+        return int(image.getexif().get(ORIENTATION, 1))
+    except Exception:  # broken metadata, as in data.decode
+        return 1
+
+
+def _turn_upright(array: NDArray[Any], orientation: int) -> NDArray[Any]:
+    """(H, W, C), turned by a value of EXIF's orientation, from 1 to 8."""
+    if orientation in (5, 6, 7, 8):
+        array = array.transpose(1, 0, 2)
+    if orientation in (2, 3, 6, 7):
+        array = array[:, ::-1]
+    if orientation in (3, 4, 7, 8):
+        array = array[::-1]
+    return array
