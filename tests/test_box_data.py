@@ -378,6 +378,17 @@ def test_crowds_in_run_lengths_are_not_evaluated(coco: Path) -> None:
     assert (mask[:10, :2] == 255).all() and (mask == 255).sum() == 20
 
 
+@pytest.mark.parametrize("name", ["\ud800", " "])
+def test_classes_that_no_model_file_could_name_are_refused(name: str, coco: Path) -> None:
+    for split in ("train", "val"):
+        document = json.loads((coco / f"{split}.json").read_text())
+        document["categories"][0]["name"] = name
+        (coco / f"{split}.json").write_text(json.dumps(document))
+    for read in (box_dataset.load_boxes, mask_dataset.load_masks):
+        with pytest.raises(DataError, match=r"is no class name|cannot be encoded as UTF-8"):
+            read(coco)
+
+
 def test_more_classes_than_masks_hold_are_refused(coco: Path, voc: Path) -> None:
     for split in ("train", "val"):
         document = json.loads((coco / f"{split}.json").read_text())

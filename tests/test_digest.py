@@ -19,6 +19,7 @@ from resnetlab import migrate_v01
 from resnetlab.errors import ModelFileError, ResNetLabError
 from resnetlab.inference.hub import make_model_card
 from resnetlab.inference.import_model import ImportOptions, import_weights
+from resnetlab.models.annotated_model import load_annotated
 from resnetlab.models.model_file import load_trained_model
 from resnetlab.run_folder import RunFolder, read_metrics
 from resnetlab.tensor_file import read_tensor_file, write_tensor_file
@@ -177,6 +178,16 @@ def test_metadata_of_other_kinds_are_refused(
     write_tensor_file(path, tensors, {key: value for key, value in metadata.items() if key != "format"})
     with pytest.raises(ModelFileError, match=reason):
         load_trained_model(path)
+
+
+def test_class_names_of_a_detector_are_different_words(tmp_path: Path) -> None:
+    path = write_annotated_model(tmp_path / "m.safetensors", "detect")
+    tensors, metadata = read_tensor_file(path, "model file")
+    for classes, reason in ((["a", "a"], "two classes are called a"), (["a", "\ud800"], "cannot be encoded as UTF-8")):
+        changed = {key: value for key, value in metadata.items() if key != "format"} | {"classes": classes}
+        write_tensor_file(path, tensors, changed)
+        with pytest.raises(ModelFileError, match=reason):
+            load_annotated(path, "detect")
 
 
 def test_metadata_of_other_kinds_make_a_card(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from http_server import FileServer
-from resnetlab.data import archives, decode, pack, remote_shards, tar_index
+from resnetlab.data import archives, decode, pack, remote_shards, shards, tar_index
 from resnetlab.errors import DataError, RunError
 from resnetlab.formatting import find_name_problem
 from resnetlab.run_folder import RunFolder, temporary_folder, write_atomically
@@ -170,6 +170,24 @@ def test_a_large_file_is_not_read_into_memory(tmp_path: Path, monkeypatch: pytes
     source = data.all_images.source  # type: ignore[union-attr]
     with pytest.raises(DataError, match="more than the 536,870,912 that are read"):
         source.read(list(source.names).index("a/0.jpg"))
+
+
+def test_large_files_of_a_folder_of_shards_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An index, a list of classes, and an image inside a tar."""
+    (tmp_path / "s").mkdir()
+    tar(tmp_path / "s" / "s.tar", numbers())
+    split = load(tmp_path / "s").train
+    monkeypatch.setattr(decode, "MAX_FILE_BYTES", 100)
+    with pytest.raises(DataError, match=r"s\.tar/.*jpg has [\d,]+ bytes, more than the 100"):
+        split.read_image(0)
+    (tmp_path / "s" / "classes.txt").write_text("a\nb\n" * 100)
+    monkeypatch.setattr(shards, "MAX_INDEX", 100)
+    with pytest.raises(DataError, match=r"classes\.txt cannot be read \(it has more than 100 bytes\)"):
+        load(tmp_path / "s")
+    index_with()(tmp_path / "s")
+    monkeypatch.setattr(tar_index, "MAX_INDEX", 100)
+    with pytest.raises(DataError, match=r"s\.index\.json cannot be read \(it has more than 100 bytes\)"):
+        load(tmp_path / "s")
 
 
 def test_a_zip_member_is_not_unpacked_beyond_the_size_that_it_claims(tmp_path: Path) -> None:

@@ -196,6 +196,13 @@ IMAGENET = {  # figure -> network -> top-1 and top-5, per cent: 2015 Tables 2 to
 }  # fmt: skip
 
 
+def test_both_gates_are_trained_with_every_bias_from_0_to_minus_7() -> None:
+    trials = catalogue.select_studies("shortcut-types")[0].plan(make_setting("cifar10", (), seeds=1))
+    specs = [make_setting("cifar10", ()).spec(trial.recipe) for trial in trials]
+    for gate in ("exclusive-gate", "shortcut-gate"):
+        assert sorted(spec.gate_bias for spec in specs if spec.shortcut == gate) == list(range(-7, 1))
+
+
 @pytest.mark.usefixtures("no_models")
 def test_imagenets_figures_stand_beside_their_own_networks_and_tests() -> None:
     """At the paper's length on the whole of ImageNet every printed figure is found once; on another folder none is."""

@@ -19,18 +19,18 @@ TYPES: dict[str, Mapping[str, Any]] = {
     "1x1 convolution": {"shortcut": "conv"},
     "dropout 0.5": {"shortcut": "dropout"},
 }
-REST: dict[str, Mapping[str, Any]] = {  # of Table 1: the other scaling, and the gates' biases
+REST: dict[str, Mapping[str, Any]] = {  # of Table 1, which prints two of the shortcut-only gate's biases
     "scaled, 0.5 and 1": {"shortcut": "constant", "shortcut_scale": 0.5, "residual_scale": 1.0},
     **{
-        f"exclusive gate, {b}": {"shortcut": "exclusive-gate", "gate_bias": float(b)}
+        f"{gate} gate, {b}": {"shortcut": f"{gate.removesuffix('-only')}-gate", "gate_bias": float(b)}
+        for gate in ("exclusive", "shortcut-only")
         for b in (0, -1, -2, -3, -4, -5, -7)
     },
-    "shortcut-only gate, 0": {"shortcut": "shortcut-gate", "gate_bias": 0.0},
 }
 
 
 class ShortcutTypes(SideBySide):
-    """The identity and six others; at the paper's length all rows of its table."""
+    """The identity and six others; at the paper's length all rows of its table, and both gates with each bias."""
 
     name = "shortcut-types"
     question = "Does anything but the identity do as a shortcut?"
