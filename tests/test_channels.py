@@ -6,6 +6,7 @@ import io
 import json
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,16 @@ from resnetlab.data.decode import decode_as, decode_pixels, find_pixel_format
 from resnetlab.data.objects import dataset_from_object
 from resnetlab.data.pack import pack_shards
 from resnetlab.data.prefetch import preprocess_image
+from resnetlab.device import select_device
 from resnetlab.errors import DataError, ResNetLabError, UsageError
 from resnetlab.inference.export import describe_export
 from resnetlab.inference.inference_module import InferenceModule
 from resnetlab.inference.resizing import Resize
 from resnetlab.preprocessing import RGB, PixelFormat, Preprocessing, pixel_statistics, render_pixels
+from resnetlab.training.recipes import photos
 from resnetlab.training.recorder import RunStopped
+from resnetlab.training.tasks.base import TaskSetup
+from resnetlab.training.tasks.classification_data import load_source
 
 tifffile = pytest.importorskip("tifffile")
 SETTINGS: dict[str, Any] = {
@@ -496,3 +501,18 @@ def test_images_are_shown_by_their_first_three_channels() -> None:
     assert render_pixels(torch.from_numpy(array[..., :2])).mode == "L"
     colours = random_array((20, 24, 3), "uint8")
     assert np.array_equal(np.asarray(render_pixels(torch.from_numpy(colours))), colours)
+
+
+def test_runs_begun_before_go_on_with_8_bits(tmp_path: Path) -> None:
+    for i, name in enumerate(("a", "b", "a", "b", "a", "b", "a", "b", "a", "b")):
+        (tmp_path / name).mkdir(exist_ok=True)
+        (tmp_path / name / f"{i}.png").write_bytes(png(random_array((20, 24), "uint16", seed=i)))
+    recipe = replace(photos(), data=str(tmp_path))
+    for resuming, channels, expected in ((True, 0, RGB), (False, 0, PixelFormat(1, "uint16")), (True, 3, RGB)):
+        setup = TaskSetup(
+            device_config=select_device("fp32", "cpu"), data_dir=tmp_path, report=lambda _: None, resuming=resuming
+        )
+        found, source = load_source(replace(recipe, channels=channels), setup)
+        assert source.train.pixel_format == source.test.pixel_format == expected
+        assert found.channels == (1 if expected.dtype else channels)
+        assert source.train.read_image(0).dtype == (torch.float32 if expected.dtype else torch.uint8)

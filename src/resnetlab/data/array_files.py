@@ -195,7 +195,7 @@ def _read_tiff_array(content: bytes, channels: int, limit: int) -> NDArray[Any]:
     with tifffile.TiffFile(io.BytesIO(content)) as file:
         series, page = file.series[0], file.pages.first
         _require_size(page.imagewidth, page.imagelength, limit)
-        _require_size(series.size, 1, limit * 64)
+        _require_size(series.size // (channels or LIKELY_CHANNELS), 1, limit)
         axes, orientation = series.axes, page.tags.get(ORIENTATION)
         array = np.asarray(series.asarray(maxworkers=1))
     if array.ndim == 2:

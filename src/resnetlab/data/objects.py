@@ -277,7 +277,7 @@ class _Pixels(NamedTuple):
 def _read_arrays(images: Any, labels: Any) -> tuple[Any, list[str], Any]:
     array = np.asarray(images)
     if array.ndim not in (3, 4) or not array.size:
-        raise DataError(f"images are an array (N, H, W), (N, H, W, C) or (N, C, H, W), not {array.shape}.")
+        raise DataError(f"images are an array (N, H, W) or (N, H, W, C), or channels first, not {array.shape}.")
     pixels = _read_eight_bits(array) or _stack_stored(array)
     texts = _label_texts(labels, None)
     if len(texts) != len(pixels.images):
