@@ -223,7 +223,7 @@ class Preprocessing:
         if not isinstance(self.channels, int) or not 0 < self.channels <= MAX_CHANNELS:
             return f"images have from 1 to {MAX_CHANNELS:,} channels, not {self.channels}"
         if not self.dtype and self.channels not in (1, 3):
-            return f"images of 8 bits have 1 channel or 3, not {self.channels}"
+            return f"images have 1 channel or 3, not {self.channels}"
         if self.mean.shape not in ((self.channels,), (*self.size, self.channels)) or self.std.shape != (self.channels,):
             return f"mean of shape {tuple(self.mean.shape)}, std of shape {tuple(self.std.shape)}"
         low, high = STD_RANGE
