@@ -251,12 +251,12 @@ def tensor_to_pil(pixels: Tensor) -> Image.Image:
 def render_pixels(pixels: Tensor) -> Image.Image:
     """An image for people to see, uint8 or float32 (H, W, C) -> L or RGB.
 
-    One or three channels of 8 bits are shown as they are. Of others the first three are red, green and blue (of two the first
+    Three channels of uint8 are shown as they are, of another number the first. Of float32 the first three are red, green and blue (of two the first
     is grey), each stretched from its 1st to its 99th percentile in this image.
     """
-    shown = pixels[..., :3] if pixels.shape[-1] >= 3 else pixels[..., :1]
     if pixels.dtype == torch.uint8:
-        return tensor_to_pil(shown.contiguous())
+        return tensor_to_pil((pixels if pixels.shape[-1] == 3 else pixels[..., :1]).contiguous())
+    shown = pixels[..., :3] if pixels.shape[-1] >= 3 else pixels[..., :1]
     values = shown.cpu().double().numpy()
     low, high = np.quantile(values, SHOWN, axis=(0, 1))
     scaled = (values - low) / np.maximum(high - low, 1e-30)
