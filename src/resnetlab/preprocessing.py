@@ -251,8 +251,8 @@ def tensor_to_pil(pixels: Tensor) -> Image.Image:
 def render_pixels(pixels: Tensor) -> Image.Image:
     """An image for people to see, uint8 or float32 (H, W, C) -> L or RGB.
 
-    Three channels of uint8 are shown as they are, of another number the first. Of float32 the first three are red, green and blue (of two the first
-    is grey), each stretched from its 1st to its 99th percentile in this image.
+    Three channels of uint8 are shown as they are, of another number the first. Of float32 the first three are red, green and
+    blue (of two the first is grey), each stretched from its 1st to its 99th percentile in this image.
     """
     if pixels.dtype == torch.uint8:
         return tensor_to_pil((pixels if pixels.shape[-1] == 3 else pixels[..., :1]).contiguous())
