@@ -287,7 +287,7 @@ def test_a_publishers_name_works_wherever_a_model_file_does(
     assert "scores are over all 1,000 outputs, of which the data have 3 classes" in capsys.readouterr().out
     monkeypatch.setattr("resnetlab.data.labels.imagenet.imagenet_class_names", dict)
     assert run_command(["evaluate", name, "--data", str(root), "--save-temperature", "--fit-temperature", "1"]) == 2
-    assert "import downloaded weights first" in capsys.readouterr().err
+    assert "import published weights first" in capsys.readouterr().err
 
 
 def test_a_publishers_model_is_evaluated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

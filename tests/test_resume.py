@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,8 @@ from resnetlab.cli.main import run_command
 from resnetlab.errors import RunError
 from resnetlab.run_folder import RunFolder, read_metrics
 from resnetlab.training import train as training
+from resnetlab.training.checkpoint import change_identity
+from resnetlab.training.recipe import Recipe
 from runs import assert_same, figures
 
 SETTINGS = (
@@ -233,6 +236,18 @@ def test_a_resume_with_the_runs_own_values_is_no_other_recipe(
     values = [argument for argument in SETTINGS if argument not in ("--device", "cpu")]
     done = resumed(run, "digits", *values, "--set", "precision=auto")
     assert done.returncode == 0, done.stderr
+
+
+def test_a_run_that_began_with_a_cuda_graph_goes_on_without(tmp_path: Path, undisturbed: Path) -> None:
+    """A GPU's run keeps compile=auto, where one of a CPU has off."""
+    run = unfinished(tmp_path, undisturbed)
+    recipe = Recipe.from_values(RunFolder(run).read_recipe())
+    assert recipe.compile == "off"
+    change_identity(RunFolder(run), recipe, replace(recipe, compile="auto"))
+    text = (run / "recipe.toml").read_text()
+    (run / "recipe.toml").write_text(text.replace('compile = "off"', 'compile = "auto"'))
+    training.resume(run)
+    assert figures(run) == figures(undisturbed)
 
 
 def test_only_damaged_checkpoints_are_an_error_and_nothing_is_lost(tmp_path: Path, undisturbed: Path) -> None:

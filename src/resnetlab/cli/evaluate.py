@@ -155,13 +155,13 @@ def evaluate(
     from resnetlab.distributed import is_first_process
     from resnetlab.evaluation.evaluate import evaluate as evaluate_models
     from resnetlab.evaluation.predictions import check_table_file
-    from resnetlab.inference.download import find_model, get_scheme, load_or_download
+    from resnetlab.inference.download import find_model, find_trained, get_scheme, load_or_download
     from resnetlab.models.annotated_model import TASK_NOUNS, read_task
     from resnetlab.run_folder import check_output_file, check_output_folder
 
     _check_argument_order(models, data)
     check_output_folder(out)
-    models = tuple(map(find_model, models))
+    given, models = models, tuple(map(find_model, models))
     task = next((task for task in map(read_task, map(Path, models)) if task != "classify"), None)
     if task is not None:
         own = {"weights": weights, "fit_temperature": fit_temperature, "quarantine": quarantine, "out": out}
@@ -175,8 +175,8 @@ def evaluate(
         check_table_file(predictions)
         check_output_file(predictions, [*models, data, *filter(None, [quarantine])], "--predictions")
     corrupted.check()
-    if save_temperature and (fit_temperature is None or any(map(get_scheme, models))):
-        raise UsageError("--save-temperature needs --fit-temperature and model files; import downloaded weights first.")
+    if save_temperature and (fit_temperature is None or any(get_scheme(m) or find_trained(m) for m in given)):
+        raise UsageError("--save-temperature needs --fit-temperature and model files; import published weights first.")
     with console.ProgressBar("images") as bar:
         evaluation = evaluate_models(
             [load_or_download(model) for model in models],

@@ -65,10 +65,10 @@ def inspect(
 def _resolve_specification(
     net: str, changes: dict[str, str], classes: int | None, channels: int | None
 ) -> tuple[Specification, tuple[int, int] | None]:
-    from resnetlab.inference.download import get_scheme, load_or_download
+    from resnetlab.inference.download import find_trained, get_scheme, load_or_download
     from resnetlab.models.spec import get_specification, parse_changes
 
-    if net.endswith(".safetensors") or get_scheme(net) or Path(net).exists():
+    if net.endswith(".safetensors") or get_scheme(net) or find_trained(net) or Path(net).exists():
         if changes or classes is not None or channels is not None:
             raise UsageError(
                 "a model file is inspected as it is; --set, --classes and --channels go with a network's name."

@@ -70,11 +70,13 @@ def strip(model: Path, /, *, out: Path | None = None) -> None:
     out
         The file to write; by default NAME.stripped.safetensors beside the model.
     """
-    from resnetlab.inference.download import find_model
+    from resnetlab.inference.download import find_model, find_trained
     from resnetlab.models.annotated_model import TASK_NOUNS, read_task
     from resnetlab.models.model_file import load_trained_model
     from resnetlab.run_folder import check_output_file
 
+    if find_trained(str(model)):
+        raise UsageError(f"{model} comes with the package and holds no images; push it, or evaluate it, as it is.")
     model = Path(find_model(model))
     if (task := read_task(model)) != "classify":
         raise UsageError(f"{TASK_NOUNS[task]} holds no images; {model} can be given away as it is.")

@@ -154,7 +154,7 @@ def export(
     json
         Print the parity report as one JSON document.
     """
-    from resnetlab.inference.download import find_model, get_scheme, load_or_download
+    from resnetlab.inference.download import find_model, find_trained, get_scheme, load_or_download
     from resnetlab.inference.formats import FORMATS, find_format, get_format
     from resnetlab.models.annotated_model import TASK_NOUNS, read_task
 
@@ -162,6 +162,8 @@ def export(
         raise UsageError(
             f"export needs --to {', '.join(FORMATS)}, or --out FILE with the ending of one, such as .onnx."
         )
+    published = get_scheme(model) or find_trained(model)
+    stem = Path(model.split(":")[1].replace("/", "-")) if published else Path(find_model(model)).with_suffix("")
     model = find_model(model)
     if (task := read_task(Path(model))) != "classify":
         from resnetlab.cli.annotated import export_annotated
@@ -178,7 +180,6 @@ def export(
 
     to = to or find_format(cast(Path, out).suffix)
     format = get_format(to)
-    stem = Path(model.split(":")[1].replace("/", "-")) if get_scheme(model) else Path(model).with_suffix("")
     out = out or stem.with_name(stem.name + format.suffixes[0])
     if format.read is None and (json or precision != "fp32" or data is not None or images is not None):
         raise UsageError(

@@ -3,6 +3,8 @@
 torchvision:resnet50.IMAGENET1K_V2     torchvision's weights
 timm:resnet50.a1_in1k                  timm's weights
 hf:OWNER/REPOSITORY                    a repository on the hub: a model file of ours, or timm's or transformers' layout
+
+cifar10:resnet20, which comes with the package, is a model file and needs no download.
 """
 
 from __future__ import annotations
@@ -33,6 +35,9 @@ from resnetlab.models.weight_files import unsafe_pickle_error
 SCHEMES = ("torchvision", "timm", "hf")
 FAILURES = (OSError, EOFError, HTTPException, RuntimeError)  # of torch's and timm's downloads
 ImportResult = tuple[TrainedModel, list[str]]
+TRAINED = (
+    Path(__file__).parents[1] / "trained"
+)  # folders DATA-NET of the models that come with the package, as `push` writes them
 
 
 def get_scheme(name: str) -> str | None:
@@ -41,8 +46,18 @@ def get_scheme(name: str) -> str | None:
     return head if colon and head in SCHEMES else None
 
 
+def find_trained(name: str) -> Path | None:
+    """The model file of a name such as "cifar10:resnet20", which comes with the package; None for any other name."""
+    known = {folder.name.replace("-", ":", 1): folder / "model.safetensors" for folder in sorted(TRAINED.iterdir())}
+    if name not in known and name.partition(":")[0] in {each.partition(":")[0] for each in known} and ":" in name:
+        raise unknown_name_error("trained model", name, known)
+    return known.get(name)
+
+
 def find_model(name: str | Path) -> str:
     """The model file that is meant: the one in a run folder, or `name` itself, which may be a published one.
+
+    "cifar10:resnet20" is the file of that name that comes with the package.
 
     Raises:
         ModelFileError: the run folder has no model yet, or the folder is none.
@@ -51,6 +66,8 @@ def find_model(name: str | Path) -> str:
     if not isinstance(name, str | Path):
         raise UsageError(f"a model is a model file, a run folder or a published name, not {type(name).__name__}.")
     path, text = Path(name), str(name)
+    if trained := find_trained(text):
+        return str(trained)
     if get_scheme(text) or path.is_file():
         if path.suffix.lower() in SUFFIXES:
             raise UsageError(

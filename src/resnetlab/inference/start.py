@@ -12,7 +12,7 @@ import torch
 
 from resnetlab.device import standard_torch_state
 from resnetlab.errors import UsageError
-from resnetlab.inference.download import download_model, find_model, get_scheme
+from resnetlab.inference.download import download_model, find_model, find_trained, get_scheme
 from resnetlab.inference.import_model import IMAGENET_MEAN, IMAGENET_STD, ImportOptions, import_state_dict
 from resnetlab.models.model_file import TrainedModel, load_trained_model
 from resnetlab.models.resnet import ResNet
@@ -48,8 +48,8 @@ def find_pretrained(net: str | None) -> str:
 
 
 def resolve_start(name: str, folder: Path) -> str:
-    """A published name as it is; a path relative to a folder; "" for none."""
-    return name if not name or get_scheme(name) else str(folder / name)
+    """A published name, or that of a model of the package, as it is; a path relative to a folder; "" for none."""
+    return name if not name or get_scheme(name) or find_trained(name) else str(folder / name)
 
 
 @standard_torch_state()

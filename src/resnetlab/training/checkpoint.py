@@ -86,8 +86,22 @@ class TrainState:
     @property
     def identity(self) -> str:
         """Hashes of recipe and data; a checkpoint with another identity is not continued."""
-        recipe, data = self.recipe.ignoring_bad_images(), self.task.data
-        return "/".join((recipe.key, data["fingerprint"], data.get("start_from", "")))
+        return self._identify(self.recipe)
+
+    def _identify(self, recipe: BaseRecipe) -> str:
+        data = self.task.data
+        return "/".join((recipe.ignoring_bad_images().key, data["fingerprint"], data.get("start_from", "")))
+
+    def continues(self, identity: object) -> bool:
+        """Whether a checkpoint of that identity is continued.
+
+        A run that replays its steps from a CUDA graph keeps compile=auto and one that is not compiled has off: either goes on
+        where the other was, on another device too.
+        """
+        forms = [self.recipe]
+        if isinstance(self.recipe, Recipe) and self.recipe.compile in ("auto", "off"):
+            forms = [replace(self.recipe, compile=form) for form in ("auto", "off")]
+        return identity in map(self._identify, forms)
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors of a checkpoint, but for the losses and errors."""
@@ -282,7 +296,7 @@ def _read_latest(run: RunFolder, train_state: TrainState) -> list[str]:
         except ModelFileError as error:
             skipped.append(f"{error} Resuming from the checkpoint before it.")
             continue
-        if metadata.get("identity") != train_state.identity:
+        if not train_state.continues(metadata.get("identity")):
             raise RunError(
                 f"{path} was made with another recipe or other data; start a new run, or put back what was changed."
             )

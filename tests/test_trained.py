@@ -1,0 +1,69 @@
+"""The trained network that comes with the package, cifar10:resnet20."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import resnetlab
+from resnetlab.cli.main import run_command
+from resnetlab.errors import UsageError
+from resnetlab.inference.download import TRAINED, find_model
+from resnetlab.inference.start import load_start, resolve_start
+from resnetlab.models.model_file import load_trained_model
+
+NAME = "cifar10:resnet20"
+ERROR = 0.1315  # on CIFAR-10's test images, of results/degradation-20-seed0
+
+
+@pytest.fixture
+def image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.chdir(tmp_path)
+    Image.linear_gradient("L").convert("RGB").save("image.png")
+    return "image.png"
+
+
+def test_commands_take_its_name(image: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(["predict", NAME, image, "--json"]) == 0
+    by_command = json.loads(capsys.readouterr().out)["predictions"][0]["top"]
+    model = resnetlab.load(NAME, device="cpu")
+    assert model.predict(image).to_json()["top"] == by_command  # type: ignore[union-attr]
+    for command in (
+        ["inspect", NAME],
+        ["explain", NAME, image, "--out", "explained"],
+        ["embed", NAME, ".", "--out", "f.npz"],
+    ):
+        assert run_command(command) == 0, command
+    assert run_command(["export", NAME, "--to", "torchvision"]) == 0
+    assert Path("resnet20.pth").is_file()  # not beside the package's file
+
+
+def test_training_starts_from_it() -> None:
+    assert resolve_start(NAME, Path("elsewhere")) == NAME
+    torch.testing.assert_close(
+        load_start(NAME).model.resnet.state_dict(), load_trained_model(Path(find_model(NAME))).resnet.state_dict()
+    )
+
+
+def test_the_packages_files_are_not_changed(capsys: pytest.CaptureFixture[str]) -> None:
+    save = ["evaluate", NAME, "--data", "digits", "--save-temperature", "--fit-temperature", "1"]
+    assert run_command(save) == 2 and "import published weights first" in capsys.readouterr().err
+    assert run_command(["strip", NAME]) == 2 and "comes with the package" in capsys.readouterr().err
+    with pytest.raises(UsageError, match="unknown trained model 'cifar10:resnet56'; did you mean 'cifar10:resnet20'"):
+        find_model("cifar10:resnet56")
+
+
+def test_it_holds_no_images_and_its_card_says_how_it_was_made() -> None:
+    model = load_trained_model(Path(find_model(NAME)))
+    assert model.reference_images is None and model.recipe["steps"] == 7820 and model.recipe["seed"] == 0
+    card = (TRAINED / "cifar10-resnet20" / "README.md").read_text()
+    assert f"{ERROR:.2%}".replace("%", " %") in card and NAME in card and "- steps: 7820" in card
+
+
+def test_its_error_on_all_test_images(cifar10_dir: Path) -> None:
+    evaluation = resnetlab.load(NAME, device="cpu").evaluate("cifar10", data_dir=cifar10_dir)
+    assert evaluation.metrics.top1_error == pytest.approx(ERROR, abs=0.0002)  # type: ignore[union-attr]
