@@ -101,7 +101,7 @@ class TrainState:
         forms = [self.recipe]
         if isinstance(self.recipe, Recipe) and self.recipe.compile in ("auto", "off"):
             forms = [replace(self.recipe, compile=form) for form in ("auto", "off")]
-        return identity in map(self._identify, forms)
+        return any(identity == self._identify(form) for form in forms)
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors of a checkpoint, but for the losses and errors."""
