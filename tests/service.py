@@ -70,7 +70,7 @@ class RunningService(ServiceClient):
 
 
 @contextmanager
-def service_in_thread(model: Path) -> Iterator[ServiceClient]:
+def service_in_thread(model: Path, **limits: int) -> Iterator[ServiceClient]:
     """A service in a thread of this process."""
     import uvicorn
 
@@ -80,7 +80,7 @@ def service_in_thread(model: Path) -> Iterator[ServiceClient]:
     from resnetlab.serve.process import _protocol_with_limits
     from resnetlab.serve.service import Service
 
-    app = make_app(Service(load_served_model(str(model), "torch", "fp32", "cpu")[0], Limits()))
+    app = make_app(Service(load_served_model(str(model), "torch", "fp32", "cpu")[0], Limits(**limits)))
     listener = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(app, log_level="error", http=_protocol_with_limits(30, 512)))
     thread = threading.Thread(target=server.run, args=([listener],), daemon=True)

@@ -16,10 +16,8 @@ from PIL import Image
 from images import photo
 from service import (
     CLASSES,
-    RunningService,
     ServiceClient,
     service_in_thread,
-    service_process,
     write_annotated_model,
     write_classifier,
 )
@@ -35,11 +33,9 @@ Tab = playwright.Page if CHROMIUM.exists() else object
 
 
 @pytest.fixture(scope="module")
-def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningService]:
-    folder = tmp_path_factory.mktemp("service")
-    with service_process(
-        write_classifier(tmp_path_factory.mktemp("model") / "m.safetensors"), folder, "--max-body-mb", "1"
-    ) as it:
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServiceClient]:
+    model = write_classifier(tmp_path_factory.mktemp("model") / "m.safetensors")
+    with service_in_thread(model, max_body=1_000_000) as it:
         yield it
 
 
@@ -52,7 +48,7 @@ def browser() -> Iterator[playwright.Browser]:
 
 
 @pytest.fixture
-def tab(running: RunningService, browser: playwright.Browser) -> Iterator[Tab]:
+def tab(running: ServiceClient, browser: playwright.Browser) -> Iterator[Tab]:
     """The page as it opens; an error on its console or a request to another host fails the test."""
     context = browser.new_context()
     tab, errors = context.new_page(), []
@@ -250,7 +246,7 @@ def test_the_keyboard_is_enough(tab: Tab, image: Path) -> None:
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_a_phone_in_light_and_dark_mode(
-    running: RunningService, browser: playwright.Browser, image: Path, scheme: str
+    running: ServiceClient, browser: playwright.Browser, image: Path, scheme: str
 ) -> None:
     context = browser.new_context(
         viewport={"width": 360, "height": 740},
@@ -277,7 +273,7 @@ def test_a_phone_in_light_and_dark_mode(
         context.close()
 
 
-def test_the_list_of_operations_needs_no_network(running: RunningService, browser: playwright.Browser) -> None:
+def test_the_list_of_operations_needs_no_network(running: ServiceClient, browser: playwright.Browser) -> None:
     context = browser.new_context()
     try:
         tab, asked = context.new_page(), []

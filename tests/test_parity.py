@@ -77,8 +77,8 @@ def assert_same(net: nn.Module, other: nn.Module, x: Tensor) -> None:
         ("torchvision", "resnet18", "resnet18"),
         ("torchvision", "resnet34", "resnet34"),
         ("torchvision", "resnet50", "resnet50v1.5"),
-        ("torchvision", "resnet101", "resnet101v1.5"),
-        ("torchvision", "resnet152", "resnet152v1.5"),
+        pytest.param("torchvision", "resnet101", "resnet101v1.5", marks=pytest.mark.slow),
+        pytest.param("torchvision", "resnet152", "resnet152v1.5", marks=pytest.mark.slow),
         ("timm", "resnet18", "resnet18"),
         ("timm", "resnet34", "resnet34"),
         ("timm", "resnet50", "resnet50v1.5"),
@@ -97,6 +97,24 @@ def test_weights_are_exchanged_in_both_directions(source: str, name: str, our_na
             value.zero_()
     other.load_state_dict(net.state_dict(), strict=True)
     assert all(torch.equal(value, net.state_dict()[key]) for key, value in other.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["resnet50", "resnet101", "resnet152"])
+def test_deep_nets_have_the_same_layers(name: str) -> None:
+    """The layers that compute, their settings, order and keys are torchvision's, so what is equal for 50 layers is for more."""
+    with torch.device("meta"):
+        net, other = ResNet(get_specification(f"{name}v1.5")), torchvision.models.get_model(name, weights=None)
+    found, expected = (
+        [
+            (key, repr(part))
+            for key, part in each.named_modules()
+            if isinstance(part, nn.Conv2d | nn.BatchNorm2d | nn.Linear)
+        ]
+        for each in (net, other)
+    )
+    assert found == expected
+    shapes, others = ([(key, value.shape) for key, value in each.state_dict().items()] for each in (net, other))
+    assert shapes == others
 
 
 @pytest.mark.parametrize(

@@ -16,12 +16,15 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from process_groups import call_in_processes
 from resnetlab.cli.main import run_command as cli
 from resnetlab.distributed import PROCESS_GONE, World
 from resnetlab.errors import UsageError
+from resnetlab.nn.batchnorm import convert_sync_batchnorm
 from resnetlab.training.micro_batches import count_micro_batches
 from resnetlab.training.recipes import paper_cifar, paper_imagenet
 from resnetlab.training.train import RunOptions, resume
@@ -215,18 +218,13 @@ def test_more_processes_than_there_are_cores(capsys: pytest.CaptureFixture[str],
     assert not (tmp_path / "run").exists()
 
 
-def take_part(rank: int, port: int, out: Path) -> None:
+def take_part(world: World) -> list[np.ndarray]:
     """Synchronised BN in one of two processes: forward and backward over its half of the images."""
-    from resnetlab.distributed import join_process_group
-    from resnetlab.nn.batchnorm import convert_sync_batchnorm
-
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    with join_process_group() as world:
-        net, x = bn_net(), images()
-        convert_sync_batchnorm(net, world)
-        half = x[4 * rank : 4 * rank + 4].clone().requires_grad_()
-        net(half).square().sum().backward()
-        torch.save([half.grad, *(p.grad for p in net.parameters()), *net.buffers()], out)
+    net, x = bn_net(), images()
+    convert_sync_batchnorm(net, world)
+    half = x[4 * world.rank : 4 * world.rank + 4].clone().requires_grad_()
+    net(half).square().sum().backward()
+    return [value.detach().numpy() for value in (half.grad, *(p.grad for p in net.parameters()), *net.buffers())]
 
 
 def bn_net() -> torch.nn.Module:
@@ -238,26 +236,11 @@ def images() -> torch.Tensor:
     return torch.randn(8, 3, 9, 9, generator=torch.Generator().manual_seed(1))
 
 
-def test_synchronised_statistics_are_those_of_all_images(tmp_path: Path) -> None:
-    import multiprocessing
-    import socket
-
-    with socket.socket() as place:
-        place.bind(("127.0.0.1", 0))
-        port = int(place.getsockname()[1])
-    outs = [tmp_path / f"{rank}.pt" for rank in range(2)]
-    workers = [
-        multiprocessing.get_context("spawn").Process(target=take_part, args=(r, port, out))
-        for r, out in enumerate(outs)
-    ]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(100)
-        assert worker.exitcode == 0
+def test_synchronised_statistics_are_those_of_all_images() -> None:
+    found = call_in_processes(2, take_part)
     net, x = bn_net(), images().requires_grad_()
     net(x).square().sum().backward()
-    a, b = (torch.load(out) for out in outs)
+    a, b = ([torch.as_tensor(value) for value in values] for values in found)
     torch.testing.assert_close(torch.cat([a[0], b[0]]), x.grad, rtol=1e-4, atol=1e-5)
     for i, parameter in enumerate(net.parameters(), 1):
         torch.testing.assert_close(a[i] + b[i], parameter.grad, rtol=1e-4, atol=1e-4)

@@ -11,12 +11,14 @@ from PIL import Image
 
 import resnetlab
 from resnetlab.cli.main import run_command
+from resnetlab.data.cifar import load_cifar
 from resnetlab.errors import UsageError
 from resnetlab.inference.download import TRAINED, find_model
 from resnetlab.inference.start import load_start, resolve_start
 from resnetlab.models.model_file import load_trained_model
 
 NAME = "cifar10:resnet20"
+WRONG = 67  # of the first 500
 ERROR = 0.1315  # on CIFAR-10's test images, of results/degradation-20-seed0
 
 
@@ -64,6 +66,15 @@ def test_it_holds_no_images_and_its_card_says_how_it_was_made() -> None:
     assert f"{ERROR:.2%}".replace("%", " %") in card and NAME in card and "- steps: 7820" in card
 
 
+def test_its_errors_on_the_first_test_images(cifar10_dir: Path) -> None:
+    model, test = load_trained_model(Path(find_model(NAME))), load_cifar(cifar10_dir).test
+    x = (test.images[:500] / 255 - model.preprocessing.mean) / model.preprocessing.std
+    with torch.no_grad():
+        predicted = model.net.eval()(x.permute(0, 3, 1, 2)).argmax(1)
+    assert int((predicted != test.labels[:500]).sum()) == pytest.approx(WRONG, abs=1)
+
+
+@pytest.mark.slow
 def test_its_error_on_all_test_images(cifar10_dir: Path) -> None:
     evaluation = resnetlab.load(NAME, device="cpu").evaluate("cifar10", data_dir=cifar10_dir)
     assert evaluation.metrics.top1_error == pytest.approx(ERROR, abs=0.0002)  # type: ignore[union-attr]
