@@ -119,3 +119,16 @@ def test_what_is_refused(sentence: str, tmp_path: Path) -> None:
             call(data=REFUSED[sentence], progress=False, out=tmp_path / "run")
     with pytest.raises(UsageError):
         dataset_from_object(None)
+
+
+def test_recipe_and_data_are_told_apart_by_what_they_are(tmp_path: Path) -> None:
+    train = digits.load_digits().train
+    pixels, labels = train.images[:400].numpy(), train.labels[:400].numpy()
+    options: dict[str, Any] = TINY | {"steps": 1, "device": "cpu", "progress": False}
+    first = resnetlab.train((pixels, labels), recipe="quick", out=tmp_path / "a", **options)
+    second = resnetlab.train("quick", (pixels, labels), out=tmp_path / "b", **options)
+    third = resnetlab.train(recipe="quick", data=(pixels, labels), out=tmp_path / "c", **options)
+    weights = [load_trained_model(Path(each.model)).resnet.state_dict() for each in (first, second, third)]
+    torch.testing.assert_close(weights[1:], [weights[0]] * 2, rtol=0, atol=0)
+    with pytest.raises(UsageError, match="recipe and data are given; leave out what stands before them"):
+        resnetlab.train("quick", (pixels, labels), recipe="quick")

@@ -29,9 +29,11 @@ from resnetlab.training.train import resume as resume_run
 
 @python_messages()
 def train(
-    recipe: Recipe | str | Path | None = None,
-    *,
+    source: Any = None,
+    /,
     data: Any = None,
+    *,
+    recipe: Recipe | str | Path | None = None,
     net: str | nn.Module | None = None,
     steps: int | None = None,
     epochs: float | None = None,
@@ -52,9 +54,10 @@ def train(
     """Trains a network into a new run folder, or resumes a run.
 
     Args:
+        source: the recipe or the data, without the word: what `recipe` describes is the recipe, anything else the data.
         recipe: a Recipe, the name of one, its file, such as a run's recipe.toml, or None for the default of the data ("quick"
             for digits, "paper-cifar" for CIFAR, "photos" for all else; Python objects with images of at most 64 pixels are
-            trained on at their size, by default with resnet20). What is none of these is taken for `data`.
+            trained on at their size, by default with resnet20).
         data: a data set's name, folder, table or pattern; or a list of (path, label), arrays (X, y), a PyTorch or Hugging Face
             data set, or a dictionary of splits (data.objects). Objects that are random give runs that cannot be repeated.
         net: the network's name; or a network of your own, which takes images (B, C, H, W) and gives logits (B, classes). It is
@@ -87,8 +90,11 @@ def train(
         RunStopped: `on_evaluate` stopped the run.
         StopSignal: SIGINT or SIGTERM, after a checkpoint.
     """
-    if recipe is not None and data is None and not isinstance(recipe, Recipe) and not recipes.is_recipe(recipe):
-        recipe, data = None, recipe
+    if source is not None:
+        if recipe is not None and data is not None:
+            raise UsageError("recipe and data are given; leave out what stands before them.")
+        named = isinstance(source, Recipe) or (isinstance(source, str | Path) and recipes.is_recipe(source))
+        recipe, data = (source, data) if recipe is None and (named or data is not None) else (recipe, source)
     net, steps, seed = _take_synonyms(values, {"net": net, "steps": steps, "seed": seed})
     module, net = _name_network(net, pretrained)
     if workers is not None and (not isinstance(workers, int) or workers < 0):
@@ -96,7 +102,7 @@ def train(
     keys = Recipe.keys()
     for word in values:
         if word not in keys and translate(word, keys) is None:
-            raise unknown_name_error("key", word, [*signature(train).parameters, *keys])
+            raise unknown_name_error("key", word, [*list(signature(train).parameters)[1:], *keys])
     reading = ReadOptions(str(values.get("on_bad_image", "stop")), groups=str(values.get("groups", "")))
     own = None if data is None or isinstance(data, str | Path) else dataset_from_object(data, reading)
     name = own.name if own is not None else None if data is None else str(data)
