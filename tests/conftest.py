@@ -28,6 +28,11 @@ atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 gc.set_threshold(20_000, 10, 10)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begins with the file of the longest tests: one of them at the end would leave the other workers without work."""
+    items.sort(key=lambda item: item.path.name != "test_together.py")
+
+
 def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()
