@@ -139,8 +139,10 @@ def test_members_share_one_decode(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         preprocessing = Preprocessing(3, (size, size), resize, torch.full((3,), mean), torch.ones(3))
         members.append(TrainedModel(net.eval(), classes, preprocessing))
     decoded: list[str] = []
-    decode = disk_split.decode_pixels
-    monkeypatch.setattr(disk_split, "decode_pixels", lambda data, name: (decoded.append(name), decode(data, name))[1])
+    decode = disk_split.decode_as
+    monkeypatch.setattr(
+        disk_split, "decode_as", lambda data, name, form: (decoded.append(name), decode(data, name, form))[1]
+    )
     evaluate(members, str(root), device="cpu", precision="fp32")
     assert len(decoded) == 15 and len(set(decoded)) == 15
 
