@@ -132,3 +132,5 @@ def test_recipe_and_data_are_told_apart_by_what_they_are(tmp_path: Path) -> None
     torch.testing.assert_close(weights[1:], [weights[0]] * 2, rtol=0, atol=0)
     with pytest.raises(UsageError, match="recipe and data are given; leave out what stands before them"):
         resnetlab.train("quick", (pixels, labels), recipe="quick")
+    with pytest.raises(UsageError, match=r"give images and labels as one pair: train\(\(X, y\)\)"):
+        resnetlab.train(pixels, labels)

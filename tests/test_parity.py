@@ -75,7 +75,7 @@ def assert_same(net: nn.Module, other: nn.Module, x: Tensor) -> None:
     ("source", "name", "our_name"),
     [
         ("torchvision", "resnet18", "resnet18"),
-        ("torchvision", "resnet34", "resnet34"),
+        pytest.param("torchvision", "resnet34", "resnet34", marks=pytest.mark.slow),  # as resnet18, with more blocks
         ("torchvision", "resnet50", "resnet50v1.5"),
         pytest.param("torchvision", "resnet101", "resnet101v1.5", marks=pytest.mark.slow),
         pytest.param("torchvision", "resnet152", "resnet152v1.5", marks=pytest.mark.slow),

@@ -91,10 +91,7 @@ def train(
         StopSignal: SIGINT or SIGTERM, after a checkpoint.
     """
     if source is not None:
-        if recipe is not None and data is not None:
-            raise UsageError("recipe and data are given; leave out what stands before them.")
-        named = isinstance(source, Recipe) or (isinstance(source, str | Path) and recipes.is_recipe(source))
-        recipe, data = (source, data) if recipe is None and (named or data is not None) else (recipe, source)
+        recipe, data = _place_source(source, recipe, data)
     net, steps, seed = _take_synonyms(values, {"net": net, "steps": steps, "seed": seed})
     module, net = _name_network(net, pretrained)
     if workers is not None and (not isinstance(workers, int) or workers < 0):
@@ -134,6 +131,16 @@ def train(
         if recipe is None and own is not None and isinstance(base, Recipe) and not isinstance(own.train, DiskSplit):
             base = recipes.fit_small_images(base, min(own.train.read_image(0).shape[:2]))
         return cast(ClassificationResult, start_run(overrides.apply(base), Path(out) if out else None, options))
+
+
+def _place_source(source: Any, recipe: Recipe | str | Path | None, data: Any) -> tuple[Recipe | str | Path | None, Any]:
+    """Recipe and data, of which the first argument of `train` is one."""
+    if recipe is not None and data is not None:
+        raise UsageError("recipe and data are given; leave out what stands before them.")
+    named = isinstance(source, Recipe) or (isinstance(source, str | Path) and recipes.is_recipe(source))
+    if data is not None and not named:
+        raise UsageError("what stands before the data is no recipe; give images and labels as one pair: train((X, y)).")
+    return (source, data) if recipe is None and named else (recipe, source)
 
 
 def _take_synonyms(values: dict[str, Any], named: dict[str, Any]) -> Any:

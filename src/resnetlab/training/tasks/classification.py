@@ -191,7 +191,8 @@ class ClassificationTask(Task):
         data = sources.strip_signature(recipe.data)
         watched = f"{len(self.held_out):,} held out{' to watch the error of' if len(self.held_out) else ''}"
         counts = f"{format_count(n, 'image')} to train on, {watched}, {len(self.test):,} to test on{self.test_origin}"
-        sentences = [f"{self._network} on {data}: {counts}; {count_parameters(self.net):,} parameters"]
+        size = f"{self.preprocessing.size[0]}x{self.preprocessing.size[1]} pixels"
+        sentences = [f"{self._network} on {data}: {counts}; {size}; {count_parameters(self.net):,} parameters"]
         if not sources.is_builtin(recipe.data):
             steps, epochs = format_count(recipe.steps, "step"), recipe.steps * recipe.batch / n
             sentences.append(f"{steps} of {recipe.batch:,} images are {epochs:,.1f} epochs (--epochs changes that)")
