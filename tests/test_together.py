@@ -154,12 +154,22 @@ def test_plain_torchrun_goes_on_after_four_kills(tmp_path: Path, undisturbed: Pa
 @pytest.mark.slow
 @pytest.mark.parametrize(("batch", "sizes"), [(64, (2, 4)), (192, (3, 6))])
 def test_one_model_file_for_any_number_of_processes(batch: int, sizes: tuple[int, ...], tmp_path: Path) -> None:
-    settings = ["--steps", "8", "--set", f"batch={batch}", "--set", "bn_batch=16", "--set", "checkpoint_minutes=1"]
+    values = VALUES | {"batch": batch, "bn_batch": 16, "checkpoint_minutes": 1}
+    settings = [part for key, value in values.items() for part in ("--set", f"{key}={str(value).lower()}")]
     digests = []
     for n in (1, *sizes):
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n)] if n > 1 else []
         out = tmp_path / str(n)
-        command = [sys.executable, *launcher, *COMMAND[1:], *settings, "--out", str(out)]
+        command = [
+            sys.executable,
+            *launcher,
+            *COMMAND[1 : -len(SETTINGS)],
+            *settings,
+            "--steps",
+            "8",
+            "--out",
+            str(out),
+        ]
         done = subprocess.run(command, text=True, capture_output=True)
         assert done.returncode == 0, done.stderr
         digests.append(hashlib.sha256((out / "model.safetensors").read_bytes()).hexdigest())
