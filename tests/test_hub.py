@@ -221,9 +221,9 @@ def test_images_do_not_leave_with_a_model_unless_asked_for(tmp_path: Path, capsy
     pixels = images.check.numpy().tobytes()
     assert pixels in file.read_bytes()
     assert run_command(["push", str(file), str(folder)]) == 0
-    told = capsys.readouterr().err
-    assert "holds 2 images to check backends on and 2 training images" in told
-    assert "they are left out, --with-images shares them too" in told
+    err = capsys.readouterr().err
+    assert "holds 2 images to check backends on and 2 training images" in err
+    assert "they are left out, --with-images shares them too" in err
     assert pixels not in (folder / "model.safetensors").read_bytes()
     assert "The model file holds no images." in (folder / "README.md").read_text()
     assert run_command(["push", str(file), str(folder), "--with-images"]) == 0

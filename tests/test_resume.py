@@ -19,7 +19,7 @@ from resnetlab.cli.main import run_command
 from resnetlab.errors import RunError
 from resnetlab.run_folder import RunFolder, read_metrics
 from resnetlab.training import train as training
-from resnetlab.training.checkpoint import change_identity
+from resnetlab.training.checkpoint import TrainState, change_identity
 from resnetlab.training.recipe import Recipe
 from runs import assert_same, figures
 
@@ -248,6 +248,12 @@ def test_a_run_that_began_with_a_cuda_graph_goes_on_without(tmp_path: Path, undi
     (run / "recipe.toml").write_text(text.replace('compile = "off"', 'compile = "auto"'))
     training.resume(run)
     assert figures(run) == figures(undisturbed)
+
+    state = TrainState.create(training.build_task(recipe, training.RunOptions(device="cpu")))
+    of_a_cpu = state.identity
+    for compiled, goes_on in (("auto", True), ("off", True), ("on", False)):
+        state.task = replace(state.task, recipe=replace(recipe, compile=compiled))
+        assert state.continues(of_a_cpu) is goes_on
 
 
 def test_only_damaged_checkpoints_are_an_error_and_nothing_is_lost(tmp_path: Path, undisturbed: Path) -> None:

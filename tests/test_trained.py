@@ -59,6 +59,12 @@ def test_the_packages_files_are_not_changed(capsys: pytest.CaptureFixture[str]) 
         find_model("cifar10:resnet56")
 
 
+def test_a_file_of_ones_own_may_begin_with_the_same_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("cifar10:mine").write_bytes(Path(find_model(NAME)).read_bytes())
+    assert find_model("cifar10:mine") == "cifar10:mine"
+
+
 def test_it_holds_no_images_and_its_card_says_how_it_was_made() -> None:
     model = load_trained_model(Path(find_model(NAME)))
     assert model.reference_images is None and model.recipe["steps"] == 7820 and model.recipe["seed"] == 0

@@ -39,7 +39,7 @@ def read_array(content: bytes, channels: int = 0, max_pixels: int = 0) -> NDArra
         channels: how many there are, where that is known; 0 finds it.
         max_pixels: height times width; 0 for twice Pillow's limit, as for other images.
 
-    Raises DataError for values of other types, values that are not finite, arrays whose channels cannot be told, and without
+    Raises DataError for values of other types, values that are not finite, arrays whose channels are ambiguous, and without
     tifffile where it is needed.
     """
     limit = max_pixels or 2 * (Image.MAX_IMAGE_PIXELS or 2**40)

@@ -158,7 +158,7 @@ def find_object_format(image: Any, channels: int = 0) -> PixelFormat:
 
 
 def _find_stored_format(array: NDArray[Any], channels: int = 0) -> PixelFormat:
-    """The format of one image's values as they are; raises DataError for another type, or if its channels cannot be told."""
+    """The format of one image's values as they are; raises DataError for another type, or if its channels are ambiguous."""
     if array.dtype.name not in DTYPES:
         known = ", ".join(DTYPES)
         raise DataError(

@@ -35,9 +35,7 @@ from resnetlab.models.weight_files import unsafe_pickle_error
 SCHEMES = ("torchvision", "timm", "hf")
 FAILURES = (OSError, EOFError, HTTPException, RuntimeError)  # of torch's and timm's downloads
 ImportResult = tuple[TrainedModel, list[str]]
-TRAINED = (
-    Path(__file__).parents[1] / "trained"
-)  # folders DATA-NET of the models that come with the package, as `push` writes them
+TRAINED = Path(__file__).parents[1] / "trained"  # folders DATA-NET of the package's models, as `push` writes them
 
 
 def get_scheme(name: str) -> str | None:
@@ -47,9 +45,13 @@ def get_scheme(name: str) -> str | None:
 
 
 def find_trained(name: str) -> Path | None:
-    """The model file of a name such as "cifar10:resnet20", which comes with the package; None for any other name."""
+    """The model file of a name such as "cifar10:resnet20", which comes with the package; None for a path or another name.
+
+    Raises UsageError for another network on the same data.
+    """
     known = {folder.name.replace("-", ":", 1): folder / "model.safetensors" for folder in sorted(TRAINED.iterdir())}
-    if name not in known and name.partition(":")[0] in {each.partition(":")[0] for each in known} and ":" in name:
+    data = tuple(f"{each.partition(':')[0]}:" for each in known)
+    if name not in known and name.startswith(data) and not Path(name).exists():
         raise unknown_name_error("trained model", name, known)
     return known.get(name)
 

@@ -41,8 +41,9 @@ def worker_devices(device: str, num_runs: int, image_size: int = 0) -> list[str]
     """A device for each process, no more than there are runs: every core, or every GPU.
 
     One process a GPU, whose steps are CUDA graphs, since kernels of several do not run side by side: on an H100 four
-    processes that train ResNet-20 make 1.06 times the steps of one, and under NVIDIA's MPS eight make 2.4 times as many
-    (docs/log.md). So where MPS runs eight share a GPU, if no image of the runs has a longer side than SMALL.
+    processes that train ResNet-20 make 1.06 times the steps of one, and under NVIDIA's MPS 2.1 times as many; eight with
+    ResNet-56 make 2.3 times (docs/log.md). So where MPS runs eight share a GPU, if no image of
+    the runs has a longer side than SMALL.
     """
     if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
         devices = ["cpu"] * count_cores()
