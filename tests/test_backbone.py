@@ -11,8 +11,9 @@ from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.ops import FeaturePyramidNetwork
 
 from resnetlab.errors import UsageError
-from resnetlab.models.backbone import Backbone, Encoder, Features, FixedBatchNorm, dilate, fix_bn, freeze, levels
+from resnetlab.models.backbone import Backbone, Encoder, Features, dilate, freeze, levels
 from resnetlab.models.resnet import ResNet, build
+from resnetlab.nn.batchnorm import FixedBatchNorm, fix_bn
 
 ALL = {f"C{i + 2}": str(i) for i in range(4)}
 

@@ -15,9 +15,8 @@ from torch.nn import functional as F
 
 import resnetlab
 from resnetlab.errors import UsageError
-from resnetlab.models.backbone import fix_bn
 from resnetlab.nn import batchnorm, kernel
-from resnetlab.nn.batchnorm import FixedBatchNorm, FusedBatchNorm2d, fuse_batchnorm
+from resnetlab.nn.batchnorm import FixedBatchNorm, FusedBatchNorm2d, fix_bn, fuse_batchnorm
 from resnetlab.nn.kernel import Kernel, load_kernel
 from resnetlab.training.checkpoint import TrainState
 from resnetlab.training.gradients import select_gradients

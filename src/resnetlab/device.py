@@ -1,4 +1,4 @@
-"""The device a run computes on: its kind, precision, memory format and number of threads."""
+"""The device a run computes on: its kind, precision and number of threads."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class MapFunction(Protocol):
 
 @dataclass(frozen=True)
 class DeviceConfig:
-    """Device, precision, memory format and threads of one run, selected once and recorded in the run folder."""
+    """Device, precision and threads of one run, selected once and recorded in the run folder."""
 
     device: torch.device
     precision: str  # "bf16" or "fp16" (autocast), "tf32" (products of fp32 numbers on a GPU rounded to TF32) or "fp32"
@@ -52,14 +52,9 @@ class DeviceConfig:
     fused_bn: bool = False  # train with BN and ReLU in one function compiled for this CPU
     side_by_side: int = 1  # micro-batches that a CPU trains on at once, one thread (or `op_threads`) each
 
-    @property
-    def memory_format(self) -> torch.memory_format:
-        """channels_last: convolutions are faster in it on CPUs and GPUs alike."""
-        return torch.channels_last
-
     def place(self, net: nn.Module) -> nn.Module:
-        """Moves a network to the device and the memory format."""
-        return net.to(self.device).to(memory_format=self.memory_format)
+        """Moves a network to the device, in channels_last memory: convolutions are faster in it on CPUs and GPUs alike."""
+        return net.to(self.device).to(memory_format=torch.channels_last)
 
     def forward_fn(self, net: nn.Module) -> Callable[[Tensor], Tensor]:
         """The forward function for training, compiled by torch.compile if `compiled`.
@@ -123,9 +118,8 @@ class DeviceConfig:
         if self.side_by_side > 1:
             each = self.op_threads if self.op_threads > 1 else "one"
             count = self.side_by_side * self.op_threads
-            threads = (
-                f", {format_count(count, 'thread')}, {each} for each of {self.side_by_side} micro-batches at a time"
-            )
+            at_once = f"{each} for each of {self.side_by_side} micro-batches at a time"
+            threads = f", {format_count(count, 'thread')}, {at_once}"
         compiled = ", compiled" + f" for {self.compile_mode}" * (self.compile_mode != "default")
         mode = compiled * self.compiled + ", fused BN" * self.fused_bn + ", CUDA graph" * self.cuda_graph
         return f"{self.device}{threads}, {self.precision}, channels_last{mode} ({self.reason})"
@@ -189,8 +183,6 @@ def select_device(
         _keep_freed_memory()
     if precision == "tf32" and selected.type != "cuda":
         raise UsageError("tf32 is a format of NVIDIA's GPUs; on this device use --precision fp32.")
-    automatic = default_precision(selected)
-    automatic = automatic if automatic in known else "fp32"
     if selected.type == "cuda":
         _set_reproducible_flags(tf32=precision == "tf32")
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = exact, not exact
@@ -198,12 +190,10 @@ def select_device(
         return DeviceConfig(selected, precision, threads, "as asked")
     if selected.type == "mps":
         return DeviceConfig(selected, "fp32", threads, "half precision on MPS was not checked")
-    return DeviceConfig(
-        selected,
-        automatic,
-        threads,
-        f"this hardware {'computes' if automatic == 'bf16' else 'does not compute'} bf16{', but fp16' * (automatic == 'fp16')}",
-    )
+    best = default_precision(selected)
+    best = best if best in known else "fp32"
+    reason = f"{'computes' if best == 'bf16' else 'does not compute'} bf16{', but fp16' * (best == 'fp16')}"
+    return DeviceConfig(selected, best, threads, f"this hardware {reason}")
 
 
 @functools.cache
@@ -298,10 +288,8 @@ class _ProcessFlags:
                 self._restore.close()
 
     def _save(self) -> None:
-        undo, backends = (
-            self._restore.callback,
-            cast(Any, torch.backends),
-        )  # its parts are not in torch's type information
+        undo = self._restore.callback
+        backends = cast(Any, torch.backends)  # its parts are not in torch's type information
         cudnn, mkldnn = backends.cudnn, backends.mkldnn
         for part in (backends.cuda.matmul, cudnn.conv, cudnn.rnn, mkldnn.matmul, mkldnn.conv):
             undo(setattr, part, "fp32_precision", part.fp32_precision)

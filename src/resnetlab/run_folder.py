@@ -64,9 +64,7 @@ def write_atomically(path: Path, content: bytes | str) -> None:
 
     Raises RunError if there is no space or no permission; the old file remains, and no partial file.
     """
-    if (
-        path.exists() and not path.is_file()
-    ):  # replacing /dev/null, or a pipe that another program waits at, helps nobody
+    if path.exists() and not path.is_file():  # replacing /dev/null, or a pipe that another program reads, helps nobody
         raise RunError(f"{path} is {'a folder' if path.is_dir() else 'a pipe or a device'}; name a file to write.")
     check_stop()
     data = content.encode() if isinstance(content, str) else content

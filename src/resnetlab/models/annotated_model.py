@@ -47,16 +47,8 @@ class AnnotatedModel:
 
     def save(self, path: str | Path) -> None:
         """Writes the model file, atomically."""
-        about = {
-            "task": self.task,
-            "specification": self.spec.to_json(),
-            "head": self.head_spec.to_json(),
-            "classes": list(self.classes),
-            "recipe": self.recipe,
-            "metrics": self.metrics,
-            "data": self.data,
-            "versions": self.versions,
-        }
+        about = {"task": self.task, "specification": self.spec.to_json(), "head": self.head_spec.to_json()}
+        about |= {key: getattr(self, key) for key in ("classes", "recipe", "metrics", "data", "versions")}
         write_tensor_file(Path(path), self.net.state_dict(), about)
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from resnetlab.errors import UsageError, unknown_name_error
 from resnetlab.models.resnet import ResNet
-from resnetlab.nn.batchnorm import FixedBatchNorm
+from resnetlab.nn.batchnorm import fix_bn
 from resnetlab.nn.blocks import Block
 from resnetlab.nn.shortcuts import ZeroPad
 
@@ -41,15 +41,10 @@ def levels(net: ResNet) -> dict[str, Level]:
     maps = [Level("C1", net.spec.widths[0], stride, "bn1")]
     stride *= 2 if net.maxpool is not None else 1
     for i, (stage, channels) in enumerate(zip(net.stages, net.spec.out_widths, strict=True), 1):
-        for conv in _block_convs(cast(Block, stage[0])):
+        for conv in cast(Block, stage[0]).convs:
             stride *= conv.stride[0]
         maps.append(Level(f"C{i + 1}", channels, stride, f"layer{i}"))
     return {level.name: level for level in maps}
-
-
-def _block_convs(block: Block) -> list[nn.Conv2d]:
-    """The convolutions of F, in their order."""
-    return [cast(nn.Conv2d, block.get_submodule(f"conv{i}")) for i in range(1, block.num_convs + 1)]
 
 
 def dilate(net: ResNet, output_stride: int) -> None:
@@ -60,7 +55,7 @@ def dilate(net: ResNet, output_stride: int) -> None:
 
     Raises UsageError for a stride that no map of the network has, or if the network is dilated already.
     """
-    if any(conv.dilation[0] > 1 for _, block in net.blocks() for conv in _block_convs(block)):
+    if any(conv.dilation[0] > 1 for _, block in net.blocks() for conv in block.convs):
         raise UsageError("the network is dilated already; build a new one for another output stride.")
     strides = [level.stride for level in levels(net).values()][1:]
     if output_stride not in strides:
@@ -78,8 +73,8 @@ def _dilate_block(block: Block, before: int, after: int) -> None:
     """Removes a block's stride; convolutions up to the stride get the dilation `before`, later ones `after`."""
     if after == 1:
         return
-    dilation = after if all(conv.stride[0] == 1 for conv in _block_convs(block)) else before
-    for conv in _block_convs(block):
+    dilation = after if all(conv.stride[0] == 1 for conv in block.convs) else before
+    for conv in block.convs:
         conv.padding = tuple(dilation * (k // 2) for k in conv.kernel_size)
         conv.dilation = (dilation, dilation)
         if conv.stride[0] > 1:
@@ -89,17 +84,6 @@ def _dilate_block(block: Block, before: int, after: int) -> None:
             module.stride = (1, 1)
         elif isinstance(module, ZeroPad):
             module.stride = 1
-
-
-def fix_bn(module: nn.Module) -> None:
-    """Replaces every BN inside a module by FixedBatchNorm; names and values stay."""
-    for name, child in module.named_children():
-        if type(child) is nn.BatchNorm2d:
-            fixed = FixedBatchNorm(child.num_features, child.eps, device=child.weight.device, dtype=child.weight.dtype)
-            fixed.load_state_dict(child.state_dict())
-            setattr(module, name, fixed.requires_grad_(False).train(child.training))
-        else:
-            fix_bn(child)
 
 
 def freeze(net: ResNet, last: str) -> None:

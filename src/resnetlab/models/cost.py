@@ -52,17 +52,8 @@ class Cost:
 
     def to_json(self) -> dict[str, Any]:
         """A plain dictionary for `inspect --json`."""
-        return {
-            "image_size": list(self.image_size),
-            "depth": self.depth,
-            "convolutions": self.convolutions,
-            "parameters": self.parameters,
-            "multiply_adds": self.multiply_adds,
-            "paper_parameters": self.paper_parameters,
-            "paper_multiply_adds": self.paper_multiply_adds,
-            "source": self.source,
-            "layers": [vars(layer) | {"output": list(layer.output)} for layer in self.layers],
-        }
+        layers = [vars(layer) | {"output": list(layer.output)} for layer in self.layers]
+        return vars(self) | {"image_size": list(self.image_size), "layers": layers}
 
 
 def count_parameters(net: nn.Module) -> int:
@@ -135,11 +126,8 @@ def _published_figures(
     else:
         return None
     own = replace(get_specification(name), shortcut=spec.shortcut, zero_pad=spec.zero_pad)
-    return (
-        figures
-        if spec == own and spec.shortcut in shortcuts and image_size == (default_image_size(spec),) * 2
-        else None
-    )
+    is_same = spec == own and spec.shortcut in shortcuts and image_size == (default_image_size(spec),) * 2
+    return figures if is_same else None
 
 
 def _trace_layers(net: ResNet, size: Size) -> list[LayerCost]:

@@ -26,9 +26,8 @@ def fold_batchnorm(net: Network) -> Network:
     net.conv1, net.bn1 = _fuse_conv_bn(net.conv1, net.bn1), nn.Identity()  # type: ignore[assignment]
     for _, block in net.blocks():
         for conv, norm in find_foldable_pairs(block):
-            block.add_module(
-                conv, _fuse_conv_bn(cast(nn.Conv2d, getattr(block, conv)), cast(nn.BatchNorm2d, getattr(block, norm)))
-            )
+            pair = cast(nn.Conv2d, getattr(block, conv)), cast(nn.BatchNorm2d, getattr(block, norm))
+            block.add_module(conv, _fuse_conv_bn(*pair))
             block.add_module(norm, nn.Identity())
         if isinstance(block.downsample, nn.Sequential) and len(block.downsample) == 2:
             conv2d, norm2d = cast(nn.Conv2d, block.downsample[0]), cast(nn.BatchNorm2d, block.downsample[1])
@@ -43,9 +42,7 @@ def find_foldable_pairs(block: Block) -> Iterator[tuple[str, str]]:
         after = order.between if i < block.num_convs else order.last
         if after.startswith("b"):
             yield f"conv{i}", f"bn{i}"
-        elif (
-            not after and order.before.startswith("b") and i < block.num_convs
-        ):  # pre-activated: the next convolution's BN
+        elif not after and order.before.startswith("b") and i < block.num_convs:  # the next convolution's BN
             yield f"conv{i}", f"bn{i + 1}"
 
 

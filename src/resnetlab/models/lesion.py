@@ -80,9 +80,8 @@ def copy_sharing_weights(net: ResNet) -> ResNet:
 
 
 def _keeps_shape(block: Block) -> bool:
-    first, last = (cast(nn.Conv2d, getattr(block, f"conv{i}")) for i in (1, block.num_convs))
-    strides = [cast(nn.Conv2d, getattr(block, f"conv{i}")).stride[0] for i in range(1, block.num_convs + 1)]
-    return first.in_channels == last.out_channels and max(strides) == 1
+    convs = block.convs
+    return convs[0].in_channels == convs[-1].out_channels and all(conv.stride[0] == 1 for conv in convs)
 
 
 def _has_own_activation(block: Block) -> bool:

@@ -16,12 +16,7 @@ from resnetlab.models.spec import nearest_name
 
 OWN = "own:"  # before the class's name, in the recipe of a run whose network was given in Python
 # what others wrap around a network; its parameters have other names then
-_WRAPPERS = {
-    "OptimizedModule": "torch.compile",
-    "DataParallel": "",
-    "DistributedDataParallel": "",
-    "FullyShardedDataParallel": "",
-}
+_WRAPPERS = ("OptimizedModule", "DataParallel", "DistributedDataParallel", "FullyShardedDataParallel")
 
 
 @dataclass(frozen=True, kw_only=True)

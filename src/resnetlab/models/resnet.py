@@ -179,16 +179,13 @@ class ResNet(nn.Module):
 
     def reset_classifier(self, num_classes: int) -> None:
         """Replaces the fully connected layer by a newly initialised one; 0 leaves it out: `forward` gives features then."""
-        if num_classes:
-            self.spec = replace(self.spec, classes=num_classes)
         old = self.conv1.weight
-        head = (
-            nn.Linear(self.num_features, num_classes, device=old.device, dtype=old.dtype)
-            if num_classes
-            else nn.Identity()
-        )
-        self.fc = cast(nn.Linear, head)
-        if num_classes and not old.is_meta:
+        if not num_classes:
+            self.fc = cast(nn.Linear, nn.Identity())
+            return
+        self.spec = replace(self.spec, classes=num_classes)
+        self.fc = nn.Linear(self.num_features, num_classes, device=old.device, dtype=old.dtype)
+        if not old.is_meta:
             _init_head(self.fc, None)
 
 
@@ -319,9 +316,8 @@ def init_weights(net: ResNet, init: str = "fan_in", seed: int | None = None, zer
 
     Raises UsageError for an invalid `init` or seed, or for `zero_last_bn` if F does not end in BN.
     """
-    if (
-        zero_last_bn and ACTIVATION_ORDERS[net.spec.activation_order].last != "b"
-    ):  # a ReLU after it would let no gradient through
+    # a ReLU after the last BN would let no gradient through
+    if zero_last_bn and ACTIVATION_ORDERS[net.spec.activation_order].last != "b":
         raise UsageError(
             f"zero_init_last_bn needs an F that ends in BN, but activation order {net.spec.activation_order!r} does not."
         )

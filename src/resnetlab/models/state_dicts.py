@@ -124,9 +124,8 @@ def _check_dense(tensors: Mapping[str, Tensor], where: str) -> None:
 def _can_be_weight(tensor: Tensor) -> bool:
     """Whether a tensor can be a weight: dense, real, floating point; counters and BN's factors may be integers."""
     usable = tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
-    if (
-        not usable or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes()
-    ):  # expanded: a memory bomb
+    # a view of more values than there are would take memory that the file does not have
+    if not usable or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
         return False
     return tensor.is_floating_point() or (tensor.numel() == 1 and not tensor.is_complex())
 

@@ -102,9 +102,9 @@ def _predict_regions_of(
     net: FasterRCNN, boxes: Tensor, size: tuple[int, int], scales: Sequence[ImageScale]
 ) -> tuple[Tensor, Tensor]:
     heads = cast(RegionHeads, net.roi_heads)
-    features = torch.stack(
-        [heads.region_features(s.maps, [resize_boxes(boxes, list(size), list(s.size))], [s.size]) for s in scales]
-    )  # (scales, N, F)
+    scaled = [resize_boxes(boxes, list(size), list(s.size)) for s in scales]
+    each = [heads.region_features(s.maps, [own], [s.size]) for s, own in zip(scales, scaled, strict=True)]
+    features = torch.stack(each)  # (scales, N, F)
     if len(scales) > 1:
         first = adjacent_scales(boxes, size, scales, net.transform.min_size[-1])
         rows = torch.arange(len(boxes))
@@ -132,9 +132,8 @@ def suppress_and_vote(heads: RegionHeads, boxes: Tensor, scores: Tensor, vote: b
     flat, values = boxes[:, 1:].reshape(-1, 4), scores[:, 1:].reshape(-1)
     candidates = (values > heads.score_thresh) & ((flat[:, 2:] - flat[:, :2]) >= 1e-2).all(1)
     flat, values, labels = flat[candidates], values[candidates], labels[candidates]
-    indices = batched_nms(flat, values, labels, REFINED_NMS_IOU if vote else heads.nms_thresh)[
-        : heads.detections_per_img
-    ]
+    indices = batched_nms(flat, values, labels, REFINED_NMS_IOU if vote else heads.nms_thresh)
+    indices = indices[: heads.detections_per_img]
     kept = flat[indices]
     if vote:
         agreeing = (box_iou(kept, flat) >= VOTE_IOU) & (labels[indices][:, None] == labels)  # (kept, all)

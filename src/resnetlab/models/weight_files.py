@@ -39,17 +39,8 @@ EXPORT_METADATA = {
 }  # metadata that `resnetlab export` writes, and its types
 # A file that requires one of these wants code executed. Other modules' names become `Inert`; torch itself refuses os and sys.
 REFUSED_MODULES = (
-    "builtins",
-    "subprocess",
-    "importlib",
-    "runpy",
-    "operator",
-    "shutil",
-    "socket",
-    "ctypes",
-    "pickle",
-    "types",
-)
+    "builtins", "subprocess", "importlib", "runpy", "operator", "shutil", "socket", "ctypes", "pickle", "types"
+)  # fmt: skip
 MAX_GLOBALS = 200  # names in a pickle that become `Inert`
 MAX_UNPACKED, MAX_RATIO = 2**28, 16  # bytes that a zip file may unpack to: MAX_UNPACKED and MAX_RATIO times its size
 _SHARD = re.compile(r"(.+?)[-_](\d+)-of-(\d+)(\.\w+)")
@@ -131,11 +122,8 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
         if not file.is_file():
             raise ModelFileError(f"{index} lists {name}, which is not beside it; download all {len(names)} shards.")
         content = _read_bytes(file)
-        value = (
-            _read_safetensors_bytes(file, content)[0]
-            if file.suffix == ".safetensors"
-            else _read_torch(file, content)[0]
-        )
+        read = _read_safetensors_bytes if file.suffix == ".safetensors" else _read_torch
+        value: Any = read(file, content)[0]
         tensors |= value if isinstance(value, Mapping) else {}
     if missing := [name for name in files if name not in tensors]:
         raise ModelFileError(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, cast
+from collections.abc import Iterator
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,8 @@ from torch.nn import functional as F
 
 from resnetlab.distributed import World
 from resnetlab.nn.kernel import load_kernel
+
+N = TypeVar("N", bound=nn.BatchNorm2d)
 
 
 class _AllReduceSum(torch.autograd.Function):
@@ -54,16 +57,6 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
                     self.num_batches_tracked += 1
         scale: Tensor = self.weight * torch.rsqrt(variance + self.eps)
         return (centred * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
-
-
-def convert_sync_batchnorm(net: nn.Module, world: World) -> None:
-    """Replaces every BN of a network, in place, by one with statistics over all processes and the same parameter tensors."""
-    for module in net.modules():
-        for name, child in list(module.named_children()):
-            if type(child) is nn.BatchNorm2d:
-                norm = SyncBatchNorm2d(child.num_features, child.eps, device="meta")
-                norm.world, norm._parameters, norm._buffers = world, child._parameters, child._buffers
-                setattr(module, name, norm)
 
 
 class FixedBatchNorm(nn.BatchNorm2d):
@@ -145,12 +138,32 @@ def _call(name: str, x: Tensor, tensors: tuple[Tensor | None, ...], *values: Any
     function(*(None if t is None else t.data_ptr() for t in tensors), positions, channels, *values)
 
 
+def convert_sync_batchnorm(net: nn.Module, world: World) -> None:
+    """Replaces every BN of a network, in place, by one with statistics over all processes."""
+    for _, norm in _replace_batchnorms(net, SyncBatchNorm2d):
+        norm.world = world
+
+
+def fix_bn(net: nn.Module) -> None:
+    """Replaces every BN inside a module, in place, by FixedBatchNorm; names and values stay."""
+    for _, norm in _replace_batchnorms(net, FixedBatchNorm):
+        norm.requires_grad_(False)
+
+
 def fuse_batchnorm(net: nn.Module) -> None:
-    """Replaces every BN of a network, in place, by a fused one with the same parameters and statistics."""
-    for module in net.modules():
-        for name, child in list(module.named_children()):
-            if isinstance(child, nn.BatchNorm2d) and type(child) in (nn.BatchNorm2d, FixedBatchNorm):
-                norm = FusedBatchNorm2d(child.num_features, child.eps, child.momentum, device="meta")
-                norm._parameters, norm._buffers, norm.training = child._parameters, child._buffers, child.training
-                norm.fixed = type(child) is FixedBatchNorm
+    """Replaces every BN of a network, in place, by a fused one."""
+    for former, norm in _replace_batchnorms(net, FusedBatchNorm2d, (nn.BatchNorm2d, FixedBatchNorm)):
+        norm.fixed = isinstance(former, FixedBatchNorm)
+
+
+def _replace_batchnorms(
+    net: nn.Module, new: type[N], kinds: tuple[type[nn.BatchNorm2d], ...] = (nn.BatchNorm2d,)
+) -> Iterator[tuple[nn.BatchNorm2d, N]]:
+    """Replaces every BN of exactly these kinds by one with the same parameter tensors and statistics; yields both."""
+    for module in list(net.modules()):
+        for name, former in list(module.named_children()):
+            if isinstance(former, nn.BatchNorm2d) and type(former) in kinds:
+                norm = new(former.num_features, former.eps, former.momentum, device="meta")
+                norm._parameters, norm._buffers, norm.training = former._parameters, former._buffers, former.training
                 setattr(module, name, norm)
+                yield former, norm

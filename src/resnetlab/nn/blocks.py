@@ -127,6 +127,11 @@ class Block(nn.Module):
             return shortcuts.GatedShortcut(c_in, c_out, stride, shortcut.gate_bias, exclusive)
         return shortcuts.ShortcutDropout(shortcut.dropout) if shortcut.name == "dropout" else None
 
+    @property
+    def convs(self) -> list[nn.Conv2d]:
+        """The convolutions of F, in their order."""
+        return [cast(nn.Conv2d, self._modules[f"conv{i}"]) for i in range(1, self.num_convs + 1)]
+
     def residual(self, x: Tensor) -> Tensor:
         """F(x), without the shortcut; unless `first_activation` is "inside", x has been activated already."""
         return self._residual(x, None)

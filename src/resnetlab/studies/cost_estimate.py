@@ -76,6 +76,6 @@ def _time_step(spec: Specification, recipe: Recipe, device: str) -> float:
     device_config = select_device(recipe.precision, device, 1)
     net: Any = device_config.place(build_from_spec(spec, seed=0)).train()
     images = torch.randn(n, spec.channels, recipe.image_size, recipe.image_size, device=device_config.device)
-    images = images.contiguous(memory_format=device_config.memory_format)
+    images = images.contiguous(memory_format=torch.channels_last)
     labels = torch.zeros(n, dtype=torch.long, device=device_config.device)
     return statistics.median(time_steps(net, images, labels, device_config, 3)) * recipe.batch / n

@@ -93,9 +93,7 @@ def _fits(net: nn.Module, device_config: DeviceConfig, shape: tuple[int, int, in
             images = torch.zeros((at_once * (size + size // 4 + 1), *shape), device=device)
             labels = torch.zeros(len(images), dtype=torch.long, device=device)
             for _ in range(min(share // size // at_once, MAX_TRIED)):
-                loss = forward_backward(
-                    net, images.to(memory_format=device_config.memory_format), labels, device_config
-                )
+                loss = forward_backward(net, images.to(memory_format=torch.channels_last), labels, device_config)
                 gradients += [p.grad for p in parameters]
                 for p in parameters:
                     p.grad = None

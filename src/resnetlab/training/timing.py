@@ -46,7 +46,7 @@ def measure_bf16(seconds: float = 1.0) -> float:
     """
     fp32 = select_device("fp32", "auto")
     net = fp32.place(build("resnet8", classes=10, seed=0)).train()
-    images = torch.zeros(16, 3, 32, 32, device=fp32.device).to(memory_format=fp32.memory_format)
+    images = torch.zeros(16, 3, 32, 32, device=fp32.device).to(memory_format=torch.channels_last)
     labels = torch.zeros(16, dtype=torch.long, device=fp32.device)
     best, until = [math.inf, math.inf], time.perf_counter() + seconds
     while time.perf_counter() < until or math.inf in best:
