@@ -279,7 +279,20 @@ def test_runs_count_where_the_code_comes_to_the_same_weights(
     assert not other.finished and [path.name[-6:] for path in other.others] == ["-other"] and unknown.others
     reports: list[str] = []
     assert find_missing([equal, other, unknown, own], reports.append) == [other, unknown]
-    assert reports == ["runs made by code that produces other weights are neither changed nor used: 2."]
+    (report,) = reports
+    assert report.startswith(
+        "runs made by code that produces other weights are neither changed nor used: 2 (--any-version"
+    )
+    rename_source(unknown_run := StudyRun(unknown.recipe, unknown.others[0]), "elsewhere")
+    (unknown_run.folder.with_name(f"{unknown_run.folder.name.rpartition('-')[0]}-elsewhere") / "result.json").unlink()
+    any_version = locate_runs(trials, replace(here, any_version=True), root)
+    assert [run.finished for run in any_version] == [
+        True,
+        True,
+        False,
+        True,
+    ]  # an unfinished run is never another code's to resume
+    assert any_version[2].folder.name.endswith(code_version.source_hash())
     monkeypatch.setattr(code_version, "source_hash", lambda: "new")  # an edited message: measured again, and equal
     monkeypatch.setattr(runs, "source_hash", lambda: "new")
     monkeypatch.setattr(code_version, "measure_fingerprint", lambda device: "tiny weights")

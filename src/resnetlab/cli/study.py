@@ -33,6 +33,7 @@ def study(
     device: str = "auto",
     precision: str = "auto",
     out: Path | None = None,
+    any_version: Annotated[bool, Parameter(negative="")] = False,
     records: Annotated[bool, Parameter(negative="")] = False,
     json: Annotated[bool, Parameter(negative="")] = False,
 ) -> None:
@@ -67,6 +68,8 @@ def study(
         cpu, cuda, cuda:1, …; several networks train at once, one on each core or each GPU (eight where NVIDIA's MPS runs).
     precision
         bf16 or fp32, of every run; auto takes bf16 where the device computes it.
+    any_version
+        Count finished runs whatever version of the code made them, such as a cluster's; the report says so.
     out
         Folder for report.html, rows.csv and rows.json; by default runs/study-NAME-DATA-BUDGET.
     records
@@ -83,8 +86,9 @@ def study(
     check_output_folder(out)
     num_seeds = SEEDS.get(budget, 1) if seeds is None else seeds
     setting = Setting(
-        data, data_dir, budget, num_seeds, _parse_depths(depths), device, steps, epochs=epochs, precision=precision
-    )
+        data, data_dir, budget, num_seeds, _parse_depths(depths), device, steps,
+        epochs=epochs, precision=precision, any_version=any_version,
+    )  # fmt: skip
     if name is None:
         return _print_catalogue(setting, json)
     studies = catalogue.select_studies(name)

@@ -56,10 +56,14 @@ def source_hash() -> str:
 
 
 class CodeVersions:
-    """The versions of the code that made the runs in a folder, and which of them produce the same weights as this one."""
+    """The versions of the code that made the runs in a folder, and which of them produce the same weights as this one.
 
-    def __init__(self, root: Path, device: str = "auto") -> None:
+    With `any_version` finished runs count all the same.
+    """
+
+    def __init__(self, root: Path, device: str = "auto", *, any_version: bool = False) -> None:
         self._file, self._device = root / RECORD, str(select_device("fp32", device).device)
+        self._any_version = any_version
 
     def read(self) -> dict[str, dict[str, str]]:
         """Source hash -> kind of machine -> fingerprint."""
@@ -68,8 +72,10 @@ class CodeVersions:
         except (OSError, ValueError):
             return dict(V01)
 
-    def accepts(self, source: str) -> bool:
-        """Whether runs of another source count as this one's; trains the tiny runs if that is not known yet."""
+    def accepts(self, source: str, finished: bool) -> bool:
+        """Whether a run of another source counts as this one's; trains the tiny runs if that is not known yet."""
+        if finished and self._any_version:
+            return True
         versions = self.read()
         theirs, ours = versions.get(source, {}), versions.get(source_hash(), {})
         if source == source_hash() or any(ours.get(machine) == fingerprint for machine, fingerprint in theirs.items()):

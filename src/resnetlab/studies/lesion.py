@@ -91,6 +91,7 @@ class Lesion(Study):
             figures=[draw_lesion_errors(errors)],
             rule=RULE + COLLAPSE,
             remarks=[
+                *setting.measuring_remarks,
                 f"Each lesion is evaluated on {IMAGES[setting.budget]:,} test images at most; nothing is chosen by it.",
                 "A plain net's blocks that change the map's size cannot be left out.",
                 "Veit et al. left out units of a 110-layer net.",
@@ -117,7 +118,7 @@ def generate_lesions(net: ResNet, seed: int) -> Iterator[tuple[str, object, ResN
 def measure_lesions(model: TrainedModel, setting: Setting, seed: int) -> LesionErrors:
     """Evaluates a net and all its lesions."""
     split = select_probe_images(setting, IMAGES[setting.budget])
-    device_config = select_device(setting.base.precision, setting.device)
+    device_config = select_device(setting.measuring_precision, setting.device)
 
     def error(net: ResNet) -> float:
         return evaluate_network(net, split, model.preprocessing, model.classes, device_config).top1_error

@@ -76,6 +76,7 @@ class Protocols(Study):
             figures=[draw_protocols(errors)],
             remarks=[
                 *self.remarks,
+                *setting.measuring_remarks,
                 "An ensemble's score is the mean of its members'. The paper's six models: 3.57 % top-5, test (Table 5).",
             ],
         )
@@ -106,7 +107,7 @@ class Protocols(Study):
                 setting.data,
                 protocol=protocol,
                 data_dir=setting.data_dir,
-                precision=setting.base.precision,
+                precision=setting.measuring_precision,
                 device=setting.device,
             )
             found = {

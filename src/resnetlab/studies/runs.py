@@ -45,7 +45,8 @@ class StudyRun:
         others: list[Path] = []
         for folder in sorted(root.glob(f"{name}-*-{data}-*")):
             if folder != own and is_run_of(folder, recipe):
-                (equal if versions.accepts(folder.name.rpartition("-")[2]) else others).append(folder)
+                counts = versions.accepts(folder.name.rpartition("-")[2], StudyRun(recipe, folder).finished)
+                (equal if counts else others).append(folder)
         runs = [StudyRun(recipe, folder, tuple(others)) for folder in [*equal, own]]
         return next((run for run in runs if run.finished), runs[0])
 

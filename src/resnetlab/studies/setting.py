@@ -52,6 +52,7 @@ class Setting:
         depths: of the networks, where the user gives them; empty takes the study's own.
         steps, epochs: length of a run, where the user gives it; else the budget's.
         precision: of every run; auto takes bf16 where the device computes it.
+        any_version: finished runs count whatever version of the code made them.
         recipe: of runs on photographs, whose networks are ImageNet's; empty: CIFAR's networks, by the recipe for the data.
     """
 
@@ -65,6 +66,7 @@ class Setting:
     recipe: str = ""
     epochs: float | None = None
     precision: str = "auto"
+    any_version: bool = False
 
     def __post_init__(self) -> None:
         if self.budget not in BUDGETS:
@@ -106,6 +108,20 @@ class Setting:
             return full
         held_out = 0 if self.source.val is not None else min(HELD_OUT, len(self.source.train) // 10)
         return replace(short, val_images=held_out, eval_every=max(1, short.steps // EVALUATIONS))
+
+    @cached_property
+    def measuring_precision(self) -> str:
+        """The precision that trained networks are evaluated in: the runs' own, or fp32 where this machine would imitate it."""
+        own = self.base.precision
+        return own if own == default_precision(select_device("auto", self.device).device) else "fp32"
+
+    @property
+    def measuring_remarks(self) -> list[str]:
+        """A sentence if networks are evaluated in another precision than that of their training."""
+        if self.measuring_precision == self.base.precision:
+            return []
+        here = f"evaluated here in {self.measuring_precision}"
+        return [f"Trained in {self.base.precision}, which this machine does not compute; {here}."]
 
     def _steps(self, batch: int) -> int:
         if self.epochs is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,7 +14,7 @@ from resnetlab.distributed import leave_if_imported_again
 from resnetlab.errors import UsageError
 from resnetlab.formatting import format_count, format_estimate
 from resnetlab.studies import verdicts, workers
-from resnetlab.studies.code_version import CodeVersions
+from resnetlab.studies.code_version import CodeVersions, source_hash
 from resnetlab.studies.cost_estimate import CostEstimate
 from resnetlab.studies.figures import StudyFigure
 from resnetlab.studies.runs import RunOutcome, RunOutcomes, StudyRun
@@ -163,7 +163,7 @@ def locate_runs(trials: Sequence[Trial], setting: Setting, root: Path) -> list[S
         setting.spec(trial.recipe)
     if not trials:
         return []
-    versions = CodeVersions(root, setting.device)
+    versions = CodeVersions(root, setting.device, any_version=setting.any_version)
     return [StudyRun.locate(root, trial.recipe, setting.source.fingerprint, versions) for trial in trials]
 
 
@@ -201,14 +201,26 @@ def run_studies(
         outcomes = tuple(RunOutcome(trial, run.folder) for trial, run in pairs)
         callbacks.report(f"reading {study.name}")
         result = study.read(settings[study.name], RunOutcomes(outcomes), callbacks.on_reading)
+        remarks = [*result.remarks, *describe_other_versions(outcomes)]
+        result = replace(result, remarks=remarks)
         outputs.append(StudyOutput(study, settings[study.name], result, outcomes))
     return outputs
+
+
+def describe_other_versions(outcomes: Sequence[RunOutcome]) -> list[str]:
+    """A sentence if runs were made by another source than this one, all the same or (`any_version`) not known to be."""
+    if others := sum(not outcome.folder.name.endswith(source_hash()) for outcome in outcomes):
+        return [f"{format_count(others, 'run')} of {len(outcomes)} made by another version of the code."]
+    return []
 
 
 def find_missing(planned: Sequence[StudyRun], report: Callable[[str], None]) -> list[StudyRun]:
     """The planned runs that are not finished."""
     if others := sum(bool(run.others) and not run.finished for run in planned):
-        report(f"runs made by code that produces other weights are neither changed nor used: {others:,}.")
+        report(
+            f"runs made by code that produces other weights are neither changed nor used: {others:,} "
+            "(--any-version counts the finished ones)."
+        )
     missing = [run for run in planned if not run.finished]
     if planned and not missing:
         report(f"all {len(planned):,} runs are there already.")
