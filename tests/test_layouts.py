@@ -12,10 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import annotated_layouts as layouts
 import cells
 from resnetlab.data import box_dataset, mask_dataset, sources
+from resnetlab.data.mask_files import read_codes
 from resnetlab.errors import DataError
 
 BOXES = layouts.BOXES | layouts.OUTLINES
@@ -109,6 +111,7 @@ def test_what_is_of_no_split_is_said(tmp_path: Path) -> None:
 
 YOLO_FAULTS = {
     "class": ("2 0.5 0.5 0.1 0.1", r"p1\.txt, line 1: its class is 2, but there are 2 classes"),
+    "infinity": ("inf 0.5 0.5 0.1 0.1", r"p1\.txt, line 1: 'inf 0.5 0.5 0.1 0.1' does not consist of numbers"),
     "words": ("0 a 0.5 0.1 0.1", r"p1\.txt, line 1: '0 a 0.5 0.1 0.1' does not consist of numbers"),
     "numbers": ("0 0.5 0.5 0.1 0.1 0.9", r"p1\.txt, line 1: it has 5 numbers behind the class"),
     "pixels": ("0 40 30 10 10", r"p1\.txt, box 1 of images/train/p1\.png: .* reaches outside the image of 80x64"),
@@ -123,6 +126,76 @@ def test_bad_lines_stop_or_are_skipped(line: str, message: str, tmp_path: Path) 
         box_dataset.load_boxes(tmp_path)
     data = box_dataset.load_boxes(tmp_path, "skip")
     assert len(data.errors.skipped) == 1 and data.train[1].boxes.tolist() == [[30, 24, 50, 40]]
+
+
+def _change_json(file: Path, change: Any) -> None:
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))
+
+
+LABELME_FAULTS = {
+    "group": (lambda content: content["shapes"][0].update(group_id={}), "p0.json, shape 1: its shape cannot be used"),
+    "size": (lambda content: content.update(imageHeight="tall"), "p0.json: it is not a LabelMe file"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), LABELME_FAULTS.values(), ids=LABELME_FAULTS)
+def test_impossible_values_of_labelme_are_named(change: Any, message: str, tmp_path: Path) -> None:
+    layouts.labelme(tmp_path)
+    file = min(tmp_path.rglob("p0.json"))
+    _change_json(file, change)
+    with pytest.raises(DataError, match=message):
+        load(box_dataset.load_boxes, tmp_path)
+
+
+@pytest.mark.parametrize("change", [{"labels": 5}, {"classes": 5}, {"labels": {"p2": 5}}])
+def test_a_file_of_another_form_is_refused_in_a_sentence(change: dict[str, Any], tmp_path: Path) -> None:
+    layouts.fiftyone(tmp_path)
+    _change_json(min(tmp_path.rglob("labels.json")), lambda content: content.update(change))
+    with pytest.raises(DataError, match=r"looks like FiftyOne's .* another form"):
+        load(box_dataset.load_boxes, tmp_path)
+
+
+def test_classes_of_yolo_need_numbers(tmp_path: Path) -> None:
+    layouts.ultralytics(tmp_path)
+    (tmp_path / "data.yaml").write_text("train: images/train\nval: images/val\nnames:\n  round: 0\n  square: 1\n")
+    with pytest.raises(DataError, match=r"data.yaml: 'round' in `names` is no number; write the classes as 0: NAME"):
+        box_dataset.load_boxes(tmp_path)
+
+
+def test_a_note_in_latin_1_does_not_hide_the_masks(tmp_path: Path) -> None:
+    layouts.images_and_masks(tmp_path)
+    (tmp_path / "note.txt").write_bytes("gr\xfcn".encode("latin-1"))
+    assert load(mask_dataset.load_masks, tmp_path).layout.startswith("masks in folders")
+
+
+def test_classes_of_a_label_map_may_begin_with_a_digit(tmp_path: Path) -> None:
+    layouts.cvat_masks(tmp_path)
+    file = tmp_path / "labelmap.txt"
+    file.write_text(file.read_text().replace("round", "2round"))
+    assert "2round" in load(mask_dataset.load_masks, tmp_path).classes
+
+
+def test_a_name_that_is_too_long_is_of_no_image(tmp_path: Path) -> None:
+    layouts.official_coco(tmp_path)
+    file = next(iter(tmp_path.rglob("instances_train*.json")))
+    _change_json(file, lambda content: content["images"][0].update(file_name="9" * 400 + ".png"))
+    with pytest.raises(DataError, match=r"its image 9+\.png does not exist"):
+        load(box_dataset.load_boxes, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"), [(np.full((9, 9), -1, np.int32), "from -1 to -1"), (np.zeros((64, 64), np.uint8), "limit")]
+)
+def test_masks_that_no_one_drew_are_refused(
+    values: Any, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    file = tmp_path / "mask.tif"
+    Image.fromarray(values).save(file)
+    with pytest.raises(DataError, match=f"cannot be read as a mask .*{message}"):
+        read_codes(file, colours=False)
 
 
 def test_images_in_two_splits_are_refused(tmp_path: Path) -> None:

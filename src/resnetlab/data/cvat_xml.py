@@ -21,7 +21,7 @@ import numpy as np
 from resnetlab.data.annotations import Annotations, ImageRecord, ObjectRecord
 from resnetlab.data.error_policy import ErrorPolicy
 from resnetlab.data.file_lookup import ImageFinder, find_split
-from resnetlab.data.object_masks import CIRCLE_CORNERS, encode_mask, turn_corners
+from resnetlab.data.object_masks import ellipse_corners, encode_mask, turn_corners
 from resnetlab.data.text_files import find_encoding, read_bytes
 from resnetlab.errors import DataError
 from resnetlab.formatting import format_count
@@ -33,7 +33,7 @@ NO_REGIONS = ("polyline", "points", "cuboid", "skeleton", "tag")
 def find_cvat_files(root: Path) -> list[Path]:
     """The XML files in a folder itself that are CVAT's, sorted."""
     found = []
-    for file in sorted(root.glob("*.[xX][mM][lL]")):
+    for file in sorted(filter(Path.is_file, root.glob("*.[xX][mM][lL]"))):
         with file.open("rb") as stream:
             head = stream.read(PEEK)
         if re.search(r"<annotations[\s>]", head.decode(find_encoding(head), "replace")):
@@ -58,7 +58,7 @@ def read_cvat(root: Path, errors: ErrorPolicy, masks: bool) -> Annotations:
             name, where = item.get("name") or "", f"{file}, image {item.get('name')}"
             subset = find_split(item.get("subset") or "")
             image = finder.find(name, ("", "images", *(f"images/{s}" for s in [item.get("subset")] if s)))
-            size = (_whole(item, "height"), _whole(item, "width"))
+            size = (_read_pixels(item, "height"), _read_pixels(item, "width"))
             if image is None or 0 in size:
                 missing = f"its image does not exist below {root}" if image is None else "it has no width and height"
                 errors.reject(where, missing)
@@ -76,7 +76,7 @@ def read_cvat(root: Path, errors: ErrorPolicy, masks: bool) -> Annotations:
     return Annotations("CVAT", tuple(filter(None, classes)) or None, dict(splits), tuple(notes))
 
 
-def _whole(item: ElementTree.Element, key: str) -> int:
+def _read_pixels(item: ElementTree.Element, key: str) -> int:
     text = item.get(key) or ""
     return int(text) if text.isdecimal() else 0
 
@@ -86,16 +86,16 @@ def _read_region(shape: ElementTree.Element, where: str, size: tuple[int, int], 
         return SHAPES[shape.tag](shape, where, shape.attrib["label"], size)
     except KeyError as error:
         errors.reject(where, f"it has no {error.args[0]}")
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:  # an infinite number is an OverflowError
         errors.reject(where, f"its shape cannot be used: {error}")
     return ObjectRecord(where, None, None)
 
 
-def _numbers(shape: ElementTree.Element, *keys: str) -> list[float]:
+def _read_numbers(shape: ElementTree.Element, *keys: str) -> list[float]:
     return [float(shape.attrib[key]) for key in keys]
 
 
-def _turned(
+def _turn_outline(
     shape: ElementTree.Element, corners: Sequence[tuple[float, float]], pivot: tuple[float, float]
 ) -> list[list[float]]:
     """One polygon, turned about a point by the shape's rotation in degrees, clockwise."""
@@ -104,11 +104,10 @@ def _turned(
 
 
 def _read_rectangle(shape: ElementTree.Element, where: str, label: str, size: tuple[int, int]) -> ObjectRecord:
-    x1, y1, x2, y2 = _numbers(shape, "xtl", "ytl", "xbr", "ybr")
+    x1, y1, x2, y2 = _read_numbers(shape, "xtl", "ytl", "xbr", "ybr")
     corners = [(x1, y1), (x2, y1), (x2, y2), (x1, y2)]
-    outline = _turned(shape, corners, ((x1 + x2) / 2, (y1 + y2) / 2))
-    turned = float(shape.get("rotation") or 0)
-    return ObjectRecord(where, label, None if turned else (x1, y1, x2, y2), outline)
+    outline = _turn_outline(shape, corners, ((x1 + x2) / 2, (y1 + y2) / 2))
+    return ObjectRecord(where, label, None if float(shape.get("rotation") or 0) else (x1, y1, x2, y2), outline)
 
 
 def _read_polygon(shape: ElementTree.Element, where: str, label: str, size: tuple[int, int]) -> ObjectRecord:
@@ -117,15 +116,13 @@ def _read_polygon(shape: ElementTree.Element, where: str, label: str, size: tupl
 
 
 def _read_ellipse(shape: ElementTree.Element, where: str, label: str, size: tuple[int, int]) -> ObjectRecord:
-    x, y, rx, ry = _numbers(shape, "cx", "cy", "rx", "ry")
-    angles = [2 * math.pi * i / CIRCLE_CORNERS for i in range(CIRCLE_CORNERS)]
-    corners = [(x + rx * math.cos(a), y + ry * math.sin(a)) for a in angles]
-    return ObjectRecord(where, label, None, _turned(shape, corners, (x, y)))
+    x, y, rx, ry = _read_numbers(shape, "cx", "cy", "rx", "ry")
+    return ObjectRecord(where, label, None, _turn_outline(shape, ellipse_corners(x, y, rx, ry), (x, y)))
 
 
 def _read_mask(shape: ElementTree.Element, where: str, label: str, size: tuple[int, int]) -> ObjectRecord:
     """Run lengths row by row inside a box, the first outside the object."""
-    left, top, width, height = (int(v) for v in _numbers(shape, "left", "top", "width", "height"))
+    left, top, width, height = (int(v) for v in _read_numbers(shape, "left", "top", "width", "height"))
     lengths = [int(v) for v in shape.attrib["rle"].split(",")]
     if min((width, height, *lengths)) < 0 or sum(lengths) != width * height:
         raise ValueError(f"its run lengths are for {sum(lengths):,} pixels, its box has {width}x{height}")

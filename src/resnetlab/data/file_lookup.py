@@ -75,7 +75,7 @@ class ImageFinder:
             if (found := self._index.find(f"{folder}/{name}" if folder else name)) is not None:
                 return self.root / found
         for folder in folders:  # elsewhere, hidden, or with an unusual suffix
-            if (self.root / folder / name).is_file():
+            if os.path.isfile(self.root / folder / name):  # Path.is_file raises for a name that is too long
                 return self.root / folder / name
         last = re.split(r"[/\\]", name)[-1]
         for spelled in (last, unquote(last)):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import io
 import math
 import re
 from pathlib import Path
@@ -14,9 +13,10 @@ import numpy as np
 from PIL import Image
 
 from resnetlab.data.annotations import Annotations, ImageRecord, ObjectRecord
+from resnetlab.data.decode import decode
 from resnetlab.data.error_policy import ErrorPolicy
 from resnetlab.data.file_lookup import ImageFinder, find_entry, find_split, list_subfolders
-from resnetlab.data.object_masks import CIRCLE_CORNERS, encode_mask, turn_corners
+from resnetlab.data.object_masks import ellipse_corners, encode_mask, turn_corners
 from resnetlab.data.text_files import read_json, read_lines
 from resnetlab.errors import DataError
 from resnetlab.formatting import format_list
@@ -32,7 +32,7 @@ def list_json_files(root: Path) -> list[Path]:
         file
         for folder in folders
         for file in sorted(folder.iterdir())
-        if file.suffix.lower() == ".json" and not file.name.startswith(".")
+        if file.suffix.lower() == ".json" and not file.name.startswith(".") and file.is_file()
     ]
 
 
@@ -50,10 +50,11 @@ def read_labelme(root: Path, errors: ErrorPolicy, masks: bool) -> Annotations:
         try:
             content = read_json(file)
             name, shapes = str(content["imagePath"]), list(content["shapes"])
+            size = (int(content.get("imageHeight") or 0), int(content.get("imageWidth") or 0))
         except DataError as error:
             errors.handle({str(file): str(error)})
             continue
-        except (TypeError, KeyError):
+        except (TypeError, KeyError, ValueError, OverflowError):
             errors.reject(str(file), "it is not a LabelMe file with imagePath and shapes")
             continue
         beside = file.parent.relative_to(root).as_posix().removeprefix(".")
@@ -61,8 +62,7 @@ def read_labelme(root: Path, errors: ErrorPolicy, masks: bool) -> Annotations:
         if image is None:
             errors.reject(str(file), f"its image {name} does not exist")
             continue
-        size = (int(content.get("imageHeight") or 0), int(content.get("imageWidth") or 0))
-        objects = _group([_read_shape(s, f"{file}, shape {i}", size, errors) for i, s in enumerate(shapes, 1)])
+        objects = _merge_groups([_read_shape(s, f"{file}, shape {i}", size, errors) for i, s in enumerate(shapes, 1)])
         record = ImageRecord(finder.name_of(image), image, str(file), size if all(size) else (0, 0), objects)
         _add_record(splits, file, root, record)
     listed = find_entry(root, "labels.txt")
@@ -76,11 +76,12 @@ def _read_shape(shape: Any, where: str, size: tuple[int, int], errors: ErrorPoli
         label, kind = str(shape["label"]), shape.get("shape_type") or "polygon"
         points = [(float(x), float(y)) for x, y in shape["points"]]
         polygons = _outline(kind, points, shape, size)
-    except (KeyError, TypeError, ValueError, AttributeError, OSError) as error:
+        group = shape.get("group_id")
+        hash(group)  # raises TypeError for what is no id
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, DataError) as error:
         errors.reject(where, f"its shape cannot be used: {error or type(error).__name__}")
         return ObjectRecord(where, None, None), None
-    ignored = label == "__ignore__"
-    return ObjectRecord(where, label, None, polygons, ignored), shape.get("group_id")
+    return ObjectRecord(where, label, None, polygons, ignored=label == "__ignore__"), group
 
 
 def _outline(kind: str, points: list[tuple[float, float]], shape: Any, size: tuple[int, int]) -> Any:
@@ -93,20 +94,18 @@ def _outline(kind: str, points: list[tuple[float, float]], shape: Any, size: tup
             return _decode_mask(shape["mask"], round(x1), round(y1), size)
         return [[x1, y1, x2, y1, x2, y2, x1, y2]]
     if kind == "circle" and len(points) == 2:
-        (x, y), radius = points[0], math.dist(*points)
-        angles = [2 * math.pi * i / CIRCLE_CORNERS for i in range(CIRCLE_CORNERS)]
-        return [[v for a in angles for v in (x + radius * math.cos(a), y + radius * math.sin(a))]]
+        radius = math.dist(*points)
+        return [[v for corner in ellipse_corners(*points[0], radius, radius) for v in corner]]
     raise ValueError(f"a {kind} of {len(points)} points encloses no area")
 
 
 def _decode_mask(text: str, left: int, top: int, size: tuple[int, int]) -> dict[str, Any]:
     """Run lengths of LabelMe's mask, a PNG in base64 that begins at (left, top)."""
-    with Image.open(io.BytesIO(base64.b64decode(text))) as image:
-        inside = np.asarray(image.convert("L")) > 0
+    inside = np.asarray(decode(base64.b64decode(text), "its mask").convert("L")) > 0
     return encode_mask(inside, left, top, size)
 
 
-def _group(shapes: list[tuple[ObjectRecord, Any]]) -> list[ObjectRecord]:
+def _merge_groups(shapes: list[tuple[ObjectRecord, Any]]) -> list[ObjectRecord]:
     """Objects, those polygons of one label and group united."""
     objects: dict[Any, ObjectRecord] = {}
     for i, (thing, group) in enumerate(shapes):
@@ -178,7 +177,7 @@ def _read_result(result: Any, where: str, errors: ErrorPolicy) -> ObjectRecord |
             outline = [float(v) / 100 for point in value["points"] for v in point]
             return ObjectRecord(where, label, None, [outline])
         return ObjectRecord(where, label, None, [_region_outline(value, result)])
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         errors.reject(where, f"its region cannot be read ({error or type(error).__name__})")
         return ObjectRecord(where, None, None)
 
@@ -187,8 +186,7 @@ def _region_outline(value: Any, result: Any) -> list[float]:
     """The corners of a rectangle or ellipse as fractions of the image, turned by its rotation about the first corner."""
     if "radiusX" in value:
         x, y, rx, ry = (float(value[k]) / 100 for k in ("x", "y", "radiusX", "radiusY"))
-        angles = [2 * math.pi * i / CIRCLE_CORNERS for i in range(CIRCLE_CORNERS)]
-        pivot, corners = (x, y), [(x + rx * math.cos(a), y + ry * math.sin(a)) for a in angles]
+        pivot, corners = (x, y), ellipse_corners(x, y, rx, ry)
     else:
         x, y, w, h = (float(value[k]) / 100 for k in ("x", "y", "width", "height"))
         pivot, corners = (x, y), [(x, y), (x + w, y), (x + w, y + h), (x, y + h)]

@@ -95,7 +95,13 @@ def read_annotations(root: Path, errors: ErrorPolicy, masks: bool) -> Annotation
     for folder in _unpacked_folders(root):
         for layout in layouts:
             if layout.matches(folder):
-                found = layout.read(folder, errors, masks)
+                try:
+                    found = layout.read(folder, errors, masks)
+                except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+                    kinds = f"{type(error).__name__}: {error}"
+                    raise DataError(
+                        f"{folder} looks like {layout.expected}, but a file in it has another form ({kinds}); export it again."
+                    ) from error
                 inside = "" if folder == root else f" in {folder.relative_to(root).as_posix()}"
                 return found._replace(layout=f"{found.layout}{inside}")
     raise DataError(f"{root} is neither in {' nor in '.join(layout.expected for layout in layouts)}.")

@@ -30,10 +30,11 @@ MAX_CLASSES = 255  # a mask has 8 bits, one value is VOID
 IGNORE = "ignore"  # what `class_255` may be beside a class
 CLASS_FILES = ("classes.txt", "labelmap.txt", "label_colors.txt", "class_dict.csv", "codes.txt")
 BACKGROUND = ("background", "_background_")
+MAX_VALUE = 2**16 - 1
 VOID_NAMES = ("void", "ignore", "ignored", "__ignore__")  # of label maps: no class
 VOID_COLOURS = (0xE0E0C0,)  # of Pascal VOC's coloured masks
 COLOUR_LINE = re.compile(  # "name:r,g,b:…" (CVAT), "r g b  name" (CamVid), "name,r,g,b" (class_dict.csv)
-    r"(?P<a>[^:]+):(?P<b>\d+,\d+,\d+):.*|(?P<c>\d+\s+\d+\s+\d+)\s+(?P<d>.+)|(?P<e>[^,]+),\s*(?P<f>\d+,\s*\d+,\s*\d+)"
+    r"([^:]+):(\d+,\d+,\d+):.*|(?P<colour>\d+\s+\d+\s+\d+)\s+(?P<name>.+)|([^,]+),\s*(\d+,\s*\d+,\s*\d+)"
 )
 
 Codes = NDArray[np.int64]  # (H, W): a pixel's value, or its colour as 0xRRGGBB
@@ -108,9 +109,14 @@ def read_codes(file: Path, colours: bool) -> Codes:
                 rgb = np.asarray(image.convert("RGBA")).astype(np.int64)
                 rgb = rgb[..., :3] * (rgb[..., 3:] > 0)  # transparent pixels are background
             else:
-                return np.asarray(image).astype(np.int64)
-    except (OSError, ValueError, SyntaxError) as error:
-        raise DataError(f"{file} cannot be read as a mask ({error}).") from error
+                codes = np.asarray(image).astype(np.int64)
+                if codes.size and not 0 <= codes.min() <= codes.max() <= MAX_VALUE:
+                    raise ValueError(f"its values are from {codes.min():,} to {codes.max():,}")
+                return codes
+    except DataError:
+        raise
+    except Exception as error:  # the decoders raise errors of many types
+        raise DataError(f"{file} cannot be read as a mask ({error or type(error).__name__}).") from error
     if colours:
         return (rgb[..., 0] << 16) | (rgb[..., 1] << 8) | rgb[..., 2]
     if (rgb != rgb[..., :1]).any():
@@ -145,8 +151,7 @@ def read_label_map(root: Path) -> LabelMap | None:
     matches = [COLOUR_LINE.fullmatch(line) for line in lines]
     names, colours = tuple(line.split(":")[0].strip() for line in lines), None
     if lines and all(matches):
-        pairs = [[text for text in match.groups() if text] for match in matches if match]
-        pairs = [pair[::-1] if pair[0][0].isdigit() else pair for pair in pairs]
+        pairs = [[m["name"], m["colour"]] if m["name"] else [text for text in m.groups() if text] for m in matches if m]
         names = tuple(name.strip() for name, _ in pairs)
         channels = [[int(n) for n in re.findall(r"\d+", colour)] for _, colour in pairs]
         colours = tuple(r << 16 | g << 8 | b for r, g, b in channels)
@@ -212,7 +217,7 @@ def _are_coloured(files: Iterable[Path], colours: tuple[int, ...]) -> bool:
         except DataError:
             continue
         if used != {0}:
-            with Image.open(file) as image:  # an image in colours has a colour that is not named: that is told later
+            with Image.open(file) as image:  # a colour that is not named is reported where the mask is read
                 return image.mode in ("RGB", "RGBA") or used <= {*colours, *VOID_COLOURS}
     return False
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from resnetlab.formatting import is_number
 
 OVERSAMPLING = 5  # pycocotools rounds corners to fifths of a pixel
-CIRCLE_CORNERS = 64  # of the polygon that stands for a circle or an ellipse
+CIRCLE_CORNERS = 64  # of the polygon that is read for a circle or an ellipse
 MARGIN = 1  # pixels by which a corner may be beyond the image's border: tools write the border as width or width + 1
 
 Runs = NDArray[np.int64]  # where pixels change between outside and inside, ascending, in column-major order
@@ -138,6 +138,12 @@ def encode_mask(inside: NDArray[np.bool_], left: int, top: int, size: tuple[int,
     whole[top : top + h, left : left + w] = inside
     changes = np.flatnonzero(np.diff(whole.T.ravel(), prepend=False))
     return {"size": list(size), "counts": np.diff([0, *changes, whole.size]).tolist()}
+
+
+def ellipse_corners(x: float, y: float, rx: float, ry: float) -> list[tuple[float, float]]:
+    """The corners of the polygon that is read for an ellipse with the centre (x, y) and the radii rx and ry."""
+    angles = (2 * math.pi * i / CIRCLE_CORNERS for i in range(CIRCLE_CORNERS))
+    return [(x + rx * math.cos(a), y + ry * math.sin(a)) for a in angles]
 
 
 def turn_corners(

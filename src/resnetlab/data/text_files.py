@@ -13,6 +13,7 @@ from typing import Any
 from resnetlab.data.decode import check_regular_file
 from resnetlab.errors import DataError
 
+MAX_PEEKED = 2**24  # bytes
 BYTE_ORDER_MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 
 
@@ -44,6 +45,14 @@ def read_text(file: Path) -> str:
 def read_lines(file: Path) -> list[str]:
     """The lines of a text without spaces around them; empty lines are left out."""
     return [line for line in map(str.strip, read_text(file).split("\n")) if line]
+
+
+def peek_lines(file: Path) -> list[str]:
+    """The lines of a text that may be of any program, such as a note in Latin-1; none if it is large or cannot be read."""
+    try:
+        return read_lines(file) if file.stat().st_size < MAX_PEEKED else []
+    except (DataError, OSError):
+        return []
 
 
 def read_json(file: Path) -> Any:

@@ -22,7 +22,7 @@ from resnetlab.data.annotations import Annotations, ImageRecord, ObjectRecord
 from resnetlab.data.decode import SUFFIXES
 from resnetlab.data.error_policy import ErrorPolicy
 from resnetlab.data.file_lookup import LABEL_AT_END, NameIndex, find_entry, find_split, list_subfolders
-from resnetlab.data.text_files import read_bytes, read_lines
+from resnetlab.data.text_files import peek_lines, read_bytes, read_lines
 from resnetlab.errors import DataError
 from resnetlab.formatting import format_list
 
@@ -104,7 +104,7 @@ def read_voc_splits(folder: Path, stems: Iterable[str]) -> dict[str, list[str]]:
             if len(set(splits[split])) < len(splits[split]):
                 twice = min(name for name, n in Counter(splits[split]).items() if n > 1)
                 raise DataError(f"{file} names {twice} twice; remove one line.")
-        elif not find_split(file.stem.rpartition("_")[2]) and any(map(index.find_list_entry, read_lines(file)[:1])):
+        elif not find_split(file.stem.rpartition("_")[2]) and any(map(index.find_list_entry, peek_lines(file)[:1])):
             unread.append(file.name)
     if unread:
         warnings.warn(

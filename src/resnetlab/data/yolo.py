@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from resnetlab.data.annotations import Annotations, ImageRecord, ObjectRecord
 from resnetlab.data.error_policy import ErrorPolicy
 from resnetlab.data.file_lookup import ImageFinder, NameIndex, find_entry, find_split, list_subfolders
-from resnetlab.data.text_files import read_lines, read_text
+from resnetlab.data.text_files import peek_lines, read_lines, read_text
 from resnetlab.errors import DataError
 
 CLASS_FILES = ("classes.txt", "obj.names", "_darknet.labels", "labels.txt")
@@ -37,7 +37,7 @@ def find_yolo_labels(root: Path) -> bool:
     folders += [inner for folder in folders[1:] for inner in list_subfolders(folder)]
     for folder in folders:
         for file in sorted(folder.glob("*.txt"))[:20]:
-            lines = read_lines(file) if file.stat().st_size < 2**20 else []
+            lines = peek_lines(file)
             if lines and all(re.fullmatch(r"\d+(\s+-?[\d.]+(e-?\d+)?){4,}", line) for line in lines):
                 return True
     return False
@@ -79,6 +79,10 @@ def read_yolo_config(root: Path) -> YoloConfig:
         values = parse_simple_yaml(file)
         names = values.get("names")
         if isinstance(names, dict):
+            if words := [key for key in names if not key.isdecimal()]:
+                raise DataError(
+                    f"{file}: {words[0]!r} in `names` is no number; write the classes as 0: NAME, 1: NAME, …."
+                )
             names = [names[key] for key in sorted(names, key=int)]
         if isinstance(names, list) and names:
             places = {find_split(key): value for key, value in values.items() if find_split(key) and value}
@@ -101,27 +105,27 @@ def parse_simple_yaml(file: Path) -> dict[str, Any]:
         item = re.fullmatch(r"\s*-\s+(.*)", line)
         pair = re.fullmatch(r"(\s*)([^\s:][^:]*):(?:\s+(.*))?", line)
         if item and key:
-            values[key] = [*(values[key] or []), _scalar(item[1])]
+            values[key] = [*(values[key] or []), _unquote(item[1])]
         elif pair and pair[1] and key:
-            values[key] = {**(values[key] or {}), _scalar(pair[2]): _scalar(pair[3] or "")}
+            values[key] = {**(values[key] or {}), _unquote(pair[2]): _unquote(pair[3] or "")}
         elif pair and not pair[1]:
             key, text = pair[2].strip(), (pair[3] or "").strip()
-            values[key] = _inline(text, file) if text[:1] in ("[", "{") else _scalar(text)
+            values[key] = _parse_inline(text, file) if text[:1] in ("[", "{") else _unquote(text)
     return values
 
 
-def _scalar(text: str) -> str:
+def _unquote(text: str) -> str:
     text = text.strip()
     return text[1:-1] if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"" else text
 
 
-def _inline(text: str, file: Path) -> Any:
+def _parse_inline(text: str, file: Path) -> Any:
     if text[-1] != {"[": "]", "{": "}"}[text[0]]:
         raise DataError(f"{file}: {text[:40]!r} is not closed on its line; write one name a line.")
     parts = re.findall(r"""\s*((?:"[^"]*"|'[^']*'|[^,"'])+)""", text[1:-1])
     if text[0] == "[":
-        return [_scalar(part) for part in parts]
-    return {_scalar(key): _scalar(value) for key, _, value in (part.partition(":") for part in parts)}
+        return [_unquote(part) for part in parts]
+    return {_unquote(key): _unquote(value) for key, _, value in (part.partition(":") for part in parts)}
 
 
 def _list_split_images(root: Path, finder: ImageFinder, config: YoloConfig) -> dict[str, list[str]]:
@@ -187,7 +191,7 @@ def _parse_line(line: str, where: str, names: tuple[str, ...]) -> ObjectRecord:
     words = line.split()
     try:
         label, values = int(float(words[0])), [float(word) for word in words[1:]]
-    except ValueError:
+    except (ValueError, OverflowError):  # infinity is no class
         raise ValueError(f"{line[:40]!r} does not consist of numbers") from None
     if not 0 <= label < len(names):
         raise ValueError(f"its class is {words[0]}, but there are {len(names)} classes, 0 the first")
