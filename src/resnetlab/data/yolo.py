@@ -105,16 +105,16 @@ def parse_simple_yaml(file: Path) -> dict[str, Any]:
         item = re.fullmatch(r"\s*-\s+(.*)", line)
         pair = re.fullmatch(r"(\s*)([^\s:][^:]*):(?:\s+(.*))?", line)
         if item and key:
-            values[key] = [*(values[key] or []), _unquote(item[1])]
+            values[key] = [*(values[key] or []), _parse_scalar(item[1])]
         elif pair and pair[1] and key:
-            values[key] = {**(values[key] or {}), _unquote(pair[2]): _unquote(pair[3] or "")}
+            values[key] = {**(values[key] or {}), _parse_scalar(pair[2]): _parse_scalar(pair[3] or "")}
         elif pair and not pair[1]:
             key, text = pair[2].strip(), (pair[3] or "").strip()
-            values[key] = _parse_inline(text, file) if text[:1] in ("[", "{") else _unquote(text)
+            values[key] = _parse_inline(text, file) if text[:1] in ("[", "{") else _parse_scalar(text)
     return values
 
 
-def _unquote(text: str) -> str:
+def _parse_scalar(text: str) -> str:
     text = text.strip()
     return text[1:-1] if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"" else text
 
@@ -124,8 +124,8 @@ def _parse_inline(text: str, file: Path) -> Any:
         raise DataError(f"{file}: {text[:40]!r} is not closed on its line; write one name a line.")
     parts = re.findall(r"""\s*((?:"[^"]*"|'[^']*'|[^,"'])+)""", text[1:-1])
     if text[0] == "[":
-        return [_unquote(part) for part in parts]
-    return {_unquote(key): _unquote(value) for key, _, value in (part.partition(":") for part in parts)}
+        return [_parse_scalar(part) for part in parts]
+    return {_parse_scalar(key): _parse_scalar(value) for key, _, value in (part.partition(":") for part in parts)}
 
 
 def _list_split_images(root: Path, finder: ImageFinder, config: YoloConfig) -> dict[str, list[str]]:
