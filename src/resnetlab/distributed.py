@@ -152,6 +152,12 @@ class World:
 
         return self._start(x, partial(_tree_all_reduce, x.view(-1), dtype) if in_tree else all_reduce)
 
+    def all_gather(self, x: Tensor) -> Tensor:
+        """The contiguous tensors of all processes, equal in shape, by their ranks: (…) -> (processes, …)."""
+        gathered = x.new_empty(self.size * x.numel())
+        self._start(gathered, lambda _: torch.distributed.all_gather_into_tensor(gathered, x.view(-1))).wait()
+        return gathered.view(self.size, *x.shape)
+
     def _start(self, x: Tensor, job: Callable[[Sequence[Any]], object]) -> Pending:
         """Starts a job on a tensor, which is called with the process groups of every level."""
         assert self.links is not None

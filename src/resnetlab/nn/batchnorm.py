@@ -16,21 +16,36 @@ from resnetlab.nn.kernel import load_kernel
 N = TypeVar("N", bound=nn.BatchNorm2d)
 
 
-class _AllReduceSum(torch.autograd.Function):
-    """Sum over all processes; the gradient is summed likewise."""
+class _SharedStatistics(torch.autograd.Function):
+    """Mean and biased variance over the images of all processes, both (C,), of float32 (B, C, H, W); their number, (1,).
+
+    One collective forward, of each process's sums and squared deviations, which Chan et al. (1979) combine without
+    cancellation, and one backward.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, world: World) -> Tensor:
+    def forward(ctx: Any, x: Tensor, world: World) -> tuple[Tensor, Tensor, Tensor]:
+        channels, here = x.shape[1], x.numel() // x.shape[1]
+        total = x.sum((0, 2, 3))
+        deviations = (x - (total / here)[:, None, None]).square().sum((0, 2, 3))
+        everywhere = world.all_gather(
+            torch.cat([total, deviations, total.new_full((1,), here)])
+        )  # (processes, 2 C + 1)
+        totals, squares, counts = torch.split(everywhere, [channels, channels, 1], 1)
+        n = counts.sum(0)
+        mean = totals.sum(0) / n
+        variance = (squares + counts * (totals / counts - mean).square()).sum(0) / n
+        ctx.save_for_backward(x, mean, n)
         ctx.world = world
-        total = x.clone()
-        world.tree_all_reduce_(total)
-        return total
+        ctx.mark_non_differentiable(n)
+        return mean, variance, n
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        total = gradients[0].contiguous().clone()
-        ctx.world.tree_all_reduce_(total)
-        return total, None
+    @once_differentiable
+    def backward(ctx: Any, of_mean: Tensor, of_variance: Tensor, _: Tensor) -> tuple[Tensor, None]:
+        x, mean, n = ctx.saved_tensors
+        total = ctx.world.all_gather(torch.stack([of_mean, of_variance])).sum(0) / n
+        return (x - mean[:, None, None]) * (2 * total[1])[:, None, None] + total[0][:, None, None], None
 
 
 class SyncBatchNorm2d(nn.BatchNorm2d):
@@ -42,12 +57,14 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
         if not self.training:
             return super().forward(x)
         x32 = x.float()
-        n = torch.full((1,), float(x.numel() // x.shape[1]), device=x.device)
-        sums = cast(Tensor, _AllReduceSum.apply(torch.cat([x32.sum((0, 2, 3)), n]), self.world))
-        total, n = torch.split(sums, [x.shape[1], 1])
-        mean = total / n  # (C,)
-        centred = x32 - mean[:, None, None]
-        variance = cast(Tensor, _AllReduceSum.apply(centred.square().sum((0, 2, 3)), self.world)) / n
+        if self.world.size == 1:
+            n = torch.full((1,), float(x.numel() // x.shape[1]), device=x.device)
+            mean = x32.sum((0, 2, 3)) / n  # (C,)
+            centred = x32 - mean[:, None, None]
+            variance = centred.square().sum((0, 2, 3)) / n
+        else:
+            mean, variance, n = cast(tuple[Tensor, Tensor, Tensor], _SharedStatistics.apply(x32, self.world))
+            centred = x32 - mean[:, None, None]
         if self.track_running_stats and self.running_mean is not None and self.running_var is not None:
             assert self.momentum is not None
             with torch.no_grad():
