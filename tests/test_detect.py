@@ -21,7 +21,7 @@ from resnetlab.data import box_dataset
 from resnetlab.data.annotated_sampler import AnnotatedLoader, AugmentationDraw, flip_boxes, flip_image
 from resnetlab.distributed import World
 from resnetlab.errors import ModelFileError, UsageError
-from resnetlab.inference.localization import box_around_peak, box_overlap
+from resnetlab.inference.localization import box_around_peak
 from resnetlab.models.annotated_model import load_annotated
 from resnetlab.models.detection import RegionHeads, build_detector, reorder_classes
 from resnetlab.models.head_spec import DetectionOptions, DetectorSpec
@@ -432,7 +432,6 @@ def test_the_box_of_a_heat_map_surrounds_its_maximum() -> None:
     heat[5:9, 10:16], heat[15:19, 20:29] = 1.0, 0.9  # two regions; the second is larger
     heat[6, 12] = 1.5
     assert box_around_peak(heat).tolist() == [10, 5, 16, 9]
-    assert box_overlap(torch.tensor([0.0, 0, 10, 10]), torch.tensor([5.0, 0, 15, 10])) == pytest.approx(1 / 3)
 
 
 def test_localise_compares_a_classifier_with_boxes(

@@ -68,6 +68,7 @@ def test_processes_share_the_images_and_go_on_after_a_crash(
             predict(patch, 1, 2, *words)
     before = {file: file.read_bytes() for file in written}
     assert len(read_lines(parts)) == 48  # three parts of 16
+    (parts / "part-old.jsonl").write_text("")  # a user's own file
     for rank in range(3):  # another number of processes
         assert predict(monkeypatch, rank, 3, *words) == 0
     lines = read_lines(parts)

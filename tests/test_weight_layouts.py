@@ -306,3 +306,9 @@ def test_a_mean_for_every_pixel(tmp_path: Path) -> None:
     (tmp_path / "True.binaryproto").write_bytes(b"\x2a\xff\x7f" + bytes(8))
     with pytest.raises(ModelFileError, match=r"is not a mean of images .it is truncated"):
         load("True.binaryproto")
+    header = (
+        np.lib.format.magic(1, 0) + b"v\x00{'descr': '<f4', 'fortran_order': False, 'shape': (99999999, 99999, 3), }"
+    )
+    (tmp_path / "last.npy").write_bytes(header.ljust(128, b" ")[:127] + b"\n")  # no array of this size is made
+    with pytest.raises(ModelFileError, match=r"is not a mean of images .is damaged: it is cut short"):
+        load("last.npy")

@@ -27,9 +27,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from resnetlab.inference.annotated import AnnotatedPrediction, Detector, Segmenter
-    from resnetlab.inference.images import ImageInput
+    from resnetlab.inference.images import ImageInput, NamedImage
     from resnetlab.inference.predict import Model, Prediction
-    from resnetlab.inference.prediction_parts import NamedImage
 
 CLASSIFIER_PREDICTION = {"top", "backend", "calibrate", "sort_into", "protocol"}  # options that only classifiers have
 DETECTOR_OPTIONS = {"scales", "refine"}

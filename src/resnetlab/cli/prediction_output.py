@@ -15,8 +15,9 @@ from resnetlab.errors import DataError, UsageError
 from resnetlab.stopping import check_stop
 
 if TYPE_CHECKING:
+    from resnetlab.inference.images import NamedImage
     from resnetlab.inference.predict import Prediction
-    from resnetlab.inference.prediction_parts import NamedImage, PartFolder
+    from resnetlab.inference.prediction_parts import PartFolder
 
 OUTPUT_SUFFIXES = {".csv": "csv", ".json": "json", ".jsonl": "jsonl", ".parquet": "parquet", ".txt": "table"}
 

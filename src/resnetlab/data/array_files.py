@@ -44,7 +44,7 @@ def read_array(content: bytes, channels: int = 0, max_pixels: int = 0) -> NDArra
     """
     limit = max_pixels or 2 * (Image.MAX_IMAGE_PIXELS or 2**40)
     if content.startswith(NPY):
-        array: NDArray[Any] | None = put_channels_last(_read_npy(content), channels)
+        array: NDArray[Any] | None = put_channels_last(read_npy(content), channels)
     elif content.startswith(TIFF):
         array = _read_tiff(content, channels, limit)
     else:
@@ -116,7 +116,8 @@ def put_channels_last(array: NDArray[Any], channels: int) -> NDArray[Any]:
     raise DataError(f"is an array of {shape}, which does not tell its channels; give their number: --set channels=N.")
 
 
-def _read_npy(content: bytes) -> NDArray[Any]:
+def read_npy(content: bytes) -> NDArray[Any]:
+    """The array of a .npy; raises DataError where its header promises more than it has, ValueError for another file."""
     stream = io.BytesIO(content)
     version = np.lib.format.read_magic(stream)
     read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0

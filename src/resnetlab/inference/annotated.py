@@ -27,7 +27,7 @@ from resnetlab.evaluation.detection import (
 )
 from resnetlab.evaluation.segmentation import compute_segmentation_metrics, segment_image
 from resnetlab.formatting import format_list
-from resnetlab.inference.images import ImageInput, expand_images, get_name, is_many, read_image
+from resnetlab.inference.images import ImageInput, NamedImage, expand_images, get_name, is_many, read_image
 from resnetlab.models.annotated_model import AnnotatedModel, load_annotated
 from resnetlab.models.head_spec import DetectionOptions, DetectorSpec, SegmenterSpec
 
@@ -93,7 +93,7 @@ class AnnotatedPredictor(ABC):
         name = type(self).__name__
         return f"{name}({self.path}, {len(self.classes)} classes: {format_list(self.classes, 3)}, {self.device})"
 
-    def predictions(self, images: Iterable[tuple[str, ImageInput | DataError]]) -> Iterator[AnnotatedPrediction]:
+    def predictions(self, images: Iterable[NamedImage]) -> Iterator[AnnotatedPrediction]:
         """Predicts named images in order; an unreadable image, or an error in place of one, gives its error."""
         for name, image in images:
             try:

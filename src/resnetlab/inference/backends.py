@@ -103,9 +103,8 @@ def select_backend(
         return _load_folded_network(model, request, select_device(request.precision, str(device)))
     few = request.num_images is not None and request.num_images <= FEW_IMAGES
     if few and request.backend == "auto" and request.precision != "int8":
-        torch_backend = _build_backend(ExportGraphs(model), "torch", request.precision.replace("auto", "fp32"))
         reason = f"for {FEW_IMAGES} images or fewer building another takes longer than it saves"
-        return replace(torch_backend, reason=reason)
+        return _build_backend(ExportGraphs(model), "torch", request.precision.replace("auto", "fp32"), reason)
     request = _complete_request(model, request)
     candidates = _find_candidates(request)
     graphs = ExportGraphs(model, request.calibration_images)
@@ -186,11 +185,11 @@ def _find_candidates(request: BackendRequest) -> list[tuple[str, tuple[str, ...]
     return found
 
 
-def _build_backend(graphs: ExportGraphs, name: str, precision: str) -> LoadedBackend:
-    """Builds and starts one backend, without a reason yet."""
+def _build_backend(graphs: ExportGraphs, name: str, precision: str, reason: str = "") -> LoadedBackend:
+    """Builds and starts one backend."""
     backend, _ = BACKENDS[name]
     program = backend.build(graphs, precision)
-    return LoadedBackend(name, precision, backend.start(program, graphs.model, precision), "", program)
+    return LoadedBackend(name, precision, backend.start(program, graphs.model, precision), reason, program)
 
 
 def _load_cached(cache: BackendCache, model: TrainedModel, request: BackendRequest) -> LoadedBackend | None:
@@ -210,7 +209,7 @@ def _load_cached(cache: BackendCache, model: TrainedModel, request: BackendReque
         agreement = Agreement.between(predict(images), compute_reference_scores(model, images))
     except Exception:  # the runtimes raise errors of many types
         return None
-    # a backend that was asked for is used whatever its agreement, which its reason tells
+    # a backend that was asked for is used whatever its agreement, which its reason states
     wanted = request.backend != "auto" and (str(agreement) in reason or request.check_images is None)
     if not wanted and not agreement.within(*PARITY_BOUNDS[precision]):
         return None
@@ -224,18 +223,15 @@ def _select(
     if check_images is None or not len(check_images):
         if request.backend == "auto":
             precision = "fp32" if request.precision == "auto" else precision
-            return replace(
-                _build_backend(graphs, name, precision),
-                reason="there are no reference images to compare other backends on",
-            )
-        return replace(_build_backend(graphs, name, precision), reason="as requested")
+            reason = "there are no reference images to compare other backends on"
+            return _build_backend(graphs, name, precision, reason)
+        return _build_backend(graphs, name, precision, "as requested")
     expected = compute_reference_scores(graphs.model, check_images)
     if request.backend != "auto":
         built = _build_backend(graphs, name, precision)
         agreement = Agreement.between(built.predict(check_images), expected)
-        return replace(
-            built, reason=f"as requested; {agreement} with torch fp32 on {len(check_images)} reference images"
-        )
+        reason = f"as requested; {agreement} with torch fp32 on {len(check_images)} reference images"
+        return replace(built, reason=reason)
     return _select_fastest(graphs, candidates, check_images, expected)
 
 
@@ -260,7 +256,7 @@ def _select_fastest(
                 break
             rejected.append(f"{name} {precision} does not agree ({agreement})")
     if not agreeing:
-        return replace(_build_backend(graphs, "torch", "fp32"), reason="; ".join(rejected))
+        return _build_backend(graphs, "torch", "fp32", "; ".join(rejected))
     pixels = check_images[torch.arange(TIMED_BATCH) % len(check_images)]  # (TIMED_BATCH, h, w, C)
     times = measure_seconds([built.predict for built, _ in agreeing], pixels)
     (best, (fastest, agreement)), *rest = sorted(zip(times, agreeing, strict=True), key=lambda row: row[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+from collections import deque
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -75,19 +76,16 @@ def _read(split: Split, i: int) -> ImageInput | DataError:
 
 def embed_rows(model: Model, images: Iterable[tuple[str, tuple[str, str, Any]]]) -> Iterator[EmbeddingRow]:
     """The features of (name, (split, class, image)), in order, at the speed of predictions."""
-    about: list[tuple[str, str]] = []
+    ahead = deque[tuple[str, str]]()  # split and class of the images that are decoded ahead
 
     def remember() -> Iterator[tuple[str, Any]]:
         for name, (split, label, image) in images:
-            about.append((split, label))
+            ahead.append((split, label))
             yield name, image
 
-    for i, (name, found) in enumerate(model.embeddings(remember())):
-        split, label = about[i]
-        if isinstance(found, str):
-            yield EmbeddingRow(name, split, label, None, found)
-        else:
-            yield EmbeddingRow(name, split, label, found)
+    for name, found in model.embeddings(remember()):
+        features, error = (None, found) if isinstance(found, str) else (found, "")
+        yield EmbeddingRow(name, *ahead.popleft(), features, error)
 
 
 def write_features(path: Path, rows: Iterator[EmbeddingRow], part: int = 4096) -> tuple[int, dict[str, str]]:
@@ -175,6 +173,12 @@ def _read_parquet_columns(path: Path) -> dict[str, Any]:
     return {key: table.column(key).to_pylist() for key in ("image", "split", "class")} | {"features": values}
 
 
+def _to_columns(rows: list[EmbeddingRow]) -> tuple[dict[str, list[str]], Tensor]:
+    """Image, split and class of readable rows, and their features (n, C)."""
+    columns = {"image": [r.image for r in rows], "split": [r.split for r in rows], "class": [r.label for r in rows]}
+    return columns, torch.stack([row.features for row in rows if row.features is not None])
+
+
 class _ParquetWriter:
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -184,11 +188,9 @@ class _ParquetWriter:
         import pyarrow
         import pyarrow.parquet
 
-        features = pyarrow.array(
-            [row.features.tolist() for row in rows if row.features is not None], pyarrow.list_(pyarrow.float32())
-        )
-        columns = {"image": [r.image for r in rows], "split": [r.split for r in rows], "class": [r.label for r in rows]}
-        table = pyarrow.table({**columns, "features": features})
+        columns, features = _to_columns(rows)
+        vectors = pyarrow.array(features.tolist(), pyarrow.list_(pyarrow.float32()))
+        table = pyarrow.table({**columns, "features": vectors})
         if self._writer is None:
             self._writer = pyarrow.parquet.ParquetWriter(self._path, table.schema)
         self._writer.write_table(table)
@@ -206,12 +208,7 @@ class _NpzWriter:
         self._rows += rows
 
     def close(self) -> None:
-        features = torch.stack([row.features for row in self._rows if row.features is not None]).numpy()
-        columns = {
-            "image": [r.image for r in self._rows],
-            "split": [r.split for r in self._rows],
-            "class": [r.label for r in self._rows],
-        }
+        columns, features = _to_columns(self._rows)
         arrays: dict[str, Any] = {key: np.array(values) for key, values in columns.items()}
         with open(self._path, "wb") as file:
-            np.savez(file, features=features, **arrays)
+            np.savez(file, features=features.numpy(), **arrays)

@@ -4,36 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from resnetlab.device import DeviceConfig, eval_mode, standard_torch_state
+from resnetlab.device import eval_mode, standard_torch_state
 from resnetlab.evaluation.gradcam import draw_overlay, grad_cam
 from resnetlab.inference.classes import top_classes
 from resnetlab.models.contributions import measure_contributions
 from resnetlab.models.lesion import removable_blocks, remove_blocks
 from resnetlab.models.model_file import compute_scores
-from resnetlab.models.resnet import ResNet
-from resnetlab.preprocessing import Preprocessing
 
-
-class Model(Protocol):
-    """What is needed of a classifier on its device (inference.predict)."""
-
-    classes: tuple[str, ...]
-    preprocessing: Preprocessing
-    temperature: float
-    device_config: DeviceConfig
-
-    @property
-    def resnet(self) -> ResNet: ...
-
-    @property
-    def multi_label(self) -> bool:
-        """Whether an image may have several classes, or none."""
+if TYPE_CHECKING:
+    from resnetlab.inference.predict import Model
 
 
 @dataclass(frozen=True)
@@ -106,12 +91,12 @@ def explain(
     with eval_mode(net), device_config.autocast():
         x = model.preprocessing.normalise(pixels[None].to(device_config.device))  # (1, C, h, w)
         heat, logits = grad_cam(net, x)
-        scores = _softmax(model, logits)
+        scores = _score_one(model, logits)
         first = int(scores.argmax())
         ratios = measure_contributions(net, x)
         lesions: dict[str, Tensor] = {}
         for i, name in enumerate(removable, 1):
-            lesions[name] = _softmax(model, remove_blocks(net, name)(x))
+            lesions[name] = _score_one(model, remove_blocks(net, name)(x))
             if progress is not None:
                 progress(i, len(removable))
     effects = tuple(
@@ -126,7 +111,7 @@ def explain(
     return Explanation(top_classes(model.classes, scores, top), pixels, heat[0].cpu(), effects)
 
 
-def _softmax(model: Model, logits: Tensor) -> Tensor:
+def _score_one(model: Model, logits: Tensor) -> Tensor:
     """Calibrated scores of one image, float32 (classes,); equal ones for a lesion that overflows."""
     scores = compute_scores(logits[0].float().cpu() / model.temperature, model.multi_label, 0)
     return scores if bool(scores.isfinite().all()) else torch.full_like(scores, 1 / len(scores))

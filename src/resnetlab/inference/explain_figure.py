@@ -7,6 +7,7 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 from resnetlab.evaluation.gradcam import MIN_SIDE
+from resnetlab.formatting import format_percent
 from resnetlab.preprocessing import render_pixels
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ def _draw_scores(ax: Axes, explanation: Explanation) -> None:
     ax.barh(range(len(top)), [score for _, score in top], height=0.22, color=[BLUE] + [MUTED] * (len(top) - 1))
     for i, (name, score) in enumerate(top):
         ax.text(0, i - 0.2, _printable(name, 26), va="bottom")
-        ax.text(1, i - 0.2, f"{100 * score:.1f} %", va="bottom", ha="right", color=MUTED)
+        ax.text(1, i - 0.2, format_percent(score, 1), va="bottom", ha="right", color=MUTED)
     ax.set(xlim=(0, 1), ylim=(4.6, -0.75))
     ax.set_title("its prediction", color=MUTED)
     ax.set_axis_off()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Sequence
 from itertools import cycle, islice
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +24,7 @@ from resnetlab.models.model_file import TrainedModel
 from resnetlab.models.reference_images import exclude_images, spread_positions
 from resnetlab.preprocessing import Preprocessing, pil_to_tensor, tensor_to_pil
 
+T = TypeVar("T")
 MAX_IMAGES = 256  # of each kind
 MAX_VALUES = 2**28  # limit for all images at their own sizes
 STRETCHES = ((1.0, 1.0), (1.5, 1.5), (1.2, 1.0), (2.5, 2.5), (1.3, 1.6))  # (height, width), of the network's input size
@@ -46,12 +49,12 @@ def load_export_images(
     if data is not None:
         source = sources.load_dataset(data, data_dir, ReadOptions(multi_label=True))
         source = source.with_pixel_format(common_pixel_format([model]))
-        check = list(_read_check_images(source.test, preprocessing))
-        calibration = list(_read_check_images(source.train, preprocessing))
+        check, calibration = (_read_split(split, preprocessing) for split in (source.test, source.train))
     elif folder is not None:
         if not folder.is_dir():
             raise DataError(f"{folder} is not a folder; --images takes a folder of images.")
-        images = list(_read_folder(folder, preprocessing))
+        found = islice(list_images(folder), 2 * MAX_IMAGES)
+        images = _read_bounded(found, lambda f: preprocessing.to_pixels(read_input(f, preprocessing)), 2 * MAX_VALUES)
         check, calibration = images[::2], images[1::2]
     elif model.reference_images is not None:
         return _stretch(model.reference_images.check), model.reference_images.training
@@ -65,29 +68,24 @@ def load_export_images(
     return check, exclude_images(_resize_and_crop(calibration, preprocessing), _resize_and_crop(check, preprocessing))
 
 
-def _read_check_images(split: Split, preprocessing: Preprocessing) -> Iterator[Tensor]:
-    total = 0
-    for i in spread_positions(len(split), MAX_IMAGES, 1):
-        try:
-            image = split.read_image(i)
-            image = image if image.is_floating_point() else preprocessing.to_pixels(tensor_to_pil(image))
-        except DataError:
-            continue
-        if (total := total + image.numel()) > MAX_VALUES:
-            return
-        yield image
+def _read_split(split: Split, preprocessing: Preprocessing) -> list[Tensor]:
+    def read(i: int) -> Tensor:
+        image = split.read_image(i)
+        return image if image.is_floating_point() else preprocessing.to_pixels(tensor_to_pil(image))
+
+    return _read_bounded(spread_positions(len(split), MAX_IMAGES, 1), read, MAX_VALUES)
 
 
-def _read_folder(folder: Path, preprocessing: Preprocessing) -> Iterator[Tensor]:
-    total = 0
-    for found in islice(list_images(folder), 2 * MAX_IMAGES):
-        try:
-            image = preprocessing.to_pixels(read_input(found, preprocessing))
-        except DataError:
-            continue
-        if (total := total + image.numel()) > 2 * MAX_VALUES:
-            return
-        yield image
+def _read_bounded(items: Iterable[T], read: Callable[[T], Tensor], limit: int) -> list[Tensor]:
+    """The readable images, (H, W, C) each, until they have more than `limit` values together."""
+    images, total = [], 0
+    for item in items:
+        with contextlib.suppress(DataError):
+            image = read(item)
+            if (total := total + image.numel()) > limit:
+                break
+            images.append(image)
+    return images
 
 
 def _stretch(images: Tensor) -> list[Tensor]:

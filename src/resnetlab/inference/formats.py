@@ -83,8 +83,8 @@ def _write_torch(graphs: ExportGraphs, precision: str, file: Path) -> None:
 
 
 def _open_torch(file: Path) -> PredictFn:
-    module: Any = torch.export.load(str(file)).module()
-    return lambda pixels: module(pixels)
+    module: PredictFn = torch.export.load(str(file)).module()
+    return module
 
 
 def _start_torch(program: bytes, model: TrainedModel, precision: str) -> PredictFn:

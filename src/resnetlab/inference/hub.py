@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from resnetlab.errors import ModelFileError, RunError, UsageError, missing_package
-from resnetlab.formatting import format_count, format_split
+from resnetlab.formatting import format_count, format_percent, format_split
 from resnetlab.models.cost import count_parameters
 from resnetlab.models.model_file import TrainedModel, load_trained_model
 from resnetlab.models.own_network import OwnNetwork, own_network_error
@@ -185,7 +185,7 @@ def make_model_card(model: TrainedModel, name: str) -> str:
 
 def _format_metrics(metrics: Any) -> list[str]:
     rows = [
-        f"| {_escape(format_split(str(split)).replace('_', '-'))} | {values['n']:,} | {100 * values['top1_error']:.2f} % |"
+        f"| {_escape(format_split(str(split)).replace('_', '-'))} | {values['n']:,} | {format_percent(values['top1_error'])} |"
         for split, values in metrics.items()
         if all(isinstance(values.get(key), int | float) for key in ("n", "top1_error"))
     ]

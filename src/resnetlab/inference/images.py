@@ -30,6 +30,7 @@ from resnetlab.preprocessing import Preprocessing
 # a file is a path, an address, the bytes of an encoded image in any buffer, or an open binary file; arrays are (H, W),
 # (H, W, C) or (C, H, W), or the bytes of a file
 ImageInput = Any
+NamedImage = tuple[str, "ImageInput | DataError"]
 KINDS = (
     "a path, an address, the bytes of a file, an open file, a Pillow image, a NumPy array or a tensor, or a list, a folder "
     "or a pattern of them"
@@ -52,7 +53,7 @@ def is_many(images: Any) -> bool:
     )
 
 
-def expand_images(images: Any) -> Iterator[tuple[str, ImageInput | DataError]]:
+def expand_images(images: Any) -> Iterator[NamedImage]:
     """Yields the name of each image and the image, or a DataError in its place; folders are listed lazily.
 
     Raises UsageError for a pattern that matches nothing.
@@ -172,7 +173,7 @@ class _TarMember:
             return file.read(self.size)
 
 
-def _list_members(tar: Path) -> Iterator[tuple[str, ImageInput | DataError]]:
+def _list_members(tar: Path) -> Iterator[NamedImage]:
     """The images in a tar, in its order, named TAR/MEMBER; a damaged tar ends with an error."""
     try:
         with tarfile.open(tar, "r:", tarinfo=BoundedHeader) as file:

@@ -23,12 +23,8 @@ from resnetlab.preprocessing import Preprocessing
 
 CHANNEL_ORDERS = ("rgb", "bgr")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-IMAGENET_SOURCES = (
-    "torchvision",
-    "timm",
-    "mmpretrain",
-    "transformers",
-)  # their ResNets take IMAGENET_MEAN and IMAGENET_STD
+# their ResNets take IMAGENET_MEAN and IMAGENET_STD
+IMAGENET_SOURCES = ("torchvision", "timm", "mmpretrain", "transformers")
 
 
 @dataclass(frozen=True, kw_only=True)

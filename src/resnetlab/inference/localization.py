@@ -59,6 +59,8 @@ def localize_objects(
     Raises:
         DataError, UsageError: the data are invalid or have no boxes.
     """
+    from torchvision.ops import box_iou
+
     dataset = box_dataset.load_boxes(data)
     _, images = select_split(dataset, split)
     match_class = bool(set(dataset.classes) & set(model.classes))
@@ -68,12 +70,8 @@ def localize_objects(
     for done, image in enumerate(with_boxes, 1):
         heat, scores = localize_class(model, image.read_pixels())
         predicted_class, box = model.classes[int(scores.argmax())], box_around_peak(heat)
-        boxes = [
-            true_box
-            for true_box, label in zip(image.boxes, image.labels.tolist(), strict=True)
-            if not match_class or dataset.classes[label] == predicted_class
-        ]
-        iou = max((box_overlap(box, other) for other in boxes), default=0.0)
+        of_class = [not match_class or dataset.classes[label] == predicted_class for label in image.labels.tolist()]
+        iou = max(box_iou(box[None], image.boxes[torch.tensor(of_class)])[0].tolist(), default=0.0)
         yield LocalizationResult(image, predicted_class, float(scores.max()), box, iou)
         on_progress(done, len(with_boxes))
 
@@ -100,12 +98,6 @@ def box_around_peak(heat: Tensor) -> Tensor:
     components, _ = ndimage.label(values >= PEAK_FRACTION * values.max())
     rows, columns = np.nonzero(components == components.flat[int(values.argmax())])
     return torch.tensor([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1], dtype=torch.float32)
-
-
-def box_overlap(a: Tensor, b: Tensor) -> float:
-    """Intersection over union of two boxes (4,)."""
-    intersection = (torch.minimum(a[2:], b[2:]) - torch.maximum(a[:2], b[:2])).clamp_min(0).prod()
-    return float(intersection / ((a[2:] - a[:2]).prod() + (b[2:] - b[:2]).prod() - intersection))
 
 
 def summarize_localization(results: list[LocalizationResult]) -> dict[str, Any]:

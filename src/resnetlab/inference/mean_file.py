@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from resnetlab.errors import ModelFileError, UsageError
+from resnetlab.data.array_files import read_npy
+from resnetlab.errors import DataError, ModelFileError, UsageError
 
 SUFFIXES = (".npy", ".binaryproto")
 MAX_BYTES = 2**27
@@ -36,9 +37,8 @@ def read_mean_file(path: Path, channels: int, channel_order: str) -> tuple[Tenso
         raise ModelFileError(f"--mean-file {path} cannot be read ({error.strerror}).") from error
     caffe = path.suffix == ".binaryproto"
     try:
-        array = _read_blob(content) if caffe else np.load(path, allow_pickle=False)
-        mean = torch.from_numpy(np.array(array, dtype=np.float32))
-    except (ValueError, TypeError, OSError, EOFError, IndexError) as error:
+        mean = torch.from_numpy(np.array(_read_blob(content) if caffe else read_npy(content), dtype=np.float32))
+    except (ValueError, TypeError, OSError, EOFError, IndexError, DataError) as error:
         raise ModelFileError(f"--mean-file {path} is not a mean of images ({error}); write it again.") from error
     if mean.ndim == 3 and (caffe or mean.shape[2] != channels) and mean.shape[0] == channels:
         mean = mean.permute(1, 2, 0)

@@ -42,9 +42,7 @@ class Agreement:
         """Compares two tables of scores, (N, classes) each; scores that are not finite agree with nothing."""
         if scores.shape != expected.shape or not bool(scores.isfinite().all()):
             return Agreement(0.0, 1.0)
-        reference = expected.gather(1, scores.argmax(1, keepdim=True))[
-            :, 0
-        ]  # the reference's score of that class; (N,)
+        reference = expected.gather(1, scores.argmax(1, keepdim=True)).squeeze(1)  # its score of that class; (N,)
         same = (reference >= expected.amax(1) - TIE).float().mean()
         return Agreement(float(same), float((scores - expected).abs().max()))
 

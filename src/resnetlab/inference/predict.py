@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -13,7 +12,15 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor, nn
 
-from resnetlab.device import DeviceConfig, count_cores, eval_mode, select_device, standard_torch_state, to_device
+from resnetlab.device import (
+    DeviceConfig,
+    count_cores,
+    eval_mode,
+    map_in_order,
+    select_device,
+    standard_torch_state,
+    to_device,
+)
 from resnetlab.errors import DataError, ModelFileError, UsageError, python_messages, unknown_name_error
 from resnetlab.evaluation.calibration import NONE
 from resnetlab.evaluation.protocols import Protocol, parse_protocol
@@ -22,12 +29,22 @@ from resnetlab.formatting import html_table
 from resnetlab.inference.backends import BackendRequest, LoadedBackend, load_network, select_backend
 from resnetlab.inference.classes import ClassScore, top_classes
 from resnetlab.inference.download import load_or_download
-from resnetlab.inference.images import ImageInput, decode_input, expand_images, get_name, is_many, read_input
+from resnetlab.inference.images import (
+    ImageInput,
+    NamedImage,
+    decode_input,
+    expand_images,
+    get_name,
+    is_many,
+    read_input,
+)
 from resnetlab.models.fold import fold_batchnorm
 from resnetlab.models.model_file import TrainedModel
 from resnetlab.models.own_network import Network
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from resnetlab.evaluation.evaluate import Evaluation
     from resnetlab.inference.explain import Explanation
 
@@ -100,8 +117,8 @@ class Prediction:
 
     def describe(self) -> str:
         """The classes and scores, or the error, in one line."""
-        said = [NONE] * self.is_none + ([f"[{'; '.join(self.labels)}]"] if self.labels else [])
-        return self.error or "  ".join(said + [str(each) for each in self.top])
+        labels = [NONE] * self.is_none + ([f"[{'; '.join(self.labels)}]"] if self.labels else [])
+        return self.error or "  ".join(labels + [str(each) for each in self.top])
 
     def to_pandas(self) -> Any:
         """A pandas DataFrame, a row for each class. Raises UsageError without pandas."""
@@ -228,7 +245,7 @@ class Model(TrainedModel):
 
     def _read_images(self, images: Sequence[ImageInput]) -> Tensor | None:
         """The readable images (n, h, w, C); None if there is none."""
-        pixels = [x for image in images if isinstance(x := self._prepare_input(image), Tensor)]
+        pixels = [x for image in images if isinstance(x := self._prepare_input(image, self.preprocessing), Tensor)]
         return torch.stack(pixels) if pixels else None
 
     @python_messages()
@@ -246,8 +263,7 @@ class Model(TrainedModel):
         """
         if is_many(image):
             return Predictions(self.predictions(image, top=top, protocol=protocol))
-        named = [(get_name(image), decode_input(image, self.preprocessing))]
-        return next(self.named_predictions(named, top=top, protocol=protocol))
+        return next(self.named_predictions(self._decode_named(image), top=top, protocol=protocol))
 
     __call__ = predict
 
@@ -257,7 +273,7 @@ class Model(TrainedModel):
 
     def named_predictions(
         self,
-        images: Iterable[tuple[str, ImageInput | DataError]],
+        images: Iterable[NamedImage],
         *,
         top: int | None = None,
         protocol: str | None = None,
@@ -270,56 +286,32 @@ class Model(TrainedModel):
             protocol: a test protocol, such as "flip" or "10crop" (evaluation.protocols), computed by torch; whole images are
                 in memory then, at most VIEWED at a time.
         """
-        top = self.default_top if top is None else top
-        if not isinstance(top, int) or isinstance(top, bool) or top < 1:
-            raise UsageError(f"top must be a whole number from 1 up, not {top!r}.")
-        if protocol is not None:
-            return self._predict_views(images, top, parse_protocol(protocol))
-        return self._predict_batches(images, top)
-
-    def _predict_views(
-        self, images: Iterable[tuple[str, ImageInput | DataError]], top: int, protocol: Protocol
-    ) -> Iterator[Prediction]:
-        member = Member.from_network(
-            self.net,
-            self.preprocessing,
-            self.device_config,
-            temperature=self.temperature,
-            multi_label=self.multi_label,
+        top = _check_top(self.default_top if top is None else top)
+        scores = (
+            compute_in_batches(self._decode_ahead(images), lambda pixels: self.predict_scores(torch.stack(pixels)))
+            if protocol is None
+            else self._score_views(images, parse_protocol(protocol))
         )
-        remaining = iter(images)
-        while group := list(islice(remaining, VIEWED)):
-            pixels: list[Tensor | str] = []
-            for _, image in group:
-                try:
-                    pixels.append(self.preprocessing.to_pixels(read_input(image, self.preprocessing)))
-                except (DataError, UsageError) as error:
-                    pixels.append(str(error))
-            readable = [x for x in pixels if isinstance(x, Tensor)]
-            scores = iter(score_images(member, readable, protocol, self.device_config)) if readable else iter(())
-            for (name, _), x in zip(group, pixels, strict=True):
-                if isinstance(x, str):
-                    yield Prediction(name, error=x)
-                else:
-                    yield self._make_prediction(name, next(scores), top)
+        return (self.make_prediction(name, found, top) for name, found in scores)
 
-    def _make_prediction(self, name: str, scores: Tensor, top: int) -> Prediction:
+    def _score_views(self, images: Iterable[NamedImage], protocol: Protocol) -> Iterator[tuple[str, Tensor | str]]:
+        member = Member.from_network(
+            self.net, self.preprocessing, self.device_config, temperature=self.temperature, multi_label=self.multi_label
+        )
+        decoded = ((name, self._prepare_input(image, self.preprocessing.to_pixels)) for name, image in images)
+        return compute_in_batches(
+            decoded, lambda pixels: score_images(member, pixels, protocol, self.device_config), VIEWED
+        )
+
+    def make_prediction(self, name: str, scores: Tensor | str, top: int) -> Prediction:
+        """The prediction of an image from its scores (classes,), or from the message of its error."""
+        if isinstance(scores, str):
+            return Prediction(name, error=scores)
         best = top_classes(self.classes, scores, top)
         if self.multi_label:
             labels = tuple(self.over_threshold(scores))
             return Prediction(name, best, is_none=not labels, labels=labels)
         return Prediction(name, best, is_none=best[0].score < self.none_below)
-
-    def _predict_batches(self, images: Iterable[tuple[str, ImageInput | DataError]], top: int) -> Iterator[Prediction]:
-        decoded = self._decode_ahead(images)
-        while group := list(islice(decoded, BATCH)):
-            pixels = [x for _, x in group if isinstance(x, Tensor)]
-            scores = iter(self.predict_scores(torch.stack(pixels)) if pixels else ())
-            for name, x in group:
-                if isinstance(x, str):
-                    yield Prediction(name, error=x)
-                else:
-                    yield self._make_prediction(name, next(scores), top)
 
     @standard_torch_state()
     def predict_scores(self, pixels: Tensor) -> Tensor:
@@ -336,25 +328,19 @@ class Model(TrainedModel):
         Raises DataError: an image is missing, damaged or not an image. UsageError: it has another type.
         """
         rows = []
-        named = (
-            expand_images(images) if is_many(images) else [(get_name(images), decode_input(images, self.preprocessing))]
-        )
-        for _, found in self.embeddings(named):
+        for _, found in self.embeddings(expand_images(images) if is_many(images) else self._decode_named(images)):
             if isinstance(found, str):
                 raise DataError(found)
             rows.append(found)
         return torch.stack(rows) if is_many(images) else rows[0]
 
-    def embeddings(self, images: Iterable[tuple[str, ImageInput | DataError]]) -> Iterator[tuple[str, Tensor | str]]:
+    def embeddings(self, images: Iterable[NamedImage]) -> Iterator[tuple[str, Tensor | str]]:
         """The name and the features (C,) of each image, or the message of its error, in order, in batches, by torch."""
         net = fold_batchnorm(self.net)
         self.device_config.place(net)
-        decoded = self._decode_ahead(images)
-        while group := list(islice(decoded, BATCH)):
-            pixels = [x for _, x in group if isinstance(x, Tensor)]
-            features = iter(self._compute_features(net, torch.stack(pixels)) if pixels else ())
-            for name, x in group:
-                yield name, x if isinstance(x, str) else next(features)
+        return compute_in_batches(
+            self._decode_ahead(images), lambda pixels: self._compute_features(net, torch.stack(pixels))
+        )
 
     @standard_torch_state()
     def _compute_features(self, net: Network, pixels: Tensor) -> Tensor:
@@ -363,25 +349,25 @@ class Model(TrainedModel):
             features = net.forward_features(x).mean((2, 3)).float().cpu()
         return features.clone()  # outside inference mode, so that people can train on them
 
-    def _decode_ahead(self, images: Iterable[tuple[str, ImageInput | DataError]]) -> Iterator[tuple[str, Tensor | str]]:
+    def _decode_ahead(self, images: Iterable[NamedImage]) -> Iterator[tuple[str, Tensor | str]]:
         """Decodes images in threads: (name, pixels (h, w, C) or an error message) of each, in order."""
-        remaining, pending = iter(images), deque[tuple[str, Future[Tensor | str]]]()
-        pool = ThreadPoolExecutor(min(16, count_cores()))
-        try:
-            for name, image in islice(remaining, PREFETCH):
-                pending.append((name, pool.submit(self._prepare_input, image)))
-            while pending:
-                name, future = pending.popleft()
-                for next_name, image in islice(remaining, 1):
-                    pending.append((next_name, pool.submit(self._prepare_input, image)))
-                yield name, future.result()
-        finally:  # also if the caller stops early
-            pool.shutdown(cancel_futures=True)
 
-    def _prepare_input(self, image: ImageInput | DataError) -> Tensor | str:
-        """Decodes and preprocesses an image: (h, w, C), or the error message."""
+        def prepare(named: NamedImage) -> tuple[str, Tensor | str]:
+            return named[0], self._prepare_input(named[1], self.preprocessing)
+
+        with ThreadPoolExecutor(min(16, count_cores())) as pool:
+            yield from map_in_order(pool, PREFETCH, prepare, images)
+
+    def _decode_named(self, image: ImageInput) -> list[NamedImage]:
+        """One image with its name, decoded: it raises what many would have as an error in their place."""
+        return [(get_name(image), decode_input(image, self.preprocessing))]
+
+    def _prepare_input(
+        self, image: ImageInput | DataError, prepare: Callable[[Image.Image | Tensor], Tensor]
+    ) -> Tensor | str:
+        """Decodes an image and prepares it: (h, w, C), or the error message."""
         try:
-            return self.preprocessing(read_input(image, self.preprocessing))
+            return prepare(read_input(image, self.preprocessing))
         except (DataError, UsageError) as error:  # of any kind: the other images are still predicted
             return str(error)
 
@@ -426,8 +412,7 @@ class Model(TrainedModel):
         """
         from resnetlab.inference.explain import explain
 
-        if not isinstance(top, int) or isinstance(top, bool) or top < 1:
-            raise UsageError(f"top must be a whole number from 1 up, not {top!r}.")
+        top = _check_top(top)
         return explain(self, self.preprocessing(read_input(image, self.preprocessing)), top=top)
 
     @python_messages()
@@ -464,6 +449,24 @@ class Model(TrainedModel):
             check_images, calibration_images = load_export_images(self, data, folder, Path(data_dir))
             export_model(self, to, precision, out, check_images, calibration_images)
         return out
+
+
+def compute_in_batches(
+    images: Iterable[tuple[str, Tensor | str]], compute: Callable[[list[Tensor]], Iterable[Tensor]], size: int = BATCH
+) -> Iterator[tuple[str, Tensor | str]]:
+    """The name of each image with its row of what `compute` gives for a batch; the message of an error stays in its place."""
+    remaining = iter(images)
+    while group := list(islice(remaining, size)):
+        pixels = [x for _, x in group if isinstance(x, Tensor)]
+        rows = iter(compute(pixels) if pixels else ())
+        for name, x in group:
+            yield name, x if isinstance(x, str) else next(rows)
+
+
+def _check_top(top: Any) -> int:
+    if not isinstance(top, int) or isinstance(top, bool) or top < 1:
+        raise UsageError(f"top must be a whole number from 1 up, not {top!r}.")
+    return top
 
 
 @standard_torch_state()

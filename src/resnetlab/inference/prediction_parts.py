@@ -19,18 +19,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from resnetlab.errors import DataError, UsageError
-from resnetlab.inference.images import ImageInput
+from resnetlab.errors import UsageError
+from resnetlab.inference.images import NamedImage
 from resnetlab.run_folder import RunFolder, hold_lock, write_error
 
 REQUEST = "predictions.json"
-SMALLEST, LARGEST, DOUBLED = (
-    16,
-    8192,
-    256,
-)  # images of the first parts, of the last; parts after which their size doubles
-
-NamedImage = tuple[str, "ImageInput | DataError"]
+SMALLEST, LARGEST = 16, 8192  # images of the first parts, and of the last
+DOUBLED = 256  # parts after which their size doubles
 
 
 class Part(NamedTuple):
@@ -74,7 +69,7 @@ class PartFolder:
 
         Raises UsageError if those that are there are of other images.
         """
-        there = {int(file.name.split("-")[1]): file for file in self.path.glob(f"part-*{self.suffix}")}
+        there = {int(file.name[5:11]): file for file in self.path.glob(f"part-{'[0-9]' * 6}-*{self.suffix}")}
         remaining, number = iter(images), -1
         for number in count():
             group = list(islice(remaining, min(LARGEST, SMALLEST << number // DOUBLED)))

@@ -52,9 +52,8 @@ class Resize(nn.Module):
         n = torch.minimum(positions[-1] + 1, longest)  # very narrow images are cropped as in `Preprocessing`
         begin = (positions[-1] + 1 - n) // 2
         length = self.side * n // short  # after the resize
-        i = torch.arange(size, device=positions.device).unsqueeze(dim) + _crop_start(
-            length, size
-        )  # (size, 1), of `length`
+        i = torch.arange(size, device=positions.device).unsqueeze(dim)
+        i = i + _crop_start(length, size)  # (size, 1), of `length`
         j = positions.unsqueeze(1 - dim) - begin  # (1, n)
         distance = (2 * i + 1) * n - (2 * j + 1) * length  # between centres, in units of 1 / (2 length) pixels
         weights = self.kernel(distance.abs().to(torch.float64) / (2 * torch.maximum(n, length)).to(torch.float64))

@@ -19,10 +19,7 @@ class Counters:
         )
         self.images = Counter("resnetlab_images", "Images run through the network.", registry=self._registry)
         self.batches = Histogram(
-            "resnetlab_batch_images",
-            "Images per batch.",
-            buckets=(1, 2, 4, 8, 16, 32, 64),
-            registry=self._registry,
+            "resnetlab_batch_images", "Images per batch.", buckets=(1, 2, 4, 8, 16, 32, 64), registry=self._registry
         )
         self.network = Histogram("resnetlab_batch_seconds", "Network time per batch.", registry=self._registry)
         self.in_flight = Gauge("resnetlab_in_flight", "Requests being answered.", registry=self._registry)

@@ -11,7 +11,7 @@ from starlette.requests import Request
 
 BUFFERED_BODIES = 16  # all bodies in memory together take at most as much as this many of the largest size
 DRAIN_FACTOR = (
-    8  # a refused body is read and discarded up to this many times the largest size, so that its sender gets the 413
+    8  # times the largest size: so much of a refused body is read and discarded, so that its sender gets the 413
 )
 MAX_IMAGES = 64  # per request
 

@@ -29,7 +29,6 @@ from resnetlab.inference.annotated import (
     class_shares,
     read_pixels,
 )
-from resnetlab.inference.classes import top_classes
 from resnetlab.inference.explain import explain
 from resnetlab.inference.open_model import open_model
 from resnetlab.inference.predict import Model
@@ -120,13 +119,10 @@ class ServedClassifier:
         return list(self._scores(torch.stack(list(images))))
 
     def format(self, image: Tensor, result: Tensor, top: int | None, min_score: float | None) -> dict[str, Any]:
-        several = self.model.multi_label
-        classes = top_classes(self.model.classes, result, top or self.model.default_top)
-        rows = [{"class": name, "score": score} for name, score in classes if score >= (min_score or 0)]
-        if several:
-            labels = self.model.over_threshold(result)
-            return {"top": rows, "labels": labels} | ({} if labels else {"none_of_these": True})
-        return {"top": rows} | ({"none_of_these": True} if classes[0].score < self.model.none_below else {})
+        found = self.model.make_prediction("", result, top or self.model.default_top).to_json()
+        rows = [row for row in found.pop("top") if row["score"] >= (min_score or 0)]
+        del found["image"]
+        return {"top": rows} | found
 
     def explain(self, image: Tensor, top: int | None, on_progress: Callable[[int, int], None]) -> dict[str, Any]:
         explanation = explain(self.model, image, top=top or 5, progress=on_progress)

@@ -144,6 +144,8 @@ def _decode_upload(
     name: str, content: bytes, prepare: Callable[[Any], Any], limits: Limits, pixel_format: PixelFormat
 ) -> Upload:
     try:
+        if not content:
+            raise RequestError(400, "the image is empty.")
         image = _read_stored(content, limits, pixel_format) if pixel_format.dtype else _decode_image(content, limits)
         height, width = image.shape[:2] if isinstance(image, Tensor) else (image.height, image.width)
         prepared, large = prepare(image), width * height > LARGE
@@ -157,18 +159,13 @@ def _decode_upload(
 
 def _read_stored(content: bytes, limits: Limits, pixel_format: PixelFormat) -> Tensor:
     """An image's values as stored, float32 (H, W, C)."""
-    if not content:
-        raise RequestError(400, "the image is empty.")
     try:
-        pixels = decode_as(content, "the image", pixel_format, limits.max_pixels)
+        return decode_as(content, "the image", pixel_format, limits.max_pixels)
     except DataError as error:
         raise RequestError(422, str(error)) from error
-    return pixels
 
 
 def _decode_image(content: bytes, limits: Limits) -> Image.Image:
-    if not content:
-        raise RequestError(400, "the image is empty.")
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:  # reads the header only
             width, height = image.size
