@@ -4,21 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from resnetlab.device import eval_mode, standard_torch_state
+from resnetlab.device import DeviceConfig, eval_mode, standard_torch_state
 from resnetlab.evaluation.gradcam import draw_overlay, grad_cam
 from resnetlab.inference.classes import top_classes
 from resnetlab.models.contributions import measure_contributions
 from resnetlab.models.lesion import removable_blocks, remove_blocks
 from resnetlab.models.model_file import compute_scores
+from resnetlab.models.resnet import ResNet
+from resnetlab.preprocessing import Preprocessing
 
-if TYPE_CHECKING:
-    from resnetlab.inference.predict import Model
+
+class Classifier(Protocol):
+    """What is needed of an `inference.predict.Model`, which imports this module."""
+
+    classes: tuple[str, ...]
+    preprocessing: Preprocessing
+    temperature: float
+    device_config: DeviceConfig
+
+    @property
+    def resnet(self) -> ResNet: ...
+
+    @property
+    def multi_label(self) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -77,7 +91,7 @@ class Explanation:
 
 @standard_torch_state()
 def explain(
-    model: Model, pixels: Tensor, *, top: int = 5, progress: Callable[[int, int], None] | None = None
+    model: Classifier, pixels: Tensor, *, top: int = 5, progress: Callable[[int, int], None] | None = None
 ) -> Explanation:
     """Explains the model's prediction for one image.
 
@@ -111,7 +125,7 @@ def explain(
     return Explanation(top_classes(model.classes, scores, top), pixels, heat[0].cpu(), effects)
 
 
-def _score_one(model: Model, logits: Tensor) -> Tensor:
+def _score_one(model: Classifier, logits: Tensor) -> Tensor:
     """Calibrated scores of one image, float32 (classes,); equal ones for a lesion that overflows."""
     scores = compute_scores(logits[0].float().cpu() / model.temperature, model.multi_label, 0)
     return scores if bool(scores.isfinite().all()) else torch.full_like(scores, 1 / len(scores))
