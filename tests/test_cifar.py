@@ -134,6 +134,23 @@ def test_a_local_archive_is_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert len(sources.load_dataset("cifar10", tmp_path / "data").train) == 5 * N
 
 
+def test_an_unpacking_that_was_interrupted_is_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "cifar-10-binary.tar.gz").write_bytes(archive(tmp_path, monkeypatch))
+
+    def extract_some(tar: tarfile.TarFile, place: Path, filter: str) -> None:
+        for member in tar.getmembers():
+            tar.extract(member, place, filter=filter)
+            if member.name.endswith("meta.txt"):
+                raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tarfile.TarFile, "extractall", extract_some)
+        with pytest.raises(KeyboardInterrupt):
+            sources.load_dataset("cifar10", tmp_path / "data")
+    assert len(sources.load_dataset("cifar10", tmp_path / "data").train) == 5 * N
+
+
 def test_without_a_network_the_error_names_the_folder(tmp_path: Path) -> None:
     with pytest.raises(
         DataError, match=r"CIFAR-100 is not under .*: put the binary version's folder cifar-100-binary \(fine"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import io
 import json
+import lzma
 import os
 import tarfile
 import zipfile
@@ -14,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from http_server import FileServer
-from resnetlab.data import archives, decode, pack, remote_shards, shards, tar_index
+from resnetlab.data import archives, decode, download, pack, remote_shards, shards, tar_index
 from resnetlab.errors import DataError, RunError
 from resnetlab.formatting import find_name_problem
 from resnetlab.run_folder import RunFolder, temporary_folder, write_atomically
@@ -249,6 +251,25 @@ def test_a_compressed_tar_unpacks_to_a_bounded_size(tmp_path: Path, monkeypatch:
     unpacked.unlink()
     load(packed_tar, tmp_path / "data")
     assert sorted((tmp_path / "data" / "archives").iterdir()) == [running, unpacked]  # a killed process's is removed
+
+
+@pytest.mark.parametrize(
+    ("suffix", "pack_bytes"), [("gz", gzip.compress), ("bz2", bz2.compress), ("xz", lzma.compress)]
+)
+def test_a_damaged_compressed_tar_is_named(suffix: str, pack_bytes: Callable[[bytes], bytes], tmp_path: Path) -> None:
+    content, file = bytearray(pack_bytes(os.urandom(2**14))), tmp_path / f"photos.tar.{suffix}"
+    content[len(content) // 2 :] = bytes(len(content) - len(content) // 2)
+    file.write_bytes(content)
+    with pytest.raises(DataError, match=rf"photos\.tar\.{suffix} is damaged .*; copy it again"):
+        load(file, tmp_path / "data")
+
+
+def test_a_damaged_record_of_a_download_counts_as_none(tmp_path: Path) -> None:
+    for record in ("[1, 2, 3]", '["a", "b", "c"]', '"abc"', "{}", "5"):
+        with FileServer({"a.tar": b"content"}) as server:
+            (tmp_path / ".a.tar.origin").write_text(record)
+            (tmp_path / "a.tar.part").write_bytes(b"old")
+            assert download.download_file(server.url + "a.tar", tmp_path / "a.tar").read_bytes() == b"content"
 
 
 def test_deeply_nested_json_in_a_shard_is_refused(tmp_path: Path) -> None:

@@ -21,9 +21,7 @@ from resnetlab.data.object_masks import parse_segmentation
 from resnetlab.data.text_files import read_bytes
 from resnetlab.errors import DataError
 
-MIN_EXTENT = (
-    0.01  # pixels: a narrower box was not drawn by anybody, and may be empty in float32 once the image is resized
-)
+MIN_EXTENT = 0.01  # pixels: a narrower box was drawn by nobody, and may be empty in float32 once the image is resized
 ROUNDING = 1e-3  # by which fractions of an image's side may be below 0 or above 1, since tools round them
 
 Box = tuple[float, float, float, float]

@@ -35,12 +35,7 @@ from resnetlab.formatting import format_list
 from resnetlab.run_folder import move_into_place, remove_old_temporary_files, write_error
 from resnetlab.stopping import check_stop
 
-COMPRESSED: dict[str, Callable[..., Any]] = {
-    ".gz": gzip.open,
-    ".tgz": gzip.open,
-    ".bz2": bz2.open,
-    ".xz": lzma.open,
-}
+COMPRESSED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".tgz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 MAX_RATIO, SMALL_ARCHIVE = 100, 2**30  # a compressed tar unpacks to at most so many times its size, or so many bytes
 PEEK = 64  # members of a tar: among so many, a shard has a label
 LOCAL_HEADER = 30  # bytes before the name of a zip's member; its last four are the lengths of name and extra field
@@ -181,10 +176,16 @@ def _find_splits(path: Path, names: list[str]) -> tuple[str, dict[str, int]]:
 
 
 def _copy_bounded(source: BinaryIO, target: BinaryIO, limit: int, path: Path) -> None:
-    """Copies what is decompressed; raises DataError if that is more than `limit` bytes."""
+    """Copies what is decompressed; raises DataError if it is damaged, or more than `limit` bytes."""
     written = 0
-    while chunk := source.read(2**20):
+    while True:
         check_stop()
+        try:
+            chunk = source.read(2**20)
+        except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:  # bz2 and gzip raise an OSError
+            raise DataError(f"{path} is damaged ({error}); copy it again.") from error
+        if not chunk:
+            return
         written += len(chunk)
         if written > limit:
             raise DataError(
@@ -196,8 +197,8 @@ def _copy_bounded(source: BinaryIO, target: BinaryIO, limit: int, path: Path) ->
 
 def _decompress(path: Path, data_dir: Path) -> Path:
     """The tar in a compressed file, decompressed into the data folder if it is not there yet."""
-    about = path.stat()
-    key = hashlib.sha256(f"{path.resolve()} {about.st_size} {about.st_mtime_ns}".encode()).hexdigest()[:12]
+    status = path.stat()
+    key = hashlib.sha256(f"{path.resolve()} {status.st_size} {status.st_mtime_ns}".encode()).hexdigest()[:12]
     target = data_dir / "archives" / f"{path.name.split('.')[0]}-{key}.tar"
     if target.is_file():
         return target
@@ -206,10 +207,8 @@ def _decompress(path: Path, data_dir: Path) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         remove_old_temporary_files(target)
         with COMPRESSED[path.suffix.lower()](path, "rb") as source, open(part, "wb") as file:
-            _copy_bounded(source, file, max(SMALL_ARCHIVE, MAX_RATIO * about.st_size), path)
+            _copy_bounded(source, file, max(SMALL_ARCHIVE, MAX_RATIO * status.st_size), path)
         move_into_place(part, target)
-    except (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile) as error:
-        raise DataError(f"{path} is damaged ({error}); copy it again.") from error
     except OSError as error:
         raise write_error(target, error) from error
     finally:

@@ -208,10 +208,8 @@ def _read_tiff_array(content: bytes, channels: int, limit: int) -> NDArray[Any]:
     elif array.ndim == 3 and channels == len(array):
         array = np.moveaxis(array, 0, -1)
     else:
-        shape, hint = (
-            "x".join(map(str, array.shape)),
-            f"; channels={len(array)} takes its pages as channels" * (array.ndim == 3),
-        )
+        shape = "x".join(map(str, array.shape))
+        hint = f"; channels={len(array)} takes its pages as channels" * (array.ndim == 3)
         raise DataError(f"has several pages ({shape}){hint}, or save the one that is the image.")
     return _turn_upright(array, 1 if orientation is None else int(orientation.value))
 

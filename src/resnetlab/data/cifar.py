@@ -7,7 +7,9 @@ the binary version is downloaded. The pickles of the Python version are read wit
 
 from __future__ import annotations
 
+import contextlib
 import io
+import os
 import pickle
 import tarfile
 from dataclasses import dataclass
@@ -21,7 +23,7 @@ from numpy.typing import NDArray
 from resnetlab.data import download
 from resnetlab.data.dataset import Dataset, MemorySplit
 from resnetlab.errors import DataError, RunError
-from resnetlab.run_folder import write_error
+from resnetlab.run_folder import temporary_folder, write_error
 
 SITE = "https://www.cs.toronto.edu/~kriz/"
 PIXELS = 3 * 32 * 32
@@ -76,36 +78,39 @@ def load_cifar(data_dir: Path, name: str = "cifar10") -> Dataset:
         for folder in (data_dir / version.folder, data_dir):
             if (folder / version.meta).is_file():
                 return _load_version(name, version, folder)
-    for version in VERSIONS[name]:
-        if (archive := data_dir / version.archive).is_file():
-            return _load_version(name, version, _unpack(archive, version, data_dir))
-    version = VERSIONS[name][0]
-    try:
-        with download.file_lock(archive := data_dir / version.archive):
-            if not archive.is_file():  # another process may have fetched it meanwhile
+    version = next((v for v in VERSIONS[name] if (data_dir / v.archive).is_file()), VERSIONS[name][0])
+    archive, folder = data_dir / version.archive, data_dir / version.folder
+    with contextlib.ExitStack() as lock:
+        try:
+            lock.enter_context(download.file_lock(archive))
+            if not archive.is_file():
                 url = SITE + version.archive
                 download.download_file(url, archive, download.md5_check(url, version.md5))
-    except (DataError, RunError) as error:
-        raise DataError(
-            f"{version.title} is not under {data_dir}: put the binary version's folder {version.folder} ({version.meta}, "
-            f"{version.train[0]} … {version.test[0]}) or its archive {version.archive} there, or give the folder with "
-            f"--data-dir ({str(error).rstrip('.')})."
-        ) from error
-    return _load_version(name, version, _unpack(archive, version, data_dir))
+        except (DataError, RunError) as error:
+            raise DataError(
+                f"{version.title} is not under {data_dir}: put the binary version's folder {version.folder} ({version.meta}, "
+                f"{version.train[0]} … {version.test[0]}) or its archive {version.archive} there, or give the folder with "
+                f"--data-dir ({str(error).rstrip('.')})."
+            ) from error
+        if not (folder / version.meta).is_file():  # another process may have unpacked it meanwhile
+            _unpack(archive, version, folder)
+    return _load_version(name, version, folder)
 
 
-def _unpack(archive: Path, version: CifarVersion, data_dir: Path) -> Path:
-    """Unpacks an archive if its checksum is the published one, and returns the folder."""
+def _unpack(archive: Path, version: CifarVersion, folder: Path) -> None:
+    """Unpacks an archive if its checksum is the published one; the file by which the folder is recognised comes last."""
     if download.compute_md5(archive) != version.md5:
         raise DataError(f"{archive} is damaged or another file: its MD5 is not {version.md5}; fetch it again.")
     try:
-        with tarfile.open(archive) as tar:
-            tar.extractall(data_dir, filter="data")
+        folder.mkdir(exist_ok=True)
+        with temporary_folder(folder.parent, ".unpack-") as place, tarfile.open(archive) as tar:
+            tar.extractall(place, filter="data")
+            for file in sorted((place / version.folder).iterdir(), key=lambda file: file.name == version.meta):
+                os.replace(file, folder / file.name)
     except tarfile.TarError as error:
         raise DataError(f"{archive} cannot be unpacked ({error}); fetch it again.") from error
     except OSError as error:
-        raise write_error(data_dir, error) from error
-    return data_dir / version.folder
+        raise write_error(folder, error) from error
 
 
 def _load_version(name: str, version: CifarVersion, folder: Path) -> Dataset:

@@ -175,10 +175,9 @@ def _fetch(url: str, part: Path, target: Path, check: Callable[[Path], None], li
         else:  # the server sends it from the start
             have = 0
             _write_version(target, now)
-        length = response.headers.get("Content-Length")
         chunks = _limit_size(url, iter(lambda: response.read(CHUNK), b""), limit)
         received = _append(chunks, part, "ab" if have else "wb")
-    return _check_arrived(part, check, have + received, None if length is None else have + int(length))
+    return _check_arrived(part, check, have + received, None if now.size < 0 else have + now.size)
 
 
 def _check_arrived(part: Path, check: Callable[[Path], None], received: int, size: int | None) -> None:
@@ -240,7 +239,8 @@ def _parse_headers(headers: Message) -> FileVersion:
 def _read_version(target: Path) -> FileVersion:
     """The recorded version of a file; an empty one if the record is missing or damaged."""
     try:
-        return FileVersion(*parse_json(target.with_name(f".{target.name}.origin").read_bytes()))
+        etag, last_modified, size = parse_json(target.with_name(f".{target.name}.origin").read_bytes())
+        return FileVersion(str(etag), str(last_modified), int(size))
     except (OSError, ValueError, TypeError):
         return FileVersion()
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass, field, replace
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -263,10 +264,6 @@ def _take(item: Any, position: int) -> Any:
     return item[position]
 
 
-def _take_column(row: Any, column: str) -> Any:
-    return row[column]
-
-
 class _Pixels(NamedTuple):
     """Images of one size, uint8 or float32 (N, H, W, C), and the type of values as stored."""
 
@@ -321,7 +318,7 @@ def _read_hugging_face(data: Any) -> tuple[Any, list[str], Any]:
         columns = ", ".join(data.column_names)
         raise UsageError(f"a data set has one column of images and one of labels, called label; these are {columns}.")
     names = getattr(data.features[labels[0]], "names", None)
-    return data, _label_texts(data[labels[0]], names), partial(_take_column, column=images[0])
+    return data, _label_texts(data[labels[0]], names), itemgetter(images[0])
 
 
 def _label_texts(labels: Any, names: Sequence[str] | None) -> list[str]:

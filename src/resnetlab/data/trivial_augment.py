@@ -38,11 +38,7 @@ OPERATIONS: dict[str, tuple[Callable[[PILImage, float], PILImage], float, bool]]
     "saturation": (lambda image, v: ImageEnhance.Color(image).enhance(1 + v), 0.99, True),
     "contrast": (lambda image, v: ImageEnhance.Contrast(image).enhance(1 + v), 0.99, True),
     "sharpness": (lambda image, v: ImageEnhance.Sharpness(image).enhance(1 + v), 0.99, True),
-    "posterize": (
-        lambda image, v: ImageOps.posterize(image, 8 - round(v)),
-        6,
-        False,
-    ),
+    "posterize": (lambda image, v: ImageOps.posterize(image, 8 - round(v)), 6, False),
     "solarize": (lambda image, v: ImageOps.solarize(image, 255 - v), 255, False),  # type: ignore[arg-type]
     "autocontrast": (lambda image, _: ImageOps.autocontrast(image), 0, False),
     "equalize": (lambda image, _: ImageOps.equalize(image), 0, False),

@@ -155,9 +155,7 @@ def _parse_object(item: ElementTree.Element, where: str) -> ObjectRecord:
     ignored = (item.findtext("difficult") or "").strip().lower() in TRUE
     polygon = item.find("polygon")
     if item.find("bndbox") is None and polygon is not None:
-        corners = sorted(
-            polygon, key=lambda corner: (int(re.sub(r"\D", "", corner.tag) or 0), corner.tag)
-        )  # x1, y1, x2, …
+        corners = sorted(polygon, key=lambda c: (int(re.sub(r"\D", "", c.tag) or 0), c.tag))  # x1, y1, x2, …
         return ObjectRecord(where, name, None, [[float(corner.text or "nan") for corner in corners]], ignored)
     x1, y1, x2, y2 = (_child_number(item, f"bndbox/{key}") for key in ("xmin", "ymin", "xmax", "ymax"))
     return ObjectRecord(where, name, (x1, y1, x2, y2), None, ignored)
