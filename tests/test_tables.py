@@ -21,6 +21,7 @@ from resnetlab.data.dataset import GROUP, Dataset
 from resnetlab.data.disk_split import ReadOptions
 from resnetlab.errors import DataError, UsageError
 from resnetlab.models.model_file import load_trained_model
+from shard_files import jpeg, tar
 from tiny_runs import TINY_PHOTOS
 
 
@@ -199,3 +200,25 @@ def test_commands_take_tables(photos: Path, tmp_path: Path, capsys: pytest.Captu
     assert json.loads(capsys.readouterr().out)["images"] == 12
     assert run_command(["data", "pack", str(table), str(tmp_path / "shards")]) == 0
     assert load(tmp_path / "shards").train.names == load(table).train.names
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_files_that_windows_wrote_are_read_everywhere(photos: Path, tmp_path: Path, encoding: str) -> None:
+    """A table, a quarantine list, and the classes beside folders and shards, as Excel, Notepad and PowerShell save them."""
+    table = write(tmp_path / "list.csv", [("path", "label"), *rows_of(photos)], encoding=encoding)
+    found = load(table)
+    assert found.all_images is not None and len(found.all_images) == 30 and found.classes == load(photos).classes
+    bad = found.all_images.name_of(3)
+    (tmp_path / "bad.txt").write_text(f"{bad}\n", encoding)
+    left = load(photos, quarantine=str(tmp_path / "bad.txt")).all_images
+    assert left is not None and len(left) == 29 and bad not in left.names
+    beside = folder(tmp_path / "named", {"": 3}, ("n01", "n02"))
+    (beside / "synset_words.txt").write_text("n01 größe\nn02 crane\n", encoding)
+    assert load(beside).classes == ("crane", "größe")
+    for split in ("train", "val"):
+        content = {
+            f"{i}.{kind}": value for i in range(4) for kind, value in (("jpg", jpeg(i)), ("cls", b"%d" % (i % 2)))
+        }
+        tar(tmp_path / "shards" / f"{split}-0.tar", {f"{split}{name}": value for name, value in content.items()})
+    (tmp_path / "shards" / "classes.txt").write_text("größe\ncrane\n", encoding)
+    assert load(tmp_path / "shards").classes == ("größe", "crane")

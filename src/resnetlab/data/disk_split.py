@@ -19,6 +19,7 @@ from torch import Tensor
 from resnetlab.data.dataset import Columns, select_rows
 from resnetlab.data.decode import check_file_size, check_regular_file, decode_as, find_pixel_format, is_complete
 from resnetlab.data.error_policy import ErrorPolicy
+from resnetlab.data.text_files import find_encoding
 from resnetlab.errors import DataError
 from resnetlab.formatting import parse_json
 from resnetlab.preprocessing import RGB, PixelFormat
@@ -152,7 +153,10 @@ class ReadOptions:
         if not self.quarantine:
             return frozenset()
         try:
-            text = Path(self.quarantine).read_bytes().decode("utf-8-sig", "surrogateescape")
+            content = Path(self.quarantine).read_bytes()
+            text = content.decode(find_encoding(content), "surrogateescape")  # names need not be UTF-8
+        except UnicodeDecodeError as error:
+            raise DataError(f"the quarantine list {self.quarantine} is damaged; save it as UTF-8.") from error
         except OSError as error:
             raise DataError(
                 f"the quarantine list {self.quarantine} cannot be read ({error.strerror}); make it with "

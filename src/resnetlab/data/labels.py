@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from resnetlab.data import imagenet
+from resnetlab.data.text_files import read_lines
 from resnetlab.errors import DataError
 from resnetlab.formatting import format_list, parse_json
 
@@ -39,7 +40,7 @@ def read_class_names(root: Path, folders: Sequence[str]) -> list[str]:
     file = _find_file(root, CLASS_FILES[:1] if is_imagenet else CLASS_FILES)
     if file is None:
         return [known[name] for name in folders] if is_imagenet else list(folders)
-    name_of = {line.strip(): line.strip() for line in _read_lines(file)}  # a line may be just a folder's name
+    name_of = {line: line for line in read_lines(file)}  # a line may be just a folder's name
     name_of |= dict(_read_class_file(file))
     if missing := [folder for folder in folders if folder not in name_of]:
         raise DataError(
@@ -80,28 +81,18 @@ def _find_file(root: Path, names: Iterable[str]) -> Path | None:
     return next((root / name for name in names if (root / name).is_file()), None)
 
 
-def _read_lines(file: Path) -> list[str]:
-    try:
-        return [line for line in file.read_text("utf-8-sig").splitlines() if line.strip()]
-    except OSError as error:
-        raise DataError(f"{file} cannot be read ({error.strerror}); fix or remove it.") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{file} is not valid UTF-8; fix or remove it.") from error
-
-
 def _read_class_file(file: Path) -> list[tuple[str, str]]:
     """(class folder, name), in the order of the file's numbers from 0."""
     if file.suffix == ".json":
         try:
-            entries = parse_json("".join(_read_lines(file))).items()
+            entries = parse_json("".join(read_lines(file))).items()
             index = {int(number): (str(folder), str(name)) for number, (folder, name) in entries}
         except (ValueError, TypeError, AttributeError) as error:
             raise DataError(
                 f'{file} is not of the form {{"0": ["n01440764", "tench"], …}}; fix or remove it.'
             ) from error
         return [index[number] for number in sorted(index)]
-    lines = [line.strip() for line in _read_lines(file)]
-    parts = [line.split("\t", 1) if "\t" in line else line.split(maxsplit=1) for line in lines]
+    parts = [line.split("\t", 1) if "\t" in line else line.split(maxsplit=1) for line in read_lines(file)]
     return [(first_and_rest[0], first_and_rest[-1].strip()) for first_and_rest in parts]
 
 
@@ -109,7 +100,7 @@ def _read_image_list(file: Path, root: Path) -> dict[str, str]:
     """image -> class folder, from lines "image class" or "image,class box, class box …"."""
     folder_of: dict[str, str] = {}
     folder_by_number = _number_folders(root, file)
-    for number, line in enumerate(_read_lines(file), 1):
+    for number, line in enumerate(read_lines(file), 1):
         if number == 1 and line.replace(" ", "") == "ImageId,PredictionString":
             continue
         parts = line.split(",", 1) if file.suffix == ".csv" else line.rsplit(maxsplit=1)
@@ -150,7 +141,7 @@ def _find_ground_truth(root: Path) -> Path | None:
 
 def _read_ground_truth(file: Path, images: Sequence[str]) -> dict[str, str]:
     """image -> class folder, from the devkit's numbers: line 7 is for the image whose name ends in 00000007."""
-    synsets, lines = _read_synsets(file.with_name("meta.mat")), _read_lines(file)
+    synsets, lines = _read_synsets(file.with_name("meta.mat")), read_lines(file)
     by_number: dict[int, str] = {}
     for name in images:
         found = re.search(r"(\d+)\.\w+$", name)

@@ -27,6 +27,7 @@ from resnetlab.data.error_policy import ErrorPolicy
 from resnetlab.data.folder import arrange_splits, guess_split
 from resnetlab.data.object_store import is_address, is_store, list_tars, strip_secrets
 from resnetlab.data.tar_index import MAX_INDEX, TarIndex, read_index
+from resnetlab.data.text_files import decode_text
 from resnetlab.errors import DataError
 from resnetlab.stopping import check_stop
 
@@ -212,12 +213,11 @@ def _read_class_list(place: str, tar: Path) -> tuple[str, ...]:
         if file.exists() and file.stat().st_size > MAX_INDEX:
             raise ValueError(f"it has more than {MAX_INDEX:,} bytes")
         content = remote_shards.fetch_class_list(place, tar) if is_address(place) else file.read_bytes()
-        lines = content.decode().splitlines()
     except FileNotFoundError:
         return ()
     except (OSError, ValueError) as error:
         raise DataError(f"the class names in {file} cannot be read ({error}); fix the file, or remove it.") from error
-    return tuple(line.strip() for line in lines if line.strip())
+    return tuple(line.strip() for line in decode_text(content, file).split("\n") if line.strip())
 
 
 def _make_shard_split(

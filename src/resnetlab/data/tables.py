@@ -16,6 +16,7 @@ classes and names, so a table that names a folder's images is the same data set 
 from __future__ import annotations
 
 import csv
+import io
 import os
 import re
 import sys
@@ -34,6 +35,7 @@ from resnetlab.data.disk_split import FileNames, FileSource, ReadOptions
 from resnetlab.data.folder import LabelledImages, guess_split, make_dataset, require_classes
 from resnetlab.data.label_sets import INDICATORS, LabelLists, join_classes, split_classes
 from resnetlab.data.object_store import strip_secrets
+from resnetlab.data.text_files import read_text
 from resnetlab.errors import DataError, UsageError, missing_package
 from resnetlab.formatting import format_list
 
@@ -221,19 +223,16 @@ def _read_columns(file: Path) -> dict[str, list[str]]:
     try:
         if file.suffix.lower() == ".parquet":
             return _read_parquet(file)
-        with open(file, encoding="utf-8-sig", newline="") as stream:
-            return _read_csv(stream.read(), file)
+        return _read_csv(read_text(file), file)
     except OSError as error:
         raise DataError(f"{file} cannot be read ({error.strerror or error}).") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{file} is not valid UTF-8; save it as CSV UTF-8.") from error
 
 
 def _read_csv(text: str, file: Path) -> dict[str, list[str]]:
     head = text.partition("\n")[0]
     delimiter = "\t" if file.suffix.lower() == ".tsv" else max(",;\t", key=head.count)  # Excel may write semicolons
     try:
-        rows = [row for row in csv.reader(text.splitlines(keepends=True), delimiter=delimiter, strict=True) if any(row)]
+        rows = [row for row in csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True) if any(row)]
     except csv.Error as error:
         raise DataError(f"{file} cannot be read as a table ({error}); fix its quotes.") from error
     if len(rows) < 2:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,11 @@ def find_encoding(start: bytes) -> str:
 
 def read_text(file: Path) -> str:
     """A text without byte order mark; raises DataError if it cannot be read or is not UTF-8."""
-    content = read_bytes(file)
+    return decode_text(read_bytes(file), file)
+
+
+def decode_text(content: bytes, file: Path | str) -> str:
+    """The text of a file's content, without byte order mark; raises DataError, naming the file, if it is not UTF-8."""
     try:
         return content.decode(find_encoding(content))
     except UnicodeDecodeError as error:
@@ -44,7 +49,7 @@ def read_text(file: Path) -> str:
 
 def read_lines(file: Path) -> list[str]:
     """The lines of a text without spaces around them; empty lines are left out."""
-    return [line for line in map(str.strip, read_text(file).split("\n")) if line]
+    return [line for line in map(str.strip, re.split("[\r\n]", read_text(file))) if line]
 
 
 def peek_lines(file: Path) -> list[str]:
