@@ -16,6 +16,7 @@ from resnetlab.data.dataset import Dataset
 from resnetlab.data.decode import jpeg_decoder
 from resnetlab.data.object_store import advise_on_password
 from resnetlab.data.own_transform import Transform
+from resnetlab.data.shared_loading import share_loading
 from resnetlab.device import count_cores, default_precision, preserve_process_state, select_device
 from resnetlab.distributed import (
     World,
@@ -239,8 +240,8 @@ def build_task(
         report=options.report,
         resuming=started_in is not None,
     )
-    with world.first_process_first():  # the others find what the first one has downloaded
-        task = TASKS[recipe.task].build(recipe, setup)
+    with share_loading(world) as load_once:
+        task = TASKS[recipe.task].build(recipe, replace(setup, load_once=load_once))
     if task.recipe.warmup in ("steps", "linear") and task.recipe.warmup_steps > task.recipe.steps:
         raise UsageError(
             f"the warm-up of {task.recipe.warmup_steps:,} steps is longer than the run, {task.recipe.steps:,}; shorten it."

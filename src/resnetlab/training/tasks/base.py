@@ -24,6 +24,10 @@ from resnetlab.training.run_state import RunState
 R = TypeVar("R", bound=BaseRecipe)
 
 
+def _load_here(load: Callable[[], Any]) -> Any:
+    return load()
+
+
 @dataclass(frozen=True, kw_only=True)
 class TaskSetup:
     """What a task is built with besides its recipe.
@@ -38,6 +42,7 @@ class TaskSetup:
         net: a classifier's network, if it is not one that its recipe names.
         report: called with sentences on what happens.
         resuming: whether the recipe is a run's, complete and resolved.
+        load_once: calls a function that loads data in one process of each machine, and gives its result to all.
     """
 
     device_config: DeviceConfig
@@ -50,6 +55,7 @@ class TaskSetup:
     net: nn.Module | None = None
     report: Callable[[str], None]
     resuming: bool = False
+    load_once: Callable[[Callable[[], Any]], Any] = _load_here
 
     @property
     def num_workers(self) -> int:

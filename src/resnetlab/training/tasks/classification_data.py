@@ -130,7 +130,7 @@ def load_source(recipe: Recipe, setup: TaskSetup) -> tuple[Recipe, Dataset]:
     data = moved or sources.resolve_data_path(recipe.data, setup.started_in)
     read_options = ReadOptions(recipe.on_bad_image, quarantine, setup.num_workers, recipe.groups, multi_label=True)
     own = setup.dataset if isinstance(setup.dataset, Dataset) else None
-    source = own or sources.load_dataset(data, setup.data_dir, read_options)
+    source: Dataset = own or setup.load_once(lambda: sources.load_dataset(data, setup.data_dir, read_options))
     if recipe.groups and not isinstance(source.train, DiskSplit):
         raise UsageError(f"groups={recipe.groups} is for images on disk; leave it out.")
     if not len(source.train):
