@@ -147,6 +147,9 @@ def test_cross_validation_gives_mean_and_deviation(tmp_path: Path, capsys: pytes
     assert again is not None and json.loads((tmp_path / "cv" / "folds.json").read_text()) == summary
     assert run_command([*command, "--steps", "4", "--json", *values]) == 0  # nothing is trained again
     assert json.loads(capsys.readouterr().out) == summary
+    # before, only some of the values were compared, and the figures were those of a mixture of recipes
+    assert run_command([*command, "--steps", "4", "--set=weight_decay=0.01", *values]) == 1
+    assert "you ask for weight_decay = 0.01 (not 0.0005)" in capsys.readouterr().err
 
 
 def test_frozen_stages_keep_their_weights(tmp_path: Path) -> None:
@@ -265,6 +268,8 @@ def test_a_tenth_is_held_out_by_default_and_recorded(tmp_path: Path) -> None:
         resnetlab.train("photos", data=str(root), out=tmp_path / "b", on_evaluate=lambda _: True, **values)  # type: ignore[arg-type]
     recipe = replace(find_recipe("photos", "classify").with_values({"image_size": "16", "eval_resize": "20"}), steps=4)
     assert recipe.resolve_like(resume_recipe(tmp_path / "b")).to_json()["val_images"] == 3  # as a restarted job asks
+    own = replace(recipe, transform="own")  # recorded where a function is given in Python
+    assert recipe.resolve_like(own).transform == own.resolve_like(recipe).transform == "own"
     resume(tmp_path / "b", CPU)
     assert_same(tmp_path / "a", tmp_path / "b")
 

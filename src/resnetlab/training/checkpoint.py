@@ -24,7 +24,7 @@ from resnetlab.tensor_file import read_tensor_file, write_tensor_file
 from resnetlab.training.average import WeightAverage
 from resnetlab.training.exchange import GradientExchange
 from resnetlab.training.micro_batches import BatchNormStatistics
-from resnetlab.training.optim import Optimizer, build_optimizer
+from resnetlab.training.optim import OPTIMIZERS, Optimizer
 from resnetlab.training.recipe import BaseRecipe, Recipe
 from resnetlab.training.run_state import RunState
 from resnetlab.training.tasks.base import Task
@@ -54,14 +54,12 @@ class TrainState:
     def create(task: Task) -> TrainState:
         """The state before the first step."""
         net, recipe = task.net, task.recipe
-        average = WeightAverage(net, recipe.ema_decay)
-        optimizer, world = build_optimizer(net, recipe), task.device_config.world
-        exchange, parameters = None, list(optimizer.parameters.values())
-        if world.size > 1:
-            exchange = GradientExchange(
-                parameters, world, reduce=recipe.grad_reduce, compression=recipe.grad_compression
-            )
-        config = task.device_config
+        average, config = WeightAverage(net, recipe.ema_decay), task.device_config
+        optimizer = OPTIMIZERS[recipe.optimizer](net, recipe)
+        exchange = None
+        if config.world.size > 1:
+            parameters, how = list(optimizer.parameters.values()), (recipe.grad_reduce, recipe.grad_compression)
+            exchange = GradientExchange(parameters, config.world, reduce=how[0], compression=how[1])
         scale = torch.empty((), device=config.device) if config.precision == "fp16" else None
         return TrainState(task, optimizer, average, BatchNormStatistics(net), RunState(), exchange, scale)
 
@@ -180,10 +178,8 @@ def load_best(run: RunFolder, train_state: TrainState) -> None:
     if world.is_first:
         try:
             tensors, metadata = read_tensor_file(run.checkpoints / BEST, "checkpoint")
-            known = (
-                str(metadata.get("identity")).partition("/")[2],
-                metadata.get("step"),
-            )  # a run may have been extended
+            # the data's part of the identity: a run may have been extended
+            known = str(metadata.get("identity")).partition("/")[2], metadata.get("step")
             if known == (train_state.identity.partition("/")[2], train_state.state.best_step):
                 for name, value in state.items():
                     value.copy_(tensors[name])

@@ -12,7 +12,7 @@ from typing import Any, cast
 from resnetlab.data import sources
 from resnetlab.errors import UsageError
 from resnetlab.run_folder import write_atomically
-from resnetlab.training.recipe import Overrides, Recipe
+from resnetlab.training.recipe import Recipe
 from resnetlab.training.result import ClassificationResult
 from resnetlab.training.train import RunOptions, resume, start_run
 
@@ -22,7 +22,8 @@ def cross_validate(
 ) -> dict[str, Any]:
     """Trains and evaluates once per fold, into out/fold-1, out/fold-2, …; writes the figures to out/folds.json.
 
-    Called again with the same folder it resumes: finished runs are kept, an unfinished one goes on bit-identically.
+    Called again with the same folder it resumes: finished runs are kept, an unfinished one goes on bit-identically. It raises
+    RunError if a run there has another recipe.
 
     Args:
         folds: how many, 2 or more. Images of one group (recipe.groups) are in one fold.
@@ -43,17 +44,11 @@ def cross_validate(
         own, run = replace(recipe, fold=f"{number}/{folds}"), root / f"fold-{number}"
         options.report(f"fold {number} of {folds}")
         known = (run / "recipe.toml").is_file()
-        result = resume(run, options, overrides=_as_overrides(own)) if known else start_run(own, run, options)
+        result = resume(run, options, overrides=own) if known else start_run(own, run, options)
         results.append(cast(ClassificationResult, result))
     summary = summarise_folds(results)
     write_atomically(root / "folds.json", json.dumps(summary, indent=2) + "\n")
     return summary
-
-
-def _as_overrides(recipe: Recipe) -> Overrides:
-    """The values that an existing run must have; a number of steps would rescale its schedule."""
-    values = {key: str(getattr(recipe, key)) for key in ("fold", "batch", "lr", "image_size", "val_images")}
-    return Overrides(data=recipe.data, net=recipe.net or None, seed=recipe.seed, values=values)
 
 
 def summarise_folds(results: list[ClassificationResult]) -> dict[str, Any]:

@@ -217,8 +217,3 @@ def _scale_layers(updates: Sequence[Tensor], ratios: Sequence[Tensor]) -> list[T
 
 
 OPTIMIZERS: dict[str, type[Optimizer]] = {"sgd": SGD, "adamw": AdamW, "lars": LARS, "lamb": LAMB}
-
-
-def build_optimizer(net: nn.Module, recipe: BaseRecipe) -> Optimizer:
-    """The recipe's optimizer for a network."""
-    return OPTIMIZERS[recipe.optimizer](net, recipe)

@@ -65,28 +65,11 @@ _RANGES: dict[str, tuple[float, float, str]] = {  # smallest and largest value, 
 RESCALED = ("milestones", "warmup_steps", "eval_every", "log_every", "ema_decay")  # what another length changes
 EVAL_RATIO = 8 / 7  # of eval_resize to image_size where a recipe has neither: 256 to 224
 # values that version 0.2 adds: left out of files and hashes where they change nothing, so older runs resume
-_ADDED = frozenset(
-    (
-        "exact",
-        "keep_images",
-        "groups",
-        "fold",
-        "class_weights",
-        "sampling",
-        "keep",
-        "early_stop",
-        "frozen_stages",
-        "flip_vertical",
-        "rotate",
-        "lr_base_size",
-        "trust_coefficient",
-        "grad_reduce",
-        "grad_compression",
-        "none_share",
-        "transform",
-        "channels",
-    )
-)
+_ADDED = {
+    "exact", "keep_images", "groups", "fold", "class_weights", "sampling", "keep", "early_stop", "frozen_stages",
+    "flip_vertical", "rotate", "lr_base_size", "trust_coefficient", "grad_reduce", "grad_compression", "none_share",
+    "transform", "channels",
+}  # fmt: skip
 _SPECIFICATION = tuple(f.name for f in fields(Specification) if f.name not in ("channels", "classes"))
 
 
@@ -125,19 +108,11 @@ class BaseRecipe:
     decay_all: bool = True  # weight decay on BN and biases too, or only on the weights of convolutions and fc
     backbone_lr_scale: float = 1.0  # factor of the learning rate for all but the fully connected layer
     clip_norm: float = 0.0  # largest norm of the gradient; a larger one is scaled down to it; 0 for none
-    ema_decay: float = (
-        0.0  # decay per step of a moving average of the weights, which is evaluated and saved; 0 for none
-    )
-    precision: str = (
-        "auto"  # "bf16", "fp16", "tf32", "fp32", or "auto": bf16, or else fp16 where the hardware computes it
-    )
+    ema_decay: float = 0.0  # decay per step of the weights' moving average, which is evaluated and saved; 0 for none
+    precision: str = "auto"  # "bf16", "fp16", "tf32", "fp32"; "auto": bf16, or else fp16, if the hardware computes it
     threads: int = 0  # CPU threads of all processes; 0: one per core. A run may be resumed with another number
-    op_threads: int = (
-        0  # threads inside each operation, which decide the last bits; 0: those that micro-batches leave over
-    )
-    exact: bool = (
-        True  # on a GPU only kernels that add in a fixed order; False: the fastest, so runs repeat approximately
-    )
+    op_threads: int = 0  # threads inside each operation, which decide the last bits; 0: as many as are left over
+    exact: bool = True  # on a GPU kernels that add in a fixed order; False: the fastest, so runs repeat approximately
     fused_bn: bool = False  # on a CPU: BN, the addition and ReLU in one function that is compiled for the processor
     grad_reduce: str = "tree"  # sum over processes: bit-identical for any number, or "all_reduce", the library's own
     grad_compression: str = "none"  # what travels between processes: float32, or "bf16" for half the bytes
@@ -315,13 +290,9 @@ class Recipe(BaseRecipe):
     val_images: int = 0  # training images held out for evaluation during training; 0: none, A_TENTH: see data.dataset
     on_bad_image: str = "stop"  # an image that cannot be read: "stop", or "skip" (left out, counted and listed)
     quarantine: str = ""  # a file of image names, one per line, that are left out from the start
-    groups: str = (
-        ""  # a table's column, or a pattern in names: images of equal values are held out together (data.folder)
-    )
+    groups: str = ""  # a table's column, or a pattern in names: images of equal values are held out together
     fold: str = ""  # "2/5": hold out the second of five equal parts for the test, as k-fold cross-validation does
-    class_weights: str = (
-        "none"  # of the loss: "none", "balanced" (N / classes / images of the class), or "cat=2,dog=0.5"
-    )
+    class_weights: str = "none"  # of the loss: "none", "balanced" (training.class_balance), or "cat=2,dog=0.5"
     # "shuffle"; "keyed": another order, which takes no memory; or "balanced": equally many images of every class
     sampling: str = "shuffle"
     keep: str = "last"  # weights of the last step, or "best": those of the lowest error on the held-out images
@@ -343,25 +314,17 @@ class Recipe(BaseRecipe):
     cutmix: float = 0.0  # pastes a box of the neighbour, with areas from Beta(cutmix, cutmix); 0 for none
     label_smoothing: float = 0.0  # the share of every target that is spread evenly over all classes
 
-    keep_images: int = (
-        MAX_TRAINING  # most images of the data that the model file keeps, to check and calibrate backends on
-    )
+    keep_images: int = MAX_TRAINING  # most images that the model file keeps, to check and calibrate backends on
     start_from: str = ""  # a model file to start from; its head is kept if it has the same classes
-    frozen_stages: str = (
-        ""  # the deepest map that keeps the weights of start_from ("C1" the stem, "C2" layer1, …); "": none
-    )
+    frozen_stages: str = ""  # the deepest map that keeps the weights of start_from ("C1" the stem, …); "": none
     frozen_bn: bool = False  # keep BN's statistics, weights and biases of start_from
     zero_init_last_bn: bool = False  # the last BN weight of every F starts at 0, so every block starts as its shortcut
     stochastic_depth: float = 0.0  # share of images for which the last F is dropped; linearly less in earlier blocks
     bn_batch: int = 0  # the micro-batch that BN sees ("ghost batch"); 0: all of a process's share
     bn_sync: bool = False  # spread that micro-batch over all processes, with synchronised BN statistics
-    precise_bn: int = (
-        0  # training batches over which BN statistics are re-estimated at the end; 0 keeps moving averages
-    )
+    precise_bn: int = 0  # training batches that re-estimate BN's statistics at the end; 0 keeps moving averages
     compile: str = "auto"  # torch.compile: "on", "off", or "auto": if the run is long enough for it to pay off
-    recompute: bool = (
-        False  # keep activations of every √n-th block only and recompute the others: less memory, more time
-    )
+    recompute: bool = False  # keep only every √n-th block's activations, recompute the others: slow, in less memory
 
     def with_implied(self, changes: dict[str, Any]) -> dict[str, Any]:
         changes = super().with_implied(changes)
@@ -372,9 +335,12 @@ class Recipe(BaseRecipe):
 
     def resolve_like(self, recorded: BaseRecipe) -> Self:
         recipe = super().resolve_like(recorded)
-        if not self.channels and isinstance(recorded, Recipe):
-            recipe = replace(recipe, channels=recorded.channels)
-        if self.image_size or not isinstance(recorded, Recipe):
+        if not isinstance(recorded, Recipe):
+            return recipe
+        recipe = replace(
+            recipe, channels=self.channels or recorded.channels, transform=self.transform or recorded.transform
+        )
+        if self.image_size:
             return recipe
         return replace(recipe, image_size=recorded.image_size, eval_resize=recorded.eval_resize)
 

@@ -82,7 +82,7 @@ def render_report(
     """The report as HTML.
 
     Args:
-        evaluation: the metrics of the test split, by the last iterate.
+        evaluation: the metrics of the test split.
         images: the test images, uint8 (N, h, w, C), in the order of `evaluation`.
         overlays: heat maps of some of them.
         holds: a sentence on the images in the model file.

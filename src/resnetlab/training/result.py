@@ -78,9 +78,7 @@ class ClassificationResult(TrainResult):
     top1_interval: tuple[float, float]  # Wilson, 95 %
     top5_error: float
     held_out_error: float | None  # None if nothing was held out
-    none_of_these: Mapping[str, float | None] | None = (
-        None  # ClassificationMetrics.with_none_below, if a score was chosen
-    )
+    none_of_these: Mapping[str, float | None] | None = None  # ClassificationMetrics.with_none_below, if one was chosen
 
     def __post_init__(self) -> None:
         low, high = self.top1_interval  # a list if read from a file

@@ -18,14 +18,10 @@ class RunState:
     lr_drops: int = 0  # schedule "plateau": how often the learning rate was divided by 10
     best: float | None = None  # lowest held-out error so far
     bad_evaluations: int = 0  # evaluations since then, or since the learning rate was divided
-    best_step: int = (
-        0  # "keep" and "early_stop": step of the evaluation with the lowest held-out error; 0 before the first
-    )
+    best_step: int = 0  # "keep" and "early_stop": step of the lowest held-out error; 0 before the first evaluation
     best_error: float = 1.0
     since_best: int = 0  # evaluations since then
-    losses: list[Tensor] = field(
-        default_factory=list
-    )  # scalars, one for each step since the last line of metrics.jsonl
+    losses: list[Tensor] = field(default_factory=list)  # a scalar for each step since the last line of metrics.jsonl
     errors: list[Tensor] = field(default_factory=list)
     seconds: float = 0.0  # of training and evaluation
     step_seconds: float = 0.0  # of training steps only
@@ -46,11 +42,8 @@ class RunState:
     def update_loss_scale(self, finite: bool) -> None:
         """Halves the scale after gradients that are not finite, doubles it after GROWTH_STEPS that are (torch's GradScaler)."""
         if not finite:
-            self.loss_scale, self.steps_at_scale, self.skipped_updates = (
-                self.loss_scale / 2,
-                0,
-                self.skipped_updates + 1,
-            )
+            self.loss_scale, self.steps_at_scale = self.loss_scale / 2, 0
+            self.skipped_updates += 1
             return
         self.steps_at_scale += 1
         if self.steps_at_scale == GROWTH_STEPS:

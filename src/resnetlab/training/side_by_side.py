@@ -31,6 +31,7 @@ from resnetlab.training.average import set_train_mode
 from resnetlab.training.checkpoint import TrainState
 from resnetlab.training.exchange import GradientExchange
 from resnetlab.training.micro_batches import BatchNormStatistics, TreeMean
+from resnetlab.training.step import set_means
 from resnetlab.training.tasks.base import Task
 
 OURS = ("torch", "torchvision", "resnetlab")  # packages whose layers may run in several threads
@@ -137,7 +138,6 @@ class SideBySideGradients:
     """`compute_gradients` with one thread for each of as many micro-batches as the task's device config names."""
 
     def __init__(self, task: Task, exchange: GradientExchange | None = None) -> None:
-        self._exchange = exchange
         self._threads = task.device_config.side_by_side
         self._replicas: SimpleQueue[Replica] = SimpleQueue()
         for _ in range(self._threads):
@@ -147,23 +147,18 @@ class SideBySideGradients:
         self._pool = ThreadPoolExecutor(self._threads, "micro-batch", torch.autocast_increment_nesting)
 
     def __call__(self, train_state: TrainState, micro_batches: Sequence[Any]) -> list[Tensor]:
-        task, statistics = train_state.task, train_state.statistics
-        mean, first = TreeMean(task.device_config.world), task.device_config.world.rank * len(micro_batches)
+        world, exchange = train_state.task.device_config.world, train_state.exchange
+        mean, first = TreeMean(world), world.rank * len(micro_batches)
         scale = train_state.loss_scale
         jobs = [(part, train_state.network_seed(first + i), i, scale) for i, part in enumerate(micro_batches)]
-        if self._exchange is not None:
-            self._exchange.start(len(micro_batches))
+        if exchange is not None:
+            exchange.start(len(micro_batches))
         try:
             for results in map_in_order(self._pool, 2 * self._threads, self._carry, jobs):
                 mean.add(results)
         finally:
             torch.clear_autocast_cache()
-        results = mean.result()
-        count = len(results) - len(statistics.averages)
-        statistics.set(results[count:])
-        results = results[:count] + ([] if self._exchange is None else self._exchange.result())
-        train_state.optimizer.set_grads(results[2:])
-        return results
+        return set_means(train_state, mean)
 
     def _carry(self, job: tuple[Any, int, int, Tensor | None]) -> list[Tensor]:
         replica = self._replicas.get()

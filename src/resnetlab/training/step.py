@@ -56,18 +56,20 @@ def compute_gradients(
             scaled.backward()  # type: ignore[no-untyped-call]
         results = [loss.detach(), error, *optimizer.grads()]  # no gradients where they are exchanged
         if shared:
-            if (
-                task.device_config.compile_mode in GRAPH_MODES
-            ):  # the next forward pass takes the memory of its graph again
+            if task.device_config.compile_mode in GRAPH_MODES:  # the next forward pass takes the graph's memory again
                 results = [x.clone() for x in results]
             mean.add(results + statistics.rewind())
             optimizer.zero_grad()
-    if shared:
-        results = mean.result()
-        count = len(results) - len(statistics.averages)
-        statistics.set(results[count:])
-        results = results[:count] + ([] if exchange is None else exchange.result())
-        optimizer.set_grads(results[2:])
+    return set_means(train_state, mean) if shared else results
+
+
+def set_means(train_state: TrainState, mean: TreeMean) -> list[Tensor]:
+    """Loss, error and gradients of all micro-batches of all processes; sets the gradients and BN's averages to their means."""
+    results, averages = mean.result(), train_state.statistics.averages
+    count = len(results) - len(averages)
+    train_state.statistics.set(results[count:])
+    results = results[:count] + ([] if train_state.exchange is None else train_state.exchange.result())
+    train_state.optimizer.set_grads(results[2:])
     return results
 
 

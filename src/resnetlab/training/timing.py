@@ -44,7 +44,7 @@ def measure_bf16(seconds: float = 1.0) -> float:
     Args:
         seconds: to measure for, beside the first steps.
     """
-    fp32 = select_device("fp32", "auto")
+    fp32 = select_device("fp32")
     net = fp32.place(build("resnet8", classes=10, seed=0)).train()
     images = torch.zeros(16, 3, 32, 32, device=fp32.device).to(memory_format=torch.channels_last)
     labels = torch.zeros(16, dtype=torch.long, device=fp32.device)
@@ -55,13 +55,13 @@ def measure_bf16(seconds: float = 1.0) -> float:
     return best[0] / best[1]
 
 
-def time_data_loading(split: Split, recipe: Recipe, classes: int, device: str = "auto") -> dict[str, float]:
+def time_data_loading(split: Split, recipe: Recipe, classes: int) -> dict[str, float]:
     """Times the loader (one process) and the training step of a recipe, each over two batches.
 
     Returns:
         `images_per_second` of the loader, and `share_of_step`, its time as a fraction of loading and training.
     """
-    device_config = select_device(recipe.precision, device)
+    device_config = select_device(recipe.precision)
     channels = split.pixel_format.channels
     shape = Preprocessing(
         channels,

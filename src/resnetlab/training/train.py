@@ -18,19 +18,8 @@ from resnetlab.data.object_store import advise_on_password
 from resnetlab.data.own_transform import Transform
 from resnetlab.data.shared_loading import share_loading
 from resnetlab.device import count_cores, default_precision, preserve_process_state, select_device
-from resnetlab.distributed import (
-    World,
-    join_process_group,
-    leave_if_imported_again,
-    local_process_count,
-)
-from resnetlab.errors import (
-    DataError,
-    ResNetLabError,
-    RunError,
-    UsageError,
-    unknown_name_error,
-)
+from resnetlab.distributed import World, join_process_group, leave_if_imported_again, local_process_count
+from resnetlab.errors import DataError, ResNetLabError, RunError, UsageError, unknown_name_error
 from resnetlab.formatting import format_count, format_percent
 from resnetlab.models.own_network import OWN
 from resnetlab.run_folder import RunFolder, check_output_folder, explain_full_disk, write_atomically
@@ -132,7 +121,11 @@ def start_run(recipe: BaseRecipe, out: Path | None = None, options: RunOptions |
 
 
 def resume(
-    path: Path, options: RunOptions | None = None, *, task: str = "classify", overrides: Overrides | None = None
+    path: Path,
+    options: RunOptions | None = None,
+    *,
+    task: str = "classify",
+    overrides: Overrides | BaseRecipe | None = None,
 ) -> TrainResult:
     """Resumes a run from its last checkpoint; the result is bit-identical to that of an uninterrupted run.
 
@@ -140,7 +133,7 @@ def resume(
 
     Args:
         task: the expected task of the run, a key of TASKS.
-        overrides: values that must be those of the run.
+        overrides: values that must be those of the run, or its whole recipe.
 
     Raises:
         RunError: not a run folder, another recipe or other data, every checkpoint damaged, or another process trains in it.
@@ -169,9 +162,8 @@ def train_to_end(task: Task, context: RunContext) -> TrainResult:
         steps = context.profile if task.device_config.world.is_first else 0
         with recorder.closing(), trace_steps(steps, context.run.path / "trace.json", context.report) as end_traced_step:
             try:
-                if (
-                    task.device_config.compiled and task.device_config.world.size == 1
-                ):  # in the first step, for minutes; a request to stop needs no step after it
+                # the first step compiles, for minutes; a request to stop needs no step after it
+                if task.device_config.compiled and task.device_config.world.size == 1:
                     request.stop_immediately(f"stopped while compiling, at step {state.step:,}; {how_to_resume}")
                 while not train_state.is_done:
                     recorder.start_step()

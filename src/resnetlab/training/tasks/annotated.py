@@ -30,7 +30,6 @@ from resnetlab.models.resnet import ResNet, build_from_spec
 from resnetlab.models.spec import Specification, get_specification, nearest_name
 from resnetlab.random import seed_for
 from resnetlab.run_folder import RunFolder, write_atomically
-from resnetlab.training import recipes
 from resnetlab.training.annotated_recipes import AnnotatedRecipe
 from resnetlab.training.annotated_report import EvaluationSummary, render_annotated_report
 from resnetlab.training.report import RunDescription
@@ -78,9 +77,8 @@ class AnnotatedTask(Task, Generic[P, S]):
         if recipe.flips not in FLIPS:
             raise unknown_name_error("flips", recipe.flips, FLIPS)
         if recipe.val_images == A_TENTH:
-            recipe = replace(
-                recipe, val_images=0 if data.val else count_held_out(A_TENTH, len(data.train), len(data.classes))
-            )
+            count = 0 if data.val else count_held_out(A_TENTH, len(data.train), len(data.classes))
+            recipe = replace(recipe, val_images=count)
         train, held_out, holdout = divide_images(data, recipe.val_images)
         recipe = setup.rescale(recipe, len(train))
         # what cannot be evaluated is found now, not after the last step
@@ -186,17 +184,9 @@ class AnnotatedTask(Task, Generic[P, S]):
         """name -> reason, of the images and annotations skipped so far."""
         return self.errors.skipped
 
-    @property
-    def seconds_reading(self) -> float:
-        return self.loader.seconds_reading
-
     def micro_batches(self, step: int) -> list[list[S]]:
         """This process's micro-batches of step `step`."""
         return self.loader.micro_batches(step)
-
-    def close(self) -> None:
-        """Stops the reading processes."""
-        self.loader.close()
 
     def annotated_model(self, metrics: Mapping[str, Mapping[str, Any]]) -> AnnotatedModel:
         """The content of the model file."""
@@ -220,17 +210,7 @@ class AnnotatedTask(Task, Generic[P, S]):
             self.annotated_model(measured).save(run.model)
         state.seconds += time.perf_counter() - start
         result = self.result_type(
-            run=str(run.path),
-            model=str(run.model),
-            report=str(run.report),
-            split=self.evaluated_split,
-            n=values["n"],
-            steps=state.step,
-            seconds=round(state.seconds, 3),
-            images_per_second=round(recipe.batch * state.step / state.step_seconds, 1),
-            parameters=count_parameters(self.net),
-            budget=recipes.describe_run_budget(run, self.recipe),
-            **{key: values[key] for key in self.metrics},
+            **self.result_values(run, state, values["n"]), **{key: values[key] for key in self.metrics}
         )
         if is_first:
             title = f"{self.title} on {sources.short_name(recipe.data)}"
@@ -255,9 +235,7 @@ class StartingNetwork(NamedTuple):
     notes: list[str]
 
 
-def build_starting_network(
-    recipe: AnnotatedRecipe, start_from: str | Path, images: Iterator[Tensor]
-) -> StartingNetwork:
+def build_starting_network(recipe: AnnotatedRecipe, start_from: str, images: Iterator[Tensor]) -> StartingNetwork:
     """A classifier with its own channel statistics, from a model file; or a new network with the statistics of images.
 
     Args:
@@ -275,22 +253,20 @@ def build_starting_network(
                 "bn=fixed keeps the statistics of a classifier, but there is none: give --start-from MODEL, or --set bn=live."
             )
         mean, std = channel_statistics(images)
-        return StartingNetwork(
-            build_from_spec(spec, init=recipe.init, seed=seed_for(recipe.seed, "init")), mean, std, "", []
-        )
-    bundle, _, notes = load_start(str(start_from), recipe.specification)
-    if bundle.spec.channels != 3 or bundle.preprocessing.dtype:
-        taken = bundle.preprocessing.pixel_format
+        net = build_from_spec(spec, init=recipe.init, seed=seed_for(recipe.seed, "init"))
+        return StartingNetwork(net, mean, std, "", [])
+    model, _, notes = load_start(start_from, recipe.specification)
+    preprocessing = model.preprocessing
+    if model.spec.channels != 3 or preprocessing.dtype:
+        taken = preprocessing.pixel_format
         raise UsageError(f"{start_from} takes images of {taken}, not of 3 channels of 8 bits; start from another.")
-    notes = [*notes, *choose_specification(str(start_from), bundle.spec, recipe.net, dict(recipe.specification))]
-    preprocessing = bundle.preprocessing
+    notes = [*notes, *choose_specification(start_from, model.spec, recipe.net, dict(recipe.specification))]
     means = preprocessing.mean if preprocessing.mean.ndim == 1 else preprocessing.mean.mean((0, 1))
     digest = hashlib.sha256()
-    for tensor in bundle.resnet.state_dict().values():
+    for tensor in model.resnet.state_dict().values():
         digest.update(tensor.contiguous().numpy().tobytes())
-    return StartingNetwork(
-        bundle.resnet.train(), tuple(means.tolist()), tuple(preprocessing.std.tolist()), digest.hexdigest()[:16], notes
-    )
+    mean, std = tuple(means.tolist()), tuple(preprocessing.std.tolist())
+    return StartingNetwork(model.resnet.train(), mean, std, digest.hexdigest()[:16], notes)
 
 
 def divide_images(

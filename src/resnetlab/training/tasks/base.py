@@ -10,13 +10,17 @@ from typing import Any, ClassVar, Self, TypeVar
 
 from torch import Tensor, nn
 
+from resnetlab.data.annotated_sampler import AnnotatedLoader
 from resnetlab.data.dataset import Dataset
 from resnetlab.data.own_transform import Transform
 from resnetlab.data.prefetch import default_workers
+from resnetlab.data.sampler import TrainLoader
 from resnetlab.device import DeviceConfig
 from resnetlab.distributed import World
 from resnetlab.errors import RunError
+from resnetlab.models.cost import count_parameters
 from resnetlab.run_folder import RunFolder
+from resnetlab.training import recipes
 from resnetlab.training.recipe import BaseRecipe, Epochs
 from resnetlab.training.result import TrainResult
 from resnetlab.training.run_state import RunState
@@ -89,6 +93,7 @@ class Task(ABC):
 
     recipe: BaseRecipe
     net: nn.Module
+    loader: TrainLoader | AnnotatedLoader[Any, Any]
     device_config: DeviceConfig
     data: Mapping[str, str]
     holdout: Mapping[str, Sequence[str]]
@@ -149,9 +154,9 @@ class Task(ABC):
         """name -> reason, of what was skipped so far."""
 
     @property
-    @abstractmethod
     def seconds_reading(self) -> float:
         """Seconds that this process has spent reading images, or waiting for its workers to."""
+        return self.loader.seconds_reading
 
     @abstractmethod
     def micro_batches(self, step: int) -> Sequence[Any]:
@@ -181,6 +186,21 @@ class Task(ABC):
         """The error for a step that does not fit into memory."""
         return RunError("this batch does not fit into memory; take a smaller one: --set batch=…")
 
-    @abstractmethod
     def close(self) -> None:
         """Stops the processes that read data."""
+        self.loader.close()
+
+    def result_values(self, run: RunFolder, state: RunState, n: int) -> dict[str, Any]:
+        """The values that the results of all tasks have, once `n` images of the test split are evaluated."""
+        return {
+            "run": str(run.path),
+            "model": str(run.model),
+            "report": str(run.report),
+            "split": self.evaluated_split,
+            "n": n,
+            "steps": state.step,
+            "seconds": round(state.seconds, 3),
+            "images_per_second": round(self.recipe.batch * state.step / state.step_seconds, 1),
+            "parameters": count_parameters(self.net),
+            "budget": recipes.describe_run_budget(run, self.recipe),
+        }

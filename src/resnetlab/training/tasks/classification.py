@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -27,6 +26,7 @@ from resnetlab.evaluation.calibration import MIN_IMAGES, choose_none_below, fit_
 from resnetlab.evaluation.evaluate import evaluate_errors, evaluate_network
 from resnetlab.evaluation.gradcam import make_cam_overlays
 from resnetlab.evaluation.metrics import ClassificationMetrics
+from resnetlab.evaluation.multi_label import DEFAULT_THRESHOLD, MultiLabelMetrics, evaluate_label_sets, fit_thresholds
 from resnetlab.formatting import format_count
 from resnetlab.inference.start import resolve_start
 from resnetlab.models.cost import count_parameters
@@ -38,7 +38,7 @@ from resnetlab.models.spec import nearest_name
 from resnetlab.nn.batchnorm import convert_sync_batchnorm
 from resnetlab.preprocessing import Preprocessing
 from resnetlab.run_folder import RunFolder, write_atomically
-from resnetlab.training import recipes, report
+from resnetlab.training import report
 from resnetlab.training.average import reestimate_bn_statistics
 from resnetlab.training.class_balance import describe_imbalance, parse_class_weights
 from resnetlab.training.compilation import choose_compilation
@@ -59,12 +59,7 @@ from resnetlab.training.tasks.classification_data import (
     resolve_size,
     resolve_val_images,
 )
-from resnetlab.training.tasks.multi_label import (
-    check_label_sets,
-    finish_multi_label,
-    held_out_figures,
-    multi_label_loss,
-)
+from resnetlab.training.tasks.multi_label import check_label_sets, multi_label_loss
 from resnetlab.training.tasks.starting_network import build_network
 
 NORMALISATIONS = ("per-pixel mean", "per-channel mean and std", "as start_from")
@@ -203,10 +198,6 @@ class ClassificationTask(Task):
         """The network's name, for people."""
         return self.recipe.net.removeprefix(OWN)
 
-    @property
-    def seconds_reading(self) -> float:
-        return self.loader.seconds_reading
-
     def micro_batches(self, step: int) -> list[Batch]:
         """The micro-batches of this process's share of step `step`."""
         batch = self.loader.batch(step)
@@ -241,24 +232,27 @@ class ClassificationTask(Task):
         """Evaluates the network with its current weights."""
         return evaluate_network(self.net, split, self.preprocessing, self.classes, self.device_config)
 
+    def _evaluate_label_sets(self, split: Split) -> MultiLabelMetrics:
+        """The same where images have several classes, at thresholds of one half."""
+        assert self.label_sets is not None
+        truth = (self.label_sets.cpu() > 0)[split.labels]
+        return evaluate_label_sets(self.net, split, truth, self.preprocessing, self.classes, self.device_config)
+
     def evaluate_held_out(self) -> dict[str, float] | None:
-        """Top-1 error and loss on the held-out images, or the figures of several classes."""
+        """Top-1 error and loss on the held-out images; of several classes 1 - mAP, label error and loss."""
         if not len(self.held_out):
             return None
         if self.label_sets is not None:
-            return held_out_figures(self)
+            metrics = self._evaluate_label_sets(self.held_out)
+            return {"map_error": 1 - metrics.mean_ap, "label_error": metrics.label_error, "loss": metrics.loss}
         return evaluate_errors(self.net, self.held_out, self.preprocessing, self.device_config)
-
-    def close(self) -> None:
-        """Stops the loader's processes."""
-        self.loader.close()
 
     def fit_micro_batch(self, report: Callable[[str], None]) -> Self:
         """The task with the largest micro-batch that fits into memory; its recipe records it as `bn_batch`."""
-        size, task = self._largest_micro_batch(), self
+        size = self._largest_micro_batch()
         if size is None or size == self._micro_batch_size:
             report("batch auto: the batch fits as it is")
-            return task
+            return self
         world = self.device_config.world
         recipe = replace(self.recipe, bn_batch=size * world.size if self.recipe.bn_sync else size)
         report(f"batch auto: micro-batches of {size:,} images fit")
@@ -268,11 +262,9 @@ class ClassificationTask(Task):
         """The error for a step that does not fit into memory, with the micro-batch that would fit."""
         # several processes do not try
         size = self._largest_micro_batch(smaller=True) if self.device_config.world.size == 1 else None
-        fits = (
-            f"{size:,} would fit: start again with --set bn_batch={size} (or --batch auto)"
-            if size
-            else "take --batch auto"
-        )
+        fits = "take --batch auto"
+        if size:
+            fits = f"{size:,} would fit: start again with --set bn_batch={size} (or --batch auto)"
         return RunError(
             f"{self._micro_batch_size:,} images at once do not fit into memory; {fits}, which keeps the batch of "
             f"{self.recipe.batch:,}; or with --set recompute=true."
@@ -289,25 +281,18 @@ class ClassificationTask(Task):
         sizes = [size for size in range(limit, 1, -1) if share % size == 0]
         return largest_micro_batch(self.net, self.device_config, shape, share, sizes)
 
-    def evaluated_images(self, split: Split) -> PreprocessedSplit:
-        """The images of an evaluated split as the network got them, in the evaluation's order."""
-        return PreprocessedSplit(split.without_skipped(), self.preprocessing)
-
     def reference_images(self) -> ReferenceImages | None:
         """The images that the model file keeps (models.reference_images); None if none of them can be read."""
         keep = self.recipe.keep_images
         if not keep:
             return None
         train, check_split = self.loader.split, self.held_out
-        size = math.prod((*self.preprocessing.size, self.preprocessing.channels))
-        size *= self.preprocessing.pixel_format.tensor_dtype.itemsize
+        blank = self.preprocessing.blank_image(*self.preprocessing.size)
         if len(check_split):
-            training_positions, check_positions = (
-                spread_positions(len(train), keep, size),
-                spread_positions(len(check_split), min(keep, MAX_CHECK), size),
-            )
+            training_positions = spread_positions(len(train), keep, blank.nbytes)
+            check_positions = spread_positions(len(check_split), min(keep, MAX_CHECK), blank.nbytes)
         else:  # alternately, from one split
-            check_split, both = train, spread_positions(len(train), 2 * min(keep, MAX_CHECK), size // 2)
+            check_split, both = train, spread_positions(len(train), 2 * min(keep, MAX_CHECK), blank.nbytes // 2)
             training_positions, check_positions = both[::2], both[1::2]
         check, training = self._read(check_split, check_positions), self._read(train, training_positions)
         if not check:
@@ -315,13 +300,8 @@ class ClassificationTask(Task):
         labels = check_split.labels[torch.tensor([i for i, _ in check])]
         if self.label_sets is not None:
             labels = self.label_sets.cpu().argmax(1)[labels]  # the first of several, or of all where there is none
-        h, w, c = (*self.preprocessing.size, self.preprocessing.channels)
-        training_images = [x for _, x in training]
-        return ReferenceImages(
-            torch.stack([x for _, x in check]),
-            labels.to(torch.int64),
-            torch.stack(training_images) if training_images else torch.empty(0, h, w, c, dtype=check[0][1].dtype),
-        )
+        images = torch.stack([x for _, x in training]) if training else blank[None][:0]
+        return ReferenceImages(torch.stack([x for _, x in check]), labels.to(torch.int64), images)
 
     def _read(self, split: Split, positions: Sequence[int]) -> list[tuple[int, Tensor]]:
         """(position, pixels (h, w, C)) of the images that can be read."""
@@ -356,51 +336,36 @@ class ClassificationTask(Task):
 
     def finish(self, run: RunFolder, state: RunState) -> ClassificationResult | MultiLabelResult:
         """Evaluates the final weights (or their average) on the test split, once; writes model and report."""
-        start = time.perf_counter()
-        recipe, is_first = self.recipe, self.device_config.world.is_first
+        start, recipe, model = time.perf_counter(), self.recipe, None
         if recipe.precise_bn:
             reestimate_bn_statistics(self, recipe.precise_bn)
         if self.label_sets is not None:
-            return finish_multi_label(self, run, state)
+            return self._finish_multi_label(run, state, start)
         val = self.evaluate(self.held_out) if len(self.held_out) else None
         enough = val is not None and val.n >= MIN_IMAGES
         temperature = fit_temperature(val.log_scores, val.labels) if val and enough else 1.0
         held_out = val.with_temperature(temperature).to_json() if val else None
         evaluation = self.evaluate(self.test).with_temperature(temperature)
         measured = {self.evaluated_split: evaluation.to_json()} | ({"held_out": held_out} if held_out else {})
-        fitted = (
-            {"data": self.data["name"], "split": "held_out", "n": val.n, "protocol": "1crop"} if val and enough else {}
-        )
+        fitted = self._describe_fit(val.n) if val and enough else {}
         none = None
         if recipe.none_share and val:
             below = choose_none_below(val.with_temperature(temperature).scores, recipe.none_share)
             fitted |= {"none_below": below, "none_share": recipe.none_share}
             none = evaluation.with_none_below(below)
-        if is_first:
-            model = self.trained_model(measured)
-            model.temperature, model.calibration = temperature, fitted
-            model.reference_images = self.reference_images()
-            model.save(run.model)
+        if self.device_config.world.is_first:
+            model = self._save_model(run, measured, temperature=temperature, calibration=fitted)
         state.seconds += time.perf_counter() - start
         result = ClassificationResult(
-            run=str(run.path),
-            model=str(run.model),
-            report=str(run.report),
-            split=self.evaluated_split,
-            n=evaluation.n,
+            **self.result_values(run, state, evaluation.n),
             top1_error=evaluation.top1_error,
             top1_interval=tuple(measured[self.evaluated_split]["top1_interval"]),
             top5_error=evaluation.top5_error,
             held_out_error=held_out["top1_error"] if held_out else None,
             none_of_these=none,
-            steps=state.step,
-            seconds=round(state.seconds, 3),
-            images_per_second=round(recipe.batch * state.step / state.step_seconds, 1),
-            parameters=count_parameters(self.net),
-            budget=recipes.describe_run_budget(run, recipe),
         )
-        if is_first:
-            images = self.evaluated_images(self.test)
+        if model is not None:
+            images = PreprocessedSplit(self.test.without_skipped(), self.preprocessing)  # in the evaluation's order
             overlays = []
             if isinstance(self.net, ResNet):
                 overlays = make_cam_overlays(
@@ -410,6 +375,43 @@ class ClassificationTask(Task):
             page = report.render_report(describe, result, evaluation, images, overlays, model.describe_images())
             write_atomically(run.report, page)
         return result
+
+    def _finish_multi_label(self, run: RunFolder, state: RunState, start: float) -> MultiLabelResult:
+        """`finish`, begun at `start`, where images have several classes: fits a threshold for each, not a temperature."""
+        val = self._evaluate_label_sets(self.held_out) if len(self.held_out) else None
+        thresholds, fitted, model = (DEFAULT_THRESHOLD,) * len(self.classes), {}, None
+        if val is not None and val.n >= MIN_IMAGES:
+            thresholds, fitted = fit_thresholds(val.scores, val.truth), self._describe_fit(val.n)
+            val = replace(val, thresholds=thresholds)
+        evaluation = replace(self._evaluate_label_sets(self.test), thresholds=thresholds)
+        measured = {self.evaluated_split: evaluation.to_json()} | ({"held_out": val.to_json()} if val else {})
+        if self.device_config.world.is_first:
+            model = self._save_model(run, measured, thresholds=thresholds, calibration=fitted)
+        state.seconds += time.perf_counter() - start
+        result = MultiLabelResult(
+            **self.result_values(run, state, evaluation.n),
+            mean_ap=evaluation.mean_ap,
+            f1=evaluation.macro("f1"),
+            micro_f1=evaluation.micro_f1,
+            label_error=evaluation.label_error,
+            held_out_mean_ap=val.mean_ap if val else None,
+        )
+        if model is not None:
+            notes = model.describe_images(), model.calibration
+            write_atomically(
+                run.report, report.render_multi_label_report(self.describe_run(run), result, evaluation, *notes)
+            )
+        return result
+
+    def _describe_fit(self, n: int) -> dict[str, Any]:
+        """What a temperature or thresholds were fitted on, for the model file."""
+        return {"data": self.data["name"], "split": "held_out", "n": n, "protocol": "1crop"}
+
+    def _save_model(self, run: RunFolder, metrics: Mapping[str, Mapping[str, Any]], **fitted: Any) -> TrainedModel:
+        """Writes the model file, with what was fitted on held-out images."""
+        model = replace(self.trained_model(metrics), reference_images=self.reference_images(), **fitted)
+        model.save(run.model)
+        return model
 
     def write_running_report(self, run: RunFolder) -> None:
         """Writes the report of a run that is still training: its curves so far, and its recipe."""

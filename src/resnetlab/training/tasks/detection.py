@@ -100,14 +100,9 @@ class DetectionTask(AnnotatedTask[AnnotatedImage, DetectionSample]):
 
     def loss(self, batch: list[DetectionSample]) -> tuple[Tensor, Tensor]:
         """The sum of both stages' four losses, and the fraction of regions whose class is wrong; scalars."""
-        images = [to_device(s.pixels, self.device_config.device).permute(2, 0, 1) / 255 for s in batch]
-        targets = [
-            {
-                "boxes": to_device(s.boxes, self.device_config.device),
-                "labels": to_device(s.labels, self.device_config.device),
-            }
-            for s in batch
-        ]
+        device = self.device_config.device
+        images = [to_device(s.pixels, device).permute(2, 0, 1) / 255 for s in batch]
+        targets = [{"boxes": to_device(s.boxes, device), "labels": to_device(s.labels, device)} for s in batch]
         losses: dict[str, Tensor] = self.net(images, targets)
         error = losses.pop("error")
         return torch.stack(list(losses.values())).sum(), error

@@ -97,10 +97,9 @@ class SegmentationTask(AnnotatedTask[MaskedImage, SegmentationSample]):
 
     def loss(self, batch: list[SegmentationSample]) -> tuple[Tensor, Tensor]:
         """Mean cross entropy in nats over the pixels that are not VOID, and the fraction of them that is wrong; scalars."""
-        logits = self.net(
-            to_device(torch.stack([s.pixels for s in batch]), self.device_config.device)
-        )  # (B, classes, h, w)
-        masks = to_device(torch.stack([s.mask for s in batch]), self.device_config.device).long()
+        device = self.device_config.device
+        logits = self.net(to_device(torch.stack([s.pixels for s in batch]), device))  # (B, classes, h, w)
+        masks = to_device(torch.stack([s.mask for s in batch]), device).long()
         valid = (masks != VOID).sum().clamp_min(1)
         wrong = ((logits.detach().argmax(1) != masks) & (masks != VOID)).sum() / valid
         return F.cross_entropy(logits, masks, ignore_index=VOID, reduction="sum") / valid, wrong
