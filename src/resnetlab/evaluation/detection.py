@@ -16,6 +16,7 @@ from resnetlab.data.error_policy import ErrorPolicy
 from resnetlab.data.prefetch import default_workers, read_in_threads
 from resnetlab.device import DeviceConfig, eval_mode, to_device
 from resnetlab.errors import missing_package
+from resnetlab.evaluation.metrics import mean_of_known
 from resnetlab.models.head_spec import DetectionOptions
 
 
@@ -95,12 +96,12 @@ class DetectionMetrics:
     @property
     def map(self) -> float:
         """COCO's mAP@[.5:.95]: the mean of `ap` over the classes that occur."""
-        return _mean_of_known(self.ap)
+        return mean_of_known(self.ap)
 
     @property
     def map_50(self) -> float:
         """The mean of `ap_50` over the classes that occur."""
-        return _mean_of_known(self.ap_50)
+        return mean_of_known(self.ap_50)
 
     def to_json(self) -> dict[str, Any]:
         """A plain dictionary; keys as in docs/json.md."""
@@ -110,18 +111,12 @@ class DetectionMetrics:
         return {
             "map": self.map,
             "map_50": self.map_50,
-            "voc_map": _mean_of_known(self.voc),
-            "voc07_map": _mean_of_known(self.voc07),
+            "voc_map": mean_of_known(self.voc),
+            "voc07_map": mean_of_known(self.voc07),
             "n": len(self.truth),
             "boxes": sum(counts),
             "per_class": [dict(zip(keys, row, strict=True)) for row in rows],
         }
-
-
-def _mean_of_known(values: Sequence[float | None]) -> float:
-    """The mean of the values that are not None; 0 if there are none."""
-    known = [v for v in values if v is not None]
-    return sum(known) / len(known) if known else 0.0
 
 
 def require_coco_eval() -> None:

@@ -30,7 +30,7 @@ from resnetlab.evaluation.calibration import (
 )
 from resnetlab.evaluation.comparison import Comparison, compare_models
 from resnetlab.evaluation.corruptions import CorruptionErrors
-from resnetlab.evaluation.metrics import ClassificationMetrics, mean_loss
+from resnetlab.evaluation.metrics import ClassificationMetrics, mean_loss, take_logarithms
 from resnetlab.evaluation.multi_label import MultiLabelMetrics, describe_thresholds
 from resnetlab.evaluation.protocols import ONE_CROP, Protocol, parse_protocol
 from resnetlab.evaluation.published import find_published
@@ -184,21 +184,14 @@ class MultiLabelEvaluation(Evaluation):
         return [f"thresholds: {describe_thresholds(self.trained_models[0].calibration)}"]
 
     def to_json(self) -> dict[str, Any]:
-        skipped = {"skipped": dict(self.metrics.skipped)} if self.metrics.skipped else {}
-        return (
-            self._setting()
-            | self.metrics.to_json()
-            | skipped
-            | {"calibration": dict(self.trained_models[0].calibration) or None}
-        )
+        figures = self._setting() | self.metrics.to_json()
+        if self.metrics.skipped:
+            figures["skipped"] = dict(self.metrics.skipped)
+        return figures | {"calibration": dict(self.trained_models[0].calibration) or None}
 
 
 def evaluate_network(
-    net: Network,
-    split: Split,
-    preprocessing: Preprocessing,
-    classes: tuple[str, ...],
-    device_config: DeviceConfig,
+    net: Network, split: Split, preprocessing: Preprocessing, classes: tuple[str, ...], device_config: DeviceConfig
 ) -> ClassificationMetrics:
     """Evaluates a network on every image of a split, of any size, one crop each.
 
@@ -299,7 +292,7 @@ def evaluate(
     with join_process_group() as world:
         device_config = replace(select_device(precision, device), world=world)
         if fit_on is not None:
-            truth, about = _labels_by_name(held_out, source.classes, scored), {"data": data} | about
+            truth, about = _find_truth(source, held_out, scored, multi_label=False), {"data": data} | about
             notes += describe_few_images(len(truth))
             trained = fit_temperatures(trained, columns, held_out, truth, device_config, about)
         temperatures = [each.temperature for each in trained]
@@ -369,14 +362,14 @@ def fit_temperatures(
     results, skipped = drop_skipped(split, labels, predict_scores(members, split, device_config))
     calibrated = []
     for model, (truth, scores) in zip(models, results, strict=True):
-        tiny = torch.finfo(torch.float32).tiny
-        log_scores = scores.double().clamp_min(tiny).log()
-        calibrated.append(copy.copy(model))
-        calibrated[-1].temperature = fit_temperature(log_scores, truth)
-        calibrated[-1].calibration = about | {"n": len(split) - len(skipped), "protocol": str(ONE_CROP)}
+        log_scores = take_logarithms(scores)
+        temperature = fit_temperature(log_scores, truth)
+        calibration = about | {"n": len(split) - len(skipped), "protocol": str(ONE_CROP)}
         if share := model.calibration.get("none_share"):
-            new = (log_scores / calibrated[-1].temperature).softmax(1)
-            calibrated[-1].calibration |= {"none_below": choose_none_below(new, share), "none_share": share}
+            none_below = choose_none_below((log_scores / temperature).softmax(1), share)
+            calibration |= {"none_below": none_below, "none_share": share}
+        calibrated.append(copy.copy(model))  # which may be a Model, with its backend
+        calibrated[-1].temperature, calibrated[-1].calibration = temperature, calibration
     return calibrated
 
 
@@ -466,26 +459,20 @@ def _check_multi_label(
         )
 
 
-def _label_sets_by_name(source: Dataset, scored: tuple[str, ...]) -> Tensor:
-    """The label sets, or one for each class where the data have one class per image: bool (sets, scored classes)."""
+def _find_truth(source: Dataset, images: Split, scored: tuple[str, ...], multi_label: bool) -> Tensor:
+    """The images' classes as positions in the scored ones, int64 (N,), or whether they have each of these, bool (N, classes).
+
+    Classes are matched by name. Raises DataError as `_require_labels`.
+    """
+    _require_labels(images)
+    positions = torch.tensor([scored.index(name) for name in source.classes])
+    if not multi_label:
+        return positions[images.labels]
+    # the data may have one class per image
     own = torch.eye(len(source.classes)) if source.label_sets is None else source.label_sets
     sets = torch.zeros(len(own), len(scored), dtype=torch.bool)
-    sets[:, [scored.index(name) for name in source.classes]] = own > 0
-    return sets
-
-
-def _find_truth(source: Dataset, images: Split, scored: tuple[str, ...], multi_label: bool) -> Tensor:
-    """The images' labels, int64 (N,), or whether they have each scored class, bool (N, classes)."""
-    if not multi_label:
-        return _labels_by_name(images, source.classes, scored)
-    _require_labels(images)
-    return _label_sets_by_name(source, scored)[images.labels]
-
-
-def _labels_by_name(split: Split, data: tuple[str, ...], scored: tuple[str, ...]) -> Tensor:
-    """Labels as positions in the scored classes, matched by name; raises DataError as `_require_labels`."""
-    _require_labels(split)
-    return torch.tensor([scored.index(name) for name in data])[split.labels]
+    sets[:, positions] = own > 0
+    return sets[images.labels]
 
 
 def _require_labels(split: Split) -> None:

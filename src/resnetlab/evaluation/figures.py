@@ -27,34 +27,48 @@ if TYPE_CHECKING:
 
 MAX_MATRIX = 12  # classes; with more, the table of the most confused pairs is clearer
 CELL = 44  # pixels on a side
-MAX_IMAGE = 256  # pixels on a side; larger ones are resized to it
+MAX_IMAGE, SMALL_IMAGE = (
+    256,
+    96,
+)  # pixels on a side; larger ones are resized to it, small ones enlarged without smoothing
+MISTAKES = 24  # images shown at most
+PAIRS = 12  # rows of confused classes shown at most
+CLASSES = 24  # rows of classes shown at first, at most
 
 # Colours to draw with in matplotlib. Each is a placeholder for a role, whose colour the page decides.
 INK, MUTED, LINE, TRAIN, HELD_OUT, CARD = (f"#0000f{i}" for i in range(6))
 _ROLES = {INK: "--ink", MUTED: "--muted", LINE: "--line", TRAIN: "--train", HELD_OUT: "--held-out", CARD: "--card"}
 SERIES = tuple(f"#0000e{i}" for i in range(7))  # for several curves in one figure
 _ROLES |= {colour: f"--series-{i}" for i, colour in enumerate(SERIES)}
-_STYLE: Any = {
-    "svg.fonttype": "none",  # text stays text, in the reader's fonts: no glyph can be missing here
-    "text.parse_math": False,
-    "text.color": INK,
+
+
+def plot_style(ink: str, muted: str, line: str) -> dict[str, Any]:
+    """The style of all figures, as matplotlib's rcParams, in the colours of text, of labels and of lines."""
+    return {
+        "svg.fonttype": "none",  # text stays text, in the reader's fonts: no glyph can be missing here
+        "text.parse_math": False,
+        "text.color": ink,
+        "axes.edgecolor": line,
+        "axes.labelcolor": muted,
+        "axes.axisbelow": True,
+        "axes.spines.left": False,
+        "axes.spines.right": False,
+        "axes.spines.top": False,
+        "grid.color": line,
+        "xtick.color": line,
+        "xtick.labelcolor": muted,
+        "ytick.major.size": 0,
+        "ytick.labelcolor": muted,
+    }
+
+
+_STYLE: Any = plot_style(INK, MUTED, LINE) | {
     "font.size": 12,
     "lines.markersize": 4.5,
     "axes.facecolor": "none",
-    "axes.edgecolor": LINE,
-    "axes.labelcolor": MUTED,
-    "axes.axisbelow": True,
     "axes.grid": True,
     "axes.grid.axis": "y",
-    "axes.spines.left": False,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "grid.color": LINE,
-    "xtick.color": LINE,
-    "xtick.labelcolor": MUTED,
-    "ytick.major.size": 0,
     "ytick.minor.size": 0,
-    "ytick.labelcolor": MUTED,
 }
 
 
@@ -127,30 +141,36 @@ def class_rows(metrics: ClassificationMetrics) -> list[ClassRow]:
     return [ClassRow(each, taken_for.get(i)) for i, each in enumerate(metrics.per_class)]
 
 
-def confused_pairs(metrics: ClassificationMetrics, limit: int) -> list[ConfusedPair]:
+def confused_pairs(metrics: ClassificationMetrics, limit: int = PAIRS) -> list[ConfusedPair]:
     """The pairs of classes that are confused most often, by count; at most `limit`."""
     wrong = sorted((row for row in metrics.confusion_counts if row[0] != row[1]), key=lambda row: -row[2])[:limit]
     classes, n = metrics.classes, [each.n for each in metrics.per_class]
     return [ConfusedPair(classes[true], classes[predicted], count, n[true]) for true, predicted, count in wrong]
 
 
-def worst_mistakes(metrics: ClassificationMetrics, images: Tensor | PreprocessedSplit, limit: int) -> list[Mistake]:
+def find_mistakes(metrics: ClassificationMetrics, limit: int) -> list[int]:
+    """The positions of the wrong images, the most confident first; at most `limit`."""
+    confidence, predicted = metrics.scores.max(1)
+    wrong = (predicted != metrics.labels).nonzero().flatten()
+    return wrong[confidence[wrong].argsort(descending=True, stable=True)][:limit].tolist()
+
+
+def worst_mistakes(
+    metrics: ClassificationMetrics, images: Tensor | PreprocessedSplit, limit: int = MISTAKES
+) -> list[Mistake]:
     """The wrong images, the most confident first; at most `limit`.
 
     Args:
         images: uint8 (N, h, w, C), in the order of the metrics.
     """
-    confidence, predicted = metrics.scores.max(1)
-    wrong = (predicted != metrics.labels).nonzero().flatten()
-    worst = wrong[confidence[wrong].argsort(descending=True, stable=True)][:limit].tolist()
-    small = max(images.shape[1:3]) <= 96
-    rows = [(i, int(metrics.labels[i]), int(predicted[i])) for i in worst]
+    small = max(images.shape[1:3]) <= SMALL_IMAGE
+    rows = [(i, int(metrics.labels[i]), int(metrics.predicted[i])) for i in find_mistakes(metrics, limit)]
     return [
         Mistake(
             index=i,
             true=metrics.classes[true],
             predicted=metrics.classes[guess],
-            confidence=float(confidence[i]),
+            confidence=float(metrics.scores[i, guess]),
             true_confidence=float(metrics.scores[i, true]),
             uri=image_uri(images[i]),
             small=small,
@@ -159,7 +179,9 @@ def worst_mistakes(metrics: ClassificationMetrics, images: Tensor | Preprocessed
     ]
 
 
-def class_prototypes(metrics: ClassificationMetrics, images: Tensor | PreprocessedSplit, limit: int) -> list[Prototype]:
+def class_prototypes(
+    metrics: ClassificationMetrics, images: Tensor | PreprocessedSplit, limit: int = CLASSES
+) -> list[Prototype]:
     """A typical image of each of the first `limit` classes that have a correct one.
 
     It is the correct image whose log scores, which are linear in the network's features, are nearest to the mean of its class's
@@ -175,7 +197,7 @@ def class_prototypes(metrics: ClassificationMetrics, images: Tensor | Preprocess
         if len(of_class := (right & (metrics.labels == k)).nonzero().flatten()):
             scores = log_scores[of_class]  # (n, classes)
             rows.append((int(of_class[(scores - scores.mean(0)).square().sum(1).argmin()]), k))
-    small = max(images.shape[1:3]) <= 96
+    small = max(images.shape[1:3]) <= SMALL_IMAGE
     return [Prototype(i, metrics.classes[k], float(metrics.scores[i, k]), image_uri(images[i]), small) for i, k in rows]
 
 
@@ -184,10 +206,10 @@ def image_uri(image: Tensor) -> str:
     return pil_image_uri(render_pixels(image.cpu()))
 
 
-def pil_image_uri(image: Image.Image) -> str:
-    """A Pillow image as a data URI: PNG where it is small, else JPEG of at most 256 pixels on a side."""
-    kind = "png" if max(image.size) <= 96 else "jpeg"
-    image.thumbnail((MAX_IMAGE, MAX_IMAGE))
+def pil_image_uri(image: Image.Image, limit: int = MAX_IMAGE) -> str:
+    """A Pillow image as a data URI: PNG where it is small, else JPEG of at most `limit` pixels on a side."""
+    kind = "png" if max(image.size) <= SMALL_IMAGE else "jpeg"
+    image.thumbnail((limit, limit))
     buffer = io.BytesIO()
     image.save(buffer, kind, **({"optimize": True} if kind == "png" else {"quality": 85}))
     return f"data:image/{kind};base64,{b64encode(buffer.getvalue()).decode()}"
@@ -198,7 +220,7 @@ def confusion_svg(classes: Sequence[str], confusion: Tensor) -> str:
 
     Correct cells have one hue, wrong ones another; opacity is the share of the true class, relative to the largest.
     """
-    names = [_shorten(name, 16) for name in classes]
+    names = [_shorten(name) for name in classes]
     widest = max(map(_display_width, names)) * 8  # pixels
     slanted = widest > CELL - 4  # names that do not fit above their columns are slanted
     overhang = widest * 7 // 10 if slanted else 0
@@ -242,7 +264,7 @@ def _display_width(text: str) -> int:
     return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
 
 
-def _shorten(text: str, width: int) -> str:
+def _shorten(text: str, width: int = 16) -> str:
     if _display_width(text) <= width:
         return text
     while _display_width(text) >= width:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from resnetlab.data.prefetch import PreprocessedSplit
 from resnetlab.device import DeviceConfig, eval_mode, to_device
-from resnetlab.evaluation.figures import pil_image_uri
+from resnetlab.evaluation.figures import find_mistakes, pil_image_uri
 from resnetlab.evaluation.metrics import ClassificationMetrics
 from resnetlab.models.resnet import ResNet
 from resnetlab.preprocessing import Preprocessing, render_pixels
@@ -94,14 +94,10 @@ def make_cam_overlays(
     Args:
         images: the split's images as the network gets them, in the order of the metrics.
     """
-    confidence, predicted = metrics.scores.max(1)
-    hits = predicted == metrics.labels
-    correct, wrong = hits.nonzero().flatten(), (~hits).nonzero().flatten()
-    firsts: dict[int, int] = {}
-    for i in correct.tolist():
+    predicted, firsts = metrics.predicted, dict[int, int]()
+    for i in (predicted == metrics.labels).nonzero().flatten().tolist():
         firsts.setdefault(int(metrics.labels[i]), i)
-    worst = wrong[confidence[wrong].argsort(descending=True, stable=True)][:limit].tolist()
-    chosen = [*list(firsts.values())[:limit], *worst]
+    chosen = [*list(firsts.values())[:limit], *find_mistakes(metrics, limit)]
     if not chosen:
         return []
     pixels = torch.stack([images[i] for i in chosen])  # (B, h, w, C)

@@ -6,7 +6,7 @@ A test checks confusion and calibration against torchmetrics; importing that lib
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -94,7 +94,7 @@ class ClassificationMetrics:
     @property
     def log_scores(self) -> Tensor:
         """Logits up to a constant for each image; float64 (N, classes)."""
-        return self.scores.double().clamp_min(torch.finfo(torch.float32).tiny).log()
+        return take_logarithms(self.scores)
 
     @property
     def n(self) -> int:
@@ -151,8 +151,7 @@ class ClassificationMetrics:
 
     def macro(self, figure: str) -> float:
         """The mean of "precision", "recall" or "f1" over the classes that have images; 0 for a class never predicted."""
-        values = [getattr(each, figure) or 0.0 for each in self.per_class if each.n]
-        return sum(values) / len(values)
+        return mean_of_known(getattr(each, figure) or 0.0 for each in self.per_class if each.n)
 
     @property
     def calibration_error(self) -> float:
@@ -181,13 +180,24 @@ class ClassificationMetrics:
 
 def mean_loss(true_scores: Tensor) -> float:
     """The mean cross entropy, in nats, of the scores of the images' classes, float32 (N,)."""
-    return float(-true_scores.clamp_min(torch.finfo(torch.float32).tiny).double().log().mean())
+    return float(-take_logarithms(true_scores).mean())
+
+
+def take_logarithms(scores: Tensor) -> Tensor:
+    """The logarithms of scores in float64; a score of 0 counts as the smallest float32."""
+    return scores.double().clamp_min(torch.finfo(torch.float32).tiny).log()
+
+
+def mean_of_known(values: Iterable[float | None]) -> float:
+    """The mean of the values that are not None; 0 if there are none."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else 0.0
 
 
 def wilson_interval(rate: float, n: int, z: float = 1.959964) -> tuple[float, float]:
     """Wilson's 95 % interval of a rate observed on n trials.
 
-    >>> [round(v, 3) for v in wilson(0.0, 100)]
+    >>> [round(v, 3) for v in wilson_interval(0.0, 100)]
     [0.0, 0.037]
     """
     centre = (rate + z * z / (2 * n)) / (1 + z * z / n)

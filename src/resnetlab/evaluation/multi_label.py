@@ -13,7 +13,7 @@ from torch import Tensor
 
 from resnetlab.data.dataset import Split
 from resnetlab.device import DeviceConfig
-from resnetlab.evaluation.metrics import ClassMetrics
+from resnetlab.evaluation.metrics import ClassMetrics, mean_of_known, take_logarithms
 from resnetlab.evaluation.scores import Member, drop_skipped, predict_scores
 from resnetlab.models.own_network import Network
 from resnetlab.preprocessing import Preprocessing
@@ -68,8 +68,7 @@ class MultiLabelMetrics:
 
     def macro(self, figure: str) -> float:
         """The mean of "precision", "recall" or "f1" over the classes that have images; 0 for a class never predicted."""
-        values = [getattr(each, figure) or 0.0 for each in self.per_class if each.n]
-        return sum(values) / len(values) if values else 0.0
+        return mean_of_known(getattr(each, figure) or 0.0 for each in self.per_class if each.n)
 
     @property
     def micro_f1(self) -> float:
@@ -91,7 +90,7 @@ class MultiLabelMetrics:
     def loss(self) -> float:
         """Mean binary cross entropy, in nats; a probability of 0 counts as the smallest float32."""
         p = torch.where(self.truth, self.scores.double(), 1 - self.scores.double())
-        return float(-p.clamp_min(torch.finfo(torch.float32).tiny).log().mean())
+        return float(-take_logarithms(p).mean())
 
     def to_json(self) -> dict[str, Any]:
         """The figures as a plain dictionary; keys as in docs/json.md."""

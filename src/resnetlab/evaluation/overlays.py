@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import io
-from base64 import b64encode
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -36,7 +33,7 @@ def draw_boxes(
     if truth is not None:
         for box in truth.boxes.tolist():
             draw.rectangle(box, outline=TRUTH_COLOUR, width=max(1, width // 2))
-    font = _font(max(11, round(max(image.size) / 45)))
+    font = ImageFont.load_default(max(11, round(max(image.size) / 45)))
     rows = zip(*(part.tolist() for part in detections), strict=True)
     for box, score, label in reversed(list(rows)):  # the best is drawn last
         colour = COLOURS[label % len(COLOURS)]
@@ -49,26 +46,12 @@ def draw_boxes(
     return image
 
 
-@lru_cache(maxsize=4)
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    return ImageFont.load_default(size)
-
-
 def draw_mask(pixels: Tensor, mask: Tensor) -> Image.Image:
     """The image, uint8 (H, W, 3), tinted where the mask, int64 (H, W), is not 0, the background."""
     colours = torch.tensor([[int(c[i : i + 2], 16) for i in (1, 3, 5)] for c in COLOURS], dtype=torch.float32)
     tint = colours[(mask - 1) % len(COLOURS)]  # (H, W, 3)
     foreground = ((mask > 0) & (mask < 255))[..., None]
     return tensor_to_pil(torch.where(foreground, 0.5 * pixels + 0.5 * tint, pixels.float()).round().to(torch.uint8))
-
-
-def jpeg_data_uri(image: Image.Image) -> str:
-    """The image as a JPEG of at most MAX_SIDE pixels on a side, as a data URI."""
-    image = image.copy()
-    image.thumbnail((MAX_SIDE, MAX_SIDE))
-    buffer = io.BytesIO()
-    image.save(buffer, "jpeg", quality=80)
-    return f"data:image/jpeg;base64,{b64encode(buffer.getvalue()).decode()}"
 
 
 def precision_recall_svg(metrics: DetectionMetrics) -> str:

@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
-from resnetlab.data.dataset import Split
-from resnetlab.data.prefetch import preprocess_image
+from resnetlab.data.prefetch import PreprocessedSplit
 from resnetlab.evaluation import figures
 from resnetlab.evaluation.calibration import reliability_bins
 from resnetlab.evaluation.evaluate import Evaluation, MultiLabelEvaluation
 from resnetlab.evaluation.metrics import ClassificationMetrics, wilson_interval
 from resnetlab.evaluation.multi_label import describe_thresholds
 from resnetlab.formatting import format_figure, format_json, format_percent, format_split, unbreakable
-from resnetlab.preprocessing import Preprocessing
 from resnetlab.run_folder import write_together
 
 if TYPE_CHECKING:
     from jinja2 import Environment
     from matplotlib.figure import Figure
-
-MISTAKES = 24  # images shown at most
-PAIRS = 12  # rows of confused classes shown at most
-CLASSES = 24  # rows of classes shown at most
 
 
 def load_templates() -> Environment:
@@ -45,6 +38,14 @@ def load_templates() -> Environment:
     return templates
 
 
+def render_page(template: str, filters: Mapping[str, Callable[..., Any]] | None = None, **values: Any) -> str:
+    """A page as HTML; `filters` are those of this template beside those of all."""
+    templates = load_templates()
+    templates.filters |= filters or {}
+    page = templates.get_template(template).render(values)
+    return page.encode(errors="replace").decode()  # a file name may not be valid UTF-8
+
+
 def format_rate(rate: float | None, n: int = 0) -> str:
     """A rate in per cent, with two decimals where `n` images justify them: "0.6 %" of 360, "8.75 %" of 10,000."""
     return "–" if rate is None else unbreakable(format_percent(rate, 2 if n >= 1000 else 1))
@@ -53,18 +54,6 @@ def format_rate(rate: float | None, n: int = 0) -> str:
 def format_interval(low: float, high: float, n: int) -> str:
     """An interval of fractions in per cent: "0.2 to 2.0 %"."""
     return unbreakable(f"{format_rate(low, n)[:-2]} to {format_rate(high, n)}")
-
-
-class _CroppedImages:
-    """The images of a split, resized and cropped for a model, read on access."""
-
-    def __init__(self, images: Split, preprocessing: Preprocessing) -> None:
-        self._images, self._preprocessing = images, preprocessing
-        self.shape = (len(images), *preprocessing.size, preprocessing.channels)
-
-    def __getitem__(self, i: int) -> Tensor:
-        """(h, w, C)."""
-        return preprocess_image(self._preprocessing, self._images.read_image(i))
 
 
 def write_evaluation(evaluation: Evaluation, folder: Path) -> None:
@@ -86,12 +75,12 @@ def render_evaluation(evaluation: Evaluation) -> str:
     metrics, n = evaluation.metrics, evaluation.n
     rows = figures.class_rows(metrics)
     with_images = [row for row in rows if row.n]
-    images: Any = _CroppedImages(evaluation.images, evaluation.trained_models[0].preprocessing)
-    mistakes = figures.worst_mistakes(metrics, images, MISTAKES)
+    images = PreprocessedSplit(evaluation.images, evaluation.trained_models[0].preprocessing)
+    mistakes = figures.worst_mistakes(metrics, images)
     names = evaluation.images.names
     paths = [Path(name).name for name in evaluation.models] if len(evaluation.models) > 1 else evaluation.models
-    template = load_templates().get_template("evaluation.html.j2")
-    page = template.render(
+    return render_page(
+        "evaluation.html.j2",
         title=" + ".join(paths),
         figures=evaluation.to_json(),
         calibration=[sentence[0].upper() + sentence[1:] for sentence in evaluation.calibration],
@@ -100,20 +89,19 @@ def render_evaluation(evaluation: Evaluation) -> str:
         wrong=int((metrics.predicted != metrics.labels).sum()),
         matrix=figures.confusion_svg(metrics.classes, metrics.confusion) if len(rows) <= figures.MAX_MATRIX else None,
         diagram=draw_reliability(metrics),
-        pairs=figures.confused_pairs(metrics, PAIRS),
-        classes=sorted(with_images, key=lambda row: -(row.error or 0))[:CLASSES],
+        pairs=figures.confused_pairs(metrics),
+        classes=sorted(with_images, key=lambda row: -(row.error or 0))[: figures.CLASSES],
         total_classes=len(with_images),
         show_top5=len(rows) > 5,
         scope=evaluation.scope,
         mistakes=[(names[m.index], m) for m in mistakes],
     )
-    return page.encode(errors="replace").decode()  # a file name may not be valid UTF-8
 
 
 def _render_multi_label(evaluation: MultiLabelEvaluation) -> str:
     """The page of several classes per image."""
-    template = load_templates().get_template("multi_label.html.j2")
-    page = template.render(
+    return render_page(
+        "multi_label.html.j2",
         title=f"{evaluation.models[0]} on {evaluation.data}",
         figures=evaluation.to_json(),
         n=evaluation.n,
@@ -126,7 +114,6 @@ def _render_multi_label(evaluation: MultiLabelEvaluation) -> str:
         recipe_rows=(),
         environment={},
     )
-    return page.encode(errors="replace").decode()
 
 
 def draw_reliability(metrics: ClassificationMetrics) -> str:

@@ -68,9 +68,7 @@ class Protocol:
         text = self.kind + (":" + ",".join(map(str, self.sides)) if self.sides else "")
         if self.flip != _default_flip(self.kind):
             text += "+flip" if self.flip else "+noflip"
-        return (
-            text + ("+logits" if self.average == "logits" else "") + ("+window" if self.positions == "window" else "")
-        )
+        return text + "+logits" * (self.average == "logits") + "+window" * (self.positions == "window")
 
     def to_json(self, preprocessing: Preprocessing) -> dict[str, Any]:
         """Every option, as applied to a model; keys as in docs/json.md."""

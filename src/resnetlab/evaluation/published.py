@@ -77,10 +77,7 @@ def _errors(
 _WARM = {"recipe": "paper-cifar", "training": {"warmup": "train-error"}}
 _LATER = {"recipe": "preact-cifar", "statistic": "median of 5"}
 _SMALL_BATCH = {"batch": 64, "bn_batch": 32, "steps": 156_250, "milestones": (63_281, 95_313)}
-_LARGE, _LARGE_2016 = (
-    {"data": "imagenet", "recipe": "paper-imagenet"},
-    {"data": "imagenet", "recipe": "preact-imagenet"},
-)
+_LARGE, _LARGE_2016 = ({"data": "imagenet", "recipe": recipe} for recipe in ("paper-imagenet", "preact-imagenet"))
 PRINTED: tuple[PrintedError, ...] = (  # the most usual statistic of a network first
     *_errors(
         {"resnet20": 8.75, "resnet32": 7.51, "resnet44": 7.17, "resnet56": 6.97},

@@ -15,6 +15,7 @@ from resnetlab.data.mask_dataset import MaskedImage
 from resnetlab.data.mask_files import VOID
 from resnetlab.data.prefetch import default_workers, read_in_threads
 from resnetlab.device import DeviceConfig, eval_mode, to_device
+from resnetlab.evaluation.metrics import mean_of_known
 from resnetlab.models.head_spec import SegmenterSpec
 
 
@@ -41,8 +42,7 @@ class SegmentationMetrics:
     @property
     def mean_iou(self) -> float:
         """The mean over the classes that occur, including the background."""
-        known = [v for v in self.iou if v is not None]
-        return sum(known) / len(known) if known else 0.0
+        return mean_of_known(self.iou)
 
     @property
     def pixel_error(self) -> float:

@@ -6,6 +6,7 @@ import io
 import warnings
 from typing import TYPE_CHECKING, Any
 
+from resnetlab.evaluation.figures import plot_style
 from resnetlab.evaluation.gradcam import MIN_SIDE
 from resnetlab.formatting import format_percent
 from resnetlab.preprocessing import render_pixels
@@ -17,27 +18,13 @@ if TYPE_CHECKING:
 
 INK, MUTED, LINE, BLUE, ORANGE = "#1b1d21", "#5b6069", "#e4e2dc", "#1d5fb0", "#c9571c"
 MAX_LABELS = 40  # blocks; with more, only the first of each stage is named
-_STYLE: Any = {
-    "svg.fonttype": "none",  # text stays text, in the reader's fonts: no glyph can be missing here
+_STYLE: Any = plot_style(INK, MUTED, LINE) | {
     "svg.hashsalt": "explanation",
     "font.family": "sans-serif",
     "font.size": 10,
-    "text.parse_math": False,
-    "text.color": INK,
-    "axes.edgecolor": LINE,
-    "axes.labelcolor": MUTED,
     "axes.titlesize": 10,
     "axes.titlelocation": "left",
-    "axes.axisbelow": True,
-    "axes.spines.left": False,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "grid.color": LINE,
-    "xtick.color": LINE,
-    "xtick.labelcolor": MUTED,
-    "ytick.major.size": 0,
     "ytick.color": LINE,
-    "ytick.labelcolor": MUTED,
 }
 
 

@@ -19,7 +19,7 @@ from resnetlab.data.object_store import is_address
 from resnetlab.device import standard_torch_state
 from resnetlab.errors import DataError
 from resnetlab.evaluation.figures import image_uri, pil_image_uri
-from resnetlab.evaluation.page import load_templates
+from resnetlab.evaluation.page import render_page
 from resnetlab.inference.embed import EmbeddingRow
 from resnetlab.inference.images import ImageInput, expand_images, read_image
 
@@ -102,8 +102,7 @@ def render_images(
     """A page of images in groups with headings, as HTML that needs no other file; an unreadable image has its name only."""
     uris = _read_uris({image.name for _, images in groups for image in images}, str(data), data_dir)
     shown = [(heading, [(uris.get(i.name, ""), i.name, i.lines) for i in images]) for heading, images in groups]
-    page = load_templates().get_template("images.html.j2").render(title=title, lead=lead, groups=shown)
-    return page.encode(errors="replace").decode()  # a file name may not be valid UTF-8
+    return render_page("images.html.j2", title=title, lead=lead, groups=shown)
 
 
 def _show(image: ImageInput) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 from resnetlab.data import sources
 from resnetlab.device import environment
-from resnetlab.evaluation.page import load_templates
+from resnetlab.evaluation.page import render_page
 from resnetlab.formatting import format_count, format_estimate, format_percent, format_share, unbreakable
 from resnetlab.run_folder import write_together
 from resnetlab.studies.code_version import source_hash
@@ -65,23 +65,23 @@ def rows_to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def study_environment(outputs: Sequence[StudyOutput]) -> dict[str, Any]:
     """Versions and hardware: of the runs where there are any, else of this process."""
-    for outcome in (outcome for output in outputs for outcome in output.outcomes):
-        if outcome.environment:
-            return {k: v for k, v in outcome.environment.items() if k not in LOCAL} | {"code": source_hash()}
-    return environment() | {"code": source_hash()}
+    recorded = (outcome.environment for output in outputs for outcome in output.outcomes)
+    first = next(filter(None, recorded), None) or environment()
+    return {key: value for key, value in first.items() if key not in LOCAL} | {"code": source_hash()}
 
 
 def render_study(outputs: Sequence[StudyOutput], command: str) -> str:
     """The page as HTML: one study, or several with a front page."""
-    templates = load_templates()
-    templates.filters |= {
+    numbers: dict[str, Any] = {
         "figure": format_figure,
         "evidence": format_evidence,
         "share": format_budget,
         "estimate": format_estimate,
     }
     setting = outputs[0].setting
-    page = templates.get_template("study.html.j2").render(
+    return render_page(
+        "study.html.j2",
+        numbers,
         title=outputs[0].study.name if len(outputs) == 1 else "all studies",
         studies=[
             {
@@ -100,7 +100,6 @@ def render_study(outputs: Sequence[StudyOutput], command: str) -> str:
         command=command,
         environment=study_environment(outputs),
     )
-    return page.encode(errors="replace").decode()
 
 
 def budget_label(outputs: Sequence[StudyOutput]) -> str | None:

@@ -16,7 +16,7 @@ from resnetlab.evaluation import figures
 from resnetlab.evaluation.gradcam import CamOverlay
 from resnetlab.evaluation.metrics import ClassificationMetrics, wilson_interval
 from resnetlab.evaluation.multi_label import MultiLabelMetrics, describe_thresholds
-from resnetlab.evaluation.page import format_interval, load_templates
+from resnetlab.evaluation.page import format_interval, render_page
 from resnetlab.formatting import format_duration, unbreakable
 from resnetlab.run_folder import RunFolder, read_metrics
 from resnetlab.training import recipes
@@ -24,10 +24,7 @@ from resnetlab.training.curves import draw_curves
 from resnetlab.training.recipe import BaseRecipe
 from resnetlab.training.result import ClassificationResult, MultiLabelResult
 
-MISTAKES = 24  # images shown at most
-PAIRS = 12  # rows of confused classes shown at most
 OVERLAYS = 6  # heat maps of correct images, and of wrong ones
-CLASSES = 24  # rows of classes shown at first; the others are folded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,11 +61,9 @@ class RunDescription:
 
     def render(self, template: str, **values: Any) -> str:
         """A page of pages/, as HTML: the description, and what the template shows beside it."""
-        templates = load_templates()
-        templates.filters |= {"duration": format_page_duration, "plain": format_value}
+        filters = {"duration": format_page_duration, "plain": format_value}
         rows, changed = recipe_rows(self.recipe, self.differences), len(self.differences)
-        page = templates.get_template(template).render(**vars(self), recipe_rows=rows, changed=changed, **values)
-        return page.encode(errors="replace").decode()  # a file name may not be valid UTF-8
+        return render_page(template, filters, **vars(self), recipe_rows=rows, changed=changed, **values)
 
 
 def render_report(
@@ -100,11 +95,11 @@ def render_report(
         wrong=round(result.top1_error * result.n),
         curves=draw_curves(description.metrics, description.recipe, figures_of_run),
         matrix=matrix,
-        pairs=figures.confused_pairs(evaluation, PAIRS),
+        pairs=figures.confused_pairs(evaluation),
         classes=rows,
-        worst_classes=sorted(rows, key=lambda row: -(row.error or 0))[:CLASSES],
-        mistakes=figures.worst_mistakes(evaluation, images, MISTAKES),
-        prototypes=figures.class_prototypes(evaluation, images, CLASSES),
+        worst_classes=sorted(rows, key=lambda row: -(row.error or 0))[: figures.CLASSES],
+        mistakes=figures.worst_mistakes(evaluation, images),
+        prototypes=figures.class_prototypes(evaluation, images),
         overlays=overlays,
         holds=holds,
         commands=[

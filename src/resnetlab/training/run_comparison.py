@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from resnetlab.evaluation import figures
-from resnetlab.evaluation.page import load_templates
+from resnetlab.evaluation.page import render_page
 from resnetlab.formatting import format_duration
 from resnetlab.run_folder import RunFolder, read_metrics
 from resnetlab.training.curves import curve_points
@@ -51,12 +51,8 @@ def render_comparison(
         lines = [[line for line in run if line["kind"] == kind and key in line] for run in metrics]
         if any(lines):
             curves[title] = _draw([curve_points(run, key) for run in lines], title)
-    templates = load_templates()
-    templates.filters |= {"duration": format_duration}
-    page = templates.get_template("runs.html.j2").render(
-        runs=summaries, names=names, differences=differences, curves=curves
-    )
-    return page.encode(errors="replace").decode()
+    values = {"runs": summaries, "names": names, "differences": differences, "curves": curves}
+    return render_page("runs.html.j2", {"duration": format_duration}, **values)
 
 
 def _draw(curves: Sequence[Sequence[tuple[float, float]]], title: str) -> str:
