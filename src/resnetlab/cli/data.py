@@ -95,15 +95,7 @@ def check(
         raise DataError(f"{format_count(n, 'problem')} found in {data}.")
 
 
-def pack(
-    data: str,
-    out: Path,
-    /,
-    *,
-    per_shard: int = 1000,
-    seed: int = 0,
-    resize: int = 0,
-) -> None:
+def pack(data: str, out: Path, /, *, per_shard: int = 1000, seed: int = 0, resize: int = 0) -> None:
     """Pack a folder of class folders into tar shards in WebDataset format, each with an index.
 
     Example: `resnetlab data pack photos shards --resize 256`

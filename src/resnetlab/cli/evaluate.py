@@ -266,11 +266,9 @@ def _evaluate_annotated(predictor: Detector | Segmenter, data: Path, split: str,
         console.log(f"{len(skipped):,} of the annotations or images were skipped and not counted: {', '.join(skipped)}")
     if json:
         return console.print_json(figures)
-    split, images = (
-        f"the {format_split(figures['split'])} split of {figures['data']}",
-        format_count(figures["n"], "image"),
-    )
-    console.write_line(f"{' + '.join(figures.get('models', [figures['model']]))} on {split}, {images}")
+    split, images = format_split(figures["split"]), format_count(figures["n"], "image")
+    models = " + ".join(figures.get("models", [figures["model"]]))
+    console.write_line(f"{models} on the {split} split of {figures['data']}, {images}")
     if "map" in figures:
         if additions := _describe_additions(figures):
             console.write_line(f"with {additions} (2015, appendix B)")

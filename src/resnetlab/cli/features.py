@@ -118,16 +118,10 @@ def neighbours(
         console.log(f"resnetlab: warning: {name} is left out: {reason}")
     found = dict(zip(queries, index.search(list(queries.values()), top), strict=True))
     if out is not None:
-        groups = [
-            (
-                query,
-                [
-                    ShownImage(query, ("the image",)),
-                    *(ShownImage(n.image, (n.label, f"{n.similarity:.3f}")) for n in near),
-                ],
-            )
-            for query, near in found.items()
-        ]
+        groups = []
+        for query, near in found.items():
+            similar = [ShownImage(n.image, (n.label, f"{n.similarity:.3f}")) for n in near]
+            groups.append((query, [ShownImage(query, ("the image",)), *similar]))
         lead = f"The {top} most similar of {len(index.rows):,} images of {data}, by the cosine of their features."
         write_atomically(out, render_images("Similar images", lead, groups, data, data_dir))
         console.log(f"page: {out}")

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from resnetlab.training.result import TrainResult
     from resnetlab.training.train import RunOptions
 
+PASSED_ON = ("device", "workers", "fit_micro_batch", "profile")  # options of a run that its processes get as they are
+
 
 def _check_process_count(processes: int, device: str | None) -> None:
     """Raises UsageError if this machine cannot run so many processes."""
@@ -121,12 +123,9 @@ class Job(NamedTuple):
                 "run": str(run.path),
                 "task": self.task,
                 "data_dir": self.options.data_dir and str(self.options.data_dir),
-                "device": self.options.device,
-                "workers": self.options.workers,
-                "fit_micro_batch": self.options.fit_micro_batch,
                 "epochs": self.options.epochs,
                 "trackers": self.options.trackers,
-                "profile": self.options.profile,
+                **{key: getattr(self.options, key) for key in PASSED_ON},
             }
             try:
                 with catch_stop_signals() as stop_request, _torchrun_looks_at(stop_request):
@@ -137,9 +136,7 @@ class Job(NamedTuple):
                 rank, failure = error.get_first_failure()
                 code = failure.exitcode
                 if code > 0:
-                    code = max(
-                        code, error.failures.get(0, failure).exitcode
-                    )  # 2, a wrong request, takes precedence over 1
+                    code = max(code, error.failures.get(0, failure).exitcode)  # 2, a wrong request, comes before 1
                     for other in filter(None, error.failures):  # the first process has printed its own error
                         stderr = _read_stderr(other, Path(logs))
                         if PROCESS_GONE not in stderr:  # the others' only if they are the cause
@@ -191,14 +188,11 @@ def train_process(request: str) -> None:
     with show_training() as on_progress:
         options = RunOptions(
             data_dir=Path(values["data_dir"]) if values["data_dir"] else None,
-            device=values["device"],
-            workers=values["workers"],
-            fit_micro_batch=values["fit_micro_batch"],
             epochs=values["epochs"] and Epochs(*values["epochs"]),
             trackers=tuple(values["trackers"]),
-            profile=values["profile"],
             report=console.log,
             on_progress=on_progress,
+            **{key: values[key] for key in PASSED_ON},
         )
         resume(Path(values["run"]), options, task=values["task"])
 

@@ -47,11 +47,13 @@ def open_output(file: Path | None, format: str | None, inputs: Sequence[str]) ->
         raise
     finally:
         if written:
-            text = stream.getvalue()
-            write_atomically(
-                file, _to_parquet(text) if by_suffix == "parquet" else text.encode("utf-8", "surrogateescape")
-            )
+            write_atomically(file, _encode(stream.getvalue(), by_suffix))
             console.log(f"predictions: {file}")
+
+
+def _encode(text: str, format: str) -> bytes:
+    """The content of a file of predictions from their text."""
+    return _to_parquet(text) if format == "parquet" else text.encode("utf-8", "surrogateescape")
 
 
 def _to_parquet(text: str) -> bytes:
@@ -64,13 +66,8 @@ def _to_parquet(text: str) -> bytes:
         from pyarrow import parquet
     except ImportError as error:
         raise missing_package("--out FILE.parquet", error.name, "parquet") from error
-    types = {
-        "image": pyarrow.string(),
-        "rank": pyarrow.int64(),
-        "class": pyarrow.string(),
-        "score": pyarrow.float64(),
-        "error": pyarrow.string(),
-    }
+    types = dict.fromkeys(("image", "class", "error"), pyarrow.string())
+    types |= {"rank": pyarrow.int64(), "score": pyarrow.float64()}
     table = arrow_csv.read_csv(
         io.BytesIO(text.encode("utf-8", "replace")),
         convert_options=arrow_csv.ConvertOptions(column_types=types),
@@ -90,9 +87,7 @@ def report_predictions(predictions: Iterator[Any], format: str, stream: TextIO) 
 
 
 def write_parts(
-    folder: PartFolder,
-    images: Iterable[NamedImage],
-    predict_part: Callable[[list[NamedImage]], Iterator[Any]],
+    folder: PartFolder, images: Iterable[NamedImage], predict_part: Callable[[list[NamedImage]], Iterator[Any]]
 ) -> None:
     """Predicts the missing parts; raises DataError at the end if an image could not be read."""
     from resnetlab.run_folder import write_atomically  # loads torch
@@ -103,9 +98,7 @@ def write_parts(
         stream = io.StringIO(newline="")
         with contextlib.redirect_stdout(stream):
             counts = _print_predictions(predict_part(part.images), folder.suffix[1:])
-        text = stream.getvalue()
-        is_text = folder.suffix != ".parquet"
-        write_atomically(part.file, text.encode("utf-8", "surrogateescape") if is_text else _to_parquet(text))
+        write_atomically(part.file, _encode(stream.getvalue(), folder.suffix[1:]))
         done, failed, reason, written = done + counts[0], failed + counts[1], reason or counts[2], written + 1
     console.log(f"predictions: {folder.path} ({written:,} parts with {done:,} images by this process)")
     if failed:

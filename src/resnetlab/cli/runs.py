@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from cyclopts import App, Parameter
 
 from resnetlab.cli import console
 from resnetlab.errors import ResNetLabError, RunError, UsageError
 from resnetlab.formatting import format_duration, format_figure, format_split
-
-if TYPE_CHECKING:
-    pass
 
 app = App(name="runs", help="List the runs in a folder with their figures; compare some of them on one page.")
 
@@ -42,9 +39,7 @@ def list_runs(folder: Path = Path("runs"), /, *, json: Annotated[bool, Parameter
 
 @app.command
 def compare(
-    *runs: Path,
-    out: Path = Path("runs-compared.html"),
-    json: Annotated[bool, Parameter(negative="")] = False,
+    *runs: Path, out: Path = Path("runs-compared.html"), json: Annotated[bool, Parameter(negative="")] = False
 ) -> None:
     """Compare runs: their figures, the values in which their recipes differ, and their curves, on one page.
 
@@ -102,11 +97,9 @@ def summarise_run(path: Path) -> dict[str, Any]:
         "seconds": result["seconds"] if result else max((line.get("seconds", 0.0) for line in lines), default=0.0),
     }
     figures = {k: v for k, v in (held_out[-1] if held_out else {}).items() if k not in ("kind", "step")}
-    return summary | {"held_out": figures, "split": result and result["split"], "result": _main_figures(result or {})}
-
-
-def _main_figures(result: dict[str, Any]) -> dict[str, float]:
-    return {key: result[key] for key in ("top1_error", "mean_ap", "map", "map_50", "mean_iou") if key in result}
+    keys = ("top1_error", "mean_ap", "map", "map_50", "mean_iou")
+    main = {key: result[key] for key in keys if key in result} if result else {}
+    return summary | {"held_out": figures, "split": result and result["split"], "result": main}
 
 
 def print_runs(summaries: list[dict[str, Any]]) -> None:

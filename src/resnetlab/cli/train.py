@@ -229,12 +229,7 @@ def read_overrides(data: str | None, options: TrainOptions, values: Mapping[str,
     settings = console.parse_pairs(options.set_)
     if twice := next((key for key in given if key in settings), None):
         raise UsageError(f"{twice} is given twice, by --{twice.replace('_', '-')} and by --set; give it once.")
-    changes: dict[str, Any] = {
-        "net": options.net,
-        "steps": options.steps,
-        "epochs": options.epochs,
-        "seed": options.seed,
-    }
+    changes: dict[str, Any] = {key: getattr(options, key) for key in ("net", "steps", "epochs", "seed")}
     return Overrides(data=data, values=settings | given, **changes)
 
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from resnetlab.models.cost import compute_cost
 from resnetlab.studies.runs import RunOutcomes
 from resnetlab.studies.setting import Setting
 from resnetlab.studies.study import Row
-from resnetlab.studies.variants import SideBySide, Variant, assess_claim, warmup_2015
+from resnetlab.studies.variants import SideBySide, Variant, assess_claim, count_cost, warmup_2015
 
 
 class Bottleneck(SideBySide):
@@ -31,8 +30,7 @@ class Bottleneck(SideBySide):
 
     def count_rows(self, setting: Setting, variant: Variant) -> list[Row]:
         """Parameters and multiply-adds of the trained net."""
-        recipe = setting.trials(variant.label, variant.net, variant.values)[0].recipe
-        counts = compute_cost(setting.spec(recipe), (setting.base.image_size,) * 2)
+        counts = count_cost(setting, variant)
         text = f"{counts.depth} layers; option B, because a bottleneck widens in the first stage too"
         return [
             Row(variant.label, "parameters", (counts.parameters,), text, unit="count"),

@@ -20,10 +20,7 @@ class Depth(SideBySide):
     def variants(self, setting: Setting) -> list[Variant]:
         """Shallow to deep."""
         depths = setting.pick_depths(smoke=(8, 14), quick=(8, 20, 32, 56), paper=(20, 32, 44, 56, 110, 1202))
-        variants = []
-        for name, depth in ((f"resnet{depth}", depth) for depth in depths):
-            variants.append(Variant(name, name, {}, warmup_2015(setting, depth)))
-        return variants
+        return [Variant(f"resnet{n}", f"resnet{n}", {}, warmup_2015(setting, n)) for n in depths]
 
     def answer(self, setting: Setting, outcomes: RunOutcomes, variants: Sequence[Variant]) -> tuple[str, str]:
         """The deepest compared with the shallowest."""

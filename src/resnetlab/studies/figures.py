@@ -10,6 +10,7 @@ from resnetlab.evaluation import figures
 from resnetlab.evaluation.figures import SERIES as SERIES
 from resnetlab.studies.runs import RunOutcome
 from resnetlab.studies.verdicts import mean_sd
+from resnetlab.training.curves import curve_points
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -197,7 +198,8 @@ def plot_learning(
     for label, outcomes in networks.items():
         finished = [o for o in outcomes if not o.diverged]
         for kind, key, style, width in (("train", "error", "--", 1.1), ("held_out", "top1_error", "-", 2.2)):
-            mean, low, high = _mean_and_range([_read_curve(o, kind, key) for o in finished])
+            lines = [[line for line in o.metrics if line["kind"] == kind] for o in finished]
+            mean, low, high = _mean_and_range([curve_points(of_run, key, POINTS) for of_run in lines])
             if not mean:
                 continue
             steps = [step for step, _ in mean]
@@ -238,13 +240,6 @@ LEARNING_KEYS = (
     LegendKey("held out of the training images", line="solid"),
     LegendKey("test, once, at the end (± sd)", line="dot"),
 )
-
-
-def _read_curve(outcome: RunOutcome, kind: str, key: str) -> list[tuple[float, float]]:
-    points = [(float(line["step"]), float(line[key])) for line in outcome.metrics if line["kind"] == kind]
-    size = -(-len(points) // POINTS) or 1
-    groups = (points[i : i + size] for i in range(0, len(points), size))
-    return [(group[-1][0], sum(value for _, value in group) / len(group)) for group in groups]
 
 
 def _mean_and_range(curves: Sequence[Points]) -> tuple[Points, list[float], list[float]]:

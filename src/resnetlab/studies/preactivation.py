@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from resnetlab.studies.runs import RunOutcomes
 from resnetlab.studies.setting import Setting
 from resnetlab.studies.study import Row, StudyResult
-from resnetlab.studies.variants import WARMUP_2016, SideBySide, Variant, assess_claim, describe_errors
+from resnetlab.studies.variants import WARMUP_2016, SideBySide, Variant, assess_claim
 from resnetlab.studies.verdicts import compare_by_seed, describe
 
 ONE_LAYER = "1-layer skip"
@@ -58,9 +59,7 @@ class Preactivation(SideBySide):
                     Row(label, "training loss", tuple(losses[label].values()), text, None, setting.share, "number",
                         compared=against)
                 )  # fmt: skip
-        return StudyResult(
-            result.answer, [*result.rows, *rows], result.figures, result.details, result.rule, result.remarks
-        )
+        return replace(result, rows=[*result.rows, *rows])
 
     def answer(self, setting: Setting, outcomes: RunOutcomes, variants: Sequence[Variant]) -> tuple[str, str]:
         """Of the deepest pair: "slightly higher training loss … but lower test error" (2016 §4.2); how the others compare."""
@@ -70,12 +69,5 @@ class Preactivation(SideBySide):
         verdict, details = assess_claim(setting, outcomes, original, preact, f"{preact} tests better than {original}")
         half = {"shown": "is shown", "points to": "is pointed to, no more", "not shown": "is not shown"}[loss.strength]
         claim = f" That it has the larger training loss, as in the paper's Fig. 6, {half}{setting.condition}"
-        gains = [
-            describe_errors(
-                compare_by_seed(outcomes.by_seed(b, "test_error"), outcomes.by_seed(a, "test_error")), b, a, "tests"
-            )
-            for a, b in others
-        ]
-        return verdict + f"{claim}: {loss.describe('number')}.", " ".join(
-            [details, *(f"{g[0].upper()}{g[1:]}." for g in gains)]
-        )
+        gains = [assess_claim(setting, outcomes, b, a, "")[1] for a, b in others]
+        return f"{verdict}{claim}: {loss.describe('number')}.", " ".join([details, *gains])

@@ -89,8 +89,24 @@ class Protocols(Study):
         return describe_errors(difference, protocol, "1crop", "tests"), ("1crop", difference)
 
     def answer(self, errors: Errors, setting: Setting) -> tuple[str, str]:
-        """The verdict in one sentence, and details."""
-        return answer_protocols(errors, setting)
+        """The ensemble compared with the best of its members, and the protocols with one crop."""
+        models = [model for model in errors if model != ENSEMBLE]
+        tallies = []
+        for protocol in [p for p in errors[models[-1]] if p != "1crop"] if models else []:
+            difference = compare_by_seed(errors[models[-1]][protocol], errors[models[-1]]["1crop"])
+            tallies.append(describe_errors(difference, protocol, "1crop", "tests"))
+        details = f"Of {models[-1]}: {'; '.join(tallies)}." if tallies else ""
+        if ENSEMBLE not in errors:
+            return "One depth alone makes no ensemble of depths; give several with --depths.", details
+        best = min(models, key=lambda m: sum(errors[m]["1crop"].values()) / len(errors[m]["1crop"]))
+        difference = compare_by_seed(errors[best]["1crop"], errors[ENSEMBLE]["1crop"])
+        text = describe_errors(difference, best, f"the ensemble of {len(models)} depths", "tests")
+        opening = {
+            "shown": "An ensemble is shown to beat its best member",
+            "points to": "The runs point to an ensemble beating its best member, no more,",
+            "not shown": "That an ensemble beats its best member is not shown",
+        }[difference.strength]
+        return f"{opening}{setting.condition}: {text}.", details
 
     def _measure(self, setting: Setting, outcomes: RunOutcomes, on_progress: Callable[[int, int], None]) -> Errors:
         """Evaluates the models seed by seed, all of a seed at once."""
@@ -122,27 +138,6 @@ class Protocols(Study):
                     of_model.setdefault(label + TOP5, {})[seed] = metrics.top5_error
             on_progress(done, len(jobs))
         return dict(sorted(errors.items(), key=lambda item: item[0] == ENSEMBLE))
-
-
-def answer_protocols(errors: Errors, setting: Setting) -> tuple[str, str]:
-    """The ensemble compared with the best of its members, and the protocols with one crop."""
-    models = [model for model in errors if model != ENSEMBLE]
-    tallies = []
-    for protocol in [p for p in errors[models[-1]] if p != "1crop"] if models else []:
-        difference = compare_by_seed(errors[models[-1]][protocol], errors[models[-1]]["1crop"])
-        tallies.append(describe_errors(difference, protocol, "1crop", "tests"))
-    details = f"Of {models[-1]}: {'; '.join(tallies)}." if tallies else ""
-    if ENSEMBLE not in errors:
-        return "One depth alone makes no ensemble of depths; give several with --depths.", details
-    best = min(models, key=lambda m: sum(errors[m]["1crop"].values()) / len(errors[m]["1crop"]))
-    difference = compare_by_seed(errors[best]["1crop"], errors[ENSEMBLE]["1crop"])
-    text = describe_errors(difference, best, f"the ensemble of {len(models)} depths", "tests")
-    opening = {
-        "shown": "An ensemble is shown to beat its best member",
-        "points to": "The runs point to an ensemble beating its best member, no more,",
-        "not shown": "That an ensemble beats its best member is not shown",
-    }[difference.strength]
-    return f"{opening}{setting.condition}: {text}.", details
 
 
 def draw_protocols(errors: Errors) -> figures.StudyFigure:

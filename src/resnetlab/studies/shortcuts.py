@@ -9,7 +9,7 @@ from resnetlab.models.spec import get_specification
 from resnetlab.studies.runs import RunOutcomes
 from resnetlab.studies.setting import Setting
 from resnetlab.studies.study import Row
-from resnetlab.studies.variants import SideBySide, Variant, assess_claim, warmup_2015
+from resnetlab.studies.variants import SideBySide, Variant, assess_claim, count_cost, warmup_2015
 
 OPTIONS = {"plain": "none", "A": "A", "B": "B", "C": "C"}
 
@@ -33,8 +33,7 @@ class Shortcuts(SideBySide):
 
     def count_rows(self, setting: Setting, variant: Variant) -> list[Row]:
         """Parameters and multiply-adds of the trained net, and of the paper's 34 layers."""
-        recipe = setting.trials(variant.label, variant.net, variant.values)[0].recipe
-        small = compute_cost(setting.spec(recipe), (setting.base.image_size,) * 2)
+        small = count_cost(setting, variant)
         large = compute_cost(get_specification("resnet34", **variant.values))
         text = f"the paper's 34 layers with this option: {large.parameters:,} parameters, {large.multiply_adds:,} multiply-adds"
         return [

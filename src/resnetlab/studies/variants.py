@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 from resnetlab.formatting import format_percent
+from resnetlab.models.cost import Cost, compute_cost
 from resnetlab.studies import figures
 from resnetlab.studies.figures import StudyFigure
 from resnetlab.studies.paper import NO_FIGURE, find_printed, length_share
@@ -118,6 +119,12 @@ class SideBySide(Study):
 def warmup_2015(setting: Setting, depth: int) -> dict[str, Any]:
     """The warm-up that 2015 gives its deep nets: at a lower rate until the training error is below 80 %."""
     return {"warmup": "train-error" if depth >= DEEP else setting.base.warmup}
+
+
+def count_cost(setting: Setting, variant: Variant) -> Cost:
+    """Parameters and multiply-adds of a trained net."""
+    recipe = setting.trials(variant.label, variant.net, variant.values)[0].recipe
+    return compute_cost(setting.spec(recipe), (recipe.image_size, recipe.image_size))
 
 
 def network_trials(setting: Setting, name: str, depth: int) -> list[Trial]:

@@ -48,10 +48,7 @@ def render_annotated_report(
         **vars(summary),
         result=result.to_json(),
         learning=learning_curve_svg(description.metrics),
-        commands=[
-            f"resnetlab {task} predict {model} IMAGE...",
-            f"resnetlab {task} evaluate {model} --data {data}",
-        ],
+        commands=[f"resnetlab {task} predict {model} IMAGE...", f"resnetlab {task} evaluate {model} --data {data}"],
     )
 
 

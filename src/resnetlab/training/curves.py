@@ -70,10 +70,10 @@ def draw_curves(
     }
 
 
-def curve_points(lines: Iterable[Mapping[str, Any]], key: str) -> list[Point]:
-    """The points of a curve, neighbours averaged until there are at most POINTS."""
+def curve_points(lines: Iterable[Mapping[str, Any]], key: str, limit: int = POINTS) -> list[Point]:
+    """The points of a curve, neighbours averaged until there are at most `limit`."""
     points = [(float(line["step"]), float(line[key])) for line in lines if math.isfinite(line[key])]
-    size = math.ceil(len(points) / POINTS) or 1
+    size = math.ceil(len(points) / limit) or 1
     groups = (points[i : i + size] for i in range(0, len(points), size))
     return [(group[-1][0], sum(value for _, value in group) / len(group)) for group in groups]
 

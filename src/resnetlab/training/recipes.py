@@ -131,12 +131,7 @@ def preact_imagenet() -> Recipe:
         here.
     """
     return replace(
-        paper_imagenet(),
-        name="preact-imagenet",
-        net="preresnet200",
-        val_images=0,
-        steps=450_411,
-        schedule="milestones",
+        paper_imagenet(), name="preact-imagenet", net="preresnet200", val_images=0, steps=450_411, schedule="milestones"
     )
 
 

@@ -18,12 +18,7 @@ from resnetlab.data.annotations import AnnotatedImage
 from resnetlab.device import to_device
 from resnetlab.errors import DataError
 from resnetlab.evaluation import figures, overlays
-from resnetlab.evaluation.detection import (
-    DetectionMetrics,
-    compute_detection_metrics,
-    predict_boxes,
-    require_coco_eval,
-)
+from resnetlab.evaluation.detection import DetectionMetrics, compute_detection_metrics, predict_boxes, require_coco_eval
 from resnetlab.formatting import format_count, format_split
 from resnetlab.models.head_spec import DetectionOptions, DetectorSpec
 from resnetlab.training.annotated_recipes import DetectionRecipe
