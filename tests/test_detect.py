@@ -302,13 +302,13 @@ def test_training_starts_from_a_classifier(trained: Path, tmp_path: Path) -> Non
     file = tmp_path / "classifier.safetensors"
     TrainedModel(net, ("a", "b", "c", "d"), Preprocessing(3, (32, 32), 32, mean, std)).save(file)
     recipe = replace(boxes(), net="resnet18", specification=NET, bn="fixed")
-    start = build_starting_network(recipe, file, iter(()))
+    start = build_starting_network(recipe, str(file), iter(()))
     assert start.mean == pytest.approx(mean.tolist()) and start.std == pytest.approx(std.tolist())
     assert all(torch.equal(v, start.net.state_dict()[k]) for k, v in net.state_dict().items())
     with pytest.raises(UsageError, match="holds another network than resnet18"):
-        build_starting_network(replace(recipe, specification=NET | {"shortcut": "A"}), file, iter(()))
+        build_starting_network(replace(recipe, specification=NET | {"shortcut": "A"}), str(file), iter(()))
     with pytest.raises(ModelFileError, match="is not a classifier"):
-        build_starting_network(recipe, trained / "run" / "model.safetensors", iter(()))
+        build_starting_network(recipe, str(trained / "run" / "model.safetensors"), iter(()))
 
 
 def test_fixed_bn_needs_a_classifier(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:

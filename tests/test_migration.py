@@ -124,6 +124,21 @@ def test_a_model_keeps_everything_and_is_written_in_the_new_format(tmp_path: Pat
     assert load_annotated(tmp_path / "detector.safetensors", "detect").head_spec == detector.head_spec
 
 
+def test_values_that_no_digest_protects_are_checked(tmp_path: Path) -> None:
+    file = tmp_path / "m.safetensors"
+    with safe_open(OLD / "photos.safetensors", framework="pt") as opened:
+        values = json.loads(opened.metadata()["residuum"])
+    for seen in ("abc", "AAAA", 5):  # not base64, not pairs of 32-bit numbers, not text
+        values["data"]["seen"] = seen
+        save_file(load_file(OLD / "photos.safetensors"), file, {"residuum": json.dumps(values)})
+        with pytest.raises(ModelFileError, match="is damaged"):
+            load_trained_model(file)
+    write_tensor_file(file, {}, {"task": ["detect"]})
+    assert read_task(file) == "classify"
+    with pytest.raises(ModelFileError, match="is something else, and a detector is needed"):
+        load_annotated(file, "detect")
+
+
 def test_their_tensors_are_still_checked(tmp_path: Path) -> None:
     for name in EXPECTED_MODELS:
         raw = bytearray((OLD / name).read_bytes())

@@ -280,6 +280,9 @@ def test_commands_of_several_classes(
     assert f"mAP {trained.mean_ap:.3f}" in text and "the highest F1 of each class on 24 images" in text
     assert f"mAP {trained.mean_ap:.3f}" in (out / "evaluation.html").read_text()
     assert json.loads((out / "evaluation.json").read_text())["mean_ap"] == trained.mean_ap
+    assert run_command(["runs", "compare", trained.run, trained.run, "--out", str(tmp_path / "runs.html")]) == 0
+    assert "Held-out 1 - mAP by step." in (tmp_path / "runs.html").read_text()
+    capsys.readouterr()
     rows = list(csv.DictReader((tmp_path / "p.csv").read_text().splitlines()))
     assert len(rows) == 30 and set(rows[0]) == {
         "image",

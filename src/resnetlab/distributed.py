@@ -201,7 +201,7 @@ class World:
     def _wait_for_turns(
         self, done: threading.Event, failed: threading.Event, errors: list[BaseException] | None = None
     ) -> None:
-        """Returns when every process is done; says every PATIENCE seconds that this one is alive."""
+        """Returns when every process is done; shows the others every PATIENCE seconds that this one is alive."""
         busy = torch.ones(1)
         try:
             while busy.item() and not failed.is_set():

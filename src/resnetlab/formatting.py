@@ -41,7 +41,7 @@ def format_count(number: int, noun: str) -> str:
 def format_split(name: str) -> str:
     """The name of a split as text: images that are drawn for the test ("held-out" in files) are test images.
 
-    "Held out" is said of the training images that are evaluated while training.
+    "Held out" are the training images that are evaluated while training.
     """
     return "test" if name == "held-out" else name
 

@@ -45,7 +45,7 @@ _TENSORS = {
 
 
 def read_metadata(text: str, tensors: dict[str, Tensor]) -> dict[str, Any] | None:
-    """The metadata of a model file or checkpoint, whose tensors it renames; None if their digest is wrong."""
+    """The metadata of a model file or checkpoint, whose tensors it renames; None if they are damaged."""
     try:
         values = parse_json(text)
     except ValueError:
@@ -57,8 +57,11 @@ def read_metadata(text: str, tensors: dict[str, Tensor]) -> dict[str, Any] | Non
     for name in _TENSORS.keys() & tensors.keys():
         tensors[_TENSORS[name]] = tensors.pop(name)
     values = migrate_metadata(values)
-    for key, text in values.pop("fingerprints").items():
-        pairs = np.frombuffer(base64.b64decode(text), "<u4").reshape(-1, 2).astype(np.uint32)
+    for key, encoded in values.pop("fingerprints").items():
+        try:
+            pairs = np.frombuffer(base64.b64decode(encoded), "<u4").reshape(-1, 2).astype(np.uint32)
+        except (TypeError, ValueError):
+            return None
         tensors[f"fingerprints.{key}"] = torch.from_numpy(pairs)
     return values | {"format": 1}  # whatever it says: its metadata are not protected
 

@@ -1,4 +1,4 @@
-"""`resnetlab embed`, `neighbours` and `data audit`: what a model's features tell about images."""
+"""`resnetlab embed`, `neighbours` and `data audit`: what a model's features show of images."""
 
 from __future__ import annotations
 

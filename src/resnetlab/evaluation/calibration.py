@@ -59,8 +59,8 @@ def describe_calibration(temperature: float, calibration: Mapping[str, Any], pro
 def choose_none_below(scores: Tensor, share: float) -> float:
     """The score below which a prediction says "none of these": `share` of held-out images have a lower best score.
 
-    So 1 - `share` of images like them get a class, as in Hendrycks and Gimpel (2017), who tell strange images by the best
-    score too.
+    So 1 - `share` of images like them get a class, as in Hendrycks and Gimpel (2017), who recognise strange images by the
+    best score too.
 
     Args:
         scores: calibrated softmax (N, classes) of held-out images.

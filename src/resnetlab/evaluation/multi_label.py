@@ -163,7 +163,7 @@ def average_precision(scores: Tensor, truth: Tensor) -> float | None:
 def fit_thresholds(scores: Tensor, truth: Tensor) -> tuple[float, ...]:
     """For each class the threshold with the highest F1 on held-out images; of equal ones that nearest to one half.
 
-    It lies midway between two scores. A class that no image has keeps one half.
+    It is midway between two scores. A class that no image has keeps one half.
 
     Args:
         scores: sigmoid (N, classes).

@@ -71,8 +71,8 @@ def build_annotated_net(net: ResNet, head_spec: HeadSpec, classes: int, *, seed:
 
 def read_task(path: Path) -> str:
     """The task of a model file, read from its header alone; "classify" if it has no other, or cannot be read."""
-    task = read_metadata(path).get("task")
-    return str(task) if task in HEAD_SPECS else "classify"
+    task = str(read_metadata(path).get("task"))
+    return task if task in HEAD_SPECS else "classify"
 
 
 def check_task(path: Path, task: str) -> None:
@@ -88,7 +88,7 @@ def load_annotated(path: Path, task: str) -> AnnotatedModel:
     Raises ModelFileError if it is missing, damaged, foreign, of another task, or its tensors do not fit its own values.
     """
     tensors, about = read_tensor_file(path, "model file")
-    actual = about.get("task", "classify")
+    actual = str(about.get("task", "classify"))
     if actual != task:
         raise ModelFileError(
             f"{path} is {TASK_NOUNS.get(actual, 'something else')}, and {TASK_NOUNS[task]} is needed here."

@@ -21,7 +21,7 @@ _WRAPPERS = ("OptimizedModule", "DataParallel", "DistributedDataParallel", "Full
 
 @dataclass(frozen=True, kw_only=True)
 class OwnSpecification:
-    """What a model file says of a network whose layers only its class knows."""
+    """What a model file records of a network whose layers only its class knows."""
 
     own_class: str
     channels: int

@@ -141,7 +141,7 @@ class ResNet(nn.Module):
         return F.conv2d(last, self.fc.weight[:, :, None, None], self.fc.bias)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """torch's, marked with the specification, which names and shapes do not tell."""
+        """torch's, marked with the specification, which names and shapes do not determine."""
         state = super().state_dict(*args, **kwargs)
         if (own := getattr(state, "_metadata", {}).get(kwargs.get("prefix", "").rstrip("."))) is not None:
             own |= {"stride_in": self.spec.stride_in, "specification": self.spec.to_json()}

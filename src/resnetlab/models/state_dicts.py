@@ -45,7 +45,7 @@ class StateDictFile:
         tensors: name -> value, floating point except for counters.
         metadata: written by `resnetlab export`; empty for other programs' files.
         specification: of the network of ours whose state_dict it is, which that is marked with; empty where it is not.
-        layout: whose names the file had where they tell: "caffe", "transformers", or "".
+        layout: whose names the file had where that is clear: "caffe", "transformers", or "".
         has_linear: whether the fully connected layer was called `linear`.
         notes: sentences on how the file's names were changed.
     """

@@ -297,7 +297,7 @@ class Recipe(BaseRecipe):
     sampling: str = "shuffle"
     keep: str = "last"  # weights of the last step, or "best": those of the lowest error on the held-out images
     early_stop: int = 0  # evaluations in a row without a new lowest held-out error, after which the run ends; 0 never
-    none_share: float = 0.0  # share of held-out images that predictions may call "none of these"; 0 never says so
+    none_share: float = 0.0  # share of held-out images that predictions may call "none of these"; 0: none
     crop: str = "centre"  # augmentation: "centre" (none), "scale" (2015 §3.4), "resized" (random area and shape)
     scale: tuple[int, ...] = (256, 480)  # "scale": lengths of the shorter side, uniform between
     area: float = 0.08  # "resized": smallest share of the image

@@ -44,6 +44,7 @@ def render_comparison(
         "Held-out error": ("held_out", "top1_error"),
         "Held-out label error": ("held_out", "label_error"),
         "Held-out mAP": ("held_out", "map"),
+        "Held-out 1 - mAP": ("held_out", "map_error"),  # of several classes per image
         "Held-out mean IoU": ("held_out", "mean_iou"),
     }
     curves = {}

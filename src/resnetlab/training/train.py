@@ -387,7 +387,7 @@ def _read_run(run: RunFolder, task_name: str, requested: Overrides | BaseRecipe,
 def _extend(run: RunFolder, before: BaseRecipe, requested: BaseRecipe, options: RunOptions) -> _RecordedRun:
     """Makes a finished run unfinished: its last checkpoint becomes one of the longer recipe.
 
-    Its schedule is that of the longer run from there on. A finished run keeps no optimizer state, so that starts anew.
+    Its schedule is that of the longer run from there on. A finished run keeps no optimizer state, so that starts from zero.
     """
     if changes := requested.resolve_like(before).differences(before.rescale(requested.steps)):
         raise RunError(

@@ -179,7 +179,7 @@ class Task(ABC):
         return
 
     def fit_micro_batch(self, report: Callable[[str], None]) -> Self:
-        """The task with the largest micro-batch that fits into memory, if the task can tell."""
+        """The task with the largest micro-batch that fits into memory, if the task can find it."""
         return self
 
     def out_of_memory_error(self) -> RunError:
