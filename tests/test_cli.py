@@ -63,6 +63,8 @@ def run_cli(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, s
         (["train", "--resume", "x", "--out", "y"], "leave out --out and --recipe"),
         (["train", "--verify-resume", "--procs", "2"], "--verify-resume uses one process"),
         (["train", "--verify-resume", "--batch", "auto"], "leave out --procs, --batch auto and --json."),
+        (["train", "--verify-resume", "--out", "run"], "it leaves nothing of; leave out --out."),
+        (["train", "--verify-resume", "--folds", "2"], "leave out --folds."),
         (["train", "--max-restarts", "2"], "--max-restarts is for processes that --procs starts"),
         (["train", "--recipe", "modern"], "recipe modern needs images: resnetlab train DATA"),
         (["segment", "train"], "recipe masks needs images: resnetlab segment train DATA"),

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from process_groups import call_in_processes, sizes
 from resnetlab.distributed import TreeSum, World
-from resnetlab.training.exchange import ALIGNMENT, GradientExchange
+from resnetlab.training.exchange import ALIGNMENT, GradientExchange, WatchedGradients
 from resnetlab.training.micro_batches import TreeMean, describe_sum_order
 from tiny_runs import tiny
 
@@ -47,7 +47,7 @@ def exchange_gradients(world: World, count: int, options: Any = None) -> tuple[l
     net, here = make_net(), count // world.size
     exchange = GradientExchange(list(net.parameters()), world, 400, **options or {})
     replica = make_net()
-    collectors = [(net, exchange.own), (replica, exchange.watch(list(replica.parameters())))]
+    collectors = [(net, exchange.own), (replica, WatchedGradients(exchange, list(replica.parameters())))]
     order = random.Random(world.rank).sample(range(here), here)
     for _ in range(2):  # a second step is like the first
         exchange.start(here)

@@ -145,10 +145,11 @@ def test_swapped_arguments_are_recognised(
     assert f"give the model first: resnetlab evaluate {model} --data {folder}" in capsys.readouterr().err
 
 
-def test_evaluate_keeps_the_page_of_other_data(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_evaluate_keeps_the_page_of_other_data_and_protocols(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page = run / "evaluation.html"
+    command = ["evaluate", str(run), "--data", "digits", "--device", "cpu"]
     for split in ("test", "train"):
-        assert run_command(["evaluate", str(run), "--data", "digits", "--split", split, "--device", "cpu"]) == 0
+        assert run_command([*command, "--split", split]) == 0
         captured = capsys.readouterr()
         assert f"page: {page}" in captured.err
         error = float(captured.out.split("top-1 error ")[1].split()[0])
@@ -156,6 +157,9 @@ def test_evaluate_keeps_the_page_of_other_data(run: Path, capsys: pytest.Capture
         page = run / "evaluation-digits-train" / "evaluation.html"
     assert json.loads((run / "evaluation.json").read_text())["split"] == "test"
     assert json.loads((page.parent / "evaluation.json").read_text())["split"] == "train"
+    assert run_command([*command, "--protocol", "10crop:16"]) == 0
+    assert f"page: {run / 'evaluation-digits-test-10crop-16' / 'evaluation.html'}" in capsys.readouterr().err
+    assert json.loads((run / "evaluation.json").read_text())["protocol"] == "1crop"
 
 
 def test_none_of_these_below_the_models_score(

@@ -225,17 +225,19 @@ def _write_files(evaluation: Evaluation, default: Path, out: Path | None, predic
 
 
 def _choose_folder(evaluation: Evaluation, default: Path) -> Path:
-    """The folder for the page: `default`, or one in it named after the data if the page of other data is there."""
+    """The folder for the page: `default`, or one in it named after the evaluation if the page of another is there."""
     from json import loads
 
     from resnetlab.data.sources import short_name
 
+    protocol = str(evaluation.protocol)
     try:
         known = loads((default / "evaluation.json").read_text("utf-8"))
-        same = (known["data"], known["split"]) == (evaluation.data, evaluation.split)
+        same = (known["data"], known["split"], known["protocol"]) == (evaluation.data, evaluation.split, protocol)
     except (OSError, ValueError, KeyError, TypeError):
         return default
-    return default if same else default / f"evaluation-{short_name(evaluation.data)}-{evaluation.split}"
+    views = "" if protocol == "1crop" else f"-{protocol.replace(':', '-')}"
+    return default if same else default / f"evaluation-{short_name(evaluation.data)}-{evaluation.split}{views}"
 
 
 def _check_argument_order(models: Sequence[str], data: str) -> None:

@@ -155,6 +155,8 @@ def train(
     values = {"precision": precision, "compile": compile, "on_bad_image": on_bad_image}
     overrides = read_overrides(data, options, values | {"quarantine": quarantine})
     if verify_resume:
+        if folds is not None:
+            raise UsageError("--verify-resume trains one recipe's first steps; leave out --folds.")
         return _verify(options, overrides, data_dir)
     if folds is not None:
         return _cross_validate(folds, options, overrides, data_dir)
@@ -304,8 +306,9 @@ def _verify(options: TrainOptions, overrides: Overrides, data_dir: Path | None) 
         raise UsageError("--verify-resume trains the recipe's first steps, however long it is; leave out --epochs.")
     if options.resume is not None:
         raise UsageError("--verify-resume takes a recipe, not a run; leave out --resume.")
-    if options.profile:
-        raise UsageError("--verify-resume compares runs that it leaves nothing of; leave out --profile.")
+    if options.profile or options.out is not None or options.tracker:
+        name = "--profile" if options.profile else "--tracker" if options.tracker else "--out"
+        raise UsageError(f"--verify-resume compares runs that it leaves nothing of; leave out {name}.")
     recipe = complete_recipe("classify", options, overrides)
     console.write_line(
         verify_resume(recipe, data_dir or Path("data"), options.device or "auto", options.workers, console.log)

@@ -206,12 +206,18 @@ def image_uri(image: Tensor) -> str:
     return pil_image_uri(render_pixels(image.cpu()))
 
 
-def pil_image_uri(image: Image.Image, limit: int = MAX_IMAGE) -> str:
-    """A Pillow image as a data URI: PNG where it is small, else JPEG of at most `limit` pixels on a side."""
-    kind = "png" if max(image.size) <= SMALL_IMAGE else "jpeg"
+def pil_image_uri(image: Image.Image) -> str:
+    """A Pillow image as a data URI: PNG where it is small, else JPEG of at most 256 pixels on a side."""
+    if max(image.size) <= SMALL_IMAGE:
+        return encode_uri(image, "png", optimize=True)
+    return encode_uri(image, "jpeg", MAX_IMAGE, quality=85)
+
+
+def encode_uri(image: Image.Image, kind: str, limit: int = MAX_IMAGE, **options: Any) -> str:
+    """A Pillow image, resized in place to at most `limit` pixels on a side, as a data URI of a kind of file."""
     image.thumbnail((limit, limit))
     buffer = io.BytesIO()
-    image.save(buffer, kind, **({"optimize": True} if kind == "png" else {"quality": 85}))
+    image.save(buffer, kind, **options)
     return f"data:image/{kind};base64,{b64encode(buffer.getvalue()).decode()}"
 
 

@@ -54,6 +54,11 @@ def draw_mask(pixels: Tensor, mask: Tensor) -> Image.Image:
     return tensor_to_pil(torch.where(foreground, 0.5 * pixels + 0.5 * tint, pixels.float()).round().to(torch.uint8))
 
 
+def jpeg_data_uri(image: Image.Image) -> str:
+    """The image as a JPEG of at most MAX_SIDE pixels on a side, as a data URI."""
+    return figures.encode_uri(image, "jpeg", MAX_SIDE, quality=80)
+
+
 def precision_recall_svg(metrics: DetectionMetrics) -> str:
     """Precision against recall at IoU .5 of each class, as inline SVG."""
 

@@ -121,10 +121,7 @@ class CheckpointWriter:
     def save(self, train_state: TrainState) -> None:
         """Copies the state and starts writing it, after the checkpoint before is written; raises the errors of that one."""
         self.wait()
-        try:
-            self._run.checkpoints.mkdir(exist_ok=True)
-        except OSError as error:
-            raise write_error(self._run.checkpoints, error) from error
+        _make_folder(self._run)
         state, tensors = train_state.state, train_state.tensors()
         if state.losses:
             tensors |= {"losses": torch.stack(state.losses), "errors": torch.stack(state.errors)}
@@ -153,6 +150,13 @@ class CheckpointWriter:
         self._pool.shutdown()
 
 
+def _make_folder(run: RunFolder) -> None:
+    try:
+        run.checkpoints.mkdir(exist_ok=True)
+    except OSError as error:
+        raise write_error(run.checkpoints, error) from error
+
+
 def _write_checkpoint(run: RunFolder, step: int, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
     """Writes checkpoints/step-<n>.safetensors and removes all but the last two."""
     write_tensor_file(run.checkpoints / f"step-{step:08d}.safetensors", tensors, metadata)
@@ -163,10 +167,7 @@ def _write_checkpoint(run: RunFolder, step: int, tensors: dict[str, Tensor], met
 
 def save_best(run: RunFolder, train_state: TrainState) -> None:
     """Writes the network as it is now as the best one so far; a resumed run repeats that from its checkpoint on."""
-    try:
-        run.checkpoints.mkdir(exist_ok=True)
-    except OSError as error:
-        raise write_error(run.checkpoints, error) from error
+    _make_folder(run)
     metadata = {"identity": train_state.identity, "step": train_state.state.step}
     write_tensor_file(run.checkpoints / BEST, dict(train_state.task.net.state_dict()), metadata)
 

@@ -189,16 +189,9 @@ def make_plan(job: Job, cluster: Cluster) -> Plan:
 
 def find_limits(job: Job, cluster: Cluster) -> list[str]:
     """What breaks as GPUs are added, by the number of GPUs at which it does, the first limit first."""
-    found: list[tuple[float, str]] = []
-    by_batch = SGD_BATCH // job.batch_per_gpu + 1
-    found.append(
-        (
-            by_batch,
-            f"the batch exceeds {SGD_BATCH:,}, where SGD's error rises: optimizer=lars or lamb, or smaller shares",
-        )
-    )
-    sizes = [cluster.gpus_per_machine * 2**k for k in range(1, 13)]
-    for gpus in sizes:
+    large = f"the batch exceeds {SGD_BATCH:,}, where SGD's error rises: optimizer=lars or lamb, or smaller shares"
+    found: list[tuple[float, str]] = [(SGD_BATCH // job.batch_per_gpu + 1, large)]
+    for gpus in (cluster.gpus_per_machine * 2**k for k in range(1, 13)):
         compute, _, exposed = step_times(job, replace(cluster, gpus=gpus))
         if compute / (compute + exposed) < MIN_EFFICIENCY:
             share = format_share(MIN_EFFICIENCY)
@@ -210,13 +203,11 @@ def find_limits(job: Job, cluster: Cluster) -> list[str]:
     if per_machine * job.image_bytes * 8 > cluster.link * 1e9:
         found.append((1, "images from other machines need more than the link: copy them to each machine's disk"))
     if (cores := alone / IMAGES_PER_CORE) > cluster.cores:
-        found.append(
-            (1, f"decoding needs {cores:.0f} cores a GPU, not {cluster.cores}: smaller files (data pack --resize)")
-        )
+        need = f"{cores:.0f} cores a GPU, not {cluster.cores}"
+        found.append((1, f"decoding needs {need}: smaller files (data pack --resize)"))
     if job.images > LARGE_ORDER:
-        found.append(
-            (1, f"the order of an epoch takes {_bytes(8 * job.images)} in every process that reads: sampling=keyed")
-        )
+        order = _bytes(8 * job.images)
+        found.append((1, f"the order of an epoch takes {order} in every process that reads: sampling=keyed"))
     found.append((job.images / (2 * job.batch_per_gpu), "an epoch has fewer than two steps"))
     return [
         f"{'now' if gpus <= cluster.gpus else f'from {math.ceil(gpus):,} GPUs on'}: {text}"

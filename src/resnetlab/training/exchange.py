@@ -49,11 +49,7 @@ class GradientExchange:
         self._count = 0  # of micro-batches in this step
         self._sums: list[TreeSum] = []
         self._sent: list[tuple[Tensor, Pending]] = []
-        self.own = self.watch(parameters)
-
-    def watch(self, parameters: Sequence[Tensor]) -> WatchedGradients:
-        """Collects the gradients of further parameters of the same shapes."""
-        return WatchedGradients(self, parameters)
+        self.own = WatchedGradients(self, parameters)
 
     def start(self, count: int) -> None:
         """Starts a step of so many micro-batches in this process."""
@@ -98,7 +94,11 @@ class GradientExchange:
 
 
 class WatchedGradients:
-    """The gradients of one network's parameters, handed over to the exchange while a backward pass computes them."""
+    """The gradients of one network's parameters, handed over to the exchange while a backward pass computes them.
+
+    Args:
+        parameters: those of the exchange, or of a replica, of the same shapes.
+    """
 
     def __init__(self, exchange: GradientExchange, parameters: Sequence[Tensor]) -> None:
         self._exchange, self._parameters = exchange, parameters

@@ -216,10 +216,6 @@ class BaseRecipe:
         """The recipe that skips unreadable images if the requested one does: a run that one stopped may continue so."""
         return self
 
-    def with_threads_of(self, requested: BaseRecipe) -> Self:
-        """The recipe with the requested number of threads, which does not change the result."""
-        return replace(self, threads=requested.threads)
-
     def ignoring_bad_images(self) -> Self:
         """The recipe without its choice for unreadable images, which changes nothing in a run that has met none."""
         return self

@@ -29,7 +29,7 @@ from resnetlab.nn.kernel import load_kernel
 from resnetlab.random import draw_from
 from resnetlab.training.average import set_train_mode
 from resnetlab.training.checkpoint import TrainState
-from resnetlab.training.exchange import GradientExchange
+from resnetlab.training.exchange import GradientExchange, WatchedGradients
 from resnetlab.training.micro_batches import BatchNormStatistics, TreeMean
 from resnetlab.training.step import set_means
 from resnetlab.training.tasks.base import Task
@@ -109,7 +109,7 @@ class Replica:
         self._parameters = [p for p in net.parameters() if p.requires_grad]
         self._statistics, self._before = BatchNormStatistics(net), BatchNormStatistics(task.net).averages
         self._generator = torch.Generator()
-        self._watched = None if exchange is None else exchange.watch(self._parameters)
+        self._watched = None if exchange is None else WatchedGradients(exchange, self._parameters)
 
     def gradients(self, micro_batch: Any, seed: int, number: int, scale: Tensor | None) -> list[Tensor]:
         """Loss, error, the gradient of every parameter that has one, and the BN averages that the micro-batch leads to.

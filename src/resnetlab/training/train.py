@@ -367,7 +367,7 @@ def _read_run(run: RunFolder, task_name: str, requested: Overrides | BaseRecipe,
         result = None  # an extension was interrupted
     if result is not None and requested.steps > before.steps:
         return _extend(run, before, requested, options)
-    recipe = before.skip_bad_images_like(requested).with_threads_of(requested)
+    recipe = replace(before.skip_bad_images_like(requested), threads=requested.threads)
     if changes := requested.resolve_like(recipe).differences(recipe):
         raise RunError(
             f"{run.path} was started with another recipe: you ask for {'; '.join(changes)}. Resume without it, "

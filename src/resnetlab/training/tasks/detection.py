@@ -17,7 +17,7 @@ from resnetlab.data.annotated_sampler import AugmentationDraw, flip_boxes, flip_
 from resnetlab.data.annotations import AnnotatedImage
 from resnetlab.device import to_device
 from resnetlab.errors import DataError
-from resnetlab.evaluation import figures, overlays
+from resnetlab.evaluation import overlays
 from resnetlab.evaluation.detection import DetectionMetrics, compute_detection_metrics, predict_boxes, require_coco_eval
 from resnetlab.formatting import format_count, format_split
 from resnetlab.models.head_spec import DetectionOptions, DetectorSpec
@@ -121,7 +121,7 @@ class DetectionTask(AnnotatedTask[AnnotatedImage, DetectionSample]):
         images = []
         for truth, found in list(zip(metrics.truth, metrics.detections, strict=True))[:MAX_IMAGES]:
             overlay = overlays.draw_boxes(truth.read_pixels(), found.at_least(MIN_SCORE), self.classes, truth)
-            images.append((truth.name, figures.pil_image_uri(overlay, overlays.MAX_SIDE)))
+            images.append((truth.name, overlays.jpeg_data_uri(overlay)))
         return EvaluationSummary(
             merit=f"{result.map_50:.3f} mAP@.5, {result.map:.3f} mAP",
             lead=f"{scope}; Pascal VOC's mAP is {result.voc_map:.3f}.",

@@ -18,7 +18,7 @@ from resnetlab.data.annotated_sampler import AugmentationDraw, flip_image
 from resnetlab.data.mask_dataset import MaskedImage
 from resnetlab.data.mask_files import VOID
 from resnetlab.device import eval_mode, to_device
-from resnetlab.evaluation import figures, overlays
+from resnetlab.evaluation import overlays
 from resnetlab.evaluation.segmentation import SegmentationMetrics, compute_segmentation_metrics, segment_image
 from resnetlab.formatting import format_count, format_split
 from resnetlab.models.head_spec import SegmenterSpec
@@ -122,7 +122,7 @@ class SegmentationTask(AnnotatedTask[MaskedImage, SegmentationSample]):
         for image in metrics.images[:MAX_IMAGES]:
             pixels = image.read_pixels()
             overlay = overlays.draw_mask(pixels, self.segment(pixels))
-            images.append((image.name, figures.pil_image_uri(overlay, overlays.MAX_SIDE)))
+            images.append((image.name, overlays.jpeg_data_uri(overlay)))
         return EvaluationSummary(
             merit=f"{result.mean_iou:.3f} mean IoU",
             lead=f"On the {format_split(self.evaluated_split)} split, {format_count(result.n, 'image')}; "
