@@ -27,6 +27,7 @@ LAYERS = {
         "run_folder",
         "stopping",
         "device",
+        "graph_capture",
         "distributed",
         "random",
         "formatting",

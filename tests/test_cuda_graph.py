@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import pickle
+import warnings
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +14,12 @@ import torch
 
 from resnetlab.device import DeviceConfig
 from resnetlab.distributed import World
+from resnetlab.graph_capture import Compute, GraphedFunction
 from resnetlab.models.spec import get_specification
 from resnetlab.training.average import set_train_mode
 from resnetlab.training.checkpoint import TrainState
 from resnetlab.training.compilation import choose_compilation
-from resnetlab.training.cuda_graph import Compute, GraphGradients
+from resnetlab.training.cuda_graph import GraphGradients
 from resnetlab.training.recipe import Recipe
 from resnetlab.training.recipes import paper_cifar
 from resnetlab.training.step import Gradients, compute_gradients, train_step
@@ -225,6 +229,80 @@ def test_a_graph_that_leaves_no_memory_for_a_short_step_is_given_up(monkeypatch:
 def test_when_a_graph_is_tried(device_config: DeviceConfig, recipe: Recipe, graphs: bool, why: str) -> None:
     chosen = choose_compilation(device_config, recipe, get_specification("resnet20", classes=10))
     assert (chosen.cuda_graph, chosen.compiled) == (graphs, False) and why in str(chosen)
+
+
+def record_cuda_graph_nowhere(compute: Compute) -> Compute:
+    compute()
+    raise RuntimeError("no stream\nmore")
+
+
+class Weights(torch.nn.Module):
+    """A network with several results, which counts its calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.calls, self.recording = torch.nn.Conv2d(3, 4, 3), 0, False
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        assert not (self.recording and torch.is_autocast_cache_enabled()), "casts of the weights would be freed"
+        self.calls += 1
+        y = self.conv(x)
+        return {"a": y, "b": y.amax((2, 3))}
+
+
+@torch.no_grad()
+def test_predictions_of_a_shape_that_comes_again_are_replayed() -> None:
+    net, recorded = Weights(), [0]
+
+    def record(compute: Compute) -> Compute:
+        recorded[0] += 1
+        net.recording = True
+        replay = anew(compute)
+        net.recording = False
+
+        def replay_without_calls() -> list[torch.Tensor]:  # kernels are launched, not the function called
+            calls, results = net.calls, replay()
+            net.calls = calls
+            return results
+
+        return replay_without_calls
+
+    function = GraphedFunction(net.forward, 2, record)
+    images = [torch.randn(n, 3, 8, 8) for n in (1, 1, 2, 3, 2, 1, 3, 3)]
+    kept = []
+    for i, x in enumerate(images):
+        calls, found = net.calls, function(x)
+        assert all(torch.equal(found[key], value) for key, value in net(x).items())
+        kept.append((found, {key: value.clone() for key, value in found.items()}))
+        # the first of a size calls the network, the second records it, later ones replay; the third size has no graph
+        assert (net.calls - calls == 1) is (i == 5) and recorded[0] == (0, 1, 1, 1, 2, 2, 2, 2)[i]
+    assert all(torch.equal(x[key], y[key]) for x, y in kept for key in x), "a replay overwrites earlier results"
+    with torch.enable_grad():
+        assert function(torch.randn(1, 3, 8, 8))["a"].requires_grad
+    again = pickle.loads(pickle.dumps(GraphedFunction(net.forward, 2)))
+    assert torch.equal(again(images[0])["a"], net(images[0])["a"])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert [function(images[0])["a"].dtype for _ in range(3)] == [torch.bfloat16] * 3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("record", "why"),
+    [
+        (lambda compute: partial(lambda results: results, compute()), "a replay differs from the network itself"),
+        (record_cuda_graph_nowhere, "no stream"),
+    ],
+    ids=["stale", "failed"],
+)
+def test_predictions_whose_recording_is_wrong_are_computed_as_before(record: Any, why: str) -> None:
+    net, x = Weights(), torch.randn(2, 3, 8, 8)
+    function = GraphedFunction(net.forward, 2, record)
+    expected = net(x)
+    assert torch.equal(function(x)["b"], expected["b"])
+    with pytest.warns(UserWarning, match=rf"CUDA graph: not used for predictions \({why}\)"):
+        assert torch.equal(function(x)["b"], expected["b"])
+    with warnings.catch_warnings(action="error"):
+        assert torch.equal(function(x)["b"], expected["b"])
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")

@@ -66,8 +66,8 @@ def test_evaluate(files: list[str], capsys: pytest.CaptureFixture[str], tmp_path
     table = rows("`resnetlab evaluate --json`")
     evaluate = ["evaluate", "--data", "digits", "--device", "cpu"]
     one, both = run_json(capsys, *evaluate, files[0]), run_json(capsys, *evaluate, *files[:2])
-    assert set(one) == set(table) - {"skipped", "members", "comparisons", "corruptions", "by_column"}
-    assert set(both) == set(table) - {"skipped", "corruptions", "by_column", "none_of_these"}
+    assert set(one) == set(table) - {"decode_on", "skipped", "members", "comparisons", "corruptions", "by_column"}
+    assert set(both) == set(table) - {"decode_on", "skipped", "corruptions", "by_column", "none_of_these"}
     assert set(one["protocol_options"][0]) == words(table["protocol_options"]) and set(one["calibration"][0]) == words(
         table["calibration"]
     )

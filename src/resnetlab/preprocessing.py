@@ -230,6 +230,11 @@ def center_offset(length: int, part: int) -> int:
     return round((length - part) / 2)
 
 
+def round_to_bytes(x: Tensor) -> Tensor:
+    """Resized values in units of grey levels, rounded to uint8."""
+    return x.round().clamp(0, 255).to(torch.uint8)
+
+
 def pil_to_tensor(image: Image.Image) -> Tensor:
     """A PIL image, L or RGB -> uint8 (H, W, C)."""
     pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
+from resnetlab.data.batch_copier import BatchCopier
 from resnetlab.data.error_policy import ErrorPolicy
 from resnetlab.data.prefetch import BatchReader, Prefetcher
 from resnetlab.data.sampler import RandomStream, Sampler
@@ -52,6 +54,7 @@ class AnnotatedLoader(Generic[P, S]):
         micro_batch: images that go through the network at once; 0 for all of a process's share.
         errors: handles images that cannot be read.
         workers: processes that read ahead.
+        device: where the samples are copied to.
     """
 
     images: Sequence[P]
@@ -63,6 +66,7 @@ class AnnotatedLoader(Generic[P, S]):
     micro_batch: int = 0
     errors: ErrorPolicy = field(default_factory=ErrorPolicy)
     workers: int = 0
+    device: torch.device = field(default_factory=partial(torch.device, "cpu"))
 
     def __post_init__(self) -> None:
         self._share, self._size = divide_batch(self.batch, self.micro_batch, self.world.size)
@@ -70,17 +74,18 @@ class AnnotatedLoader(Generic[P, S]):
         streams = (RandomStream("samples", 5, torch.float32),)
         sampler = Sampler(len(self.images), self.batch, self.seed, range(start, start + self._share), streams)
         read = _SampleReader(self.images, self.make_sample, self.flips)
-        self._prefetcher = Prefetcher(BatchReader(sampler, read, read.name_of, list), self.errors, self.workers)
+        reader, pin = BatchReader(sampler, read, read.name_of, list), self.device.type == "cuda"
+        self._prefetcher, self._copier = Prefetcher(reader, self.errors, self.workers, pin), BatchCopier(self.device)
 
     def micro_batches(self, step: int) -> list[list[S]]:
-        """This process's micro-batches of a step. Raises DataError for a micro-batch that is left empty."""
+        """This process's micro-batches of a step, on the device. Raises DataError for a micro-batch that is left empty."""
         loaded = self._prefetcher.get(step)
         batches: list[list[S]] = [[] for _ in range(self._share // self._size)]
         for position, sample in zip(loaded.positions, loaded.samples, strict=True):
             batches[position // self._size].append(sample)
         if not all(batches):
             raise DataError(f"no image of a micro-batch can be read, such as {next(iter(loaded.unreadable.values()))}")
-        return batches
+        return self._copier(batches)
 
     @property
     def seconds_reading(self) -> float:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import os
+import struct
 import threading
 import warnings
 from collections.abc import Iterable, Iterator
@@ -35,6 +37,7 @@ TRANSPOSITIONS = {  # its value -> what turns the image upright
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+START_OF_SCAN = 0xDA  # a JPEG's marker before its pixels
 TURNED = (5, 6, 7, 8)  # its values that exchange width and height
 BITS_PER_SAMPLE, PHOTOMETRIC, MAX_SAMPLE_VALUE, SAMPLE_FORMAT = 258, 262, 281, 339  # TIFF tags
 # bytes that a PNG's profile, text or XMP may unpack to: Photoshop's and scanners' are larger than Pillow's limit of 1 MiB
@@ -153,20 +156,54 @@ def _decode_strictly(content: bytes) -> NDArray[np.uint8] | None:
     return array
 
 
-def _may_be_rotated(content: bytes) -> bool:
-    """Whether a JPEG has EXIF, or XMP with an orientation, in any of the segments before its pixels."""
+def _read_segments(content: bytes) -> Iterator[tuple[int, int, int]]:
+    """The marker of every segment of a JPEG, and where its content begins and ends, up to the pixels' (START_OF_SCAN)."""
     at = 2
     while at + 4 <= len(content) and content[at] == 0xFF:
-        kind = content[at + 1]
-        if kind == 0xDA:  # the pixels begin
-            return False
-        end = at + 2 + int.from_bytes(content[at + 2 : at + 4], "big")
+        kind, end = content[at + 1], at + 2 + int.from_bytes(content[at + 2 : at + 4], "big")
         if kind == 0xFF:  # a fill byte
-            end = at + 1
-        elif kind == 0xE1 and (content[at + 4 : at + 10] == EXIF or content.find(b"Orientation", at, end) >= 0):
-            return True
+            at += 1
+            continue
+        yield kind, at + 4, end
+        if kind == START_OF_SCAN:
+            return
         at = end
+
+
+def _may_be_rotated(content: bytes) -> bool:
+    """Whether a JPEG has EXIF, or XMP with an orientation, in any of the segments before its pixels."""
+    for kind, start, end in _read_segments(content):
+        if kind == START_OF_SCAN:
+            return False
+        if kind == 0xE1 and (content.startswith(EXIF, start) or content.find(b"Orientation", start, end) >= 0):
+            return True
     return True  # not a JPEG's usual form
+
+
+def is_plain_jpeg(content: bytes) -> bool:
+    """Whether a file is a JPEG that any decoder gives alike: whole, upright, YCbCr in 8 bits, of a size that is not refused."""
+    if not content.startswith(JPEG) or not is_complete(content) or _may_be_rotated(content):
+        return False
+    limit, plain = Image.MAX_IMAGE_PIXELS or math.inf, False
+    for kind, start, _ in _read_segments(content):
+        if kind == 0xEE and content.startswith(b"Adobe", start) and content[start + 11] != 1:  # RGB, or CMYK
+            return False
+        if 0xC0 <= kind <= 0xCF and kind not in (0xC4, 0xC8, 0xCC):  # a frame: baseline, extended or progressive
+            bits, height, width, colours = struct.unpack_from(">BHHB", content, start)
+            ids = content[start + 6 : start + 15 : 3]
+            plain = kind <= 0xC2 and bits == 8 and colours == 3 and ids != b"RGB" and 0 < height * width <= limit
+    return plain
+
+
+def decode_on_gpu(files: list[Tensor], device: torch.device) -> list[Tensor]:
+    """JPEGs, uint8 (bytes,) each, decoded by torchvision on a GPU: uint8 (H, W, 3) on it.
+
+    Raises RuntimeError if one of them cannot be decoded, or this torchvision cannot decode on GPUs.
+    """
+    from torchvision.io import ImageReadMode, decode_jpeg
+
+    with _warning_filters:  # it is deprecated since 0.29
+        return [x.permute(1, 2, 0) for x in decode_jpeg(files, ImageReadMode.RGB, device)]
 
 
 def decode(source: Path | bytes, name: str | None = None) -> Image.Image:

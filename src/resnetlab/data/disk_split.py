@@ -17,14 +17,22 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from resnetlab.data.dataset import Columns, select_rows
-from resnetlab.data.decode import check_file_size, check_regular_file, decode_as, find_pixel_format, is_complete
+from resnetlab.data.decode import (
+    check_file_size,
+    check_regular_file,
+    decode_as,
+    find_pixel_format,
+    is_complete,
+    is_plain_jpeg,
+)
 from resnetlab.data.error_policy import ErrorPolicy
 from resnetlab.data.text_files import find_encoding
-from resnetlab.errors import DataError
+from resnetlab.errors import DataError, unknown_name_error
 from resnetlab.formatting import parse_json
 from resnetlab.preprocessing import RGB, PixelFormat
 
 CHUNK = 1 << 14  # names read at once
+DECODE_ON = ("cpu", "device")
 
 
 class FileNames(Sequence[str]):
@@ -137,6 +145,7 @@ class ReadOptions:
         groups: a column of a table, or a pattern (regular expression) found in every image's name: images of equal values
             stay together when images are held out.
         multi_label: whether data with several classes per image are taken too, or refused.
+        decode_on: "cpu", or "device": the GPU that trains or evaluates decodes JPEGs and resizes images (data.device_decode).
     """
 
     on_bad: str = "stop"
@@ -144,9 +153,12 @@ class ReadOptions:
     workers: int = 0
     groups: str = ""
     multi_label: bool = False
+    decode_on: str = "cpu"
 
     def __post_init__(self) -> None:
         ErrorPolicy(self.on_bad)  # raises UsageError for another word
+        if self.decode_on not in DECODE_ON:
+            raise unknown_name_error("decode_on", self.decode_on, DECODE_ON)
 
     def read_quarantine(self) -> frozenset[str]:
         """The names in the quarantine file; raises DataError if it cannot be read."""
@@ -210,6 +222,7 @@ class DiskSplit:
         labels: int64 (N,), positions in the data set's `classes`.
         errors: handles images that cannot be read; shared by all subsets.
         workers: processes that decode, see `ReadOptions`.
+        decode_on: what decodes JPEGs, see `ReadOptions`.
     """
 
     source: ImageSource
@@ -219,6 +232,7 @@ class DiskSplit:
     workers: int = 0
     columns: Columns = field(default_factory=dict)
     pixel_format: PixelFormat = RGB
+    decode_on: str = "cpu"
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -240,6 +254,14 @@ class DiskSplit:
     def read_image(self, i: int) -> Tensor:
         index = int(self.indices[i])
         return decode_as(self.source.read(index), self.source.display_name(index), self.pixel_format)
+
+    def read_encoded(self, i: int) -> Tensor:
+        """The bytes of a JPEG that a GPU can decode, uint8 (n,); any other image decoded, as `read_image` gives it."""
+        index = int(self.indices[i])
+        content, name = self.source.read(index), self.source.display_name(index)
+        if self.pixel_format == RGB and is_plain_jpeg(content):
+            return torch.frombuffer(bytearray(content), dtype=torch.uint8)
+        return decode_as(content, name, self.pixel_format)
 
     def find_pixel_format(self, channels: int = 0) -> PixelFormat:
         def find(i: int) -> PixelFormat:

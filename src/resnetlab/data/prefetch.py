@@ -27,7 +27,7 @@ from resnetlab.data.error_policy import ErrorPolicy
 from resnetlab.device import DeviceConfig, count_cores, map_in_order
 from resnetlab.distributed import local_process_count
 from resnetlab.errors import DataError
-from resnetlab.preprocessing import Preprocessing
+from resnetlab.preprocessing import Preprocessing, round_to_bytes
 from resnetlab.stopping import check_stop
 
 POLL = 0.5  # seconds between looks at a request to stop, while a batch is waited for
@@ -288,5 +288,7 @@ def preprocess_image(preprocessing: Preprocessing, pixels: Tensor) -> Tensor:
     """Resizes and crops one decoded image, uint8 or float32 (H, W, C) -> (h, w, C) of the same type."""
     if pixels.is_floating_point():
         return preprocessing(pixels)
+    if pixels.device.type != "cpu":
+        return round_to_bytes(preprocessing(pixels.float()))
     array = pixels.squeeze(-1).numpy() if pixels.shape[-1] == 1 else pixels.numpy()
     return preprocessing(Image.fromarray(array))

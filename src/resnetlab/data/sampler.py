@@ -19,9 +19,11 @@ from resnetlab.data.augment import Augmentation
 from resnetlab.data.batch_copier import BatchCopier
 from resnetlab.data.crops import Crop
 from resnetlab.data.dataset import MemorySplit, Split
+from resnetlab.data.device_decode import decode_images, decodes_on_device, pack_images, unpack_images
+from resnetlab.data.disk_split import DiskSplit
 from resnetlab.data.keyed_permutation import KeyedPermutation, keyed_epoch
 from resnetlab.data.own_transform import Transform, TransformedReader
-from resnetlab.data.prefetch import BatchReader, Prefetcher, preprocess_image, stack_images
+from resnetlab.data.prefetch import BatchReader, LoadedBatch, Prefetcher, preprocess_image, stack_images
 from resnetlab.device import DeviceConfig, to_device
 from resnetlab.distributed import World
 from resnetlab.errors import DataError, UsageError
@@ -182,12 +184,19 @@ def read_train_image(
     augment_draws: list[float] | None = None,
 ) -> Tensor:
     """Image `index` of a split, decoded, cropped and, given `augment_draws`, augmented; uint8 (h, w, C)."""
-    pixels = split.read_image(index)
-    if crop.kind == "centre":
-        pixels = preprocess_image(preprocessing, pixels)
-    else:
-        pixels = crop(pixels, preprocessing.size[0], crop_draws)
+    pixels = crop_image(split.read_image(index), preprocessing, crop, crop_draws)
     return pixels if augment_draws is None else trivial_augment.trivial_augment(pixels, augment_draws)
+
+
+def crop_image(pixels: Tensor, preprocessing: Preprocessing, crop: Crop, draws: list[float]) -> Tensor:
+    """A decoded image (H, W, C), cropped and resized for the network where it is; (h, w, C)."""
+    if crop.kind == "centre":
+        return preprocess_image(preprocessing, pixels)
+    return crop(pixels, preprocessing.size[0], draws)
+
+
+def _read_for_device(split: DiskSplit, index: int, _: list[float]) -> Tensor:
+    return split.read_encoded(index)
 
 
 @dataclass(eq=False)
@@ -221,12 +230,15 @@ class TrainLoader:
             pixels, labels = (x.index_select(0, chosen) for x in self._on_device)
         else:
             loaded = self._prefetcher.get(step)
+            if decodes_on_device(self.split, device):
+                loaded = self._decode_and_crop(loaded, sampler(step))
             if not loaded.positions:
                 raise DataError(
                     f"none of the {len(indices):,} images of step {step:,} can be read; fix them: resnetlab data check."
                 )
             read = torch.tensor(loaded.positions)
-            pixels, labels = self._copier(loaded.samples), to_device(self.split.labels[indices[read]], device)
+            pixels = loaded.samples if loaded.samples.device.type == "cuda" else self._copier(loaded.samples)
+            labels = to_device(self.split.labels[indices[read]], device)
         positions = sampler.positions.start + read
         images = self.augmentation(
             pixels,
@@ -239,6 +251,15 @@ class TrainLoader:
             return Batch(images, labels, labels)
         images, targets = self.augmentation.mixing(images, labels, self.seed, step, positions)
         return Batch(images, targets.argmax(1), targets)
+
+    def _decode_and_crop(self, loaded: LoadedBatch[Any], arguments: list[tuple[Any, ...]]) -> LoadedBatch[Tensor]:
+        """The images of a step that are decoded and cropped on the device, by their index and random numbers."""
+        chosen = [arguments[position] for position in loaded.positions]
+        indices, device = [index for index, *_ in chosen], self.device_config.device
+        read, images = decode_images(self.split, unpack_images(loaded.samples), indices, device)
+        crop = self.augmentation.crop
+        cropped = [crop_image(x, self.preprocessing, crop, chosen[k][1]) for k, x in zip(read, images, strict=True)]
+        return LoadedBatch(stack_images(cropped), [loaded.positions[k] for k in read], {})
 
     @cached_property
     def _on_device(self) -> tuple[Tensor, Tensor] | None:
@@ -266,8 +287,11 @@ class TrainLoader:
         return Sampler(len(self.split), self.batch_size, self.seed, positions, tuple(streams), balanced, keyed)
 
     @cached_property
-    def _prefetcher(self) -> Prefetcher[Tensor]:
+    def _prefetcher(self) -> Prefetcher[Any]:
         split, pin = self.split, self.device_config.device.type == "cuda"
+        if decodes_on_device(split, self.device_config.device):
+            encoded = BatchReader(self._sampler, partial(_read_for_device, split), split.name_of, pack_images)
+            return Prefetcher(encoded, split.errors, split.workers)
         read: Callable[..., Tensor] = partial(read_train_image, split, self.preprocessing, self.augmentation.crop)
         if self.transform is not None:
             read = TransformedReader(read, self.transform)

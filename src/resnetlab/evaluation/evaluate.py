@@ -102,7 +102,7 @@ class Evaluation:
             "protocol_options": list(self.protocol_options),
             "classes": self.scope or "all",
             "notes": list(self.notes),
-        }
+        } | ({"decode_on": "device"} if getattr(self.images, "decode_on", "") == "device" else {})
 
     def to_json(self) -> dict[str, Any]:
         """The figures as a plain dictionary; keys as in docs/json.md."""
@@ -235,6 +235,7 @@ def evaluate(
     data_dir: str | Path = "data",
     on_bad_image: str = "stop",
     quarantine: str | Path = "",
+    decode_on: str = "cpu",
     precision: str = "auto",
     device: str = "auto",
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -259,6 +260,7 @@ def evaluate(
         data_dir: folder of the archives.
         on_bad_image: "stop" at an image that cannot be read, or "skip" it (`Evaluation.metrics.skipped` lists it).
         quarantine: a file that lists images to leave out, as in training.
+        decode_on: "device" lets a GPU decode JPEGs and resize images; scores differ a little from those of "cpu".
         progress: called with images done and images in all.
 
     Raises:
@@ -277,12 +279,11 @@ def evaluate(
     names = _default_names(given) if names is None else list(names)
     if classes not in SCOPES:
         raise unknown_name_error("choice of classes", classes, SCOPES)
-    source, data = _load_source(data, Path(data_dir), ReadOptions(on_bad_image, str(quarantine), multi_label=True))
-    source = source.with_pixel_format(common_pixel_format(trained))
+    reading = ReadOptions(on_bad_image, str(quarantine), multi_label=True, decode_on=decode_on)
+    source, data = _load_source(data, Path(data_dir), reading, trained)
     _check_multi_label(trained, names, source, fit_on)
     scored, scope = _select_classes(trained, names, source.classes, classes)
     columns = [torch.tensor([each.classes.index(name) for name in scored]) for each in trained]
-    data = sources.strip_signature(str(data))  # figures are shared, so addresses lose their signatures
     split, images = pick_split(source, split, trained)
     _require_labels(images)
     if fit_on is not None:
@@ -297,11 +298,8 @@ def evaluate(
             trained = fit_temperatures(trained, columns, held_out, truth, device_config, about)
         temperatures = [each.temperature for each in trained]
         all_members = _make_members(trained, columns, temperatures, device_config)
-
-        def on_progress(done: int) -> None:
-            progress(done, len(images))
-
-        scores = predict_scores(all_members, images, device_config, parsed, on_progress)
+        total = len(images)
+        scores = predict_scores(all_members, images, device_config, parsed, lambda done: progress(done, total))
     results, skipped = drop_skipped(images, labels, scores)
     if skipped:
         images = images.subset(torch.tensor([i for i, name in enumerate(images.names) if name not in skipped]))
@@ -341,12 +339,14 @@ def _measure(
     return Evaluation, ClassificationMetrics.from_scores(classes, mean, results[0][0]), members
 
 
-def _load_source(data: Any, data_dir: Path, reading: ReadOptions) -> tuple[Dataset, str]:
-    """The data set of a name, or of Python objects, and its name."""
-    if isinstance(data, str | Path):
-        return sources.load_dataset(str(data), data_dir, reading), str(data)
-    source = dataset_from_object(data, reading)
-    return source, source.name
+def _load_source(
+    data: Any, data_dir: Path, reading: ReadOptions, models: Sequence[TrainedModel]
+) -> tuple[Dataset, str]:
+    """The data set of a name, or of Python objects, read as the models need it, and its name for figures that are shared."""
+    named = isinstance(data, str | Path)
+    source = sources.load_dataset(str(data), data_dir, reading) if named else dataset_from_object(data, reading)
+    name = sources.strip_signature(str(data) if named else source.name)
+    return source.with_pixel_format(common_pixel_format(models)), name
 
 
 def fit_temperatures(

@@ -23,7 +23,14 @@ import torch
 from torch import Tensor
 
 from resnetlab.errors import UsageError, unknown_name_error
-from resnetlab.preprocessing import MAX_INPUT_SIDE, Preprocessing, center_offset, pil_to_tensor, tensor_to_pil
+from resnetlab.preprocessing import (
+    MAX_INPUT_SIDE,
+    Preprocessing,
+    center_offset,
+    pil_to_tensor,
+    round_to_bytes,
+    tensor_to_pil,
+)
 
 KINDS = ("1crop", "10crop", "dense", "multiscale")
 OPTIONS = ("flip", "noflip", "logits", "window")
@@ -205,6 +212,8 @@ def resize_shorter_side(image: Tensor, side: int, preprocessing: Preprocessing) 
         return image
     if image.is_floating_point():
         return preprocessing.resize_pixels(image, side)
+    if image.device.type != "cpu":
+        return round_to_bytes(preprocessing.resize_pixels(image.float(), side))
     return pil_to_tensor(preprocessing.resize_image(tensor_to_pil(image), side))
 
 

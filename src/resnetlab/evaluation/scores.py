@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from resnetlab.data.dataset import MemorySplit, Split
+from resnetlab.data.device_decode import decode_images, decodes_on_device
 from resnetlab.data.prefetch import default_workers, read_in_threads
 from resnetlab.device import DeviceConfig, eval_mode, to_device
 from resnetlab.errors import DataError, DivergedError
@@ -145,10 +146,14 @@ def predict_scores(
 
     workers = 0 if isinstance(split, MemorySplit) else split.workers or default_workers(device_config)
     resize = _preprocess_ahead(members, protocol, device_config)
+    on_device = decodes_on_device(split, device_config.device)
+
+    def read_one(i: int) -> Tensor:
+        return split.read_encoded(i) if on_device else resize(split.read_image(i))  # type: ignore[attr-defined]
 
     def read() -> Iterator[tuple[Tensor, list[int], list[Tensor]]]:  # in this thread, beside those that compute
         order = (i for indices in own for i in indices.tolist())
-        read_image = stack.enter_context(read_in_threads(lambda i: resize(split.read_image(i)), order, workers))
+        read_image = stack.enter_context(read_in_threads(read_one, order, workers))
         for indices in own:
             for rows in scores:
                 rows[indices] = SKIPPED  # until they are read
@@ -158,6 +163,11 @@ def predict_scores(
 
     def score(batch: tuple[Tensor, list[int], list[Tensor]]) -> tuple[int, list[int], list[Tensor]]:
         indices, positions, images = batch
+        if on_device:
+            read, images = decode_images(split, images, positions, device_config.device)
+            positions, images = [positions[k] for k in read], [resize(image) for image in images]
+        if not images:
+            return int(indices[-1]) + 1, [], []
         found = [score_images(member, images, protocol, device_config).float() for member in members]
         found = [summary(values, positions) for values in found] if summary else found
         return int(indices[-1]) + 1, positions, found
@@ -166,7 +176,7 @@ def predict_scores(
     batches_at_once = 1 if any(isinstance(member.net, OwnNetwork) for member in members) else len(own)
     with contextlib.ExitStack() as stack, device_config.side_by_side_map(batches_at_once) as side_by_side:
         for done, positions, found in side_by_side(score, read()):
-            for rows, values in zip(scores, found, strict=True):
+            for rows, values in zip(scores, found, strict=bool(positions)):
                 rows[positions] = values
             on_progress(done)
     for rows in scores:

@@ -27,11 +27,13 @@ from resnetlab.evaluation.detection import (
 )
 from resnetlab.evaluation.segmentation import compute_segmentation_metrics, segment_image
 from resnetlab.formatting import format_list
+from resnetlab.graph_capture import GraphedFunction
 from resnetlab.inference.images import ImageInput, NamedImage, expand_images, get_name, is_many, read_image
 from resnetlab.models.annotated_model import AnnotatedModel, load_annotated
 from resnetlab.models.head_spec import DetectionOptions, DetectorSpec, SegmenterSpec
 
 P = TypeVar("P", bound=AnnotatedItem)
+MAX_GRAPHS = 4  # sizes of images that a GPU has a CUDA graph for
 ProgressFn = Callable[[int, int], None]
 
 
@@ -253,6 +255,11 @@ def open_annotated_model(path: Path, task: str, precision: str, device: str) -> 
     model = load_annotated(path, task)
     device_config = select_device(precision, device)
     model.net = device_config.place(model.net)
+    if (
+        device_config.device.type == "cuda"
+    ):  # of images of one size; what comes after it has sizes that depend on values
+        backbone: Any = model.net.backbone
+        backbone.forward = GraphedFunction(backbone.forward, MAX_GRAPHS)
     return PREDICTORS[task](path, model, device_config)
 
 

@@ -2,7 +2,7 @@
 
 `select_backend` is the only place that decides. On a CPU it builds the installed backends, compares each with torch in fp32
 on the model's reference images, and takes the fastest that agrees; or it loads one from the cache (`backend_cache`). On a GPU,
-and for a few images, it takes torch; on a GPU in bf16 only if that agrees too.
+and for a few images, it takes torch; on a GPU in bf16 only if that agrees too, and replayed from CUDA graphs.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from resnetlab.device import DeviceConfig, eval_mode, select_device, to_device
 from resnetlab.errors import UsageError, install_hint, missing_package, unknown_name_error
+from resnetlab.graph_capture import GraphedFunction
 from resnetlab.inference.backend_cache import BackendCache, open_cache
 from resnetlab.inference.export_graphs import ExportGraphs
 from resnetlab.inference.formats import FORMATS, Backend, ExportFormat, PredictFn, cpu_has_bf16
@@ -33,6 +34,7 @@ BACKENDS: Mapping[str, tuple[Backend, ExportFormat]] = {
 PRECISIONS = ("auto", "fp32", "bf16", "int8")
 FEW_IMAGES = 64  # torch predicts these sooner than another backend is built
 TIMED_BATCH = 16  # images
+MAX_GRAPHS = 16  # sizes of batches that a GPU has a CUDA graph for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +125,8 @@ def select_backend(
 def _load_folded_network(model: TrainedModel, request: BackendRequest, device_config: DeviceConfig) -> LoadedBackend:
     """The network in torch on its device, with BN folded; bf16 only if it agrees with fp32, or is asked for."""
     net = device_config.place(fold_batchnorm(model.net))
+    if device_config.device.type == "cuda" and not isinstance(net, OwnNetwork):
+        net.forward = GraphedFunction(net.forward, MAX_GRAPHS)
     loaded = load_network(model, device_config, net)
     images = _complete_request(model, request).check_images
     if device_config.precision == "fp32":

@@ -9,7 +9,6 @@ without a graph.
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -18,14 +17,12 @@ import torch
 from torch import Tensor
 
 from resnetlab.device import release_memory
+from resnetlab.graph_capture import Compute, Record, record_cuda_graph
 from resnetlab.training.checkpoint import TrainState
 from resnetlab.training.memory import is_out_of_memory
 from resnetlab.training.micro_batches import BatchNormStatistics
 from resnetlab.training.step import compute_gradients
 
-Compute = Callable[[], list[Tensor]]
-Record = Callable[[Compute], Compute]
-WARMUP_RUNS = 3  # before the capture: libraries choose their algorithms and allocate their workspaces
 TRIAL_SCALE = 2.0**8
 MAX_DIFFERENCE = 0.01  # of a replayed step with exact=false, relative to the norm of each result
 
@@ -81,40 +78,6 @@ class GraphGradients:
         release_memory(train_state.task.device_config.device)
         self._report("CUDA graph: given up, since a step with fewer images does not fit into memory beside it")
         return compute_gradients(train_state, micro_batches)
-
-
-def record_cuda_graph(compute: Compute, device: torch.device) -> Compute:
-    """Captures a CUDA graph. Raises RuntimeError if something in it synchronises with the device, or memory runs out."""
-    with torch.cuda.device(device):  # cuda:1 is not the current device by default, and a stream belongs to one device
-        side, own = torch.cuda.Stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side), _fail_on_sync():
-            for _ in range(WARMUP_RUNS):
-                compute()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        # torch.cuda.graph leaves its own stream current when a capture fails; the outer context restores the former one.
-        # "thread_local" lets the loader's threads continue during the capture.
-        with torch.cuda.stream(own), torch.cuda.graph(graph, stream=own, capture_error_mode="thread_local"):
-            results = compute()
-
-    def replay() -> list[Tensor]:
-        graph.replay()
-        return results
-
-    return replay
-
-
-@contextlib.contextmanager
-def _fail_on_sync() -> Iterator[None]:
-    """Makes a synchronisation raise an error: during a capture it would leave torch's allocators in a broken state."""
-    before = torch.cuda.get_sync_debug_mode()
-    with warnings.catch_warnings(action="ignore"):  # torch warns that it does not detect every synchronisation
-        torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
 
 
 def _record_step(

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 import tomli_w
 
 from resnetlab.data.dataset import A_TENTH
+from resnetlab.data.disk_split import DECODE_ON
 from resnetlab.data.object_store import refuse_password, strip_password
 from resnetlab.errors import RunError, UsageError, unknown_name_error
 from resnetlab.models.reference_images import MAX_TRAINING
@@ -36,6 +37,7 @@ _CHOICES = {  # allowed words, by field
     "keep": ("last", "best"),
     "grad_reduce": ("tree", "all_reduce"),
     "grad_compression": ("none", "bf16"),
+    "decode_on": DECODE_ON,
 }
 _RANGES: dict[str, tuple[float, float, str]] = {  # smallest and largest value, and the range in words
     **dict.fromkeys(("steps", "log_every", "eval_every", "patience"), (1, 10**9, "from 1 to 1,000,000,000")),
@@ -68,7 +70,7 @@ EVAL_RATIO = 8 / 7  # of eval_resize to image_size where a recipe has neither: 2
 _ADDED = {
     "exact", "keep_images", "groups", "fold", "class_weights", "sampling", "keep", "early_stop", "frozen_stages",
     "flip_vertical", "rotate", "lr_base_size", "trust_coefficient", "grad_reduce", "grad_compression", "none_share",
-    "transform", "channels",
+    "transform", "channels", "decode_on",
 }  # fmt: skip
 _SPECIFICATION = tuple(f.name for f in fields(Specification) if f.name not in ("channels", "classes"))
 
@@ -285,6 +287,7 @@ class Recipe(BaseRecipe):
     normalise: str = "per-pixel mean"  # or "per-channel mean and std"
     val_images: int = 0  # training images held out for evaluation during training; 0: none, A_TENTH: see data.dataset
     on_bad_image: str = "stop"  # an image that cannot be read: "stop", or "skip" (left out, counted and listed)
+    decode_on: str = "cpu"  # what decodes JPEGs and resizes images on disk, or "device": the GPU, with other last bits
     quarantine: str = ""  # a file of image names, one per line, that are left out from the start
     groups: str = ""  # a table's column, or a pattern in names: images of equal values are held out together
     fold: str = ""  # "2/5": hold out the second of five equal parts for the test, as k-fold cross-validation does

@@ -184,19 +184,25 @@ class Recorder:
 
     def report_graph(self, sentence: str) -> None:
         """Reports and records how steps are executed."""
-        run = self._context.run
         self._context.report(sentence)
-        run.write_json("environment.json", (run.read_json("environment.json") or {}) | {"steps": sentence})
+        self._add_to_environment({"steps": sentence})
+
+    def record_launches(self, launches: float) -> None:
+        """Records how many kernels, or graphs of kernels, a traced step launched on a GPU."""
+        self._add_to_environment({"launches_per_step": round(launches, 1)})
+
+    def _add_to_environment(self, values: Mapping[str, object]) -> None:
+        run = self._context.run
+        run.write_json("environment.json", (run.read_json("environment.json") or {}) | dict(values))
 
     def _record_machine(self) -> None:
         """Records peak memory, how many steps were replayed from a CUDA graph, and fp16's loss scale."""
-        run, config = self._context.run, self._task.device_config
-        before = run.read_json("environment.json") or {}
+        config, before = self._task.device_config, self._context.run.read_json("environment.json") or {}
         peak = max(peak_memory(config.device), before.get("peak_memory_bytes", 0))
         replayed = {"replayed_steps": self._train_state.state.replayed_steps} if config.cuda_graph else {}
         state = self._train_state.state
         scaled = {"loss_scale": state.loss_scale, "skipped_updates": state.skipped_updates} if state.loss_scale else {}
-        run.write_json("environment.json", before | {"peak_memory_bytes": peak} | replayed | scaled)
+        self._add_to_environment({"peak_memory_bytes": peak} | replayed | scaled)
 
     def _log(self, output: StepOutput, lr: float) -> dict[str, float]:
         """Writes the means since the last line; ends the warm-up of 2015 §4.2 if the error is below its bound."""

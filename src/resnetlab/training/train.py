@@ -160,7 +160,8 @@ def train_to_end(task: Task, context: RunContext) -> TrainResult:
             recorder.save()
         set_train_mode(task.net)
         steps = context.profile if task.device_config.world.is_first else 0
-        with recorder.closing(), trace_steps(steps, context.run.path / "trace.json", context.report) as end_traced_step:
+        trace = context.run.path / "trace.json", context.report, recorder.record_launches
+        with recorder.closing(), trace_steps(steps, *trace) as end_traced_step:
             try:
                 # the first step compiles, for minutes; a request to stop needs no step after it
                 if task.device_config.compiled and task.device_config.world.size == 1:

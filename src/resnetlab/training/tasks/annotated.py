@@ -105,6 +105,7 @@ class AnnotatedTask(Task, Generic[P, S]):
             micro_batch=recipe.bn_batch,
             errors=data.errors,
             workers=setup.num_workers,
+            device=device_config.device,
         )
         task = cls(
             recipe=recipe,

@@ -12,6 +12,7 @@ from resnetlab.data import sources
 from resnetlab.data.augment import Augmentation
 from resnetlab.data.crops import Crop
 from resnetlab.data.dataset import A_TENTH, Dataset, Split, count_held_out, hold_out, take_fold
+from resnetlab.data.device_decode import decodes_on_device
 from resnetlab.data.disk_split import DiskSplit, ReadOptions
 from resnetlab.data.label_sets import find_classes
 from resnetlab.data.mixing import Mixing
@@ -128,11 +129,15 @@ def load_source(recipe: Recipe, setup: TaskSetup) -> tuple[Recipe, Dataset]:
     quarantine = str(setup.started_in / recipe.quarantine) if recipe.quarantine else ""
     moved = setup.dataset if isinstance(setup.dataset, str) else ""
     data = moved or sources.resolve_data_path(recipe.data, setup.started_in)
-    read_options = ReadOptions(recipe.on_bad_image, quarantine, setup.num_workers, recipe.groups, multi_label=True)
+    read_options = ReadOptions(
+        recipe.on_bad_image, quarantine, setup.num_workers, recipe.groups, multi_label=True, decode_on=recipe.decode_on
+    )
     own = setup.dataset if isinstance(setup.dataset, Dataset) else None
     source: Dataset = own or setup.load_once(lambda: sources.load_dataset(data, setup.data_dir, read_options))
     if recipe.groups and not isinstance(source.train, DiskSplit):
         raise UsageError(f"groups={recipe.groups} is for images on disk; leave it out.")
+    if recipe.decode_on == "device":
+        _check_decoding_on_device(recipe, source, setup)
     if not len(source.train):
         raise DataError(
             f"{data} has no train folder; training needs class folders, or train/ with class folders in it."
@@ -147,8 +152,20 @@ def load_source(recipe: Recipe, setup: TaskSetup) -> tuple[Recipe, Dataset]:
     return recipe, take_fold(source, recipe.fold) if recipe.fold and source.label_sets is None else source
 
 
+def _check_decoding_on_device(recipe: Recipe, source: Dataset, setup: TaskSetup) -> None:
+    """Raises UsageError where the device cannot decode the images, or something changes each of them on the CPU."""
+    if not isinstance(source.train, DiskSplit):
+        raise UsageError("decode_on=device is for images on disk; leave it out.")
+    if recipe.trivial_augment or setup.transform is not None:
+        what = "trivial_augment changes" if recipe.trivial_augment else "a function of your own changes"
+        raise UsageError(f"{what} each image on the CPU, so decode_on=device would gain nothing; leave it out.")
+    decodes_on_device(source.train, setup.device_config.device)  # now, rather than in the first step
+
+
 def require_eight_bits_for(recipe: Recipe, found: PixelFormat) -> None:
     """Raises UsageError for augmentations that are defined on 8-bit grey or RGB only."""
+    if recipe.decode_on == "device":
+        raise UsageError(f"decode_on=device is for grey or RGB of 8 bits, and the images have {found}; leave it out.")
     if values := [key for key in ("colour", "trivial_augment") if getattr(recipe, key)]:
         raise UsageError(
             f"{values[0]} changes colours of 8 bits, and the images have {found}; leave it out: --set {values[0]}=false."

@@ -15,7 +15,6 @@ from resnetlab.data import box_dataset
 from resnetlab.data.annotated_dataset import AnnotatedDataset
 from resnetlab.data.annotated_sampler import AugmentationDraw, flip_boxes, flip_image
 from resnetlab.data.annotations import AnnotatedImage
-from resnetlab.device import to_device
 from resnetlab.errors import DataError
 from resnetlab.evaluation import overlays
 from resnetlab.evaluation.detection import DetectionMetrics, compute_detection_metrics, predict_boxes, require_coco_eval
@@ -95,9 +94,8 @@ class DetectionTask(AnnotatedTask[AnnotatedImage, DetectionSample]):
 
     def loss(self, batch: list[DetectionSample]) -> tuple[Tensor, Tensor]:
         """The sum of both stages' four losses, and the fraction of regions whose class is wrong; scalars."""
-        device = self.device_config.device
-        images = [to_device(s.pixels, device).permute(2, 0, 1) / 255 for s in batch]
-        targets = [{"boxes": to_device(s.boxes, device), "labels": to_device(s.labels, device)} for s in batch]
+        images = [s.pixels.permute(2, 0, 1) / 255 for s in batch]
+        targets = [{"boxes": s.boxes, "labels": s.labels} for s in batch]
         losses: dict[str, Tensor] = self.net(images, targets)
         error = losses.pop("error")
         return torch.stack(list(losses.values())).sum(), error

@@ -17,7 +17,7 @@ from resnetlab.data.annotated_dataset import AnnotatedDataset
 from resnetlab.data.annotated_sampler import AugmentationDraw, flip_image
 from resnetlab.data.mask_dataset import MaskedImage
 from resnetlab.data.mask_files import VOID
-from resnetlab.device import eval_mode, to_device
+from resnetlab.device import eval_mode
 from resnetlab.evaluation import overlays
 from resnetlab.evaluation.segmentation import SegmentationMetrics, compute_segmentation_metrics, segment_image
 from resnetlab.formatting import format_count, format_split
@@ -65,7 +65,6 @@ class SegmentationTask(AnnotatedTask[MaskedImage, SegmentationSample]):
     recipe_type = SegmentationRecipe
     result_type = SegmentationResult
     skip_reason = "masks or images were invalid"
-    nondeterministic_on_gpu = "the gradient of upsampling and the loss of pixels"
     metrics = ("mean_iou", "pixel_error", "per_class")
 
     recipe: SegmentationRecipe
@@ -97,12 +96,17 @@ class SegmentationTask(AnnotatedTask[MaskedImage, SegmentationSample]):
 
     def loss(self, batch: list[SegmentationSample]) -> tuple[Tensor, Tensor]:
         """Mean cross entropy in nats over the pixels that are not VOID, and the fraction of them that is wrong; scalars."""
-        device = self.device_config.device
-        logits = self.net(to_device(torch.stack([s.pixels for s in batch]), device))  # (B, classes, h, w)
-        masks = to_device(torch.stack([s.mask for s in batch]), device).long()
+        logits = self.net(torch.stack([s.pixels for s in batch]))  # (B, classes, h, w)
+        masks = torch.stack([s.mask for s in batch]).long()
         valid = (masks != VOID).sum().clamp_min(1)
         wrong = ((logits.detach().argmax(1) != masks) & (masks != VOID)).sum() / valid
-        return F.cross_entropy(logits, masks, ignore_index=VOID, reduction="sum") / valid, wrong
+        if logits.device.type != "cuda":
+            return F.cross_entropy(logits, masks, ignore_index=VOID, reduction="sum") / valid, wrong
+        # torch's loss of maps adds in no fixed order there
+        each = F.cross_entropy(
+            logits.permute(0, 2, 3, 1).flatten(0, 2), masks.flatten(), ignore_index=VOID, reduction="none"
+        )
+        return each.sum() / valid, wrong
 
     def evaluate(self, images: Sequence[MaskedImage]) -> SegmentationMetrics:
         """Evaluates the network with its current weights."""
