@@ -114,25 +114,30 @@ def peer(contestant: str, net: str, batch: int, device: torch.device) -> Step:
     return step
 
 
-def ours(net: str, batch: int, device: torch.device, form: str) -> Step:
-    """One step of `resnetlab train` on uint8 images in memory."""
-    size, compiled = side(net), form == "compiled"
-    graph = device.type == "cuda" and not compiled  # as a run picks by itself, or with --compile on
-    device_config = replace(select_device(device=device.type), compiled=compiled, cuda_graph=graph)
+def make_task(net: str, batch: int, device: torch.device, form: str, images: int) -> ClassificationTask:
+    """The task of `resnetlab train` on so many uint8 images in memory."""
+    size, compiled, exact = side(net), form == "compiled", form != "exact off"
+    graph = device.type == "cuda" and form not in ("compiled", "eager")  # as a run picks by itself, or with --compile
+    device_config = replace(select_device(device=device.type, exact=exact), compiled=compiled, cuda_graph=graph)
     chosen = find_classification_recipe("paper-cifar" if size == 32 else "photos")
     op_threads = device_config.threads if form == "in turn" else 0
-    chosen = replace(chosen, fused_bn=form == "fused BN", op_threads=op_threads)
-    images = torch.randint(256, (4 * batch, size, size, 3), dtype=torch.uint8)
-    split = MemorySplit(images, torch.randint(10, (4 * batch,)))
+    chosen = replace(chosen, fused_bn=form == "fused BN", op_threads=op_threads, exact=exact)
+    pixels = torch.randint(256, (images, size, size, 3), dtype=torch.uint8)
+    split = MemorySplit(pixels, torch.randint(10, (images,)))
     preprocessing = Preprocessing(3, (size, size), size, torch.full((3,), 0.5), torch.full((3,), 0.25))
     model: Any = device_config.place(resnetlab.build(our_name(net), classes=10, seed=0)).train()
     augmentation = Augmentation(
         chosen.pad, chosen.pad_with, chosen.flip, chosen.colour, crop=Crop("centre", (256, 480), 1.0)
     )
     loader = TrainLoader(split, preprocessing, augmentation, batch, 0, device_config)
-    task = ClassificationTask(
+    return ClassificationTask(
         replace(chosen, batch=batch), model, tuple("0123456789"), preprocessing, loader, split, split, {}, device_config
     )
+
+
+def ours(net: str, batch: int, device: torch.device, form: str) -> Step:
+    """One step of `resnetlab train` on uint8 images in memory."""
+    task = make_task(net, batch, device, form, 4 * batch)
     say = partial(print, file=sys.stderr)
     task = choose_batchnorm(divide_threads(task), say, resuming=False)
     say(task.device_config)
