@@ -11,15 +11,20 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from resnetlab.device import DeviceConfig
 from resnetlab.distributed import World
 from resnetlab.graph_capture import Compute, GraphedFunction
+from resnetlab.models.backbone import Backbone, prepare_backbone
+from resnetlab.models.resnet import build
 from resnetlab.models.spec import get_specification
 from resnetlab.training.average import set_train_mode
+from resnetlab.training.backbone_graph import BackboneGraph
 from resnetlab.training.checkpoint import TrainState
 from resnetlab.training.compilation import choose_compilation
 from resnetlab.training.cuda_graph import GraphGradients
+from resnetlab.training.micro_batches import TreeMean
 from resnetlab.training.recipe import Recipe
 from resnetlab.training.recipes import paper_cifar
 from resnetlab.training.step import Gradients, compute_gradients, train_step
@@ -303,6 +308,90 @@ def test_predictions_whose_recording_is_wrong_are_computed_as_before(record: Any
         assert torch.equal(function(x)["b"], expected["b"])
     with warnings.catch_warnings(action="error"):
         assert torch.equal(function(x)["b"], expected["b"])
+
+
+def graph_in_python(module: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> Any:
+    """torch.cuda.make_graphed_callables in Python: input, results and gradients have fixed addresses."""
+    (x,), parameters = arguments, [p for p in module.parameters() if p.requires_grad]
+    held: dict[str, list[torch.Tensor]] = {}
+    structure = tree_flatten(module(x))[1]  # the warm-up, which moves BN's averages
+
+    def overwrite(key: str, values: Any) -> list[torch.Tensor]:
+        values = [value.detach() for value in values]
+        for buffer, value in zip(held.setdefault(key, [v.clone() for v in values]), values, strict=True):
+            buffer.copy_(value)
+        return [buffer.detach() for buffer in held[key]]
+
+    class Graphed(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, y: torch.Tensor, *_: torch.Tensor) -> Any:
+            x.copy_(y)
+            with torch.enable_grad():
+                ctx.results = tree_flatten(module(x))[0]
+            return tuple(overwrite("maps", ctx.results))
+
+        @staticmethod
+        def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+            return None, *overwrite("grads", torch.autograd.grad(ctx.results, parameters, grads))
+
+    def replay(y: torch.Tensor) -> Any:
+        return tree_unflatten(list(Graphed.apply(y, *parameters)), structure)
+
+    return replay
+
+
+def wrong_graph_in_python(module: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> Any:
+    stale = [y.detach().requires_grad_() for y in tree_flatten(module(*arguments))[0]]
+    structure, anchor = tree_flatten(module(*arguments))[1], sum(p.sum() * 0 for p in module.parameters())
+    return lambda _: tree_unflatten([y + anchor for y in stale], structure)
+
+
+def failing_graph(module: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> Any:
+    module(*arguments)
+    raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (graph_in_python, ["replayed for batches of one size", "given up, since a batch has another size"]),
+        (wrong_graph_in_python, ["not used, since a replay differs from the backbone itself"]),
+        (failing_graph, ["not used, since recording failed (operation not permitted when stream is capturing)"]),
+    ],
+)
+def test_a_backbone_is_replayed_while_batches_have_one_size(make: Any, said: list[str]) -> None:
+    """Weights, statistics and results after micro-batches, steps, an evaluation and a batch of another size."""
+    ended: list[dict[str, torch.Tensor]] = []
+    messages: list[str] = []
+    for graphed in (True, False):
+        torch.manual_seed(0)
+        net = torch.nn.Module()
+        net.backbone = Backbone(build("resnet18", seed=0, widths=(8,) * 4, depths=(1,) * 4), {"C3": "0", "C5": "1"})
+        prepare_backbone(net.backbone.body, "C2", "live")
+        if graphed:
+            BackboneGraph(net.backbone, True, messages.append, make)
+        optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], 0.01)
+        for step, side in enumerate((66, 66, 66, 66, 66, 70, 66)):
+            mean = TreeMean(World())
+            for _ in range(2):
+                maps = net.backbone(torch.rand(2, 3, side, side))
+                sum(y.square().mean() for y in maps.values()).backward()
+                mean.add([p.grad for p in net.parameters() if p.grad is not None])
+                net.zero_grad()
+            for p, grad in zip([p for p in net.parameters() if p.requires_grad], mean.result(), strict=True):
+                p.grad = grad
+            optimizer.step()
+            net.zero_grad()
+            net.eval()
+            with torch.inference_mode():
+                maps = net.backbone(torch.rand(1, 3, 68, 68))
+            net.train()
+            if graphed:  # two micro-batches a step: at the fourth, and where another size comes
+                assert len(messages) == (0, 1, 1, 1, 1, len(said), len(said))[step]
+        ended.append({**net.state_dict(), **maps})
+    assert all(m.startswith(f"CUDA graph of the backbone: {x}") for m, x in zip(messages, said, strict=True))
+    for name, value in ended[1].items():
+        assert torch.equal(ended[0][name], value), name
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")

@@ -39,7 +39,9 @@ from resnetlab.stopping import catch_stop_signals
 from resnetlab.studies.workers import worker_devices
 from resnetlab.training import recorder, step_trace
 from resnetlab.training.annotated_recipes import AnnotatedRecipe, boxes, masks
+from resnetlab.training.backbone_graph import BackboneGraph
 from resnetlab.training.checkpoint import TrainState, restore_checkpoint
+from resnetlab.training.gradients import select_gradients
 from resnetlab.training.machine import describe_machine
 from resnetlab.training.micro_batches import BatchNormStatistics
 from resnetlab.training.recipe import BaseRecipe, Recipe
@@ -366,6 +368,9 @@ def test_a_segmenter_that_adds_in_a_fixed_order_on_a_gpu_computes_the_same(
             grads = {name: p.grad.cpu() for name, p in task.net.named_parameters()}
             found.append({"loss": loss.detach().cpu()} | grads)
             assert task.reason_against_exact == "" and describe_machine(task)["exact_resume"]
+            about = {"recipe": SimpleNamespace(steps=25, exact=True), "device_config": task.device_config}
+            select_gradients(SimpleNamespace(task=SimpleNamespace(net=task.net, **about)), print)  # type: ignore[arg-type]
+            assert isinstance(task.net.backbone.forward, BackboneGraph) is (device != "cpu")
     for name, value in found[0].items():
         torch.testing.assert_close(
             found[1][name], value, rtol=2e-3, atol=1e-5 + 2e-3 * float(value.abs().max()), msg=name

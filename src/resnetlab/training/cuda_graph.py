@@ -113,13 +113,13 @@ def _record_step(
         return None, f"not used, since recording failed ({str(error).strip().splitlines()[0]})"
     if len(direct) != 2 + len(optimizer.parameters) + len(statistics.averages):
         return None, "not used, since some weights get no gradient"
-    agree = torch.equal if train_state.recipe.exact else _is_close
+    agree = torch.equal if train_state.recipe.exact else is_close
     if len(replayed) != len(direct) or not all(map(agree, replayed, direct)):
         return None, "not used, since a replayed step differs from the step itself"
     return _Recording(buffers, replay), ""
 
 
-def _is_close(x: Tensor, y: Tensor) -> bool:
+def is_close(x: Tensor, y: Tensor) -> bool:
     """Whether two results differ by no more than kernels that add in another order, as with exact=false."""
     return bool(torch.linalg.vector_norm(x - y) <= MAX_DIFFERENCE * torch.linalg.vector_norm(y))
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from resnetlab.training.backbone_graph import replay_backbone
 from resnetlab.training.checkpoint import TrainState
+from resnetlab.training.compilation import MIN_GRAPH_STEPS
 from resnetlab.training.cuda_graph import GraphGradients
 from resnetlab.training.side_by_side import SideBySideGradients
 from resnetlab.training.step import Gradients, compute_gradients
@@ -19,5 +21,8 @@ def select_gradients(train_state: TrainState, report_graph: Callable[[str], None
     task = train_state.task
     if task.device_config.cuda_graph:
         return GraphGradients(report_graph)
+    on_one_gpu = task.device_config.device.type == "cuda" and task.device_config.world.size == 1
+    if on_one_gpu and task.recipe.steps >= MIN_GRAPH_STEPS:  # of a detector or segmenter
+        replay_backbone(task.net, task.recipe.exact, report_graph)
     replicated = task.device_config.side_by_side > 1 or task.device_config.fused_bn
     return SideBySideGradients(task, train_state.exchange) if replicated else compute_gradients
