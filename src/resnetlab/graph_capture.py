@@ -71,7 +71,7 @@ class GraphedFunction:
 
     A shape is captured when it comes the second time, on blank input, and only used if its replay is bit-identical to the
     function itself; otherwise, or without memory, the function is called as before, and a warning says so. The function
-    must not depend on anything that changes but its input, and all calls must be made on one stream.
+    must not depend on anything that changes but its input. Each stream has graphs of its own, since two may run at once.
     """
 
     def __init__(self, function: Callable[[Tensor], Any], most: int, record: Record | None = None) -> None:
@@ -82,7 +82,7 @@ class GraphedFunction:
     def _reset(self) -> None:
         self._recordings, self._seen = dict[Any, _CapturedCall](), set[Any]()
         self._lock, self._given_up = threading.Lock(), False
-        self._pool: Any = None
+        self._pools = dict[Any, Any]()  # of each stream, the memory that its graphs share
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what was captured, which belongs to the process."""
@@ -97,14 +97,21 @@ class GraphedFunction:
             return self._function(x)
         with self._lock:
             kind = x.device.type
-            key = (x.shape, x.stride(), x.dtype, torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind))
+            stream = torch.cuda.current_stream(x.device) if kind == "cuda" else None
+            key = (
+                stream,
+                x.shape,
+                x.stride(),
+                x.dtype,
+                torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind),
+            )
             if key not in self._recordings:
                 if key not in self._seen or len(self._recordings) == self._most:
                     if len(self._seen) < MAX_SEEN:
                         self._seen.add(key)
                     return self._function(x)
                 try:
-                    self._recordings[key] = self._capture(x)
+                    self._recordings[key] = self._capture(x, stream)
                 except RuntimeError as error:
                     self._reset()
                     self._given_up = True
@@ -116,11 +123,12 @@ class GraphedFunction:
             results = [y.clone() for y in recording.replay()]  # the next replay overwrites them
             return tree_unflatten(results, recording.structure)
 
-    def _capture(self, x: Tensor) -> _CapturedCall:
+    def _capture(self, x: Tensor, stream: Any) -> _CapturedCall:
         """The call recorded; raises RuntimeError if that fails, or a replay differs."""
-        if self._pool is None and self._record is None:
-            self._pool = torch.cuda.graph_pool_handle()
-        record = self._record or partial(record_cuda_graph, device=x.device, pool=self._pool)
+        record = self._record
+        if record is None:
+            pool = self._pools.setdefault(stream, torch.cuda.graph_pool_handle())
+            record = partial(record_cuda_graph, device=x.device, pool=pool)
         blank, kind = torch.zeros_like(x), x.device.type
         expected, structure = tree_flatten(self._function(x))
 

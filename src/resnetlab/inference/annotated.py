@@ -255,9 +255,7 @@ def open_annotated_model(path: Path, task: str, precision: str, device: str) -> 
     model = load_annotated(path, task)
     device_config = select_device(precision, device)
     model.net = device_config.place(model.net)
-    if (
-        device_config.device.type == "cuda"
-    ):  # of images of one size; what comes after it has sizes that depend on values
+    if device_config.device.type == "cuda":  # what comes after a detector's backbone has sizes that depend on values
         backbone: Any = model.net.backbone
         backbone.forward = GraphedFunction(backbone.forward, MAX_GRAPHS)
     return PREDICTORS[task](path, model, device_config)
