@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import tomllib
+import traceback
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torchvision
+from torch.utils.data import DataLoader
 
 import resnetlab
 from images import folder
@@ -19,6 +25,8 @@ from resnetlab.cli.runs import print_runs
 from resnetlab.errors import ModelFileError, RunError, UsageError, name_arguments
 from resnetlab.evaluation.protocols import parse_protocol
 from resnetlab.formatting import format_count, format_figure, format_split
+from resnetlab.inference import build
+from resnetlab.inference.predict import Model
 from resnetlab.inference.start import load_start
 from resnetlab.training import train as training
 from resnetlab.training.recipe import Recipe
@@ -35,6 +43,13 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("newcomers") / "run"
     resnetlab.train("quick", out=out, keep_images=2, **SHORT)  # type: ignore[arg-type]
     return out
+
+
+@pytest.fixture(scope="module")
+def model(run: Path) -> Model:
+    loaded = resnetlab.load(run, device="cpu")
+    assert isinstance(loaded, Model)
+    return loaded
 
 
 def told(capsys: pytest.CaptureFixture[str], *line: str, code: int = 2) -> str:
@@ -275,3 +290,94 @@ def test_help_does_not_import_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
+
+
+WRONG: dict[str, Callable[[Model], Any]] = {
+    "unknown argument of predict 'topk'; did you mean 'top'?": lambda model: model.predict("a.png", topk=2),  # type: ignore[call-arg]
+    "predict: missing a required argument: 'image'": lambda model: model.predict(),  # type: ignore[call-arg]
+    "unknown argument of build 'model'; did you mean 'name'?": lambda _: resnetlab.build(model="resnet18"),  # type: ignore[call-arg]
+    "unknown argument of list_models 'filter'; did you mean 'pattern'?": lambda _: resnetlab.list_models(filter="*"),  # type: ignore[call-arg]
+    "a path, an address, the bytes of a file, an open file, a Pillow image": lambda model: model({"image": "a.png"}),
+    "Model has no attribute 'cuda'; use to(\"cuda\").": lambda model: model.cuda(),  # type: ignore[attr-defined]
+    "Model has no attribute 'image_size'; use preprocessing.image_size.": lambda model: model.image_size,  # type: ignore[attr-defined]
+    "Prediction has no attribute 'confidence'; use score.": lambda model: model(ZEROS).confidence,
+    "give the network, 'resnet18', and 'timm:resnet18.a1_in1k' as its weights": lambda _: resnetlab.build(
+        "resnet18.a1_in1k"
+    ),
+    "give the network, 'resnet20', and 'cifar10:resnet20' as its weights": lambda _: resnetlab.build(
+        "cifar10:resnet20"
+    ),
+    "net.features(images) gives the map of every stage": lambda _: resnetlab.build("resnet18", features_only=True),
+    "there are none of resnet20": lambda _: resnetlab.build("resnet20", weights="DEFAULT"),
+    "a trained one is cifar10:resnet20": lambda _: resnetlab.load("resnet20"),
+    "a model trained on it is cifar10:resnet20": lambda _: resnetlab.load("cifar10"),
+    "on_evaluate is a function, not 3": lambda _: resnetlab.train("digits", on_evaluate=3),  # type: ignore[arg-type]
+    "not DataLoader; give its dataset": lambda _: resnetlab.train(DataLoader([0])),  # type: ignore[arg-type]
+}
+ZEROS = np.zeros((8, 8), np.uint8)
+
+
+@pytest.mark.parametrize("sentence", WRONG)
+def test_errors_in_python_end_in_a_sentence_after_few_frames(sentence: str, model: Model) -> None:
+    with pytest.raises(UsageError, match=re.escape(sentence)) as error:
+        WRONG[sentence](model)
+    shown = traceback.extract_tb(error.value.__traceback__)
+    assert len(shown) <= 4 and error.value.__cause__ is None  # this test, its function, and one of ours
+
+
+def test_the_names_of_published_weights_are_torchvisions(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def note(name: str, _: object) -> None:
+        asked.append(name)
+        raise UsageError("noted")
+
+    monkeypatch.setattr(build, "load_start", note)
+    for weights in ("DEFAULT", "IMAGENET1K_V1", torchvision.models.ResNet50_Weights.IMAGENET1K_V2):
+        with pytest.raises(UsageError, match="noted"):
+            resnetlab.build("resnet50", weights=weights)  # type: ignore[arg-type]
+    assert asked == [f"torchvision:resnet50.IMAGENET1K_{version}" for version in ("V2", "V1", "V2")]
+    assert resnetlab.list_models("*50*", pretrained=True) == ["resnet50"]
+
+
+def test_bfloat16_is_taken(model: Model, tmp_path: Path) -> None:
+    assert model(torch.from_numpy(ZEROS).bfloat16()).label == model(ZEROS).label
+    images = torch.rand(20, 8, 8).bfloat16()
+    result = resnetlab.train((images, [0, 1] * 10), out=tmp_path / "run", **SHORT)  # type: ignore[arg-type]
+    assert result.n == 4
+
+
+def test_figures_have_a_short_form(model: Model) -> None:
+    assert repr(model.explain(ZEROS)).endswith("overlay, 3 blocks)")
+    shown = repr(model.evaluate("digits"))
+    assert shown.startswith("Evaluation(digits, test split, 360 images, 1crop: top-1 error ") and len(shown) < 100
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ("train flowrs", "there is no data set and no folder 'flowrs' here; did you mean 'flowers'?"),
+        ("classify train data=flowrs", "did you mean 'flowers'?"),
+        ("train ./x/flowrs", "x/flowrs is not there; give a folder of class folders"),
+        ("detect train flowrs", "flowrs is not there; did you mean 'flowers'?"),
+        ("detect train flowers/data.yaml", "data.yaml is a file; give the folder that holds images and annotations"),
+        ("predict mdl.safetensors a.png", "mdl.safetensors does not exist; did you mean 'model.safetensors'?"),
+        ("predict model=m.safetensors source=a.png imgsz=64", "unknown option imgsz"),
+        ("export m.safetensors onnx", "export does not take 'onnx'; for example: resnetlab export"),
+        ("report runs/a", "it is `resnetlab runs compare RUN RUN` here"),
+        ("study degradation --set shortcut=C", "other ones are trained with: resnetlab train DATA --set key=value"),
+        ("train labels.csv", "name the one of the label, for example labels.csv:label=Species"),
+        ("train labels.csv:label=spec", "for example labels.csv:label=Species"),
+        ("train labels.csv:label=species", "labels.csv, row 1: "),
+    ],
+)
+def test_misspelt_names_are_answered(
+    line: str, sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "flowers").mkdir()
+    (tmp_path / "flowers" / "data.yaml").write_text("names: [a]\n")
+    (tmp_path / "model.safetensors").write_bytes(b"x")
+    (tmp_path / "labels.csv").write_text("Filename,Species\na.jpg,\n")
+    assert run_command(line.split()) in (1, 2)
+    assert sentence in capsys.readouterr().err

@@ -15,7 +15,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from resnetlab.errors import UsageError
+from resnetlab.errors import UnknownNameError
 from resnetlab.peer_words import PYTHON
 
 __version__ = "0.2.0.dev0"  # the only place; pyproject.toml reads it
@@ -34,10 +34,6 @@ _MODULES = {
     "load": "resnetlab.inference.open_model",
     "train": "resnetlab.training.python_api",
 }
-
-
-class UnknownNameError(UsageError, AttributeError):
-    """A name that this package does not have; also an AttributeError, as `hasattr` expects."""
 
 
 def __getattr__(name: str) -> Any:

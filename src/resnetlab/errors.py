@@ -1,7 +1,7 @@
 """The errors that a user can cause. Each message says what is wrong and what to do next.
 
 ResNetLabError            exit code 1
-├── UsageError           exit code 2: an unknown name, key, option or value
+├── UsageError           exit code 2: an unknown name, key, option or value (UnknownNameError, ArgumentError)
 ├── DataError            images, labels or archives that cannot be read
 ├── ModelFileError       a model file or checkpoint that is missing, damaged or not of this program
 ├── RunError             a run folder that cannot be written, continued or shared
@@ -10,15 +10,20 @@ ResNetLabError            exit code 1
 
 from __future__ import annotations
 
-import contextlib
 import difflib
+import functools
+import inspect
 import json
+import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, ParamSpec, TypeVar
 
-from resnetlab.peer_words import ANSWERS, translate
+from resnetlab.peer_words import ANSWERS, NETWORK_ANSWERS, translate
 
+P = ParamSpec("P")
+R = TypeVar("R")
 PROCESS_GONE = "another process of this job is gone"  # of the processes that torchrun or --procs started
 
 
@@ -48,21 +53,18 @@ def name_arguments(text: str) -> str:
     return "".join(p if i % 2 else _OPTION.sub(rename, p.replace("--set ", "")) for i, p in enumerate(parts))
 
 
-@contextlib.contextmanager
-def python_messages() -> Iterator[None]:
-    """Errors of a function that Python calls name its arguments, not the options of a command, unless a command runs."""
-    try:
-        yield
-    except ResNetLabError as error:
-        if not ResNetLabError.on_command_line and error.args:
-            error.args = (name_arguments(str(error.args[0])), *error.args[1:])
-        raise
-
-
 class UsageError(ResNetLabError, ValueError):
     """An unknown name, key, option or value."""
 
     exit_code = 2
+
+
+class ArgumentError(UsageError, TypeError):
+    """An argument that a function does not have, or one that it lacks; also a TypeError, as from any function."""
+
+
+class UnknownNameError(UsageError, AttributeError):
+    """A name that a module or an object does not have; also an AttributeError, as `hasattr` expects."""
 
 
 class DataError(ResNetLabError):
@@ -101,8 +103,72 @@ def unknown_name_error(kind: str, given: str, known: Iterable[str]) -> UsageErro
     near = own or difflib.get_close_matches(str(given), names, n=1, cutoff=0.6)
     hint = f"did you mean {near[0]!r}?" if near else "known: " + ", ".join(names) + "."
     if not own and kind.startswith("key"):
-        hint = ANSWERS.get(word, hint)
+        answers = NETWORK_ANSWERS if "network" in kind else {}
+        hint = answers.get(word) or ANSWERS.get(word, hint)
     return UsageError(f"unknown {kind} {given!r}; {hint}")
+
+
+class AnsweredAttributes:
+    """An object that answers another program's word for one of its attributes."""
+
+    attribute_answers: ClassVar[Mapping[str, str]]
+
+    if not TYPE_CHECKING:  # a type checker would accept every attribute
+
+        def __getattr__(self, name: str) -> Any:
+            hint = f"; use {self.attribute_answers[name]}." if name in self.attribute_answers else "."
+            raise UnknownNameError(f"{type(self).__name__} has no attribute {name!r}{hint}")
+
+
+def public(function: Callable[P, R]) -> Callable[P, R]:
+    """Decorates a function that people call from Python: its errors end in one sentence, after few frames.
+
+    Messages name its arguments, not the options of a command, unless a command runs. An argument that it does not have is
+    answered as an unknown name is, by ArgumentError.
+    """
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return function(*args, **kwargs)
+        except ResNetLabError as error:
+            if ResNetLabError.on_command_line:
+                raise
+            if error.args:
+                error.args = (name_arguments(str(error.args[0])), *error.args[1:])
+            raise error.with_traceback(None) from None
+        except TypeError:
+            if (wrong := _explain_arguments(function, args, kwargs)) is None:
+                raise
+            raise wrong from None
+
+    return call
+
+
+def _explain_arguments(
+    function: Callable[..., Any], args: Sequence[Any], values: Mapping[str, Any]
+) -> ArgumentError | None:
+    """The error if a function cannot be called so, None if it can."""
+    called, name = inspect.signature(function), function.__name__
+    try:
+        called.bind(*args, **values)
+    except TypeError as error:
+        known = [p.name for p in called.parameters.values() if p.name != "self" and p.kind != p.VAR_KEYWORD]
+        if unknown := [word for word in values if word not in known]:
+            return ArgumentError(str(unknown_name_error(f"argument of {name}", unknown[0], known)))
+        return ArgumentError(f"{name}: {error}; its arguments: {', '.join(known)}.")
+    return None
+
+
+def suggest_path(path: str | Path) -> str:
+    """The question whether a file or folder beside one that is not there is meant; "" where none has a similar name."""
+    path = Path(path)
+    try:
+        names = [name for name in os.listdir(path.parent) if not name.startswith(".")]
+    except OSError:
+        return ""
+    near = difflib.get_close_matches(path.name, names, n=1, cutoff=0.7)
+    return f"; did you mean {str(path.with_name(near[0]))!r}?" if near else ""
 
 
 def missing_package(what: str, package: str | None, extra: str) -> UsageError:

@@ -65,6 +65,9 @@ _SYNONYMS = {
     "preact_transition": "boundary",
     "backend": "engine",
     "images": "pictures",
+    "image": "images source img",
+    "name": "model model_name arch architecture net",
+    "pattern": "filter name search",
     "json": "as_json",
     "1crop": "single_crop center_crop centre_crop centercrop onecrop one_crop crop",
     "10crop": "tencrop ten_crop 10_crop tencrops",
@@ -125,6 +128,10 @@ _ANSWERS = {  # words that have no counterpart: what does the job
     "augment":
         "augmentation belongs to the recipe (`resnetlab recipes` lists them): --set trivial_augment=true, --set "
         "flip=false.",
+    "set":
+        "the study sets the values; other ones are trained with: resnetlab train DATA --set key=value, and shown beside "
+        "each other by: resnetlab runs compare RUN RUN.",
+    "dry_run": "the cost is printed before the work begins; Ctrl-C stops it, and nothing is lost.",
     "mean std": "mean and standard deviation are computed from the training images.",
     "opset": "the opset of exported ONNX files is fixed; other programs convert it.",
     "dynamic": "exported files take any number of images of any size.",
@@ -132,12 +139,51 @@ _ANSWERS = {  # words that have no counterpart: what does the job
     "in_chans in_channels ch": "the channels come from the data: the images' own, or --set channels=N.",
 }  # fmt: skip
 ANSWERS = {word: answer for words, answer in _ANSWERS.items() for word in words.split()}
+NETWORK_ANSWERS = {  # arguments of other programs' networks that are no value of a specification here
+    word: answer
+    for words, answer in {
+        "features_only out_indices return_layers": "net.features(images) gives the map of every stage, C1 to C5.",
+        "global_pool": "net.forward_features(images) gives the last map, before pooling.",
+        "drop_path_rate drop_path drop_rate dropout":
+            "a network has no dropout; stochastic depth belongs to training: train(…, stochastic_depth=0.1).",
+        "output_stride replace_stride_with_dilation dilation":
+            "resnetlab.models.backbone.dilate changes a network in place.",
+        "norm_layer act_layer activation": "the order of BN, ReLU and convolution is activation_order.",
+        "zero_init_residual zero_init_last": "it belongs to training: train(…, zero_init_last_bn=True).",
+        "dtype half": "a network is float32; convert it as any module: build(…).half().",
+        "checkpoint_path checkpoint": "weights=FILE loads a model file or a weight file.",
+        "groups width_per_group cardinality base_width": "ResNeXt and wide residual networks are not built here.",
+    }.items()
+    for word in words.split()
+}  # fmt: skip
+MODEL_ATTRIBUTES = {  # of other programs' models: ours
+    "cpu": 'to("cpu")', "cuda": 'to("cuda")', "half": 'load(path, precision="bf16")', "model": "net", "network": "net",
+    "module": "net", "backbone": "net", "parameters": "net.parameters()", "state_dict": "net.state_dict()",
+    "named_parameters": "net.named_parameters()", "train": "resnetlab.train(data=…, start_from=path)",
+    "fit": "resnetlab.train(data=…, start_from=path)", "val": "evaluate(data)", "test": "evaluate(data)",
+    "score": "evaluate(data)", "validate": "evaluate(data)", "predict_proba": "predict(image, top=len(model.classes))",
+    "forward": "predict(image), or net(tensor) for logits", "features": "embed(images)", "forward_features": "embed(images)",
+    "encode": "embed(images)", "get_features": "embed(images)", "gradcam": "explain(image)", "image_size":
+    "preprocessing.image_size", "imgsz": "preprocessing.image_size", "input_size": "preprocessing.image_size",
+    "transform": "preprocessing, which predict applies", "transforms": "preprocessing, which predict applies",
+    "num_classes": "len(model.classes)", "class_names": "classes", "labels": "classes", "info": "describe()",
+    "summary": "describe()", "config": "recipe", "push_to_hub": "the command `resnetlab push`",
+    "save_pretrained": "save(file)", "serve": "the command `resnetlab serve`",
+}  # fmt: skip
+PREDICTION_ATTRIBUTES = {  # of other programs' results: ours
+    "scores": "[each.score for each in prediction.top]", "probs": "[each.score for each in prediction.top]",
+    "probabilities": "[each.score for each in prediction.top]", "conf": "score", "confidence": "score",
+    "prob": "score", "probability": "score", "top1": "label", "top5": "top", "class_name": "label", "cls": "label",
+    "names": "[each.label for each in prediction.top]", "classes": "[each.label for each in prediction.top]",
+    "path": "name", "summary": "to_dict()", "tojson": "to_json()", "to_df": "to_pandas()", "dict": "to_dict()",
+}  # fmt: skip
 COMMANDS = {  # others' commands: ours
     "fit": "train", "finetune": "train --start-from MODEL", "tune": "train", "resume": "train --resume RUN",
     "val": "evaluate", "eval": "evaluate", "validate": "evaluate", "test": "evaluate", "benchmark": "study cost",
     "infer": "predict", "inference": "predict", "classify": "predict", "run": "train", "gradcam": "explain", "cam": "explain",
     "info": "inspect", "summary": "inspect", "list": "models", "convert": "export", "download": "import", "upload": "push",
     "api": "serve", "demo": "serve", "version": "--version", "help": "--help", "features": "embed", "check": "data check",
+    "report": "runs compare RUN RUN", "compare": "runs compare RUN RUN", "history": "runs", "visualize": "explain",
 }  # fmt: skip
 PYTHON = {  # others' functions: ours
     "create_model": "build(name)", "get_model": "build(name)", "make_model": "build(name)", "from_name": "build(name)",
@@ -171,6 +217,11 @@ def translate(word: str, known: Collection[str]) -> str | None:
     ('batch', None)
     """
     return next((own for own in _OURS.get(word, ()) if own in known), None)
+
+
+def is_peer_word(word: str) -> bool:
+    """Whether a word is an option of another program."""
+    return word in _OURS or word in ANSWERS or word in _FLAGS
 
 
 def translate_flag(word: str, known: Collection[str]) -> tuple[str, str] | None:

@@ -21,7 +21,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from resnetlab import migrate_v01
-from resnetlab.errors import ModelFileError
+from resnetlab.errors import ModelFileError, suggest_path
 from resnetlab.formatting import parse_json
 from resnetlab.run_folder import write_atomically
 
@@ -108,7 +108,8 @@ def _read_bytes(path: Path, what: str) -> bytes:
     try:
         raw = path.read_bytes()
     except FileNotFoundError:
-        raise ModelFileError(f"{path} does not exist; `resnetlab train` writes a {what} into its run folder.") from None
+        hint = suggest_path(path) or f"; `resnetlab train` writes a {what} into its run folder."
+        raise ModelFileError(f"{path} does not exist{hint}") from None
     except OSError as error:
         raise ModelFileError(f"{path} cannot be read ({error.strerror}).") from error
     if not raw:

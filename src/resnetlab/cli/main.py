@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Sequence
 from inspect import getdoc
 
-from cyclopts import App, CycloptsError, MissingArgumentError
+from cyclopts import App, CycloptsError, MissingArgumentError, UnusedCliTokensError
 
 import resnetlab
 from resnetlab.cli import annotated, catalogue, console, data, features, runs, weights
@@ -132,13 +132,17 @@ def _run_command(arguments: Sequence[str]) -> int:
 
 def _explain(error: CycloptsError) -> str:
     """The sentence of an error in a command line: what is missing, with the command's example, or what is not understood."""
-    if not isinstance(error, MissingArgumentError) or error.argument is None or not error.command_chain:
+    unused = isinstance(error, UnusedCliTokensError) and error.unused_tokens
+    found = error.argument if isinstance(error, MissingArgumentError) else None
+    if not error.command_chain or not (unused or found):
         return " ".join(str(error).split()) + " (resnetlab --help lists what there is)"
-    command, found = app, error.argument
+    command, name = app, " ".join(error.command_chain)
     for word in error.command_chain:
         command = command[word]
     example = re.search(r"^Example: `([^`]+)`", getdoc(command.default_command) or "", re.MULTILINE)
-    needs = f"{' '.join(error.command_chain)} needs {found.name}" if found.required else f"{found.name} needs a value"
+    needs = f"{name} does not take {' '.join(map(repr, unused))}" if unused else f"{name} needs a value"
+    if found is not None:
+        needs = f"{name} needs {found.name}" if found.required else f"{found.name} needs a value"
     return f"{needs}; for example: {example[1]}" if example else f"{needs}."
 
 

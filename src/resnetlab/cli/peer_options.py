@@ -12,7 +12,7 @@ from pathlib import Path
 from cyclopts import App
 
 from resnetlab.errors import UsageError
-from resnetlab.peer_words import ANSWERS, COMMANDS, translate, translate_flag
+from resnetlab.peer_words import ANSWERS, COMMANDS, is_peer_word, translate, translate_flag
 
 _OPTION = re.compile(r"--?[A-Za-z][\w.-]*")
 _SETTING = re.compile(r"[a-z][a-z0-9_]*=.+")  # Ultralytics' epochs=10
@@ -81,6 +81,8 @@ def understand(app: App, arguments: Sequence[str]) -> list[str]:
 
     Raises UsageError, with the option that does the job, for a word of another program that has no counterpart.
     """
+    if len(arguments) > 1 and arguments[0] == "classify" and (arguments[1] in list(app) or arguments[1] in COMMANDS):
+        arguments = arguments[1:]  # Ultralytics' `yolo classify train`
     command = _find_command(app, arguments)
     if command is None:
         return list(arguments)
@@ -99,7 +101,7 @@ def understand(app: App, arguments: Sequence[str]) -> list[str]:
         is_option = _OPTION.fullmatch(name) is not None
         found = command.resolve(name) if setting or is_option else None
         if found is None:
-            if is_option:
+            if is_option or (setting and is_peer_word(name)):
                 command.refuse(name)
             rest.append(token)
             continue

@@ -15,8 +15,10 @@ import math
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
+from torch import Tensor
 
 from resnetlab.errors import DataError, install_hint
 from resnetlab.preprocessing import MAX_CHANNELS, PixelFormat
@@ -63,6 +65,14 @@ def read_array(content: bytes, channels: int = 0, max_pixels: int = 0) -> NDArra
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         raise DataError("has values that are not finite (NaN, or beyond float32); put numbers in their place.")
     return np.ascontiguousarray(array.astype(array.dtype.newbyteorder("="), copy=False))
+
+
+def as_array(value: Any) -> Any:
+    """A tensor, an image or a list as an array; bfloat16, which NumPy lacks, becomes float32."""
+    if isinstance(value, Tensor):
+        value = value.detach().cpu()
+        return (value.float() if value.dtype == torch.bfloat16 else value).numpy()
+    return np.asarray(value)
 
 
 def convert_array(array: NDArray[Any], pixel_format: PixelFormat) -> NDArray[np.float32]:

@@ -23,7 +23,7 @@ from resnetlab.data.mask_folders import has_mask_folders, read_mask_folders, rea
 from resnetlab.data.text_files import find_encoding
 from resnetlab.data.voc import find_voc_folders, read_voc
 from resnetlab.data.yolo import find_yolo_labels, read_yolo
-from resnetlab.errors import DataError
+from resnetlab.errors import DataError, suggest_path
 
 PEEK = 2**16  # bytes of a JSON file that show whose it is, and
 PEEKED_FILES = 50  # how many files are looked into
@@ -89,7 +89,12 @@ def read_annotations(root: Path, errors: ErrorPolicy, masks: bool) -> Annotation
     Raises DataError if it has none: with the list of what was looked for.
     """
     if not root.is_dir():
-        raise DataError(f"{root} is not a folder; give one in Pascal VOC's format or with COCO's JSON.")
+        if root.exists():
+            raise DataError(
+                f"{root} is a file; give the folder that holds images and annotations, such as {root.parent}."
+            )
+        hint = suggest_path(root) or "; give a folder as your tool wrote it (VOC, COCO, YOLO and others)."
+        raise DataError(f"{root} is not there{hint}")
     unwanted = "boxes" if masks else "masks"
     layouts = [layout for layout in LAYOUTS if layout.gives != unwanted]
     for folder in _unpacked_folders(root):

@@ -25,7 +25,7 @@ from PIL import Image
 from torch import Tensor
 
 from resnetlab.data import tables
-from resnetlab.data.array_files import DTYPES, convert_array, put_channels_last
+from resnetlab.data.array_files import DTYPES, as_array, convert_array, put_channels_last
 from resnetlab.data.dataset import Columns, Dataset, MemorySplit, Split, select_rows
 from resnetlab.data.decode import convert_image, decode, decode_as, find_pixel_format
 from resnetlab.data.disk_split import ReadOptions
@@ -117,11 +117,11 @@ def to_pixels(image: Any, pixel_format: PixelFormat = RGB) -> Tensor:
     if isinstance(image := _encoded(image), bytes):
         return decode_as(image, "the image", pixel_format)
     if pixel_format.dtype:
-        return torch.from_numpy(convert_array(np.asarray(image), pixel_format))
+        return torch.from_numpy(convert_array(as_array(image), pixel_format))
     if isinstance(image, str | Path):
         image = decode(Path(image))
     elif not isinstance(image, Image.Image):
-        array = _to_uint8(torch.as_tensor(np.asarray(image)))
+        array = _to_uint8(torch.as_tensor(as_array(image)))
         if array.ndim == 3 and array.shape[0] in (1, 3) and array.shape[2] not in (1, 3):
             array = array.permute(1, 2, 0)  # channels first, as torchvision's ToTensor
         image = Image.fromarray(array.squeeze(-1).numpy() if array.ndim == 3 else array.numpy())
@@ -150,7 +150,7 @@ def find_object_format(image: Any, channels: int = 0) -> PixelFormat:
         except (DataError, TypeError):  # of more channels, or beyond 8 bits
             pass
     try:
-        found = _find_stored_format(np.asarray(image), channels)
+        found = _find_stored_format(as_array(image), channels)
     except DataError as error:
         raise UsageError(f"the first image cannot be read: it {error}") from error
     if channels not in (0, found.channels):
@@ -254,7 +254,7 @@ def _read_part(data: Any) -> tuple[Any, list[str], Any]:
         return data, _label_texts(labels, getattr(data, "classes", None)), partial(_take, position=0)
     raise UsageError(
         f"data is a name, a folder, a table, a list of (path, label), arrays (X, y), a PyTorch or Hugging Face data set, or a "
-        f"dictionary of splits, not {type(data).__name__}."
+        f"dictionary of splits, not {type(data).__name__}{'; give its dataset' if hasattr(data, 'dataset') else ''}."
     )
 
 
@@ -272,7 +272,7 @@ class _Pixels(NamedTuple):
 
 
 def _read_arrays(images: Any, labels: Any) -> tuple[Any, list[str], Any]:
-    array = np.asarray(images)
+    array = as_array(images)
     if array.ndim not in (3, 4) or not array.size:
         raise DataError(f"images are an array (N, H, W) or (N, H, W, C), or channels first, not {array.shape}.")
     pixels = _read_eight_bits(array) or _stack_stored(array)

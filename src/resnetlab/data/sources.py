@@ -13,7 +13,7 @@ from resnetlab.data.dataset import Dataset
 from resnetlab.data.disk_split import ReadOptions
 from resnetlab.data.layouts import describe_annotations
 from resnetlab.data.object_store import is_address, refuse_password, strip_secrets
-from resnetlab.errors import DataError, UsageError, unknown_name_error
+from resnetlab.errors import DataError, UsageError, suggest_path, unknown_name_error
 
 
 @lru_cache(maxsize=1)  # several runs in one process read the files once
@@ -109,8 +109,12 @@ def load_dataset(name: str, data_dir: Path, read_options: ReadOptions | None = N
     if path.exists():
         raise DataError(f"{name} is a file of another kind; give {kinds}.")
     if "/" in name:
+        if hint := suggest_path(path):
+            raise DataError(f"{name} is not there{hint}")
         raise DataError(f"{name} is not there; give {kinds}, or one of {', '.join(BUILTIN)}.")
     unknown = unknown_name_error("data set", name, BUILTIN)
+    if "did you mean" not in str(unknown) and (hint := suggest_path(path)):
+        raise UsageError(f"there is no data set and no folder {name!r} here{hint}")
     raise type(unknown)(f"{unknown} There is no folder {name} here either.")
 
 

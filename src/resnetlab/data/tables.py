@@ -276,11 +276,12 @@ def _find_columns(data: str, columns: Mapping[str, Sequence[str]], needed: Seque
     uses: dict[str, str] = {}
     for pair in named.split(",") if named else ():
         use, _, column = (part.strip() for part in pair.partition("="))
+        column = next((name for name in columns if name.casefold() == column.casefold()), column)
         several = set(column.split("+")) <= columns.keys() if use == "labels" else False
         if use not in USUAL_NAMES or not (column in columns or several):
             raise UsageError(
                 f"{pair!r} after {file} is not one of {', '.join(USUAL_NAMES)} = one of its columns "
-                f"({format_list(list(columns))}); for example {file}:label=species"
+                f"({format_list(list(columns))}); for example {file}:label={list(columns)[-1]}"
             )
         uses[use] = column
     plain = {re.sub(r"[ -]+", "_", name.strip().lower()): name for name in columns}
@@ -293,9 +294,10 @@ def _find_columns(data: str, columns: Mapping[str, Sequence[str]], needed: Seque
         if found:
             uses[use] = found[0]
     if missing := [use for use in needed if use not in uses]:
+        example = next((name for name in reversed(list(columns)) if name not in uses.values()), "COLUMN")
         raise UsageError(
             f"{file} has no column called {' or '.join(USUAL_NAMES[missing[0]])}, but {format_list(list(columns))}; name the "
-            f"one of the {missing[0]}: {file}:{missing[0]}=COLUMN"
+            f"one of the {missing[0]}, for example {file}:{missing[0]}={example}"
         )
     return uses
 

@@ -21,7 +21,7 @@ from resnetlab.data.objects import dataset_from_object
 from resnetlab.data.prefetch import PreprocessedSplit
 from resnetlab.device import DeviceConfig, select_device, standard_torch_state
 from resnetlab.distributed import join_process_group, leave_if_imported_again
-from resnetlab.errors import DataError, UsageError, python_messages, unknown_name_error
+from resnetlab.errors import DataError, UsageError, public, unknown_name_error
 from resnetlab.evaluation.calibration import (
     choose_none_below,
     describe_calibration,
@@ -41,7 +41,7 @@ from resnetlab.evaluation.split_selection import (
     pick_split,
     select_calibration_images,
 )
-from resnetlab.formatting import format_list
+from resnetlab.formatting import format_count, format_list, format_split
 from resnetlab.models.model_file import TrainedModel, load_trained_model
 from resnetlab.models.own_network import Network
 from resnetlab.preprocessing import Preprocessing
@@ -51,7 +51,7 @@ MAX_VALUES = 20  # of a table's column: errors by the values of one with more ar
 SCOPES = ("all", "data")  # of the scores where the data have only some of a model's classes
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Evaluation:
     """The result of one model, or of several as an ensemble, on a split.
 
@@ -91,6 +91,10 @@ class Evaluation:
     @property
     def top5_error(self) -> float:
         return self.metrics.top5_error
+
+    def __repr__(self) -> str:
+        images = format_count(self.n, "image")
+        return f"Evaluation({self.data}, {format_split(self.split)} split, {images}, {self.protocol}: {self.metrics})"
 
     def _setting(self) -> dict[str, Any]:
         """What was evaluated, on what and how, for `to_json`."""
@@ -164,7 +168,7 @@ class Evaluation:
         return [compare_models(a, b, name_a, name_b) for (name_a, a), (name_b, b) in combinations(results, 2)]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class MultiLabelEvaluation(Evaluation):
     """The result of one model that gives an image several classes, or none: `metrics` have no top-1 error, but mAP and F1."""
 
@@ -173,9 +177,7 @@ class MultiLabelEvaluation(Evaluation):
     @property
     def top1_error(self) -> float:
         """Raises UsageError: there is none."""
-        raise UsageError(
-            "there is no top-1 error of several classes per image; see metrics.mean_ap and metrics.per_class."
-        )
+        raise UsageError("several classes per image have no top-1 error; see metrics.mean_ap and metrics.per_class.")
 
     top5_error = top1_error
 
@@ -220,7 +222,7 @@ def prepare_split(split: Split, preprocessing: Preprocessing) -> Split:
     return replace(split, images=torch.cat(pixels)) if pixels else split
 
 
-@python_messages()
+@public
 @standard_torch_state()
 def evaluate(
     model: Model | Sequence[Model],

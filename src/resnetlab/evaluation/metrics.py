@@ -80,6 +80,9 @@ class ClassificationMetrics:
     split: str = "test"
     skipped: Mapping[str, str] = field(default_factory=dict)
 
+    def __str__(self) -> str:
+        return f"top-1 error {self.top1_error:.2%}"
+
     @staticmethod
     def from_scores(classes: tuple[str, ...], scores: Tensor, labels: Tensor) -> ClassificationMetrics:
         """The metrics of softmax scores (N, classes); a score of 0 counts as the smallest float32."""

@@ -40,6 +40,9 @@ class MultiLabelMetrics:
     split: str = "test"
     skipped: Mapping[str, str] = field(default_factory=dict)
 
+    def __str__(self) -> str:
+        return f"mean average precision {self.mean_ap:.3f}"
+
     @property
     def n(self) -> int:
         return len(self.truth)

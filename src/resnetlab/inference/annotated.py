@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from resnetlab.data import box_dataset, mask_dataset
 from resnetlab.data.annotated_dataset import AnnotatedDataset, AnnotatedItem
 from resnetlab.device import DeviceConfig, select_device, standard_torch_state
-from resnetlab.errors import DataError, UsageError, python_messages, unknown_name_error
+from resnetlab.errors import DataError, UsageError, public, unknown_name_error
 from resnetlab.evaluation import overlays
 from resnetlab.evaluation.detection import (
     Detections,
@@ -109,7 +109,7 @@ class AnnotatedPredictor(ABC):
     def predict_pixels(self, pixels: Tensor) -> tuple[dict[str, Any], Image.Image]:
         """The prediction for an image, uint8 (H, W, 3), as JSON and drawn on the image."""
 
-    @python_messages()
+    @public
     @standard_torch_state()
     def evaluate(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -12,14 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from resnetlab.errors import UsageError, python_messages
-from resnetlab.inference.start import NO_HEAD, choose_specification, find_pretrained, load_start
+from resnetlab.errors import UsageError, public
+from resnetlab.inference.start import NO_HEAD, PRETRAINED, choose_specification, find_pretrained, load_start
 from resnetlab.models import resnet
 from resnetlab.models.resnet import ResNet
 from resnetlab.models.spec import get_specification, list_network_names
 
 
-@python_messages()
+@public
 def build(
     name: str,
     *,
@@ -64,7 +65,7 @@ def build(
         torch.empty(0, device=where)
     except (RuntimeError, AssertionError, TypeError) as error:
         raise UsageError(f"device {device!r} cannot be used; there are cpu, cuda, cuda:1, mps and meta.") from error
-    source = find_pretrained(name) if pretrained and weights is None else str(weights or "")
+    source = find_pretrained(name) if pretrained and weights is None else _find_weights(name, str(weights or ""))
     if not source:
         with where:
             return resnet.build(name, init=init, seed=seed, **changes)
@@ -87,6 +88,14 @@ def build(
     return fresh.to(where)
 
 
+def _find_weights(name: str, weights: str) -> str:
+    """The published name of weights that are given as torchvision does, DEFAULT or ResNet18_Weights.IMAGENET1K_V1."""
+    if not (match := re.fullmatch(r"(?:ResNet(\d+)_Weights\.)?(DEFAULT|IMAGENET1K_V\d)", weights)):
+        return weights
+    net = f"resnet{match[1]}" if match[1] else name.removesuffix("v1.5")
+    return find_pretrained(net) if match[2] == "DEFAULT" else f"torchvision:{net}.{match[2]}"
+
+
 def adapt_channels(kernels: Tensor, channels: int) -> Tensor:
     """The first convolution's kernels (C_out, C_in, k, k) for another number of channels, as timm converts them.
 
@@ -101,8 +110,9 @@ def adapt_channels(kernels: Tensor, channels: int) -> Tensor:
     return repeated * (old / channels)
 
 
-def list_models(pattern: str = "*") -> list[str]:
-    """The names of networks that match a pattern, such as "resnet*v1.5"."""
+@public
+def list_models(pattern: str = "*", *, pretrained: bool = False) -> list[str]:
+    """The names of networks that match a pattern, such as "resnet*v1.5"; `pretrained`: with published ImageNet weights."""
     if not isinstance(pattern, str):
         raise UsageError(f"a pattern is a word such as 'resnet*', not {pattern!r}.")
-    return [name for name in list_network_names() if fnmatchcase(name, pattern)]
+    return [name for name in (PRETRAINED if pretrained else list_network_names()) if fnmatchcase(name, pattern)]

@@ -49,11 +49,15 @@ def find_trained(name: str) -> Path | None:
 
     Raises UsageError for another network on the same data.
     """
-    known = {folder.name.replace("-", ":", 1): folder / "model.safetensors" for folder in sorted(TRAINED.iterdir())}
+    known = _list_trained()
     data = tuple(f"{each.partition(':')[0]}:" for each in known)
     if name not in known and name.startswith(data) and not Path(name).exists():
         raise unknown_name_error("trained model", name, known)
     return known.get(name)
+
+
+def _list_trained() -> dict[str, Path]:
+    return {folder.name.replace("-", ":", 1): folder / "model.safetensors" for folder in sorted(TRAINED.iterdir())}
 
 
 def find_model(name: str | Path) -> str:
@@ -87,13 +91,17 @@ def find_model(name: str | Path) -> str:
         if (path / "recipe.toml").is_file():
             raise ModelFileError(f"{path} is a run that has no model yet; go on with: resnetlab train --resume {path}")
         raise ModelFileError(f"{path} is a folder without model.safetensors; give a model file or a run folder.")
+    trained_here = [known for known in _list_trained() if text in known.split(":")]
     if not path.exists() and is_network_name(text):
         published = text.removesuffix("v1.5")
         weights = f"published weights are torchvision:{published}" if published in SUPPORTED["torchvision"] else ""
+        weights = weights or (f"a trained one is {trained_here[0]}" if trained_here else "")
         raise UsageError(
             f"{text} is the name of a network, without weights: resnetlab.build({text!r}) makes it, "
             f"`resnetlab train --net {text}` trains it{weights and f'; {weights}'}."
         )
+    if not path.exists() and trained_here:
+        raise UsageError(f"{text} is a data set; a model trained on it is {trained_here[0]}.")
     return text
 
 

@@ -60,7 +60,7 @@ class BlockEffect:
         }
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Explanation:
     """The explanation of one image.
 
@@ -80,6 +80,9 @@ class Explanation:
     def overlay(self) -> Image.Image:
         """The heat map over the image."""
         return draw_overlay(self.pixels, self.heat)
+
+    def __repr__(self) -> str:
+        return f"Explanation({self.top[0][0]} {self.top[0][1]:.1%}: overlay, {len(self.blocks)} blocks)"
 
     def to_json(self) -> dict[str, Any]:
         """The figures as a plain dictionary; keys as in docs/json.md."""

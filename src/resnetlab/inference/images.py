@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import os
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor, from_numpy
 
-from resnetlab.data.array_files import convert_array
+from resnetlab.data.array_files import as_array, convert_array
 from resnetlab.data.decode import SUFFIXES, convert_image, decode, decode_as, list_images
 from resnetlab.data.disk_split import read_image_file
 from resnetlab.data.download import TIMEOUT
@@ -49,7 +49,7 @@ def is_many(images: Any) -> bool:
     if isinstance(images, np.ndarray | Tensor):
         return images.ndim == 4 or (images.ndim == 1 and images.dtype == np.object_)
     return isinstance(images, Iterable) and not (
-        isinstance(images, Image.Image) or _is_file(images) or _view_buffer(images) is not None
+        isinstance(images, Image.Image | Mapping) or _is_file(images) or _view_buffer(images) is not None
     )
 
 
@@ -117,7 +117,7 @@ def read_input(image: ImageInput | DataError, preprocessing: Preprocessing) -> I
     if (content := _read_encoded(image)) is not None:
         return decode_as(content, strip_secrets(image) if isinstance(image, str) else "the image", pixel_format)
     if isinstance(image, Image.Image | np.ndarray | Tensor):
-        array = np.asarray(image.detach().cpu() if isinstance(image, Tensor) else image)
+        array = np.asarray(as_array(image))
         return from_numpy(convert_array(array[0] if array.ndim == 4 and len(array) == 1 else array, pixel_format))
     raise UsageError(f"an image is {KINDS}, not {type(image).__name__}.")
 
@@ -234,7 +234,7 @@ def _to_uint8(image: Any) -> Any:
     Pillow's, unless only the other reading has 1, 3 or 4 channels.
     """
     shape = "x".join(map(str, image.shape)) or "no dimension"
-    array = image.detach().cpu().numpy() if isinstance(image, Tensor) else image
+    array = as_array(image)
     if array.ndim == 4 and len(array) == 1:
         array = array[0]
     if array.ndim == 3:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from resnetlab.errors import UsageError, python_messages
+from resnetlab.errors import UsageError, public
 from resnetlab.inference import predict
 from resnetlab.inference.download import find_model
 from resnetlab.models.annotated_model import TASK_NOUNS, read_task
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from resnetlab.inference.predict import Model
 
 
-@python_messages()
+@public
 def load(
     path: str | Path, *, precision: str = "fp32", device: str = "auto", net: nn.Module | None = None
 ) -> Model | Detector | Segmenter:

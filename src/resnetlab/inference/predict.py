@@ -21,7 +21,7 @@ from resnetlab.device import (
     standard_torch_state,
     to_device,
 )
-from resnetlab.errors import DataError, ModelFileError, UsageError, python_messages, unknown_name_error
+from resnetlab.errors import AnsweredAttributes, DataError, ModelFileError, UsageError, public, unknown_name_error
 from resnetlab.evaluation.calibration import NONE
 from resnetlab.evaluation.protocols import Protocol, parse_protocol
 from resnetlab.evaluation.scores import Member, score_images
@@ -41,6 +41,7 @@ from resnetlab.inference.images import (
 from resnetlab.models.fold import fold_batchnorm
 from resnetlab.models.model_file import TrainedModel
 from resnetlab.models.own_network import Network
+from resnetlab.peer_words import MODEL_ATTRIBUTES, PREDICTION_ATTRIBUTES
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -55,7 +56,7 @@ VIEWED = 4  # whole images that are in memory for a protocol
 
 
 @dataclass(frozen=True, repr=False)
-class Prediction:
+class Prediction(AnsweredAttributes):
     """The classes with the highest scores for one image, best first; or why it cannot be read.
 
     `prediction[0].label` and `prediction.label` are the best class; `prediction.label` is "none of these" where its score is
@@ -68,6 +69,7 @@ class Prediction:
     error: str | None = None
     is_none: bool = False
     labels: tuple[str, ...] | None = None  # of a model that gives several classes; None for others
+    attribute_answers = PREDICTION_ATTRIBUTES
 
     def __getitem__(self, rank: int) -> ClassScore:
         return self.top[rank]
@@ -154,7 +156,7 @@ class Predictions(list[Prediction]):
 
 
 @dataclass(eq=False, repr=False)
-class Model(TrainedModel):
+class Model(AnsweredAttributes, TrainedModel):
     """A model ready for prediction: network, classes, preprocessing, and `predict`, which `model(image)` is too.
 
     Where it takes an image, that is a path, an address, the bytes of a file, an open file, a Pillow image, a NumPy array
@@ -168,6 +170,7 @@ class Model(TrainedModel):
     device_config: DeviceConfig = field(kw_only=True)
     backend: LoadedBackend = field(init=False)
     _request: BackendRequest | None = field(init=False, default=None)
+    attribute_answers = MODEL_ATTRIBUTES
 
     def __post_init__(self) -> None:
         self.device_config.place(self.net)
@@ -248,7 +251,7 @@ class Model(TrainedModel):
         pixels = [x for image in images if isinstance(x := self._prepare_input(image, self.preprocessing), Tensor)]
         return torch.stack(pixels) if pixels else None
 
-    @python_messages()
+    @public
     def predict(self, image: Any, *, top: int | None = None, protocol: str | None = None) -> Any:
         """The `top` best classes of an image, five by default: a Prediction; of several images Predictions, a list.
 
@@ -321,7 +324,7 @@ class Model(TrainedModel):
             raise ModelFileError("the network's scores are not finite; its weights or preprocessing are not usable.")
         return scores
 
-    @python_messages()
+    @public
     def embed(self, images: Any) -> Tensor:
         """The features of an image, float32 (C,), or of several, (n, C): the last map averaged over its positions.
 
@@ -381,7 +384,7 @@ class Model(TrainedModel):
         """The class of each output."""
         return dict(enumerate(self.classes))
 
-    @python_messages()
+    @public
     @standard_torch_state()
     def to(self, device: str | torch.device) -> Self:
         """Moves the model to a device, such as "cuda" or "cpu", where torch predicts until `select_backend` is called.
@@ -397,14 +400,14 @@ class Model(TrainedModel):
         """Returns the model: it is always in eval mode."""
         return self
 
-    @python_messages()
+    @public
     def evaluate(self, data: str | Path, **options: Any) -> Evaluation:
         """Evaluates the model on a data set; see `resnetlab.evaluate` for the options."""
         from resnetlab.evaluation.evaluate import evaluate
 
         return evaluate(self, data, **{"device": str(self.device), **options})
 
-    @python_messages()
+    @public
     def explain(self, image: ImageInput, *, top: int = 5) -> Explanation:
         """Explains the prediction for an image: Grad-CAM (`overlay`), and what each block does for it (`blocks`).
 
@@ -415,7 +418,7 @@ class Model(TrainedModel):
         top = _check_top(top)
         return explain(self, self.preprocessing(read_input(image, self.preprocessing)), top=top)
 
-    @python_messages()
+    @public
     def export(
         self,
         out: str | Path,

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from resnetlab.device import standard_torch_state
-from resnetlab.errors import ModelFileError
+from resnetlab.errors import ModelFileError, public
 from resnetlab.formatting import find_name_problem, format_count, format_list, html_table, is_number
 from resnetlab.models.own_network import OWN, Network, OwnNetwork, load_own_network, own_network_error
 from resnetlab.models.reference_images import ReferenceImages
@@ -113,6 +113,7 @@ class TrainedModel:
     def _repr_html_(self) -> str:
         return html_table(("", type(self).__name__), self.describe().items())
 
+    @public
     def save(self, path: str | Path) -> None:
         """Writes the model file atomically."""
         path = Path(path)

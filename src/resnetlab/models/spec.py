@@ -202,6 +202,12 @@ def get_specification(name: str, **changes: Any) -> Specification:
         raise UsageError(f"a network is given by its name, such as 'resnet50', not {name!r}.")
     match = _NAME.fullmatch(name)
     if not match:
+        publisher, _, rest = name.rpartition(":")
+        if is_network_name(net := rest.partition(".")[0]):
+            weights = name if publisher else f"timm:{name}"
+            raise UsageError(
+                f"{name!r} names weights, not a network; give the network, {net!r}, and {weights!r} as its weights."
+            )
         raise unknown_name_error("network", name, list_network_names())
     prefix, depth, v15 = match[1], int(match[2]), match[3]
     known = [f.name for f in fields(Specification)]

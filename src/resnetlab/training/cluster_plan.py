@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from resnetlab.errors import UsageError, python_messages
+from resnetlab.errors import UsageError, public
 from resnetlab.formatting import format_estimate, format_share
 from resnetlab.models.cost import compute_cost
 from resnetlab.models.spec import Specification
@@ -32,7 +32,7 @@ LARGE_ORDER = 10**8  # images
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9}
 
 
-@python_messages()
+@public
 def _check_positive(values: Mapping[str, float]) -> None:
     for key, value in values.items():
         if not 0 < value < math.inf:

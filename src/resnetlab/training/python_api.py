@@ -13,7 +13,7 @@ from torch import nn
 from resnetlab.data.disk_split import DiskSplit, ReadOptions
 from resnetlab.data.objects import dataset_from_object
 from resnetlab.data.own_transform import Transform
-from resnetlab.errors import UsageError, name_arguments, python_messages, unknown_name_error
+from resnetlab.errors import UsageError, name_arguments, public, unknown_name_error
 from resnetlab.inference.start import find_pretrained
 from resnetlab.models.own_network import OWN, check_module, class_name
 from resnetlab.peer_words import translate
@@ -27,7 +27,7 @@ from resnetlab.training.train import RunOptions, ignore, start_run
 from resnetlab.training.train import resume as resume_run
 
 
-@python_messages()
+@public
 def train(
     source: Any = None,
     /,
@@ -96,10 +96,13 @@ def train(
     module, net = _name_network(net, pretrained)
     if workers is not None and (not isinstance(workers, int) or workers < 0):
         raise UsageError(f"workers must be 0 or more, not {workers!r}.")
+    for word, function in {"on_evaluate": on_evaluate, "report": report, "transform": transform}.items():
+        if function is not None and not callable(function):
+            raise UsageError(f"{word} is a function, not {function!r}.")
     keys = Recipe.keys()
     for word in values:
         if word not in keys and translate(word, keys) is None:
-            raise unknown_name_error("key", word, [*list(signature(train).parameters)[1:], *keys])
+            raise unknown_name_error("key", word, [*list(signature(train).parameters)[1:-1], *keys])
     reading = ReadOptions(str(values.get("on_bad_image", "stop")), groups=str(values.get("groups", "")))
     own = None if data is None or isinstance(data, str | Path) else dataset_from_object(data, reading)
     name = own.name if own is not None else None if data is None else str(data)

@@ -11,7 +11,7 @@ from typing import Any, cast
 from resnetlab import migrate_v01
 from resnetlab.data import sources
 from resnetlab.data.dataset import A_TENTH
-from resnetlab.errors import UsageError, unknown_name_error
+from resnetlab.errors import UsageError, suggest_path, unknown_name_error
 from resnetlab.formatting import format_count
 from resnetlab.run_folder import RunFolder
 from resnetlab.training.annotated_recipes import ANNOTATED_RECIPES
@@ -320,7 +320,8 @@ def read_recipe_file(path: Path, task: str) -> BaseRecipe:
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
-        raise UsageError(f"{path} is not there; --recipe takes a recipe's name or a TOML file.") from None
+        hint = suggest_path(path) or "; --recipe takes a recipe's name or a TOML file."
+        raise UsageError(f"{path} is not there{hint}") from None
     except (OSError, ValueError) as error:
         raise UsageError(f"{path} cannot be read as TOML ({error}); a run's recipe.toml is an example.") from error
     values = migrate_v01.migrate_recipe(values) if migrate_v01.is_recipe(values) else values
