@@ -13,6 +13,8 @@ settings of another), and only one runs at a time: the processes take turns, som
 * resnetlab: `resnetlab train`'s own task and step, from uint8 images in memory through its augmentation to updated weights. The
   others are given normalised floats at no cost.
 * resnetlab fused BN: the same with `--set fused_bn=true`.
+* resnetlab winograd: the same with `--set winograd=true --set fused_bn=true`, at 224 also `--set bn_batch=16`, so that two
+  threads have a micro-batch each (on a CPU in fp32).
 * resnetlab in turn: the same with all threads inside operations, as up to version 0.1.
 * resnetlab compiled: the same under torch.compile, as runs of the papers' length on small images are made on a CPU, and any
   with `--compile on` (at 32 on a CPU, at both on a GPU).
@@ -56,7 +58,7 @@ from resnetlab.preprocessing import Preprocessing
 from resnetlab.training.checkpoint import TrainState
 from resnetlab.training.gradients import select_gradients
 from resnetlab.training.recipes import find_classification_recipe
-from resnetlab.training.side_by_side import choose_batchnorm, divide_threads
+from resnetlab.training.side_by_side import choose_kernels, divide_threads
 from resnetlab.training.step import train_step
 from resnetlab.training.tasks.classification import ClassificationTask
 from train_cifar import plain_resnet
@@ -65,7 +67,7 @@ Step = Callable[[], object]
 BATCHES = {32: 128, 224: 32}  # by the side of the images, on a CPU
 CONTESTANTS = (
     *("eager fp32", "eager bf16", "timm", "compiled"),
-    *("resnetlab", "resnetlab fused BN", "resnetlab in turn", "resnetlab compiled"),
+    *("resnetlab", "resnetlab fused BN", "resnetlab winograd", "resnetlab in turn", "resnetlab compiled"),
 )
 
 
@@ -121,7 +123,10 @@ def make_task(net: str, batch: int, device: torch.device, form: str, images: int
     device_config = replace(select_device(device=device.type, exact=exact), compiled=compiled, cuda_graph=graph)
     chosen = find_classification_recipe("paper-cifar" if size == 32 else "photos")
     op_threads = device_config.threads if form == "in turn" else 0
-    chosen = replace(chosen, fused_bn=form == "fused BN", op_threads=op_threads, exact=exact)
+    kernels = {"fused_bn": form in ("fused BN", "winograd"), "winograd": form == "winograd"}
+    chosen = replace(chosen, **kernels, op_threads=op_threads, exact=exact)
+    if form == "winograd":
+        chosen = replace(chosen, bn_batch=chosen.bn_batch or batch // 2)
     pixels = torch.randint(256, (images, size, size, 3), dtype=torch.uint8)
     split = MemorySplit(pixels, torch.randint(10, (images,)))
     preprocessing = Preprocessing(3, (size, size), size, torch.full((3,), 0.5), torch.full((3,), 0.25))
@@ -139,7 +144,7 @@ def ours(net: str, batch: int, device: torch.device, form: str) -> Step:
     """One step of `resnetlab train` on uint8 images in memory."""
     task = make_task(net, batch, device, form, 4 * batch)
     say = partial(print, file=sys.stderr)
-    task = choose_batchnorm(divide_threads(task), say, resuming=False)
+    task = choose_kernels(divide_threads(task), say, resuming=False)
     say(task.device_config)
     train_state, position = TrainState.create(task), iter(range(10**9))
     gradients = select_gradients(train_state, say)

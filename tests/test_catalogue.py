@@ -63,7 +63,7 @@ def test_doctor_names_what_is_missing_and_how_to_install_it(
     monkeypatch.setattr("resnetlab.training.timing.measure_bf16", lambda: 1.25)
     document = printed(capsys, "doctor")
     assert document["cores"] >= 1 and document["bf16_speedup"] == 1.25
-    assert document["fused_kernel"].startswith("fused BN and ReLU: ")
+    assert document["fused_kernel"].startswith("fused BN and ReLU, Winograd's convolution: ")
     serve = document["extras"]["serve"]
     assert serve["missing"] == ["uvicorn"] and not serve["installed"] and "[serve]" in serve["install"]
     assert document["extras"]["fast"] == {"installed": True, "missing": [], "install": None}

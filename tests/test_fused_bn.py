@@ -212,7 +212,7 @@ def test_the_library_is_built_once_and_checked(tmp_path: Path, monkeypatch: pyte
     loaded[3].parent.chmod(0o777)
     assert "can be written by others" in load().reason and len(loaded) == 4
     compiler.write_text("#!/bin/sh\necho it is broken >&2\nexit 1\n")
-    assert str(load()) == f"fused BN and ReLU: not used, since {compiler} failed (it is broken)"
+    assert str(load()) == f"fused BN and ReLU, Winograd's convolution: not used, since {compiler} failed (it is broken)"
     monkeypatch.delenv("CXX")
     monkeypatch.setattr(kernel.shutil, "which", lambda _: None)
     assert "there is no C++ compiler (install g++)" in str(load())

@@ -50,6 +50,7 @@ class DeviceConfig:
     cuda_graph: bool = False  # replay training steps from a CUDA graph where that is bit-identical
     op_threads: int = 0  # of the threads, those inside each operation; 0: all
     fused_bn: bool = False  # train with BN and ReLU in one function compiled for this CPU
+    winograd: bool = False  # train with 3x3 convolutions by Winograd's algorithm, compiled for this CPU
     side_by_side: int = 1  # micro-batches that a CPU trains on at once, one thread (or `op_threads`) each
 
     def place(self, net: nn.Module) -> nn.Module:
@@ -121,7 +122,8 @@ class DeviceConfig:
             at_once = f"{each} for each of {self.side_by_side} micro-batches at a time"
             threads = f", {format_count(count, 'thread')}, {at_once}"
         compiled = ", compiled" + f" for {self.compile_mode}" * (self.compile_mode != "default")
-        mode = compiled * self.compiled + ", fused BN" * self.fused_bn + ", CUDA graph" * self.cuda_graph
+        kernels = ", fused BN" * self.fused_bn + ", Winograd" * self.winograd
+        mode = compiled * self.compiled + kernels + ", CUDA graph" * self.cuda_graph
         return f"{self.device}{threads}, {self.precision}, channels_last{mode} ({self.reason})"
 
 

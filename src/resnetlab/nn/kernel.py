@@ -1,4 +1,4 @@
-"""The compiled kernel of `batchnorm.cpp`, built once where there is a C++ compiler.
+"""The compiled kernels of `batchnorm.cpp` and `winograd.cpp`, built once where there is a C++ compiler.
 
 `$XDG_CACHE_HOME/resnetlab/kernels` (`~/.cache/resnetlab/kernels`) holds libraries named by a hash of everything that determines
 them (source, compiler and its flags, processor) and by a digest of their content. A library is loaded only if nobody else can
@@ -21,12 +21,13 @@ from typing import NamedTuple
 
 from resnetlab.run_folder import is_private
 
-SOURCE = Path(__file__).with_name("batchnorm.cpp")
+SOURCES = [Path(__file__).with_name(name) for name in ("batchnorm.cpp", "winograd.cpp")]
 FLAGS = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-march=native", "-std=gnu++17", "-shared", "-fPIC")
 TIMEOUT = 300  # seconds, for the compiler
 _POINTER, _SIZE, _FLAG = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _FORWARD = (*[_POINTER] * 9, _SIZE, _SIZE, ctypes.c_float, ctypes.c_float, _FLAG, _FLAG)
 _BACKWARD = (*[_POINTER] * 10, _SIZE, _SIZE, _FLAG, _FLAG)
+_CONVOLUTION = (*[_POINTER] * 3, *[_SIZE] * 5)
 
 
 class Kernel(NamedTuple):
@@ -39,8 +40,8 @@ class Kernel(NamedTuple):
     def __str__(self) -> str:
         """One line for people."""
         if self.library is None:
-            return f"fused BN and ReLU: not used, since {self.reason}"
-        return f"fused BN and ReLU: compiled for this processor ({self.name})"
+            return f"fused BN and ReLU, Winograd's convolution: not used, since {self.reason}"
+        return f"fused BN and ReLU, Winograd's convolution: compiled for this processor ({self.name})"
 
 
 @functools.cache
@@ -55,7 +56,8 @@ def load_kernel() -> Kernel:
         version = subprocess.run(
             [compiler, "--version"], capture_output=True, text=True, check=True, timeout=TIMEOUT
         ).stdout
-        key = _hash(SOURCE.read_bytes(), "\n".join((compiler, version, *FLAGS, describe_processor())).encode())
+        sources = [source.read_bytes() for source in SOURCES]
+        key = _hash(*sources, "\n".join((compiler, version, *FLAGS, describe_processor())).encode())
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         library = _find(folder, key) or _compile_library(folder, key, compiler)
         return Kernel(_declare(ctypes.CDLL(str(library))), f"{version.splitlines()[0]}, {library.stem}")
@@ -91,7 +93,7 @@ def _compile_library(folder: Path, key: str, compiler: str) -> Path:
     """Compiles the library and moves it into the cache, where several processes may do so at once."""
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         built = Path(temporary, "kernel.so")
-        command = [compiler, *FLAGS, "-o", str(built), str(SOURCE)]
+        command = [compiler, *FLAGS, "-o", str(built), *map(str, SOURCES)]
         subprocess.run(command, capture_output=True, text=True, check=True, timeout=TIMEOUT)
         built.chmod(0o700)
         library = folder / f"{key}-{_hash(built.read_bytes())}.so"
@@ -105,6 +107,9 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
         for name, arguments in (("forward", _FORWARD), ("backward", _BACKWARD)):
             function = getattr(library, f"{name}_{dtype}")
             function.argtypes, function.restype = arguments, None
+    for name in ("winograd_forward", "winograd_weights"):
+        function = getattr(library, name)
+        function.argtypes, function.restype = _CONVOLUTION, None
     return library
 
 

@@ -18,11 +18,10 @@ def select_gradients(train_state: TrainState, report_graph: Callable[[str], None
     Args:
         report_graph: called once with a sentence on whether steps are replayed from a CUDA graph, if that is tried.
     """
-    task = train_state.task
-    if task.device_config.cuda_graph:
+    task, config = train_state.task, train_state.task.device_config
+    if config.cuda_graph:
         return GraphGradients(report_graph)
-    on_one_gpu = task.device_config.device.type == "cuda" and task.device_config.world.size == 1
-    if on_one_gpu and task.recipe.steps >= MIN_GRAPH_STEPS:  # of a detector or segmenter
-        replay_backbone(task.net, task.recipe.exact, report_graph)
-    replicated = task.device_config.side_by_side > 1 or task.device_config.fused_bn
+    if config.device.type == "cuda" and config.world.size == 1 and task.recipe.steps >= MIN_GRAPH_STEPS:
+        replay_backbone(task.net, task.recipe.exact, report_graph)  # of a detector or segmenter
+    replicated = config.side_by_side > 1 or config.fused_bn or config.winograd
     return SideBySideGradients(task, train_state.exchange) if replicated else compute_gradients

@@ -115,6 +115,7 @@ class BaseRecipe:
     threads: int = 0  # CPU threads of all processes; 0: one per core. A run may be resumed with another number
     op_threads: int = 0  # threads inside each operation, which decide the last bits; 0: as many as are left over
     exact: bool = True  # on a GPU kernels that add in a fixed order; False: the fastest, so runs repeat approximately
+    winograd: bool = False  # on a CPU in fp32: 3x3 convolutions by Winograd's algorithm, compiled for the processor
     fused_bn: bool = False  # on a CPU: BN, the addition and ReLU in one function that is compiled for the processor
     grad_reduce: str = "tree"  # sum over processes: bit-identical for any number, or "all_reduce", the library's own
     grad_compression: str = "none"  # what travels between processes: float32, or "bf16" for half the bytes
@@ -269,8 +270,9 @@ class BaseRecipe:
     def key_with_data(self, data: str) -> str:
         """The key with another name of the data: an earlier version's, which had a password in it."""
         values = self.to_json() | {"data": data}
-        if not values["fused_bn"]:  # as before there was another form
-            del values["fused_bn"]
+        for form in ("fused_bn", "winograd"):
+            if not values[form]:  # as before there was another form
+                del values[form]
         values["threads"] = values.pop("op_threads") or self.threads  # as it was called when there were no others
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from resnetlab.device import map_in_order, use_one_heap
 from resnetlab.errors import UsageError
 from resnetlab.nn.batchnorm import fuse_batchnorm
+from resnetlab.nn.convolution import use_winograd
 from resnetlab.nn.kernel import load_kernel
 from resnetlab.random import draw_from
 from resnetlab.training.average import set_train_mode
@@ -55,25 +56,34 @@ def divide_threads(task: T) -> T:
     return replace(task, recipe=replace(recipe, op_threads=op_threads), device_config=config)  # type: ignore[type-var]
 
 
-def choose_batchnorm(task: T, report: Callable[[str], None], *, resuming: bool) -> T:
-    """The task with the form of its BN, torch's or the fused one if the recipe has `fused_bn`.
+def choose_kernels(task: T, report: Callable[[str], None], *, resuming: bool) -> T:
+    """The task with the forms of its BN and convolutions: torch's, or compiled ones if the recipe has `fused_bn` or `winograd`.
 
-    Raises UsageError if a new run asks for the fused form where it cannot be used; a run that is resumed reports it.
+    Raises UsageError if a new run asks for a form where it cannot be used; a run that is resumed reports it.
     """
-    reason = _reason_against_fused_bn(task) if task.recipe.fused_bn else ""
-    if reason and not resuming:
-        raise UsageError(f"fused_bn=true cannot be used: {reason}; leave it out.")
-    if reason:
-        report(f"the run started with fused BN, which cannot be used here ({reason}), so its last bits will differ")
-    config = replace(task.device_config, fused_bn=task.recipe.fused_bn and not reason)
+    used: dict[str, bool] = {}
+    for form, name in (("fused_bn", "fused BN"), ("winograd", "Winograd's convolution")):
+        asked = getattr(task.recipe, form)
+        reason = _reason_against_kernels(task, form) if asked else ""
+        if reason and not resuming:
+            raise UsageError(f"{form}=true cannot be used: {reason}; leave it out.")
+        if reason:
+            report(f"the run started with {name}, which cannot be used here ({reason}), so its last bits will differ")
+        used[form] = asked and not reason
+    config = replace(task.device_config, fused_bn=used["fused_bn"], winograd=used["winograd"])
     return replace(task, device_config=config)  # type: ignore[type-var]
 
 
-def _reason_against_fused_bn(task: Task) -> str:
+def _reason_against_kernels(task: Task, form: str) -> str:
     if reason := reason_for_turns(task):
         return reason
     if task.device_config.op_threads > 1:
-        return "it uses one thread, where several work inside operations"
+        return (
+            f"it uses one thread, where {task.device_config.op_threads} work inside operations (smaller micro-batches, one for "
+            "each thread: bn_batch; or threads=1)"
+        )
+    if form == "winograd" and task.device_config.precision != "fp32":
+        return f"it computes in fp32, and this run in {task.device_config.precision} (--precision fp32)"
     return load_kernel().reason
 
 
@@ -105,6 +115,8 @@ class Replica:
         set_train_mode(net)
         if task.device_config.fused_bn:
             fuse_batchnorm(net)
+        if task.device_config.winograd:
+            use_winograd(net)
         self.task: Task = replace(task, net=net)  # type: ignore[type-var]
         self._parameters = [p for p in net.parameters() if p.requires_grad]
         self._statistics, self._before = BatchNormStatistics(net), BatchNormStatistics(task.net).averages

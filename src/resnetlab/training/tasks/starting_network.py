@@ -32,6 +32,7 @@ FOR_NAMED_NETWORKS: dict[str, Any] = {
     "frozen_bn": False,
     "backbone_lr_scale": 1.0,
     "fused_bn": False,
+    "winograd": False,
     "bn_sync": False,
 }
 

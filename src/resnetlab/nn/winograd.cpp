@@ -1,0 +1,266 @@
+// 3x3 convolution of stride 1 and padding 1, and both of its gradients, by Winograd's algorithm F(4x4, 3x3) (Lavin and Gray
+// 2015, arXiv 1509.09308) on float32 maps in channels_last memory. A tile of 4x4 outputs takes 36 products for each pair of
+// channels, not 144, after transforms whose cost does not grow with the number of output channels.
+//
+// The points are 0, 1, -1, 2, -2 and infinity, for the convolution (4 outputs, 3 taps) and for the gradient of the weights (3
+// outputs, 4 taps) alike, so both transform the input in the same way. Channels are a multiple of WIDTH.
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+
+#if defined(__AVX512F__)
+constexpr int WIDTH = 16;  // float32 numbers in a register
+#else
+constexpr int WIDTH = 8;
+#endif
+constexpr int POINTS = 36;
+constexpr int ROWS = 6;  // of a product, kept in registers
+#define INLINE static inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 8")
+
+namespace {
+
+typedef float Floats __attribute__((vector_size(4 * WIDTH)));
+
+INLINE Floats load(const float *from) {
+    Floats v;
+    std::memcpy(&v, from, sizeof v);
+    return v;
+}
+INLINE void store(float *to, Floats v) { std::memcpy(to, &v, sizeof v); }
+
+struct Free {
+    void operator()(float *block) const { std::free(block); }
+};
+typedef std::unique_ptr<float[], Free> Buffer;
+Buffer allocate(int64_t count) {
+    return Buffer(static_cast<float *>(std::aligned_alloc(64, (sizeof(float) * count + 63) / 64 * 64)));
+}
+
+// The transforms of one row or column, a register of channels at a time, from numbers `s` apart to numbers `t` apart: of 6
+// inputs (B^T d), of 3 and of 4 taps (G g), and of 6 products to 4 and to 3 outputs (A^T m).
+struct Inputs {
+    INLINE void apply(const float *d, int64_t s, float *o, int64_t t) {
+        Floats d0 = load(d), d1 = load(d + s), d2 = load(d + 2 * s);
+        Floats d3 = load(d + 3 * s), d4 = load(d + 4 * s), d5 = load(d + 5 * s);
+        Floats a = d4 - 4.0f * d2, b = d3 - 4.0f * d1, c = d4 - d2, e = 2.0f * (d3 - d1);
+        store(o, 4.0f * d0 - 5.0f * d2 + d4);
+        store(o + t, a + b);
+        store(o + 2 * t, a - b);
+        store(o + 3 * t, c + e);
+        store(o + 4 * t, c - e);
+        store(o + 5 * t, 4.0f * d1 - 5.0f * d3 + d5);
+    }
+};
+struct ThreeTaps {
+    INLINE void apply(const float *g, int64_t s, float *o, int64_t t) {
+        Floats g0 = load(g), g1 = load(g + s), g2 = load(g + 2 * s);
+        Floats a = (g0 + g2) * (-1.0f / 6), b = g1 * (1.0f / 6);
+        Floats c = g0 * (1.0f / 24) + g2 * (1.0f / 6), e = g1 * (1.0f / 12);
+        store(o, g0 * 0.25f);
+        store(o + t, a - b);
+        store(o + 2 * t, a + b);
+        store(o + 3 * t, c + e);
+        store(o + 4 * t, c - e);
+        store(o + 5 * t, g2);
+    }
+};
+struct FourTaps {
+    INLINE void apply(const float *g, int64_t s, float *o, int64_t t) {
+        Floats g0 = load(g), g1 = load(g + s), g2 = load(g + 2 * s), g3 = load(g + 3 * s);
+        Floats a = (g0 + g2) * (-1.0f / 6), b = (g1 + g3) * (1.0f / 6);
+        Floats c = g0 * (1.0f / 24) + g2 * (1.0f / 6), e = g1 * (1.0f / 12) + g3 * (1.0f / 3);
+        store(o, g0 * 0.25f);
+        store(o + t, a - b);
+        store(o + 2 * t, a + b);
+        store(o + 3 * t, c + e);
+        store(o + 4 * t, c - e);
+        store(o + 5 * t, g3);
+    }
+};
+struct FourOutputs {
+    INLINE void apply(const float *m, int64_t s, float *o, int64_t t) {
+        Floats m0 = load(m), m1 = load(m + s), m2 = load(m + 2 * s);
+        Floats m3 = load(m + 3 * s), m4 = load(m + 4 * s), m5 = load(m + 5 * s);
+        Floats a = m1 + m2, b = m1 - m2, c = m3 + m4, e = m3 - m4;
+        store(o, m0 + a + c);
+        store(o + t, b + 2.0f * e);
+        store(o + 2 * t, a + 4.0f * c);
+        store(o + 3 * t, b + 8.0f * e + m5);
+    }
+};
+struct ThreeOutputs {
+    INLINE void apply(const float *m, int64_t s, float *o, int64_t t) {
+        Floats m0 = load(m), m1 = load(m + s), m2 = load(m + 2 * s);
+        Floats m3 = load(m + 3 * s), m4 = load(m + 4 * s), m5 = load(m + 5 * s);
+        Floats a = m1 + m2, b = m1 - m2, c = m3 + m4, e = m3 - m4;
+        store(o, m0 + a + c);
+        store(o + t, b + 2.0f * e);
+        store(o + 2 * t, a + 4.0f * c + m5);
+    }
+};
+
+// Where the numbers of a square stand, one register of channels each.
+struct Square {
+    int64_t row, column;
+};
+
+// The columns, then the rows of a square of FROM x FROM numbers, to one of TO x TO.
+template <typename Transform, int FROM, int TO> INLINE void transform(const float *in, Square from, float *out, Square to) {
+    alignas(64) float half[TO * FROM * WIDTH];
+    UNROLL for (int j = 0; j < FROM; j++) Transform::apply(in + j * from.column, from.row, half + j * WIDTH, FROM * WIDTH);
+    UNROLL for (int i = 0; i < TO; i++) Transform::apply(half + i * FROM * WIDTH, WIDTH, out + i * to.row, to.column);
+}
+
+struct Map {  // (images, height, width, channels), in tiles of 4x4
+    int64_t images, height, width, channels;
+    int64_t across() const { return (width + 3) / 4; }
+    int64_t of_image() const { return (height + 3) / 4 * across(); }
+    Square square() const { return {width * channels, channels}; }
+};
+
+// Some of the tiles of a map, one after the other, and their numbers by point: [point][tile][channel].
+struct Tiles {
+    const Map &map;
+    int64_t first, count;
+    int64_t plane() const { return count * map.channels; }
+    Square points() const { return {6 * plane(), plane()}; }
+
+    // Calls f(offset in the points, image, top, left) for every tile.
+    template <typename F> inline __attribute__((always_inline)) void each(F f) const {
+        const int64_t across = map.across(), of_image = map.of_image();
+        for (int64_t t = 0; t < count; t++) {
+            const int64_t in_image = (first + t) % of_image;
+            f(t * map.channels, (first + t) / of_image, in_image / across * 4, in_image % across * 4);
+        }
+    }
+};
+
+// The transform of SIDE x SIDE numbers of each tile, from `margin` before its corner on; those outside the map are 0.
+template <typename Transform, int SIDE> void to_points(const Tiles &tiles, int margin, const float *x, float *points) {
+    const Map &map = tiles.map;
+    tiles.each([&](int64_t at, int64_t image, int64_t top, int64_t left) {
+        top -= margin, left -= margin;
+        const float *corner = x + ((image * map.height + top) * map.width + left) * map.channels;
+        const bool inside = top >= 0 && left >= 0 && top + SIDE <= map.height && left + SIDE <= map.width;
+        for (int64_t c = 0; c < map.channels; c += WIDTH) {
+            if (inside) {
+                transform<Transform, SIDE, 6>(corner + c, map.square(), points + at + c, tiles.points());
+                continue;
+            }
+            alignas(64) float border[SIDE * SIDE * WIDTH];
+            for (int64_t i = 0; i < SIDE; i++)
+                for (int64_t j = 0; j < SIDE; j++) {
+                    const bool there = top + i >= 0 && top + i < map.height && left + j >= 0 && left + j < map.width;
+                    const int64_t from = (i * map.width + j) * map.channels + c;
+                    store(border + (i * SIDE + j) * WIDTH, there ? load(corner + from) : Floats{});
+                }
+            transform<Transform, SIDE, 6>(border, {SIDE * WIDTH, WIDTH}, points + at + c, tiles.points());
+        }
+    });
+}
+
+void to_outputs(const Tiles &tiles, const float *points, float *y) {
+    const Map &map = tiles.map;
+    tiles.each([&](int64_t at, int64_t image, int64_t top, int64_t left) {
+        const int64_t rows = std::min<int64_t>(4, map.height - top), columns = std::min<int64_t>(4, map.width - left);
+        float *corner = y + ((image * map.height + top) * map.width + left) * map.channels;
+        for (int64_t c = 0; c < map.channels; c += WIDTH) {
+            if (rows == 4 && columns == 4) {
+                transform<FourOutputs, 6, 4>(points + at + c, tiles.points(), corner + c, map.square());
+                continue;
+            }
+            alignas(64) float border[16 * WIDTH];
+            transform<FourOutputs, 6, 4>(points + at + c, tiles.points(), border, {4 * WIDTH, WIDTH});
+            for (int64_t i = 0; i < rows; i++)
+                for (int64_t j = 0; j < columns; j++)
+                    store(corner + (i * map.width + j) * map.channels + c, load(border + (i * 4 + j) * WIDTH));
+        }
+    });
+}
+
+// A matrix whose element (r, d) is at[r * row + d * depth].
+struct Matrix {
+    const float *at;
+    int64_t row, depth;
+};
+
+// R rows and V registers of c (+)= a b, where b is (depth, columns) and c has rows of `columns` numbers.
+template <int R, int V> INLINE void multiply(Matrix a, const float *b, int64_t columns, float *c, int64_t depth, bool add) {
+    Floats sum[R][V];
+    UNROLL for (int r = 0; r < R; r++)
+        UNROLL for (int v = 0; v < V; v++) sum[r][v] = add ? load(c + r * columns + v * WIDTH) : Floats{};
+    for (int64_t d = 0; d < depth; d++) {
+        Floats w[V];
+        UNROLL for (int v = 0; v < V; v++) w[v] = load(b + d * columns + v * WIDTH);
+        UNROLL for (int r = 0; r < R; r++) {
+            const float value = a.at[r * a.row + d * a.depth];
+            UNROLL for (int v = 0; v < V; v++) sum[r][v] += value * w[v];
+        }
+    }
+    UNROLL for (int r = 0; r < R; r++)
+        UNROLL for (int v = 0; v < V; v++) store(c + r * columns + v * WIDTH, sum[r][v]);
+}
+
+// All rows of V registers of columns.
+template <int V>
+INLINE void multiply_rows(Matrix a, const float *b, int64_t columns, float *c, int64_t rows, int64_t depth, bool add) {
+    int64_t r = 0;
+    const auto rest = [&] { return Matrix{a.at + r * a.row, a.row, a.depth}; };
+    for (; r + ROWS <= rows; r += ROWS) multiply<ROWS, V>(rest(), b, columns, c + r * columns, depth, add);
+    for (; r + 2 <= rows; r += 2) multiply<2, V>(rest(), b, columns, c + r * columns, depth, add);
+    for (; r < rows; r++) multiply<1, V>(rest(), b, columns, c + r * columns, depth, add);
+}
+
+void multiply_all(Matrix a, const float *b, int64_t columns, float *c, int64_t rows, int64_t depth, bool add) {
+    int64_t v = 0;
+    for (; v + 2 * WIDTH <= columns; v += 2 * WIDTH) multiply_rows<2>(a, b + v, columns, c + v, rows, depth, add);
+    for (; v < columns; v += WIDTH) multiply_rows<1>(a, b + v, columns, c + v, rows, depth, add);
+}
+
+// Tiles that go through all steps together: few enough for the cache, or so many that large weights are not read too often.
+int64_t block_of(int64_t channels) { return channels > 128 ? 252 : 36; }
+
+}  // namespace
+
+extern "C" int winograd_width() { return WIDTH; }
+
+// y (B, H, W, K), the convolution of x (B, H, W, C) with the weights w (3, 3, C, K).
+extern "C" void winograd_forward(const float *x, const float *w, float *y, int64_t images, int64_t height, int64_t width,
+                                 int64_t channels, int64_t outputs) {
+    const Map in{images, height, width, channels}, out{images, height, width, outputs};
+    const int64_t pairs = channels * outputs, block = block_of(std::max(channels, outputs)), tiles = images * in.of_image();
+    Buffer u = allocate(POINTS * pairs), v = allocate(POINTS * block * channels), m = allocate(POINTS * block * outputs);
+    for (int64_t p = 0; p < pairs; p += WIDTH)
+        transform<ThreeTaps, 3, 6>(w + p, {3 * pairs, pairs}, u.get() + p, {6 * pairs, pairs});
+    for (int64_t first = 0; first < tiles; first += block) {
+        const int64_t count = std::min(block, tiles - first);
+        to_points<Inputs, 6>(Tiles{in, first, count}, 1, x, v.get());
+        for (int p = 0; p < POINTS; p++)
+            multiply_all({v.get() + p * count * channels, channels, 1}, u.get() + p * pairs, outputs,
+                         m.get() + p * count * outputs, count, channels, false);
+        to_outputs(Tiles{out, first, count}, m.get(), y);
+    }
+}
+
+// dw (3, 3, C, K), the gradient of the weights where that of the output is g (B, H, W, K).
+extern "C" void winograd_weights(const float *x, const float *g, float *dw, int64_t images, int64_t height, int64_t width,
+                                 int64_t channels, int64_t outputs) {
+    const Map in{images, height, width, channels}, out{images, height, width, outputs};
+    const int64_t pairs = channels * outputs, block = block_of(std::max(channels, outputs)), tiles = images * in.of_image();
+    Buffer s = allocate(POINTS * pairs), v = allocate(POINTS * block * channels), q = allocate(POINTS * block * outputs);
+    std::fill(s.get(), s.get() + POINTS * pairs, 0.0f);
+    for (int64_t first = 0; first < tiles; first += block) {
+        const int64_t count = std::min(block, tiles - first);
+        to_points<Inputs, 6>(Tiles{in, first, count}, 1, x, v.get());
+        to_points<FourTaps, 4>(Tiles{out, first, count}, 0, g, q.get());
+        for (int p = 0; p < POINTS; p++)
+            multiply_all({v.get() + p * count * channels, 1, channels}, q.get() + p * count * outputs, outputs,
+                         s.get() + p * pairs, channels, count, true);
+    }
+    for (int64_t p = 0; p < pairs; p += WIDTH)
+        transform<ThreeOutputs, 6, 3>(s.get() + p, {6 * pairs, pairs}, dw + p, {3 * pairs, pairs});
+}

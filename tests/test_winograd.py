@@ -1,0 +1,154 @@
+"""Winograd's 3x3 convolution against torch's own in float64, and runs that train with it."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import resnetlab
+from resnetlab.errors import UsageError
+from resnetlab.nn.convolution import WinogradConv2d, use_winograd
+from resnetlab.nn.kernel import Kernel
+from resnetlab.training.checkpoint import TrainState
+from resnetlab.training.gradients import select_gradients
+from resnetlab.training.recipe import Recipe
+from resnetlab.training.step import train_step
+from resnetlab.training.train import RunOptions, build_task
+from tiny_runs import tiny
+
+pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="there is no C++ compiler")
+SHAPES = [  # B, C, K, H, W
+    (2, 16, 16, 8, 8),
+    (3, 16, 48, 5, 7),
+    (1, 32, 16, 1, 1),
+    (2, 48, 32, 3, 13),
+    (70, 16, 16, 4, 9),
+    (1, 144, 160, 9, 6),
+    (0, 16, 16, 4, 4),
+]
+
+
+def convolution(channels: int, outputs: int, seed: int = 0) -> nn.Conv2d:
+    conv = nn.Conv2d(channels, outputs, 3, padding=1, bias=False)
+    with torch.no_grad():
+        conv.weight.normal_(generator=torch.Generator().manual_seed(seed))
+    return conv.to(memory_format=torch.channels_last)
+
+
+def winograd(conv: nn.Conv2d) -> nn.Conv2d:
+    parent = nn.Sequential(copy.deepcopy(conv))
+    use_winograd(parent)
+    return parent[0]
+
+
+def run(conv: nn.Conv2d, x: Tensor, gradient: Tensor) -> list[Tensor]:
+    """Output, and the gradients of input and weights."""
+    x = x.clone().requires_grad_()
+    y = conv(x)
+    y.backward(gradient)
+    assert x.grad is not None and conv.weight.grad is not None
+    return [y.detach(), x.grad, conv.weight.grad]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_it_equals_float64(shape: tuple[int, ...]) -> None:
+    """Sizes that are no multiple of a tile, several blocks of tiles, and maps of every memory format."""
+    batch, channels, outputs, height, width = shape
+    generator = torch.Generator().manual_seed(sum(shape))
+    conv = convolution(channels, outputs)
+    x = torch.randn(batch, channels, height, width, generator=generator)
+    gradient = torch.randn(batch, outputs, height, width, generator=generator)
+    expected = run(copy.deepcopy(conv).double(), x.double(), gradient.double())
+    ours = winograd(conv)
+    assert isinstance(ours, WinogradConv2d)
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        ours.weight.grad = None
+        found = run(ours, x.to(memory_format=memory_format), gradient.to(memory_format=memory_format))
+        for each, exact in zip(found, expected, strict=True):
+            assert each.shape == exact.shape and each.dtype == torch.float32
+            assert (each.double() - exact).norm() <= 1e-5 * exact.norm()
+    assert found[2].stride() == ours.weight.stride()
+
+
+def test_gradients_that_nobody_needs_are_left_out() -> None:
+    conv = winograd(convolution(16, 16))
+    x = torch.ones(1, 16, 4, 4)
+    conv(x).sum().backward()
+    assert x.grad is None and conv.weight.grad is not None
+    conv.requires_grad_(False)
+    assert not conv(x).requires_grad
+
+
+def test_what_it_does_not_take_torch_computes() -> None:
+    kinds = {"stride": 2, "dilation": 2, "groups": 2, "bias": True, "padding_mode": "circular"}
+    for name, value in kinds.items():
+        conv = nn.Conv2d(16, 16, 3, **{"padding": 1, "bias": False} | {name: value})
+        assert type(winograd(conv)) is nn.Conv2d, name
+    assert type(winograd(convolution(16, 3))) is nn.Conv2d and type(winograd(convolution(20, 16))) is nn.Conv2d
+    conv, x = convolution(16, 16), torch.randn(1, 16, 5, 5)
+    assert torch.equal(winograd(conv).double()(x.double()), copy.deepcopy(conv).double()(x.double()))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(winograd(conv)(x), conv(x)) and conv(x).dtype == torch.bfloat16
+    with pytest.raises(RuntimeError, match="to have 16 channels"):
+        winograd(conv)(torch.ones(1, 32, 5, 5))
+
+
+def test_values_that_are_not_finite_stay_so() -> None:
+    """A diverged run is noticed."""
+    x = torch.zeros(1, 16, 9, 9)
+    x[0, 3, 4, 4], x[0, 5, 8, 8] = torch.nan, torch.inf
+    y = winograd(convolution(16, 16))(x)
+    assert y[0, :, 4, 4].isnan().all() and not y[0, :, 8, 8].isfinite().any() and y[0, :, 0, 8].isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["resnet8", "preresnet14"])
+def test_networks_compute_the_same(name: str) -> None:
+    net = resnetlab.build(name, seed=1)
+    other = copy.deepcopy(net)
+    use_winograd(other)
+    assert (
+        sum(isinstance(m, WinogradConv2d) for m in other.modules()) >= 3
+        and other.state_dict().keys() == net.state_dict().keys()
+    )
+    x = torch.randn(
+        4, 3, 16, 16, generator=torch.Generator().manual_seed(11)
+    )  # no ReLU's input is at rounding's distance from 0
+    for each in (net, other):
+        each(x).square().mean().backward()
+    here, there = (torch.cat([p.grad.flatten() for p in each.parameters()]) for each in (other, net))
+    assert (here - there).norm() <= 1e-4 * there.norm()
+
+
+def test_a_run_records_its_form_and_keeps_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The network itself, whose weights the run saves, keeps torch's layers; older runs have torch's form."""
+    recipe = tiny(bn_batch=16, winograd=True, fused_bn=True, precision="fp32")
+    states = [TrainState.create(build_task(replace(recipe, threads=n), RunOptions(device="cpu"))) for n in (1, 2)]
+    for each in states:
+        train_step(each, each.task.micro_batches(0), 0.1, select_gradients(each, print))
+    one, two = states
+    assert "fused BN, Winograd" in str(one.task.device_config) and two.task.device_config.side_by_side == 2
+    assert all(torch.equal(x, two.tensors()[name]) for name, x in one.tensors().items())
+    assert not any(isinstance(m, WinogradConv2d) for m in one.task.net.modules())
+    plain = TrainState.create(build_task(replace(recipe, winograd=False, threads=1), RunOptions(device="cpu")))
+    train_step(plain, plain.task.micro_batches(0), 0.1, select_gradients(plain, print))
+    weights = [each.task.net.layer1[0].conv1.weight.detach() for each in (one, plain)]
+    assert not torch.equal(*weights) and (weights[0] - weights[1]).norm() < 1e-4 * weights[1].norm()
+    values = one.recipe.to_json()
+    assert values["winograd"] and one.recipe.key != replace(one.recipe, winograd=False).key
+    assert not Recipe.from_values({k: v for k, v in values.items() if k != "winograd"}).winograd
+    with pytest.raises(UsageError, match="winograd=true cannot be used: it computes in fp32, and this run in bf16"):
+        build_task(replace(recipe, fused_bn=False, precision="bf16"), RunOptions(device="cpu"))
+    with pytest.raises(UsageError, match=r"winograd=true cannot be used: it uses one thread.*bn_batch"):
+        build_task(replace(recipe, fused_bn=False, threads=4), RunOptions(device="cpu"))
+    monkeypatch.setattr("resnetlab.training.side_by_side.load_kernel", lambda: Kernel(None, "", "there is no compiler"))
+    messages: list[str] = []
+    resumed = build_task(one.recipe, RunOptions(device="cpu", report=messages.append), started_in=Path())
+    assert resumed.recipe == one.recipe and not resumed.device_config.winograd
+    assert "Winograd's convolution, which cannot be used here (there is no compiler)" in "\n".join(messages)
+    torch.set_num_threads(1)
