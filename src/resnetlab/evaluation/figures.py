@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 MAX_MATRIX = 12  # classes; with more, the table of the most confused pairs is clearer
-CELL = 44  # pixels on a side
+CELL, NAME = 44, 16  # pixels on a side of a cell; columns of a class's name beside them
 MAX_IMAGE, SMALL_IMAGE = (
     256,
     96,
@@ -141,9 +141,9 @@ def class_rows(metrics: ClassificationMetrics) -> list[ClassRow]:
     return [ClassRow(each, taken_for.get(i)) for i, each in enumerate(metrics.per_class)]
 
 
-def confused_pairs(metrics: ClassificationMetrics, limit: int = PAIRS) -> list[ConfusedPair]:
-    """The pairs of classes that are confused most often, by count; at most `limit`."""
-    wrong = sorted((row for row in metrics.confusion_counts if row[0] != row[1]), key=lambda row: -row[2])[:limit]
+def confused_pairs(metrics: ClassificationMetrics) -> list[ConfusedPair]:
+    """The pairs of classes that are confused most often, by count; at most PAIRS."""
+    wrong = sorted((row for row in metrics.confusion_counts if row[0] != row[1]), key=lambda row: -row[2])[:PAIRS]
     classes, n = metrics.classes, [each.n for each in metrics.per_class]
     return [ConfusedPair(classes[true], classes[predicted], count, n[true]) for true, predicted, count in wrong]
 
@@ -270,10 +270,11 @@ def _display_width(text: str) -> int:
     return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
 
 
-def _shorten(text: str, width: int = 16) -> str:
-    if _display_width(text) <= width:
+def _shorten(text: str) -> str:
+    """A class's name in at most NAME columns."""
+    if _display_width(text) <= NAME:
         return text
-    while _display_width(text) >= width:
+    while _display_width(text) >= NAME:
         text = text[:-1]
     return text + "…"
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from resnetlab.evaluation.calibration import reliability_bins
 from resnetlab.evaluation.scores import rank_classes
 
+Z_95 = 1.959964  # the 97.5 % quantile of the normal distribution
 MAX_CONFUSION = 1000  # classes of a confusion matrix; with more, only the counts that are not 0 are listed
 
 
@@ -197,12 +198,13 @@ def mean_of_known(values: Iterable[float | None]) -> float:
     return sum(known) / len(known) if known else 0.0
 
 
-def wilson_interval(rate: float, n: int, z: float = 1.959964) -> tuple[float, float]:
+def wilson_interval(rate: float, n: int) -> tuple[float, float]:
     """Wilson's 95 % interval of a rate observed on n trials.
 
     >>> [round(v, 3) for v in wilson_interval(0.0, 100)]
     [0.0, 0.037]
     """
+    z = Z_95
     centre = (rate + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
     return max(0.0, centre - half), min(1.0, centre + half)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from resnetlab.data import sources
@@ -46,7 +45,7 @@ def select_studies(name: str) -> list[Study]:
     return [STUDIES[name]]
 
 
-def estimate_costs(setting: Setting, root: Path = RUNS) -> list[dict[str, Any]]:
+def estimate_costs(setting: Setting) -> list[dict[str, Any]]:
     """Every study with its question, its place in the papers, and the seconds that each budget takes on this machine.
 
     One kind of network is timed for all of them, and finished runs cost nothing. Where a study does not run on the data, the
@@ -58,7 +57,7 @@ def estimate_costs(setting: Setting, root: Path = RUNS) -> list[dict[str, Any]]:
         seconds: dict[str, int | None] = dict.fromkeys(BUDGETS)
         for budget in BUDGETS if not (study.on_imagenet and setting.data in sources.BUILTIN) else ():
             own = study.adapt(replace(setting, budget=budget, seeds=SEEDS[budget]))
-            missing = [run for run in locate_runs(study.plan(own), own, root) if not run.finished]
+            missing = [run for run in locate_runs(study.plan(own), own, RUNS) if not run.finished]
             image_size = max((run.recipe.image_size for run in missing), default=0)
             processes = len(worker_devices(setting.device, len(missing), image_size))
             seconds[budget] = round(estimate.remaining(missing, processes)) if missing else 0

@@ -302,11 +302,12 @@ def _check_finite(state: RunState, lr: float, world: World) -> None:
 
 
 class Throttle:
-    """Calls a function at most every `pause` seconds, and so rarely that it takes at most 2 % of the time."""
+    """Calls a function at most every PAUSE seconds, and so rarely that it takes at most 2 % of the time."""
 
-    def __init__(self, function: Callable[[], None], pause: float = 30.0) -> None:
-        self._function, self._pause = function, pause
-        self._next = time.monotonic() + pause
+    PAUSE = 30.0
+
+    def __init__(self, function: Callable[[], None]) -> None:
+        self._function, self._next = function, time.monotonic() + self.PAUSE
 
     def __call__(self) -> None:
         start = time.monotonic()
@@ -314,7 +315,7 @@ class Throttle:
             return
         self._function()
         now = time.monotonic()
-        self._next = now + max(self._pause, 50 * (now - start))
+        self._next = now + max(self.PAUSE, 50 * (now - start))
 
 
 class StepTimer:
