@@ -15,6 +15,7 @@ import resnetlab
 from resnetlab.errors import UsageError
 from resnetlab.nn.convolution import WinogradConv2d, use_winograd
 from resnetlab.nn.kernel import Kernel
+from resnetlab.training import side_by_side
 from resnetlab.training.checkpoint import TrainState
 from resnetlab.training.gradients import select_gradients
 from resnetlab.training.recipe import Recipe
@@ -151,4 +152,23 @@ def test_a_run_records_its_form_and_keeps_it(monkeypatch: pytest.MonkeyPatch) ->
     resumed = build_task(one.recipe, RunOptions(device="cpu", report=messages.append), started_in=Path())
     assert resumed.recipe == one.recipe and not resumed.device_config.winograd
     assert "Winograd's convolution, which cannot be used here (there is no compiler)" in "\n".join(messages)
+    torch.set_num_threads(1)
+
+
+def test_long_runs_in_fp32_are_told_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(side_by_side, "LONG", 1)
+
+    def tell(**values: object) -> list[str]:
+        messages: list[str] = []
+        recipe = tiny(**{"precision": "fp32", "threads": 2, "bn_batch": 16} | values)
+        build_task(recipe, RunOptions(device="cpu", report=messages.append))
+        return [message for message in messages if message.startswith("faster here: ")]
+
+    (sentence,) = tell()
+    assert sentence.startswith("faster here: --set winograd=true --set fused_bn=true, ")
+    (sentence,) = tell(bn_batch=0, batch=32)
+    assert "--set fused_bn=true --set bn_batch=16, " in sentence
+    assert not tell(winograd=True) and not tell(precision="bf16") and not tell(batch=33, bn_batch=0)
+    monkeypatch.setattr(side_by_side, "find_compiler", lambda: None)
+    assert not tell()
     torch.set_num_threads(1)

@@ -47,8 +47,8 @@ class Kernel(NamedTuple):
 @functools.cache
 def load_kernel() -> Kernel:
     """Loads the kernel from the cache, or builds it there."""
-    compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, ("g++", "clang++"))), None)
-    if compiler is None or os.name != "posix":
+    compiler = find_compiler()
+    if compiler is None:
         return Kernel(None, "", "there is no C++ compiler (install g++)")
     root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     folder = Path(root, "resnetlab", "kernels")
@@ -66,6 +66,13 @@ def load_kernel() -> Kernel:
         return Kernel(None, "", f"{compiler} failed ({lines[0][:200]})")
     except (OSError, subprocess.TimeoutExpired, AttributeError) as error:
         return Kernel(None, "", f"it cannot be built or loaded ({error})")
+
+
+def find_compiler() -> str | None:
+    """The C++ compiler, if there is one that takes the flags."""
+    if os.name != "posix":
+        return None
+    return os.environ.get("CXX") or next(filter(None, map(shutil.which, ("g++", "clang++"))), None)
 
 
 def describe_processor() -> str:

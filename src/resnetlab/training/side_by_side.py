@@ -26,7 +26,7 @@ from resnetlab.device import map_in_order, use_one_heap
 from resnetlab.errors import UsageError
 from resnetlab.nn.batchnorm import fuse_batchnorm
 from resnetlab.nn.convolution import use_winograd
-from resnetlab.nn.kernel import load_kernel
+from resnetlab.nn.kernel import find_compiler, load_kernel
 from resnetlab.random import draw_from
 from resnetlab.training.average import set_train_mode
 from resnetlab.training.checkpoint import TrainState
@@ -35,6 +35,7 @@ from resnetlab.training.micro_batches import BatchNormStatistics, TreeMean
 from resnetlab.training.step import set_means
 from resnetlab.training.tasks.base import Task
 
+LONG = 5e8  # pixels of all images of a run, from which its time is worth a sentence
 OURS = ("torch", "torchvision", "resnetlab")  # packages whose layers may run in several threads
 T = TypeVar("T", bound=Task)
 
@@ -72,6 +73,23 @@ def choose_kernels(task: T, report: Callable[[str], None], *, resuming: bool) ->
         used[form] = asked and not reason
     config = replace(task.device_config, fused_bn=used["fused_bn"], winograd=used["winograd"])
     return replace(task, device_config=config)  # type: ignore[type-var]
+
+
+def describe_faster_kernels(task: Task) -> str:
+    """A sentence for a long run of torch's convolutions that compiled ones would shorten; else ""."""
+    recipe, config = task.recipe, task.device_config
+    pixels = recipe.steps * recipe.batch * getattr(recipe, "image_size", 0) ** 2
+    if config.precision != "fp32" or pixels < LONG or getattr(recipe, "winograd", True) or not find_compiler():
+        return ""
+    settings = ["winograd=true", *["fused_bn=true"] * (not recipe.fused_bn)]
+    if config.op_threads > 1:
+        if getattr(recipe, "bn_batch", 0) or recipe.batch % config.threads:
+            return ""
+        settings.append(f"bn_batch={recipe.batch // config.threads}")
+    if reason_for_turns(task):
+        return ""
+    options = " ".join(f"--set {setting}" for setting in settings)
+    return f"faster here: {options}, convolutions and BN compiled for this processor, 1.4 to 2.2 times as fast"
 
 
 def _reason_against_kernels(task: Task, form: str) -> str:
