@@ -9,6 +9,7 @@ from typing import Any
 
 import fsspec
 import pytest
+import torch
 
 import resnetlab
 from resnetlab import migrate_v01
@@ -141,6 +142,11 @@ def test_shards_on_s3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         upload(fsspec.filesystem("s3"), out, "bucket/shards")
         data = load_dataset("s3://bucket/shards/", tmp_path / "data", ReadOptions())
         assert data.fingerprint == load(root).fingerprint
+        later = load_dataset("s3://bucket/shards/", tmp_path / "data", ReadOptions(as_needed=True))
+        folder = next((tmp_path / "data" / "shards").glob("*-as-needed"))
+        assert later.fingerprint == data.fingerprint and not list(folder.glob("train-*.tar"))
+        assert torch.equal(later.train.read_image(0), data.train.read_image(0))
+        assert len(list(folder.glob("train-*.tar"))) == 1
         with pytest.raises(DataError, match="is not there") as error:
             load_dataset("s3://bucket/shards/none-{0..1}.tar", tmp_path / "data")
         assert "topsecret" not in str(error.value)

@@ -180,7 +180,7 @@ class World:
             yield
             return
         done, failed = threading.Event(), threading.Event()
-        if os.environ.get("LOCAL_RANK", "0") != "0":
+        if not is_first_here():
             done.set()
             self._wait_for_turns(done, failed)
             yield
@@ -406,6 +406,11 @@ def _connect_levels(rank: int, size: int) -> list[Any]:
 def local_process_count() -> int:
     """The number of this job's processes on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else 1
+
+
+def is_first_here() -> bool:
+    """Whether this is the first of this job's processes on its machine."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def is_first_process() -> bool:

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from resnetlab.training.result import TrainResult
     from resnetlab.training.train import RunOptions
 
-PASSED_ON = ("device", "workers", "fit_micro_batch", "profile")  # options of a run that its processes get as they are
+# options of a run that its processes get as they are
+PASSED_ON = ("device", "workers", "shard_space", "fit_micro_batch", "profile")
 
 
 def _check_process_count(processes: int, device: str | None) -> None:

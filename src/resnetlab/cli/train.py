@@ -59,6 +59,9 @@ class TrainOptions:
         cpu, cuda, cuda:1, …; by default a GPU if there is one, and for a resumed run the kind of device it started on.
     workers
         Processes that decode images; by default none if a CPU trains. The result does not depend on it.
+    shard_space
+        With --set sampling=shards: gigabytes of each machine's disk that fetched shards may take; by default most of what is
+        free.
     procs
         Processes on this machine that share every step: one per GPU, or a few on the CPU. On several machines use
         torchrun: `torchrun … -m resnetlab train …`
@@ -90,6 +93,7 @@ class TrainOptions:
     out: Path | None = None
     device: str | None = None
     workers: int | None = None
+    shard_space: float | None = None
     procs: int | None = None
     max_restarts: int = 0
     tracker: Annotated[tuple[str, ...], Parameter(negative="", consume_multiple=False)] = ()
@@ -270,6 +274,7 @@ def _run_options(options: TrainOptions, overrides: Overrides, data_dir: Path | N
         data_dir=data_dir,
         device=options.device,
         workers=options.workers,
+        shard_space=None if options.shard_space is None else int(options.shard_space * 1e9),
         fit_micro_batch=options.batch == "auto",
         epochs=overrides.length,
         trackers=options.tracker,

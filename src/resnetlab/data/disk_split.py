@@ -146,6 +146,7 @@ class ReadOptions:
             stay together when images are held out.
         multi_label: whether data with several classes per image are taken too, or refused.
         decode_on: "cpu", or "device": the GPU that trains or evaluates decodes JPEGs and resizes images (data.device_decode).
+        as_needed: fetch shards to train on when they are read, not before.
     """
 
     on_bad: str = "stop"
@@ -154,6 +155,7 @@ class ReadOptions:
     groups: str = ""
     multi_label: bool = False
     decode_on: str = "cpu"
+    as_needed: bool = False
 
     def __post_init__(self) -> None:
         ErrorPolicy(self.on_bad)  # raises UsageError for another word

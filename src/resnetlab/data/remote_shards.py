@@ -6,8 +6,11 @@ length, the server is asked about all of them, so that shards of two packings ar
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 from resnetlab.data import download
@@ -18,6 +21,73 @@ from resnetlab.formatting import parse_json
 from resnetlab.run_folder import write_atomically
 
 CLASSES = "classes.txt"
+AT_ONCE = 8  # small files fetched at once
+
+
+@dataclass(frozen=True)
+class RemoteShards:
+    """Shards that are fetched when they are needed, by their numbers.
+
+    Attributes:
+        tars: where they are once they are fetched.
+        sizes: in bytes, from their indices.
+    """
+
+    urls: tuple[str, ...]
+    tars: tuple[Path, ...]
+    sizes: tuple[int, ...]
+
+    def fetch(self, shard: int) -> None:
+        """Downloads a shard, unless it is here. Raises as `fetch_shards` does."""
+        url, tar = self.urls[shard], self.tars[shard]
+        with download.file_lock(tar):
+            if not download.is_complete(tar):
+                download.download_file(url, tar, _completeness_check(url, index_path(tar).read_bytes()))
+
+    def present(self) -> list[int]:
+        """The shards that are here."""
+        return [shard for shard, tar in enumerate(self.tars) if tar.is_file()]
+
+    def remove(self, shard: int) -> None:
+        """Removes a shard from here; who still reads it keeps it open, or fetches it again."""
+        with contextlib.suppress(OSError):
+            self.tars[shard].unlink(missing_ok=True)
+
+    def select(self, tars: Sequence[Path]) -> RemoteShards:
+        """Some of the shards, numbered anew."""
+        chosen = [self.tars.index(tar) for tar in tars]
+        return RemoteShards(tuple(self.urls[k] for k in chosen), tuple(tars), tuple(self.sizes[k] for k in chosen))
+
+
+def fetch_indices(urls: Sequence[str], data_dir: Path) -> RemoteShards:
+    """Downloads the indices of shards, which are fetched later, and removes shards that are here in another version.
+
+    Raises DataError if a shard has no index, or the server does not answer.
+    """
+
+    def fetch(place: tuple[str, Path]) -> int:
+        (url, tar), index = place, index_path(place[1])
+        try:
+            if not (download.is_complete(index) and download.is_current(_sibling_url(url, index.name), index)):
+                download.download_file(_sibling_url(url, index.name), index, limit=MAX_INDEX)
+        except download.MissingFile as error:
+            raise DataError(
+                f"{strip_secrets(url)} has no index {index.name} beside it, which says what is in it; pack the images "
+                "(resnetlab data pack), or leave out sampling=shards."
+            ) from error
+        if tar.is_file() and not (download.is_complete(tar) and download.is_current(url, tar)):
+            tar.unlink()
+        try:
+            return int(parse_json(index.read_bytes())["bytes"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(
+                f"the index of {strip_secrets(url)} is damaged ({error}); pack the shards again."
+            ) from error
+
+    tars = tuple(_local_path(url, data_dir, "-as-needed") for url in urls)
+    tars[0].parent.mkdir(parents=True, exist_ok=True)
+    with download.file_lock(tars[0].with_name("indices")), ThreadPoolExecutor(AT_ONCE) as pool:
+        return RemoteShards(tuple(urls), tars, tuple(pool.map(fetch, zip(urls, tars, strict=True))))
 
 
 def _sibling_url(url: str, name: str) -> str:
@@ -54,9 +124,9 @@ def fetch_class_list(url: str, tar: Path) -> bytes:
         return file.read_bytes()
 
 
-def _local_path(url: str, data_dir: Path) -> Path:
+def _local_path(url: str, data_dir: Path, suffix: str = "") -> Path:
     base, name = strip_secrets(url).rsplit("/", 1)
-    return data_dir / "shards" / hashlib.sha256(base.encode()).hexdigest()[:12] / name
+    return data_dir / "shards" / (hashlib.sha256(base.encode()).hexdigest()[:12] + suffix) / name
 
 
 def _fetch_shard(url: str, tar: Path) -> None:

@@ -7,7 +7,7 @@ A step's batch does not depend on the number of processes that share it: each pr
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial
 from typing import Any, NamedTuple
 
@@ -24,8 +24,11 @@ from resnetlab.data.disk_split import DiskSplit
 from resnetlab.data.keyed_permutation import KeyedPermutation, keyed_epoch
 from resnetlab.data.own_transform import Transform, TransformedReader
 from resnetlab.data.prefetch import BatchReader, LoadedBatch, Prefetcher, preprocess_image, stack_images
+from resnetlab.data.shard_fetcher import ShardFetcher
+from resnetlab.data.shard_order import BLOCK, ShardOrder
+from resnetlab.data.shards import ShardSource
 from resnetlab.device import DeviceConfig, to_device
-from resnetlab.distributed import World
+from resnetlab.distributed import World, is_first_here, local_process_count
 from resnetlab.errors import DataError, UsageError
 from resnetlab.preprocessing import Preprocessing
 from resnetlab.random import make_generator, seed_for
@@ -146,6 +149,7 @@ class Sampler:
         positions: the positions of the step that this process takes.
         balanced: draws equally many images of every class; None for permutations of all.
         keyed: permutations that take no memory (data.keyed_permutation).
+        shards: an order that goes through shards a few at a time.
     """
 
     n: int
@@ -155,9 +159,12 @@ class Sampler:
     streams: tuple[RandomStream, ...] = ()
     balanced: BalancedEpochs | None = None
     keyed: bool = False
+    shards: ShardOrder | None = None
 
     def indices(self, step: int) -> Tensor:
         """Indices of this process's images; int64 (len(positions),)."""
+        if self.shards is not None:
+            return self.shards.indices(step, self.positions)
         n = self.n if self.balanced is None else self.balanced.length
         epochs = keyed_epoch if self.keyed else self.balanced
         return self._own(step_indices(self.seed, n, self.batch_size, step, epochs))
@@ -206,6 +213,8 @@ class TrainLoader:
     Attributes:
         batch_size: images in a step, over all processes of `device_config.world`; `batch` returns the images of this one.
         transform: a function of the user's own that changes each image.
+        shard_groups: for sampling "shards".
+        shard_space: bytes of this machine's disk that fetched shards may take; None for most of what is free.
     """
 
     split: Split
@@ -216,6 +225,11 @@ class TrainLoader:
     device_config: DeviceConfig
     sampling: str = "shuffle"
     transform: Transform | None = None
+    shard_groups: int = 1
+    shard_space: int | None = None
+
+    def __post_init__(self) -> None:
+        _ = self._fetcher  # raises if shards do not suit the sampling, or too few of them fit on this machine's disk
 
     def batch(self, step: int) -> Batch:
         """This process's images of step `step`, augmented, normalised and mixed, on the device.
@@ -229,6 +243,8 @@ class TrainLoader:
             chosen, read = to_device(indices, device), torch.arange(len(indices))
             pixels, labels = (x.index_select(0, chosen) for x in self._on_device)
         else:
+            if self._fetcher is not None:
+                self._fetcher.advance(step)
             loaded = self._prefetcher.get(step)
             if decodes_on_device(self.split, device):
                 loaded = self._decode_and_crop(loaded, sampler(step))
@@ -284,7 +300,26 @@ class TrainLoader:
         positions = rank_positions(self.batch_size, self.device_config.world)
         balanced = BalancedEpochs.from_labels(self.split.labels) if self.sampling == "balanced" else None
         keyed = self.sampling == "keyed"
-        return Sampler(len(self.split), self.batch_size, self.seed, positions, tuple(streams), balanced, keyed)
+        order = self._shard_order
+        return Sampler(len(self.split), self.batch_size, self.seed, positions, tuple(streams), balanced, keyed, order)
+
+    @cached_property
+    def _shard_order(self) -> ShardOrder | None:
+        if self.sampling != "shards":
+            return None
+        return ShardOrder.from_split(self.split, self.shard_groups, self.seed, self.batch_size)
+
+    @cached_property
+    def _fetcher(self) -> ShardFetcher | None:
+        """In the first process of a machine, if its shards are elsewhere."""
+        order, source, world = self._shard_order, getattr(self.split, "source", None), self.device_config.world
+        if order is None or not isinstance(source, ShardSource) or source.remote is None or not is_first_here():
+            return None
+        last = replace(world, rank=world.rank + local_process_count() - 1)
+        ends = rank_positions(self.batch_size, world).start, rank_positions(self.batch_size, last).stop
+        here = range(*ends)
+        needed = partial(order.shards_from, positions=here)
+        return ShardFetcher(source.remote, needed, self.shard_space, 2 * BLOCK * len(order.groups_of(here)))
 
     @cached_property
     def _prefetcher(self) -> Prefetcher[Any]:
@@ -306,3 +341,5 @@ class TrainLoader:
     def close(self) -> None:
         """Stops the workers, if any."""
         self._prefetcher.close()
+        if self._fetcher is not None:
+            self._fetcher.close()

@@ -8,12 +8,14 @@ shards were shuffled. data.tar_index reads one shard's samples; data.remote_shar
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
@@ -26,6 +28,7 @@ from resnetlab.data.disk_split import DiskSplit, FileNames, ReadOptions
 from resnetlab.data.error_policy import ErrorPolicy
 from resnetlab.data.folder import arrange_splits, guess_split
 from resnetlab.data.object_store import is_address, is_store, list_tars, strip_secrets
+from resnetlab.data.remote_shards import RemoteShards
 from resnetlab.data.tar_index import MAX_INDEX, TarIndex, read_index
 from resnetlab.data.text_files import decode_text
 from resnetlab.errors import DataError
@@ -33,6 +36,7 @@ from resnetlab.stopping import check_stop
 
 UNFINISHED = ".packing"  # a folder beside the shards, while data.pack writes them
 MAX_CLASSES = 1_000_000  # of numbers without names
+ATTEMPTS = 3  # to open a tar that is fetched when it is needed
 READERS = 8  # shards whose content is listed at once
 
 
@@ -45,12 +49,13 @@ class ShardSource:
     sizes: NDArray[np.int64]
     shard: NDArray[np.int32]
     offsets: NDArray[np.int64]
+    remote: RemoteShards | None = None  # fetches a tar that is not there yet
 
     def read(self, i: int) -> bytes:
         tar = self.tars[self.shard[i]]
         check_file_size(int(self.sizes[i]), self.display_name(i))
         try:
-            with open(tar, "rb") as file:
+            with self._open(int(self.shard[i])) as file:
                 file.seek(int(self.offsets[i]))
                 content = file.read(int(self.sizes[i]))
         except OSError as error:
@@ -58,6 +63,15 @@ class ShardSource:
         if len(content) < self.sizes[i]:
             raise DataError(f"{tar} ends early, inside {self.names[i]}; copy or pack it again.")
         return content
+
+    def _open(self, shard: int) -> IO[bytes]:
+        for _ in range(ATTEMPTS):
+            with contextlib.suppress(FileNotFoundError):
+                return open(self.tars[shard], "rb")
+            if self.remote is None:
+                break
+            self.remote.fetch(shard)  # it may be removed again before it is opened
+        return open(self.tars[shard], "rb")
 
     def display_name(self, i: int) -> str:
         return f"{self.tars[self.shard[i]]}/{self.names[i]}"
@@ -80,11 +94,14 @@ def load_shards(data: str, data_dir: Path, read_options: ReadOptions) -> Dataset
         places = list_tars(data)
     else:
         places = sorted(map(str, Path(data).glob("*.tar"))) if Path(data).is_dir() else list(expand_braces(data))
+    remote = None
     if is_address(data):
-        tars, data = (
-            remote_shards.fetch_shards(places, data_dir),
-            strip_secrets(data),
-        )  # no signature in messages
+        if read_options.as_needed:
+            remote = remote_shards.fetch_indices(places, data_dir)
+            for number in (k for k, tar in enumerate(remote.tars) if _split_of(tar) != "train"):
+                remote.fetch(number)  # evaluations read all of them
+        tars = list(remote.tars) if remote else remote_shards.fetch_shards(places, data_dir)
+        data = strip_secrets(data)  # no signature in messages
     else:
         tars = [_require_file(place) for place in places]
     for folder in {tar.parent for tar in tars}:
@@ -105,6 +122,10 @@ def load_shards(data: str, data_dir: Path, read_options: ReadOptions) -> Dataset
     if all(index.classes is None for index in indices.values()):
         _require_same_labels(groups, indices)
     splits = {split: _make_shard_split(paths, indices, classes, read_options) for split, paths in groups.items()}
+    if remote is not None and "train" in splits:
+        train = splits["train"]
+        assert isinstance(train.source, ShardSource)
+        splits["train"] = replace(train, source=replace(train.source, remote=remote.select(groups["train"])))
     return arrange_splits(data, classes, splits)
 
 

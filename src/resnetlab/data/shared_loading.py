@@ -19,7 +19,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
-from resnetlab.distributed import World, local_process_count
+from resnetlab.distributed import World, is_first_here, local_process_count
 
 T = TypeVar("T")
 ALIGNMENT = 64  # bytes
@@ -32,7 +32,7 @@ def share_loading(world: World) -> Iterator[Callable[[Callable[[], T]], T]]:
     The first process has its turn first (`World.first_process_first`), so what the body downloads is there for the others.
     Where the file cannot be written, every process loads for itself.
     """
-    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    first = is_first_here()
     with contextlib.ExitStack() as stack:
         if local_process_count() == 1:
             folder = None

@@ -85,7 +85,7 @@ def read_index(tar: Path) -> TarIndex:
         index = TarIndex.from_samples(samples, classes, values.get("shards"))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"the index {file} cannot be read ({error}); remove it, or pack the shards again.") from error
-    if (found := tar.stat().st_size) != length:
+    if tar.exists() and (found := tar.stat().st_size) != length:  # else it is fetched when it is needed
         raise DataError(
             f"{tar} has {found:,} bytes, its index says {length:,}: it ends early or is another; copy it again."
         )

@@ -33,7 +33,7 @@ _CHOICES = {  # allowed words, by field
     "compile": ("auto", "on", "off", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
     "schedule": ("milestones", "cosine", "plateau"),
     "warmup": ("none", "steps", "linear", "train-error"),
-    "sampling": ("shuffle", "balanced", "keyed"),
+    "sampling": ("shuffle", "balanced", "keyed", "shards"),
     "keep": ("last", "best"),
     "grad_reduce": ("tree", "all_reduce"),
     "grad_compression": ("none", "bf16"),
@@ -54,6 +54,7 @@ _RANGES: dict[str, tuple[float, float, str]] = {  # smallest and largest value, 
     ),
     **dict.fromkeys(("eval_resize", "bn_batch", "clip_norm", "precise_bn"), (0, sys.float_info.max, "0 or more")),
     "val_images": (A_TENTH, sys.float_info.max, f"0 or more, or {A_TENTH} for a tenth of the training images"),
+    "shard_groups": (0, 2**16, "from 1 to 65,536, or 0 for one a machine"),
     "none_share": (0, 0.5, "from 0 to 0.5"),
     "channels": (0, MAX_CHANNELS, f"from 1 to {MAX_CHANNELS:,}, or 0 for those of the images"),
     "early_stop": (0, 10**9, "0 or more"),
@@ -70,7 +71,7 @@ EVAL_RATIO = 8 / 7  # of eval_resize to image_size where a recipe has neither: 2
 _ADDED = {
     "exact", "keep_images", "groups", "fold", "class_weights", "sampling", "keep", "early_stop", "frozen_stages",
     "flip_vertical", "rotate", "lr_base_size", "trust_coefficient", "grad_reduce", "grad_compression", "none_share",
-    "transform", "channels", "decode_on",
+    "transform", "channels", "decode_on", "shard_groups",
 }  # fmt: skip
 _SPECIFICATION = tuple(f.name for f in fields(Specification) if f.name not in ("channels", "classes"))
 
@@ -294,8 +295,10 @@ class Recipe(BaseRecipe):
     groups: str = ""  # a table's column, or a pattern in names: images of equal values are held out together
     fold: str = ""  # "2/5": hold out the second of five equal parts for the test, as k-fold cross-validation does
     class_weights: str = "none"  # of the loss: "none", "balanced" (training.class_balance), or "cat=2,dog=0.5"
-    # "shuffle"; "keyed": another order, which takes no memory; or "balanced": equally many images of every class
+    # "shuffle"; "keyed": another order, which takes no memory; "balanced": equally many images of every class; or "shards":
+    # a few shards at a time (data.shard_order), so that each machine fetches its own alone
     sampling: str = "shuffle"
+    shard_groups: int = 0  # of sampling=shards: a multiple of the number of machines; 0: their number
     keep: str = "last"  # weights of the last step, or "best": those of the lowest error on the held-out images
     early_stop: int = 0  # evaluations in a row without a new lowest held-out error, after which the run ends; 0 never
     none_share: float = 0.0  # share of held-out images that predictions may call "none of these"; 0: none
@@ -338,9 +341,10 @@ class Recipe(BaseRecipe):
         recipe = super().resolve_like(recorded)
         if not isinstance(recorded, Recipe):
             return recipe
-        recipe = replace(
-            recipe, channels=self.channels or recorded.channels, transform=self.transform or recorded.transform
-        )
+        left_open = {
+            key: getattr(recorded, key) for key in ("channels", "transform", "shard_groups") if not getattr(self, key)
+        }
+        recipe = replace(recipe, **left_open)
         if self.image_size:
             return recipe
         return replace(recipe, image_size=recorded.image_size, eval_resize=recorded.eval_resize)

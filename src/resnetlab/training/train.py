@@ -68,6 +68,7 @@ class RunOptions:
         data_dir: the folder of the archives; None takes "data", or that of the resumed run.
         device: None takes a GPU if there is one, or the kind of device that the resumed run started on.
         workers: processes that decode images; None decides by the device.
+        shard_space: bytes of each machine's disk that sampling=shards may fill; None for most of what is free.
         fit_micro_batch: take the largest micro-batch that fits into memory; a new run's recipe records it as `bn_batch`.
         epochs: the length of a new run in epochs; its recipe records the steps.
         trackers: names in training.trackers.TRACKERS, beside those that a resumed run remembers.
@@ -83,6 +84,7 @@ class RunOptions:
     data_dir: Path | None = None
     device: str | None = None
     workers: int | None = None
+    shard_space: int | None = None
     fit_micro_batch: bool = False
     epochs: Epochs | None = None
     trackers: tuple[str, ...] = ()
@@ -211,6 +213,8 @@ def build_task(
     """The task of a recipe, whose paths are relative to `started_in`, with all "auto" values resolved."""
     if recipe.optimizer not in OPTIMIZERS:
         raise unknown_name_error("optimizer", recipe.optimizer, OPTIMIZERS)
+    if options.shard_space is not None and (getattr(recipe, "sampling", "") != "shards" or options.shard_space < 1):
+        raise UsageError("--shard-space is for --set sampling=shards, and above 0; add that, or leave it out.")
     device, world = options.device or "auto", world or World()
     threads = -(-recipe.threads // local_process_count())  # rounded up
     selected = select_device(recipe.precision, device, threads, training=True, exact=recipe.exact)
@@ -225,6 +229,7 @@ def build_task(
         device_config=device_config,
         data_dir=options.data_dir or Path("data"),
         workers=options.workers,
+        shard_space=options.shard_space,
         started_in=started_in or Path(),
         epochs=options.epochs,
         dataset=options.dataset,

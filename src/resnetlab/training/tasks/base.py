@@ -46,6 +46,7 @@ class TaskSetup:
         net: a classifier's network, if it is not one that its recipe names.
         report: called with sentences on what happens.
         resuming: whether the recipe is a run's, complete and resolved.
+        shard_space: bytes of this machine's disk that fetched shards may take; None for most of what is free.
         load_once: calls a function that loads data in one process of each machine, and gives its result to all.
     """
 
@@ -59,6 +60,7 @@ class TaskSetup:
     net: nn.Module | None = None
     report: Callable[[str], None]
     resuming: bool = False
+    shard_space: int | None = None
     load_once: Callable[[Callable[[], Any]], Any] = _load_here
 
     @property

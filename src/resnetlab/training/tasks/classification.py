@@ -51,11 +51,13 @@ from resnetlab.training.tasks.base import Task, TaskSetup
 from resnetlab.training.tasks.classification_data import (
     add_statistics,
     choose_augmentation,
+    choose_sample,
     describe_view,
     divide_images,
     load_source,
     name_own_transform,
     require_held_out,
+    resolve_shards,
     resolve_size,
     resolve_val_images,
 )
@@ -114,15 +116,13 @@ class ClassificationTask(Task):
         recipe = resolve_size(recipe, start)
         size, mean, std = recipe.image_size, torch.zeros(channels), torch.ones(channels)
         shape = Preprocessing(channels, (size, size), recipe.eval_resize or size, mean, std, dtype=dtype)
-        recipe = name_own_transform(resolve_val_images(recipe, source), setup)
+        recipe = name_own_transform(resolve_val_images(resolve_shards(recipe, source, world), source), setup)
         train, held_out, test, holdout = divide_images(recipe, source, shape)
-        for split in (held_out, test):
-            if isinstance(split, DiskSplit):
-                split.require_readable()
+        for split in (each for each in (held_out, test) if isinstance(each, DiskSplit)):
+            split.require_readable()
         recipe = setup.rescale(recipe, len(train))
-        preprocessing = add_statistics(recipe.normalise, train, shape, start)
-        fingerprints = start.fingerprints if start else {}
-        trained_on = start.data.get("fingerprint", "") if start else ""
+        preprocessing = add_statistics(recipe.normalise, choose_sample(recipe, train), shape, start)
+        fingerprints, trained_on = (start.fingerprints, start.data.get("fingerprint", "")) if start else ({}, "")
         if n := int(match_fingerprints(fingerprints, trained_on, source, source.test).seen.sum()):
             notes.append(
                 f"{n:,} of the {format_count(len(source.test), 'image')} to test on were seen in the training of {start_from}"
@@ -142,6 +142,8 @@ class ClassificationTask(Task):
             device_config,
             recipe.sampling,
             setup.transform,
+            recipe.shard_groups,
+            setup.shard_space,
         )
         if not recipe.net and isinstance(net, ResNet):
             name, changes = nearest_name(net.spec)
@@ -286,7 +288,7 @@ class ClassificationTask(Task):
         keep = self.recipe.keep_images
         if not keep:
             return None
-        train, check_split = self.loader.split, self.held_out
+        train, check_split = choose_sample(self.recipe, self.loader.split), self.held_out
         blank = self.preprocessing.blank_image(*self.preprocessing.size)
         if len(check_split):
             training_positions = spread_positions(len(train), keep, blank.nbytes)

@@ -17,7 +17,9 @@ from resnetlab.data.disk_split import DiskSplit, ReadOptions
 from resnetlab.data.label_sets import find_classes
 from resnetlab.data.mixing import Mixing
 from resnetlab.data.own_transform import name_transform
-from resnetlab.data.statistics import compute_statistics
+from resnetlab.data.shard_order import ShardOrder
+from resnetlab.data.statistics import SAMPLE, compute_statistics
+from resnetlab.distributed import World, local_process_count
 from resnetlab.errors import DataError, UsageError
 from resnetlab.evaluation.calibration import MIN_IMAGES
 from resnetlab.evaluation.evaluate import prepare_split
@@ -56,6 +58,32 @@ def resolve_val_images(recipe: Recipe, source: Dataset) -> Recipe:
         if seen - left:  # a class would have no image to train on
             count = 0
     return replace(recipe, val_images=count)
+
+
+def resolve_shards(recipe: Recipe, source: Dataset, world: World) -> Recipe:
+    """The recipe with the number of groups that share the shards, if it takes them a few at a time (data.shard_order).
+
+    Raises UsageError if images of all shards would be evaluated.
+    """
+    if recipe.sampling != "shards":
+        if recipe.shard_groups:
+            raise UsageError("shard_groups is for sampling=shards; leave it out, or add that.")
+        return recipe
+    if source.all_images is not None or recipe.fold or recipe.val_images > 0:
+        raise UsageError(
+            "sampling=shards needs shards called train and val (or test), without fold and val_images: images held out of the "
+            "others would be in all shards."
+        )
+    groups = recipe.shard_groups or max(1, world.size // local_process_count())
+    return replace(recipe, shard_groups=groups, val_images=0)
+
+
+def choose_sample(recipe: Recipe, train: Split) -> Split:
+    """Training images for statistics and examples: all, or those of few shards where others may be far away."""
+    if recipe.sampling != "shards":
+        return train
+    order = ShardOrder.from_split(train, recipe.shard_groups, recipe.seed, recipe.batch)
+    return train.subset(order.first_images(SAMPLE))
 
 
 def require_held_out(recipe: Recipe, held_out: Split, images: int) -> None:
@@ -130,7 +158,13 @@ def load_source(recipe: Recipe, setup: TaskSetup) -> tuple[Recipe, Dataset]:
     moved = setup.dataset if isinstance(setup.dataset, str) else ""
     data = moved or sources.resolve_data_path(recipe.data, setup.started_in)
     read_options = ReadOptions(
-        recipe.on_bad_image, quarantine, setup.num_workers, recipe.groups, multi_label=True, decode_on=recipe.decode_on
+        recipe.on_bad_image,
+        quarantine,
+        setup.num_workers,
+        recipe.groups,
+        multi_label=True,
+        decode_on=recipe.decode_on,
+        as_needed=recipe.sampling == "shards",
     )
     own = setup.dataset if isinstance(setup.dataset, Dataset) else None
     source: Dataset = own or setup.load_once(lambda: sources.load_dataset(data, setup.data_dir, read_options))
