@@ -7,9 +7,11 @@ import json
 import math
 import re
 import shutil
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -37,14 +39,16 @@ from resnetlab.studies.block_depth import BlockDepth
 from resnetlab.studies.code_version import CodeVersions
 from resnetlab.studies.convergence import Convergence
 from resnetlab.studies.cost import agrees
-from resnetlab.studies.cost_estimate import CostEstimate
+from resnetlab.studies.cost_estimate import START_UP, CostEstimate
 from resnetlab.studies.degradation import Degradation
+from resnetlab.studies.imagenet import SIDES, ImageNet
 from resnetlab.studies.orderings import Orderings
 from resnetlab.studies.probe_images import load_probe_batch, select_probe_images
+from resnetlab.studies.protocols import Protocols
 from resnetlab.studies.runs import StudyRun
 from resnetlab.studies.setting import PAPER_EPOCHS, Setting, Trial, check_depth
 from resnetlab.studies.shortcut_types import ShortcutTypes
-from resnetlab.studies.study import find_missing, locate_runs, run_studies
+from resnetlab.studies.study import PlanProgress, estimate_reading, find_missing, locate_runs, run_studies
 from resnetlab.studies.variants import network_trials
 from resnetlab.studies.verdicts import compare_by_seed, compare_with_paper, mean_sd, tally
 from resnetlab.training.recipe import Recipe
@@ -543,3 +547,37 @@ def test_a_plan_costs_more_than_a_part_of_it() -> None:
     assert 0 < short < long
     plan = locate_runs(Degradation().plan(here), here, Path("nowhere"))
     assert estimate.remaining(plan, 1) > estimate.remaining(plan, 2) > estimate.remaining(plan[:1], 2) > 0
+
+
+def test_the_cost_counts_evaluations_after_the_steps() -> None:
+    """A run whose steps are done is still tested; a study of protocols evaluates its models by each."""
+    here = setting(steps=10, depths=(8, 14))
+    estimate = CostEstimate(here)
+    recipe = here.trials("x", "resnet8")[0].recipe
+    tested = estimate.evaluation(recipe, len(here.source.test))
+    assert estimate.run(recipe, 10) == pytest.approx(START_UP + tested) and tested > 0
+    size = here.base.image_size
+    views = Protocols().count_views(here, "resnet8")
+    assert views == 1 + sum((side / size) ** 2 for side in (size, size + size // 8, size + size // 4))
+    assert Protocols().count_views(here, "resnet110") == 0
+    reading = estimate_reading(Protocols(), Protocols().plan(here), here, estimate)
+    plan = locate_runs(Protocols().plan(here), here, Path("nowhere"))
+    before, estimate.reading = estimate.remaining(plan, 2), reading
+    assert estimate.remaining(plan, 2) == pytest.approx(before + reading / 2) and reading > views * tested
+    of_224 = SimpleNamespace(base=SimpleNamespace(image_size=224))
+    deepest = ImageNet().count_views(of_224, "resnet152")  # type: ignore[arg-type]
+    assert deepest == pytest.approx(10 + 1 + 2 * sum((side / 224) ** 2 for side in SIDES) + (320 / 224) ** 2)
+
+
+def test_the_first_time_of_a_study_is_not_that_of_its_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = setting(steps=20, depths=(8, 14))
+    plan = locate_runs(Degradation().plan(here), here, Path("nowhere"))
+    monkeypatch.setattr(CostEstimate, "step", lambda self, recipe: 0.5)
+    told: list[str] = []
+    progress = PlanProgress(plan, CostEstimate(here), 2, lambda done, total, text: told.append(text))
+    start = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: start + 10)  # two processes have started in the meantime
+    progress.update(0, 1)
+    left = CostEstimate(here).remaining(plan, 2)
+    seconds = re.fullmatch(r"0 of 4 runs  (\d+) s left", told[0])
+    assert seconds and left < float(seconds[1]) < 2 * left

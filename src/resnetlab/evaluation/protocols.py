@@ -70,6 +70,12 @@ class Protocol:
         """Whether the network is applied fully convolutionally."""
         return self.kind in ("dense", "multiscale")
 
+    def count_views(self, size: int) -> float:
+        """How many square images of `size` pixels a square image's views are together."""
+        whole = sum((side / size) ** 2 for side in self.sides or (size,))
+        crops = len(self.sides or (size,)) * (5 if self.kind == "10crop" else 1)
+        return (whole if self.dense else crops) * (1 + self.flip)
+
     def __str__(self) -> str:
         """The shortest text that `parse_protocol` reads as this value."""
         text = self.kind + (":" + ",".join(map(str, self.sides)) if self.sides else "")

@@ -25,7 +25,7 @@ from resnetlab.studies.responses import Responses
 from resnetlab.studies.setting import BUDGETS, SEEDS, Setting
 from resnetlab.studies.shortcut_types import ShortcutTypes
 from resnetlab.studies.shortcuts import Shortcuts
-from resnetlab.studies.study import RUNS, Study, locate_runs
+from resnetlab.studies.study import RUNS, Study, estimate_reading, locate_runs
 from resnetlab.studies.workers import worker_devices
 
 _STUDIES: tuple[Study, ...] = (
@@ -57,7 +57,9 @@ def estimate_costs(setting: Setting) -> list[dict[str, Any]]:
         seconds: dict[str, int | None] = dict.fromkeys(BUDGETS)
         for budget in BUDGETS if not (study.on_imagenet and setting.data in sources.BUILTIN) else ():
             own = study.adapt(replace(setting, budget=budget, seeds=SEEDS[budget]))
-            missing = [run for run in locate_runs(study.plan(own), own, RUNS) if not run.finished]
+            trials = study.plan(own)
+            missing = [run for run in locate_runs(trials, own, RUNS) if not run.finished]
+            estimate.reading = estimate_reading(study, trials, own, estimate)
             image_size = max((run.recipe.image_size for run in missing), default=0)
             processes = len(worker_devices(setting.device, len(missing), image_size))
             seconds[budget] = round(estimate.remaining(missing, processes)) if missing else 0

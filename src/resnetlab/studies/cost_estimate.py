@@ -31,6 +31,7 @@ class CostEstimate:
 
     setting: Setting
     every_kind: bool = True  # time each kind of network in the plan, or only one, for a rough figure
+    reading: float = 0.0  # seconds, with one thread, of what studies measure when their runs are finished
     _kinds: dict[Specification, list[tuple[int, float]]] = field(default_factory=dict)
 
     def step(self, recipe: Recipe) -> float:
@@ -50,16 +51,20 @@ class CostEstimate:
         slope = max(0.0, (long - short) / (many - few))
         return max(short + slope * (recipe.batch * _multiply_adds(spec, size) - few), 0.1 * short)
 
-    def run(self, recipe: Recipe) -> float:
-        """Seconds of a whole run: its steps, its evaluations, its start."""
-        step = self.step(recipe)
-        evaluated = recipe.steps // recipe.eval_every * recipe.val_images + len(self.setting.source.test)
-        return START_UP + step * recipe.steps + FORWARD * step / recipe.batch * evaluated
+    def evaluation(self, recipe: Recipe, images: float) -> float:
+        """Seconds in which a run's network computes the scores of so many images of its size."""
+        return FORWARD * self.step(recipe) / recipe.batch * images
+
+    def run(self, recipe: Recipe, done: int = 0) -> float:
+        """Seconds of a run, of which so many steps are done: its other steps, their evaluations, the test, its start."""
+        evaluations = recipe.steps // recipe.eval_every - done // recipe.eval_every
+        images = evaluations * recipe.val_images + len(self.setting.source.test)
+        return START_UP + self.step(recipe) * (recipe.steps - done) + self.evaluation(recipe, images)
 
     def remaining(self, runs: Sequence[StudyRun], processes: int) -> float:
-        """Seconds until all of these runs are finished, by so many processes at once."""
-        seconds = [self.run(r.recipe) * (1 - r.steps_done / r.recipe.steps) for r in runs if not r.finished]
-        return max([sum(seconds) / processes, *seconds])
+        """Seconds until all of these runs are finished, by so many processes at once, and read."""
+        seconds = [self.run(r.recipe, r.steps_done) for r in runs if not r.finished]
+        return max([sum(seconds) / processes, *seconds]) + self.reading / processes
 
 
 @cache

@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection
 from typing import ClassVar
 
 from resnetlab.evaluation.evaluate import evaluate
+from resnetlab.evaluation.protocols import parse_protocol
 from resnetlab.studies import figures
 from resnetlab.studies.runs import RunOutcome, RunOutcomes
 from resnetlab.studies.setting import Setting, Trial
@@ -56,6 +57,12 @@ class Protocols(Study):
     def ensembles(self, setting: Setting) -> Collection[str]:
         """The protocols by which the models are an ensemble too."""
         return self.protocols(setting)
+
+    def count_views(self, setting: Setting, label: str) -> float:
+        """Those of every protocol that the label's models are evaluated by."""
+        size, found = setting.base.image_size, self.protocols(setting)
+        chosen = [parse_protocol(text) for name, text in found.items() if label in self.models(setting, name)]
+        return sum(protocol.count_views(size) for protocol in chosen)
 
     def read(self, setting: Setting, outcomes: RunOutcomes, on_progress: Callable[[int, int], None]) -> StudyResult:
         """Every model by every protocol, each seed's depths as an ensemble."""

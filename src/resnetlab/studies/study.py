@@ -15,7 +15,7 @@ from resnetlab.errors import UsageError
 from resnetlab.formatting import format_count, format_estimate
 from resnetlab.studies import verdicts, workers
 from resnetlab.studies.code_version import CodeVersions, source_hash
-from resnetlab.studies.cost_estimate import CostEstimate
+from resnetlab.studies.cost_estimate import START_UP, CostEstimate
 from resnetlab.studies.figures import StudyFigure
 from resnetlab.studies.runs import RunOutcome, RunOutcomes, StudyRun
 from resnetlab.studies.setting import Setting, Trial
@@ -122,6 +122,10 @@ class Study(ABC):
     def plan(self, setting: Setting) -> list[Trial]:
         """The runs that the study needs."""
 
+    def count_views(self, setting: Setting, label: str) -> float:
+        """How many images of the network's size `read` evaluates for each test image, by the models of a label."""
+        return 0
+
     @abstractmethod
     def read(self, setting: Setting, outcomes: RunOutcomes, on_progress: Callable[[int, int], None]) -> StudyResult:
         """What the finished runs show; `on_progress(done, total)` is called during slow measurements."""
@@ -191,6 +195,7 @@ def run_studies(
     if missing := find_missing(planned, callbacks.report):
         devices = workers.worker_devices(setting.device, len(missing), max(run.recipe.image_size for run in missing))
         estimate = CostEstimate(setting)
+        estimate.reading = sum(estimate_reading(s, plans[s.name], settings[s.name], estimate) for s in studies)
         check_cost(planned, missing, estimate, len(devices), yes, callbacks.report)
         CodeVersions(root, setting.device).record()
         progress = PlanProgress(missing, estimate, len(devices), callbacks.on_runs)
@@ -225,6 +230,12 @@ def find_missing(planned: Sequence[StudyRun], report: Callable[[str], None]) -> 
     if planned and not missing:
         report(f"all {len(planned):,} runs are there already.")
     return missing
+
+
+def estimate_reading(study: Study, trials: Sequence[Trial], setting: Setting, estimate: CostEstimate) -> float:
+    """Seconds, with one thread, of the evaluations that a study makes when its runs are finished."""
+    images = [study.count_views(setting, trial.label) * len(setting.source.test) for trial in trials]
+    return sum(estimate.evaluation(t.recipe, n) for t, n in zip(trials, images, strict=True) if n)
 
 
 def check_cost(
@@ -272,7 +283,9 @@ class PlanProgress:
         self._shares[index] = step / self.runs[index].recipe.steps
         done = sum(c * (now - then) for c, now, then in zip(self._costs, self._shares, self._before, strict=True))
         left = sum(c * (1 - now) for c, now in zip(self._costs, self._shares, strict=True))
-        speed = done / (time.monotonic() - self._start) or self._processes
+        # at first, when processes start, the estimate counts as if it had been true for a while
+        doubt = 2 * START_UP + 0.1 * sum(self._costs) / self._processes
+        speed = (done + doubt * self._processes) / (time.monotonic() - self._start + doubt)
         finished = sum(now >= 1 for now in self._shares)
         text = f"{finished} of {format_count(len(self.runs), 'run')}  {format_estimate(left / speed)} left"
         self._on_runs(round(1000 * (1 - left / sum(self._costs))), 1000, text)
