@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Generic, NamedTuple, Protocol, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
+from resnetlab.data.annotated_dataset import AnnotatedItem
 from resnetlab.data.batch_copier import BatchCopier
 from resnetlab.data.error_policy import ErrorPolicy
 from resnetlab.data.prefetch import BatchReader, Prefetcher
@@ -20,14 +21,7 @@ from resnetlab.errors import DataError, UsageError
 FLIPS = ("none", "sideways", "both")
 
 
-class NamedImage(Protocol):
-    """An image that a sample is made of."""
-
-    @property
-    def name(self) -> str: ...
-
-
-P = TypeVar("P", bound=NamedImage)
+P = TypeVar("P", bound=AnnotatedItem)
 S = TypeVar("S")
 
 

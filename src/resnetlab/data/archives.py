@@ -11,7 +11,6 @@ import hashlib
 import lzma
 import os
 import struct
-import tarfile
 import zipfile
 import zlib
 from collections.abc import Callable, Sequence
@@ -29,7 +28,7 @@ from resnetlab.data.decode import check_file_size, is_image_name
 from resnetlab.data.disk_split import FileNames, ImageSource, ReadOptions
 from resnetlab.data.folder import LabelledImages, guess_split, make_dataset
 from resnetlab.data.shards import ShardSource
-from resnetlab.data.tar_index import BoundedHeader, refuse_sparse
+from resnetlab.data.tar_index import iterate_files
 from resnetlab.errors import DataError
 from resnetlab.formatting import format_list
 from resnetlab.run_folder import move_into_place, remove_old_temporary_files, write_error
@@ -90,9 +89,8 @@ def is_archive(data: str) -> bool:
     if path.suffix.lower() != ".tar" or not path.is_file():
         return False
     try:
-        with tarfile.open(path, "r:", tarinfo=BoundedHeader) as tar:
-            files = [os.path.normpath(member.name) for member in islice(tar, PEEK) if member.isfile()]
-    except (tarfile.TarError, OSError):
+        files = [os.path.normpath(member.name) for member in islice(iterate_files(path), PEEK)]
+    except DataError:
         return False  # reported by data.shards
     in_folders = any("/" in name and is_image_name(name) for name in files)
     return in_folders and not any(name.endswith((".cls", ".json")) for name in files)
@@ -146,13 +144,7 @@ def _list_zip(file: Path) -> list[_ArchiveMember]:
 
 
 def _list_tar(file: Path) -> list[_ArchiveMember]:
-    try:
-        with tarfile.open(file, "r:", tarinfo=BoundedHeader) as archive:
-            members = [member for member in archive if member.isfile() and member.size]
-    except (tarfile.TarError, OSError) as error:
-        raise DataError(f"{file} ends early or is not a tar ({error}); copy or pack it again.") from error
-    refuse_sparse(file, members)
-    return [_ArchiveMember(os.path.normpath(m.name), m.offset_data, m.size) for m in members]
+    return [_ArchiveMember(os.path.normpath(m.name), m.offset_data, m.size) for m in iterate_files(file) if m.size]
 
 
 def _find_splits(path: Path, names: list[str]) -> tuple[str, dict[str, int]]:

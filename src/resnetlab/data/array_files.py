@@ -153,13 +153,13 @@ def _read_other(content: bytes, channels: int, limit: int) -> NDArray[Any] | Non
     with Image.open(io.BytesIO(content), formats=("PNG", "WEBP")) as image:
         _require_size(*image.size, limit)
         if channels == 4 and image.mode == "RGBA":
-            return _turn_upright(np.asarray(image), _read_orientation(image))
+            return _turn_upright(np.asarray(image), read_orientation(image))
         if not is_png or not image.mode.startswith("I"):
             return None
         values = np.asarray(image).astype(np.uint16)
         clear = image.info.get("transparency")
         values = np.where(values == clear, np.uint16(65_535), values) if isinstance(clear, int) else values
-        return _turn_upright(values[..., None], _read_orientation(image))
+        return _turn_upright(values[..., None], read_orientation(image))
 
 
 def _read_tiff(content: bytes, channels: int, limit: int) -> NDArray[Any] | None:
@@ -192,7 +192,7 @@ def _read_tiff(content: bytes, channels: int, limit: int) -> NDArray[Any] | None
             )
         elif tags.get(PHOTOMETRIC) == 0 and values.dtype.kind == "u":
             values = np.uint16((1 << bits) - 1) - values  # 0 is white
-        return _turn_upright(values[..., None], _read_orientation(image))
+        return _turn_upright(values[..., None], read_orientation(image))
 
 
 def _read_tiff_array(content: bytes, channels: int, limit: int) -> NDArray[Any]:
@@ -224,10 +224,11 @@ def _read_tiff_array(content: bytes, channels: int, limit: int) -> NDArray[Any]:
     return _turn_upright(array, 1 if orientation is None else int(orientation.value))
 
 
-def _read_orientation(image: Image.Image) -> int:
+def read_orientation(image: Image.Image) -> int:
+    """The EXIF orientation; 1 (upright) if the metadata have none or are broken."""
     try:
         return int(image.getexif().get(ORIENTATION, 1))
-    except Exception:  # broken metadata, as in data.decode
+    except Exception:  # whatever Pillow raises: the pixels are intact
         return 1
 
 

@@ -11,7 +11,7 @@ import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, cast
 
 import numpy as np
 import torch
@@ -82,6 +82,37 @@ class Split(Protocol):
 
     def update_hash(self, digest: Any) -> None:
         """Updates a hash with the contents of the split."""
+
+
+class IndexedSplit:
+    """What is the same in splits whose images are read on access: frozen dataclasses with these fields."""
+
+    indices: Tensor  # positions in the source, int64 (N,)
+    labels: Tensor
+    errors: ErrorPolicy
+    columns: Columns
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def subset(self, indices: Tensor) -> Self:
+        columns = select_rows(self.columns, indices)
+        return self._replace(indices=self.indices[indices], labels=self.labels[indices], columns=columns)
+
+    def with_labels(self, labels: Tensor) -> Self:
+        return self._replace(labels=labels)
+
+    def with_pixel_format(self, pixel_format: PixelFormat) -> Self:
+        return self._replace(pixel_format=pixel_format)
+
+    def without_skipped(self) -> Self:
+        if not self.errors.skipped:
+            return self
+        names = cast(Split, self).names
+        return self.subset(torch.tensor([k for k, n in enumerate(names) if n not in self.errors.skipped]).long())
+
+    def _replace(self, **values: Any) -> Self:
+        return cast(Self, replace(cast(Any, self), **values))
 
 
 @dataclass(frozen=True, eq=False)

@@ -23,12 +23,11 @@ try:  # the extra "fast": the same pixels, faster
 except ImportError:
     simplejpeg = None
 
-from resnetlab.data.array_files import NPY, is_ordinary, read_array
+from resnetlab.data.array_files import NPY, PNG, is_ordinary, read_array, read_orientation
 from resnetlab.errors import DataError, install_hint
 from resnetlab.preprocessing import RGB, PixelFormat, pil_to_tensor, tensor_to_pil
 
-ORIENTATION = 0x0112  # an EXIF tag
-TRANSPOSITIONS = {  # its value -> what turns the image upright
+TRANSPOSITIONS = {  # a value of EXIF's orientation -> what turns the image upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -42,7 +41,7 @@ TURNED = (5, 6, 7, 8)  # its values that exchange width and height
 BITS_PER_SAMPLE, PHOTOMETRIC, MAX_SAMPLE_VALUE, SAMPLE_FORMAT = 258, 262, 281, 339  # TIFF tags
 # bytes that a PNG's profile, text or XMP may unpack to: Photoshop's and scanners' are larger than Pillow's limit of 1 MiB
 PngImagePlugin.MAX_TEXT_CHUNK = 64 * 2**20
-JPEG, PNG, EXIF = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"Exif\0\0"  # their first bytes
+JPEG, EXIF = b"\xff\xd8\xff", b"Exif\0\0"  # their first bytes
 SIXTEEN_BIT_FORMATS = ("PNG", "PPM")  # Pillow may hold their 16 bits in 32
 MAX_FILE_BYTES = 2**29
 SUFFIXES = frozenset(
@@ -329,15 +328,7 @@ def read_upright_size(file: Path) -> tuple[int, int]:
     check_regular_file(file)
     with _name_errors(str(file)), Image.open(file) as image:
         width, height = image.size
-        return (width, height) if _read_orientation(image) in TURNED else (height, width)
-
-
-def _read_orientation(image: Image.Image) -> int:
-    """The EXIF orientation; 1 (upright) if the metadata have none or are broken."""
-    try:
-        return int(image.getexif().get(ORIENTATION, 1))
-    except Exception:  # whatever Pillow raises: the pixels are intact
-        return 1
+        return (width, height) if read_orientation(image) in TURNED else (height, width)
 
 
 def _apply_orientation(image: Image.Image) -> Image.Image:
@@ -354,7 +345,7 @@ def _apply_orientation(image: Image.Image) -> Image.Image:
 
 def turn_upright(image: Image.Image) -> Image.Image:
     """The image, turned by its EXIF orientation; no copy of one that is upright."""
-    transposition = TRANSPOSITIONS.get(_read_orientation(image))
+    transposition = TRANSPOSITIONS.get(read_orientation(image))
     return image if transposition is None else image.transpose(transposition)
 
 
@@ -410,14 +401,15 @@ def list_images(path: Path) -> Iterator[Path | DataError]:
         yield path
         return
     found = False
-    for file in _walk_folder(path, resolve_ancestors(path)):
-        found = True
-        yield file
+    for entry in walk_folder(path):
+        if isinstance(entry, DataError) or is_image_name(entry.name):
+            found = True
+            yield entry if isinstance(entry, DataError) else Path(entry.path)
     if not found:
         yield DataError(f"{path} holds no image ({', '.join(sorted(SUFFIXES))}).")
 
 
-def resolve_ancestors(folder: Path) -> frozenset[str]:
+def _resolve_ancestors(folder: str | Path) -> frozenset[str]:
     """The folders above a folder, with and without links resolved: following a link to one would leave the folder."""
     parents = {*Path(os.path.abspath(folder)).parents, *Path(os.path.realpath(folder)).parents}
     return frozenset(map(os.path.realpath, parents))
@@ -433,18 +425,22 @@ def is_hidden(name: str) -> bool:
     return name.startswith((".", "__MACOSX"))
 
 
-def _walk_folder(folder: Path, parents: frozenset[str]) -> Iterator[Path | DataError]:
-    real = os.path.realpath(folder)
+def walk_folder(folder: str | Path, parents: frozenset[str] = frozenset()) -> Iterator[os.DirEntry[str] | DataError]:
+    """Yields the files below a folder, by name within each, without hidden ones; an error for one that cannot be read.
+
+    Links are followed, but not back to `parents`, by default the folders above.
+    """
+    real, parents = os.path.realpath(folder), parents or _resolve_ancestors(folder)
     if real in parents:
         return
     try:
         with os.scandir(folder) as entries:
-            found = sorted((e.name, e.is_dir()) for e in entries if not is_hidden(e.name))
+            found = sorted((entry.name, entry.is_dir(), entry) for entry in entries if not is_hidden(entry.name))
     except OSError as error:
         yield DataError(f"{folder} cannot be read ({error.strerror}); give yourself permission to read it.")
         return
-    for name, is_folder in found:
+    for _, is_folder, entry in found:
         if is_folder:
-            yield from _walk_folder(folder / name, parents | {real})
-        elif os.path.splitext(name)[1].lower() in SUFFIXES:
-            yield folder / name
+            yield from walk_folder(entry.path, parents | {real})
+        else:
+            yield entry

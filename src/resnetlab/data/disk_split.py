@@ -7,7 +7,7 @@ import json
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from resnetlab.data.dataset import Columns, select_rows
+from resnetlab.data.dataset import Columns, IndexedSplit
 from resnetlab.data.decode import (
     check_file_size,
     check_regular_file,
@@ -216,7 +216,7 @@ def _unquote(line: str) -> str:
 
 
 @dataclass(frozen=True, eq=False)
-class DiskSplit:
+class DiskSplit(IndexedSplit):
     """Images on disk.
 
     Attributes:
@@ -236,22 +236,12 @@ class DiskSplit:
     pixel_format: PixelFormat = RGB
     decode_on: str = "cpu"
 
-    def __len__(self) -> int:
-        return len(self.labels)
-
     @property
     def names(self) -> Sequence[str]:
         return SelectedNames(self.source.names, self.indices)
 
     def name_of(self, i: int) -> str:
         return self.source.names[int(self.indices[i])]
-
-    def subset(self, indices: Tensor) -> DiskSplit:
-        columns = select_rows(self.columns, indices)
-        return replace(self, indices=self.indices[indices], labels=self.labels[indices], columns=columns)
-
-    def with_labels(self, labels: Tensor) -> DiskSplit:
-        return replace(self, labels=labels)
 
     def read_image(self, i: int) -> Tensor:
         index = int(self.indices[i])
@@ -272,9 +262,6 @@ class DiskSplit:
 
         return next((found for _, found in self.errors.read_each(range(len(self)), find, self.name_of)), RGB)
 
-    def with_pixel_format(self, pixel_format: PixelFormat) -> DiskSplit:
-        return replace(self, pixel_format=pixel_format)
-
     def require_readable(self) -> None:
         """Opens every image, and decodes those that look cut short, so that a run does not find out at its end.
 
@@ -288,12 +275,6 @@ class DiskSplit:
         content, name = self.source.read(index), self.source.display_name(index)
         if self.pixel_format != RGB or not is_complete(content):
             decode_as(content, name, self.pixel_format)
-
-    def without_skipped(self) -> DiskSplit:
-        if not self.errors.skipped:
-            return self
-        readable = [k for k, name in enumerate(self.names) if name not in self.errors.skipped]
-        return self.subset(torch.tensor(readable, dtype=torch.long))
 
     def update_hash(self, digest: Any) -> None:
         """Hashes labels, names and sizes in bytes: reading every file would take too long at the start of a run."""

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from resnetlab.data.dataset import GROUP, Columns, Dataset, Split, hold_out
-from resnetlab.data.decode import is_hidden, is_image_name, resolve_ancestors
+from resnetlab.data.decode import is_hidden, is_image_name, walk_folder
 from resnetlab.data.disk_split import DiskSplit, FileNames, FileSource, ImageSource, ReadOptions
 from resnetlab.data.error_policy import ErrorPolicy
 from resnetlab.data.label_sets import find_classes, number_label_sets
@@ -283,7 +283,7 @@ def find_split_folders(root: Path) -> dict[str, Path]:
 
 def _hold_images(root: Path, folders: Sequence[str]) -> bool:
     """Whether one of the folders holds an image."""
-    return any(next(_walk(root / name, resolve_ancestors(root / name)), None) for name in folders)
+    return any(next(_walk_images(root / name), None) for name in folders)
 
 
 def guess_split(name: str) -> str:
@@ -305,7 +305,7 @@ def _read_flat_split(root: Path, folder: Path) -> FolderLayout | None:
     """A split without class folders, its classes listed in a file (data.labels); None for any other."""
     if folder == root or _list_folders(folder):
         return None
-    files = sorted(_walk(folder, resolve_ancestors(folder)))
+    files = sorted(_walk_images(folder))
     if (
         not files
         or (classes := read_flat_labels(root, folder.name, [os.path.basename(file) for file, _ in files])) is None
@@ -320,7 +320,7 @@ def _read_class_folders(root: Path, folder: Path) -> FolderLayout:
     unsupported: list[str] = []
     for name in _list_folders(folder):
         before = len(found.names)
-        for file, size in sorted(_walk(folder / name, resolve_ancestors(folder / name), unsupported)):
+        for file, size in sorted(_walk_images(folder / name, unsupported)):
             found.names.append(os.path.relpath(file, root))
             found.sizes.append(size)
             found.classes.append(name)
@@ -360,38 +360,26 @@ def find_unsupported_files(folder: Path) -> list[str]:
     """Files in class folders that may be images of an unsupported kind, by their names below `folder`."""
     unsupported: list[str] = []
     for name in _list_folders(folder):
-        for _ in _walk(folder / name, resolve_ancestors(folder / name), unsupported):
+        for _ in _walk_images(folder / name, unsupported):
             pass
     return sorted(os.path.relpath(file, folder) for file in unsupported)
 
 
-def _may_be_image(name: str) -> bool:
-    return not is_hidden(name) and os.path.splitext(name)[1].lower() in UNSUPPORTED
-
-
-def _walk(folder: Path, parents: frozenset[str], unsupported: list[str] | None = None) -> Iterator[tuple[str, int]]:
-    """Yields (path, size in bytes) of every image below a folder; follows links, but not back to its `parents`.
+def _walk_images(folder: Path, unsupported: list[str] | None = None) -> Iterator[tuple[str, int]]:
+    """Yields (path, size in bytes) of every image below a folder (`decode.walk_folder`).
 
     Files that may be images of an unsupported kind are added to `unsupported`.
     """
-    real = os.path.realpath(folder)
-    if real in parents:
-        return
-    try:
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                if entry.is_dir():
-                    if not is_hidden(entry.name):
-                        yield from _walk(Path(entry.path), parents | {real}, unsupported)
-                elif is_image_name(entry.name):
-                    try:
-                        yield entry.path, entry.stat().st_size
-                    except OSError:  # a broken link counts as an unreadable image, which is reported when it is read
-                        yield entry.path, -1
-                elif unsupported is not None and _may_be_image(entry.name):
-                    unsupported.append(entry.path)
-    except OSError as error:
-        raise DataError(f"{folder} cannot be read ({error.strerror}); give yourself permission to read it.") from error
+    for entry in walk_folder(folder):
+        if isinstance(entry, DataError):
+            raise entry
+        if is_image_name(entry.name):
+            try:
+                yield entry.path, entry.stat().st_size
+            except OSError:  # a broken link counts as an unreadable image, which is reported when it is read
+                yield entry.path, -1
+        elif unsupported is not None and os.path.splitext(entry.name)[1].lower() in UNSUPPORTED:
+            unsupported.append(entry.path)
 
 
 def _folder_classes(root: Path, classes: dict[str, set[str]]) -> list[str]:

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from resnetlab.data import tables
 from resnetlab.data.array_files import DTYPES, as_array, convert_array, put_channels_last
-from resnetlab.data.dataset import Columns, Dataset, MemorySplit, Split, select_rows
+from resnetlab.data.dataset import Columns, Dataset, IndexedSplit, MemorySplit, Split
 from resnetlab.data.decode import convert_image, decode, decode_as, find_pixel_format
 from resnetlab.data.disk_split import ReadOptions
 from resnetlab.data.error_policy import ErrorPolicy
@@ -41,7 +41,7 @@ HASHED = 64  # images of a split whose pixels are in its fingerprint
 
 
 @dataclass(frozen=True, eq=False)
-class ObjectSplit:
+class ObjectSplit(IndexedSplit):
     """Images that an object gives one by one.
 
     Attributes:
@@ -59,22 +59,12 @@ class ObjectSplit:
     columns: Columns = field(default_factory=dict)
     pixel_format: PixelFormat = RGB
 
-    def __len__(self) -> int:
-        return len(self.labels)
-
     @property
     def names(self) -> Sequence[str]:
         return [f"{self.name}/{i}" for i in self.indices.tolist()]
 
     def name_of(self, i: int) -> str:
         return f"{self.name}/{int(self.indices[i])}"
-
-    def subset(self, indices: Tensor) -> ObjectSplit:
-        columns = select_rows(self.columns, indices)
-        return replace(self, indices=self.indices[indices], labels=self.labels[indices], columns=columns)
-
-    def with_labels(self, labels: Tensor) -> ObjectSplit:
-        return replace(self, labels=labels)
 
     def read_image(self, i: int) -> Tensor:
         try:
@@ -91,13 +81,6 @@ class ObjectSplit:
             except Exception:  # the object may raise anything, which reading it reports
                 break
         return PixelFormat(channels or 3)
-
-    def with_pixel_format(self, pixel_format: PixelFormat) -> ObjectSplit:
-        return replace(self, pixel_format=pixel_format)
-
-    def without_skipped(self) -> ObjectSplit:
-        readable = [k for k, name in enumerate(self.names) if name not in self.errors.skipped]
-        return self.subset(torch.tensor(readable, dtype=torch.long)) if self.errors.skipped else self
 
     def update_hash(self, digest: Any) -> None:
         """Hashes the labels, the positions and the pixels of some images; an unreadable one counts as such."""

@@ -16,7 +16,6 @@ from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader
@@ -27,7 +26,7 @@ from resnetlab.data.error_policy import ErrorPolicy
 from resnetlab.device import DeviceConfig, count_cores, map_in_order
 from resnetlab.distributed import local_process_count
 from resnetlab.errors import DataError
-from resnetlab.preprocessing import Preprocessing, round_to_bytes
+from resnetlab.preprocessing import Preprocessing, round_to_bytes, tensor_to_pil
 from resnetlab.stopping import check_stop
 
 POLL = 0.5  # seconds between looks at a request to stop, while a batch is waited for
@@ -286,9 +285,6 @@ def _list_chunk(n: int, size: int, start: int) -> list[tuple[int]]:
 
 def preprocess_image(preprocessing: Preprocessing, pixels: Tensor) -> Tensor:
     """Resizes and crops one decoded image, uint8 or float32 (H, W, C) -> (h, w, C) of the same type."""
-    if pixels.is_floating_point():
-        return preprocessing(pixels)
-    if pixels.device.type != "cpu":
+    if pixels.device.type != "cpu" and not pixels.is_floating_point():
         return round_to_bytes(preprocessing(pixels.float()))
-    array = pixels.squeeze(-1).numpy() if pixels.shape[-1] == 1 else pixels.numpy()
-    return preprocessing(Image.fromarray(array))
+    return preprocessing(pixels if pixels.is_floating_point() else tensor_to_pil(pixels))

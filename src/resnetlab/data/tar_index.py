@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tarfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -116,7 +116,7 @@ def scan_tar(tar: Path) -> TarIndex:
                 key = f"{folder}/{stem}" if folder else stem
                 if not member.isfile():
                     continue
-                refuse_sparse(tar, [member])
+                refuse_sparse(tar, member)
                 if os.path.splitext(last)[1].lower() in SUFFIXES:
                     if key in images:
                         raise DataError(f"{tar} has two images of the key {key}; give each sample a key of its own.")
@@ -159,11 +159,21 @@ def _make_sample(tar: Path, key: str, place: tuple[int, int, str], about: dict[s
     raise DataError(f"{key} in {tar} has no class: there is neither {key}.cls nor a class in {key}.json.")
 
 
-def refuse_sparse(tar: Path, members: Iterable[tarfile.TarInfo]) -> None:
-    """Raises DataError for a sparse member: its bytes in the tar are not the file's, whose size may be any."""
-    for member in members:
-        if member.issparse():
-            raise DataError(f"{member.name} in {tar} is stored as a sparse file; pack it without tar's --sparse.")
+def iterate_files(tar: Path) -> Iterator[tarfile.TarInfo]:
+    """Yields the files in a tar, in its order; raises DataError for a damaged one, or a sparse file: its size may be any."""
+    try:
+        with tarfile.open(tar, "r:", tarinfo=BoundedHeader) as file:
+            for member in filter(tarfile.TarInfo.isfile, file):
+                refuse_sparse(tar, member)
+                yield member
+    except (tarfile.TarError, OSError) as error:
+        raise DataError(f"{tar} cannot be read, or ends early ({error}); copy or pack it again.") from error
+
+
+def refuse_sparse(tar: Path, member: tarfile.TarInfo) -> None:
+    """Raises DataError for a sparse member: its bytes in the tar are not the file's."""
+    if member.issparse():
+        raise DataError(f"{member.name} in {tar} is stored as a sparse file; pack it without tar's --sparse.")
 
 
 class BoundedHeader(tarfile.TarInfo):

@@ -29,23 +29,18 @@ from resnetlab.run_folder import write_atomically
 OPSET = 17
 
 
-class _DetectorGraph(nn.Module):
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self.net = net
+class _Graph(nn.Module):
+    """What is exported of a network: what detectors and segmenters compute differs by `is_detector`."""
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def __init__(self, net: nn.Module, is_detector: bool) -> None:
+        super().__init__()
+        self.net, self.is_detector = net, is_detector
+
+    def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+        if not self.is_detector:
+            return torch.softmax(self.net(images), 1)
         prediction = self.net([images.permute(2, 0, 1).float() / 255])[0]
         return prediction["boxes"], prediction["scores"], prediction["labels"] - 1
-
-
-class _SegmenterGraph(nn.Module):
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self.net = net
-
-    def forward(self, images: Tensor) -> Tensor:
-        return torch.softmax(self.net(images), 1)
 
 
 @standard_torch_state()
@@ -67,7 +62,7 @@ def export_annotated(model: AnnotatedModel, out: Path, images: Sequence[Tensor])
     if not images:
         raise UsageError("export compares the graph with PyTorch on images; give one or more.")
     is_detector = model.task == "detect"
-    net: nn.Module = (_DetectorGraph(model.net) if is_detector else _SegmenterGraph(model.net)).eval()
+    net = _Graph(model.net, is_detector).eval()
     inputs = list(images) if is_detector else [_resize(model, p)[None] for p in images]
     outputs = ["boxes", "scores", "labels"] if is_detector else ["scores"]
     dynamic_axes: dict[str, Any] = (

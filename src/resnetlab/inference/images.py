@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import glob
 import os
-import tarfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from http.client import HTTPException
@@ -23,7 +22,7 @@ from resnetlab.data.disk_split import read_image_file
 from resnetlab.data.download import TIMEOUT
 from resnetlab.data.object_store import is_address, is_store, open_at, refuse_password, strip_secrets
 from resnetlab.data.shards import expand_braces
-from resnetlab.data.tar_index import BoundedHeader, refuse_sparse
+from resnetlab.data.tar_index import iterate_files
 from resnetlab.errors import DataError, UsageError
 from resnetlab.preprocessing import Preprocessing
 
@@ -176,15 +175,11 @@ class _TarMember:
 def _list_members(tar: Path) -> Iterator[NamedImage]:
     """The images in a tar, in its order, named TAR/MEMBER; a damaged tar ends with an error."""
     try:
-        with tarfile.open(tar, "r:", tarinfo=BoundedHeader) as file:
-            for member in file:
-                if member.isfile() and os.path.splitext(member.name)[1].lower() in SUFFIXES:
-                    refuse_sparse(tar, [member])
-                    yield f"{tar}/{member.name}", _TarMember(tar, member.offset_data, member.size)
+        for member in iterate_files(tar):
+            if os.path.splitext(member.name)[1].lower() in SUFFIXES:
+                yield f"{tar}/{member.name}", _TarMember(tar, member.offset_data, member.size)
     except DataError as error:
         yield str(tar), error
-    except (tarfile.TarError, OSError) as error:
-        yield str(tar), DataError(f"{tar} cannot be read, or ends early ({error}); copy or pack it again.")
 
 
 def _view_buffer(image: Any) -> bytes | None:

@@ -187,12 +187,11 @@ class ServedDetector(_ServedAnnotatedModel):
 
     def predict(self, images: Sequence[UploadedImage]) -> list[Detections]:
         """Boxes in pixels of the uploaded images."""
-        return [self._detect(image) for image in images]
-
-    def _detect(self, image: UploadedImage) -> Detections:
-        found = self._detector.detect(image.pixels)
-        (width, height), (h, w) = image.size, image.pixels.shape[:2]
-        return found._replace(boxes=found.boxes * torch.tensor([width / w, height / h] * 2))
+        results = []
+        for pixels, (width, height) in images:
+            found, (h, w) = self._detector.detect(pixels), pixels.shape[:2]
+            results.append(found._replace(boxes=found.boxes * torch.tensor([width / w, height / h] * 2)))
+        return results
 
     def format(
         self, image: UploadedImage, result: Detections, top: int | None, min_score: float | None
@@ -210,12 +209,11 @@ class ServedSegmenter(_ServedAnnotatedModel):
 
     def predict(self, images: Sequence[UploadedImage]) -> list[tuple[list[dict[str, Any]], str]]:
         """The share of each class, largest first, and the mask as a data URI."""
-        return [self._segment(image) for image in images]
-
-    def _segment(self, image: UploadedImage) -> tuple[list[dict[str, Any]], str]:
-        mask = self._segmenter.segment(image.pixels)
-        shares = sorted(class_shares(mask, self.model.classes), key=lambda row: -row["share"])
-        return shares, self._draw_mask(mask)
+        masks = (self._segmenter.segment(image.pixels) for image in images)
+        return [
+            (sorted(class_shares(mask, self.model.classes), key=lambda row: -row["share"]), self._draw_mask(mask))
+            for mask in masks
+        ]
 
     def format(self, image: UploadedImage, result: Any, top: int | None, min_score: float | None) -> dict[str, Any]:
         shares, mask = result
