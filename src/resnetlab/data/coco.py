@@ -20,15 +20,14 @@ from resnetlab.data.coco_document import CocoAnnotation, CocoDocument, read_coco
 from resnetlab.data.decode import SUFFIXES
 from resnetlab.data.error_policy import ErrorPolicy
 from resnetlab.data.file_lookup import ImageFinder, find_split
+from resnetlab.data.folder import SPLITS
 from resnetlab.errors import DataError
 from resnetlab.formatting import format_list
 
-SPLITS = ("train", "val", "test")
 # of official COCO's other documents, and of what data sets keep beside
 OTHER_DOCUMENTS = re.compile(r"(captions|person_keypoints|panoptic|stuff|image_info)_.*")
-OWN_FOLDERS = re.compile(
-    r"_annotations\.coco|labels|annotations|instances|coco|result|data"
-)  # named after their folder
+# documents whose folder is named after their split
+OWN_FOLDERS = re.compile(r"_annotations\.coco|labels|annotations|instances|coco|result|data")
 
 
 def read_coco(root: Path, errors: ErrorPolicy, masks: bool) -> Annotations:

@@ -14,11 +14,12 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
 
-from resnetlab.data.annotations import Annotations, ImageRecord, ObjectRecord
+from resnetlab.data.annotations import Annotations, Box, ImageRecord, ObjectRecord
 from resnetlab.data.error_policy import ErrorPolicy
 from resnetlab.data.file_lookup import ImageFinder, find_split
 from resnetlab.data.object_masks import ellipse_corners, encode_mask, turn_corners
@@ -83,7 +84,7 @@ def _read_pixels(item: ElementTree.Element, key: str) -> int:
 
 def _read_region(shape: ElementTree.Element, where: str, size: tuple[int, int], errors: ErrorPolicy) -> ObjectRecord:
     try:
-        return SHAPES[shape.tag](shape, where, shape.attrib["label"], size)
+        return ObjectRecord(where, shape.attrib["label"], *SHAPES[shape.tag](shape, size))
     except KeyError as error:
         errors.reject(where, f"it has no {error.args[0]}")
     except (ValueError, OverflowError) as error:  # an infinite number is an OverflowError
@@ -103,34 +104,34 @@ def _turn_outline(
     return [[v for corner in turned for v in corner]]
 
 
-def _read_rectangle(shape: ElementTree.Element, where: str, label: str, size: tuple[int, int]) -> ObjectRecord:
+def _read_rectangle(shape: ElementTree.Element, size: tuple[int, int]) -> tuple[Box | None, Any]:
     x1, y1, x2, y2 = _read_numbers(shape, "xtl", "ytl", "xbr", "ybr")
     corners = [(x1, y1), (x2, y1), (x2, y2), (x1, y2)]
     outline = _turn_outline(shape, corners, ((x1 + x2) / 2, (y1 + y2) / 2))
-    return ObjectRecord(where, label, None if float(shape.get("rotation") or 0) else (x1, y1, x2, y2), outline)
+    return None if float(shape.get("rotation") or 0) else (x1, y1, x2, y2), outline
 
 
-def _read_polygon(shape: ElementTree.Element, where: str, label: str, size: tuple[int, int]) -> ObjectRecord:
-    values = [float(v) for point in shape.attrib["points"].split(";") for v in point.split(",")]
-    return ObjectRecord(where, label, None, [values])
+def _read_polygon(shape: ElementTree.Element, size: tuple[int, int]) -> tuple[None, Any]:
+    return None, [[float(v) for point in shape.attrib["points"].split(";") for v in point.split(",")]]
 
 
-def _read_ellipse(shape: ElementTree.Element, where: str, label: str, size: tuple[int, int]) -> ObjectRecord:
+def _read_ellipse(shape: ElementTree.Element, size: tuple[int, int]) -> tuple[None, Any]:
     x, y, rx, ry = _read_numbers(shape, "cx", "cy", "rx", "ry")
-    return ObjectRecord(where, label, None, _turn_outline(shape, ellipse_corners(x, y, rx, ry), (x, y)))
+    return None, _turn_outline(shape, ellipse_corners(x, y, rx, ry), (x, y))
 
 
-def _read_mask(shape: ElementTree.Element, where: str, label: str, size: tuple[int, int]) -> ObjectRecord:
+def _read_mask(shape: ElementTree.Element, size: tuple[int, int]) -> tuple[None, Any]:
     """Run lengths row by row inside a box, the first outside the object."""
     left, top, width, height = (int(v) for v in _read_numbers(shape, "left", "top", "width", "height"))
     lengths = [int(v) for v in shape.attrib["rle"].split(",")]
     if min((width, height, *lengths)) < 0 or sum(lengths) != width * height:
         raise ValueError(f"its run lengths are for {sum(lengths):,} pixels, its box has {width}x{height}")
     inside = np.repeat(np.arange(len(lengths)) % 2 == 1, lengths).reshape(height, width)
-    return ObjectRecord(where, label, None, encode_mask(inside, left, top, size))
+    return None, encode_mask(inside, left, top, size)
 
 
-SHAPES: Mapping[str, Callable[[ElementTree.Element, str, str, tuple[int, int]], ObjectRecord]] = {
+# what gives the box and the segmentation of a shape, in an image of (height, width)
+SHAPES: Mapping[str, Callable[[ElementTree.Element, tuple[int, int]], tuple[Box | None, Any]]] = {
     "box": _read_rectangle,
     "polygon": _read_polygon,
     "ellipse": _read_ellipse,
