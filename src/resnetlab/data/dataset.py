@@ -261,9 +261,7 @@ def split_groups(labels: Tensor, groups: NDArray[np.object_], count: int, seed: 
     Groups are taken in a random order that depends on their names, each if that brings the chosen classes nearer to their
     shares and leaves some of each. Raises DataError if nothing would be chosen.
     """
-    names, codes = np.unique(groups.astype(str), return_inverse=True)
-    counts = np.zeros((len(names), int(labels.max()) + 1))
-    np.add.at(counts, (codes, labels.numpy()), 1)
+    names, codes, counts = _count_classes_of(groups, labels)
     left, missing = counts.sum(0), counts.sum(0) * count / len(labels)  # of each class
     chosen = np.zeros(len(names), bool)
     for group in sorted(range(len(names)), key=lambda g: seed_for(seed, "group", str(names[g]))):
@@ -277,6 +275,14 @@ def split_groups(labels: Tensor, groups: NDArray[np.object_], count: int, seed: 
         )
     mask = torch.from_numpy(chosen[codes])
     return torch.nonzero(~mask).flatten(), torch.nonzero(mask).flatten()
+
+
+def _count_classes_of(groups: NDArray[Any], labels: Tensor) -> tuple[NDArray[Any], NDArray[Any], NDArray[np.float64]]:
+    """The different groups, the index of each image's group, and how many images of each class a group has."""
+    names, codes = np.unique(groups.astype(str), return_inverse=True)
+    counts = np.zeros((len(names), int(labels.max()) + 1))
+    np.add.at(counts, (codes, labels.numpy()), 1)
+    return names, codes, counts
 
 
 def take_fold(data: Dataset, fold: str) -> Dataset:
@@ -300,14 +306,11 @@ def take_fold(data: Dataset, fold: str) -> Dataset:
 
 def assign_folds(split: Split, total: int) -> Tensor:
     """Of each image the number of its fold, int64 (N,), from 0; raises DataError if there are fewer images or groups."""
-    classes = int(split.labels.max()) + 1
-    keys = split.columns[GROUP].astype(str) if GROUP in split.columns else np.array(split.names, str)
-    names, codes = np.unique(keys, return_inverse=True)
+    keys = split.columns[GROUP] if GROUP in split.columns else np.array(split.names, str)
+    names, codes, counts = _count_classes_of(keys, split.labels)
     if len(names) < total:
         raise DataError(f"{len(names):,} images or groups cannot be divided into {total} folds; take fewer.")
-    counts = np.zeros((len(names), classes))
-    np.add.at(counts, (codes, split.labels.numpy()), 1)
-    shares, filled = counts.sum(0) / total, np.zeros((total, classes))
+    shares, filled = counts.sum(0) / total, np.zeros((total, counts.shape[1]))
     of_name = np.zeros(len(names), np.int64)
     order = sorted(range(len(names)), key=lambda i: (-counts[i].sum(), seed_for(0, "fold", str(names[i]))))
     for i in order:  # the largest first, each into the fold that it brings nearest to its share

@@ -44,25 +44,10 @@ PngImagePlugin.MAX_TEXT_CHUNK = 64 * 2**20
 JPEG, EXIF = b"\xff\xd8\xff", b"Exif\0\0"  # their first bytes
 SIXTEEN_BIT_FORMATS = ("PNG", "PPM")  # Pillow may hold their 16 bits in 32
 MAX_FILE_BYTES = 2**29
-SUFFIXES = frozenset(
-    {
-        ".jpg",
-        ".jpeg",
-        ".png",
-        ".webp",
-        ".bmp",
-        ".gif",
-        ".tif",
-        ".tiff",
-        ".ppm",
-        ".pgm",
-        ".jfif",
-        ".avif",
-        ".heic",
-        ".heif",
-        ".npy",
-    }
-)
+SUFFIXES = frozenset((
+    ".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jfif", ".avif",
+    ".heic", ".heif", ".npy",
+))  # fmt: skip
 HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")  # at byte 8 of a file
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -26,7 +27,7 @@ from resnetlab.data.decode import (
     is_plain_jpeg,
 )
 from resnetlab.data.error_policy import ErrorPolicy
-from resnetlab.data.text_files import find_encoding
+from resnetlab.data.text_files import find_encoding, read_bytes
 from resnetlab.errors import DataError, unknown_name_error
 from resnetlab.formatting import parse_json
 from resnetlab.preprocessing import RGB, PixelFormat
@@ -108,15 +109,9 @@ class ImageSource(Protocol):
 def read_image_file(file: Path) -> bytes:
     """The bytes of an image file; raises DataError if it is missing, no file, too large or not readable."""
     check_regular_file(file)
-    try:
+    with contextlib.suppress(OSError):  # which reading the file reports
         check_file_size(file.stat().st_size, str(file))
-        return file.read_bytes()
-    except FileNotFoundError:
-        raise DataError(f"{file} is not there.") from None
-    except PermissionError:
-        raise DataError(f"{file} cannot be read: no permission.") from None
-    except OSError as error:
-        raise DataError(f"{file} cannot be read ({error.strerror or error}).") from error
+    return read_bytes(file)
 
 
 @dataclass(frozen=True, eq=False)

@@ -39,29 +39,28 @@ from resnetlab.data.text_files import read_text
 from resnetlab.errors import DataError, UsageError, missing_package
 from resnetlab.formatting import format_list
 
+PATH_NAMES = (
+    "path",
+    "file",
+    "filename",
+    "file_name",
+    "filepath",
+    "file_path",
+    "image",
+    "image_path",
+    "img",
+    "img_path",
+)
 USUAL_NAMES = {  # use -> names of its column, in small letters with "_" between words
-    "path": (
-        "path",
-        "file",
-        "filename",
-        "file_name",
-        "filepath",
-        "file_path",
-        "image",
-        "image_path",
-        "img",
-        "img_path",
-    ),
+    "path": PATH_NAMES,
     "label": ("label", "class", "class_name", "category", "target"),
     "labels": ("labels", "tags", "classes", "class_names", "categories", "targets"),  # several per image
     "split": ("split", "set", "subset", "partition"),
     GROUP: (GROUP, "group_id"),
 }
 TABLE = re.compile(r"(.+\.(?:csv|tsv|parquet))(?::([^/\\]+))?", re.IGNORECASE)
-OMITTED = (
-    "",
-    *sorted(SUFFIXES, key=lambda suffix: (suffix not in (".jpg", ".png"), suffix)),
-)  # endings that lists omit
+# endings that lists omit
+OMITTED = ("", *sorted(SUFFIXES, key=lambda suffix: (suffix not in (".jpg", ".png"), suffix)))
 MAX_MISSING = 100  # files; for more that are not there, no other form of their names is tried
 
 
@@ -315,7 +314,10 @@ def _find_files(images: ImageList) -> tuple[list[str], list[int]]:
         file = os.path.normpath(os.path.join(base, path))
         size = _file_size(file + endings)
         if size < 0 and missing < MAX_MISSING:
-            forms = dict.fromkeys(f(p) for p in (path, path.replace("\\", "/")) for f in (str, _composed, _decomposed))
+            spelled = (path, path.replace("\\", "/"))
+            forms = dict.fromkeys(
+                (*spelled, *(unicodedata.normalize(form, p) for p in spelled for form in ("NFC", "NFD")))
+            )
             tried = [(os.path.normpath(os.path.join(base, form)), ending) for form in forms for ending in OMITTED]
             file, endings, size = next(
                 ((f, ending, n) for f, ending in tried if (n := _file_size(f + ending)) >= 0), (file, endings, -1)
@@ -329,14 +331,6 @@ def _find_files(images: ImageList) -> tuple[list[str], list[int]]:
             f"{base}."
         )
     return files, sizes
-
-
-def _composed(text: str) -> str:
-    return unicodedata.normalize("NFC", text)
-
-
-def _decomposed(text: str) -> str:
-    return unicodedata.normalize("NFD", text)
 
 
 def _file_size(file: str) -> int:

@@ -25,8 +25,10 @@ def read_bytes(file: Path) -> bytes:
         return file.read_bytes()
     except FileNotFoundError:
         raise DataError(f"{file} is not there.") from None
+    except PermissionError:
+        raise DataError(f"{file} cannot be read: no permission.") from None
     except OSError as error:
-        raise DataError(f"{file} cannot be read ({error.strerror}).") from error
+        raise DataError(f"{file} cannot be read ({error.strerror or error}).") from error
 
 
 def find_encoding(start: bytes) -> str:
