@@ -255,7 +255,7 @@ def hold_out(split: Split, count: int, *, by_name: bool = False) -> tuple[Tensor
     return split_stratified(split.labels, count, names=split.names if by_name else ())
 
 
-def split_groups(labels: Tensor, groups: NDArray[np.object_], count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+def split_groups(labels: Tensor, groups: NDArray[np.object_], count: int) -> tuple[Tensor, Tensor]:
     """As `split_stratified`, but images of one group stay together, so that `count` and the proportions are met nearly.
 
     Groups are taken in a random order that depends on their names, each if that brings the chosen classes nearer to their
@@ -264,7 +264,7 @@ def split_groups(labels: Tensor, groups: NDArray[np.object_], count: int, seed: 
     names, codes, counts = _count_classes_of(groups, labels)
     left, missing = counts.sum(0), counts.sum(0) * count / len(labels)  # of each class
     chosen = np.zeros(len(names), bool)
-    for group in sorted(range(len(names)), key=lambda g: seed_for(seed, "group", str(names[g]))):
+    for group in sorted(range(len(names)), key=lambda g: seed_for(0, "group", str(names[g]))):
         nearer = np.abs(missing - counts[group]).sum() < np.abs(missing).sum()
         if nearer and not ((left == counts[group]) & (left > 0)).any():  # some of every class must stay
             left, missing, chosen[group] = left - counts[group], missing - counts[group], True

@@ -40,9 +40,8 @@ from resnetlab.formatting import format_count, format_list
 SPLITS = ("train", "val", "test")
 OTHER_NAMES = {"training": "train", "validation": "val", "valid": "val", "dev": "val", "testing": "test"}  # of splits
 ENDINGS = re.compile(r"[ _-]?(set|data|images)$")  # training_set, Test Data, …
-UNSUPPORTED = frozenset(
-    {"", ".jpe", ".heic", ".heif", ".jp2", ".jxl", ".tga", ".dng", ".cr2", ".nef", ".arw"}
-)  # suffixes
+# suffixes of images that are not read
+UNSUPPORTED = frozenset({"", ".jpe", ".heic", ".heif", ".jp2", ".jxl", ".tga", ".dng", ".cr2", ".nef", ".arw"})
 HELD_OUT = 0.2  # of a folder without val/ and test/
 
 

@@ -182,9 +182,8 @@ def prefetch(job: Callable[[int], T], keys: Iterable[int], workers: int, pin: bo
 def _start_loader(jobs: _JobDataset[T], keys: Iterable[int], workers: int, pin: bool) -> Iterator[T]:
     generator = torch.Generator().manual_seed(0)  # DataLoader draws a number; torch's global generator stays untouched
     with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", "This DataLoader will create"
-        )  # more workers than cores are the user's choice
+        # more workers than cores are the user's choice
+        warnings.filterwarnings("ignore", "This DataLoader will create")
         loader = DataLoader(
             jobs,
             batch_size=None,

@@ -83,9 +83,8 @@ def is_shard_pattern(data: str) -> bool:
         return True
     if not Path(data).is_dir() or not any(Path(data).glob("*.tar")):
         return False
-    return not any(
-        p.is_dir() and not p.name.startswith(".") for p in Path(data).iterdir()
-    )  # class folders take precedence
+    # class folders take precedence
+    return not any(p.is_dir() and not p.name.startswith(".") for p in Path(data).iterdir())
 
 
 def load_shards(data: str, data_dir: Path, read_options: ReadOptions) -> Dataset:

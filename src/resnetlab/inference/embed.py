@@ -25,6 +25,7 @@ from resnetlab.inference.predict import Model
 from resnetlab.run_folder import move_into_place, write_error
 
 SUFFIXES = (".npz", ".parquet")
+PART = 4096  # rows of a Parquet file that are written at once
 
 
 class EmbeddingRow(NamedTuple):
@@ -88,7 +89,7 @@ def embed_rows(model: Model, images: Iterable[tuple[str, tuple[str, str, Any]]])
         yield EmbeddingRow(name, *ahead.popleft(), features, error)
 
 
-def write_features(path: Path, rows: Iterator[EmbeddingRow], part: int = 4096) -> tuple[int, dict[str, str]]:
+def write_features(path: Path, rows: Iterator[EmbeddingRow]) -> tuple[int, dict[str, str]]:
     """Writes image, split, class and features of each readable image; returns their number, and the others' errors.
 
     A Parquet file is written in parts, so memory holds one; an .npz file is written at once.
@@ -107,7 +108,7 @@ def write_features(path: Path, rows: Iterator[EmbeddingRow], part: int = 4096) -
                 errors[row.image] = row.error
                 continue
             batch.append(row)
-            if len(batch) == part:
+            if len(batch) == PART:
                 writer.write(batch)
                 n, batch = n + len(batch), []
         if batch:

@@ -20,16 +20,16 @@ from resnetlab.errors import UsageError
 from resnetlab.stopping import StopRequest, catch_stop_signals
 
 
-def run_server(
-    app: FastAPI, host: str, port: int, timeout: float, on_ready: Callable[[str], None], max_connections: int = 512
-) -> None:
+MAX_CONNECTIONS = 512  # open at the same time; further ones get 503
+
+
+def run_server(app: FastAPI, host: str, port: int, timeout: float, on_ready: Callable[[str], None]) -> None:
     """Serves until SIGTERM or Ctrl-C; then accepts no new request, finishes those in progress, and returns.
 
     Args:
         port: 0 takes a free one.
         timeout: seconds for sending a request, and again for answering it.
         on_ready: called with the address once connections are accepted.
-        max_connections: open at the same time; further ones get 503.
 
     Raises UsageError where the address cannot be used.
     """
@@ -37,7 +37,7 @@ def run_server(
     config = uvicorn.Config(
         app,
         loop="asyncio",  # uvloop, where it is installed, would take over what the command watches signals with
-        http=_protocol_with_limits(timeout, max_connections),
+        http=_protocol_with_limits(timeout),
         log_level="error",
         access_log=False,
         server_header=False,
@@ -72,14 +72,14 @@ class _Server(uvicorn.Server):
         return self._request.signum is not None or await super().on_tick(counter)
 
 
-def _protocol_with_limits(timeout: float, max_connections: int) -> type[asyncio.Protocol]:
+def _protocol_with_limits(timeout: float) -> type[asyncio.Protocol]:
     """uvicorn's h11 protocol with limits for the seconds that the head of a request takes, and for open connections.
 
     h11 is used even where httptools is installed, since that one buffers heads of any length.
     """
     too_slow = _make_answer(b"408 Request Timeout", f"the request's head did not arrive within {timeout:g} seconds.")
     too_many = _make_answer(
-        b"503 Service Unavailable", f"{max_connections:,} connections are open; try again in a moment."
+        b"503 Service Unavailable", f"{MAX_CONNECTIONS:,} connections are open; try again in a moment."
     )
     invalid = _make_answer(b"400 Bad Request", "this is not a valid HTTP request.")
 
@@ -88,7 +88,7 @@ def _protocol_with_limits(timeout: float, max_connections: int) -> type[asyncio.
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
-            if len(self.connections) > max_connections:
+            if len(self.connections) > MAX_CONNECTIONS:
                 transport.write(too_many)
                 transport.close()
                 return
