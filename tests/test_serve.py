@@ -646,7 +646,8 @@ def test_hostile_forms_take_no_time() -> None:
 
 
 def test_connections_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
-    protocol = process._protocol_with_limits(30, 2)
+    monkeypatch.setattr(process, "MAX_CONNECTIONS", 2)
+    protocol = process._protocol_with_limits(30)
     written: list[bytes] = []
 
     class Transport:

@@ -19,7 +19,6 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from resnetlab.errors import UsageError
 from resnetlab.stopping import StopRequest, catch_stop_signals
 
-
 MAX_CONNECTIONS = 512  # open at the same time; further ones get 503
 
 
