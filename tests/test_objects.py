@@ -134,3 +134,8 @@ def test_recipe_and_data_are_told_apart_by_what_they_are(tmp_path: Path) -> None
         resnetlab.train("quick", (pixels, labels), recipe="quick")
     with pytest.raises(UsageError, match=r"give images and labels as one pair: train\(\(X, y\)\)"):
         resnetlab.train(pixels, labels)
+
+
+def test_a_dictionary_without_splits_is_refused() -> None:
+    with pytest.raises(UsageError, match="a dictionary of data has the splits train, val and test, not none"):
+        dataset_from_object({})

@@ -28,6 +28,7 @@ from resnetlab.data.disk_split import DiskSplit, ReadOptions
 from resnetlab.data.sampler import TrainLoader
 from resnetlab.device import select_device
 from resnetlab.errors import DataError, RunError, UsageError
+from resnetlab.inference.images import expand_images
 from resnetlab.preprocessing import Preprocessing
 from resnetlab.training.trackers import TRACKERS, TrackedRun
 from shard_files import files, jpeg, load, packed, tar
@@ -342,3 +343,11 @@ def test_a_word_of_the_name_is_the_split(tmp_path: Path) -> None:
     tar(tmp_path / "2" / "train-and-test-0.tar", shard_members())
     with pytest.raises(DataError, match="says train and test; rename it after its one split"):
         load(tmp_path / "2")
+
+
+def test_what_macos_adds_to_a_tar_is_left_out(tmp_path: Path) -> None:
+    added = [(f"._{name}", b"\0\5\x16\7") for name in shard_members("ab", 2)]
+    file = tar(tmp_path / "train-0.tar", [*added, *shard_members("ab", 2).items()])
+    assert {name: len(split) for name, split in load(file).splits.items()} == {"train": 2, "held-out": 2, "all": 4}
+    photos = tar(tmp_path / "photos.tar", [("./a/._0.jpg", b"\0\5\x16\7"), ("./a/0.jpg", b"")])
+    assert [name for name, _ in expand_images(photos)] == [f"{photos}/./a/0.jpg"]

@@ -104,7 +104,7 @@ def put_channels_last(array: NDArray[Any], channels: int) -> NDArray[Any]:
 
     The channels are the first or the last dimension: the one of length `channels` if that is given and one alone has it;
     else the one that is smaller than both others, and at most LIKELY_CHANNELS (the caller refuses another number than is
-    given). Raises DataError where neither tells.
+    given). Raises DataError where neither decides.
     """
     if array.ndim == 2:
         return array[..., None]

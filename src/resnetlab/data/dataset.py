@@ -51,7 +51,7 @@ class Split(Protocol):
 
     @property
     def columns(self) -> Columns:
-        """What else a table says of each image; GROUP, if there are groups."""
+        """The other columns of a table, a text per image; GROUP, if there are groups."""
 
     def __len__(self) -> int: ...
 

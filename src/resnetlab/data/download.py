@@ -169,7 +169,7 @@ def _fetch(url: str, part: Path, target: Path, check: Callable[[Path], None], li
     with response:
         now = _parse_headers(response.headers)
         if have and response.status == 206:
-            if not _continues(response.headers.get("Content-Range") or "", have, now, known):
+            if not _is_continuation(response.headers.get("Content-Range") or "", have, now, known):
                 part.unlink()
                 raise OSError("the server sent a part of another file, or another part, than was asked for")
         else:  # the server sends it from the start
@@ -203,7 +203,7 @@ def _limit_size(url: str, chunks: Iterator[bytes], limit: int | None) -> Iterato
         yield chunk
 
 
-def _continues(content_range: str, have: int, now: FileVersion, known: FileVersion) -> bool:
+def _is_continuation(content_range: str, have: int, now: FileVersion, known: FileVersion) -> bool:
     """Whether a partial response is the rest, "bytes 30-99/100", of the file whose first `have` bytes are here."""
     total = content_range.rpartition("/")[2]
     same_size = known.size < 0 or not total.isdecimal() or int(total) == known.size

@@ -1,7 +1,7 @@
 """Images with several classes, or none: a text "cat;dog" of each image becomes its position in a table of label sets.
 
-So `Split.labels` is one number per image here too, and splits, groups and sampling go by it; `Dataset.label_sets` says which
-classes a number stands for.
+So `Split.labels` is one number per image here too, and splits, groups and sampling go by it; `Dataset.label_sets` has
+the classes of each number.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Files behind fsspec addresses: s3://, gs://, hf://, memory://, … Credentials are those that their packages find.
 
-`data.download` fetches them as it fetches those of a server: once, resumed where it was dropped, and asked about again.
+`data.download` fetches them as it fetches those of a server: once, resumed where it was dropped, and checked for changes.
 """
 
 from __future__ import annotations
@@ -113,12 +113,12 @@ def _describe(error: Exception, url: str) -> str:
 
 
 def find_version(url: str) -> tuple[str, str, int]:
-    """What tells one version of a file from another, "", and its size in bytes."""
+    """What differs between versions of a file, "", and its size in bytes, as a `download.FileVersion`."""
     with _open_store(url) as (store, path):
         store.invalidate_cache()
-        about = store.info(path)
-        version = next((str(about[key]) for key in VERSION_KEYS if about.get(key)), "")
-        return version, "", int(about["size"])
+        info = store.info(path)
+        version = next((str(info[key]) for key in VERSION_KEYS if info.get(key)), "")
+        return version, "", int(info["size"])
 
 
 @contextlib.contextmanager

@@ -97,7 +97,7 @@ def to_pixels(image: Any, pixel_format: PixelFormat = RGB) -> Tensor:
 
     A PIL image, a path, bytes, or an array or tensor (H, W), (H, W, C) or (C, H, W) with values 0 to 255, or floats in [0, 1].
     """
-    if isinstance(image := _encoded(image), bytes):
+    if isinstance(image := _load_bytes(image), bytes):
         return decode_as(image, "the image", pixel_format)
     if pixel_format.dtype:
         return torch.from_numpy(convert_array(as_array(image), pixel_format))
@@ -111,7 +111,7 @@ def to_pixels(image: Any, pixel_format: PixelFormat = RGB) -> Tensor:
     return pil_to_tensor(convert_image(image).convert("RGB" if pixel_format.channels == 3 else "L"))
 
 
-def _encoded(image: Any) -> Any:
+def _load_bytes(image: Any) -> Any:
     """The bytes of an image that is in a file or undecoded (as Hugging Face's may be); any other image as it is."""
     if isinstance(image, Mapping):
         image = image["bytes"] if image.get("bytes") is not None else image["path"]
@@ -120,7 +120,7 @@ def _encoded(image: Any) -> Any:
 
 def find_object_format(image: Any, channels: int = 0) -> PixelFormat:
     """How the values of an image that an object gives are read; raises UsageError for another number of channels."""
-    if isinstance(image := _encoded(image), bytes):
+    if isinstance(image := _load_bytes(image), bytes):
         try:
             return find_pixel_format(image, "the first image", channels)
         except DataError as error:
@@ -186,11 +186,13 @@ def dataset_from_object(data: Any, read_options: ReadOptions | None = None) -> D
             [str(label) for _, label in data] if lists is None else lists,
             classes=() if lists is None else lists.classes,
         )
-        return _named(tables.load_listed(images, read_options))
+        return _name_by_content(tables.load_listed(images, read_options))
     parts = dict(data) if isinstance(data, Mapping) else {"": data}
     found = {guess_split(str(name)) if name else "": _read_part(part) for name, part in parts.items()}
-    if len(found) < len(parts) or ("" in found and len(found) > 1) or ("" in found and "" not in parts):
-        raise UsageError(f"a dictionary of data has the splits train, val and test, not {', '.join(map(str, parts))}.")
+    if not parts or len(found) < len(parts) or ("" in found and len(found) > 1) or ("" in found and "" not in parts):
+        raise UsageError(
+            f"a dictionary of data has the splits train, val and test, not {', '.join(map(str, parts)) or 'none'}."
+        )
     several = [labels for _, labels, _ in found.values() if isinstance(labels, LabelLists)]
     if 0 < len(several) < len(found):
         raise DataError("some splits have one label per image, others several; give all the same kind.")
@@ -210,10 +212,10 @@ def dataset_from_object(data: Any, read_options: ReadOptions | None = None) -> D
             errors, everything = ErrorPolicy(read_options.on_bad), torch.arange(len(labels))
             split = ObjectSplit(items, image_of, everything, labels, place, errors, read_options.workers)
             splits[name] = split.with_pixel_format(split.find_pixel_format())
-    return _named(arrange_splits("the data", tuple(classes), splits, label_sets))
+    return _name_by_content(arrange_splits("the data", tuple(classes), splits, label_sets))
 
 
-def _named(data: Dataset) -> Dataset:
+def _name_by_content(data: Dataset) -> Dataset:
     return replace(data, name=f"{PREFIX}{data.fingerprint}")
 
 
@@ -357,5 +359,7 @@ def load_hugging_face(name: str, read_options: ReadOptions) -> Dataset:
         raise DataError(
             f"{name} cannot be loaded ({str(error).splitlines()[0] if str(error) else error!r})."
         ) from error
-    splits = {key: part for key, part in loaded.items() if guess_split(key)} if isinstance(loaded, Mapping) else loaded
+    splits = loaded
+    if isinstance(loaded, Mapping):
+        splits = {key: part for key, part in loaded.items() if guess_split(key)} or dict(loaded)
     return replace(dataset_from_object(splits, read_options), name=name)

@@ -86,7 +86,7 @@ def check_target(out: Path) -> None:
 
 @contextlib.contextmanager
 def _unfinished_folder(out: Path) -> Iterator[Path]:
-    """A folder in `out` for the shard that is being written; while it is there, the shards are not taken for whole.
+    """A folder in `out` for the shard that is being written; while it is there, `data.shards` refuses `out`.
 
     Shards of a packing that was killed are removed; those of one that still runs are not touched.
 

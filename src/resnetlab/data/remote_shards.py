@@ -91,7 +91,7 @@ def fetch_indices(urls: Sequence[str], data_dir: Path) -> RemoteShards:
 
 
 def _sibling_url(url: str, name: str) -> str:
-    """The address of a file beside a shard; keeps the query (a signature, say)."""
+    """The address of a file beside a shard; keeps the query, such as a signature."""
     path, mark, query = url.partition("?")
     return path[: path.rfind("/") + 1] + name + mark + query
 

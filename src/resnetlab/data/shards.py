@@ -160,7 +160,7 @@ def _check_count(data: str, groups: dict[str, list[Path]], indices: dict[Path, T
 
 
 def _split_of(tar: Path) -> str:
-    """The split that a word of a shard's name says; "" if none does. Raises DataError if two words say different ones."""
+    """The split that a word of a shard's name means; "" if none does. Raises DataError if two words mean different ones."""
     found = {split: word for word in re.split(r"[-_.\s\d]+", tar.name) if (split := guess_split(word))}
     if len(found) > 1:
         raise DataError(f"the name of {tar} says {' and '.join(found.values())}; rename it after its one split.")

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from resnetlab.data.decode import SUFFIXES
+from resnetlab.data.decode import SUFFIXES, is_hidden
 from resnetlab.data.disk_split import FileNames
 from resnetlab.errors import DataError
 from resnetlab.formatting import parse_json
@@ -107,14 +107,14 @@ def _validate(sample: TarSample, length: int) -> TarSample:
 def scan_tar(tar: Path) -> TarIndex:
     """The content of a shard without an index, from the tar's headers."""
     images: dict[str, tuple[int, int, str]] = {}
-    about: dict[str, dict[str, Any]] = {}
+    texts: dict[str, dict[str, Any]] = {}
     try:
         with tarfile.open(tar, "r:", tarinfo=BoundedHeader) as file:
             for member in file:
                 folder, _, last = member.name.rpartition("/")
                 stem, _, kind = last.partition(".")
                 key = f"{folder}/{stem}" if folder else stem
-                if not member.isfile():
+                if not member.isfile() or is_hidden(last):  # macOS adds ._0.jpg for 0.jpg
                     continue
                 refuse_sparse(tar, member)
                 if os.path.splitext(last)[1].lower() in SUFFIXES:
@@ -122,32 +122,32 @@ def scan_tar(tar: Path) -> TarIndex:
                         raise DataError(f"{tar} has two images of the key {key}; give each sample a key of its own.")
                     images[key] = (member.offset_data, member.size, member.name)
                 elif kind in ("cls", "json"):
-                    if kind in about.setdefault(key, {}):
+                    if kind in texts.setdefault(key, {}):
                         raise DataError(f"{tar} has two files {member.name}; give each sample a key of its own.")
                     if member.size > MAX_TEXT:
                         raise DataError(
                             f"{member.name} in {tar} has {member.size:,} bytes, far more than a class needs."
                         )
-                    about[key][kind] = file.extractfile(member).read()  # type: ignore[union-attr]
+                    texts[key][kind] = file.extractfile(member).read()  # type: ignore[union-attr]
             ended = file.offset
     except (tarfile.TarError, OSError) as error:
         raise DataError(f"{tar} ends early or is not a tar ({error}); copy or pack it again.") from error
     last_byte = max((offset + size for offset, size, _ in images.values()), default=0)
     if not images or tar.stat().st_size < max(last_byte, ended) + 512:  # a complete tar ends with empty blocks
         raise DataError(f"{tar} ends early or holds no image; copy or pack it again.")
-    if orphans := sorted(set(about) - set(images)):
+    if orphans := sorted(set(texts) - set(images)):
         raise DataError(
             f"{orphans[0]} in {tar} has a class and no image that is read ({len(orphans):,} such); links inside a tar are not "
             f"followed, and images end in {', '.join(sorted(SUFFIXES))}."
         )
-    return TarIndex.from_samples(_make_sample(tar, key, place, about.get(key, {})) for key, place in images.items())
+    return TarIndex.from_samples(_make_sample(tar, key, place, texts.get(key, {})) for key, place in images.items())
 
 
-def _make_sample(tar: Path, key: str, place: tuple[int, int, str], about: dict[str, bytes]) -> TarSample:
+def _make_sample(tar: Path, key: str, place: tuple[int, int, str], texts: dict[str, bytes]) -> TarSample:
     offset, size, name = place
     try:
-        values = parse_json(about.get("json", b"{}"))
-        text = about.get("cls", b"").decode().strip()
+        values = parse_json(texts.get("json", b"{}"))
+        text = texts.get("cls", b"").decode().strip()
         cls: str | int = int(text) if text.removeprefix("-").isdecimal() else text
         label = values.get("class", cls)
         if type(label) is type(cls) and cls not in ("", label):

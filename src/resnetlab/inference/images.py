@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor, from_numpy
 
 from resnetlab.data.array_files import as_array, convert_array
-from resnetlab.data.decode import SUFFIXES, convert_image, decode, decode_as, list_images
+from resnetlab.data.decode import convert_image, decode, decode_as, is_image_name, list_images
 from resnetlab.data.disk_split import read_image_file
 from resnetlab.data.download import TIMEOUT
 from resnetlab.data.object_store import is_address, is_store, open_at, refuse_password, strip_secrets
@@ -176,7 +176,7 @@ def _list_members(tar: Path) -> Iterator[NamedImage]:
     """The images in a tar, in its order, named TAR/MEMBER; a damaged tar ends with an error."""
     try:
         for member in iterate_files(tar):
-            if os.path.splitext(member.name)[1].lower() in SUFFIXES:
+            if is_image_name(os.path.normpath(member.name)):
                 yield f"{tar}/{member.name}", _TarMember(tar, member.offset_data, member.size)
     except DataError as error:
         yield str(tar), error

@@ -34,8 +34,8 @@ class Neighbour(NamedTuple):
 
     def to_json(self) -> dict[str, Any]:
         """A plain dictionary; keys as in docs/json.md."""
-        about = {"image": self.image, "split": self.split, "class": self.label, "similarity": self.similarity}
-        return {key: value for key, value in about.items() if value != ""}
+        values = {"image": self.image, "split": self.split, "class": self.label, "similarity": self.similarity}
+        return {key: value for key, value in values.items() if value != ""}
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,7 +105,7 @@ def render_images(
     return render_page("images.html.j2", title=title, lead=lead, groups=shown)
 
 
-def _show(image: ImageInput) -> str:
+def _render_input(image: ImageInput) -> str:
     """An image that is not in a data set as a data URI."""
     if not isinstance(image, str | Path) or is_address(str(image)):
         return pil_image_uri(read_image(image).convert("RGB"))
@@ -132,7 +132,7 @@ def _read_uris(names: set[str], data: str, data_dir: Path) -> dict[str, str]:
                         uris[name] = ""
     for name in names - uris.keys():
         try:
-            uris[name] = _show(others.get(name, name))
+            uris[name] = _render_input(others.get(name, name))
         except DataError:
             uris[name] = ""
     return uris
