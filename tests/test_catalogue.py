@@ -119,6 +119,16 @@ def test_runs_lists_them_with_their_figures(runs: Path, capsys: pytest.CaptureFi
     assert "is not a folder" in capsys.readouterr().err
 
 
+def test_runs_says_what_a_result_lacks(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = shutil.copytree(runs / "a", tmp_path / "runs" / "a")
+    result = json.loads((folder / "result.json").read_text())
+    del result["seconds"]
+    (folder / "result.json").write_text(json.dumps(result))
+    (summary,) = printed(capsys, "runs", str(folder.parent))["runs"]
+    assert "result.json lacks seconds; train --resume" in summary["error"]
+    assert run_command(["runs", str(folder.parent)]) == 0
+
+
 def test_runs_compare_writes_one_page(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "page.html"
     document = printed(capsys, "runs", "compare", str(runs / "a"), str(runs / "c"), "--out", str(out))

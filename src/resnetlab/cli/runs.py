@@ -85,6 +85,11 @@ def summarise_run(path: Path) -> dict[str, Any]:
         lines = read_metrics(run)
     except ResNetLabError as error:
         return {"run": str(path), "error": str(error)}
+    if missing := [key for key in ("steps", "seconds", "split") if result and key not in result]:
+        return {
+            "run": str(path),
+            "error": f"{path / 'result.json'} lacks {', '.join(missing)}; train --resume {path} writes it.",
+        }
     held_out = [line for line in lines if line["kind"] == "held_out"]
     summary = {
         "run": str(path),
