@@ -16,6 +16,7 @@ from resnetlab.data.augment import Augmentation
 from resnetlab.data.crops import NUM_DRAWS, Crop
 from resnetlab.data.decode import decode_pixels, is_plain_jpeg
 from resnetlab.data.disk_split import DiskSplit, ReadOptions
+from resnetlab.data.objects import dataset_from_object
 from resnetlab.data.sampler import TrainLoader, crop_image
 from resnetlab.data.sources import load_dataset
 from resnetlab.device import DeviceConfig
@@ -27,7 +28,7 @@ from resnetlab.preprocessing import Preprocessing
 from resnetlab.training.recipe import Recipe
 from resnetlab.training.train import RunOptions, build_task
 from simulated_gpu import GPU, GPUTensor, simulated_gpu
-from tiny_runs import tiny
+from tiny_runs import make_train_state, tiny
 
 HERE = DeviceConfig(torch.device("cpu"), "fp32", 1, "for the test")
 PREPROCESSING = Preprocessing(3, (16, 16), 20, torch.full((3,), 0.5), torch.full((3,), 0.25))
@@ -63,7 +64,7 @@ def images(tmp_path: Path) -> Path:
 
 
 def load(images: Path, split: str, decode_on: str, on_bad: str = "skip") -> DiskSplit:
-    data = load_dataset(str(images), images, ReadOptions(on_bad, decode_on=decode_on))
+    data = load_dataset(str(images), images, ReadOptions(on_bad)).with_decode_on(decode_on)
     found = data.train if split == "train" else data.test
     assert isinstance(found, DiskSplit)
     return found
@@ -182,8 +183,17 @@ def test_on_a_cpu_nothing_differs_and_the_recipe_says_what_was_asked(images: Pat
         for decode_on in ("cpu", "device")
     ]
     assert figures[1].pop("decode_on") == "device" and figures[0] == figures[1]
-    with pytest.raises(UsageError, match="unknown decode_on 'gpu'"):
-        tiny(decode_on="gpu")
+    files = [(path, path.parent.name) for path in sorted(images.rglob("*.jpg"))]
+    listed = build_task(
+        replace(recipe, data="python"),
+        RunOptions(device="cpu", dataset=dataset_from_object(files, ReadOptions("skip"))),
+    )
+    assert listed.loader.split.decode_on == "device"  # type: ignore[attr-defined]
+    for wrong in (lambda: tiny(decode_on="gpu"), lambda: evaluate(model, images, decode_on="gpu")):
+        with pytest.raises(UsageError, match="unknown decode_on 'gpu'"):
+            wrong()
+    with pytest.raises(UsageError, match="decode_on=device is for images on disk"):
+        evaluate(make_train_state(tiny()).task.trained_model({}), "digits", decode_on="device", device="cpu")  # type: ignore[attr-defined]
     with pytest.raises(UsageError, match="decode_on=device is for images on disk"):
         build_task(tiny(decode_on="device"), RunOptions(device="cpu"))
     with pytest.raises(UsageError, match="trivial_augment changes each image on the CPU"):

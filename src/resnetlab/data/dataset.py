@@ -19,12 +19,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from resnetlab.data.error_policy import ErrorPolicy
-from resnetlab.errors import DataError, UsageError
+from resnetlab.errors import DataError, UsageError, unknown_name_error
 from resnetlab.formatting import find_name_problem
 from resnetlab.preprocessing import PixelFormat
 from resnetlab.random import seed_for, seeds_for
 
 A_TENTH = -1  # number of images to hold out: a tenth, where the data have no split to evaluate on while training
+DECODE_ON = ("cpu", "device")  # what decodes the images on disk
 MAX_TENTH = 1_000  # images: their error is known to 1.6 % or better (its standard deviation)
 GROUP = "group"  # the column whose equal values stay together in every split
 Columns = Mapping[str, NDArray[np.object_]]  # name -> one text per image
@@ -220,6 +221,21 @@ class Dataset:
         if all(split is None or split.pixel_format == pixel_format for split in splits.values()):
             return self
         return replace(self, **{k: split and split.with_pixel_format(pixel_format) for k, split in splits.items()})
+
+    def with_decode_on(self, decode_on: str) -> Dataset:
+        """The same images; "device" lets the GPU that trains or evaluates decode those on disk (data.device_decode).
+
+        Raises UsageError for a word that is not in DECODE_ON, or images that are not on disk.
+        """
+        if decode_on not in DECODE_ON:
+            raise unknown_name_error("decode_on", decode_on, DECODE_ON)
+        if decode_on == "cpu":
+            return self
+        splits = {name: getattr(self, name) for name in ("train", "test", "val", "all_images")}
+        on_disk = {name: split for name, split in splits.items() if hasattr(split, "decode_on")}
+        if not on_disk:
+            raise UsageError("decode_on=device is for images on disk; leave it out.")
+        return replace(self, **{name: replace(split, decode_on=decode_on) for name, split in on_disk.items()})
 
     @property
     def splits(self) -> dict[str, Split]:

@@ -28,12 +28,11 @@ from resnetlab.data.decode import (
 )
 from resnetlab.data.error_policy import ErrorPolicy
 from resnetlab.data.text_files import find_encoding, read_bytes
-from resnetlab.errors import DataError, unknown_name_error
+from resnetlab.errors import DataError
 from resnetlab.formatting import parse_json
 from resnetlab.preprocessing import RGB, PixelFormat
 
 CHUNK = 1 << 14  # names read at once
-DECODE_ON = ("cpu", "device")
 
 
 class FileNames(Sequence[str]):
@@ -140,7 +139,6 @@ class ReadOptions:
         groups: a column of a table, or a pattern (regular expression) found in every image's name: images of equal values
             stay together when images are held out.
         multi_label: whether data with several classes per image are taken too, or refused.
-        decode_on: "cpu", or "device": the GPU that trains or evaluates decodes JPEGs and resizes images (data.device_decode).
         as_needed: fetch shards to train on when they are read, not before.
     """
 
@@ -149,13 +147,10 @@ class ReadOptions:
     workers: int = 0
     groups: str = ""
     multi_label: bool = False
-    decode_on: str = "cpu"
     as_needed: bool = False
 
     def __post_init__(self) -> None:
         ErrorPolicy(self.on_bad)  # raises UsageError for another word
-        if self.decode_on not in DECODE_ON:
-            raise unknown_name_error("decode_on", self.decode_on, DECODE_ON)
 
     def read_quarantine(self) -> frozenset[str]:
         """The names in the quarantine file; raises DataError if it cannot be read."""
@@ -219,7 +214,7 @@ class DiskSplit(IndexedSplit):
         labels: int64 (N,), positions in the data set's `classes`.
         errors: handles images that cannot be read; shared by all subsets.
         workers: processes that decode, see `ReadOptions`.
-        decode_on: what decodes JPEGs, see `ReadOptions`.
+        decode_on: what decodes JPEGs, see `Dataset.with_decode_on`.
     """
 
     source: ImageSource

@@ -130,13 +130,7 @@ def make_dataset(
         indices = torch.arange(len(labels)) if part.indices is None else torch.from_numpy(part.indices)
         columns = add_groups(part.columns, read_options.groups, image_names[split], name)
         everything = DiskSplit(
-            part.source,
-            indices,
-            labels,
-            ErrorPolicy(read_options.on_bad),
-            read_options.workers,
-            columns,
-            decode_on=read_options.decode_on,
+            part.source, indices, labels, ErrorPolicy(read_options.on_bad), read_options.workers, columns
         )
         splits[split] = everything.subset(kept[split])
     require_whole_groups(name, splits)

@@ -273,8 +273,7 @@ def _make_shard_split(
     labels = torch.from_numpy(numbers[:, 0].copy())
     if emptied := set(numbers[:, 0].tolist()) - set(labels[kept].tolist()):
         raise DataError(f"the quarantine list leaves no image of class {classes[min(emptied)]} in {tars[0].parent}.")
-    errors, decode_on = ErrorPolicy(read_options.on_bad), read_options.decode_on
-    return DiskSplit(source, kept, labels[kept], errors, read_options.workers, decode_on=decode_on)
+    return DiskSplit(source, kept, labels[kept], ErrorPolicy(read_options.on_bad), read_options.workers)
 
 
 def _number_classes(index: TarIndex, label_of: Mapping[str | int, int]) -> NDArray[np.int64]:

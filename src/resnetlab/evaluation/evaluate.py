@@ -281,8 +281,9 @@ def evaluate(
     names = _default_names(given) if names is None else list(names)
     if classes not in SCOPES:
         raise unknown_name_error("choice of classes", classes, SCOPES)
-    reading = ReadOptions(on_bad_image, str(quarantine), multi_label=True, decode_on=decode_on)
+    reading = ReadOptions(on_bad_image, str(quarantine), multi_label=True)
     source, data = _load_source(data, Path(data_dir), reading, trained)
+    source = source.with_decode_on(decode_on)
     _check_multi_label(trained, names, source, fit_on)
     scored, scope = _select_classes(trained, names, source.classes, classes)
     columns = [torch.tensor([each.classes.index(name) for name in scored]) for each in trained]

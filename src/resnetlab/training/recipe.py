@@ -12,8 +12,7 @@ from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 
 import tomli_w
 
-from resnetlab.data.dataset import A_TENTH
-from resnetlab.data.disk_split import DECODE_ON
+from resnetlab.data.dataset import A_TENTH, DECODE_ON
 from resnetlab.data.object_store import refuse_password, strip_password
 from resnetlab.errors import RunError, UsageError, unknown_name_error
 from resnetlab.models.reference_images import MAX_TRAINING

@@ -163,7 +163,6 @@ def load_source(recipe: Recipe, setup: TaskSetup) -> tuple[Recipe, Dataset]:
         setup.num_workers,
         recipe.groups,
         multi_label=True,
-        decode_on=recipe.decode_on,
         as_needed=recipe.sampling == "shards",
     )
     own = setup.dataset if isinstance(setup.dataset, Dataset) else None
@@ -171,6 +170,7 @@ def load_source(recipe: Recipe, setup: TaskSetup) -> tuple[Recipe, Dataset]:
     if recipe.groups and not isinstance(source.train, DiskSplit):
         raise UsageError(f"groups={recipe.groups} is for images on disk; leave it out.")
     if recipe.decode_on == "device":
+        source = source.with_decode_on(recipe.decode_on)
         _check_decoding_on_device(recipe, source, setup)
     if not len(source.train):
         raise DataError(
@@ -188,8 +188,6 @@ def load_source(recipe: Recipe, setup: TaskSetup) -> tuple[Recipe, Dataset]:
 
 def _check_decoding_on_device(recipe: Recipe, source: Dataset, setup: TaskSetup) -> None:
     """Raises UsageError where the device cannot decode the images, or something changes each of them on the CPU."""
-    if not isinstance(source.train, DiskSplit):
-        raise UsageError("decode_on=device is for images on disk; leave it out.")
     if recipe.trivial_augment or setup.transform is not None:
         what = "trivial_augment changes" if recipe.trivial_augment else "a function of your own changes"
         raise UsageError(f"{what} each image on the CPU, so decode_on=device would gain nothing; leave it out.")
