@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
 import tomllib
 import traceback
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,12 +18,16 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from PIL import Image
 from torch.utils.data import DataLoader
 
 import resnetlab
 from images import folder
+from resnetlab.cli import console
 from resnetlab.cli.main import run_command
 from resnetlab.cli.runs import print_runs
+from resnetlab.data.sources import load_dataset
+from resnetlab.device import count_cores
 from resnetlab.errors import ModelFileError, RunError, UsageError, name_arguments
 from resnetlab.evaluation.protocols import parse_protocol
 from resnetlab.formatting import format_count, format_figure, format_split
@@ -381,3 +387,26 @@ def test_misspelt_names_are_answered(
     (tmp_path / "labels.csv").write_text("Filename,Species\na.jpg,\n")
     assert run_command(line.split()) in (1, 2)
     assert sentence in capsys.readouterr().err
+
+
+def test_classes_inside_other_folders_are_warned_of(tmp_path: Path) -> None:
+    for site in ("siteA", "siteB"):
+        for species in ("oak", "beech"):
+            for i in range(3):
+                place = tmp_path / "field" / site / species
+                place.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(ZEROS).save(place / f"{i}.png")
+    with pytest.warns(
+        UserWarning, match="are its folders siteA, siteB, and each of them holds beech, oak; if those are"
+    ):
+        load_dataset(str(tmp_path / "field"), tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Image.fromarray(ZEROS).save(tmp_path / "field" / "siteA" / "x.png")  # not all are inside
+        load_dataset(str(tmp_path / "field"), tmp_path)
+
+
+def test_times_that_others_spoil_are_said_to_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    for load, sentence in ((count_cores() + 2.0, "other programs use the processor"), (0.5, "")):
+        monkeypatch.setattr(os, "getloadavg", lambda load=load: (load, load, load), raising=False)
+        assert console.describe_busy() == sentence

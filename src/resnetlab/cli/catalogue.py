@@ -146,10 +146,13 @@ def doctor(*, json: Annotated[bool, Parameter(negative="")] = False) -> None:
     )
     console.write_line(", ".join(f"{name} {value}" for name, value in versions.items()))
     console.write_line("devices        " + "; ".join(document["devices"]))
-    busy = "" if document["load"] is None else f", {document['load']} programs on average in the last minute wanted one"
-    console.write_line(f"cores          {document['cores']}{busy}")
+    load = (
+        "" if document["load"] is None else f", load {document['load']} (programs that wanted one in the last minute)"
+    )
+    console.write_line(f"cores          {document['cores']}{load}")
+    busy = f", while {busy}" if (busy := console.describe_busy()) else ""
     console.write_line(
-        f"bf16           a training step takes {1 / document['bf16_speedup']:.2f} times as long as in fp32 (measured)"
+        f"bf16           a training step takes {1 / document['bf16_speedup']:.2f} times as long as in fp32 (measured{busy})"
     )
     console.write_line(f"kernel         {document['fused_kernel']}")
     console.write_line(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -111,3 +112,11 @@ def write_quarantine(path: Path, names: Sequence[str], what: str) -> None:
     text = head + "".join(f"{quarantine_line(name)}\n" for name in names)
     write_atomically(path, text.encode("utf-8", "surrogateescape"))
     log(f"{path}: {format_count(len(names), 'image')} for training to leave out")
+
+
+def describe_busy() -> str:
+    """That other programs use the processor's cores, which spoils measured times; "" where they do not."""
+    from resnetlab.device import count_cores
+
+    busy = hasattr(os, "getloadavg") and os.getloadavg()[0] > count_cores() + 1  # Windows has none
+    return "other programs use the processor" if busy else ""

@@ -201,6 +201,8 @@ def export(
     console.write_line(
         f"{out}: {parity.agreement}, on {format_count(parity.n, 'image')}, with the network in torch fp32"
     )
+    if parity.seconds and (busy := console.describe_busy()):
+        console.log(f"{busy}: the times below are not those of an idle machine")
     for size, seconds in parity.seconds.items():
         eager = parity.torch_seconds[size]
         ratio = eager / seconds

@@ -91,6 +91,7 @@ def load_folder(root: Path, read_options: ReadOptions) -> Dataset:
     }
     classes = _folder_classes(root, {split: set(layout.classes) for split, layout in layouts.items()})
     _warn_of_copies(root, layouts)
+    _warn_of_inner_classes(root, layouts)
     return make_dataset(str(root), root, classes, images, read_options)
 
 
@@ -196,6 +197,26 @@ def _warn_of_copies(root: Path, layouts: Mapping[str, FolderLayout]) -> None:
                 UserWarning,
                 stacklevel=2,
             )
+
+
+def _warn_of_inner_classes(root: Path, layouts: Mapping[str, FolderLayout]) -> None:
+    """Warns if all images are in folders inside the class folders, and those have the same names in every class."""
+    inner: dict[str, set[str]] = {}
+    for split, layout in layouts.items():
+        above = 2 if split else 1  # the folders of the split and of the class
+        for name, label in zip(layout.names, layout.classes, strict=True):
+            if name.count(os.sep) <= above:
+                return
+            inner.setdefault(label, set()).add(os.path.dirname(name.split(os.sep, above)[-1]))
+    common = set.intersection(*inner.values()) if len(inner) > 1 else set()
+    if len(common) > 1:
+        warnings.warn(
+            f"the classes of {root} are its folders {format_list(sorted(inner))}, and each of them holds "
+            f"{format_list(sorted(common))}; if those are the classes, put them into one folder each, or give a table of paths "
+            "and labels.",
+            UserWarning,
+            stacklevel=2,
+        )
 
 
 def _require_utf8(root: Path, names: list[str]) -> None:

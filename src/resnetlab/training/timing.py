@@ -19,6 +19,8 @@ from resnetlab.models.resnet import build
 from resnetlab.preprocessing import Preprocessing
 from resnetlab.training.recipe import Recipe
 
+MIN_ROUNDS = 10  # of a comparison: a program beside this one disturbs most of a few
+
 
 def forward_backward(net: nn.Module, images: Tensor, labels: Tensor, device_config: DeviceConfig) -> float:
     """One forward and backward pass that adds to the gradients; returns the loss, and so waits for the device."""
@@ -48,8 +50,9 @@ def measure_bf16(seconds: float = 1.0) -> float:
     net = fp32.place(build("resnet8", classes=10, seed=0)).train()
     images = torch.zeros(16, 3, 32, 32, device=fp32.device).to(memory_format=torch.channels_last)
     labels = torch.zeros(16, dtype=torch.long, device=fp32.device)
-    best, until = [math.inf, math.inf], time.perf_counter() + seconds
-    while time.perf_counter() < until or math.inf in best:
+    best, until, rounds = [math.inf, math.inf], time.perf_counter() + seconds, 0
+    while time.perf_counter() < until or rounds < MIN_ROUNDS:
+        rounds += 1
         for i, config in enumerate((fp32, replace(fp32, precision="bf16"))):
             best[i] = min(best[i], *time_steps(net, images, labels, config, 1))
     return best[0] / best[1]
