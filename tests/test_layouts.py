@@ -309,6 +309,7 @@ def test_cvats_shapes(tmp_path: Path) -> None:
     assert mask.nonzero().tolist() == [[5, 11], [5, 12], [6, 12]]
     for shape, message in {
         '<mask label="round" rle="1, 2" left="0" top="0" width="3" height="2"/>': "are for 3 pixels, its box has 3x2",
+        '<mask label="round" rle="0, 9000000000" left="0" top="0" width="90000" height="100000"/>': "larger than the image",
         '<mask label="round" rle="0, 6" left="79" top="0" width="3" height="2"/>': "its mask is larger than the image",
         '<box label="round" xtl="1" ytl="2" xbr="9"/>': "it has no ybr",
         '<polygon label="round" points="1,1;2,x;3,3"/>': "could not convert string to float",

@@ -106,6 +106,7 @@ REFUSED: dict[str, Any] = {
     "labels are names or whole numbers": (np.zeros((4, 8, 8), np.uint8), [1.5, 2, 1, 1]),
     "of 8x8x8, which does not tell its channels": (np.zeros((4, 8, 8, 8), np.uint8), [1, 2, 1, 2]),
     "floats from 0 to 1": (np.full((4, 8, 8), 3.0), [1, 2, 1, 2]),
+    "bool": (np.ones((4, 8, 8), bool), [1, 2, 1, 2]),
     "has the splits train, val and test, not left, right": {"left": Photos(), "right": Photos()},
     "items of a data set are": [1, 2, 3],
     "is there, such as": [("nowhere.jpg", "a"), ("nor here.jpg", "b")],

@@ -597,6 +597,7 @@ def test_packed_bodies_are_unpacked_within_the_limit(running: RunningService) ->
     for body, status, words in (
         (gzip.compress(bytes(10**8)), 413, "unpacked body is larger than 1 MB"),
         (gzip.compress(jpeg())[:-9], 400, "cut short"),
+        (gzip.compress(jpeg()) + gzip.compress(jpeg()), 400, "goes on after its end"),
         (jpeg(), 400, "is not gzip"),
     ):
         found, _, content = send(body, "gzip")

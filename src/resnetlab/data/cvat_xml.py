@@ -123,6 +123,8 @@ def _read_ellipse(shape: ElementTree.Element, size: tuple[int, int]) -> tuple[No
 def _read_mask(shape: ElementTree.Element, size: tuple[int, int]) -> tuple[None, Any]:
     """Run lengths row by row inside a box, the first outside the object."""
     left, top, width, height = (int(v) for v in _read_numbers(shape, "left", "top", "width", "height"))
+    if width * height > size[0] * size[1]:
+        raise ValueError(f"its box of {width}x{height} pixels is larger than the image of {size[1]}x{size[0]}")
     lengths = [int(v) for v in shape.attrib["rle"].split(",")]
     if min((width, height, *lengths)) < 0 or sum(lengths) != width * height:
         raise ValueError(f"its run lengths are for {sum(lengths):,} pixels, its box has {width}x{height}")

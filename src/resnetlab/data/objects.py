@@ -158,7 +158,7 @@ def _to_uint8(values: Tensor) -> Tensor:
     if values.dtype == torch.uint16:  # in which torch compares nothing
         values = values.to(torch.int32)
     low, high = float(values.min()), float(values.max())
-    if not values.is_floating_point() and 0 <= low <= high <= 255:
+    if not values.is_floating_point() and values.dtype != torch.bool and 0 <= low <= high <= 255:
         return values.to(torch.uint8)
     if not (values.is_floating_point() and 0 <= low <= high <= 1):
         raise DataError(

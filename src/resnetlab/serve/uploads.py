@@ -137,6 +137,8 @@ def unpack_body(body: bytes, encoding: str, limits: Limits) -> bytes:
             raise RequestError(413, f"the unpacked body is larger than {limits.max_body / 1e6:g} MB; send less.")
         if not unpacker.eof:
             raise RequestError(400, f"the {coding} body is cut short.")
+        if unpacker.unused_data:
+            raise RequestError(400, f"the {coding} body goes on after its end; send one part.")
     return body
 
 
