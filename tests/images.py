@@ -31,13 +31,16 @@ def folder(root: Path, splits: dict[str, int] | None = None, classes: tuple[str,
     return root
 
 
-def png_bomb(side: int = 20_000) -> bytes:
-    """A PNG of 200 bytes whose header claims side x side pixels."""
+def png_of(width: int, height: int, form: tuple[int, int], rows: bytes) -> bytes:
+    """A PNG of (bits, colour type: 0 grey, 2 RGB, 4 and 6 with alpha) from rows that begin with their filter's number."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
-    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(99))) + chunk(b"IEND", b"")
-    )
+    header = struct.pack(">IIBBBBB", width, height, *form, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def png_bomb(side: int = 20_000) -> bytes:
+    """A PNG of 200 bytes whose header claims side x side pixels."""
+    return png_of(side, side, (8, 2), bytes(99))

@@ -17,10 +17,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 import resnetlab
+from images import png_of
 from resnetlab.cli.main import main
 from resnetlab.data import sources
+from resnetlab.data.annotations import read_image_of_size
 from resnetlab.data.check import check_dataset
-from resnetlab.data.decode import decode_as, decode_pixels, find_pixel_format
+from resnetlab.data.decode import decode_as, decode_pixels, find_pixel_format, read_upright_size
 from resnetlab.data.objects import dataset_from_object
 from resnetlab.data.pack import pack_shards
 from resnetlab.data.prefetch import preprocess_image
@@ -67,6 +69,13 @@ def png(array: Array) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(array).save(buffer, "PNG")
     return buffer.getvalue()
+
+
+def deep_png(array: Array) -> bytes:
+    """16 bits a value, of two to four channels."""
+    height, width, channels = array.shape
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in array)
+    return png_of(width, height, (16, {2: 4, 3: 2, 4: 6}[channels]), rows)
 
 
 def call(*arguments: str) -> None:
@@ -125,6 +134,7 @@ form("TIFF, OME", lambda a: tiff(a, ome=True, metadata={"axes": "CYX"}, **GREY),
 form("TIFF, ImageJ", lambda a: tiff(a, imagej=True, metadata={"axes": "CYX"}), (5, 20, 24), "uint16", 0)
 form("BigTIFF", lambda a: tiff(a, bigtiff=True, planarconfig="contig", **GREY), (20, 24, 5), "int16")
 form("PNG of 16 bits", png, (20, 24), "uint16")
+form("PNG, RGB of 16 bits", lambda a: deep_png(a), (20, 24, 3), "uint16")
 
 
 @pytest.mark.parametrize("name", FORMS)
@@ -158,6 +168,13 @@ def test_ordinary_images_are_read_as_ever() -> None:
     assert find_pixel_format(png(alpha), "x", 4) == PixelFormat(4, "uint8")  # transparency as a channel, if asked for
     assert np.array_equal(decode_as(png(alpha), "x", PixelFormat(4, "uint8")).numpy(), alpha.astype(np.float32))
     deep = random_array((20, 24), "uint16")
+    clear = random_array((20, 24, 4), "uint16")
+    assert np.array_equal(decode_as(deep_png(clear), "x", PixelFormat(4, "uint16")).numpy(), clear.astype(np.float32))
+    white = np.rint(65_535 + (clear[..., :3] - 65_535.0) * clear[..., 3:] / 65_535)  # drawn on white, unless asked for
+    assert np.abs(decode_as(deep_png(clear), "x", PixelFormat(3, "uint16")).numpy() - white).max() <= 1
+    assert find_pixel_format(deep_png(clear[..., :2]), "x") == PixelFormat(1, "uint16")
+    with pytest.raises(DataError, match="x is damaged"):
+        find_pixel_format(deep_png(clear)[:900], "x")
     assert find_pixel_format(png(deep), "x", 3) == RGB  # 16-bit grey as 8-bit RGB, if asked for
     assert find_pixel_format(png(grey), "x", 1) == PixelFormat(1)
     assert np.array_equal(decode_as(png(grey), "x", PixelFormat(1))[..., 0].numpy(), grey)
@@ -180,6 +197,31 @@ UNUSABLE: dict[str, bytes] = {
 def test_what_cannot_be_read_is_refused_by_name(sentence: str) -> None:
     with pytest.raises(DataError, match=rf"^x .*{sentence}"):
         find_pixel_format(UNUSABLE[sentence], "x")
+
+
+SEVERAL = [
+    name
+    for name in FORMS
+    if name.startswith(("TIFF, p", "TIFF, samp", "TIFF, OME", "TIFF, I", "TIFF, RGB and", "TIFF, two"))
+]
+
+
+@pytest.mark.parametrize("name", SEVERAL)
+def test_eight_bit_readers_refuse_several_channels(name: str) -> None:
+    """Detectors, segmenters and models of 8 bits had the first page of these, or three channels of four."""
+    content, array = FORMS[name]()
+    with pytest.raises(DataError, match=rf"a\.tif has {array.shape[2]} channels.*, where grey or RGB of 8 bits"):
+        decode_pixels(content, "a.tif")
+
+
+def test_arrays_of_eight_bits_are_images_for_a_detector(tmp_path: Path) -> None:
+    colours = random_array((20, 24, 3), "uint8")
+    (tmp_path / "a.npy").write_bytes(npy(colours))
+    assert read_upright_size(tmp_path / "a.npy") == (20, 24)
+    assert np.array_equal(read_image_of_size(tmp_path / "a.npy", (20, 24)).numpy(), colours)
+    (tmp_path / "b.npy").write_bytes(npy(random_array((20, 24, 5), "uint16")))
+    with pytest.raises(DataError, match=r"b\.npy has 5 channels of 16 bits, where grey or RGB of 8 bits are expected"):
+        read_upright_size(tmp_path / "b.npy")
 
 
 def test_a_number_of_channels_settles_what_an_array_leaves_open() -> None:

@@ -1,8 +1,8 @@
-"""Images whose values are read as stored, in NumPy's types: .npy, TIFF of any number of channels and 16-bit grey PNG.
+"""Images whose values are read as stored, in NumPy's types: .npy, TIFF of any number of channels and PNG of 16 bits.
 
     .npy     (H, W), (H, W, C) or (C, H, W), by the rule of `put_channels_last`
     TIFF     one sample per pixel by Pillow, others by tifffile: samples, planes, or pages that were written as one array
-    PNG      16-bit grey; with channels=4 also red, green, blue and alpha of 8 bits
+    PNG      16-bit grey by Pillow, 16-bit RGB by torchvision; alpha counts as a channel with channels=4 (or 2) only
 
 Values are uint8, uint16, int16 or float32; those of float16 and float64 are rounded to float32. Ordinary images, 8-bit grey or
 RGB, are left to `data.decode`.
@@ -145,13 +145,15 @@ def _require_size(width: int, height: int, limit: int) -> None:
 
 
 def _read_other(content: bytes, channels: int, limit: int) -> NDArray[Any] | None:
-    """16-bit grey PNG, or RGBA if four channels are wanted; None for others."""
+    """PNG of 16 bits, or RGBA if four channels are wanted; None for others."""
     is_png = content.startswith(PNG)
-    deep_grey = is_png and content[24:26] == b"\x10\0"  # depth and colour type in the header
-    if not deep_grey and not (channels == 4 and (is_png or content[8:12] == b"WEBP")):
+    depth, colours = content[24:26] if is_png and len(content) > 26 else (0, 0)  # colours: 0 for grey
+    if depth != 16 and not (channels == 4 and (is_png or content[8:12] == b"WEBP")):
         return None
     with Image.open(io.BytesIO(content), formats=("PNG", "WEBP")) as image:
         _require_size(*image.size, limit)
+        if depth == 16 and colours:
+            return _turn_upright(_read_deep_colours(content, channels), read_orientation(image))
         if channels == 4 and image.mode == "RGBA":
             return _turn_upright(np.asarray(image), read_orientation(image))
         if not is_png or not image.mode.startswith("I"):
@@ -162,6 +164,26 @@ def _read_other(content: bytes, channels: int, limit: int) -> NDArray[Any] | Non
         return _turn_upright(values[..., None], read_orientation(image))
 
 
+def _read_deep_colours(content: bytes, channels: int) -> NDArray[np.uint16]:
+    """A PNG of 16 bits with colours or transparency, (H, W, C), on white unless its transparency is a wanted channel.
+
+    Pillow drops the lower 8 bits.
+    """
+    import torch
+    from torchvision.io import ImageReadMode, decode_png
+
+    try:
+        array = decode_png(torch.frombuffer(bytearray(content), dtype=torch.uint8), ImageReadMode.UNCHANGED).numpy()
+    except RuntimeError as error:
+        raise DataError("is damaged: its PNG data cannot be decoded.") from error
+    values: NDArray[np.uint16] = np.moveaxis(array, 0, -1)
+    if channels == values.shape[2] or values.shape[2] % 2:
+        return values
+    alpha = values[..., -1:] / 65_535
+    on_white: NDArray[np.uint16] = np.rint(values[..., :-1] * alpha + 65_535 * (1 - alpha)).astype(np.uint16)
+    return on_white
+
+
 def _read_tiff(content: bytes, channels: int, limit: int) -> NDArray[Any] | None:
     try:
         image = Image.open(io.BytesIO(content), formats=("TIFF",))
@@ -170,16 +192,10 @@ def _read_tiff(content: bytes, channels: int, limit: int) -> NDArray[Any] | None
     with image:
         tags, pages = image.tag_v2, image.n_frames  # type: ignore[attr-defined]
         samples, bits = tags.get(SAMPLES, 1), max(tags.get(BITS, (1,)))
-        is_array = pages > 1 and str(tags.get(DESCRIPTION, "")).startswith(ARRAY_WRITERS)
-        if is_array or (pages > 1 and (bits > 8 or channels == pages)):
+        if count_tiff_channels(image) or (pages > 1 and (bits > 8 or channels == pages)):
             return _read_tiff_array(content, channels, limit)
         if bits <= 8 and not (channels == samples == 4):
-            extra = tags.get(EXTRA_SAMPLES, (0,))
-            extra = extra if isinstance(extra, tuple) else (extra,)
-            others = samples - COLOURS.get(tags.get(PHOTOMETRIC, 1), samples)
-            if others < 1 or (others == 1 and extra[0] in ALPHA):
-                return None
-            return _read_tiff_array(content, channels, limit)
+            return None
         _require_size(*image.size, limit)
         if samples > 1:
             return _read_tiff_array(content, channels, limit)
@@ -193,6 +209,17 @@ def _read_tiff(content: bytes, channels: int, limit: int) -> NDArray[Any] | None
         elif tags.get(PHOTOMETRIC) == 0 and values.dtype.kind == "u":
             values = np.uint16((1 << bits) - 1) - values  # 0 is white
         return _turn_upright(values[..., None], read_orientation(image))
+
+
+def count_tiff_channels(image: Image.Image) -> int:
+    """The channels of a TIFF that has others than grey or colours, and transparency, by its header; 0 for all others."""
+    tags, pages = image.tag_v2, image.n_frames  # type: ignore[attr-defined]
+    if pages > 1 and str(tags.get(DESCRIPTION, "")).startswith(ARRAY_WRITERS):
+        return int(pages)
+    samples, extra = int(tags.get(SAMPLES, 1)), tags.get(EXTRA_SAMPLES, (0,))
+    extra = extra if isinstance(extra, tuple) else (extra,)
+    others = samples - COLOURS.get(tags.get(PHOTOMETRIC, 1), samples)
+    return 0 if others < 1 or (others == 1 and extra[0] in ALPHA) else samples
 
 
 def _read_tiff_array(content: bytes, channels: int, limit: int) -> NDArray[Any]:

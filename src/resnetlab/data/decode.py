@@ -23,7 +23,7 @@ try:  # the extra "fast": the same pixels, faster
 except ImportError:
     simplejpeg = None
 
-from resnetlab.data.array_files import NPY, PNG, is_ordinary, read_array, read_orientation
+from resnetlab.data.array_files import NPY, PNG, TIFF, count_tiff_channels, is_ordinary, read_array, read_orientation
 from resnetlab.errors import DataError, install_hint
 from resnetlab.preprocessing import RGB, PixelFormat, pil_to_tensor, tensor_to_pil
 
@@ -203,6 +203,8 @@ def decode(source: Path | bytes, name: str | None = None) -> Image.Image:
     if isinstance(source, Path):
         check_regular_file(source)
     with _name_errors(name), _open(source) as image:
+        if image.format == "TIFF" and (channels := count_tiff_channels(image)):
+            raise DataError(f"has {channels} channels, where grey or RGB of 8 bits are expected.")
         return _apply_orientation(image)
 
 
@@ -226,7 +228,7 @@ def _open(source: Path | bytes) -> Image.Image:
     except UnidentifiedImageError:
         with contextlib.closing(open(source, "rb") if isinstance(source, Path) else io.BytesIO(source)) as file:
             head = file.read(12)
-        if head.startswith(NPY):
+        if head.startswith((NPY, *TIFF)):  # of more channels than Pillow knows
             return _open_array(source if isinstance(source, bytes) else source.read_bytes())
         if head[4:8] != b"ftyp" or head[8:12] not in HEIF_BRANDS:
             raise
@@ -239,7 +241,7 @@ def _open(source: Path | bytes) -> Image.Image:
 
 
 def _open_array(content: bytes) -> Image.Image:
-    """A .npy of 8-bit grey or RGB as a Pillow image; raises DataError for others."""
+    """A .npy or TIFF of 8-bit grey or RGB as a Pillow image; raises DataError for others."""
     array = read_array(content)
     if array is None or not is_ordinary(array):
         found = array if array is None else PixelFormat(array.shape[2], array.dtype.name)
@@ -311,7 +313,7 @@ def _name_errors(name: str) -> Iterator[None]:
 def read_upright_size(file: Path) -> tuple[int, int]:
     """(height, width) of an image as `decode` gives it, from its header; raises DataError if that cannot be read."""
     check_regular_file(file)
-    with _name_errors(str(file)), Image.open(file) as image:
+    with _name_errors(str(file)), _open(file) as image:
         width, height = image.size
         return (width, height) if read_orientation(image) in TURNED else (height, width)
 

@@ -14,7 +14,6 @@ from resnetlab.errors import DataError, missing_package
 from resnetlab.random import seed_for
 
 FOLDS = 5
-CONFIDENCE = 0.8  # chosen on the digits with 5 % of the labels flipped, see docs/log.md
 DECAYS = (1e-3, 1e-2, 1e-1)  # L2 penalties that are tried, per image
 
 
@@ -32,6 +31,9 @@ class LabelError(NamedTuple):
 def out_of_fold_scores(features: Tensor, labels: Tensor, folds: int = FOLDS, seed: int = 0) -> Tensor:
     """Scores of every image by a linear head that was fitted without it, float64 (N, classes).
 
+    The heads are fitted twice, the second time without the images that the first heads predict as of another class than their
+    label: wrong labels bend a head towards themselves, and so hide each other.
+
     Args:
         features: (N, C).
         labels: int64 (N,), 0 to K - 1.
@@ -46,10 +48,19 @@ def out_of_fold_scores(features: Tensor, labels: Tensor, folds: int = FOLDS, see
     order = order[labels[order].argsort(stable=True)]  # each class is spread over all folds
     fold = torch.empty_like(labels)
     fold[order] = torch.arange(len(labels)) % folds
-    scores = torch.zeros(len(labels), len(counts), dtype=torch.float64)
-    for i in range(folds):
-        inside, outside = fold != i, fold == i
-        scores[outside] = _fit_head(features[inside].double(), labels[inside], features[outside].double(), len(counts))
+    scores = _score_folds(features, labels, fold, torch.ones_like(labels, dtype=torch.bool))
+    trusted = scores.argmax(1) == labels
+    lost = torch.bincount(labels[trusted], minlength=len(counts)) < 2  # classes that only their labels can teach
+    return _score_folds(features, labels, fold, trusted | lost[labels])
+
+
+def _score_folds(features: Tensor, labels: Tensor, fold: Tensor, trusted: Tensor) -> Tensor:
+    """Scores of each fold by a head that was fitted on the trusted images of the others."""
+    classes = int(labels.max()) + 1
+    scores = torch.zeros(len(labels), classes, dtype=torch.float64)
+    for i in range(int(fold.max()) + 1):
+        inside, outside = (fold != i) & trusted, fold == i
+        scores[outside] = _fit_head(features[inside].double(), labels[inside], features[outside].double(), classes)
     return scores
 
 
@@ -84,10 +95,11 @@ def _minimise(x: Tensor, labels: Tensor, classes: int, decay: float) -> tuple[Te
 
 
 def find_label_errors(scores: Tensor, labels: Tensor) -> list[LabelError]:
-    """The images that are confidently predicted as of another class than their label, the most certain first (§3.1).
+    """The images that are predicted as of another class than their label, the most certain first, as many as are wrong (§3).
 
-    A prediction is confident if its score reaches CONFIDENCE of the mean score that images labelled as that class have for it:
-    features that were learned from the wrong labels too lower the scores of just those images.
+    Their number is that outside the diagonal of the calibrated confident joint: the confident predictions, whose score reaches
+    the mean score that images labelled as that class have for it, are counted and scaled to the number of images of each label.
+    All pairs of classes are taken together, since one pair alone often has too few to count.
 
     Args:
         scores: out of fold, (N, classes).
@@ -95,15 +107,18 @@ def find_label_errors(scores: Tensor, labels: Tensor) -> list[LabelError]:
     """
     n, classes = scores.shape
     given_scores = scores[torch.arange(n), labels]
-    counts = torch.bincount(labels, minlength=classes)
-    own = torch.zeros(classes, dtype=scores.dtype).index_add_(0, labels, given_scores)
+    counts = torch.bincount(labels, minlength=classes).to(scores)
+    own = torch.zeros_like(counts).index_add_(0, labels, given_scores) / counts.clamp_min(1)
     likely_scores, likely = scores.max(1)
-    wrong = (likely != labels) & (likely_scores >= CONFIDENCE * (own / counts.clamp_min(1))[likely])
+    confident = likely_scores >= own[likely]
+    confident_of, confidently_wrong = (
+        torch.bincount(labels[chosen], minlength=classes) for chosen in (confident, confident & (likely != labels))
+    )
+    number = round(float((confidently_wrong / confident_of.clamp_min(1) * counts).sum()))
     order = (given_scores - likely_scores).argsort(stable=True)
     return [
         LabelError(i, int(labels[i]), int(likely[i]), float(given_scores[i]), float(likely_scores[i]))
-        for i in order.tolist()
-        if wrong[i]
+        for i in order[(likely != labels)[order]][:number].tolist()
     ]
 
 
