@@ -45,6 +45,16 @@ def load_in(
     return data.fingerprint, list(data.train.names), images, inside, place
 
 
+def test_what_a_killed_run_left_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, out = packed(tmp_path)
+    monkeypatch.setattr(shared_loading, "gettempdir", lambda: str(tmp_path))
+    left = tmp_path / "resnetlab-data-left"
+    left.mkdir()
+    (left / ".lock").touch()
+    call_in_processes(2, lambda world: load_in(world, out, tmp_path / "log"))
+    assert not list(tmp_path.glob("resnetlab-data-*"))
+
+
 @pytest.mark.parametrize(("machines", "readers"), [(1, "0\n"), (2, "0\n2\n")])
 def test_the_first_process_of_a_machine_loads_for_all(machines: int, readers: str, tmp_path: Path) -> None:
     _, out = packed(tmp_path)

@@ -316,7 +316,9 @@ def temporary_folder(parent: Path, prefix: str) -> Iterator[Path]:
             if (old / ".lock").is_file():  # otherwise it is being made
                 with RunFolder(old).lock():
                     shutil.rmtree(old)
-    with TemporaryDirectory(dir=parent, prefix=prefix) as folder, RunFolder(Path(folder)).lock():
+    # Windows does not delete files that a process has mapped
+    temporary = TemporaryDirectory(dir=parent, prefix=prefix, ignore_cleanup_errors=True)
+    with temporary as folder, RunFolder(Path(folder)).lock():
         yield Path(folder)
 
 

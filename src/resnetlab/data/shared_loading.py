@@ -13,13 +13,14 @@ import pickle
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import gettempdir
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from resnetlab.distributed import World, is_first_here, local_process_count
+from resnetlab.run_folder import temporary_folder
 
 T = TypeVar("T")
 ALIGNMENT = 64  # bytes
@@ -37,11 +38,7 @@ def share_loading(world: World) -> Iterator[Callable[[Callable[[], T]], T]]:
         if local_process_count() == 1:
             folder = None
         else:
-            own = (
-                stack.enter_context(TemporaryDirectory(prefix="resnetlab-data-", ignore_cleanup_errors=True))
-                if first
-                else ""
-            )
+            own = str(stack.enter_context(temporary_folder(Path(gettempdir()), "resnetlab-data-"))) if first else ""
             key = f"{world.rank - int(os.environ.get('LOCAL_RANK', '0'))}"
             folder = Path(world.merge_dicts({key: own} if first else {}).get(key, ""))
 
