@@ -82,7 +82,7 @@ def service_in_thread(model: Path, **limits: int) -> Iterator[ServiceClient]:
 
     app = make_app(Service(load_served_model(str(model), "torch", "fp32", "cpu")[0], Limits(**limits)))
     listener = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app, log_level="error", http=_protocol_with_limits(30, 512)))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="error", http=_protocol_with_limits(30)))
     thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
     thread.start()
     try:

@@ -405,5 +405,5 @@ def test_more_classes_than_masks_hold_are_refused(coco: Path, voc: Path) -> None
 def test_a_folder_of_neither_format_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"neither in CVAT's XML .* nor in Pascal VOC's format .* nor in COCO's"):
         box_dataset.load_boxes(tmp_path)
-    with pytest.raises(DataError, match="is not a folder"):
+    with pytest.raises(DataError, match="nowhere is not there; give a folder"):
         box_dataset.load_boxes(tmp_path / "nowhere")
