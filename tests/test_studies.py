@@ -48,7 +48,14 @@ from resnetlab.studies.protocols import Protocols
 from resnetlab.studies.runs import StudyRun
 from resnetlab.studies.setting import PAPER_EPOCHS, Setting, Trial, check_depth
 from resnetlab.studies.shortcut_types import ShortcutTypes
-from resnetlab.studies.study import PlanProgress, estimate_reading, find_missing, locate_runs, run_studies
+from resnetlab.studies.study import (
+    PlanProgress,
+    describe_other_versions,
+    estimate_reading,
+    find_missing,
+    locate_runs,
+    run_studies,
+)
 from resnetlab.studies.variants import network_trials
 from resnetlab.studies.verdicts import compare_by_seed, compare_with_paper, mean_sd, tally
 from resnetlab.training.recipe import Recipe
@@ -303,6 +310,24 @@ def test_runs_count_where_the_code_comes_to_the_same_weights(
     assert [run.finished for run in locate_runs(trials, here, root)] == [True, False, False, True]
     CodeVersions(root, "cpu").record()
     assert json.loads((root / code_version.RECORD).read_text())["new"] == {machine: "tiny weights"}
+
+
+def test_networks_are_measured_in_a_precision_that_the_machine_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    for native, own, measured in (("fp32", "bf16", "fp32"), ("bf16", "bf16", "bf16"), ("bf16", "fp32", "fp32")):
+        monkeypatch.setattr("resnetlab.studies.setting.default_precision", lambda device, native=native: native)
+        here = replace(setting(), precision=own, device="cpu")
+        assert here.measuring_precision == measured
+        sentences = [f"Trained in {own}, which this machine does not compute; evaluated here in {measured}."]
+        assert here.measuring_remarks == (sentences if measured != own else [])
+
+
+def test_a_report_says_that_other_code_made_runs(tmp_path: Path) -> None:
+    trial = Trial("resnet8", setting().base)
+    own, other = (
+        runs.RunOutcome(trial, tmp_path / f"resnet8-{source}") for source in (code_version.source_hash(), "other")
+    )
+    assert describe_other_versions([own]) == []
+    assert describe_other_versions([own, other]) == ["1 run of 2 made by another version of the code."]
 
 
 def test_a_finished_run_of_version_01_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
