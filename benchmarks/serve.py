@@ -28,7 +28,7 @@ async def client(port: int, body: bytes, until: float, count: list[int], times: 
     """One connection that sends requests until the time is over or the count is used up."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     kind = f"Content-Type: application/octet-stream\r\nContent-Length: {len(body)}"
-    head = f"POST /predict HTTP/1.1\r\nHost: x\r\n{kind}\r\n\r\n".encode()
+    head = f"POST /predict HTTP/1.1\r\nHost: 127.0.0.1\r\n{kind}\r\n\r\n".encode()
     while time.perf_counter() < until and count[0] > 0:
         count[0] -= 1
         start = time.perf_counter()
@@ -102,9 +102,11 @@ def main() -> None:
     service = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:
         assert service.stderr is not None
-        print(service.stderr.readline().strip())  # the backend
-        address = re.search(r":(\d+)/", service.stderr.readline())
-        assert address, service.stderr.read()
+        lines = []
+        while not (lines and (address := re.search(r":(\d+)/", lines[-1]))):  # after what it says of its backend
+            lines.append(service.stderr.readline())
+            assert lines[-1], "the service ended"
+            print(lines[-1].strip(), flush=True)
         port, body = int(address[1]), options.image.read_bytes()
         if options.requests:
             for part in range(10):
