@@ -16,11 +16,15 @@ import torch
 from PIL import Image
 
 import annotated_layouts
+import resnetlab
 from images import folder, photo, png_bomb
 from resnetlab.cli.main import run_command
 from resnetlab.data import check, digits, sources
 from resnetlab.data.check import check_file, check_pixels
 from resnetlab.data.disk_split import ReadOptions
+from resnetlab.errors import DataError
+from resnetlab.models.model_file import TrainedModel
+from resnetlab.preprocessing import Preprocessing
 from resnetlab.training import recipes
 
 
@@ -114,6 +118,58 @@ def test_a_folder_that_is_not_a_data_set(capsys: pytest.CaptureFixture[str], tmp
     (list_before := tmp_path / "bad.txt").write_text("train/beta/1.png\n")
     assert run_command(["data", "check", str(root), "--quarantine", str(list_before)]) == 1
     assert list_before.read_text() == "train/beta/1.png\n"
+
+
+def test_all_problems_of_a_layout_are_listed_and_the_images_are_read(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    root = folder(tmp_path / "d")
+    for name in ("empty", "alpha"):
+        shutil.rmtree(root / "val" / name, ignore_errors=True)
+    (root / "train" / "empty").mkdir()
+    (root / "val" / "empty too").mkdir()
+    (root / "train" / "alpha" / "bild 1.jpg").write_text("<!DOCTYPE html><html>")
+    code, document, _ = found(capsys, root)
+    problems = [(p["kind"], p["detail"]) for p in document["problems"]]  # type: ignore[attr-defined]
+    assert code == 1 and [kind for kind, _ in problems] == ["layout", "layout", "layout", "unreadable"]
+    assert "train/empty holds no image" in problems[0][1] and "val/empty too holds no image" in problems[1][1]
+    assert "only in train alpha, empty, only in val empty too" in problems[2][1]
+    assert "it is a web page" in problems[3][1] and (document["images"], document["readable"]) == (30, 29)
+    with pytest.raises(
+        DataError, match=r"train/empty holds no image.* There are 2 more; `resnetlab data check .*d` lists"
+    ):
+        sources.load_dataset(str(root), tmp_path)
+
+
+def test_all_rows_of_a_table_that_cannot_be_used_are_listed(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    photo(1).save(tmp_path / "a.png")
+    (tmp_path / "t.csv").write_text("path,label,split\na.png,,train\n,x,train\na.png,x,nowhere\n")
+    code, document, _ = found(capsys, tmp_path / "t.csv")
+    details = [p["detail"] for p in document["problems"]]  # type: ignore[attr-defined]
+    assert code == 1 and [d.split(": ")[0].rpartition(" ")[2] for d in details] == ["3", "1", "2"]
+    (tmp_path / "t.csv").write_text("path,label\na.png,x\na.png,y\na.png,y\n")
+    assert len(found(capsys, tmp_path / "t.csv")[1]["problems"]) == 2  # type: ignore[arg-type]
+
+
+def test_few_images_can_be_evaluated_but_not_trained_on(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = folder(tmp_path / "few", {"": 1})
+    _, document, _ = found(capsys, root)
+    assert "too few to hold some of each out" in document["problems"][0]["detail"]  # type: ignore[index]
+    listed = [(str(file), file.parent.name) for file in sorted(root.glob("*/*.jpg"))]
+    for data in (str(root), listed):
+        with pytest.raises(
+            DataError,
+            match=r"(few|the data): 3 images of 3 classes are too few to hold some of each out for a test; add",
+        ):
+            resnetlab.train(data, progress=False, out=tmp_path / "run")
+    net = resnetlab.build("resnet8", num_classes=3, seed=0)
+    shape = Preprocessing(3, (16, 16), 16, torch.zeros(3), torch.ones(3))
+    model = TrainedModel(net=net, classes=tuple(sorted({label for _, label in listed})), preprocessing=shape)
+    for data in (str(root), listed):
+        result = resnetlab.evaluate(model, data)
+        assert (result.n, result.split) == (3, "all")
 
 
 def test_data_in_memory_are_checked_too(capsys: pytest.CaptureFixture[str]) -> None:

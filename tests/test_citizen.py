@@ -54,6 +54,21 @@ def test_features_can_be_extracted_by_torchvision(family: str) -> None:
     assert torch.equal(found["logits"], net(x))
 
 
+def test_scripting_is_answered() -> None:
+    for module in (make("basic"), nn.Sequential(make("basic"))):
+        with warnings.catch_warnings(action="ignore"), pytest.raises(UsageError, match=r"use torch\.compile"):
+            torch.jit.script(module)
+
+
+def test_networks_of_other_packages_are_answered() -> None:
+    for name in ("wide_resnet50_2", "resnext50_32x4d", "resnet50d", "seresnet50", "convnext_tiny", "ViT_b_16"):
+        with pytest.raises(UsageError, match=f"'{name}' is not one of the papers' networks.*net=module"):
+            resnetlab.build(name)
+    for name in ("ResNet50", "resnet_50", "preact_resnet18"):
+        with pytest.raises(UsageError, match="did you mean"):
+            resnetlab.build(name)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_networks_compile_without_a_graph_break(family: str) -> None:
     torch._dynamo.reset()

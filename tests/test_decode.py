@@ -141,9 +141,12 @@ def jpeg_bomb() -> bytes:
         (jpeg_bomb(), "a b.jpg claims more than 178,956,970 pixels; make it smaller"),
         (b"", "a b.jpg is not an image that can be read"),
         (b"\xff\xd8\xff", "a b.jpg is not an image that can be read"),
-        (b"hello", "a b.jpg is not an image that can be read"),
+        (b"hello", "a b.jpg is not an image that can be read: it is a text"),
+        (b"\xef\xbb\xbf\n<!DOCTYPE HTML>", "it is a web page, which a download may give in place of an image"),
+        (b"version https://git-lfs.github.com/spec/v1", "it is a pointer of Git LFS: `git lfs pull` fetches the image"),
+        (b"PK\x03\x04\x14", "it is a zip archive"),
     ],
-    ids=["truncated jpeg", "truncated png", "bomb", "jpeg bomb", "empty", "three bytes", "text"],
+    ids=["truncated jpeg", "truncated png", "bomb", "jpeg bomb", "empty", "three bytes", "text", "page", "lfs", "zip"],
 )
 def test_what_cannot_be_read_is_named(content: bytes, sentence: str) -> None:
     with pytest.raises(DataError, match=sentence):

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import tomllib
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
 import resnetlab
 from resnetlab.cli.main import run_command
+from resnetlab.device import select_device
 from resnetlab.errors import RunError, UsageError
 from resnetlab.progress import fit_parts
 from resnetlab.run_folder import RunFolder, read_metrics
@@ -19,7 +22,7 @@ from resnetlab.tensor_file import read_tensor_file
 from resnetlab.training.checkpoint import list_checkpoints
 from resnetlab.training.recipe import Epochs, Overrides
 from resnetlab.training.recipes import quick
-from resnetlab.training.recorder import RunStopped, StepTimer
+from resnetlab.training.recorder import Recorder, RunStopped, StepTimer
 from resnetlab.training.result import Progress
 from resnetlab.training.run_state import RunState
 from runs import assert_same, figures
@@ -202,3 +205,21 @@ def test_the_time_left_is_not_that_of_the_first_steps(monkeypatch: pytest.Monkey
         clock[0] += (10.0, 2.0, 0.5)[i] if i < 3 else 0.05
         timer.stop()
     assert timer.seconds_per_step() == pytest.approx(0.05)
+
+
+def test_the_time_left_counts_the_test_and_not_a_step_that_compiled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(StepTimer, "seconds_per_step", lambda _: 8.0)  # of 8 images
+    seen: list[Progress] = []
+    values = {"progress": seen.append, "batch": 8, "log_every": 1, "val_images": 0}
+    resnetlab.train("digits", steps=2, out=tmp_path / "a", **QUIET | values)
+    assert [round(p.seconds_left) for p in seen] == [8 + 360 // 3, 360 // 3]  # 360 test images, nothing held out
+    compiled = replace(select_device("fp32"), compiled=True)
+    recorder, state = cast(Any, object.__new__(Recorder)), RunState(step=1)
+    recorder._train_state = SimpleNamespace(state=state, recipe=quick())
+    recorder._task = SimpleNamespace(device_config=compiled, held_out=(), test=())
+    recorder._timer, recorder._held_out, recorder._evaluation_seconds = StepTimer(state), {}, 0.0
+    for count, first in ((1, "compiled, time left not known yet"), (2, "1 h 19 min left")):
+        recorder._timer.count = count
+        assert recorder._progress({"loss": 1.0, "error": 0.5, "images_per_second": 1.0}, 0.1).describe()[0] == first

@@ -117,6 +117,14 @@ def test_python_objects_of_several_classes() -> None:
             dataset_from_object((x, wrong))
 
 
+def test_labels_of_one_class_each_are_warned_of(tmp_path: Path) -> None:
+    one_hot = np.eye(3, dtype=int)[np.arange(30) % 3]
+    data = (np.zeros((30, 8, 8, 3), np.uint8), one_hot)
+    values: dict[str, Any] = {"net": "resnet8", "steps": 1, "batch": 6, "device": "cpu", "progress": False}
+    with pytest.warns(UserWarning, match=r"every image has exactly one of the classes.* y.argmax\(1\)"):
+        resnetlab.train(data, out=tmp_path / "run", **values)
+
+
 def test_what_a_table_of_several_classes_must_not_have(root: Path, tmp_path: Path) -> None:
     text = (root / "columns.csv").read_text().replace("train,place 0", "train,place 0", 1)
     lines = text.splitlines()

@@ -143,6 +143,8 @@ def test_values_of_a_recipe_are_understood_in_python() -> None:
         quick().with_values({"batch": "32", "batch_size": "16"})
     with pytest.raises(UsageError, match="unknown key 'epochs'; the length in epochs is --epochs 10"):
         quick().with_values({"epochs": "3"})
+    with pytest.raises(UsageError, match=r"val_split is how many images are held out, not the share 0\.1 of them"):
+        quick().with_values({"val_split": "0.1"})
     with pytest.raises(UsageError, match="unknown optimizer 'SGD'; did you mean 'sgd'"):
         resnetlab.train(optimizer="SGD")
 

@@ -71,6 +71,20 @@ class DataError(ResNetLabError):
     """Images, labels or archives that cannot be read."""
 
 
+class DataErrors(DataError):
+    """Several problems of a data set; the message has the first, and says what lists all.
+
+    Attributes:
+        problems: a sentence for each.
+    """
+
+    def __init__(self, data: str, problems: Sequence[str]) -> None:
+        more = f" There are {len(problems) - 1:,} more" if len(problems) > 1 else ""
+        hint = f"; `resnetlab data check {data}` lists all." if os.path.exists(data) else "."
+        super().__init__(problems[0] + (more and more + hint))
+        self.problems = tuple(problems)
+
+
 class ModelFileError(ResNetLabError):
     """A model file or checkpoint that is missing, damaged or not of this program."""
 

@@ -52,7 +52,7 @@ def check(
     json
         Print the report as one JSON document.
     """
-    from resnetlab.data.check import CheckReport, Problem, check_dataset, find_unexpected_files
+    from resnetlab.data.check import check_dataset, check_layout, find_unexpected_files
     from resnetlab.data.check_annotated import check_annotated
     from resnetlab.data.layouts import find_layout
     from resnetlab.device import count_cores
@@ -60,25 +60,28 @@ def check(
 
     if quarantine is not None:
         check_output_file(quarantine, [data], "--quarantine")
-    source: Dataset | None = None
-    try:
-        source = _load_source(data, data_dir)
-    except DataError as error:
-        layout = find_layout(Path(data)) if Path(data).is_dir() else None
-        if layout is None:
-            report = CheckReport(data, problems=[Problem("layout", data, str(error))])
-        elif quarantine is not None:
-            raise UsageError(
-                "--quarantine is for images in classes; train on boxes or masks with --on-bad-box skip or --on-bad-mask skip."
-            ) from None
+    workers = count_cores() if workers is None else workers
+    with console.ProgressBar("images") as bar:
+        source: Dataset | None = None
+        try:
+            source = _load_source(data, data_dir)
+        except DataError:
+            layout = find_layout(Path(data)) if Path(data).is_dir() else None
+            if layout is not None and quarantine is not None:
+                raise UsageError(
+                    "--quarantine is for images in classes; train on boxes or masks with --on-bad-box skip or --on-bad-mask "
+                    "skip."
+                ) from None
+            quarantine = None  # an existing list stays as it is until the layout is right
+            try:
+                if layout is None:
+                    raise
+                report = check_annotated(Path(data), layout, workers, bar.update)
+            except DataError as error:
+                report = check_layout(data, error, workers, bar.update)
         else:
-            with console.ProgressBar("images") as bar:
-                report = check_annotated(Path(data), layout, count_cores() if workers is None else workers, bar.update)
-        quarantine = None  # no image was checked: an existing list stays as it is
-    else:
-        with console.ProgressBar("images") as bar:
-            report = check_dataset(source, count_cores() if workers is None else workers, bar.update)
-        report.problems += find_unexpected_files(source)
+            report = check_dataset(source, workers, bar.update)
+            report.problems += find_unexpected_files(source)
     if quarantine is not None:
         console.write_quarantine(quarantine, report.quarantine, f"of {report.data} to leave out")
     if not json:
@@ -144,9 +147,10 @@ def _measure_loading(source: Dataset) -> dict[str, float] | None:
 
     source = read_as_found(source)
     split = source.train if len(source.train) else source.test
-    return (
-        timing.time_data_loading(split, recipes.photos(), len(source.classes)) if isinstance(split, DiskSplit) else None
-    )
+    if not isinstance(split, DiskSplit):
+        return None
+    console.log("timing the loading of images and a training step; --no-timing leaves it out")
+    return timing.time_data_loading(split, recipes.photos(), len(source.classes))
 
 
 def _print_report(report: CheckReport) -> None:

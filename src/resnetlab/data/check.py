@@ -29,17 +29,19 @@ from statistics import median
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor, uint8
+from torch import Tensor
 
+from resnetlab.data import folder
 from resnetlab.data.array_files import NPY
 from resnetlab.data.dataset import Dataset, Split
 from resnetlab.data.decode import decode, decode_as, find_damage
-from resnetlab.data.disk_split import DiskSplit, FileSource
+from resnetlab.data.disk_split import DiskSplit, FileNames, FileSource
 from resnetlab.data.error_policy import ErrorPolicy
 from resnetlab.data.prefetch import prefetch
-from resnetlab.errors import DataError
+from resnetlab.errors import DataError, DataErrors
 from resnetlab.preprocessing import RGB, PixelFormat, render_pixels
 
 MIN_SIDE = 16  # pixels: an image with a smaller side is reported
@@ -152,8 +154,33 @@ def check_dataset(
     data = read_as_found(data)
     splits = {name: split for name, split in data.splits.items() if name != "all"}
     report = CheckReport(data.name)
+    if few := data.describe_few_images():
+        report.problems.append(Problem("layout", data.name, few))
     report.classes = {name: _count_classes(split, data.classes) for name, split in splits.items()}
     check_splits(report, splits, data.classes, workers, on_progress)
+    return report
+
+
+def check_layout(
+    data: str, error: DataError, workers: int = 0, on_progress: Callable[[int, int], None] = lambda done, total: None
+) -> CheckReport:
+    """Checks what `error` keeps from being a data set: all problems of its layout, and the images of a folder's classes.
+
+    Other arguments as those of `check_dataset`.
+    """
+    found, root = error.problems if isinstance(error, DataErrors) else (str(error),), Path(data)
+    report = CheckReport(data, problems=[Problem("layout", data, sentence) for sentence in found])
+    if isinstance(error, DataErrors) and root.is_dir():
+        with warnings.catch_warnings(action="ignore"):  # loading has warned
+            layouts, _ = folder.read_layouts(root)
+        classes = tuple(sorted({name for layout in layouts.values() for name in layout.classes}))
+        splits: dict[str, Split] = {}
+        for name, layout in layouts.items():
+            source = FileSource(root, FileNames(layout.names), np.array(layout.sizes, np.int64))
+            labels = torch.tensor([classes.index(each) for each in layout.classes], dtype=torch.long)
+            splits[name or "all"] = DiskSplit(source, torch.arange(len(labels)), labels)
+        report.classes = {name: _count_classes(split, classes) for name, split in splits.items()}
+        check_splits(report, splits, classes, workers, on_progress)
     return report
 
 
@@ -264,7 +291,7 @@ def check_file(content: bytes, name: str, pixel_format: PixelFormat = RGB) -> Im
 def check_pixels(pixels: Tensor) -> ImageInfo:
     """Checks a decoded image (H, W, C)."""
     image, mode = render_pixels(pixels), f"of {pixels.shape[2]} channels"
-    mode = image.mode if pixels.dtype == uint8 else mode
+    mode = image.mode if pixels.dtype == torch.uint8 else mode
     return _describe_image(image, f"pixels {mode}", pixels.numpy().tobytes(), [])
 
 
@@ -382,8 +409,6 @@ def _names_to_quarantine(first: CheckedImage, second: CheckedImage) -> list[str]
 
 def find_unexpected_files(data: Dataset) -> list[Problem]:
     """Images beside the class folders of a folder, and files inside them that may be images of an unsupported kind."""
-    from resnetlab.data import folder
-
     split = data.train if len(data.train) else data.test
     root = Path(data.name)
     if not isinstance(split, DiskSplit) or not isinstance(split.source, FileSource) or not root.is_dir():

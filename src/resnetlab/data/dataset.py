@@ -237,6 +237,15 @@ class Dataset:
             raise UsageError("decode_on=device is for images on disk; leave it out.")
         return replace(self, **{name: replace(split, decode_on=decode_on) for name, split in on_disk.items()})
 
+    def describe_few_images(self) -> str:
+        """Why these images can be evaluated, but not trained on; "" if there are enough."""
+        if self.all_images is None or len(self.train):
+            return ""
+        return (
+            f"{len(self.test):,} images of {len(self.classes)} classes are too few to hold some of each out for a test; add "
+            "images (two of each class or more), or give the splits train/ and val/."
+        )
+
     @property
     def splits(self) -> dict[str, Split]:
         """The splits that have images, by name."""

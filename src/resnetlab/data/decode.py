@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import io
 import math
@@ -48,6 +49,15 @@ SUFFIXES = frozenset((
     ".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jfif", ".avif",
     ".heic", ".heif", ".npy",
 ))  # fmt: skip
+OTHER_KINDS = {  # what files that are no images begin with, in small letters
+    b"<!doctype html": "is a web page, which a download may give in place of an image",
+    b"<html": "is a web page, which a download may give in place of an image",
+    b"version https://git-lfs": "is a pointer of Git LFS: `git lfs pull` fetches the image",
+    b"<svg": "is an SVG drawing",
+    b"<?xml": "is an XML file",
+    b"%pdf": "is a PDF file",
+    b"pk\3\4": "is a zip archive",
+}
 HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")  # at byte 8 of a file
 
 
@@ -227,10 +237,12 @@ def _open(source: Path | bytes) -> Image.Image:
         return Image.open(source if isinstance(source, Path) else io.BytesIO(source))
     except UnidentifiedImageError:
         with contextlib.closing(open(source, "rb") if isinstance(source, Path) else io.BytesIO(source)) as file:
-            head = file.read(12)
+            head = file.read(32)
         if head.startswith((NPY, *TIFF)):  # of more channels than Pillow knows
             return _open_array(source if isinstance(source, bytes) else source.read_bytes())
         if head[4:8] != b"ftyp" or head[8:12] not in HEIF_BRANDS:
+            if kind := _describe_other_kind(head):
+                raise DataError(f"is not an image that can be read: it {kind}.") from None
             raise
     try:
         import pillow_heif  # type: ignore[import-not-found, unused-ignore]
@@ -238,6 +250,13 @@ def _open(source: Path | bytes) -> Image.Image:
         raise DataError(f"is a HEIC image; to read it, install: {install_hint('heic')}") from None
     pillow_heif.register_heif_opener()
     return Image.open(source if isinstance(source, Path) else io.BytesIO(source))
+
+
+def _describe_other_kind(head: bytes) -> str:
+    """What a file that is no image is, by its first bytes; "" if they do not tell."""
+    start = head.removeprefix(codecs.BOM_UTF8).lstrip().lower()
+    kind = next((words for begin, words in OTHER_KINDS.items() if start.startswith(begin)), "")
+    return kind or ("is empty" if not head else "is a text" if head.isascii() and start.decode().isprintable() else "")
 
 
 def _open_array(content: bytes) -> Image.Image:

@@ -34,7 +34,7 @@ from resnetlab.data.disk_split import DiskSplit, FileNames, FileSource, ImageSou
 from resnetlab.data.error_policy import ErrorPolicy
 from resnetlab.data.label_sets import find_classes, number_label_sets
 from resnetlab.data.labels import DEVKIT, read_class_names, read_flat_labels
-from resnetlab.errors import DataError, UsageError
+from resnetlab.errors import DataError, DataErrors, UsageError
 from resnetlab.formatting import format_count, format_list
 
 SPLITS = ("train", "val", "test")
@@ -46,11 +46,12 @@ HELD_OUT = 0.2  # of a folder without val/ and test/
 
 
 class FolderLayout(NamedTuple):
-    """The images of one split: names below the root, sizes in bytes, and each image's class folder."""
+    """The images of one split: names below the root, sizes in bytes, and each image's class folder; class folders of none."""
 
     names: list[str]
     sizes: list[int]
     classes: list[str]
+    empty: list[str]
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,20 +80,49 @@ def load_folder(root: Path, read_options: ReadOptions) -> Dataset:
 
     Raises DataError if it is empty, a class has no image, splits differ in their classes, or a folder cannot be read.
     """
-    split_folders = find_split_folders(root)
-    layouts = {
-        name: _read_flat_split(root, path) or _read_class_folders(root, path) for name, path in split_folders.items()
-    }
+    layouts, problems = read_layouts(root)
+    if problems:
+        raise DataErrors(str(root), problems)
     images = {
         split: LabelledImages(
             FileSource(root, FileNames(layout.names), np.array(layout.sizes, np.int64)), layout.classes
         )
         for split, layout in layouts.items()
     }
-    classes = _folder_classes(root, {split: set(layout.classes) for split, layout in layouts.items()})
+    classes = require_classes(str(root), {name for layout in layouts.values() for name in layout.classes})
     _warn_of_copies(root, layouts)
     _warn_of_inner_classes(root, layouts)
     return make_dataset(str(root), root, classes, images, read_options)
+
+
+def read_layouts(root: Path) -> tuple[dict[str, FolderLayout], list[str]]:
+    """The images of each split, and all that keeps the folder from being a data set, in sentences.
+
+    Raises DataError if it is ambiguous what the splits are, or a folder cannot be read.
+    """
+    split_folders = find_split_folders(root)
+    layouts = {
+        name: _read_flat_split(root, path) or _read_class_folders(root, path) for name, path in split_folders.items()
+    }
+    problems = []
+    for split, layout in layouts.items():
+        folder = split_folders[split]
+        if not layout.names:
+            problems.append(_describe_no_images(root, folder))
+        else:
+            problems += [
+                f"the class folder {folder / name} holds no image; put some there, or remove it."
+                for name in layout.empty
+            ]
+    return layouts, problems + _compare_classes(root, layouts)
+
+
+def _describe_no_images(root: Path, folder: Path) -> str:
+    """The sentence for a folder without class folders that hold images."""
+    loose = find_loose_images(folder)
+    hint = f"it holds {format_count(len(loose), 'image')} in no class folder" if loose else "it is empty of images"
+    listed = f", or list them in {folder.name}.txt beside it" if loose and folder != root else ""
+    return f"{folder} holds no class folders with images: {hint}; give each class a folder of its own{listed}."
 
 
 def make_dataset(
@@ -242,12 +272,11 @@ def arrange_splits(
 ) -> Dataset:
     """A data set from splits called "train", "val", "test", or "" for all images together."""
     if (everything := splits.get("")) is not None:
-        if len(everything) < 2 * len(classes):
-            raise DataError(
-                f"{name} has {len(everything):,} images of {len(classes)} classes; a fifth cannot be held out."
-            )
-        count = max(len(classes), round(HELD_OUT * len(everything)))
-        rest, chosen = hold_out(everything, count, by_name=True)
+        if len(everything) < 2 * len(classes):  # too few to train on, but they can be evaluated
+            rest, chosen = torch.empty(0, dtype=torch.long), torch.arange(len(everything))
+        else:
+            count = max(len(classes), round(HELD_OUT * len(everything)))
+            rest, chosen = hold_out(everything, count, by_name=True)
         return Dataset(
             name,
             classes,
@@ -325,12 +354,12 @@ def _read_flat_split(root: Path, folder: Path) -> FolderLayout | None:
         or (classes := read_flat_labels(root, folder.name, [os.path.basename(file) for file, _ in files])) is None
     ):
         return None
-    return FolderLayout([os.path.relpath(file, root) for file, _ in files], [size for _, size in files], classes)
+    return FolderLayout([os.path.relpath(file, root) for file, _ in files], [size for _, size in files], classes, [])
 
 
 def _read_class_folders(root: Path, folder: Path) -> FolderLayout:
-    """The images in the class folders of a split, sorted by name. Raises DataError if there is none, or a class has none."""
-    found = FolderLayout([], [], [])
+    """The images in the class folders of a split, sorted by name."""
+    found = FolderLayout([], [], [], [])
     unsupported: list[str] = []
     for name in _list_folders(folder):
         before = len(found.names)
@@ -339,15 +368,8 @@ def _read_class_folders(root: Path, folder: Path) -> FolderLayout:
             found.sizes.append(size)
             found.classes.append(name)
         if len(found.names) == before:
-            raise DataError(f"the class folder {folder / name} holds no image; put some there, or remove it.")
-    if not found.names:
-        loose = find_loose_images(folder)
-        hint = f"it holds {format_count(len(loose), 'image')} in no class folder" if loose else "it is empty of images"
-        listed = f", or list them in {folder.name}.txt beside it" if loose and folder != root else ""
-        raise DataError(
-            f"{folder} holds no class folders with images: {hint}; give each class a folder of its own{listed}."
-        )
-    if loose := find_loose_images(folder):
+            found.empty.append(name)
+    if found.names and (loose := find_loose_images(folder)):
         warnings.warn(
             f"{format_count(len(loose), 'image')} beside the class folders of {folder} left out, of no class, such as "
             f"{loose[0]}.",
@@ -396,20 +418,23 @@ def _walk_images(folder: Path, unsupported: list[str] | None = None) -> Iterator
             unsupported.append(entry.path)
 
 
-def _folder_classes(root: Path, classes: dict[str, set[str]]) -> list[str]:
-    """The class folders of all splits, sorted; raises DataError with the difference if the splits differ."""
-    normalized = {split: {unicodedata.normalize("NFC", name) for name in names} for split, names in classes.items()}
-    (first, expected), *others = normalized.items()
+def _compare_classes(root: Path, layouts: Mapping[str, FolderLayout]) -> list[str]:
+    """Sentences on the splits whose class folders differ from those of the first one."""
+    (first, expected), *others = (
+        (split, {unicodedata.normalize("NFC", name) for name in {*layout.classes, *layout.empty}})
+        for split, layout in layouts.items()
+    )
+    problems = []
     for split, names in others:
-        if names != expected:
+        if names and expected and names != expected:
             same = {name.casefold() for name in names - expected} & {name.casefold() for name in expected - names}
             hint = ", in the same capitals" if same else ""
-            raise DataError(
+            problems.append(
                 f"{root / first} and {root / split} hold different classes: only in {first} "
                 f"{format_list(sorted(expected - names))}, only in {split} {format_list(sorted(names - expected))}; "
                 f"give both the same class folders{hint}."
             )
-    return require_classes(str(root), expected)
+    return problems
 
 
 def require_classes(name: str, labels: Iterable[str]) -> list[str]:

@@ -36,7 +36,7 @@ from resnetlab.data.folder import LabelledImages, guess_split, make_dataset, req
 from resnetlab.data.label_sets import INDICATORS, LabelLists, join_classes, split_classes
 from resnetlab.data.object_store import strip_secrets
 from resnetlab.data.text_files import read_text
-from resnetlab.errors import DataError, UsageError, missing_package
+from resnetlab.errors import DataError, DataErrors, UsageError, missing_package
 from resnetlab.formatting import format_list
 
 PATH_NAMES = (
@@ -84,9 +84,9 @@ class ImageList:
     columns: Mapping[str, Sequence[str]] = field(default_factory=dict)
     classes: Sequence[str] = ()
 
-    def error(self, row: int, problem: str) -> DataError:
-        """The error for a row, counted from 0."""
-        return DataError(f"{self.name}, row {row + 1:,}: {problem}")
+    def describe(self, row: int, problem: str) -> str:
+        """The sentence for a problem in a row, counted from 0."""
+        return f"{self.name}, row {row + 1:,}: {problem}"
 
 
 def is_table(data: str) -> bool:
@@ -182,9 +182,13 @@ def load_listed(images: ImageList, read_options: ReadOptions) -> Dataset:
     """The data set of listed images. Raises DataError if none is there, a row is incomplete, or an image occurs twice."""
     several = bool(images.classes)
     labels = [unicodedata.normalize("NFC", label.strip()) for label in images.labels]
+    splits, problems = _normalise_splits(images)
     for row, (path, label) in enumerate(zip(images.paths, labels, strict=True)):
         if not (path.strip() and (label or several)):
-            raise images.error(row, "a path and a label are needed, and one is empty; fill it in, or remove the row.")
+            problem = "a path and a label are needed, and one is empty; fill it in, or remove the row."
+            problems.append(images.describe(row, problem))
+    if problems:
+        raise DataErrors(images.name, problems)
     classes = require_classes(images.name, images.classes or labels)
     files, sizes = _find_files(images)
     root = os.path.commonpath({os.path.dirname(file) for file in files})
@@ -195,8 +199,10 @@ def load_listed(images: ImageList, read_options: ReadOptions) -> Dataset:
     for row, name in enumerate(names):
         if (first := row_of.setdefault(name, row)) != row:
             other = f" as {labels[first]!r} and here as {labels[row]!r}" if labels[first] != labels[row] else ""
-            raise images.error(row, f"{images.paths[row]} is in row {first + 1:,} too{other}; remove one of the rows.")
-    splits = _normalise_splits(images)
+            problem = f"{images.paths[row]} is in row {first + 1:,} too{other}; remove one of the rows."
+            problems.append(images.describe(row, problem))
+    if problems:
+        raise DataErrors(images.name, problems)
     parts = {}
     for split in dict.fromkeys(splits):
         rows = [row for row in range(len(names)) if splits[row] == split]
@@ -310,7 +316,8 @@ def _find_files(images: ImageList) -> tuple[list[str], list[int]]:
     files, sizes = [], []
     for row, path in enumerate(images.paths):
         if "://" in path:
-            raise images.error(row, f"{strip_secrets(path)} is an address; download the images, and name their files.")
+            problem = f"{strip_secrets(path)} is an address; download the images, and name their files."
+            raise DataError(images.describe(row, problem))
         file = os.path.normpath(os.path.join(base, path))
         size = _file_size(file + endings)
         if size < 0 and missing < MAX_MISSING:
@@ -340,12 +347,14 @@ def _file_size(file: str) -> int:
         return -1
 
 
-def _normalise_splits(images: ImageList) -> list[str]:
-    """Of each image "train", "val" or "test"; "" if the list has no splits, or an empty one for every image."""
+def _normalise_splits(images: ImageList) -> tuple[list[str], list[str]]:
+    """Of each image "train", "val" or "test", "" if the list has no splits or an empty one for every image; and problems."""
     if not any(text.strip() for text in images.splits):
-        return [""] * len(images.paths)
+        return [""] * len(images.paths), []
     splits = [guess_split(text) for text in images.splits]
-    for row, (split, text) in enumerate(zip(splits, images.splits, strict=True)):
-        if not split:
-            raise images.error(row, f"{text!r} is not a split; write train, val or test.")
-    return splits
+    problems = [
+        images.describe(row, f"{text!r} is not a split; write train, val or test.")
+        for row, (split, text) in enumerate(zip(splits, images.splits, strict=True))
+        if not split
+    ]
+    return splits, problems

@@ -168,6 +168,13 @@ class ResNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
 
+    def __prepare_scriptable__(self) -> None:
+        """Answers torch.jit.script, which would end in an error about a line of this class."""
+        raise UsageError(
+            "torch.jit.script, which torch has deprecated, does not take this network; use torch.compile(net), "
+            "torch.export.export(net, (images,)), or for a file with its preprocessing `resnetlab export MODEL --to torch`."
+        )
+
     @property
     def num_features(self) -> int:
         """The number of features before the fully connected layer."""

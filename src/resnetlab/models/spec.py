@@ -175,6 +175,10 @@ CIFAR_BOTTLENECK = (164, 1001)  # 9n+2, 2016 appendix; every other 6n+2 is a bas
 CIFAR_DEPTHS = (20, 32, 44, 56, 110, 1202)  # 2015 Table 6
 
 _PREFIXES = {"resnet": {}, "plain": {"shortcut": "none"}, "preresnet": {"activation_order": "preact"}}
+_OTHERS = re.compile(  # kinds of networks that other packages build
+    r"wide|wrn|resnext|res2net|resnest|regnet|se_?-?resnet|resnet_?v2|resnet\d+[a-z]+$|densenet|vgg|alexnet|inception|xception|"
+    r"mobilenet|efficientnet|convnext|nfnet|vit|deit|swin|beit|eva|mixer|yolo|clip"
+)
 _NAME = re.compile(r"(preresnet|resnet|plain)([1-9][0-9]*)(v1\.5)?")
 
 
@@ -207,6 +211,11 @@ def get_specification(name: str, **changes: Any) -> Specification:
             weights = name if publisher else f"timm:{name}"
             raise UsageError(
                 f"{name!r} names weights, not a network; give the network, {net!r}, and {weights!r} as its weights."
+            )
+        if _OTHERS.search(name.lower()):
+            raise UsageError(
+                f"{name!r} is not one of the papers' networks, which are built here (`resnetlab models` lists them); any "
+                "torch.nn.Module, of torchvision or timm too, is trained from Python: resnetlab.train(data, net=module)."
             )
         raise unknown_name_error("network", name, list_network_names())
     prefix, depth, v15 = match[1], int(match[2]), match[3]

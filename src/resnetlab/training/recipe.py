@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -72,6 +73,7 @@ _ADDED = {
     "flip_vertical", "rotate", "lr_base_size", "trust_coefficient", "grad_reduce", "grad_compression", "none_share",
     "transform", "channels", "decode_on", "shard_groups",
 }  # fmt: skip
+_FRACTION = re.compile(r"0?\.[0-9]+")
 _SPECIFICATION = tuple(f.name for f in fields(Specification) if f.name not in ("channels", "classes"))
 
 
@@ -164,6 +166,11 @@ class BaseRecipe:
                 raise UsageError(f"{word} and {given[key]} are the same value; give it once.")
             given[key] = word
         pairs = {key: pairs[word] for key, word in given.items()}
+        if _FRACTION.fullmatch(share := pairs.get("val_images", "")):
+            raise UsageError(
+                f"{given['val_images']} is how many images are held out, not the share {share} of them: give their number, "
+                f"such as --set val_images=500, or {A_TENTH} for a tenth."
+            )
         changes: dict[str, Any] = {key: parse_value(key, text, own[key]) for key, text in pairs.items() if key in own}
         specification = parse_changes({key: text for key, text in pairs.items() if key not in own})
         specification = {**self.specification, **specification}

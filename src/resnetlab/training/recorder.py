@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -269,6 +270,8 @@ class Recorder:
     def _progress(self, figures: Mapping[str, float], lr: float) -> Progress:
         state, recipe = self._train_state.state, self._train_state.recipe
         steps, evaluations = recipe.steps, recipe.steps // recipe.eval_every - state.step // recipe.eval_every
+        held_out = len(self._task.held_out)
+        evaluated = held_out * evaluations + len(self._task.test)  # images, from here on
         return Progress(
             step=state.step,
             steps=steps,
@@ -277,14 +280,18 @@ class Recorder:
             error=figures["error"],
             held_out=self._held_out,
             images_per_second=figures["images_per_second"],
-            seconds_left=self._timer.seconds_per_step() * (steps - state.step)
-            + evaluations * self._seconds_evaluating(),
+            # a first step that compiled tells nothing about the others
+            seconds_left=math.nan
+            if self._timer.count == 1 and self._task.device_config.compiled
+            else self._timer.seconds_per_step() * (steps - state.step)
+            + evaluated * self._seconds_per_evaluated_image(),
         )
 
-    def _seconds_evaluating(self) -> float:
-        """How long an evaluation takes: as the last one; before the first, a third of the steps of as many images."""
-        steps = len(self._task.held_out) / self._train_state.recipe.batch
-        return self._evaluation_seconds or steps * self._timer.seconds_per_step() / 3
+    def _seconds_per_evaluated_image(self) -> float:
+        """As in the last evaluation; before the first, a third of an image's share of a step."""
+        if self._evaluation_seconds and len(self._task.held_out):
+            return self._evaluation_seconds / len(self._task.held_out)
+        return self._timer.seconds_per_step() / self._train_state.recipe.batch / 3
 
 
 def _check_finite(state: RunState, lr: float, world: World) -> None:
@@ -322,6 +329,7 @@ class StepTimer:
     """Measures the time of steps and of waiting for data; adds to the totals of the run state.
 
     Attributes:
+        count: steps of this process.
         computing: seconds in which steps computed, without waiting for data.
         cpu_seconds: CPU time of this process, over all its threads, in that time.
     """
@@ -330,7 +338,7 @@ class StepTimer:
 
     def __init__(self, state: RunState) -> None:
         self._steps: deque[float] = deque(maxlen=100)  # seconds of the latest
-        self._count = 0
+        self.count = 0
         self._state, self._began = state, time.perf_counter() - state.seconds
         self._started = self._logged = time.perf_counter()
         self._waited = self._read = 0.0
@@ -354,8 +362,8 @@ class StepTimer:
         """Marks the end of the step."""
         now = time.perf_counter()
         self._state.step_seconds += now - self._started
-        self._count += 1
-        if self._count <= self.WARMUP + 1:
+        self.count += 1
+        if self.count <= self.WARMUP + 1:
             self._steps.clear()
         self._steps.append(now - self._started)
         self._state.seconds = now - self._began

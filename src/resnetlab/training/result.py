@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Self
@@ -22,14 +23,15 @@ class Progress:
     error: float
     held_out: Mapping[str, float]  # figures of the last held-out evaluation, the most important first; may be empty
     images_per_second: float  # training steps only
-    seconds_left: float
+    seconds_left: float  # NaN while there is only the first step, which compiled
 
     def describe(self) -> list[str]:
         """The figures as text, the most important first."""
         figure = next(iter(self.held_out.items()), None)
         held_out = [] if figure is None else [f"held-out {format_figure(*figure)}"]
+        known = not math.isnan(self.seconds_left)
         return [
-            f"{format_duration(self.seconds_left)} left",
+            f"{format_duration(self.seconds_left)} left" if known else "compiled, time left not known yet",
             f"loss {self.loss:.4f}",
             *held_out,
             f"training error {format_percent(self.error)}",

@@ -166,6 +166,8 @@ def train_to_end(task: Task, context: RunContext) -> TrainResult:
         with recorder.closing(), trace_steps(steps, *trace) as end_traced_step:
             try:
                 # the first step compiles, for minutes; a request to stop needs no step after it
+                if task.device_config.compiled:
+                    context.report("the first step compiles the network, which takes a minute or more")
                 if task.device_config.compiled and task.device_config.world.size == 1:
                     request.stop_immediately(f"stopped while compiling, at step {state.step:,}; {how_to_resume}")
                 while not train_state.is_done:

@@ -100,6 +100,7 @@ class Task(ABC):
     data: Mapping[str, str]
     holdout: Mapping[str, Sequence[str]]
     held_out: Sized  # images that are evaluated while training; may be empty
+    test: Sized  # images that are evaluated once, at the end
     evaluated_split: str  # that the images to test on are; "held-out" if they were drawn from all
 
     @property

@@ -173,9 +173,9 @@ def load_source(recipe: Recipe, setup: TaskSetup) -> tuple[Recipe, Dataset]:
         source = source.with_decode_on(recipe.decode_on)
         _check_decoding_on_device(recipe, source, setup)
     if not len(source.train):
-        raise DataError(
-            f"{data} has no train folder; training needs class folders, or train/ with class folders in it."
-        )
+        few = source.describe_few_images()
+        missing = "has no train folder; training needs class folders, or train/ with class folders in it."
+        raise DataError(f"{'the data' if own else data}{':' if few else ''} {few or missing}")
     if recipe.channels or not setup.resuming:
         found = source.train.find_pixel_format(recipe.channels)
         source = source.with_pixel_format(found)

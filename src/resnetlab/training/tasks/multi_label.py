@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -29,6 +31,13 @@ def check_label_sets(recipe: Recipe, source: Dataset, train: Split) -> list[str]
     assert source.label_sets is not None
     counts = source.label_sets.sum(1)[train.labels]
     average, none = f"{float(counts.mean()):.2f} of {len(source.classes):,} on average", int((counts == 0).sum())
+    if bool((counts == 1).all()):
+        warnings.warn(
+            "every image has exactly one of the classes, though each could have several, so the network learns a yes or no for "
+            "each class; if they exclude each other, give one label per image: y.argmax(1) of an array, one column of a table.",
+            UserWarning,
+            stacklevel=2,
+        )
     return [f"several classes per image: {average}, none in {none:,} of the images to train on"]
 
 
