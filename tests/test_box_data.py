@@ -256,7 +256,8 @@ def test_voc_annotations_as_tools_write_them(voc: Path) -> None:
     _voc_polygon(10, 12, 30, 12, 20, 40)(voc)
     _voc_text("<width>80<", "<width>80.0<")(voc)
     _voc_text("<difficult>0<", "<difficult>True<")(voc)
-    image = box_dataset.load_boxes(voc).train[1]
+    with pytest.warns(UserWarning, match="2 of 18 objects are marked difficult or iscrowd: not trained on"):
+        image = box_dataset.load_boxes(voc).train[1]
     assert image.size == (64, 80) and image.ignored.all()
     assert image.boxes.tolist() == [[1, 1, 9, 9], [10, 12, 30, 40]]
 
@@ -374,7 +375,8 @@ def test_crowds_in_run_lengths_are_not_evaluated(coco: Path) -> None:
     crowd = {"id": 99, "image_id": 1, "category_id": 7, "iscrowd": 1, "bbox": [0, 0, 2, 10]}
     crowd |= {"segmentation": {"counts": counts, "size": [64, 80]}}
     _json(lambda d: d["annotations"].append(crowd))(coco)
-    mask = mask_dataset.load_masks(coco).train[1].read()[1]
+    with pytest.warns(UserWarning, match="1 of 19 objects are marked difficult or iscrowd"):
+        mask = mask_dataset.load_masks(coco).train[1].read()[1]
     assert (mask[:10, :2] == 255).all() and (mask == 255).sum() == 20
 
 

@@ -6,6 +6,8 @@ import json
 import re
 import shutil
 import warnings
+import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,9 @@ from resnetlab.data.mask_files import read_codes
 from resnetlab.errors import DataError
 
 BOXES = layouts.BOXES | layouts.OUTLINES
+TOOL_EXPORTS = Path(__file__).parent / "data" / "tool_exports.zip"  # made by make_tool_exports.py beside it
+with zipfile.ZipFile(TOOL_EXPORTS) as opened:
+    TOOL_RECORD = json.loads(opened.read("record.json"))  # what the tools' own readers see
 
 
 def load(function: Any, root: Path) -> Any:
@@ -272,7 +277,11 @@ def test_rotated_and_round_regions(tmp_path: Path) -> None:
     file.write_text(json.dumps(content))
     mask = mask_dataset.load_masks(tmp_path / "b").train[0].read()[1]
     assert int(mask.sum()) == pytest.approx(np.pi * 100, rel=0.03)
-    content["shapes"][0]["shape_type"] = "line"
+    points = [[10, 20], [20, 10], [30, 20], [20, 30]]
+    content["shapes"] = [{"label": "round", "points": points, "shape_type": "oriented_rectangle"}]
+    file.write_text(json.dumps(content))
+    assert box_dataset.load_boxes(tmp_path / "b").train[0].boxes.tolist() == [[10, 10, 30, 30]]
+    content["shapes"] = [{"label": "round", "points": points[:2], "shape_type": "line"}]
     file.write_text(json.dumps(content))
     with pytest.raises(
         DataError, match=r"p0\.json, shape 1: its shape cannot be used: a line of 2 points encloses no area"
@@ -340,6 +349,78 @@ def test_broken_brushes_are_named(tmp_path: Path) -> None:
             load(box_dataset.load_boxes, tmp_path)
 
 
+def test_documents_that_are_not_cocos_do_not_hide_others(tmp_path: Path) -> None:
+    """Label Studio writes notes.json with categories beside YOLO's files."""
+    layouts.ultralytics(tmp_path)
+    notes = {"categories": [{"id": 0, "name": "round"}], "info": {"contributor": "Label Studio"}}
+    (tmp_path / "notes.json").write_text(json.dumps(notes))
+    assert load(box_dataset.load_boxes, tmp_path).layout.startswith("YOLO")
+    coco = tmp_path / "coco"
+    layouts.coco(coco, "images", "{split}.json")
+    (coco / "val.json").rename(coco / "kept")
+    (coco / "train.json").rename(coco / "result.json")
+    (coco / "notes.json").write_text(json.dumps(notes))
+    assert len(load(box_dataset.load_boxes, coco).train) == 5
+    (coco / "kept").rename(coco / "val.json")
+    (coco / "train.json").write_text("")
+    with pytest.raises(DataError, match=r"train\.json is broken JSON"):
+        load(box_dataset.load_boxes, coco)
+
+
+def test_where_all_are_crowds_they_are_objects(tmp_path: Path) -> None:
+    layouts.official_coco(tmp_path)
+    for file in tmp_path.rglob("instances_*.json"):
+        _change_json(file, lambda content: [entry.update(iscrowd=1) for entry in content["annotations"]])
+    with pytest.warns(UserWarning, match="every object is marked iscrowd, .* they are read as objects"):
+        data = box_dataset.load_boxes(tmp_path)
+    assert not any(image.ignored.any() for image in data.train)
+
+
+def test_voc_polygons_beside_boxes_are_masks(tmp_path: Path) -> None:
+    cells.make_voc_folder(tmp_path)
+    shutil.rmtree(tmp_path / "SegmentationClass")
+    for file in (tmp_path / "Annotations").iterdir():
+        outline = (
+            "<polygon><x1>4</x1><y1>4</y1><x2>14</x2><y2>4</y2><x3>14</x3><y3>9</y3><x4>4</x4><y4>9</y4></polygon>"
+        )
+        file.write_text(file.read_text().replace("</bndbox>", f"</bndbox>{outline}"))
+    for image in load(mask_dataset.load_masks, tmp_path).train:
+        mask = image.read()[1]
+        assert mask[4:9, 4:14].all() and mask.count_nonzero() == 50
+
+
+def test_voc_folders_inside_are_splits(tmp_path: Path) -> None:
+    """As CVAT keeps the folders of a task, and LabelMe 3.0 those of subsets."""
+    for split, seed in (("train", 0), ("train", 1), ("val", 2)):
+        image, _, objects = cells.scene(seed)
+        place = tmp_path / "Images" / split / "day 1" / f"p{seed}.png"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        image.save(place)
+        shapes = []
+        for name, (x1, y1, x2, y2) in objects:
+            points = "".join(f"<pt><x>{x}</x><y>{y}</y></pt>" for x, y in ((x1, y1), (x2, y1), (x2, y2), (x1, y2)))
+            shapes.append(f"<object><name>{name}</name><deleted>0</deleted><polygon>{points}</polygon></object>")
+        shapes.append(shapes[0].replace("<deleted>0", "<deleted>1"))
+        annotation = tmp_path / "Annotations" / split / "day 1" / f"p{seed}.xml"
+        annotation.parent.mkdir(parents=True, exist_ok=True)
+        annotation.write_text(f"<annotation>{''.join(shapes)}</annotation>")
+    data = load(box_dataset.load_boxes, tmp_path)
+    assert (len(data.train), len(data.test), data.evaluated_split) == (2, 1, "val")
+    assert data.test[0].boxes.tolist() == [list(box) for _, box in cells.scene(2)[2]]
+
+
+def test_yaml_as_its_library_writes_it(tmp_path: Path) -> None:
+    """PyYAML escapes letters beyond ASCII and breaks long lists."""
+    layouts.ultralytics(tmp_path)
+    names = """names: [round, "gr\\xF6\\xDFer, \\u4E2D", 'driver''s cab', 'a, b',\n  "say \\"no\\"", it's]"""
+    (tmp_path / "data.yaml").write_text(f"train: images/train\nval: images/val\n{names}\n")
+    classes = load(box_dataset.load_boxes, tmp_path).classes
+    assert classes == ("round", "größer, 中", "driver's cab", "a, b", 'say "no"', "it's")
+    (tmp_path / "data.yaml").write_text(f"{names[:-1]}\n")
+    with pytest.raises(DataError, match="is not closed; write one name a line"):
+        load(box_dataset.load_boxes, tmp_path)
+
+
 @pytest.mark.parametrize("layout", ["ultralytics", "yolo outlines", "roboflow coco", "roboflow voc"])
 def test_boxes_are_those_of_supervisions_readers(layout: str, tmp_path: Path) -> None:
     supervision = pytest.importorskip("supervision", reason="supervision is not installed")
@@ -360,3 +441,33 @@ def test_boxes_are_those_of_supervisions_readers(layout: str, tmp_path: Path) ->
         assert [theirs.classes[k] for k in detections.class_id] == [ours.classes[k] for k in image.labels]
         atol = 1.001 if layout == "roboflow voc" else 0.01  # it takes 1 off VOC's corners
         np.testing.assert_allclose(detections.xyxy, image.boxes.numpy(), rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("layout", TOOL_RECORD)
+def test_what_tools_wrote_is_read_as_they_read_it(layout: str, tmp_path: Path) -> None:
+    with zipfile.ZipFile(TOOL_EXPORTS) as content:
+        content.extractall(tmp_path, [name for name in content.namelist() if name.startswith(f"{layout}/")])
+    recorded = TOOL_RECORD[layout]
+    has_masks = any(image["masks"] for image in recorded.values())
+    if any(image["boxes"] for image in recorded.values()):
+        data = load(box_dataset.load_boxes, tmp_path / layout)
+        images = [*data.train, *data.val, *data.test]
+        assert {image.file.stem for image in images} == set(recorded)
+        for image in images:
+            seen = sorted([data.classes[k], *box] for k, box in zip(image.labels, image.boxes.tolist(), strict=True))
+            expected = recorded[image.file.stem]["boxes"]
+            if (
+                layout == "supervision pascal_voc"
+            ):  # it adds 1 to the upper left corner in the file; docs/differences.md
+                expected = [[name, x1 + 1, y1 + 1, x2, y2] for name, x1, y1, x2, y2 in expected]
+            assert [name for name, *_ in seen] == [name for name, *_ in expected]
+            np.testing.assert_allclose([box for _, *box in seen], [box for _, *box in expected], atol=2e-3)
+    if has_masks:
+        data = load(mask_dataset.load_masks, tmp_path / layout)
+        for masked in (*data.train, *data.val, *data.test):
+            mask = masked.read()[1].numpy()
+            for name, (pixels, checksum) in recorded[masked.file.stem.removesuffix("_leftImg8bit")]["masks"].items():
+                inside = mask == data.classes.index(name)
+                assert (int(inside.sum()), zlib.crc32(np.packbits(inside).tobytes())) == (pixels, checksum)
+    if not layout.startswith("label studio"):
+        assert len(data.train) == 2 and data.evaluated_split == "val"

@@ -6,7 +6,7 @@ used as the files give them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -154,6 +154,15 @@ def _scale_boxes(objects: list[ObjectRecord], size: tuple[int, int]) -> list[Obj
         )
         for thing in objects
     ]
+
+
+def note_ignored(found: Annotations, records: Mapping[str, Sequence[ImageRecord]]) -> Annotations:
+    """The annotations with a note on how many objects are ignored, if any is."""
+    objects = [thing for images in records.values() for record in images for thing in record.objects]
+    if not (ignored := sum(thing.ignored for thing in objects)):
+        return found
+    note = f"{ignored:,} of {len(objects):,} objects are marked difficult or iscrowd: not trained on, and no fault if missed"
+    return found._replace(notes=(*found.notes, note))
 
 
 def find_training_classes(splits: dict[str, list[ImageRecord]]) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from resnetlab.data.annotations import (
     find_training_classes,
     keep_images_of_their_size,
     make_annotated_image,
+    note_ignored,
 )
 from resnetlab.data.error_policy import ErrorPolicy
 from resnetlab.data.layouts import read_annotations
@@ -35,7 +36,7 @@ def load_boxes(root: Path, on_bad: str = "stop") -> AnnotatedDataset[AnnotatedIm
     if not classes:
         raise DataError(f"{root} has no box to train on; each object needs a class and a box.")
     splits = {split: [make_annotated_image(errors, r, classes) for r in images] for split, images in records.items()}
-    return arrange_annotated_splits(str(root), classes, splits, errors, found)
+    return arrange_annotated_splits(str(root), classes, splits, errors, note_ignored(found, records))
 
 
 def relabel_boxes(image: AnnotatedImage, indices: Tensor) -> AnnotatedImage:

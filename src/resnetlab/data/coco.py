@@ -21,9 +21,11 @@ from resnetlab.data.decode import SUFFIXES
 from resnetlab.data.error_policy import ErrorPolicy
 from resnetlab.data.file_lookup import ImageFinder, find_split
 from resnetlab.data.folder import SPLITS
+from resnetlab.data.text_files import find_encoding
 from resnetlab.errors import DataError
 from resnetlab.formatting import format_list
 
+PEEK = 2**16  # bytes of a JSON file that show whose it is
 # of official COCO's other documents, and of what data sets keep beside
 OTHER_DOCUMENTS = re.compile(r"(captions|person_keypoints|panoptic|stuff|image_info)_.*")
 # documents whose folder is named after their split
@@ -34,7 +36,7 @@ def read_coco(root: Path, errors: ErrorPolicy, masks: bool) -> Annotations:
     """The images of each split with their objects; classes in the order of the categories' ids."""
     files = find_coco_files(root)
     documents = {split: read_coco_document(file, masks) for split, file in files.items()}
-    notes = _drop_root_category(documents)
+    notes = (*_drop_root_category(documents), *_read_crowds_as_objects(documents))
     if unused := [file.relative_to(root).as_posix() for file in _list_documents(root) if file not in files.values()]:
         notes += (f"{format_list(unused)}: named after no split, and left out",)
     categories = {split: _read_categories(files[split], content) for split, content in documents.items()}
@@ -61,9 +63,7 @@ def find_coco_files(root: Path) -> dict[str, Path]:
     found: dict[str, Path] = {}
     other = []
     for file in _list_documents(root):
-        stem = file.stem
-        own_folder = OWN_FOLDERS.fullmatch(stem.lower()) and file.parent != root
-        split = find_split(file.parent.name if own_folder else stem)
+        split = _find_split(file, root)
         if not split:
             other.append(file)
         elif split in found:
@@ -80,6 +80,11 @@ def find_coco_files(root: Path) -> dict[str, Path]:
     return dict(sorted(found.items(), key=lambda item: (*SPLITS, "trainval", "").index(item[0])))
 
 
+def _find_split(file: Path, root: Path) -> str:
+    own_folder = OWN_FOLDERS.fullmatch(file.stem.lower()) and file.parent != root
+    return find_split(file.parent.name if own_folder else file.stem)
+
+
 def _list_documents(root: Path) -> list[Path]:
     """The JSON files in a folder and the folders in it; of official COCO's those with boxes and masks."""
     files = [
@@ -89,7 +94,15 @@ def _list_documents(root: Path) -> list[Path]:
         if file.suffix.lower() == ".json" and file.is_file() and not OTHER_DOCUMENTS.fullmatch(file.stem.lower())
     ]
     instances = [file for file in files if file.stem.lower().startswith("instances")]
-    return instances or files
+    return instances or [file for file in files if _find_split(file, root) or _may_be_coco(file)]
+
+
+def _may_be_coco(file: Path) -> bool:
+    """Whether the begin of a JSON file has a key of COCO's; categories and info alone are Label Studio's notes.json."""
+    with file.open("rb") as stream:
+        content = stream.read(PEEK)
+    keys = r'"(images|annotations)"\s*:' if len(content) < PEEK else r'"(images|annotations|categories)"\s*:'
+    return re.search(keys, content.decode(find_encoding(content), "replace")) is not None
 
 
 def _identify(value: Any) -> int | str | None:
@@ -110,6 +123,16 @@ def _drop_root_category(documents: Mapping[str, CocoDocument]) -> tuple[str, ...
         f"the category {name!r} is only the supercategory of others and has no object; it is left out"
         for _, name in sorted(roots, key=str)
     )
+
+
+def _read_crowds_as_objects(documents: Mapping[str, CocoDocument]) -> tuple[str, ...]:
+    """Reads crowds as objects where there is nothing else: CVAT and Datumaro mark all masks in run lengths so."""
+    annotations = [annotation for content in documents.values() for annotation in content.annotations]
+    if not annotations or not all(annotation.crowd for annotation in annotations):
+        return ()
+    for content in documents.values():
+        content.annotations = [annotation._replace(crowd=False) for annotation in content.annotations]
+    return ("every object is marked iscrowd, as some tools mark all masks; they are read as objects",)
 
 
 def _find_unused_parents(content: CocoDocument) -> set[tuple[int | str | None, str]]:

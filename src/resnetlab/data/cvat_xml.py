@@ -57,7 +57,7 @@ def read_cvat(root: Path, errors: ErrorPolicy, masks: bool) -> Annotations:
         classes |= dict.fromkeys(name.text or "" for name in document.findall("meta//label/name"))
         for item in document.findall("image"):
             name, where = item.get("name") or "", f"{file}, image {item.get('name')}"
-            subset = find_split(item.get("subset") or "")
+            subset = find_split(item.get("subset") or file.stem)  # Datumaro writes a file for each subset
             image = finder.find(name, ("", "images", *(f"images/{s}" for s in [item.get("subset")] if s)))
             size = (_read_pixels(item, "height"), _read_pixels(item, "width"))
             if image is None or 0 in size:

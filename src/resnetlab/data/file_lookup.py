@@ -47,11 +47,17 @@ class NameIndex:
         """The known stem that a line of a list means: a stem, a file name, a path, with a label or a second path behind it."""
         whole = LABEL_AT_END.sub("", line)
         for entry in (line, whole, *whole.split()[:1]):
-            last = entry.replace("\\", "/").rsplit("/", 1)[-1]
-            for stem in (entry, last, os.path.splitext(last)[0]):
-                if (found := self.find(stem)) is not None:
-                    return found
+            for path in _list_endings(entry):
+                for stem in (path, os.path.splitext(path)[0]):
+                    if (found := self.find(stem)) is not None:
+                        return found
         return None
+
+
+def _list_endings(path: str) -> list[str]:
+    """A path, and what is left without its first folder, its first two, and so on: "a/b.png", "b.png"."""
+    parts = re.split(r"[/\\]", path)
+    return [path, *("/".join(parts[i:]) for i in range(1, len(parts)))]
 
 
 class ImageFinder:
@@ -61,7 +67,7 @@ class ImageFinder:
         self.root = root
         self.paths = [os.path.relpath(file, root).replace(os.sep, "/") for file in _list_files(root)]
         self._index = NameIndex(self.paths)
-        self.folders = sorted({path.rpartition("/")[0] for path in self.paths})
+        self.folders = sorted({path[: slash.start()] for path in self.paths for slash in re.finditer("/", path)})
         self._by_last: dict[str, list[str]] = defaultdict(list)
         for path in self.paths:
             self._by_last[name_key(path.rsplit("/", 1)[-1])].append(path)
@@ -71,9 +77,10 @@ class ImageFinder:
 
         None if there is none, or several files have that last part.
         """
-        for folder in folders:
-            if (found := self._index.find(f"{folder}/{name}" if folder else name)) is not None:
-                return self.root / found
+        for path in (name, *_list_endings(name)[1:-1]):  # data/obj_train_data/a.png: data/ was on another machine
+            for folder in folders:
+                if (found := self._index.find(f"{folder}/{path}" if folder else path)) is not None:
+                    return self.root / found
         for folder in folders:  # elsewhere, hidden, or with an unusual suffix
             if os.path.isfile(self.root / folder / name):  # Path.is_file raises for a name that is too long
                 return self.root / folder / name

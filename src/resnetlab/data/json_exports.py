@@ -1,4 +1,4 @@
-"""Annotation tools' own JSON: LabelMe (a file beside each image), Label Studio (one list of tasks), FiftyOne."""
+"""Annotation tools' own JSON: LabelMe (a file beside each image), Label Studio (one list of tasks), FiftyOne, CreateML."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def _read_shape(shape: Any, where: str, size: tuple[int, int], errors: ErrorPoli
 
 def _outline(kind: str, points: list[tuple[float, float]], shape: Any, size: tuple[int, int]) -> Any:
     """COCO's segmentation of a shape; raises ValueError for one without an area."""
-    if kind == "polygon":
+    if kind == "polygon" or (kind == "oriented_rectangle" and len(points) == 4):
         return [[v for point in points for v in point]]
     if kind in ("rectangle", "mask") and len(points) == 2:
         (x1, x2), (y1, y2) = (sorted(axis) for axis in zip(*points, strict=True))
@@ -289,6 +289,31 @@ def read_fiftyone(root: Path, errors: ErrorPolicy, masks: bool) -> Annotations:
             record = ImageRecord(finder.name_of(image), image, str(file), (0, 0), objects, relative=True)
             _add_record(splits, file, root, record)
     return Annotations("FiftyOne", classes or None, dict(splits))
+
+
+def read_createml(root: Path, errors: ErrorPolicy, masks: bool) -> Annotations:
+    """CreateML: [{"image", "annotations": [{"label", "coordinates": {"x", "y", "width", "height"}}]}], x and y the centre."""
+    splits: dict[str, list[ImageRecord]] = {}
+    finder = ImageFinder(root)
+    for file in list_json_files(root):
+        beside = file.parent.relative_to(root).as_posix().removeprefix(".")
+        for number, entry in enumerate(read_json(file), 1):
+            name = str(entry.get("image") or entry.get("imagefilename") or "")
+            if (image := finder.find(name, (beside, ""))) is None:
+                errors.reject(f"{file}, entry {number}", f"its image {name} does not exist in {file.parent}")
+                continue
+            objects = []
+            for i, thing in enumerate(entry["annotations"], 1):
+                where = f"{file}, {name}, annotation {i}"
+                try:
+                    x, y, w, h = (float(thing["coordinates"][key]) for key in ("x", "y", "width", "height"))
+                    box = (x - w / 2, y - h / 2, x + w / 2, y + h / 2)
+                    objects.append(ObjectRecord(where, str(thing["label"]), box))
+                except (KeyError, TypeError, ValueError):
+                    errors.reject(where, "it has no label and coordinates x, y, width and height")
+                    objects.append(ObjectRecord(where, None, None))
+            _add_record(splits, file, root, ImageRecord(finder.name_of(image), image, str(file), (0, 0), objects))
+    return Annotations("CreateML", None, dict(splits))
 
 
 def _read_detection(entry: Any, where: str, classes: tuple[str, ...], errors: ErrorPolicy) -> ObjectRecord:

@@ -14,6 +14,7 @@ from resnetlab.data.error_policy import ErrorPolicy
 from resnetlab.data.file_lookup import list_subfolders
 from resnetlab.data.json_exports import (
     list_json_files,
+    read_createml,
     read_fiftyone,
     read_fiftyone_samples,
     read_label_studio,
@@ -76,6 +77,8 @@ LAYOUTS = (  # the first that matches is read
     Layout("LabelMe's (JSON beside images)", lambda root: _has_json(root, "{", "shapes"), read_labelme),
     Layout("COCO's (train.json, annotations/instances_train2017.json, train/_annotations.coco.json, result.json and so on)",
            _has_coco, read_coco),
+    Layout("CreateML's (_annotations.createml.json)",
+           lambda root: _has_json(root, "[", "annotations", "coordinates"), read_createml),
     Layout("Label Studio's (a JSON list of tasks)", lambda root: _has_json(root, "["), read_label_studio),
     Layout("YOLO's (data.yaml or classes.txt, with labels/*.txt)", find_yolo_labels, read_yolo),
     Layout("images and masks in folders (images/ and masks/, train/ and trainannot/, leftImg8bit/ and gtFine/)",

@@ -22,6 +22,7 @@ from resnetlab.data.annotations import (
     find_label,
     find_training_classes,
     keep_images_of_their_size,
+    note_ignored,
     read_image_of_size,
 )
 from resnetlab.data.error_policy import ErrorPolicy
@@ -122,6 +123,7 @@ def load_masks(root: Path, on_bad: str = "stop", class_255: str = "") -> Annotat
             split: [MaskedImage(r.name, r.file, make_object_masks(r, classes, errors), r.size) for r in images]
             for split, images in records.items()
         }
+    found = note_ignored(found, records)
     return _require_classes(arrange_annotated_splits(str(root), classes, splits, errors, found))
 
 
@@ -144,7 +146,8 @@ def _read_mask_files(
     """Classes, and the images whose masks fit; the masks of the training images come first in deciding what values mean."""
     ordered = sorted(records, key=lambda split: split not in ("train", "trainval"))
     files = [record.mask for split in ordered for record in records[split] if record.mask is not None]
-    meaning = cityscapes_classes(files) or decide_mask_classes(files, read_label_map(root), class_255)
+    label_map = read_label_map(root)
+    meaning = (None if label_map else cityscapes_classes(files)) or decide_mask_classes(files, label_map, class_255)
     if meaning.note:
         warnings.warn(f"{root}: {meaning.note}.", UserWarning, stacklevel=3)
     splits: dict[str, list[MaskedImage]] = {split: [] for split in records}

@@ -18,7 +18,7 @@ from resnetlab.data.annotations import Annotations, ImageRecord
 from resnetlab.data.error_policy import ErrorPolicy
 from resnetlab.data.file_lookup import ImageFinder, find_split, name_key
 from resnetlab.data.mask_files import VOID, MaskClasses
-from resnetlab.data.voc import list_by_stem, list_voc_images, read_voc_splits
+from resnetlab.data.voc import list_by_stem, list_voc_images, read_voc_splits, split_by_folders
 from resnetlab.errors import DataError
 
 MASK_FOLDER = re.compile(
@@ -40,9 +40,9 @@ CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 
 def read_voc_masks(root: Path, errors: ErrorPolicy, masks: bool) -> Annotations:
     """Pascal VOC's SegmentationClass/, JPEGImages/ and lists."""
     folder = root / "SegmentationClass"
-    files, images = list_by_stem(folder, (".png",)), list_voc_images(root / "JPEGImages")
+    files, images = list_by_stem(folder, (".png",), deep=True), list_voc_images(root / "JPEGImages")
     lists = read_voc_splits(root / "ImageSets" / "Segmentation", [*images, *files])
-    lists = lists or {"": sorted(set(images) | set(files))}
+    lists = lists or split_by_folders(sorted(set(images) | set(files)))
     records = {}
     for stem in dict.fromkeys(stem for stems in lists.values() for stem in stems):
         if stem not in images:
@@ -52,7 +52,7 @@ def read_voc_masks(root: Path, errors: ErrorPolicy, masks: bool) -> Annotations:
         elif stem not in files:
             errors.reject(str(images[stem]), f"it has no mask {folder / f'{stem}.png'}")
         else:
-            name = f"JPEGImages/{images[stem].name}"
+            name = images[stem].relative_to(root).as_posix()
             records[stem] = ImageRecord(name, images[stem], str(files[stem]), (0, 0), [], mask=files[stem])
     splits = {split: [records[stem] for stem in stems if stem in records] for split, stems in lists.items()}
     return Annotations("Pascal VOC masks", None, dict(splits))

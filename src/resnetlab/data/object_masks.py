@@ -30,11 +30,13 @@ class ObjectMask:
 
     Attributes:
         polygons: int32 (2, n) each: x and y of the corners in fifths of a pixel; the object is their union.
+        extent: the smallest box around the polygons' corners as they were given, (x1, y1, x2, y2) in pixels.
         runs: instead of polygons, where the pixels change, int32 (n,), and
         size: (height, width) that they are meant for.
     """
 
     polygons: tuple[NDArray[np.int32], ...] = ()
+    extent: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
     runs: NDArray[np.int32] | None = None
     size: tuple[int, int] = (0, 0)
 
@@ -55,8 +57,7 @@ class ObjectMask:
     def bounds(self) -> tuple[float, float, float, float]:
         """The smallest box around the object, (x1, y1, x2, y2) in pixels."""
         if self.runs is None:
-            xs, ys = np.concatenate(self.polygons, axis=1) / OVERSAMPLING
-            return float(xs.min()), float(ys.min()), float(xs.max()), float(ys.max())
+            return self.extent
         mask = np.zeros(self.size, np.uint8)
         self.paint(mask, 1)
         rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
@@ -83,10 +84,14 @@ def parse_segmentation(segmentation: Any, size: tuple[int, int]) -> ObjectMask:
         raise ValueError("has no polygon and no run lengths" if not segmentation else "is no list of polygons")
     if all(is_number(value) for value in segmentation):  # one polygon that is not in a list of its own
         segmentation = [segmentation]
-    return ObjectMask(tuple(_parse_polygon(polygon, size) for polygon in segmentation))
+    polygons = [_parse_polygon(polygon, size) for polygon in segmentation]
+    xs, ys = np.concatenate(polygons, axis=1)
+    fifths = tuple(np.trunc(OVERSAMPLING * corners + 0.5).astype(np.int32) for corners in polygons)
+    return ObjectMask(fifths, (float(xs.min()), float(ys.min()), float(xs.max()), float(ys.max())))
 
 
-def _parse_polygon(polygon: Any, size: tuple[int, int]) -> NDArray[np.int32]:
+def _parse_polygon(polygon: Any, size: tuple[int, int]) -> NDArray[np.float64]:
+    """The corners (2, n) in pixels."""
     listed = isinstance(polygon, list | tuple) and all(is_number(value) for value in polygon)
     if not listed and not isinstance(polygon, array):
         raise ValueError("has a polygon that is no list of numbers")
@@ -103,7 +108,7 @@ def _parse_polygon(polygon: Any, size: tuple[int, int]) -> NDArray[np.int32]:
         x, y = corners[:, int(outside.argmax())]
         of = f" of {width}x{height} pixels" if size != (0, 0) else ""
         raise ValueError(f"has the corner ({x:g}, {y:g}), which is outside the image{of}")
-    return np.trunc(OVERSAMPLING * corners + 0.5).astype(np.int32)
+    return corners
 
 
 def _parse_runs(segmentation: dict[str, Any], size: tuple[int, int]) -> ObjectMask:

@@ -4,8 +4,9 @@
       <object><name>WBC</name><difficult>0</difficult><bndbox><xmin>260</xmin>…</bndbox></object></annotation>
 
 Without lists there is one split "" of all annotated images. An image without an <object> is background. An object may have a
-<polygon><x1>…</x1><y1>…</y1>…</polygon> (RectLabel, Labelbox) in the place of its <bndbox>. Images may also be in images/, or
-beside their XML, in the folder (LabelImg) or in a folder for each split (Roboflow).
+<polygon><x1>…</x1><y1>…</y1>…</polygon> (RectLabel, Labelbox) or <polygon><pt><x>…</x><y>…</y></pt>…</polygon> ("LabelMe 3.0")
+beside its <bndbox> or in its place. Images may also be in images/, or beside their XML, in the folder (LabelImg) or in a folder
+for each split (Roboflow). Both folders may have folders inside, whose names may be of splits.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ TRUE = ("1", "true", "yes")
 def find_voc_folders(root: Path) -> dict[str, tuple[Path, Path]]:
     """(folder of annotations, folder of images) of each split; "" for all together. Empty if there is no XML."""
     annotations = find_entry(root, "Annotations")
-    if annotations is not None and list_by_stem(annotations, (".xml",)):
+    if annotations is not None and list_by_stem(annotations, (".xml",), deep=True):
         return {"": (annotations, find_entry(root, "JPEGImages", "images") or root / "JPEGImages")}
     found: dict[str, tuple[Path, Path]] = {}
     for folder in (root, *list_subfolders(root)):
@@ -47,10 +48,13 @@ def read_voc(root: Path, errors: ErrorPolicy, masks: bool) -> Annotations:
     folders = find_voc_folders(root)
     splits: dict[str, Iterable[ImageRecord]] = {}
     for split, (annotation_folder, image_folder) in folders.items():
-        images, annotations = list_voc_images(image_folder), list_by_stem(annotation_folder, (".xml",))
+        images = list_voc_images(image_folder, deep=not split and image_folder != root)
+        annotations = list_by_stem(annotation_folder, (".xml",), deep=annotation_folder != image_folder)
         lists = {split: sorted(set(images) | set(annotations))}
         if not split:
-            lists = read_voc_splits(root / "ImageSets" / "Main", [*images, *annotations]) or lists
+            lists = read_voc_splits(root / "ImageSets" / "Main", [*images, *annotations]) or split_by_folders(
+                lists[split]
+            )
         parsed = {}
         for stem in dict.fromkeys(stem for stems in lists.values() for stem in stems):
             expected = annotations.get(stem, annotation_folder / f"{stem}.xml")
@@ -58,25 +62,30 @@ def read_voc(root: Path, errors: ErrorPolicy, masks: bool) -> Annotations:
                 errors.reject(str(expected), f"its image {stem} is not in {image_folder}")
             elif stem not in annotations:
                 errors.reject(str(images[stem]), f"it has no annotation {expected}")
-            elif (record := read_voc_annotation(root, expected, images[stem], errors)) is not None:
+            elif (record := read_voc_annotation(root, expected, images[stem], errors, masks)) is not None:
                 parsed[stem] = record
         splits |= {name: [parsed[stem] for stem in stems if stem in parsed] for name, stems in lists.items()}
     return Annotations("Pascal VOC", None, splits)
 
 
-def list_voc_images(folder: Path) -> dict[str, Path]:
+def list_voc_images(folder: Path, deep: bool = True) -> dict[str, Path]:
     """The images of a folder by their names without suffix. Raises DataError for two of one name, or no image."""
-    if not (images := list_by_stem(folder, SUFFIXES)):
+    if not (images := list_by_stem(folder, SUFFIXES, deep)):
         raise DataError(f"{folder} holds no image ({', '.join(sorted(SUFFIXES))}).")
     return images
 
 
-def list_by_stem(folder: Path, suffixes: Container[str]) -> dict[str, Path]:
-    """The files of a folder that have one of some suffixes, by their names without it; raises DataError for two of one name."""
+def list_by_stem(folder: Path, suffixes: Container[str], deep: bool = False) -> dict[str, Path]:
+    """The files of a folder that have one of some suffixes, by their names without it; raises DataError for two of one name.
+
+    Args:
+        deep: also the files of the folders in it, by their paths ("day 1/0001"), as CVAT keeps the folders of a task.
+    """
     files: dict[str, Path] = {}
-    for file in sorted(folder.iterdir()) if folder.is_dir() else ():
-        if file.suffix.lower() in suffixes and not file.name.startswith("."):
-            stem = unicodedata.normalize("NFC", file.stem)
+    for file in sorted(folder.rglob("*") if deep else folder.iterdir()) if folder.is_dir() else ():
+        inner = file.relative_to(folder)
+        if file.suffix.lower() in suffixes and not any(part.startswith(".") for part in inner.parts):
+            stem = unicodedata.normalize("NFC", inner.with_suffix("").as_posix())
             if stem in files:
                 kind = "annotations" if ".xml" in suffixes else "images"
                 raise DataError(f"{files[stem]} and {file.name} have one name for two {kind}; rename one of them.")
@@ -122,7 +131,17 @@ def read_voc_splits(folder: Path, stems: Iterable[str]) -> dict[str, list[str]]:
     return splits
 
 
-def read_voc_annotation(root: Path, file: Path, image: Path, errors: ErrorPolicy) -> ImageRecord | None:
+def split_by_folders(stems: Iterable[str]) -> dict[str, list[str]]:
+    """Names by the split that a folder in them is for ("train/0001"); "" for those of no split."""
+    splits: dict[str, list[str]] = {}
+    for stem in stems:
+        splits.setdefault(next(filter(None, map(find_split, stem.split("/")[:-1])), ""), []).append(stem)
+    return splits
+
+
+def read_voc_annotation(
+    root: Path, file: Path, image: Path, errors: ErrorPolicy, masks: bool = False
+) -> ImageRecord | None:
     """The objects of an annotation; rejects objects that are broken, or the whole file (None)."""
     try:
         tree = ElementTree.fromstring(read_bytes(file))
@@ -140,8 +159,10 @@ def read_voc_annotation(root: Path, file: Path, image: Path, errors: ErrorPolicy
         return None
     objects = []
     for number, item in enumerate(tree.findall("object"), 1):
+        if (item.findtext("deleted") or "").strip() in TRUE:  # in LabelMe 3.0
+            continue
         try:
-            objects.append(_parse_object(item, f"{file}, object {number}"))
+            objects.append(_parse_object(item, f"{file}, object {number}", masks))
         except ValueError as error:
             errors.reject(f"{file}, object {number}", str(error))
             objects.append(ObjectRecord(f"{file}, object {number}", None, None))
@@ -149,16 +170,20 @@ def read_voc_annotation(root: Path, file: Path, image: Path, errors: ErrorPolicy
     return ImageRecord(image.relative_to(root).as_posix(), image, str(file), known, objects)
 
 
-def _parse_object(item: ElementTree.Element, where: str) -> ObjectRecord:
-    """One <object>; raises ValueError."""
+def _parse_object(item: ElementTree.Element, where: str, masks: bool) -> ObjectRecord:
+    """One <object>; its <polygon> is read for a mask, or where there is no <bndbox>. Raises ValueError."""
     name = _child_text(item, "name")
     ignored = (item.findtext("difficult") or "").strip().lower() in TRUE
-    polygon = item.find("polygon")
-    if item.find("bndbox") is None and polygon is not None:
-        corners = sorted(polygon, key=lambda c: (int(re.sub(r"\D", "", c.tag) or 0), c.tag))  # x1, y1, x2, …
-        return ObjectRecord(where, name, None, [[float(corner.text or "nan") for corner in corners]], ignored)
+    polygon, outline, has_box = item.find("polygon"), None, item.find("bndbox") is not None
+    if polygon is not None and (masks or not has_box):
+        numbers = [e for e in polygon.iter() if re.fullmatch(r"[xy]\d*", e.tag)]
+        if polygon.find("pt") is None:
+            numbers.sort(key=lambda e: (int(e.tag[1:] or 0), e.tag))  # x1, y1, x2, …
+        outline = [[float(e.text or "nan") for e in numbers]]
+        if not has_box:
+            return ObjectRecord(where, name, None, outline, ignored)
     x1, y1, x2, y2 = (_child_number(item, f"bndbox/{key}") for key in ("xmin", "ymin", "xmax", "ymax"))
-    return ObjectRecord(where, name, (x1, y1, x2, y2), None, ignored)
+    return ObjectRecord(where, name, (x1, y1, x2, y2), outline, ignored)
 
 
 def _child_text(element: ElementTree.Element, path: str) -> str:

@@ -3,8 +3,8 @@
     images/train/1.jpg   labels/train/1.txt      "3 0.5 0.5 0.2 0.1": class, centre, width and height as fractions of the image,
     train/images/1.jpg   train/labels/1.txt      or "3 x1 y1 x2 y2 x3 y3 …", an outline
 
-data.yaml has `names`, and `train`, `val` and `test`: folders or lists of images. An image without a text file, or
-with an empty one, is background.
+data.yaml has `names`, and `train`, `val` and `test`: folders or lists of images; obj.data (Darknet, CVAT's "YOLO 1.1") names
+lists of images. An image without a text file, or with an empty one, is background.
 """
 
 from __future__ import annotations
@@ -20,6 +20,10 @@ from resnetlab.data.text_files import peek_lines, read_lines, read_text
 from resnetlab.errors import DataError
 
 CLASS_FILES = ("classes.txt", "obj.names", "_darknet.labels", "labels.txt")
+ESCAPE = re.compile(r"\\(x[0-9A-Fa-f]{2}|u[0-9A-Fa-f]{4}|U[0-9A-Fa-f]{8}|.)")
+INLINE_ITEM = re.compile(
+    r"""\s*((?:[^,:"']+:\s*)?(?:"(?:\\.|[^"\\])*"|'(?:''|[^'])*'|[^,]+))"""
+)  # of [a, "b"] and {0: a, 1: "b"}
 
 
 class YoloConfig(NamedTuple):
@@ -89,7 +93,10 @@ def read_yolo_config(root: Path) -> YoloConfig:
             splits = {split: [value] if isinstance(value, str) else list(value) for split, value in places.items()}
             return YoloConfig(file, tuple(map(str, names)), splits, str(values.get("path") or ""))
     if (class_file := find_entry(root, *CLASS_FILES)) is not None:
-        return YoloConfig(None, tuple(read_lines(class_file)), {})
+        darknet = find_entry(root, "obj.data")
+        pairs = (line.partition("=") for line in read_lines(darknet)) if darknet is not None else ()
+        places = {find_split(key.strip()): [place.strip()] for key, _, place in pairs if find_split(key.strip())}
+        return YoloConfig(darknet, tuple(read_lines(class_file)), places)
     raise DataError(f"{root} has YOLO's labels, but no data.yaml with `names` and no classes.txt; add one of them.")
 
 
@@ -100,8 +107,8 @@ def parse_simple_yaml(file: Path) -> dict[str, Any]:
     """
     values: dict[str, Any] = {}
     key = ""
-    lines = read_text(file).split("\n")
-    for line in (re.sub(r"\s+#.*$|^#.*$", "", line).rstrip() for line in lines):
+    lines = iter([re.sub(r"\s+#.*$|^#.*$", "", line).rstrip() for line in read_text(file).split("\n")])
+    for line in lines:
         item = re.fullmatch(r"\s*-\s+(.*)", line)
         pair = re.fullmatch(r"(\s*)([^\s:][^:]*):(?:\s+(.*))?", line)
         if item and key:
@@ -110,19 +117,27 @@ def parse_simple_yaml(file: Path) -> dict[str, Any]:
             values[key] = {**(values[key] or {}), _parse_scalar(pair[2]): _parse_scalar(pair[3] or "")}
         elif pair and not pair[1]:
             key, text = pair[2].strip(), (pair[3] or "").strip()
-            values[key] = _parse_inline(text, file) if text[:1] in ("[", "{") else _parse_scalar(text)
+            if close := {"[": "]", "{": "}"}.get(text[:1]):
+                while not text.endswith(close):  # it goes on on the next line
+                    if (more := next(lines, None)) is None:
+                        raise DataError(f"{file}: {text[:40]!r} is not closed; write one name a line.")
+                    text += f" {more.strip()}"
+            values[key] = _parse_inline(text) if close else _parse_scalar(text)
     return values
 
 
 def _parse_scalar(text: str) -> str:
+    """A text without its quotes; in double ones, backslash and x, u or U with hexadecimal digits are a character."""
     text = text.strip()
-    return text[1:-1] if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"" else text
+    if len(text) < 2 or text[0] != text[-1] or text[0] not in "'\"":
+        return text
+    if text[0] == "'":
+        return text[1:-1].replace("''", "'")
+    return ESCAPE.sub(lambda m: chr(int(m[1][1:], 16)) if m[1][1:] else m[1], text[1:-1])
 
 
-def _parse_inline(text: str, file: Path) -> Any:
-    if text[-1] != {"[": "]", "{": "}"}[text[0]]:
-        raise DataError(f"{file}: {text[:40]!r} is not closed on its line; write one name a line.")
-    parts = re.findall(r"""\s*((?:"[^"]*"|'[^']*'|[^,"'])+)""", text[1:-1])
+def _parse_inline(text: str) -> Any:
+    parts = [part for part in INLINE_ITEM.findall(text[1:-1]) if part.strip()]
     if text[0] == "[":
         return [_parse_scalar(part) for part in parts]
     return {_parse_scalar(key): _parse_scalar(value) for key, _, value in (part.partition(":") for part in parts)}
