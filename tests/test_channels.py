@@ -16,13 +16,14 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+import cells
 import resnetlab
 from images import png_of
 from resnetlab.cli.main import main
-from resnetlab.data import sources
+from resnetlab.data import box_dataset, sources
 from resnetlab.data.annotations import read_image_of_size
 from resnetlab.data.check import check_dataset
-from resnetlab.data.decode import decode_as, decode_pixels, find_pixel_format, read_upright_size
+from resnetlab.data.decode import decode_as, decode_pixels, find_pixel_format, read_header
 from resnetlab.data.objects import dataset_from_object
 from resnetlab.data.pack import pack_shards
 from resnetlab.data.prefetch import preprocess_image
@@ -217,11 +218,36 @@ def test_eight_bit_readers_refuse_several_channels(name: str) -> None:
 def test_arrays_of_eight_bits_are_images_for_a_detector(tmp_path: Path) -> None:
     colours = random_array((20, 24, 3), "uint8")
     (tmp_path / "a.npy").write_bytes(npy(colours))
-    assert read_upright_size(tmp_path / "a.npy") == (20, 24)
+    assert read_header(tmp_path / "a.npy") == ((20, 24), False)
     assert np.array_equal(read_image_of_size(tmp_path / "a.npy", (20, 24)).numpy(), colours)
     (tmp_path / "b.npy").write_bytes(npy(random_array((20, 24, 5), "uint16")))
     with pytest.raises(DataError, match=r"b\.npy has 5 channels of 16 bits, where grey or RGB of 8 bits are expected"):
-        read_upright_size(tmp_path / "b.npy")
+        read_header(tmp_path / "b.npy")
+
+
+def test_a_few_deep_images_among_others_are_read_as_eight_bits(tmp_path: Path) -> None:
+    """One PNG of 16 bits that comes first made all others "of another kind", which `skip` left out."""
+    for i in range(6):
+        values = random_array((20, 24, 3), "uint16" if i == 0 else "uint8")
+        place = tmp_path / "ab"[i % 2] / f"{i}.png"
+        place.parent.mkdir(exist_ok=True)
+        place.write_bytes(deep_png(values) if i == 0 else png(values))
+    split = sources.load_dataset(str(tmp_path), tmp_path).all_images
+    assert split is not None
+    with pytest.warns(UserWarning, match=r"images of 8 bits beside 3 channels of 16 bits: all are read as 8 bits"):
+        assert split.find_pixel_format() == RGB
+    with pytest.warns(UserWarning, match="all are read as 8 bits"):
+        report = check_dataset(sources.load_dataset(str(tmp_path), tmp_path))
+    assert [(Path(p.file).name, p.detail) for p in report.problems if "bits" in p.detail] == [
+        ("0.png", "its values have more than 8 bits and are scaled to 8")
+    ]
+
+
+def test_a_detector_says_that_it_scales_to_eight_bits(tmp_path: Path) -> None:
+    cells.make_voc_folder(tmp_path, 2, 1)
+    (tmp_path / "JPEGImages" / "p1.png").write_bytes(deep_png(random_array((64, 80, 3), "uint16")))
+    with pytest.warns(UserWarning, match=r"^1 image with more than 8 bits per value, scaled to 8, such as .*p1\.png"):
+        box_dataset.load_boxes(tmp_path)
 
 
 def test_a_number_of_channels_settles_what_an_array_leaves_open() -> None:

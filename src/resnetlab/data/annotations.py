@@ -6,6 +6,7 @@ used as the files give them.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from resnetlab.data.decode import decode_pixels, read_upright_size
+from resnetlab.data.decode import decode_pixels, read_header
 from resnetlab.data.error_policy import ErrorPolicy
 from resnetlab.data.object_masks import parse_segmentation
 from resnetlab.data.text_files import read_bytes
 from resnetlab.errors import DataError
+from resnetlab.formatting import format_count
 
 MIN_EXTENT = 0.01  # pixels: a narrower box was drawn by nobody, and may be empty in float32 once the image is resized
 ROUNDING = 1e-3  # by which fractions of an image's side may be below 0 or above 1, since tools round them
@@ -126,16 +128,24 @@ def check_size(file: Path, upright: tuple[int, int], size: tuple[int, int]) -> N
 
 
 def keep_images_of_their_size(records: Iterable[ImageRecord], errors: ErrorPolicy) -> Iterable[ImageRecord]:
-    """The images whose files can be opened and have their annotation's size; fills in a size that is not given."""
+    """The images whose files can be opened and have their annotation's size; fills in a size that is not given.
+
+    Warns of values that are scaled to 8 bits.
+    """
+    deep: list[str] = []
     for record in records:
         try:
-            upright = read_upright_size(record.file)
+            upright, is_deep = read_header(record.file)
             check_size(record.file, upright, record.size)
         except DataError as error:
             errors.handle({record.name: str(error)})
         else:
             objects = _scale_boxes(record.objects, upright) if record.relative else record.objects
+            deep += [str(record.file)] * is_deep
             yield record._replace(size=upright, objects=objects, relative=False)
+    if deep:
+        words = f"{format_count(len(deep), 'image')} with more than 8 bits per value, scaled to 8, such as {deep[0]}."
+        warnings.warn(words, UserWarning, stacklevel=2)
 
 
 def _scale_boxes(objects: list[ObjectRecord], size: tuple[int, int]) -> list[ObjectRecord]:

@@ -37,7 +37,7 @@ from torch import Tensor
 from resnetlab.data import folder
 from resnetlab.data.array_files import NPY
 from resnetlab.data.dataset import Dataset, Split
-from resnetlab.data.decode import decode, decode_as, find_damage
+from resnetlab.data.decode import decode, decode_as, find_damage, has_deep_values
 from resnetlab.data.disk_split import DiskSplit, FileNames, FileSource
 from resnetlab.data.error_policy import ErrorPolicy
 from resnetlab.data.prefetch import prefetch
@@ -268,9 +268,10 @@ def check_file(content: bytes, name: str, pixel_format: PixelFormat = RGB) -> Im
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         image = decode(content, name)
-        kind, mode, metadata = "NPY", image.mode, ""
+        kind, mode, metadata, is_deep = "NPY", image.mode, "", False
         with Image.open(io.BytesIO(content)) if not content.startswith(NPY) else contextlib.nullcontext() as header:
             kind, mode = (header.format or "?", header.mode) if header else (kind, mode)
+            is_deep = header is not None and has_deep_values(header)
             try:
                 _ = header and header.getexif()
             except Exception as error:  # the pixels are intact, but the metadata are not
@@ -280,6 +281,8 @@ def check_file(content: bytes, name: str, pixel_format: PixelFormat = RGB) -> Im
     ]
     if metadata:
         suspicious.append(metadata)
+    if is_deep:
+        suspicious.append("its values have more than 8 bits and are scaled to 8")
     if (damage := find_damage(content, kind)) is not None:
         suspicious.append(f"it is damaged, though it can be read: {damage}")
     suffix = os.path.splitext(name)[1].lower()

@@ -329,12 +329,20 @@ def _name_errors(name: str) -> Iterator[None]:
         raise DataError(f"{name} is damaged: {error or type(error).__name__}") from error
 
 
-def read_upright_size(file: Path) -> tuple[int, int]:
-    """(height, width) of an image as `decode` gives it, from its header; raises DataError if that cannot be read."""
+def read_header(file: Path) -> tuple[tuple[int, int], bool]:
+    """(height, width) of an image as `decode` gives it, and whether that scales its values to 8 bits; only the header is read.
+
+    Raises DataError if that cannot be read.
+    """
     check_regular_file(file)
     with _name_errors(str(file)), _open(file) as image:
-        width, height = image.size
-        return (width, height) if read_orientation(image) in TURNED else (height, width)
+        (width, height), is_deep = image.size, has_deep_values(image)
+        return ((width, height) if read_orientation(image) in TURNED else (height, width)), is_deep
+
+
+def has_deep_values(image: Image.Image) -> bool:
+    """Whether an image, opened and not yet loaded, has more than 8 bits per value, which `decode` scales to 8."""
+    return image.mode.startswith("I") or any(";16" in str(tile) for tile in getattr(image, "tile", ()))
 
 
 def _apply_orientation(image: Image.Image) -> Image.Image:

@@ -33,6 +33,7 @@ from resnetlab.formatting import parse_json
 from resnetlab.preprocessing import RGB, PixelFormat
 
 CHUNK = 1 << 14  # names read at once
+SAMPLED = 16  # images that are looked at where the first is no ordinary one
 
 
 class FileNames(Sequence[str]):
@@ -250,7 +251,14 @@ class DiskSplit(IndexedSplit):
             index = int(self.indices[i])
             return find_pixel_format(self.source.read(index), self.source.display_name(index), channels)
 
-        return next((found for _, found in self.errors.read_each(range(len(self)), find, self.name_of)), RGB)
+        first = next((found for _, found in self.errors.read_each(range(len(self)), find, self.name_of)), RGB)
+        if first.dtype != "uint16" or first.channels not in (1, 3):  # others cannot be read as 8 bits
+            return first
+        others = ErrorPolicy("skip").read_each(range(0, len(self), max(1, len(self) // SAMPLED)), find, self.name_of)
+        if (plain := next((found for _, found in others if not found.dtype), None)) is None:
+            return first
+        warnings.warn(f"images of 8 bits beside {first}: all are read as 8 bits.", UserWarning, stacklevel=2)
+        return plain
 
     def require_readable(self) -> None:
         """Opens every image, and decodes those that look cut short, so that a run does not find out at its end.
