@@ -303,6 +303,18 @@ METADATA = {
 }
 
 
+def test_sizes_of_pngs_are_found_without_decoding_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    turned = Image.Exif()
+    turned[274] = 6
+    xmp = png_with(b"iTXt", b'XML:com.adobe.xmp\0\0\0\0\0<x tiff:Orientation="6"/>')
+    for content in (encoded(photo(1), "PNG", exif=turned), xmp):
+        (tmp_path / "x.png").write_bytes(content)
+        assert decode.read_header(tmp_path / "x.png")[0] == photo(1).size == decode.decode(content).size[::-1]
+    (tmp_path / "x.png").write_bytes(encoded(photo(1), "PNG"))
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda self: pytest.fail("decoded"))
+    assert decode.read_header(tmp_path / "x.png") == (photo(1).size[::-1], False)
+
+
 @pytest.mark.parametrize("content", METADATA.values(), ids=METADATA)
 def test_metadata_beside_whole_pixels_do_not_matter(content: bytes, tmp_path: Path) -> None:
     assert np.array_equal(pixels(content), np.asarray(photo(1)))

@@ -38,6 +38,7 @@ TRANSPOSITIONS = {  # a value of EXIF's orientation -> what turns the image upri
     8: Image.Transpose.ROTATE_90,
 }
 START_OF_SCAN = 0xDA  # a JPEG's marker before its pixels
+PNG_METADATA = (b"eXIf", b"Raw profile type", b"XML:com.adobe.xmp")  # what may hold an orientation in a PNG
 TURNED = (5, 6, 7, 8)  # its values that exchange width and height
 BITS_PER_SAMPLE, PHOTOMETRIC, MAX_SAMPLE_VALUE, SAMPLE_FORMAT = 258, 262, 281, 339  # TIFF tags
 # bytes that a PNG's profile, text or XMP may unpack to: Photoshop's and scanners' are larger than Pillow's limit of 1 MiB
@@ -330,13 +331,16 @@ def _name_errors(name: str) -> Iterator[None]:
 
 
 def read_header(file: Path) -> tuple[tuple[int, int], bool]:
-    """(height, width) of an image as `decode` gives it, and whether that scales its values to 8 bits; only the header is read.
+    """(height, width) of an image as `decode` gives it, and whether that scales its values to 8 bits; without decoding it.
 
     Raises DataError if that cannot be read.
     """
     check_regular_file(file)
     with _name_errors(str(file)), _open(file) as image:
         (width, height), is_deep = image.size, has_deep_values(image)
+        content = file.read_bytes() if image.format == "PNG" else b""
+        if content and not any(mark in content for mark in PNG_METADATA):
+            return (height, width), is_deep  # Pillow decodes a PNG to find that it has no EXIF
         return ((width, height) if read_orientation(image) in TURNED else (height, width)), is_deep
 
 
