@@ -12,9 +12,10 @@ settings of another), and only one runs at a time: the processes take turns, som
 * compiled: eager bf16 under torch.compile.
 * resnetlab: `resnetlab train`'s own task and step, from uint8 images in memory through its augmentation to updated weights. The
   others are given normalised floats at no cost.
-* resnetlab fused BN: the same with `--set fused_bn=true`.
-* resnetlab winograd: the same with `--set winograd=true --set fused_bn=true`, at 224 also `--set bn_batch=16`, so that two
-  threads have a micro-batch each (on a CPU in fp32).
+* resnetlab fused BN: the same with `--set fused_bn=on`.
+* resnetlab winograd: the same with `--set winograd=on`, as a long run in fp32 on a CPU is made.
+* resnetlab both: with `--set winograd=on --set fused_bn=on`, at 224 also with two micro-batches, so that two threads have one
+  each.
 * resnetlab in turn: the same with all threads inside operations, as up to version 0.1.
 * resnetlab compiled: the same under torch.compile, as runs of the papers' length on small images are made on a CPU, and any
   with `--compile on` (at 32 on a CPU, at both on a GPU).
@@ -67,7 +68,14 @@ Step = Callable[[], object]
 BATCHES = {32: 128, 224: 32}  # by the side of the images, on a CPU
 CONTESTANTS = (
     *("eager fp32", "eager bf16", "timm", "compiled"),
-    *("resnetlab", "resnetlab fused BN", "resnetlab winograd", "resnetlab in turn", "resnetlab compiled"),
+    *(
+        "resnetlab",
+        "resnetlab fused BN",
+        "resnetlab winograd",
+        "resnetlab both",
+        "resnetlab in turn",
+        "resnetlab compiled",
+    ),
 )
 
 
@@ -123,9 +131,9 @@ def make_task(net: str, batch: int, device: torch.device, form: str, images: int
     device_config = replace(select_device(device=device.type, exact=exact), compiled=compiled, cuda_graph=graph)
     chosen = find_classification_recipe("paper-cifar" if size == 32 else "photos")
     op_threads = device_config.threads if form == "in turn" else 0
-    kernels = {"fused_bn": form in ("fused BN", "winograd"), "winograd": form == "winograd"}
+    kernels = {"fused_bn": form in ("fused BN", "both"), "winograd": form in ("winograd", "both")}
     chosen = replace(chosen, **kernels, op_threads=op_threads, exact=exact)
-    if form == "winograd":
+    if form == "both":
         chosen = replace(chosen, bn_batch=chosen.bn_batch or batch // 2)
     pixels = torch.randint(256, (images, size, size, 3), dtype=torch.uint8)
     split = MemorySplit(pixels, torch.randint(10, (images,)))

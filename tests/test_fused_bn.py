@@ -158,7 +158,7 @@ def test_networks_compute_the_same(order: str) -> None:
 @needs_kernel
 def test_a_run_records_its_form_and_keeps_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """The network itself, whose weights the run saves, stays as it is; older runs have torch's form."""
-    recipe = tiny(bn_batch=16, fused_bn=True)
+    recipe = tiny(bn_batch=16, fused_bn="on")
     states = [TrainState.create(build_task(replace(recipe, threads=n), RunOptions(device="cpu"))) for n in (1, 2)]
     for each in states:
         train_step(each, each.task.micro_batches(0), 0.1, select_gradients(each, print))
@@ -168,13 +168,13 @@ def test_a_run_records_its_form_and_keeps_it(monkeypatch: pytest.MonkeyPatch) ->
     assert not any(isinstance(m, FusedBatchNorm2d) for m in one.task.net.modules())
     assert int(one.task.net.bn1.num_batches_tracked) == 1 and one.task.net.bn1.running_mean.any()
     values = one.recipe.to_json()
-    assert values["fused_bn"] and one.recipe.key != replace(one.recipe, fused_bn=False).key
-    assert not Recipe.from_values({k: v for k, v in values.items() if k != "fused_bn"}).fused_bn
-    with pytest.raises(UsageError, match="fused_bn=true cannot be used: it uses one thread"):
+    assert values["fused_bn"] == "on" and one.recipe.key != replace(one.recipe, fused_bn="off").key
+    assert Recipe.from_values({k: v for k, v in values.items() if k != "fused_bn"}).fused_bn == "off"
+    with pytest.raises(UsageError, match="fused_bn=on cannot be used: it uses one thread"):
         build_task(replace(recipe, threads=4), RunOptions(device="cpu"))
     kernel = Kernel(None, "", "there is no C++ compiler")
     monkeypatch.setattr("resnetlab.training.side_by_side.load_kernel", lambda: kernel)
-    with pytest.raises(UsageError, match="fused_bn=true cannot be used: there is no C"):
+    with pytest.raises(UsageError, match="fused_bn=on cannot be used: there is no C"):
         build_task(recipe, RunOptions(device="cpu"))
     messages: list[str] = []
     resumed = build_task(one.recipe, RunOptions(device="cpu", report=messages.append), started_in=Path())

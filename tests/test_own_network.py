@@ -180,7 +180,7 @@ WRONG: dict[str, dict[str, Any]] = {
     "net is wrapped in DataParallel; give the network inside it, net.module": {"net": nn.DataParallel(Small())},
     "stochastic_depth = 0.2 is for networks that are built by name": {"net": Small(), "stochastic_depth": 0.2},
     "specification = {'shortcut': 'C'} is for networks that are built by name": {"net": Small(), "shortcut": "C"},
-    "fused_bn = True is for networks that are built by name": {"net": Small(), "fused_bn": True},
+    "fused_bn=on cannot be used: it is for networks that are built by name": {"net": Small(), "fused_bn": True},
     "a network of your own brings its own": {"net": Small(), "pretrained": True},
     "quick takes the size of a model to start from; give Small one": {
         "net": Small(),

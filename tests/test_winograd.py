@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import resnetlab
+from resnetlab.distributed import World
 from resnetlab.errors import UsageError
 from resnetlab.nn.convolution import WinogradConv2d, use_winograd
 from resnetlab.nn.kernel import Kernel
@@ -19,6 +20,7 @@ from resnetlab.training import side_by_side
 from resnetlab.training.checkpoint import TrainState
 from resnetlab.training.gradients import select_gradients
 from resnetlab.training.recipe import Recipe
+from resnetlab.training.side_by_side import SideBySideGradients
 from resnetlab.training.step import train_step
 from resnetlab.training.train import RunOptions, build_task
 from tiny_runs import tiny
@@ -100,6 +102,23 @@ def test_what_it_does_not_take_torch_computes() -> None:
         winograd(conv)(torch.ones(1, 32, 5, 5))
 
 
+@pytest.mark.parametrize("shape", [SHAPES[0], (70, 16, 16, 4, 9), (1, 144, 160, 9, 6), (0, 16, 16, 4, 4)], ids=str)
+def test_threads_share_an_operation(shape: tuple[int, ...]) -> None:
+    """Their number decides the last bits of the weights' gradient, of nothing else, and each number repeats."""
+    batch, channels, outputs, height, width = shape
+    x, gradient = (
+        torch.randn(batch, c, height, width, generator=torch.Generator().manual_seed(c)) for c in (channels, outputs)
+    )
+    one = run(winograd(convolution(channels, outputs)), x, gradient)
+    for threads in (2, 3, 7):
+        parents = [nn.Sequential(convolution(channels, outputs)) for _ in range(2)]
+        for parent in parents:
+            use_winograd(parent, threads)
+        first, again = (run(parent[0], x, gradient) for parent in parents)
+        assert all(map(torch.equal, first, again)) and all(map(torch.equal, first[:2], one[:2]))
+        assert (first[2] - one[2]).norm() <= 1e-5 * one[2].norm()
+
+
 def test_values_that_are_not_finite_stay_so() -> None:
     """A diverged run is noticed."""
     x = torch.zeros(1, 16, 9, 9)
@@ -128,7 +147,7 @@ def test_networks_compute_the_same(name: str) -> None:
 
 def test_a_run_records_its_form_and_keeps_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """The network itself, whose weights the run saves, keeps torch's layers; older runs have torch's form."""
-    recipe = tiny(bn_batch=16, winograd=True, fused_bn=True, precision="fp32")
+    recipe = tiny(bn_batch=16, winograd="on", fused_bn="on", precision="fp32")
     states = [TrainState.create(build_task(replace(recipe, threads=n), RunOptions(device="cpu"))) for n in (1, 2)]
     for each in states:
         train_step(each, each.task.micro_batches(0), 0.1, select_gradients(each, print))
@@ -136,17 +155,26 @@ def test_a_run_records_its_form_and_keeps_it(monkeypatch: pytest.MonkeyPatch) ->
     assert "fused BN, Winograd" in str(one.task.device_config) and two.task.device_config.side_by_side == 2
     assert all(torch.equal(x, two.tensors()[name]) for name, x in one.tensors().items())
     assert not any(isinstance(m, WinogradConv2d) for m in one.task.net.modules())
-    plain = TrainState.create(build_task(replace(recipe, winograd=False, threads=1), RunOptions(device="cpu")))
+    plain = TrainState.create(build_task(replace(recipe, winograd="off", threads=1), RunOptions(device="cpu")))
     train_step(plain, plain.task.micro_batches(0), 0.1, select_gradients(plain, print))
     weights = [each.task.net.layer1[0].conv1.weight.detach() for each in (one, plain)]
     assert not torch.equal(*weights) and (weights[0] - weights[1]).norm() < 1e-4 * weights[1].norm()
     values = one.recipe.to_json()
-    assert values["winograd"] and one.recipe.key != replace(one.recipe, winograd=False).key
-    assert not Recipe.from_values({k: v for k, v in values.items() if k != "winograd"}).winograd
-    with pytest.raises(UsageError, match="winograd=true cannot be used: it computes in fp32, and this run in bf16"):
-        build_task(replace(recipe, fused_bn=False, precision="bf16"), RunOptions(device="cpu"))
-    with pytest.raises(UsageError, match=r"winograd=true cannot be used: it uses one thread.*bn_batch"):
-        build_task(replace(recipe, fused_bn=False, threads=4), RunOptions(device="cpu"))
+    assert values["winograd"] == "on" and one.recipe.key != replace(one.recipe, winograd="off").key
+    assert Recipe.from_values({k: v for k, v in values.items() if k != "winograd"}).winograd == "off"
+    assert replace(one.recipe, winograd=True) == one.recipe.with_values({"winograd": "true"}) == one.recipe
+    with pytest.raises(UsageError, match="winograd=on cannot be used: it computes in fp32, and this run in bf16"):
+        build_task(replace(recipe, fused_bn="off", precision="bf16"), RunOptions(device="cpu"))
+    inside = build_task(replace(recipe, fused_bn="off", threads=4), RunOptions(device="cpu"))
+    assert (inside.device_config.side_by_side, inside.device_config.op_threads, inside.device_config.winograd) == (
+        2,
+        2,
+        True,
+    )
+    train_state = TrainState.create(inside)
+    replicas = SideBySideGradients(inside)
+    train_step(train_state, inside.micro_batches(0), 0.1, replicas)
+    assert {m.threads for m in replicas._replicas.get().task.net.modules() if isinstance(m, WinogradConv2d)} == {2}
     monkeypatch.setattr("resnetlab.training.side_by_side.load_kernel", lambda: Kernel(None, "", "there is no compiler"))
     messages: list[str] = []
     resumed = build_task(one.recipe, RunOptions(device="cpu", report=messages.append), started_in=Path())
@@ -155,20 +183,31 @@ def test_a_run_records_its_form_and_keeps_it(monkeypatch: pytest.MonkeyPatch) ->
     torch.set_num_threads(1)
 
 
-def test_long_runs_in_fp32_are_told_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(side_by_side, "LONG", 1)
-
-    def tell(**values: object) -> list[str]:
-        messages: list[str] = []
+def test_long_runs_in_fp32_take_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    def decide(**values: object) -> tuple[str, str]:
         recipe = tiny(**{"precision": "fp32", "threads": 2, "bn_batch": 16} | values)
-        build_task(recipe, RunOptions(device="cpu", report=messages.append))
-        return [message for message in messages if message.startswith("faster here: ")]
+        task = build_task(recipe, RunOptions(device="cpu"))
+        assert (task.device_config.winograd, task.device_config.fused_bn) == (
+            task.recipe.winograd == "on",
+            task.recipe.fused_bn == "on",
+        )
+        return task.recipe.winograd, task.recipe.fused_bn
 
-    (sentence,) = tell()
-    assert sentence.startswith("faster here: --set winograd=true --set fused_bn=true, ")
-    (sentence,) = tell(bn_batch=0, batch=32)
-    assert "--set fused_bn=true --set bn_batch=16, " in sentence
-    assert not tell(winograd=True) and not tell(precision="bf16") and not tell(batch=33, bn_batch=0)
-    monkeypatch.setattr(side_by_side, "find_compiler", lambda: None)
-    assert not tell()
+    assert decide() == ("off", "off")  # compiling takes longer than this run
+    monkeypatch.setattr(side_by_side, "LONG", 1)
+    assert decide() == ("on", "on") and decide(fused_bn="off") == ("on", "off")
+    assert decide(bn_batch=0, batch=32) == ("on", "off")  # two threads work inside operations
+    assert decide(precision="bf16") == ("off", "off") and decide(compile="on") == ("off", "off")
+    monkeypatch.setattr("resnetlab.training.side_by_side.load_kernel", lambda: Kernel(None, "", "there is no compiler"))
+    assert decide() == ("off", "off")
     torch.set_num_threads(1)
+
+
+def test_processes_take_them_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where one of them has no compiler, none does: their micro-batches would have other bits."""
+    monkeypatch.setattr(side_by_side, "LONG", 1)
+    task = build_task(tiny(precision="fp32", bn_batch=16), RunOptions(device="cpu"))
+    assert task.recipe.winograd == "on"
+    monkeypatch.setattr(World, "all_reduce_max", lambda _, *numbers: tuple(max(n, 1) for n in numbers))
+    undecided = replace(task, recipe=replace(task.recipe, winograd="auto"))
+    assert side_by_side.choose_kernels(undecided, print, resuming=False).recipe.winograd == "off"

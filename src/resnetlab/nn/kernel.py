@@ -22,12 +22,21 @@ from typing import NamedTuple
 from resnetlab.run_folder import is_private
 
 SOURCES = [Path(__file__).with_name(name) for name in ("batchnorm.cpp", "winograd.cpp")]
-FLAGS = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-march=native", "-std=gnu++17", "-shared", "-fPIC")
+FLAGS = (
+    "-O3",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-march=native",
+    "-std=gnu++17",
+    "-pthread",
+    "-shared",
+    "-fPIC",
+)
 TIMEOUT = 300  # seconds, for the compiler
 _POINTER, _SIZE, _FLAG = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _FORWARD = (*[_POINTER] * 9, _SIZE, _SIZE, ctypes.c_float, ctypes.c_float, _FLAG, _FLAG)
 _BACKWARD = (*[_POINTER] * 10, _SIZE, _SIZE, _FLAG, _FLAG)
-_CONVOLUTION = (*[_POINTER] * 3, *[_SIZE] * 5)
+_CONVOLUTION = (*[_POINTER] * 3, *[_SIZE] * 6)
 
 
 class Kernel(NamedTuple):

@@ -10,6 +10,9 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <system_error>
+#include <thread>
+#include <vector>
 
 #if defined(__AVX512F__)
 constexpr int WIDTH = 16;  // float32 numbers in a register
@@ -224,43 +227,82 @@ void multiply_all(Matrix a, const float *b, int64_t columns, float *c, int64_t r
 // Tiles that go through all steps together: few enough for the cache, or so many that large weights are not read too often.
 int64_t block_of(int64_t channels) { return channels > 128 ? 252 : 36; }
 
+// Runs work(part, first, last) on equal parts of `items`, in so many threads, the calling one among them.
+template <typename Work> void in_threads(int64_t threads, int64_t items, const Work &work) {
+    std::vector<std::thread> others;
+    for (int64_t part = 1; part < threads; part++) {
+        const int64_t first = items * part / threads, last = items * (part + 1) / threads;
+        try {
+            others.emplace_back([&work, part, first, last] { work(part, first, last); });
+        } catch (const std::system_error &) {  // no more threads for this process
+            work(part, first, last);
+        }
+    }
+    work(0, 0, items / threads);
+    for (std::thread &other : others) other.join();
+}
+
+// Tiles that are carried at once: as many for every number of threads, where each has that many.
+int64_t tiles_at_once(int64_t tiles, int64_t channels, int64_t threads) {
+    return std::max<int64_t>(1, std::min(block_of(channels), (tiles + threads - 1) / threads));
+}
+
 }  // namespace
 
 extern "C" int winograd_width() { return WIDTH; }
 
-// y (B, H, W, K), the convolution of x (B, H, W, C) with the weights w (3, 3, C, K).
+// y (B, H, W, K), the convolution of x (B, H, W, C) with the weights w (3, 3, C, K); equal for any number of threads.
 extern "C" void winograd_forward(const float *x, const float *w, float *y, int64_t images, int64_t height, int64_t width,
-                                 int64_t channels, int64_t outputs) {
+                                 int64_t channels, int64_t outputs, int64_t threads) {
     const Map in{images, height, width, channels}, out{images, height, width, outputs};
-    const int64_t pairs = channels * outputs, block = block_of(std::max(channels, outputs)), tiles = images * in.of_image();
-    Buffer u = allocate(POINTS * pairs), v = allocate(POINTS * block * channels), m = allocate(POINTS * block * outputs);
-    for (int64_t p = 0; p < pairs; p += WIDTH)
-        transform<ThreeTaps, 3, 6>(w + p, {3 * pairs, pairs}, u.get() + p, {6 * pairs, pairs});
-    for (int64_t first = 0; first < tiles; first += block) {
-        const int64_t count = std::min(block, tiles - first);
-        to_points<Inputs, 6>(Tiles{in, first, count}, 1, x, v.get());
-        for (int p = 0; p < POINTS; p++)
-            multiply_all({v.get() + p * count * channels, channels, 1}, u.get() + p * pairs, outputs,
-                         m.get() + p * count * outputs, count, channels, false);
-        to_outputs(Tiles{out, first, count}, m.get(), y);
-    }
+    const int64_t pairs = channels * outputs, tiles = images * in.of_image();
+    const int64_t block = tiles_at_once(tiles, std::max(channels, outputs), threads);
+    const Buffer u = allocate(POINTS * pairs);
+    in_threads(threads, pairs / WIDTH, [&](int64_t, int64_t first, int64_t last) {
+        for (int64_t p = first * WIDTH; p < last * WIDTH; p += WIDTH)
+            transform<ThreeTaps, 3, 6>(w + p, {3 * pairs, pairs}, u.get() + p, {6 * pairs, pairs});
+    });
+    in_threads(threads, (tiles + block - 1) / block, [&](int64_t, int64_t begin, int64_t end) {
+        const Buffer v = allocate(POINTS * block * channels), m = allocate(POINTS * block * outputs);
+        for (int64_t first = begin * block; first < std::min(end * block, tiles); first += block) {
+            const int64_t count = std::min(block, tiles - first);
+            to_points<Inputs, 6>(Tiles{in, first, count}, 1, x, v.get());
+            for (int p = 0; p < POINTS; p++)
+                multiply_all({v.get() + p * count * channels, channels, 1}, u.get() + p * pairs, outputs,
+                             m.get() + p * count * outputs, count, channels, false);
+            to_outputs(Tiles{out, first, count}, m.get(), y);
+        }
+    });
 }
 
-// dw (3, 3, C, K), the gradient of the weights where that of the output is g (B, H, W, K).
+// dw (3, 3, C, K), the gradient of the weights where that of the output is g (B, H, W, K). Threads sum over tiles of their
+// own, so their number decides the last bits.
 extern "C" void winograd_weights(const float *x, const float *g, float *dw, int64_t images, int64_t height, int64_t width,
-                                 int64_t channels, int64_t outputs) {
+                                 int64_t channels, int64_t outputs, int64_t threads) {
     const Map in{images, height, width, channels}, out{images, height, width, outputs};
-    const int64_t pairs = channels * outputs, block = block_of(std::max(channels, outputs)), tiles = images * in.of_image();
-    Buffer s = allocate(POINTS * pairs), v = allocate(POINTS * block * channels), q = allocate(POINTS * block * outputs);
-    std::fill(s.get(), s.get() + POINTS * pairs, 0.0f);
-    for (int64_t first = 0; first < tiles; first += block) {
-        const int64_t count = std::min(block, tiles - first);
-        to_points<Inputs, 6>(Tiles{in, first, count}, 1, x, v.get());
-        to_points<FourTaps, 4>(Tiles{out, first, count}, 0, g, q.get());
-        for (int p = 0; p < POINTS; p++)
-            multiply_all({v.get() + p * count * channels, 1, channels}, q.get() + p * count * outputs, outputs,
-                         s.get() + p * pairs, channels, count, true);
-    }
-    for (int64_t p = 0; p < pairs; p += WIDTH)
-        transform<ThreeOutputs, 6, 3>(s.get() + p, {6 * pairs, pairs}, dw + p, {3 * pairs, pairs});
+    const int64_t pairs = channels * outputs, tiles = images * in.of_image();
+    const int64_t block = tiles_at_once(tiles, std::max(channels, outputs), threads);
+    std::vector<Buffer> sums;
+    for (int64_t part = 0; part < threads; part++) sums.push_back(allocate(POINTS * pairs));
+    in_threads(threads, (tiles + block - 1) / block, [&](int64_t part, int64_t begin, int64_t end) {
+        const Buffer v = allocate(POINTS * block * channels), q = allocate(POINTS * block * outputs);
+        float *s = sums[part].get();
+        std::fill(s, s + POINTS * pairs, 0.0f);
+        for (int64_t first = begin * block; first < std::min(end * block, tiles); first += block) {
+            const int64_t count = std::min(block, tiles - first);
+            to_points<Inputs, 6>(Tiles{in, first, count}, 1, x, v.get());
+            to_points<FourTaps, 4>(Tiles{out, first, count}, 0, g, q.get());
+            for (int p = 0; p < POINTS; p++)
+                multiply_all({v.get() + p * count * channels, 1, channels}, q.get() + p * count * outputs, outputs,
+                             s + p * pairs, channels, count, true);
+        }
+    });
+    in_threads(threads, pairs / WIDTH, [&](int64_t, int64_t first, int64_t last) {
+        float *s = sums[0].get();
+        for (int64_t part = 1; part < threads; part++)
+            for (int p = 0; p < POINTS; p++)
+                for (int64_t i = p * pairs + first * WIDTH; i < p * pairs + last * WIDTH; i++) s[i] += sums[part].get()[i];
+        for (int64_t p = first * WIDTH; p < last * WIDTH; p += WIDTH)
+            transform<ThreeOutputs, 6, 3>(s + p, {6 * pairs, pairs}, dw + p, {3 * pairs, pairs});
+    });
 }

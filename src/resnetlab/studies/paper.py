@@ -14,8 +14,9 @@ NO_FIGURE = "the paper has no figure for this"
 
 # Values of a recipe that decide how a run is carried out and recorded, not what it trains; the network and the data, which
 # are compared by themselves; and the length, by which a run is labelled.
-_ELSEWHERE = {"name", "data", "net", "specification", "seed", "precision", "threads", "compile", "recompute", "log_every",
-              "eval_every", "checkpoint_minutes", "steps", "val_images", "on_bad_image", "quarantine"}  # fmt: skip
+_ELSEWHERE = {"name", "data", "net", "specification", "seed", "precision", "threads", "compile", "winograd", "fused_bn",
+              "recompute", "log_every", "eval_every", "checkpoint_minutes", "steps", "val_images", "on_bad_image",
+              "quarantine"}  # fmt: skip
 
 
 def find_printed(setting: Setting, recipe: Recipe, protocol: str = "1crop") -> list[PrintedError]:

@@ -17,7 +17,7 @@ from resnetlab.run_folder import RunFolder, read_metrics
 from resnetlab.studies.code_version import CodeVersions, source_hash
 from resnetlab.studies.setting import Trial
 from resnetlab.training.checkpoint import list_checkpoints
-from resnetlab.training.recipe import Recipe
+from resnetlab.training.recipe import DECIDED, Recipe
 from resnetlab.training.result import Progress
 from resnetlab.training.train import RunOptions, resume, start_run
 
@@ -87,7 +87,7 @@ def is_run_of(folder: Path, recipe: Recipe) -> bool:
         recorded = Recipe.from_values(RunFolder(folder).read_recipe())
     except ResNetLabError:
         return False
-    resolved = {key: getattr(recorded, key) for key in ("compile", "precision") if getattr(recipe, key) == "auto"}
+    resolved = {key: getattr(recorded, key) for key in DECIDED if getattr(recipe, key) == "auto"}
     return replace(recipe, **resolved).key == recorded.key
 
 

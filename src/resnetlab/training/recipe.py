@@ -31,6 +31,8 @@ _KINDS: dict[str, tuple[Any, str]] = {  # by the fields' annotations: type, and 
 }
 _CHOICES = {  # allowed words, by field
     "compile": ("auto", "on", "off", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
+    "winograd": ("auto", "on", "off"),
+    "fused_bn": ("auto", "on", "off"),
     "schedule": ("milestones", "cosine", "plateau"),
     "warmup": ("none", "steps", "linear", "train-error"),
     "sampling": ("shuffle", "balanced", "keyed", "shards"),
@@ -39,6 +41,7 @@ _CHOICES = {  # allowed words, by field
     "grad_compression": ("none", "bf16"),
     "decode_on": DECODE_ON,
 }
+_SWITCHES = {"true": "on", "false": "off"}  # of a choice with "on" and "off"
 _RANGES: dict[str, tuple[float, float, str]] = {  # smallest and largest value, and the range in words
     **dict.fromkeys(("steps", "log_every", "eval_every", "patience"), (1, 10**9, "from 1 to 1,000,000,000")),
     **dict.fromkeys(
@@ -65,6 +68,7 @@ _RANGES: dict[str, tuple[float, float, str]] = {  # smallest and largest value, 
     "keep_images": (0, MAX_TRAINING, f"from 0 to {MAX_TRAINING}"),
     "warmup_error": (5e-324, 1, "above 0 and at most 1"),
 }
+DECIDED = ("precision", "compile", "winograd", "fused_bn")  # "auto" becomes another value when a run starts
 RESCALED = ("milestones", "warmup_steps", "eval_every", "log_every", "ema_decay")  # what another length changes
 EVAL_RATIO = 8 / 7  # of eval_resize to image_size where a recipe has neither: 256 to 224
 # values that version 0.2 adds: left out of files and hashes where they change nothing, so older runs resume
@@ -117,8 +121,9 @@ class BaseRecipe:
     threads: int = 0  # CPU threads of all processes; 0: one per core. A run may be resumed with another number
     op_threads: int = 0  # threads inside each operation, which decide the last bits; 0: as many as are left over
     exact: bool = True  # on a GPU kernels that add in a fixed order; False: the fastest, so runs repeat approximately
-    winograd: bool = False  # on a CPU in fp32: 3x3 convolutions by Winograd's algorithm, compiled for the processor
-    fused_bn: bool = False  # on a CPU: BN, the addition and ReLU in one function that is compiled for the processor
+    # kernels compiled for a CPU: "on", "off", or "auto": in a long run in fp32 where there is a compiler
+    winograd: str = "auto"  # in fp32: 3x3 convolutions by Winograd's algorithm
+    fused_bn: str = "auto"  # BN, the addition and ReLU in one function
     grad_reduce: str = "tree"  # sum over processes: bit-identical for any number, or "all_reduce", the library's own
     grad_compression: str = "none"  # what travels between processes: float32, or "bf16" for half the bytes
     log_every: int = 50  # steps between lines of metrics.jsonl
@@ -129,6 +134,9 @@ class BaseRecipe:
     def __post_init__(self) -> None:
         for f in fields(self):
             value, (kind, words) = getattr(self, f.name), _KINDS[str(f.type).split("[")[0]]
+            if "on" in _CHOICES.get(f.name, ()) and str(value).lower() in _SWITCHES:
+                value = _SWITCHES[str(value).lower()]
+                object.__setattr__(self, f.name, value)
             if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
                 raise UsageError(f"{f.name} must be {words}, not {value!r}.")
             if isinstance(value, list):
@@ -211,7 +219,7 @@ class BaseRecipe:
 
     def resolve_like(self, recorded: BaseRecipe) -> Self:
         """The recipe with the values that are left open ("auto", op_threads 0, no network, A_TENTH) from a recorded one."""
-        values = {key: getattr(recorded, key) for key in ("precision", "compile") if getattr(self, key, "") == "auto"}
+        values = {key: getattr(recorded, key) for key in DECIDED if getattr(self, key, "") == "auto"}
         if not self.net:
             values |= {"net": recorded.net, "specification": recorded.specification}
         if getattr(self, "val_images", 0) == A_TENTH:
@@ -258,7 +266,8 @@ class BaseRecipe:
         Raises RunError if values are missing or unknown.
         """
         # until this key was recorded, all threads worked inside each operation, on one micro-batch after the other
-        values = {"op_threads": values.get("threads", 0)} | dict(values)
+        # and all kernels were torch's
+        values = {"op_threads": values.get("threads", 0), "winograd": "off", "fused_bn": "off"} | dict(values)
         if isinstance(values.get("data"), str):
             values["data"] = strip_password(values["data"])
         known = {f.name for f in fields(cls)}
@@ -278,7 +287,7 @@ class BaseRecipe:
         """The key with another name of the data: an earlier version's, which had a password in it."""
         values = self.to_json() | {"data": data}
         for form in ("fused_bn", "winograd"):
-            if not values[form]:  # as before there was another form
+            if values[form] == "off":  # as before there was another form
                 del values[form]
         values["threads"] = values.pop("op_threads") or self.threads  # as it was called when there were no others
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]

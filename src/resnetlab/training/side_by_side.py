@@ -24,9 +24,10 @@ from torch import Tensor, nn
 
 from resnetlab.device import map_in_order, use_one_heap
 from resnetlab.errors import UsageError
+from resnetlab.models.own_network import OWN
 from resnetlab.nn.batchnorm import fuse_batchnorm
 from resnetlab.nn.convolution import use_winograd
-from resnetlab.nn.kernel import find_compiler, load_kernel
+from resnetlab.nn.kernel import load_kernel
 from resnetlab.random import draw_from
 from resnetlab.training.average import set_train_mode
 from resnetlab.training.checkpoint import TrainState
@@ -35,7 +36,11 @@ from resnetlab.training.micro_batches import BatchNormStatistics, TreeMean
 from resnetlab.training.step import set_means
 from resnetlab.training.tasks.base import Task
 
-LONG = 5e8  # pixels of all images of a run, from which its time is worth a sentence
+KERNELS = {
+    "fused_bn": "fused BN",
+    "winograd": "Winograd's convolution",
+}  # values of a recipe, and their names in messages
+LONG = 5e8  # pixels of all images of a run, from which compiling the kernels, some 10 s, takes little of its time
 OURS = ("torch", "torchvision", "resnetlab")  # packages whose layers may run in several threads
 T = TypeVar("T", bound=Task)
 
@@ -58,44 +63,43 @@ def divide_threads(task: T) -> T:
 
 
 def choose_kernels(task: T, report: Callable[[str], None], *, resuming: bool) -> T:
-    """The task with the forms of its BN and convolutions: torch's, or compiled ones if the recipe has `fused_bn` or `winograd`.
+    """The task with the forms of its BN and convolutions decided, torch's or compiled ones, as the recipe's `fused_bn` and
+    `winograd` say; "auto" becomes "on" in a long run in fp32 where they can be used, in every process.
 
     Raises UsageError if a new run asks for a form where it cannot be used; a run that is resumed reports it.
     """
+    asked = {form: getattr(task.recipe, form) for form in KERNELS}
     used: dict[str, bool] = {}
-    for form, name in (("fused_bn", "fused BN"), ("winograd", "Winograd's convolution")):
-        asked = getattr(task.recipe, form)
-        reason = _reason_against_kernels(task, form) if asked else ""
-        if reason and not resuming:
-            raise UsageError(f"{form}=true cannot be used: {reason}; leave it out.")
-        if reason:
+    for form, name in KERNELS.items():
+        wanted = asked[form] == "on" or (asked[form] == "auto" and _pays_off(task))
+        reason = _reason_against_kernels(task, form) if wanted else ""
+        used[form] = wanted and not reason
+        if asked[form] == "auto":
+            (unused,) = task.device_config.world.all_reduce_max(int(not used[form]))
+            used[form] = not unused
+        elif reason and not resuming:
+            raise UsageError(f"{form}=on cannot be used: {reason}; leave it out.")
+        elif reason:
             report(f"the run started with {name}, which cannot be used here ({reason}), so its last bits will differ")
-        used[form] = asked and not reason
+    decided = {key: ("on" if used[key] else "off") if asked[key] == "auto" else asked[key] for key in KERNELS}
+    recipe = replace(task.recipe, fused_bn=decided["fused_bn"], winograd=decided["winograd"])
     config = replace(task.device_config, fused_bn=used["fused_bn"], winograd=used["winograd"])
-    return replace(task, device_config=config)  # type: ignore[type-var]
+    return replace(task, recipe=recipe, device_config=config)  # type: ignore[type-var]
 
 
-def describe_faster_kernels(task: Task) -> str:
-    """A sentence for a long run of torch's convolutions that compiled ones would shorten; else ""."""
-    recipe, config = task.recipe, task.device_config
-    pixels = recipe.steps * recipe.batch * getattr(recipe, "image_size", 0) ** 2
-    if config.precision != "fp32" or pixels < LONG or getattr(recipe, "winograd", True) or not find_compiler():
-        return ""
-    settings = ["winograd=true", *["fused_bn=true"] * (not recipe.fused_bn)]
-    if config.op_threads > 1:
-        if getattr(recipe, "bn_batch", 0) or recipe.batch % config.threads:
-            return ""
-        settings.append(f"bn_batch={recipe.batch // config.threads}")
-    if reason_for_turns(task):
-        return ""
-    options = " ".join(f"--set {setting}" for setting in settings)
-    return f"faster here: {options}, convolutions and BN compiled for this processor, 1.4 to 2.2 times as fast"
+def _pays_off(task: Task) -> bool:
+    """Whether a run is long enough for compiled kernels, of a kind that they were seen to shorten (docs/log.md)."""
+    recipe = task.recipe
+    pixels = recipe.steps * recipe.batch * getattr(recipe, "image_size", 0) ** 2  # of detectors they were not measured
+    return task.device_config.precision == "fp32" and pixels >= LONG and not recipe.net.startswith(OWN)
 
 
 def _reason_against_kernels(task: Task, form: str) -> str:
+    if task.recipe.net.startswith(OWN):
+        return "it is for networks that are built by name"
     if reason := reason_for_turns(task):
         return reason
-    if task.device_config.op_threads > 1:
+    if form == "fused_bn" and task.device_config.op_threads > 1:
         return (
             f"it uses one thread, where {task.device_config.op_threads} work inside operations (smaller micro-batches, one for "
             "each thread: bn_batch; or threads=1)"
@@ -134,7 +138,7 @@ class Replica:
         if task.device_config.fused_bn:
             fuse_batchnorm(net)
         if task.device_config.winograd:
-            use_winograd(net)
+            use_winograd(net, task.device_config.op_threads)
         self.task: Task = replace(task, net=net)  # type: ignore[type-var]
         self._parameters = [p for p in net.parameters() if p.requires_grad]
         self._statistics, self._before = BatchNormStatistics(net), BatchNormStatistics(task.net).averages

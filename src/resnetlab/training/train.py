@@ -44,7 +44,7 @@ from resnetlab.training.recipe import BaseRecipe, Epochs, Overrides, Recipe
 from resnetlab.training.recorder import OnEvaluate, Recorder, RunContext
 from resnetlab.training.result import Progress, TrainResult
 from resnetlab.training.schedule import learning_rate
-from resnetlab.training.side_by_side import choose_kernels, describe_faster_kernels, divide_threads
+from resnetlab.training.side_by_side import choose_kernels, divide_threads
 from resnetlab.training.step import compute_gradients, train_step
 from resnetlab.training.step_trace import trace_steps
 from resnetlab.training.tasks.base import Task, TaskSetup
@@ -251,8 +251,6 @@ def build_task(
     task = divide_threads(task.fit_micro_batch(options.report) if options.fit_micro_batch else task)
     task = choose_kernels(task, options.report, resuming=started_in is not None)
     options.report(f"device: {task.device_config}")
-    if started_in is None and (sentence := describe_faster_kernels(task)):
-        options.report(sentence)
     if sentence := describe_sum_order(task.recipe, task.num_micro_batches, world):
         options.report(sentence)
     if reason := task.reason_against_exact:

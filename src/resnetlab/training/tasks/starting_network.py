@@ -31,8 +31,6 @@ FOR_NAMED_NETWORKS: dict[str, Any] = {
     "frozen_stages": "",
     "frozen_bn": False,
     "backbone_lr_scale": 1.0,
-    "fused_bn": False,
-    "winograd": False,
     "bn_sync": False,
 }
 
