@@ -182,6 +182,44 @@ def test_batches_travel_through_pipes_where_shared_memory_is_full(monkeypatch: p
     assert [(x.tolist(), int(more["of"])) for x, more in results] == [([2 * i] * 3, i) for i in range(4)]
 
 
+def test_a_worker_ends_with_the_main_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    parents, codes = iter([7, 7, 1]), list[int]()
+    monkeypatch.setattr(prefetch, "PARENT_POLL", 0)
+    monkeypatch.setattr(os, "getppid", lambda: next(parents))
+    monkeypatch.setattr(os, "_exit", codes.append)
+    prefetch._end_with(7)
+    assert codes == [1]
+
+
+ORPHANS = """
+import os, time
+from multiprocessing import active_children
+import torch
+from resnetlab.data import prefetch
+def fail(self): raise RuntimeError("no shared memory")
+def job(key): return torch.zeros(3_000_000)
+torch.Tensor.share_memory_, prefetch.PARENT_POLL = fail, 0.2
+results = prefetch.prefetch(job, range(100), 2)
+next(results)
+print(*(child.pid for child in active_children()), flush=True)
+time.sleep(1)
+os.kill(os.getpid(), 9)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="the states of processes are read from /proc")
+def test_workers_of_a_killed_process_end() -> None:
+    """They waited for ever for a reader of the pipe in which a batch was; case 10 left them behind."""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", ORPHANS], capture_output=True, text=True, check=False)
+    workers = [Path("/proc", pid, "stat") for pid in done.stdout.split()]
+    assert len(workers) == 2
+    end = time.monotonic() + 30
+    while any(file.exists() and file.read_text().split()[2] != "Z" for file in workers) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert not [file for file in workers if file.exists() and file.read_text().split()[2] != "Z"]
+
+
 def test_no_shared_memory_at_all_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise PermissionError(13, "Permission denied")

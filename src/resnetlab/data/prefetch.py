@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import os
 import signal
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -30,6 +32,7 @@ from resnetlab.preprocessing import Preprocessing, round_to_bytes, tensor_to_pil
 from resnetlab.stopping import check_stop
 
 POLL = 0.5  # seconds between looks at a request to stop, while a batch is waited for
+PARENT_POLL = 5.0  # seconds between a worker's looks at its parent
 END = object()
 AHEAD = 4  # images that each thread of `read_in_threads` may be ahead
 SHARED_MEMORY = (
@@ -145,10 +148,18 @@ class _JobDataset(TorchDataset[T]):
 
 
 def _start_worker(_: int) -> None:
-    """In a worker: leaves Ctrl-C to the main process, and drops the main process's signal handlers."""
+    """In a worker: leaves Ctrl-C to the main process, drops the main process's signal handlers, and ends with it."""
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _end_with(parent: int) -> None:
+    """Ends this process once another one is its parent: torch's own end waits for a reader of its pipe, and none is left."""
+    while os.getppid() == parent:
+        time.sleep(PARENT_POLL)
+    os._exit(1)
 
 
 def prefetch(job: Callable[[int], T], keys: Iterable[int], workers: int, pin: bool = False) -> Iterator[T]:
