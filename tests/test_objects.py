@@ -137,6 +137,15 @@ def test_recipe_and_data_are_told_apart_by_what_they_are(tmp_path: Path) -> None
         resnetlab.train(pixels, labels)
 
 
+def test_labels_in_two_unicode_forms_are_one_class() -> None:
+    """macOS stores é as two characters."""
+    images = np.zeros((4, 8, 8), np.uint8)
+    data = dataset_from_object(
+        {"train": (images, ["\u00e9", "e\u0301", "b", "b"]), "val": (images[:2], ["b", "e\u0301"])}
+    )
+    assert data.classes == ("b", "\u00e9") and data.train.labels.tolist() == [1, 1, 0, 0]
+
+
 def test_a_dictionary_without_splits_is_refused() -> None:
     with pytest.raises(UsageError, match="a dictionary of data has the splits train, val and test, not none"):
         dataset_from_object({})

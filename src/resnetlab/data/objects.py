@@ -11,6 +11,7 @@ datasets.Dataset                         a column of images and one of labels
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -205,7 +206,8 @@ def dataset_from_object(data: Any, read_options: ReadOptions | None = None) -> D
         number, label_sets = number_label_sets(every, classes)
     splits: dict[str, Split] = {}
     for name, (items, texts, image_of) in found.items():
-        labels, place = torch.tensor([number[text] for text in texts]), name or "images"
+        labels = torch.tensor([number[unicodedata.normalize("NFC", text)] for text in texts])
+        place = name or "images"
         if image_of is None:
             splits[name] = MemorySplit(items.images, labels, place, dtype=items.dtype)
         else:
