@@ -10,13 +10,12 @@ settings of another), and only one runs at a time: the processes take turns, som
 * eager bf16: the same in channels_last under bf16 autocast (at 224 torchvision's).
 * timm: timm's ResNet in channels_last under bf16 autocast (at 224).
 * compiled: eager bf16 under torch.compile.
-* resnetlab: `resnetlab train`'s own task and step, from uint8 images in memory through its augmentation to updated weights. The
-  others are given normalised floats at no cost.
-* resnetlab fused BN: the same with `--set fused_bn=on`.
-* resnetlab winograd: the same with `--set winograd=on`, as a long run in fp32 on a CPU is made.
-* resnetlab both: with `--set winograd=on --set fused_bn=on`, at 224 also with two micro-batches, so that two threads have one
-  each.
-* resnetlab in turn: the same with all threads inside operations, as up to version 0.1.
+* resnetlab: `resnetlab train`'s own task and step, from uint8 images in memory through its augmentation to updated weights, as
+  in a run of the recipe's length: in fp32 on a CPU with compiled kernels. The others are given normalised floats at no cost.
+* resnetlab torch kernels: the same with `--set winograd=off --set fused_bn=off`.
+* resnetlab fused BN: the same with `--set winograd=off --set fused_bn=on`.
+* resnetlab two micro-batches: as a long run, in two micro-batches, so that two threads have one each (paper-cifar has two).
+* resnetlab in turn: torch's kernels with all threads inside operations, as up to version 0.1.
 * resnetlab compiled: the same under torch.compile, as runs of the papers' length on small images are made on a CPU, and any
   with `--compile on` (at 32 on a CPU, at both on a GPU).
 
@@ -67,15 +66,8 @@ from train_cifar import plain_resnet
 Step = Callable[[], object]
 BATCHES = {32: 128, 224: 32}  # by the side of the images, on a CPU
 CONTESTANTS = (
-    *("eager fp32", "eager bf16", "timm", "compiled"),
-    *(
-        "resnetlab",
-        "resnetlab fused BN",
-        "resnetlab winograd",
-        "resnetlab both",
-        "resnetlab in turn",
-        "resnetlab compiled",
-    ),
+    *("eager fp32", "eager bf16", "timm", "compiled", "resnetlab", "resnetlab torch kernels", "resnetlab fused BN"),
+    *("resnetlab two micro-batches", "resnetlab in turn", "resnetlab compiled"),
 )
 
 
@@ -131,10 +123,11 @@ def make_task(net: str, batch: int, device: torch.device, form: str, images: int
     device_config = replace(select_device(device=device.type, exact=exact), compiled=compiled, cuda_graph=graph)
     chosen = find_classification_recipe("paper-cifar" if size == 32 else "photos")
     op_threads = device_config.threads if form == "in turn" else 0
-    kernels = {"fused_bn": form in ("fused BN", "both"), "winograd": form in ("winograd", "both")}
-    chosen = replace(chosen, **kernels, op_threads=op_threads, exact=exact)
-    if form == "both":
-        chosen = replace(chosen, bn_batch=chosen.bn_batch or batch // 2)
+    if form in ("torch kernels", "in turn", "fused BN"):
+        chosen = replace(chosen, winograd="off", fused_bn="on" if form == "fused BN" else "off")
+    chosen = replace(chosen, op_threads=op_threads, exact=exact)
+    if form == "two micro-batches":
+        chosen = replace(chosen, bn_batch=batch // 2)
     pixels = torch.randint(256, (images, size, size, 3), dtype=torch.uint8)
     split = MemorySplit(pixels, torch.randint(10, (images,)))
     preprocessing = Preprocessing(3, (size, size), size, torch.full((3,), 0.5), torch.full((3,), 0.25))

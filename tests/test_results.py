@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
+import statistics
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -76,3 +78,25 @@ def test_records_have_no_weights_and_nothing_of_this_machine(tmp_path: Path) -> 
     assert kept == [f"runs/run{i}/{name}" for i in (0, 1) for name in files]
     assert json.loads((tmp_path / "out" / "runs" / "run1" / "environment.json").read_text()) == {"torch": "2"}
     assert (tmp_path / "out" / "runs" / "run0" / "metrics.jsonl").read_text() == "metrics.jsonl 0"
+
+
+def test_the_page_of_speed_is_that_of_its_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(REPOSITORY / "benchmarks"))
+    table = importlib.import_module("speed_table")
+    monkeypatch.setattr(table, "PAGE", tmp_path / "speed.md")
+    monkeypatch.setattr(table, "DRAWING", tmp_path / "speed.svg")
+    record = json.loads((REPOSITORY / "results" / "speed.json").read_text())
+    table.write_page(record)
+    assert (tmp_path / "speed.md").read_text() == (REPOSITORY / "docs" / "speed.md").read_text(), (
+        "run speed_table.py --draw"
+    )
+    assert set(record) <= {row.name for row in table.ROWS}
+    for row in table.ROWS:
+        if row.name in record:  # its pattern still reads the ratio that stands there
+            ratios = [
+                float(m if isinstance(m, str) else m[0])
+                for m in re.findall(row.pattern, "\n".join(record[row.name]["output"]))
+            ]
+            assert statistics.median(ratios) / (100 if "%" in row.pattern else 1) == pytest.approx(
+                record[row.name]["ratio"]
+            )

@@ -7,6 +7,7 @@ import contextlib
 import io
 import math
 import os
+import stat
 import struct
 import threading
 import warnings
@@ -227,9 +228,13 @@ def is_complete(content: bytes) -> bool:
 
 def check_regular_file(file: Path) -> None:
     """Raises DataError for a folder, and for a pipe or device, also behind a link: reading one would wait for ever."""
-    if file.is_dir():
+    try:
+        mode = os.stat(file).st_mode
+    except (OSError, ValueError):  # opening it gives the reason
+        return
+    if stat.S_ISDIR(mode):
         raise DataError(f"{file} is a folder, not an image.")
-    if file.exists() and not file.is_file():
+    if not stat.S_ISREG(mode):
         raise DataError(f"{file} is a pipe or a device, not an image.")
 
 
