@@ -36,6 +36,8 @@ from resnetlab.data.statistics import compute_statistics
 from resnetlab.device import select_device
 from resnetlab.errors import DataError, RunError, UsageError
 from resnetlab.preprocessing import Preprocessing
+from resnetlab.training.recipes import find_classification_recipe
+from resnetlab.training.train import RunOptions, build_task
 from tiny_runs import TINY_PHOTOS
 
 FLOWERS = Path(__file__).resolve().parents[2] / "shared" / "data" / "flowers"
@@ -380,6 +382,18 @@ def test_a_bad_image_stops_or_is_left_out(tmp_path: Path) -> None:
     fixed = loader(load(root).train, Crop("scale", (26, 40))).batch(bad).images
     kept = [i for i in range(6) if i not in position]
     assert torch.equal(fixed[kept], shown[bad].images)
+
+
+def test_the_first_process_of_a_machine_opens_what_will_be_evaluated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = folder(tmp_path / "d", {"train": 6, "val": 4})
+    cut(root, "val/alpha/bild 1.jpg")
+    recipe = replace(find_classification_recipe("photos"), data=str(root), net="resnet8", image_size=16, eval_resize=20)
+    with pytest.raises(DataError, match=r"bild 1.jpg is damaged"):
+        build_task(recipe, RunOptions(device="cpu"))
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert len(build_task(recipe, RunOptions(device="cpu")).test) == 12
 
 
 def test_a_run_that_a_image_stopped_goes_on_without_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from resnetlab.data.fingerprints import match_fingerprints, record_fingerprints
 from resnetlab.data.prefetch import PreprocessedSplit
 from resnetlab.data.sampler import Batch, TrainLoader
 from resnetlab.device import DeviceConfig
-from resnetlab.distributed import World
+from resnetlab.distributed import World, is_first_here
 from resnetlab.errors import DataError, RunError, UsageError
 from resnetlab.evaluation.calibration import MIN_IMAGES, choose_none_below, fit_temperature
 from resnetlab.evaluation.evaluate import evaluate_errors, evaluate_network
@@ -118,7 +118,7 @@ class ClassificationTask(Task):
         shape = Preprocessing(channels, (size, size), recipe.eval_resize or size, mean, std, dtype=dtype)
         recipe = name_own_transform(resolve_val_images(resolve_shards(recipe, source, world), source), setup)
         train, held_out, test, holdout = divide_images(recipe, source, shape)
-        for split in (each for each in (held_out, test) if isinstance(each, DiskSplit)):
+        for split in (each for each in (held_out, test) if isinstance(each, DiskSplit) and is_first_here()):
             split.require_readable()
         recipe = setup.rescale(recipe, len(train))
         preprocessing = add_statistics(recipe.normalise, choose_sample(recipe, train), shape, start)
