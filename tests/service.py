@@ -8,7 +8,6 @@ import re
 import signal
 import socket
 import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from typing import Any, cast
 
 import torch
 
+import zygote
 from resnetlab.models.annotated_model import AnnotatedModel
 from resnetlab.models.annotated_model import build_annotated_net as build_annotated
 from resnetlab.models.head_spec import DetectorSpec, HeadSpec, SegmenterSpec
@@ -96,7 +96,7 @@ def service_in_thread(model: Path, **limits: int) -> Iterator[ServiceClient]:
 @contextmanager
 def service_process(model: Path, folder: Path, *options: str) -> Iterator[RunningService]:
     """`resnetlab serve` on a free port; it must exit with 0."""
-    arguments = [sys.executable, "-m", "resnetlab", "serve", str(model), "--port", "0", *options]
+    arguments = [zygote.python(), "-m", "resnetlab", "serve", str(model), "--port", "0", *options]
     process = subprocess.Popen(arguments, cwd=folder, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     assert process.stderr is not None
     try:

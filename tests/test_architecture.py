@@ -24,6 +24,8 @@ LAYERS = {
         "progress",
         "tensor_file",
         "preprocessing",
+        "process_place",
+        "shared_context",
         "run_folder",
         "stopping",
         "device",

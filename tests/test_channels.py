@@ -35,6 +35,7 @@ from resnetlab.inference.resizing import Resize
 from resnetlab.preprocessing import RGB, PixelFormat, Preprocessing, pixel_statistics, render_pixels
 from resnetlab.training.recipes import photos
 from resnetlab.training.recorder import RunStopped
+from resnetlab.training.run_options import RunOptions
 from resnetlab.training.tasks.base import TaskSetup
 from resnetlab.training.tasks.classification_data import load_source
 
@@ -577,9 +578,7 @@ def test_runs_begun_before_go_on_with_8_bits(tmp_path: Path) -> None:
         (tmp_path / name / f"{i}.png").write_bytes(png(random_array((20, 24), "uint16", seed=i)))
     recipe = replace(photos(), data=str(tmp_path))
     for resuming, channels, expected in ((True, 0, RGB), (False, 0, PixelFormat(1, "uint16")), (True, 3, RGB)):
-        setup = TaskSetup(
-            device_config=select_device("fp32", "cpu"), data_dir=tmp_path, report=lambda _: None, resuming=resuming
-        )
+        setup = TaskSetup(select_device("fp32", "cpu"), RunOptions(data_dir=tmp_path), resuming=resuming)
         found, source = load_source(replace(recipe, channels=channels), setup)
         assert source.train.pixel_format == source.test.pixel_format == expected
         assert found.channels == (1 if expected.dtype else channels)

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
 from pathlib import Path
 from typing import ClassVar
 
 import pytest
 import torch
 
+from resnetlab import studies
 from resnetlab.data import digits, sources
 from resnetlab.models.resnet import build
 from resnetlab.nn.blocks import ACTIVATION_ORDERS, ActivationOrder
-from resnetlab.studies.catalogue import STUDIES, select_studies
-from resnetlab.studies.runs import RunOutcomes
-from resnetlab.studies.setting import Setting, Trial
-from resnetlab.studies.study import Row, Study, StudyResult, run_studies
+from resnetlab.studies import catalogue
+from resnetlab.studies.setting import Setting
+from resnetlab.studies.study import run_studies
 from resnetlab.training.optim import OPTIMIZERS, Optimizer
 from resnetlab.training.python_api import train
 
@@ -52,23 +52,33 @@ def test_an_optimizer_and_a_data_source_are_one_entry_each(tmp_path: Path, monke
     assert result.steps == 4 and result.n == len(few.test)
 
 
-class Runs(Study):
-    """How many runs a setting asks for."""
+RUNS_STUDY = '''
+"""How many runs a setting asks for."""
 
+from resnetlab.studies.study import Row, Study, StudyResult
+
+
+class Runs(Study):
     name = "runs"
     question = "How many runs are there?"
-    place = "nowhere"
+    place = "2015 Fig. 0"
 
-    def plan(self, setting: Setting) -> list[Trial]:
+    def plan(self, setting):
         return []
 
-    def read(self, setting: Setting, outcomes: RunOutcomes, on_progress: Callable[[int, int], None]) -> StudyResult:
+    def read(self, setting, outcomes, on_progress):
         return StudyResult(answer="None.", rows=[Row("nothing", "runs", (0.0,), "", unit="count")])
+'''
 
 
-def test_a_study_is_a_class_and_one_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(STUDIES, "runs", Runs())
-    (study,) = select_studies("runs")
+def test_a_study_is_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "how_many_runs.py").write_text(RUNS_STUDY)
+    monkeypatch.setattr(studies, "__path__", [*studies.__path__, str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "resnetlab.studies.how_many_runs", raising=False)
+    found = catalogue.find_studies()
+    assert list(found) == ["runs", *catalogue.STUDIES]  # by the place in the papers
+    monkeypatch.setattr(catalogue, "STUDIES", found)
+    (study,) = catalogue.select_studies("runs")
     assert study.question == "How many runs are there?"
     (output,) = run_studies([study], Setting("digits", tmp_path, "smoke", 1), root=tmp_path)
     assert output.result.answer == "None."

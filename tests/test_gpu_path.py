@@ -97,7 +97,7 @@ def record_on_gpu(train_state: TrainState, out: Path, queue: Queue, monkeypatch:
     monkeypatch.setattr(ClassificationTask, "evaluate_held_out", lambda _: queue.wait() or {"top1_error": 0.5})
     run = RunFolder.create(out, "run")
     with catch_stop_signals() as request:
-        return Recorder(train_state, RunContext(run, lambda _: None, lambda _: None), request)
+        return Recorder(train_state, RunContext(run, RunOptions()), request)
 
 
 def test_the_wait_of_an_evaluation_for_queued_steps_counts_as_steps(

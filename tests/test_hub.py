@@ -44,7 +44,7 @@ def test_a_folder_is_loaded_unchanged_and_has_a_card(tmp_path: Path, capsys: pyt
     make_model().save(tmp_path / "model.safetensors")
     assert run_command(["push", str(tmp_path / "model.safetensors"), str(tmp_path / "out")]) == 0
     assert capsys.readouterr().out == f"{tmp_path / 'out' / 'README.md'}\n"
-    again = hub.from_pretrained(tmp_path / "out")
+    again = load_trained_model(tmp_path / "out/model.safetensors")
     assert again.classes == make_model().classes and again.calibration == make_model().calibration
     assert all(
         torch.equal(a, b)

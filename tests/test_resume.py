@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+import zygote
 from resnetlab.cli.main import run_command
 from resnetlab.errors import RunError
 from resnetlab.run_folder import RunFolder, read_metrics
@@ -32,7 +33,7 @@ SETTINGS = (
 def command(*arguments: str, driver: str = "") -> list[str]:
     """The command line in a process of its own; `driver` is code that runs in it first."""
     code = f"{driver}\nfrom resnetlab.cli.main import main\nmain({list(arguments)!r})"
-    return [sys.executable, "-c", code]
+    return [zygote.python(), "-c", code]
 
 
 def train(out: Path, driver: str = "", settings: tuple[str, ...] = SETTINGS) -> subprocess.Popen[str]:
@@ -85,6 +86,7 @@ def test_killed_at_any_moment_is_bit_identical(lines: int, tmp_path: Path, undis
     with train(out) as process:
         wait_until(lambda: lines_written(out) >= lines, process)
         process.kill()
+        process.communicate()
     assert process.returncode == -signal.SIGKILL
     assert not (out / "model.safetensors").exists()
     done = resumed(out)
@@ -288,7 +290,7 @@ def test_a_full_disk_keeps_what_was_written(tmp_path: Path) -> None:
         pytest.skip("this machine lets nobody mount a small disk (unshare, tmpfs)")
     after = "; code=$?; ls -a disk/run disk/run/checkpoints 2>&1; exit $code"
     script = f'mount -t tmpfs -o size=900k none disk && "$@"{after}'
-    arguments = command("train", "digits", *SETTINGS, "--out", "disk/run")
+    arguments = [sys.executable, *command("train", "digits", *SETTINGS, "--out", "disk/run")[1:]]  # of the namespace
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [*namespace, script, "sh", *arguments], text=True, capture_output=True, cwd=tmp_path, env=environment

@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 
+import zygote
 from process_groups import call_in_processes
 from resnetlab.cli.main import run_command as cli
 from resnetlab.distributed import PROCESS_GONE, World
@@ -63,16 +64,24 @@ def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str]) ->
         time.sleep(0.002)
 
 
-def process_of_rank(rank: int, launcher: int) -> int:
-    """The process id of a rank that a launcher started."""
+def process_of_rank(rank: int, job: Path) -> int:
+    """The process id of a rank of the job that `start` started."""
+    wanted = {f"RANK={rank}".encode(), f"JOB={job}".encode()}
     for place in Path("/proc").glob("[0-9]*"):
         try:
-            parent = int(place.joinpath("stat").read_text().rsplit(")", 1)[1].split()[1])
-            if parent == launcher and f"RANK={rank}".encode() in place.joinpath("environ").read_bytes().split(b"\0"):
+            if wanted <= set(place.joinpath("environ").read_bytes().split(b"\0")):
                 return int(place.name)
-        except (OSError, ValueError):
+        except OSError:
             continue
-    raise AssertionError(f"rank {rank} of {launcher} is not there")
+    raise AssertionError(f"rank {rank} of {job} is not there")
+
+
+def start(job: Path, *command: str, python: str = sys.executable) -> subprocess.Popen[str]:
+    """Starts a job of several processes, which have its name in their environment."""
+    environment = os.environ | {"JOB": str(job)}
+    return subprocess.Popen(
+        [python, *command], env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
 
 
 needs_proc = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds a rank through /proc")
@@ -81,10 +90,10 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason=
 @needs_proc
 def test_a_killed_rank_restarts_the_job_and_nothing_is_lost(tmp_path: Path, undisturbed: Path) -> None:
     out = tmp_path / "run"
-    command = [*COMMAND, "--steps", str(STEPS), "--out", str(out), "--procs", "2", "--max-restarts", "1"]
-    with subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    command = [*COMMAND[1:], "--steps", str(STEPS), "--out", str(out), "--procs", "2", "--max-restarts", "1"]
+    with start(tmp_path, *command, python=zygote.python()) as process:
         wait_until(lambda: last_step(out) >= 4, process)
-        os.kill(process_of_rank(1, process.pid), signal.SIGKILL)
+        os.kill(process_of_rank(1, tmp_path), signal.SIGKILL)
         killed_at = last_step(out)
         _, stderr = process.communicate()
     assert process.returncode == 0, stderr
@@ -97,10 +106,10 @@ def test_a_killed_rank_restarts_the_job_and_nothing_is_lost(tmp_path: Path, undi
 def test_all_ranks_stop_at_one_step_and_one_process_goes_on(tmp_path: Path, undisturbed: Path) -> None:
     """SIGTERM to one rank alone; the other hears of it, and the number of processes changes in between."""
     out = tmp_path / "run"
-    command = [*COMMAND, "--steps", str(STEPS), "--out", str(out), "--procs", "2"]
-    with subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    command = [*COMMAND[1:], "--steps", str(STEPS), "--out", str(out), "--procs", "2"]
+    with start(tmp_path, *command, python=zygote.python()) as process:
         wait_until(lambda: last_step(out) >= 4, process)
-        os.kill(process_of_rank(1, process.pid), signal.SIGTERM)
+        os.kill(process_of_rank(1, tmp_path), signal.SIGTERM)
         _, stderr = process.communicate()
     assert process.returncode == 143, stderr
     assert "Traceback" not in stderr and stderr.count(f"resume with: resnetlab train --resume {out}") >= 1
@@ -140,12 +149,12 @@ def test_plain_torchrun_is_bit_identical(tmp_path: Path, undisturbed: Path) -> N
 def test_plain_torchrun_goes_on_after_four_kills(tmp_path: Path, undisturbed: Path) -> None:
     """No environment variable is set; every attempt finds the others in the same store."""
     out = tmp_path / "run"
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
     command = [*launcher, "--max-restarts", "4", "-m", *COMMAND[2:], "--steps", str(STEPS), "--out", str(out)]
-    with subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    with start(tmp_path, *command) as process:
         for step, rank in ((2, 3), (5, 2), (8, 1), (11, 0)):
             wait_until(lambda: last_step(out) >= step, process)  # noqa: B023
-            os.kill(process_of_rank(rank, process.pid), signal.SIGKILL)
+            os.kill(process_of_rank(rank, tmp_path), signal.SIGKILL)
         _, stderr = process.communicate()
     assert process.returncode == 0, stderr
     assert stderr.count("resuming from step") == 4

@@ -7,7 +7,6 @@ import ctypes
 import functools
 import os
 import platform
-import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from resnetlab.distributed import World
 from resnetlab.errors import UsageError, unknown_name_error
 from resnetlab.formatting import format_count
+from resnetlab.shared_context import SharedContext
 
 A = TypeVar("A")
 B = TypeVar("B")
@@ -263,34 +263,17 @@ def release_memory(device: torch.device) -> None:
 
 def default_precision(device: torch.device) -> str:
     """The precision that "auto" selects for training on a device."""
-    return "bf16" if _computes_bf16(device) else "fp16" if _has_fp16_tensor_cores(device) else "fp32"
+    if _computes_bf16(device):
+        return "bf16"
+    has_fp16_cores = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0)  # V100, T4, later
+    return "fp16" if has_fp16_cores else "fp32"
 
 
-class _ProcessFlags:
-    """torch's process-wide flags that change results: the first thread that enters sets them, the last gives them back."""
-
-    def __init__(self) -> None:
-        self._lock, self._inside = threading.Lock(), 0
-        self._restore = contextlib.ExitStack()
-
-    def __enter__(self) -> None:
-        with self._lock:
-            self._inside += 1
-            if self._inside == 1:
-                self._save()
-                torch.set_default_dtype(torch.float32)
-                if torch.are_deterministic_algorithms_enabled():  # even False would import torch's compiler: seconds
-                    torch.use_deterministic_algorithms(False)
-                _set_reproducible_flags()
-
-    def __exit__(self, *_: object) -> None:
-        with self._lock:
-            self._inside -= 1
-            if not self._inside:
-                self._restore.close()
-
-    def _save(self) -> None:
-        undo = self._restore.callback
+@contextlib.contextmanager
+def _reproducible_flags() -> Iterator[None]:
+    """torch's process-wide flags that change results as a fresh process has them; gives the caller's back on exit."""
+    with contextlib.ExitStack() as stack:
+        undo = stack.callback
         backends = cast(Any, torch.backends)  # its parts are not in torch's type information
         cudnn, mkldnn = backends.cudnn, backends.mkldnn
         for part in (backends.cuda.matmul, cudnn.conv, cudnn.rnn, mkldnn.matmul, mkldnn.conv):
@@ -301,9 +284,13 @@ class _ProcessFlags:
         undo(setattr, cudnn, "deterministic", cudnn.deterministic)
         undo(setattr, cudnn, "benchmark", cudnn.benchmark)
         undo(torch.set_default_dtype, torch.get_default_dtype())
-        if torch.are_deterministic_algorithms_enabled():
+        torch.set_default_dtype(torch.float32)
+        if torch.are_deterministic_algorithms_enabled():  # even False would import torch's compiler: seconds
             warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
             undo(torch.use_deterministic_algorithms, True, warn_only=warn_only)
+            torch.use_deterministic_algorithms(False)
+        _set_reproducible_flags()
+        yield
 
 
 def _set_reproducible_flags(tf32: bool = False) -> None:
@@ -314,7 +301,7 @@ def _set_reproducible_flags(tf32: bool = False) -> None:
     cast(Any, torch.backends).mkldnn.conv.fp32_precision = "ieee"
 
 
-_process_flags = _ProcessFlags()
+_process_flags = SharedContext(_reproducible_flags)
 
 
 @contextlib.contextmanager
@@ -388,11 +375,6 @@ def _computes_bf16(device: torch.device) -> bool:
     except OSError:
         return False
     return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(flags)
-
-
-def _has_fp16_tensor_cores(device: torch.device) -> bool:
-    """Whether a GPU multiplies fp16 in tensor cores: V100, T4, RTX 20 and later."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0)
 
 
 @contextlib.contextmanager

@@ -29,6 +29,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from resnetlab.errors import PROCESS_GONE, RunError
+from resnetlab.process_place import read_process_place
 
 T = TypeVar("T")
 TIMEOUT = timedelta(minutes=5)  # after which a silent process counts as gone
@@ -180,7 +181,7 @@ class World:
             yield
             return
         done, failed = threading.Event(), threading.Event()
-        if not is_first_here():
+        if not read_process_place().is_first_here:
             done.set()
             self._wait_for_turns(done, failed)
             yield
@@ -317,30 +318,30 @@ def _connection_errors() -> Iterator[None]:
 @contextlib.contextmanager
 def join_process_group() -> Iterator[World]:
     """Joins the process group that torchrun started (gloo, and NCCL for GPU tensors); without torchrun, this process alone."""
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size == 1:
+    place = read_process_place()
+    if place.size == 1:
         yield World()
         return
     gpus = torch.cuda.is_available()
     if gpus:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+        torch.cuda.set_device(place.local_rank % torch.cuda.device_count())
     os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")  # connect only those that talk to each other: fewer open files
     try:
         store, rank, _ = next(rendezvous("env://", timeout=TIMEOUT))
-        store, restarted = _meet(store, rank, size)
+        store, restarted = _meet(store, rank, place.size)
         backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
-        torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
+        torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=place.size, timeout=TIMEOUT)
     except (RuntimeError, ValueError, OSError) as error:
-        place = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
+        address = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
         raise RunError(
-            f"the {size:,} processes of this job did not meet at {place} ({str(error).splitlines()[0][:120]}); check that all "
-            "of them run, and reach that address."
+            f"the {place.size:,} processes of this job did not meet at {address} ({str(error).splitlines()[0][:120]}); check "
+            "that all of them run, and reach that address."
         ) from error
     links: Links | None = None
     try:
         with _connection_errors():
-            links = Links(_connect_levels(rank, size))
-        yield World(rank, size, restarted, links)
+            links = Links(_connect_levels(rank, place.size))
+        yield World(rank, place.size, restarted, links)
     except BaseException:
         if links is not None:  # processes that stop at one step complete what is under way; others may never do
             links.close(PATIENCE)
@@ -389,11 +390,11 @@ def _connect_levels(rank: int, size: int) -> list[Any]:
 
     Two levels need machines with as many processes each, a power of two, or the order of the sum would be another.
     """
-    local = os.environ.get("LOCAL_RANK", "0"), os.environ.get("LOCAL_WORLD_SIZE", "1")
-    places: list[tuple[str, str]] = [local] * size
+    _, _, *local = read_process_place()
+    places: list[list[int]] = [local] * size
     torch.distributed.all_gather_object(places, local)
-    here = int(local[1])
-    regular = all(place == (str(r % here), str(here)) for r, place in enumerate(places))
+    here = local[1]
+    regular = all(place == [r % here, here] for r, place in enumerate(places))
     if not (regular and 1 < here < size and size % here == 0 and here & (here - 1) == 0):
         return [None]
     first, position = rank - rank % here, rank % here
@@ -401,21 +402,6 @@ def _connect_levels(rank: int, size: int) -> list[Any]:
         torch.distributed.new_group(list(ranks), timeout=TIMEOUT, use_local_synchronization=True)
         for ranks in (range(first, first + here), range(position, size, here))
     ]
-
-
-def local_process_count() -> int:
-    """The number of this job's processes on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else 1
-
-
-def is_first_here() -> bool:
-    """Whether this is the first of this job's processes on its machine."""
-    return os.environ.get("LOCAL_RANK", "0") == "0"
-
-
-def is_first_process() -> bool:
-    """Whether this is the process that prints and writes files."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def leave_if_imported_again() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 import unicodedata
@@ -11,6 +10,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from resnetlab.formatting import format_duration
+from resnetlab.process_place import read_process_place
 from resnetlab.stopping import check_stop
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ class ProgressBar:
             text: beside it; of several parts, the most important first, a terminal shows as many as it has room for.
         """
         check_stop()
-        if os.environ.get("RANK", "0") != "0":
+        if read_process_place().rank:
             return
         now = time.monotonic()
         if not text and total is None:

@@ -62,7 +62,7 @@ def read_tensor_file(path: Path, what: str) -> tuple[dict[str, Tensor], dict[str
     Raises:
         ModelFileError: the file is missing, a folder, empty, truncated, damaged, not ours or of a newer version.
     """
-    raw = _read_bytes(path, what)
+    raw = read_file(path, f"the {what}", f"`resnetlab train` writes a {what} into its run folder.")
     try:
         tensors = load_tensors(raw)
     except (safetensors.SafetensorError, ValueError, KeyError) as error:
@@ -98,23 +98,29 @@ def _check_metadata(path: Path, entries: Mapping[str, str], tensors: Mapping[str
     return metadata if entries.get("digest") == _compute_digest(entries[KEY], tensors) else None
 
 
-def _read_bytes(path: Path, what: str) -> bytes:
+def read_file(path: Path, wanted: str, origin: str = "") -> bytes:
+    """A file's content; raises ModelFileError if it is missing, empty, a folder or a pipe, or cannot be read.
+
+    Args:
+        wanted: what to give, for messages.
+        origin: where a missing file comes from; by default the message says what to give.
+    """
     if path.is_dir():
         inside = path / "model.safetensors"
-        hint = f"; did you mean {inside}?" if inside.is_file() else f"; give the {what} itself."
-        raise ModelFileError(f"{path} is a folder{hint}")
+        hint = f"did you mean {inside}?" if inside.is_file() else f"give {wanted}, not its folder."
+        raise ModelFileError(f"{path} is a folder; {hint}")
     if path.exists() and not path.is_file():
-        raise ModelFileError(f"{path} is not a regular file; give the {what} itself.")
+        raise ModelFileError(f"{path} is a pipe or a device; give {wanted}.")
     try:
-        raw = path.read_bytes()
+        content = path.read_bytes()
     except FileNotFoundError:
-        hint = suggest_path(path) or f"; `resnetlab train` writes a {what} into its run folder."
+        hint = suggest_path(path) or f"; {origin or f'give {wanted}.'}"
         raise ModelFileError(f"{path} does not exist{hint}") from None
     except OSError as error:
         raise ModelFileError(f"{path} cannot be read ({error.strerror}).") from error
-    if not raw:
-        raise ModelFileError(f"{path} is empty; copy or train it again.")
-    return raw
+    if not content:
+        raise ModelFileError(f"{path} is empty; copy it again.")
+    return content
 
 
 def read_metadata(path: Path) -> dict[str, Any]:

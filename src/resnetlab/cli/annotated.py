@@ -9,12 +9,11 @@ import functools
 import inspect
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Annotated, Any
-
-from cyclopts import Parameter
+from typing import Any
 
 from resnetlab.cli import console
 from resnetlab.cli.evaluate import CLASSIFIER_EVALUATION, evaluate, print_box_classes, print_mask_classes
+from resnetlab.cli.options import Device, Flag, Json, ModelName
 from resnetlab.cli.predict import CLASSIFIER_PREDICTION, DETECTOR_OPTIONS, predict, save_overlay
 from resnetlab.cli.train import (
     DEFAULT_OPTIONS,
@@ -146,9 +145,7 @@ def segment_predict() -> None:
     """
 
 
-def export_annotated(
-    model: Path, /, *images: str, out: Path | None = None, json: Annotated[bool, Parameter(negative="")] = False
-) -> None:
+def export_annotated(model: Path, /, *images: str, out: Path | None = None, json: Json = False) -> None:
     """Export a detector or segmenter as an ONNX graph, and check it: agreement with PyTorch and largest difference on images.
 
     Parameters
@@ -159,8 +156,6 @@ def export_annotated(
         Images, or folders of images, that the graph is checked on.
     out
         The file to write, ending in .onnx; by default the model's name with .onnx.
-    json
-        Print the check as one JSON document.
     """
     from resnetlab.data.decode import find_image_files
     from resnetlab.inference.annotated import open_annotated_model, read_pixels
@@ -200,14 +195,14 @@ def segment_export() -> None:
 
 
 def detect_localise(
-    model: str,
+    model: ModelName,
     /,
     *,
     data: Path,
     split: str = "test",
     out: Path | None = None,
-    device: str = "auto",
-    json: Annotated[bool, Parameter(negative="")] = False,
+    device: Device = "auto",
+    json: Flag = False,
 ) -> None:
     """Compare a classifier's Grad-CAM boxes with true boxes: how well it localises objects without training on boxes.
 
@@ -215,8 +210,6 @@ def detect_localise(
 
     Parameters
     ----------
-    model
-        A classifier's model file, or a publisher's name.
     data
         A folder in Pascal VOC's format or with COCO's JSON. If classes have the model's names, only boxes of the predicted
         class count.
@@ -224,8 +217,6 @@ def detect_localise(
         test (the split to evaluate on, whatever its name is), train, or any other split of the data.
     out
         Folder for images with the predicted and true boxes, NAME.place.png; by default none are written.
-    device
-        cpu, cuda, cuda:1, …; auto uses a GPU if there is one.
     json
         Print the metrics as one JSON document, with one row per image.
     """

@@ -7,16 +7,15 @@ import sys
 from fnmatch import fnmatch
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
-from typing import Annotated, Any
-
-from cyclopts import Parameter
+from typing import Any
 
 from resnetlab.cli import console
+from resnetlab.cli.options import Json
 from resnetlab.errors import UsageError, install_hint
 from resnetlab.formatting import format_count
 
 
-def models(pattern: str = "*", /, *, json: Annotated[bool, Parameter(negative="")] = False) -> None:
+def models(pattern: str = "*", /, *, json: Json = False) -> None:
     """List the networks, with parameters, multiply-adds and the errors that the papers report.
 
     Example: `resnetlab models 'resnet*'`
@@ -28,8 +27,6 @@ def models(pattern: str = "*", /, *, json: Annotated[bool, Parameter(negative=""
     ----------
     pattern
         Show the names that match, such as 'preresnet*'.
-    json
-        Print one JSON document.
     """
     from resnetlab.evaluation.published import find_error
     from resnetlab.models.cost import compute_totals, default_image_size
@@ -70,7 +67,7 @@ def models(pattern: str = "*", /, *, json: Annotated[bool, Parameter(negative=""
     return console.print_table("", columns, cells, right=(1, 2, 3))
 
 
-def recipes(name: str | None = None, /, *, json: Annotated[bool, Parameter(negative="")] = False) -> None:
+def recipes(name: str | None = None, /, *, json: Json = False) -> None:
     """List the recipes, or print one with its paper, cost and every value.
 
     Example: `resnetlab recipes paper-cifar > mine.toml`, then `resnetlab train --recipe mine.toml`
@@ -79,8 +76,6 @@ def recipes(name: str | None = None, /, *, json: Annotated[bool, Parameter(negat
     ----------
     name
         A recipe.
-    json
-        Print one JSON document.
     """
     from resnetlab.cli.train import print_recipe
     from resnetlab.training.recipes import RECIPES, find_recipe
@@ -100,15 +95,10 @@ def recipes(name: str | None = None, /, *, json: Annotated[bool, Parameter(negat
     return console.print_table("", ("recipe", "task", "net", "steps", "batch", "what it is"), rows, right=(3, 4))
 
 
-def doctor(*, json: Annotated[bool, Parameter(negative="")] = False) -> None:
+def doctor(*, json: Json = False) -> None:
     """Show versions, devices, what they compute fast, and extras, with the command that installs what is missing.
 
     Example: `resnetlab doctor`
-
-    Parameters
-    ----------
-    json
-        Print one JSON document.
     """
     import os
     import shutil

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
-
-from cyclopts import Parameter
+from typing import TYPE_CHECKING
 
 from resnetlab.cli import console
+from resnetlab.cli.options import DataDir, Json
 from resnetlab.errors import DataError, UsageError
 from resnetlab.formatting import format_count, format_split
 
@@ -23,11 +22,11 @@ def check(
     data: str,
     /,
     *,
-    data_dir: Path = Path("data"),
+    data_dir: DataDir = Path("data"),
     quarantine: Path | None = None,
     workers: int | None = None,
     timing: bool = True,
-    json: Annotated[bool, Parameter(negative="")] = False,
+    json: Json = False,
 ) -> None:
     """Decode every image and report unreadable or suspicious files, copies, leaks between splits, class counts and speed.
 
@@ -40,8 +39,6 @@ def check(
     data
         A folder of class folders, a zip or tar of one, a table of paths and labels, tar shards, a data set's name, or a
         folder of images with boxes or masks.
-    data_dir
-        The folder of archives and downloads.
     quarantine
         Write the names of images to leave out of training into this file: the unreadable ones, and copies. Use it with
         `resnetlab train DATA --quarantine FILE`.
@@ -49,8 +46,6 @@ def check(
         Processes that decode; by default as many as there are cores.
     timing
         Measure the speed of loading, and the share of a ResNet-18 training step that waits for it.
-    json
-        Print the report as one JSON document.
     """
     from resnetlab.data.check import check_dataset, check_layout, find_unexpected_files
     from resnetlab.data.check_annotated import check_annotated

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 from cyclopts import Parameter
 
 from resnetlab.cli import console
+from resnetlab.cli.options import DataDir, Device, Flag, Json, Precision, Refine, Scales
 from resnetlab.cli.predict import configure_detector
 from resnetlab.errors import RunError, UsageError
 from resnetlab.formatting import format_count, format_percent, format_split
+from resnetlab.process_place import read_process_place
 
 if TYPE_CHECKING:
     from resnetlab.evaluation.corruptions import CorruptionErrors
@@ -87,18 +89,18 @@ def evaluate(
     classes: str = "all",
     corrupted: CorruptionOptions = NO_CORRUPTIONS,
     fit_temperature: str | None = None,
-    save_temperature: Annotated[bool, Parameter(negative="")] = False,
-    data_dir: Path = Path("data"),
+    save_temperature: Flag = False,
+    data_dir: DataDir = Path("data"),
     on_bad_image: Annotated[str, Parameter(name=("--on-bad-image", "--on-bad-box", "--on-bad-mask"))] = "stop",
-    scales: str | None = None,
-    refine: bool = False,
+    scales: Scales = None,
+    refine: Refine = False,
     quarantine: Path | None = None,
     decode_on: str = "cpu",
-    precision: str = "auto",
-    device: str = "auto",
+    precision: Precision = "auto",
+    device: Device = "auto",
     out: Path | None = None,
     predictions: Path | None = None,
-    json: Annotated[bool, Parameter(negative="")] = False,
+    json: Json = False,
 ) -> None:
     """Evaluate a model, or several as an ensemble: errors with a 95 % interval, calibration, confusion; mAP; IoU.
 
@@ -130,33 +132,19 @@ def evaluate(
         left out of the evaluation.
     save_temperature
         Write the fitted temperatures into the model files.
-    data_dir
-        Folder of the archives.
     on_bad_image
         stop at an image that cannot be read (or an invalid box or mask), or skip it: then it is listed and not counted.
-    scales
-        Multi-scale testing of a detector (2015, appendix B): shorter sides in pixels, such as 240,300,360; each region uses
-        the two that suit it best.
-    refine
-        Refine and vote a detector's boxes (2015, appendix B).
     quarantine
         A file that lists images to leave out, as written by `resnetlab data check --quarantine`.
     decode_on
         device lets a GPU decode JPEGs and resize images, where the processors are too slow for it; the scores differ a little
         from those of cpu.
-    precision
-        fp32, bf16, or auto: bf16 where the hardware computes it.
-    device
-        cpu, cuda, cuda:1, … ; auto takes a GPU where there is one.
     out
         Folder for evaluation.json and evaluation.html; by default the first model's, or a folder in it named after the data,
         split and protocol if those of another evaluation are there.
     predictions
         Write the prediction for each image to this file, .csv or .parquet.
-    json
-        Print the figures as one JSON document.
     """
-    from resnetlab.distributed import is_first_process
     from resnetlab.evaluation.evaluate import evaluate as evaluate_models
     from resnetlab.inference.download import find_model, find_trained, get_scheme, load_or_download
     from resnetlab.models.annotated_model import TASK_NOUNS, read_task
@@ -198,7 +186,7 @@ def evaluate(
             progress=bar.update,
         )
     evaluation = corrupted.evaluate(evaluation, precision, device)
-    if not is_first_process():
+    if read_process_place().rank:
         return None
     for path, model in zip(models, evaluation.trained_models, strict=True) if save_temperature else ():
         model.save(Path(path))

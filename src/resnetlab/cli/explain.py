@@ -5,11 +5,10 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
-
-from cyclopts import Parameter
+from typing import TYPE_CHECKING, Any
 
 from resnetlab.cli import console
+from resnetlab.cli.options import Device, Json, ModelName, Precision
 from resnetlab.errors import DataError, UsageError
 from resnetlab.formatting import format_count
 
@@ -18,15 +17,15 @@ if TYPE_CHECKING:
 
 
 def explain(
-    model: str,
+    model: ModelName,
     /,
     *images: Path,
     out: Path = Path("explained"),
     top: int = 5,
     classes: str | None = None,
-    json: Annotated[bool, Parameter(negative="")] = False,
-    precision: str = "fp32",
-    device: str = "auto",
+    json: Json = False,
+    precision: Precision = "fp32",
+    device: Device = "auto",
 ) -> None:
     """Explain predictions for images: where the model looked, and what each residual block did for the prediction.
 
@@ -37,8 +36,6 @@ def explain(
 
     Parameters
     ----------
-    model
-        A model file, or a publisher's name such as torchvision:resnet50.IMAGENET1K_V2.
     images
         Images, or folders of images.
     out
@@ -48,12 +45,6 @@ def explain(
     classes
         Let only some of the model's classes compete: their names, separated by commas, or a data set that has them, such as a
         folder of class folders. By default all outputs do.
-    json
-        Print the figures as one JSON document.
-    precision
-        fp32, bf16 or auto.
-    device
-        cpu, cuda, cuda:1, … ; auto takes a GPU where there is one.
     """
     from resnetlab.data.decode import find_image_files
     from resnetlab.inference.download import find_model

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
-
-from cyclopts import Parameter
+from typing import Literal
 
 from resnetlab.cli import console
+from resnetlab.cli.options import DataDir, Device, Json, ModelName, Precision
 from resnetlab.formatting import format_count, format_percent
 
 MAX_PRINTED = 50  # likely errors; --json lists all
@@ -15,14 +14,14 @@ MAX_SHOWN = 500  # likely errors on a page
 
 
 def embed(
-    model: str,
+    model: ModelName,
     data: str,
     /,
     *,
     out: Path = Path("features.npz"),
-    data_dir: Path = Path("data"),
-    precision: str = "auto",
-    device: str = "auto",
+    data_dir: DataDir = Path("data"),
+    precision: Precision = "auto",
+    device: Device = "auto",
 ) -> None:
     """Write the feature vector of every image, the input of the fully connected layer, to .npz or Parquet.
 
@@ -30,18 +29,10 @@ def embed(
 
     Parameters
     ----------
-    model
-        A model file, or a published name such as torchvision:resnet50.IMAGENET1K_V2.
     data
         A data set, or a folder of images.
     out
         The file to write, .npz or .parquet: image, split, class and features of each image. Parquet is written in parts.
-    data_dir
-        Folder of the archives.
-    precision
-        fp32, bf16, or auto: bf16 where the hardware computes it.
-    device
-        cpu, cuda, cuda:1, … ; auto takes a GPU where there is one.
     """
     from resnetlab.evaluation.predictions import check_table_file
     from resnetlab.inference.embed import SUFFIXES, embed_data, write_features
@@ -58,16 +49,16 @@ def embed(
 
 
 def neighbours(
-    model: str,
+    model: ModelName,
     data: str,
     /,
     *images: str,
     top: int = 8,
     out: Path | None = None,
-    data_dir: Path = Path("data"),
-    precision: str = "auto",
-    device: str = "auto",
-    json: Annotated[bool, Parameter(negative="")] = False,
+    data_dir: DataDir = Path("data"),
+    precision: Precision = "auto",
+    device: Device = "auto",
+    json: Json = False,
 ) -> None:
     """Find the images of a data set that are most similar to given ones, by exact search over feature vectors.
 
@@ -75,8 +66,6 @@ def neighbours(
 
     Parameters
     ----------
-    model
-        A model file, or a published name such as torchvision:resnet50.IMAGENET1K_V2.
     data
         The images that are searched: a data set, a folder of images, or a file that `embed` wrote with this model.
     images
@@ -85,14 +74,6 @@ def neighbours(
         How many to find of each.
     out
         Write a page that shows them, .html.
-    data_dir
-        Folder of the archives.
-    precision
-        fp32, bf16, or auto: bf16 where the hardware computes it.
-    device
-        cpu, cuda, cuda:1, … ; auto takes a GPU where there is one.
-    json
-        Print the result as one JSON document.
     """
     from resnetlab.errors import UsageError
     from resnetlab.inference.embed import embed_data, is_feature_file, read_features
@@ -147,8 +128,8 @@ def audit(
     folds: int = 5,
     seed: int = 0,
     method: Literal["resnetlab", "cleanlab"] = "resnetlab",
-    data_dir: Path = Path("data"),
-    json: Annotated[bool, Parameter(negative="")] = False,
+    data_dir: DataDir = Path("data"),
+    json: Json = False,
 ) -> None:
     """Find images whose label is likely wrong, by confident learning on out-of-fold predictions.
 
@@ -171,10 +152,6 @@ def audit(
         Of the parts.
     method
         Whose rule decides: ours, or cleanlab's find_label_issues (needs an extra).
-    data_dir
-        Folder of the archives.
-    json
-        Print the result as one JSON document.
     """
     from resnetlab.errors import UsageError
     from resnetlab.inference.audit import audit_labels

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
-
-from cyclopts import Parameter
+from typing import TYPE_CHECKING
 
 from resnetlab.cli import console
+from resnetlab.cli.options import Json, Settings
 from resnetlab.errors import UsageError
 
 if TYPE_CHECKING:
@@ -24,8 +23,8 @@ def inspect(
     image_size: int | None = None,
     classes: int | None = None,
     channels: int | None = None,
-    set_: Annotated[tuple[str, ...], Parameter(name="--set", negative="", consume_multiple=False)] = (),
-    json: Annotated[bool, Parameter(negative="")] = False,
+    set_: Settings = (),
+    json: Json = False,
 ) -> None:
     """Show a network's layers, shapes, parameters and multiply-adds, with the paper's figures where they are published.
 
@@ -43,8 +42,6 @@ def inspect(
         Channels of the input; 3 by default.
     set_
         Changes one value of the network's specification, key=value; may be given several times.
-    json
-        Print one JSON document.
     """
     from resnetlab.models.cost import compute_cost
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from resnetlab.run_folder import RunFolder
     from resnetlab.training.recipe import BaseRecipe, Overrides
     from resnetlab.training.result import TrainResult
-    from resnetlab.training.train import RunOptions
+    from resnetlab.training.run_options import RunOptions
 
 # options of a run that its processes get as they are
 PASSED_ON = ("device", "workers", "shard_space", "fit_micro_batch", "profile")
@@ -182,7 +182,8 @@ def train_process(request: str) -> None:
     """Resume a run as one of several processes; `--procs` starts this command."""
     from resnetlab.training.recipe import Epochs
     from resnetlab.training.result import show_training
-    from resnetlab.training.train import RunOptions, resume
+    from resnetlab.training.run_options import RunOptions
+    from resnetlab.training.train import resume
 
     values = json.loads(request)
     threading.Thread(target=_stop_with, args=(values["launcher"],), daemon=True).start()

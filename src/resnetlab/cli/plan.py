@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
-from cyclopts import Parameter
-
 from resnetlab.cli import console
+from resnetlab.cli.options import Flag
 
 
 def plan(
@@ -24,7 +21,7 @@ def plan(
     tflops: float = 60.0,
     latency: float = 30.0,
     cores: int = 12,
-    json: Annotated[bool, Parameter(negative="")] = False,
+    json: Flag = False,
 ) -> None:
     """Plan a training run on many GPUs: time, efficiency, storage, and what breaks first.
 

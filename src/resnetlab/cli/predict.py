@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
 import re
 import select
 import shutil
@@ -19,8 +18,10 @@ from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple, cast
 from cyclopts import Parameter
 
 from resnetlab.cli import console
+from resnetlab.cli.options import Flag, Refine, Scales
 from resnetlab.cli.prediction_output import OUTPUT_SUFFIXES, open_output, report_predictions, write_parts
 from resnetlab.errors import DataError, UsageError
+from resnetlab.process_place import read_process_place
 from resnetlab.stopping import check_stop
 
 if TYPE_CHECKING:
@@ -40,14 +41,14 @@ def predict(
     *images: Annotated[str, Parameter(allow_leading_hyphen=True)],  # "-" is standard input
     top: int | None = None,
     format: Literal["table", "csv", "json", "jsonl", "parquet"] | None = None,
-    json: Annotated[bool, Parameter(negative="")] = False,
+    json: Flag = False,
     out: Path | None = None,
     parts: Path | None = None,
     min_score: Annotated[float | None, Parameter(name=("--min-score", "--score"))] = None,
     sort_into: Path | None = None,
     protocol: str | None = None,
-    scales: str | None = None,
-    refine: bool = False,
+    scales: Scales = None,
+    refine: Refine = False,
     backend: str = "auto",
     precision: str = "auto",
     calibrate: Path | None = None,
@@ -85,11 +86,6 @@ def predict(
         Copy each image into FOLDER/CLASS by its best class, into FOLDER/unsure if that has less than --min-score.
     protocol
         Views of each image whose scores are averaged, as in `evaluate`: flip, 10crop, dense:320, …; computed by torch.
-    scales
-        Multi-scale testing of a detector (2015, appendix B): shorter sides in pixels, such as 240,300,360; each region uses
-        the two that suit it best.
-    refine
-        Refine and vote a detector's boxes (2015, appendix B).
     backend
         torch, onnxruntime or openvino; auto takes the fastest installed one that agrees with torch on the model's check
         images, or torch in fp32 for at most 64 images. It is reported on standard error.
@@ -181,10 +177,8 @@ class ClassRequest(NamedTuple):
 
 def check_parts(parts: Path | None, format: str | None, out: Path | None, images: Sequence[str]) -> None:
     """Raises UsageError where options contradict each other, or several processes would all predict every image."""
-    from resnetlab.inference.prediction_parts import process_count
-
     if parts is None:
-        if (n := process_count()) > 1:
+        if (n := read_process_place().size) > 1:
             raise UsageError(f"{n:,} processes share the images only with --parts FOLDER; give one.")
         if format == "parquet" and (out is None or out.suffix != ".parquet"):
             raise UsageError("Parquet is not printed; give --out FILE.parquet, or --parts FOLDER.")
@@ -199,14 +193,13 @@ def check_parts(parts: Path | None, format: str | None, out: Path | None, images
 
 def _own_device(device: str) -> str:
     """The device of this process: one GPU for each process of a machine."""
-    from resnetlab.inference.prediction_parts import process_count
-
-    if process_count() == 1 or device not in ("auto", "cuda"):
+    place = read_process_place()
+    if place.size == 1 or device not in ("auto", "cuda"):
         return device
     import torch
 
     gpus = torch.cuda.device_count()
-    return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % gpus}" if gpus else device
+    return f"cuda:{place.local_rank % gpus}" if gpus else device
 
 
 def _predict_class_parts(model: Model, images: Sequence[str], request: ClassRequest, parts: Path, format: str) -> None:

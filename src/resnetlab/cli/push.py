@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
-
-from cyclopts import Parameter
 
 from resnetlab.cli import console
+from resnetlab.cli.options import Flag
 from resnetlab.errors import UsageError
 
 
@@ -16,8 +14,8 @@ def push(
     to: str,
     /,
     *,
-    private: Annotated[bool, Parameter(negative="")] = False,
-    with_images: Annotated[bool, Parameter(negative="")] = False,
+    private: Flag = False,
+    with_images: Flag = False,
 ) -> None:
     """Upload a model file, with a card written from its metadata, to the Hugging Face hub or into a folder.
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from cyclopts import App, Parameter
+from cyclopts import App
 
 from resnetlab.cli import console
+from resnetlab.cli.options import Json
 from resnetlab.errors import ResNetLabError, RunError, UsageError
 from resnetlab.formatting import format_duration, format_figure, format_split
 
@@ -15,7 +16,7 @@ app = App(name="runs", help="List the runs in a folder with their figures; compa
 
 
 @app.default
-def list_runs(folder: Path = Path("runs"), /, *, json: Annotated[bool, Parameter(negative="")] = False) -> None:
+def list_runs(folder: Path = Path("runs"), /, *, json: Json = False) -> None:
     """List the runs in a folder with their figures.
 
     Example: `resnetlab runs`
@@ -24,8 +25,6 @@ def list_runs(folder: Path = Path("runs"), /, *, json: Annotated[bool, Parameter
     ----------
     folder
         A folder with run folders in it, at any depth.
-    json
-        Print one JSON document.
     """
     if not folder.is_dir():
         raise UsageError(f"{folder} is not a folder; give one with runs in it: `resnetlab train` writes into runs.")
@@ -38,9 +37,7 @@ def list_runs(folder: Path = Path("runs"), /, *, json: Annotated[bool, Parameter
 
 
 @app.command
-def compare(
-    *runs: Path, out: Path = Path("runs-compared.html"), json: Annotated[bool, Parameter(negative="")] = False
-) -> None:
+def compare(*runs: Path, out: Path = Path("runs-compared.html"), json: Json = False) -> None:
     """Compare runs: their figures, the values in which their recipes differ, and their curves, on one page.
 
     Example: `resnetlab runs compare runs/digits runs/digits-2`
@@ -51,8 +48,6 @@ def compare(
         Run folders, at most seven.
     out
         The page to write.
-    json
-        Print the figures and differences as one JSON document.
     """
     from resnetlab.run_folder import RunFolder, check_output_file, write_atomically
     from resnetlab.training.run_comparison import MAX_RUNS, compare_recipes, render_comparison

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from itertools import islice
 from pathlib import Path
-from typing import Annotated
-
-from cyclopts import Parameter
 
 from resnetlab.cli import console
+from resnetlab.cli.options import ModelName, Texts
 from resnetlab.errors import DataError, UsageError, missing_package
 
 
 def serve(
-    model: str,
+    model: ModelName,
     /,
     *,
     host: str = "127.0.0.1",
@@ -24,7 +22,7 @@ def serve(
     max_pixels: int = 50_000_000,
     timeout: float = 30.0,
     max_in_flight: int = 64,
-    allowed_host: Annotated[tuple[str, ...], Parameter(negative="", consume_multiple=False)] = (),
+    allowed_host: Texts = (),
     backend: str = "auto",
     precision: str = "auto",
     images: Path | None = None,
@@ -39,8 +37,6 @@ def serve(
 
     Parameters
     ----------
-    model
-        A model file, or a publisher's name such as torchvision:resnet50.IMAGENET1K_V2.
     host
         Address to listen on; 0.0.0.0 lets other machines in.
     port

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from resnetlab.cli import console
+from resnetlab.cli.options import DataDir, Flag, Json
 from resnetlab.formatting import format_count, format_estimate
 
 if TYPE_CHECKING:
@@ -28,14 +29,14 @@ def study(
     depths: Annotated[str | None, Parameter(help="Depths of the networks, separated by commas, such as 20,56.")] = None,
     steps: int | None = None,
     epochs: float | None = None,
-    yes: Annotated[bool, Parameter(negative="")] = False,
-    data_dir: Path = Path("data"),
+    yes: Flag = False,
+    data_dir: DataDir = Path("data"),
     device: str = "auto",
     precision: str = "auto",
     out: Path | None = None,
-    any_version: Annotated[bool, Parameter(negative="")] = False,
-    records: Annotated[bool, Parameter(negative="")] = False,
-    json: Annotated[bool, Parameter(negative="")] = False,
+    any_version: Flag = False,
+    records: Flag = False,
+    json: Json = False,
 ) -> None:
     """Repeat one of the papers' experiments: its runs, a table beside the paper's numbers, figures, and a verdict.
 
@@ -62,8 +63,6 @@ def study(
         The same in epochs.
     yes
         Start even if it takes more than a day.
-    data_dir
-        Folder of the archives.
     device
         cpu, cuda, cuda:1, …; several networks train at once, one on each core or each GPU (eight where NVIDIA's MPS runs).
     precision
@@ -74,10 +73,9 @@ def study(
         Folder for report.html, rows.csv and rows.json; by default runs/study-NAME-DATA-BUDGET.
     records
         Write the runs' records too, without weights, to runs/ in that folder: what results/ of the repository keeps.
-    json
-        Print the rows as one JSON document.
     """
     from resnetlab.data import sources
+    from resnetlab.models.spec import parse_value
     from resnetlab.run_folder import check_output_folder
     from resnetlab.studies import catalogue, report
     from resnetlab.studies.setting import SEEDS, Setting
@@ -85,8 +83,9 @@ def study(
 
     check_output_folder(out)
     num_seeds = SEEDS.get(budget, 1) if seeds is None else seeds
+    chosen = () if depths is None else tuple(parse_value("--depths", depths, "tuple[int, ...]"))
     setting = Setting(
-        data, data_dir, budget, num_seeds, _parse_depths(depths), device, steps,
+        data, data_dir, budget, num_seeds, chosen, device, steps,
         epochs=epochs, precision=precision, any_version=any_version,
     )  # fmt: skip
     if name is None:
@@ -105,12 +104,6 @@ def study(
         rows = [row for output in outputs for row in output.rows]
         return console.print_json({"report": str(folder / "report.html"), "rows": rows})
     return _print_studies(outputs)
-
-
-def _parse_depths(text: str | None) -> tuple[int, ...]:
-    from resnetlab.models.spec import parse_value
-
-    return () if text is None else tuple(parse_value("--depths", text, "tuple[int, ...]"))
 
 
 def _print_studies(outputs: list[StudyOutput]) -> None:

@@ -7,18 +7,20 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 from cyclopts import Parameter
 
 from resnetlab.cli import console, launch
+from resnetlab.cli.options import Flag, Json, Settings, Texts
 from resnetlab.errors import UsageError
 from resnetlab.formatting import format_count, format_duration, format_percent, format_split
+from resnetlab.process_place import read_process_place
 
 if TYPE_CHECKING:
     from resnetlab.training.recipe import BaseRecipe, Overrides
     from resnetlab.training.result import TrainResult
-    from resnetlab.training.train import RunOptions
+    from resnetlab.training.run_options import RunOptions
 
 
 @Parameter(name="*")
@@ -76,19 +78,17 @@ class TrainOptions:
         A finished run is extended with --epochs or --steps.
     show_recipe
         Print a recipe and its purpose, and train nothing.
-    json
-        Print the result as one JSON document.
     """
 
     net: str | None = None
     recipe: str | None = None
     start_from: str | None = None
-    pretrained: Annotated[bool, Parameter(negative="")] = False
+    pretrained: Flag = False
     steps: int | None = None
     epochs: float | None = None
     batch: str | None = None
     lr: float | None = None
-    set_: Annotated[tuple[str, ...], Parameter(name="--set", negative="", consume_multiple=False)] = ()
+    set_: Settings = ()
     seed: int | None = None
     out: Path | None = None
     device: str | None = None
@@ -96,11 +96,11 @@ class TrainOptions:
     shard_space: float | None = None
     procs: int | None = None
     max_restarts: int = 0
-    tracker: Annotated[tuple[str, ...], Parameter(negative="", consume_multiple=False)] = ()
+    tracker: Texts = ()
     profile: int = 0
     resume: Path | None = None
     show_recipe: str | None = None
-    json: Annotated[bool, Parameter(negative="")] = False
+    json: Json = False
 
 
 DEFAULT_OPTIONS = TrainOptions()
@@ -117,7 +117,7 @@ def train(
     on_bad_image: str | None = None,
     quarantine: Path | None = None,
     folds: int | None = None,
-    verify_resume: Annotated[bool, Parameter(negative="")] = False,
+    verify_resume: Flag = False,
 ) -> None:
     """Train a network; write a run folder with the model and a report.
 
@@ -268,7 +268,7 @@ def prepare_run(
 
 def _run_options(options: TrainOptions, overrides: Overrides, data_dir: Path | None) -> RunOptions:
     """What a run needs besides its recipe."""
-    from resnetlab.training.train import RunOptions
+    from resnetlab.training.run_options import RunOptions
 
     return RunOptions(
         data_dir=data_dir,
@@ -322,11 +322,10 @@ def _verify(options: TrainOptions, overrides: Overrides, data_dir: Path | None) 
 
 def print_json_result(result: TrainResult, options: TrainOptions) -> bool:
     """Prints the result as JSON if the options ask for it. Returns whether there is nothing more to print."""
-    from resnetlab.distributed import is_first_process
-
-    if options.json and is_first_process():
+    is_first = read_process_place().rank == 0
+    if options.json and is_first:
         console.print_json(result.to_json())
-    return options.json or not is_first_process()
+    return options.json or not is_first
 
 
 def print_result(result: TrainResult, metrics: Mapping[str, str]) -> None:

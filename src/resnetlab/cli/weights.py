@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, cast
-
-from cyclopts import Parameter
+from typing import cast
 
 from resnetlab.cli import console
+from resnetlab.cli.options import DataDir, Json, ModelName, Settings
 from resnetlab.errors import UsageError
 from resnetlab.formatting import format_count
 
@@ -26,9 +25,9 @@ def import_(
     eval_resize: int | None = None,
     interpolation: str | None = None,
     channel_order: str = "rgb",
-    set_: Annotated[tuple[str, ...], Parameter(name="--set", negative="", consume_multiple=False)] = (),
+    set_: Settings = (),
     key: str | None = None,
-    json: Annotated[bool, Parameter(negative="")] = False,
+    json: Json = False,
 ) -> None:
     """Convert published weights to a model file; what the weights do not contain must be given or known from their source.
 
@@ -66,8 +65,6 @@ def import_(
         One value of the network's specification, key=value, such as stride_in=3x3 or zero_pad=centre.
     key
         Which state dict to read from a file with several, such as model_ema, or which of several networks, such as teacher.
-    json
-        Print specification, classes and preprocessing as one JSON document.
     """
     from resnetlab.inference.download import download_model, get_scheme
     from resnetlab.inference.import_model import ImportOptions, import_weights
@@ -112,7 +109,7 @@ def import_(
 
 
 def export(
-    model: str,
+    model: ModelName,
     /,
     *,
     to: str | None = None,
@@ -120,8 +117,8 @@ def export(
     precision: str = "fp32",
     data: str | None = None,
     images: Path | None = None,
-    data_dir: Path = Path("data"),
-    json: Annotated[bool, Parameter(negative="")] = False,
+    data_dir: DataDir = Path("data"),
+    json: Json = False,
 ) -> None:
     """Write a model for other programs: ONNX, torch.export or OpenVINO, checked on real images; or torchvision's weights.
 
@@ -134,8 +131,6 @@ def export(
 
     Parameters
     ----------
-    model
-        A model file, or a published name such as torchvision:resnet50.IMAGENET1K_V2.
     to
         onnx, torch (.pt2), aotinductor (.pt2: compiled for this machine's GPU, or its CPU) or openvino; or torchvision: a
         state_dict under its names, which torchvision and timm load. By
@@ -149,10 +144,6 @@ def export(
     images
         A folder of images for the same: every second one is for int8, the others for the check. A detector or segmenter is
         checked on all of them.
-    data_dir
-        Folder of the data sets' archives.
-    json
-        Print the parity report as one JSON document.
     """
     from resnetlab.inference.download import find_model, find_trained, get_scheme, load_or_download
     from resnetlab.inference.formats import FORMATS, find_format, get_format

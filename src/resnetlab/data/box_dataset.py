@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
-
-from torch import Tensor
 
 from resnetlab.data.annotated_dataset import AnnotatedDataset, arrange_annotated_splits
 from resnetlab.data.annotations import (
@@ -37,8 +34,3 @@ def load_boxes(root: Path, on_bad: str = "stop") -> AnnotatedDataset[AnnotatedIm
         raise DataError(f"{root} has no box to train on; each object needs a class and a box.")
     splits = {split: [make_annotated_image(errors, r, classes) for r in images] for split, images in records.items()}
     return arrange_annotated_splits(str(root), classes, splits, errors, note_ignored(found, records))
-
-
-def relabel_boxes(image: AnnotatedImage, indices: Tensor) -> AnnotatedImage:
-    """The image with label i replaced by `indices[i]`, int64 (classes,): another order of the same classes."""
-    return replace(image, labels=indices[image.labels])

@@ -184,6 +184,11 @@ def check_layout(
     return report
 
 
+def _count_classes(split: Split, classes: tuple[str, ...]) -> dict[str, int]:
+    counts = split.labels.bincount(minlength=len(classes)).tolist()
+    return dict(zip(classes, counts, strict=True))
+
+
 def read_as_found(data: Dataset) -> Dataset:
     """The data set with its images read as the first readable one is (`data.decode`), as training does."""
     split = data.train if len(data.train) else data.test
@@ -218,11 +223,6 @@ def check_splits(
         report.problems.append(_describe_copy(first, second, near))
         report.quarantine += _names_to_quarantine(first, second)
     report.quarantine = list(dict.fromkeys(report.quarantine))
-
-
-def _count_classes(split: Split, classes: tuple[str, ...]) -> dict[str, int]:
-    counts = split.labels.bincount(minlength=len(classes)).tolist()
-    return dict(zip(classes, counts, strict=True))
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,7 +9,6 @@ import math
 import os
 import stat
 import struct
-import threading
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -28,6 +27,7 @@ except ImportError:
 from resnetlab.data.array_files import NPY, PNG, TIFF, count_tiff_channels, is_ordinary, read_array, read_orientation
 from resnetlab.errors import DataError, install_hint
 from resnetlab.preprocessing import RGB, PixelFormat, pil_to_tensor, tensor_to_pil
+from resnetlab.shared_context import SharedContext
 
 TRANSPOSITIONS = {  # a value of EXIF's orientation -> what turns the image upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -286,31 +286,8 @@ def convert_image(image: Image.Image) -> Image.Image:
         return _apply_orientation(image)
 
 
-class _WarningFilters:
-    """Sets the warning filters for decoding; several threads may be inside, which `warnings` alone does not allow.
-
-    The filters belong to the whole process: the first thread that enters sets them, and the last one restores the old ones.
-    """
-
-    def __init__(self) -> None:
-        self._lock, self._inside, self._before = threading.Lock(), 0, warnings.catch_warnings()
-
-    def __enter__(self) -> None:
-        with self._lock:
-            self._inside += 1
-            if self._inside == 1:
-                self._before = warnings.catch_warnings()
-                self._before.__enter__()
-                warnings.simplefilter("ignore")  # `data check` reports suspicious but readable files
-
-    def __exit__(self, *_: object) -> None:
-        with self._lock:
-            self._inside -= 1
-            if not self._inside:
-                self._before.__exit__(None, None, None)
-
-
-_warning_filters = _WarningFilters()
+# `data check` reports suspicious but readable files; `warnings` alone does not allow several threads
+_warning_filters = SharedContext(lambda: warnings.catch_warnings(action="ignore"))
 
 
 @contextlib.contextmanager

@@ -26,9 +26,9 @@ from torch.utils.data import Dataset as TorchDataset
 from resnetlab.data.dataset import MemorySplit, Split
 from resnetlab.data.error_policy import ErrorPolicy
 from resnetlab.device import DeviceConfig, count_cores, map_in_order
-from resnetlab.distributed import local_process_count
 from resnetlab.errors import DataError
 from resnetlab.preprocessing import Preprocessing, round_to_bytes, tensor_to_pil
+from resnetlab.process_place import read_process_place
 from resnetlab.stopping import check_stop
 
 POLL = 0.5  # seconds between looks at a request to stop, while a batch is waited for
@@ -123,7 +123,7 @@ def default_workers(device_config: DeviceConfig) -> int:
     """
     if device_config.device.type == "cpu":
         return 0
-    return min(12, max(1, count_cores() // local_process_count() - 1))
+    return min(12, max(1, count_cores() // read_process_place().local_size - 1))
 
 
 @dataclass(frozen=True)

@@ -28,9 +28,10 @@ from resnetlab.data.shard_fetcher import ShardFetcher
 from resnetlab.data.shard_order import BLOCK, ShardOrder
 from resnetlab.data.shards import ShardSource
 from resnetlab.device import DeviceConfig, to_device
-from resnetlab.distributed import World, is_first_here, local_process_count
+from resnetlab.distributed import World
 from resnetlab.errors import DataError, UsageError
 from resnetlab.preprocessing import Preprocessing
+from resnetlab.process_place import read_process_place
 from resnetlab.random import make_generator, seed_for
 
 
@@ -313,9 +314,14 @@ class TrainLoader:
     def _fetcher(self) -> ShardFetcher | None:
         """In the first process of a machine, if its shards are elsewhere."""
         order, source, world = self._shard_order, getattr(self.split, "source", None), self.device_config.world
-        if order is None or not isinstance(source, ShardSource) or source.remote is None or not is_first_here():
+        if (
+            order is None
+            or not isinstance(source, ShardSource)
+            or source.remote is None
+            or not read_process_place().is_first_here
+        ):
             return None
-        last = replace(world, rank=world.rank + local_process_count() - 1)
+        last = replace(world, rank=world.rank + read_process_place().local_size - 1)
         ends = rank_positions(self.batch_size, world).start, rank_positions(self.batch_size, last).stop
         here = range(*ends)
         needed = partial(order.shards_from, positions=here)

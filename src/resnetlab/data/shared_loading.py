@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import mmap
-import os
 import pickle
 from collections.abc import Callable, Iterator
 from itertools import pairwise
@@ -19,7 +18,8 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
-from resnetlab.distributed import World, is_first_here, local_process_count
+from resnetlab.distributed import World
+from resnetlab.process_place import read_process_place
 from resnetlab.run_folder import temporary_folder
 
 T = TypeVar("T")
@@ -33,13 +33,14 @@ def share_loading(world: World) -> Iterator[Callable[[Callable[[], T]], T]]:
     The first process has its turn first (`World.first_process_first`), so what the body downloads is there for the others.
     Where the file cannot be written, every process loads for itself.
     """
-    first = is_first_here()
+    place = read_process_place()
+    first = place.is_first_here
     with contextlib.ExitStack() as stack:
-        if local_process_count() == 1:
+        if place.local_size == 1:
             folder = None
         else:
             own = str(stack.enter_context(temporary_folder(Path(gettempdir()), "resnetlab-data-"))) if first else ""
-            key = f"{world.rank - int(os.environ.get('LOCAL_RANK', '0'))}"
+            key = str(world.rank - place.local_rank)
             folder = Path(world.merge_dicts({key: own} if first else {}).get(key, ""))
 
         def load_once(load: Callable[[], T]) -> T:

@@ -27,7 +27,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from resnetlab.data.dataset import GROUP, Columns, Dataset
 from resnetlab.data.decode import SUFFIXES
@@ -208,17 +207,15 @@ def load_listed(images: ImageList, read_options: ReadOptions) -> Dataset:
         rows = [row for row in range(len(names)) if splits[row] == split]
         rows.sort(key=lambda row: (labels[row], names[row]))  # a folder's order
         own = np.array([sizes[row] for row in rows], np.int64)
-        columns: Columns = {key: _select_rows(values, rows) for key, values in images.columns.items()}
+        columns: Columns = {
+            key: np.array([sys.intern(values[row]) for row in rows], object) for key, values in images.columns.items()
+        }
         source = FileSource(Path(root), FileNames(names[row] for row in rows), own)
         parts[split] = LabelledImages(source, [labels[row] for row in rows], columns=columns)
     trained_on = parts.get("train", next(iter(parts.values()))).labels
     if not several and (unseen := sorted(set(classes) - set(trained_on))):
         raise DataError(f"{images.name} has no image to train on of class {format_list(unseen)}; add some.")
     return make_dataset(images.name, Path(root), classes, parts, read_options, multi_label=several)
-
-
-def _select_rows(values: Sequence[str], rows: list[int]) -> NDArray[np.object_]:
-    return np.array([sys.intern(values[row]) for row in rows], object)
 
 
 def _read_columns(file: Path) -> dict[str, list[str]]:

@@ -129,9 +129,11 @@ class Evaluation:
         if self.corruptions:
             figures["corruptions"] = self.corruptions.to_json()
         if self.members:
+            keys = ("top1_error", "top1_interval", "top5_error", "loss", "calibration_error")
+            members = zip(self.models, self.weights, (each.to_json() for each in self.members), strict=True)
             figures["members"] = [
-                {"model": name, "weight": weight} | _summarise(each)
-                for name, weight, each in zip(self.models, self.weights, self.members, strict=True)
+                {"model": name, "weight": weight} | {key: values[key] for key in keys}
+                for name, weight, values in members
             ]
             figures["comparisons"] = [each.to_json() for each in self.comparisons]
         return figures
@@ -278,7 +280,8 @@ def evaluate(
     weights = _normalise_weights(weights, len(given))
     trained = [each if isinstance(each, TrainedModel) else load_trained_model(Path(each)) for each in given]
     options = tuple(parsed.to_json(model.preprocessing) for model in trained)
-    names = _default_names(given) if names is None else list(names)
+    default = [f"model {i}" if isinstance(each, TrainedModel) else str(each) for i, each in enumerate(given, 1)]
+    names = default if names is None else list(names)
     if classes not in SCOPES:
         raise unknown_name_error("choice of classes", classes, SCOPES)
     reading = ReadOptions(on_bad_image, str(quarantine), multi_label=True)
@@ -393,15 +396,6 @@ def _make_members(
         )
         for model, order, temperature in zip(models, columns, temperatures, strict=True)
     ]
-
-
-def _summarise(metrics: ClassificationMetrics) -> dict[str, Any]:
-    figures = metrics.to_json()
-    return {key: figures[key] for key in ("top1_error", "top1_interval", "top5_error", "loss", "calibration_error")}
-
-
-def _default_names(models: Sequence[Model]) -> list[str]:
-    return [f"model {i}" if isinstance(each, TrainedModel) else str(each) for i, each in enumerate(models, 1)]
 
 
 def _normalise_weights(weights: Sequence[float] | None, n: int) -> tuple[float, ...]:

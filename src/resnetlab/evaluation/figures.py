@@ -279,6 +279,21 @@ def _shorten(text: str) -> str:
     return text + "…"
 
 
+def draw_svg(draw: Callable[[Figure], None], style: Any, size: tuple[float, float], dpi: float = 100) -> str:
+    """A matplotlib figure of a style, a mapping of rcParams, and a size in inches as SVG; equal figures give equal text."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()  # ignores the user's matplotlibrc
+        matplotlib.rcParams.update(style)
+        figure = Figure(figsize=size, dpi=dpi)
+        draw(figure)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    return buffer.getvalue()
+
+
 def inline_svg(draw: Callable[[Figure], None], *, width: int, height: int, name: str, label: str) -> str:
     """A matplotlib figure as inline SVG: the page's fonts and colours, no background.
 
@@ -288,18 +303,13 @@ def inline_svg(draw: Callable[[Figure], None], *, width: int, height: int, name:
         name: unique in the page.
         label: the text for readers who cannot see the figure.
     """
-    import matplotlib
-    from matplotlib.figure import Figure
 
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()  # ignores the user's matplotlibrc
-        matplotlib.rcParams.update(_STYLE | {"svg.hashsalt": name})
-        figure = Figure(figsize=(width / 72, height / 72), dpi=72)
+    def draw_transparent(figure: Figure) -> None:
         figure.patch.set_visible(False)
         draw(figure)
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
-    body = re.sub(r"<(metadata|style)\b.*?</\1>", "", buffer.getvalue(), flags=re.DOTALL)
+
+    svg = draw_svg(draw_transparent, _STYLE | {"svg.hashsalt": name}, (width / 72, height / 72), dpi=72)
+    body = re.sub(r"<(metadata|style)\b.*?</\1>", "", svg, flags=re.DOTALL)
     body = body[body.index(">", body.index("<svg")) + 1 :]
     body = re.sub(r'<g id="[^"]*"', "<g", body)
     body = re.sub(r'\bid="', f'id="{name}-', body)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -98,10 +98,6 @@ def _match_images(model: TrainedModel, source: Dataset, images: Split) -> SeenIm
     return match_fingerprints(model.fingerprints, model.data.get("fingerprint", ""), source, images)
 
 
-def _any_seen(source: Dataset, images: Split, models: Iterable[TrainedModel]) -> bool:
-    return any(bool(_match_images(model, source, images).seen.any()) for model in models)
-
-
 def select_calibration_images(
     fit_on: str, source: Dataset, split: str, evaluated: Split, models: Sequence[TrainedModel]
 ) -> tuple[Split, Split, dict[str, Any]]:
@@ -123,7 +119,7 @@ def select_calibration_images(
             raise UsageError(
                 f"the temperature cannot be fitted on {fit_on}, which holds images that are evaluated; {advice}"
             )
-    if _any_seen(source, held_out, models):
+    if any(bool(_match_images(model, source, held_out).seen.any()) for model in models):
         where = split if fit_on.isdecimal() else fit_on
         raise UsageError(f"the temperature cannot be fitted on {where}, which the model was trained on; {advice}")
     return evaluated, held_out, about

@@ -193,7 +193,7 @@ class Detector(AnnotatedPredictor):
         dataset = box_dataset.load_boxes(data, on_bad)
         indices = torch.tensor(_match_classes(dataset.classes, self.model.classes, data, self.path))
         name, images = select_split(dataset, split)
-        truth = [box_dataset.relabel_boxes(image, indices) for image in images]
+        truth = [replace(image, labels=indices[image.labels]) for image in images]
         truth, detections = predict_boxes(
             self.nets, truth, self.device_config, self.options, dataset.errors, on_progress
         )

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,6 @@ from resnetlab.errors import UsageError, missing_package
 from resnetlab.evaluation.segmentation import resize_bounded
 from resnetlab.inference.parity_check import Agreement, ParityReport
 from resnetlab.models.annotated_model import AnnotatedModel
-from resnetlab.models.head_spec import SegmenterSpec
 from resnetlab.run_folder import write_atomically
 
 OPSET = 17
@@ -63,7 +62,8 @@ def export_annotated(model: AnnotatedModel, out: Path, images: Sequence[Tensor])
         raise UsageError("export compares the graph with PyTorch on images; give one or more.")
     is_detector = model.task == "detect"
     net = _Graph(model.net, is_detector).eval()
-    inputs = list(images) if is_detector else [_resize(model, p)[None] for p in images]
+    spec = model.head_spec
+    inputs = list(images) if is_detector else [resize_bounded(p, spec.image_size, spec.longest)[None] for p in images]
     outputs = ["boxes", "scores", "labels"] if is_detector else ["scores"]
     dynamic_axes: dict[str, Any] = (
         {"images": {0: "height", 1: "width"}, **{name: {0: "n"} for name in outputs}}
@@ -91,11 +91,6 @@ def export_annotated(model: AnnotatedModel, out: Path, images: Sequence[Tensor])
         total_agreement, largest = total_agreement + agreement, max(largest, difference)
     write_atomically(out, graph)  # once its runtime has read it
     return ParityReport(len(inputs), Agreement(total_agreement / len(inputs), largest))
-
-
-def _resize(model: AnnotatedModel, pixels: Tensor) -> Tensor:
-    spec = cast(SegmenterSpec, model.head_spec)
-    return resize_bounded(pixels, spec.image_size, spec.longest)
 
 
 def _compare_boxes(expected: Sequence[Tensor], actual: Sequence[Tensor]) -> tuple[float, float]:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import io
 import warnings
 from typing import TYPE_CHECKING, Any
 
-from resnetlab.evaluation.figures import plot_style
+from resnetlab.evaluation.figures import draw_svg, plot_style
 from resnetlab.evaluation.gradcam import MIN_SIDE
 from resnetlab.formatting import format_percent
 from resnetlab.preprocessing import render_pixels
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
     from resnetlab.inference.explain import BlockEffect, Explanation
 
@@ -34,15 +34,8 @@ def draw_explanation(explanation: Explanation, name: str) -> str:
     Args:
         name: of the image, for the title.
     """
-    import matplotlib
-    from matplotlib.figure import Figure
 
-    with matplotlib.rc_context(), warnings.catch_warnings():
-        # Glyphs that are missing here may be in the fonts of the reader.
-        warnings.filterwarnings("ignore", message="Glyph .* missing", category=UserWarning)
-        matplotlib.rcdefaults()  # ignores the user's matplotlibrc
-        matplotlib.rcParams.update(_STYLE)
-        figure = Figure(figsize=(10, 8.4))
+    def draw(figure: Figure) -> None:
         grid = figure.add_gridspec(3, 3, height_ratios=(1.25, 1, 1), hspace=0.5, wspace=0.12)
         figure.subplots_adjust(left=0.08, right=0.97, top=0.92, bottom=0.11)
         figure.suptitle(_printable(name, 90), x=0.08, ha="left", fontsize=12)
@@ -50,9 +43,10 @@ def draw_explanation(explanation: Explanation, name: str) -> str:
         _draw_scores(figure.add_subplot(grid[0, 2]), explanation)
         _draw_ratios(figure.add_subplot(grid[1, :]), explanation.blocks)
         _draw_lesions(figure.add_subplot(grid[2, :]), explanation)
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
-    return buffer.getvalue()
+
+    with warnings.catch_warnings():  # glyphs that are missing here may be in the fonts of the reader
+        warnings.filterwarnings("ignore", message="Glyph .* missing", category=UserWarning)
+        return draw_svg(draw, _STYLE, (10, 8.4))
 
 
 def _draw_images(axes: list[Axes], explanation: Explanation) -> None:

@@ -15,7 +15,7 @@ from typing import Any, cast
 from resnetlab.errors import ModelFileError, RunError, UsageError, missing_package
 from resnetlab.formatting import format_count, format_percent, format_split
 from resnetlab.models.cost import count_parameters
-from resnetlab.models.model_file import TrainedModel, load_trained_model
+from resnetlab.models.model_file import TrainedModel
 from resnetlab.models.own_network import OwnNetwork, own_network_error
 from resnetlab.run_folder import write_atomically, write_error
 
@@ -69,11 +69,6 @@ def _is_own_card(readme: Path) -> bool:
     except (OSError, ValueError):
         return False
     return text == _sign_card(text.rpartition("\n<!-- resnetlab card ")[0])
-
-
-def from_pretrained(folder: Path) -> TrainedModel:
-    """Loads the model of a folder that `save_pretrained` wrote; raises ModelFileError as `load_trained_model`."""
-    return load_trained_model(folder / "model.safetensors")
 
 
 def push_to_hub(model: TrainedModel, name: str, private: bool = False, with_images: bool = False) -> str:

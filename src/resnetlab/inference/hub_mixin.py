@@ -47,7 +47,7 @@ class HubModel(nn.Module, PyTorchModelHubMixin, library_name="resnetlab"):
     def _from_pretrained(cls, *, model_id: str, **options: Any) -> HubModel:
         """Raises ModelFileError if the file is damaged or foreign, and the hub's errors if it cannot be downloaded."""
         if Path(model_id).is_dir():
-            return cls(hub.from_pretrained(Path(model_id)))
+            return cls(load_trained_model(Path(model_id) / "model.safetensors"))
         names = ("revision", "cache_dir", "force_download", "local_files_only", "token")
         file = hf_hub_download(model_id, "model.safetensors", **{name: options[name] for name in names})
         return cls(load_trained_model(Path(file)))

@@ -43,8 +43,9 @@ def is_many(images: Any) -> bool:
     array, or an array of objects, such as Ray Data's batches have.
     """
     if isinstance(images, str | os.PathLike):
-        path = os.fspath(images)
-        return not is_address(str(path)) and (os.path.isdir(path) or _is_pattern(str(path)) or _is_shard(str(path)))
+        path = str(os.fspath(images))
+        is_pattern = glob.has_magic(path) and not os.path.lexists(path)
+        return not is_address(path) and (os.path.isdir(path) or is_pattern or _is_shard(path))
     if isinstance(images, np.ndarray | Tensor):
         return images.ndim == 4 or (images.ndim == 1 and images.dtype == np.object_)
     return isinstance(images, Iterable) and not (
@@ -108,17 +109,12 @@ def read_input(image: ImageInput | DataError, preprocessing: Preprocessing) -> I
         return image.pixels
     if not preprocessing.dtype:
         return read_image(image)
-    pixel_format = preprocessing.pixel_format
-    if isinstance(image, DataError):
-        raise image
-    if isinstance(image, str | os.PathLike) and not is_address(str(image)):
-        return decode_as(read_image_file(Path(image)), str(image), pixel_format)
-    if (content := _read_encoded(image)) is not None:
-        return decode_as(content, strip_secrets(image) if isinstance(image, str) else "the image", pixel_format)
-    if isinstance(image, Image.Image | np.ndarray | Tensor):
-        array = np.asarray(as_array(image))
-        return from_numpy(convert_array(array[0] if array.ndim == 4 and len(array) == 1 else array, pixel_format))
-    raise UsageError(f"an image is {KINDS}, not {type(image).__name__}.")
+    content, name = _load_input(image)
+    if isinstance(content, bytes):
+        return decode_as(content, name, preprocessing.pixel_format)
+    array = np.asarray(as_array(content))
+    array = array[0] if array.ndim == 4 and len(array) == 1 else array
+    return from_numpy(convert_array(array, preprocessing.pixel_format))
 
 
 def read_image(image: ImageInput | DataError) -> Image.Image:
@@ -126,16 +122,22 @@ def read_image(image: ImageInput | DataError) -> Image.Image:
 
     Raises DataError if it cannot be read or is such an error itself, UsageError if it is of another type.
     """
+    content, name = _load_input(image)
+    if isinstance(content, bytes):
+        return decode(content, name)
+    return convert_image(content if isinstance(content, Image.Image) else Image.fromarray(_to_uint8(content)))
+
+
+def _load_input(image: ImageInput | DataError) -> tuple[Any, str]:
+    """The bytes of an encoded image and its name for messages; or a Pillow image, an array or a tensor, and ""."""
     if isinstance(image, DataError):
         raise image
-    if isinstance(image, Image.Image):
-        return convert_image(image)
     if isinstance(image, str | os.PathLike) and not is_address(str(image)):
-        return decode(Path(image))
+        return read_image_file(Path(image)), str(image)
     if (content := _read_encoded(image)) is not None:
-        return decode(content, strip_secrets(image) if isinstance(image, str) else None)
-    if isinstance(image, np.ndarray | Tensor):
-        return convert_image(Image.fromarray(_to_uint8(image)))
+        return content, strip_secrets(image) if isinstance(image, str) else "the image"
+    if isinstance(image, Image.Image | np.ndarray | Tensor):
+        return image, ""
     raise UsageError(f"an image is {KINDS}, not {type(image).__name__}.")
 
 
@@ -148,10 +150,6 @@ def _read_encoded(image: ImageInput) -> bytes | None:
     if isinstance(image, Image.Image):
         return None
     return _read_file(image) if _is_file(image) else _view_buffer(image)
-
-
-def _is_pattern(path: str) -> bool:
-    return glob.has_magic(path) and not os.path.lexists(path)
 
 
 def _is_shard(path: str) -> bool:

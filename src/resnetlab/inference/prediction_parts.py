@@ -9,7 +9,6 @@ are all that they need, and a later run may have another number of them.
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import count, islice
@@ -21,6 +20,7 @@ from torch import nn
 
 from resnetlab.errors import UsageError
 from resnetlab.inference.images import NamedImage
+from resnetlab.process_place import read_process_place
 from resnetlab.run_folder import RunFolder, hold_lock, write_error
 
 REQUEST = "predictions.json"
@@ -60,7 +60,8 @@ class PartFolder:
         try:
             path.mkdir(parents=True, exist_ok=True)
             with hold_lock(path / ".lock"):
-                return PartFolder(path, suffix, _record_request(path, request), process_rank(), process_count())
+                place = read_process_place()
+                return PartFolder(path, suffix, _record_request(path, request), place.rank, place.size)
         except OSError as error:
             raise write_error(path, error) from error
 
@@ -107,16 +108,6 @@ def _record_request(path: Path, request: Mapping[str, Any]) -> Mapping[str, Any]
             f"--parts {path} holds predictions of another request ({'; '.join(changed)}); give another folder."
         )
     return found
-
-
-def process_rank() -> int:
-    """The number of this process among those that a launcher such as torchrun has started."""
-    return int(os.environ.get("RANK", "0"))
-
-
-def process_count() -> int:
-    """The number of processes that a launcher such as torchrun has started."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def hash_weights(net: nn.Module) -> str:

@@ -223,7 +223,11 @@ def get_specification(name: str, **changes: Any) -> Specification:
     for key in changes:
         if key not in known:
             raise unknown_name_error("key of a network's specification", key, known)
-    base = _imagenet_specification(depth) if depth in IMAGENET_DEPTHS else _cifar_specification(name, depth)
+    if depth in IMAGENET_DEPTHS:
+        block, depths = IMAGENET_DEPTHS[depth]
+        base = Specification(block=block, depths=depths, widths=(64, 128, 256, 512), stem="imagenet", shortcut="B")
+    else:
+        base = _cifar_specification(name, depth)
     if v15:
         if base.block != "bottleneck":
             raise UsageError(
@@ -231,11 +235,6 @@ def get_specification(name: str, **changes: Any) -> Specification:
             )
         base = replace(base, stride_in="3x3")
     return replace(base, **(_PREFIXES[prefix] | changes))
-
-
-def _imagenet_specification(depth: int) -> Specification:
-    block, depths = IMAGENET_DEPTHS[depth]
-    return Specification(block=block, depths=depths, widths=(64, 128, 256, 512), stem="imagenet", shortcut="B")
 
 
 def _cifar_specification(name: str, depth: int) -> Specification:

@@ -27,6 +27,7 @@ from resnetlab.errors import ModelFileError, UsageError
 from resnetlab.formatting import format_list, parse_json
 
 SUFFIXES = (".pth", ".pt", ".th", ".tar", ".bin", ".ckpt", ".safetensors", ".npz", ".index.json")
+WANTED = f"a supported weight file ({', '.join(SUFFIXES)})"
 MAGIC = (b"PK", b"\x80")  # first bytes of PyTorch files: a zip file, formerly a pickle
 EXPORT_METADATA = {
     "specification": dict,
@@ -81,7 +82,7 @@ def read_weight_file(path: Path) -> tuple[Any, Mapping[str, Any], list[str]]:
                 "is not beside it; download all parts and the index."
             )
         return _read_shards(index), {}, [f"{path.name} is one of the shards that {index.name} lists; all are read"]
-    content = _read_bytes(path)
+    content = tensor_file.read_file(path, WANTED)
     if path.suffix == ".safetensors":
         return *_read_safetensors_bytes(path, content), []
     if path.suffix == ".npz":
@@ -89,26 +90,10 @@ def read_weight_file(path: Path) -> tuple[Any, Mapping[str, Any], list[str]]:
     return *_read_torch(path, content), []
 
 
-def _read_bytes(path: Path) -> bytes:
-    if path.exists() and not path.is_dir() and not path.is_file():
-        raise ModelFileError(f"{path} is a pipe or a device; give a weight file ({', '.join(SUFFIXES)}).")
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        raise ModelFileError(f"{path} does not exist; give a weight file ({', '.join(SUFFIXES)}).") from None
-    except IsADirectoryError:
-        raise ModelFileError(f"{path} is a folder; give a weight file in it ({', '.join(SUFFIXES)}).") from None
-    except OSError as error:
-        raise ModelFileError(f"{path} cannot be read ({error.strerror}).") from error
-    if not content:
-        raise ModelFileError(f"{path} is empty; download or copy it again.")
-    return content
-
-
 def _read_shards(index: Path) -> dict[str, Tensor]:
     """The tensors of all shards that an index lists."""
     try:
-        files = parse_json(_read_bytes(index))["weight_map"]
+        files = parse_json(tensor_file.read_file(index, WANTED))["weight_map"]
         names = sorted(set(files.values()))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelFileError(
@@ -121,7 +106,7 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
         file = index.with_name(name)
         if not file.is_file():
             raise ModelFileError(f"{index} lists {name}, which is not beside it; download all {len(names)} shards.")
-        content = _read_bytes(file)
+        content = tensor_file.read_file(file, WANTED)
         read = _read_safetensors_bytes if file.suffix == ".safetensors" else _read_torch
         value: Any = read(file, content)[0]
         tensors |= value if isinstance(value, Mapping) else {}
@@ -194,15 +179,13 @@ def _read_npz(path: Path, content: bytes) -> dict[str, Tensor]:
 
 def _read_torch(path: Path, content: bytes) -> tuple[Any, Mapping[str, Any]]:
     if not content.startswith(MAGIC):
-        raise ModelFileError(
-            f"{path} is not a supported weight file ({', '.join(SUFFIXES)}); it begins with {content[:20]!r}."
-        )
+        raise ModelFileError(f"{path} is not {WANTED}; it begins with {content[:20]!r}.")
     _check_unpacked_size(path, content)
     try:
         value = load_inert(path)
     except pickle.UnpicklingError as error:
         if _find_forbidden_global(error) is None and path.suffix not in SUFFIXES:
-            raise ModelFileError(f"{path} is not a supported weight file ({', '.join(SUFFIXES)}).") from error
+            raise ModelFileError(f"{path} is not {WANTED}.") from error
         raise unsafe_pickle_error(str(path), error) from error
     except Exception as error:  # damaged files raise struct, assertion, lookup and other errors
         if "TorchScript" in str(error):

@@ -1,39 +1,33 @@
-"""The table of studies, and what each costs."""
+"""The studies of this package, and what each costs."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from importlib import import_module
+from pkgutil import iter_modules
 from typing import Any
 
+from resnetlab import studies
 from resnetlab.data import sources
 from resnetlab.errors import unknown_name_error
-from resnetlab.studies.block_depth import BlockDepth
-from resnetlab.studies.bottleneck import Bottleneck
-from resnetlab.studies.convergence import Convergence
-from resnetlab.studies.cost import NetworkCosts
 from resnetlab.studies.cost_estimate import CostEstimate
-from resnetlab.studies.degradation import Degradation
-from resnetlab.studies.depth import Depth
-from resnetlab.studies.footnotes import Iterations, Warmup
-from resnetlab.studies.gradients import Gradients
-from resnetlab.studies.imagenet import ImageNet, ImageNetPreact
-from resnetlab.studies.lesion import Lesion
-from resnetlab.studies.orderings import Orderings
-from resnetlab.studies.preactivation import Preactivation
-from resnetlab.studies.protocols import Protocols
-from resnetlab.studies.responses import Responses
 from resnetlab.studies.setting import BUDGETS, SEEDS, Setting
-from resnetlab.studies.shortcut_types import ShortcutTypes
-from resnetlab.studies.shortcuts import Shortcuts
 from resnetlab.studies.study import RUNS, Study, estimate_reading, locate_runs
 from resnetlab.studies.workers import worker_devices
 
-_STUDIES: tuple[Study, ...] = (
-    NetworkCosts(), Degradation(), Depth(), Convergence(), Iterations(), Warmup(), Shortcuts(), Bottleneck(), BlockDepth(),
-    Orderings(), Preactivation(), ShortcutTypes(), Responses(), Gradients(), Lesion(), Protocols(),
-    ImageNet(), ImageNetPreact(),
-)  # fmt: skip
-STUDIES: dict[str, Study] = {study.name: study for study in _STUDIES}
+
+def find_studies() -> dict[str, Study]:
+    """The studies in the modules of this package by name, in the order of their places in the papers, ImageNet's last."""
+    names = (each.name for each in iter_modules(studies.__path__))
+    modules = [import_module(f"{studies.__name__}.{name}") for name in names if name != "catalogue"]
+    classes = {each for module in modules for each in vars(module).values() if isinstance(each, type)}
+    found = [
+        each() for each in classes if issubclass(each, Study) and hasattr(each, "name")
+    ]  # base classes have no name
+    return {study.name: study for study in sorted(found, key=lambda study: (study.on_imagenet, study.place))}
+
+
+STUDIES = find_studies()
 
 
 def select_studies(name: str) -> list[Study]:

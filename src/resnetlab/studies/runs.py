@@ -19,7 +19,8 @@ from resnetlab.studies.setting import Trial
 from resnetlab.training.checkpoint import list_checkpoints
 from resnetlab.training.recipe import DECIDED, Recipe
 from resnetlab.training.result import Progress
-from resnetlab.training.train import RunOptions, resume, start_run
+from resnetlab.training.run_options import RunOptions
+from resnetlab.training.train import resume, start_run
 
 DIVERGED = "diverged.json"
 

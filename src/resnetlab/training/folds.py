@@ -14,7 +14,8 @@ from resnetlab.errors import UsageError
 from resnetlab.run_folder import write_atomically
 from resnetlab.training.recipe import Recipe
 from resnetlab.training.result import ClassificationResult
-from resnetlab.training.train import RunOptions, resume, start_run
+from resnetlab.training.run_options import RunOptions
+from resnetlab.training.train import resume, start_run
 
 
 def cross_validate(

@@ -20,11 +20,11 @@ from resnetlab.peer_words import translate
 from resnetlab.progress import log
 from resnetlab.training import recipes
 from resnetlab.training.recipe import Overrides, Recipe
-from resnetlab.training.recorder import OnEvaluate
 from resnetlab.training.result import ClassificationResult, Progress, show_training
+from resnetlab.training.run_options import OnEvaluate, RunOptions, ignore
 from resnetlab.training.tasks.starting_network import without_named_network
-from resnetlab.training.train import RunOptions, ignore, start_run
 from resnetlab.training.train import resume as resume_run
+from resnetlab.training.train import start_run
 
 
 @public

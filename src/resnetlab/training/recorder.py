@@ -24,24 +24,21 @@ from resnetlab.training.checkpoint import CheckpointWriter, TrainState, save_bes
 from resnetlab.training.memory import peak_memory
 from resnetlab.training.recipe import Recipe
 from resnetlab.training.result import Progress
+from resnetlab.training.run_options import RunOptions
 from resnetlab.training.run_state import RunState
 from resnetlab.training.step import StepOutput
 from resnetlab.training.trackers import Trackers
 
-OnEvaluate = Callable[[Mapping[str, float]], bool | None]
 SHARE_OF_OTHERS = 0.25  # of the CPU time that training could have; more is reported
 MIN_COMPUTING = 10.0  # seconds of steps before the share is evaluated
 
 
 @dataclass(frozen=True)
 class RunContext:
-    """The folder of a run, the callbacks for its messages, its progress and its evaluations, and how many steps to trace."""
+    """The folder of a run, and what its caller wants of it."""
 
     run: RunFolder
-    report: Callable[[str], None]
-    on_progress: Callable[[Progress], None]
-    on_evaluate: OnEvaluate | None = None
-    profile: int = 0
+    options: RunOptions
 
 
 class RunStopped(ResNetLabError):
@@ -71,7 +68,7 @@ class Recorder:
         if self._world.is_first:
             recipe = train_state.recipe
             step, config = train_state.state.step, recipe.to_json() | {"data": strip_signature(recipe.data)}
-            self._trackers = Trackers(context.run, step, config, context.report)
+            self._trackers = Trackers(context.run, step, config, context.options.report)
         self._timer, self._saved = StepTimer(train_state.state), time.monotonic()
         self._checkpoints = CheckpointWriter(context.run)
         self._agreed: Future[tuple[int, ...]] | None = None
@@ -138,7 +135,7 @@ class Recorder:
             stop = world.all_reduce_max(int(self._asks_to_stop()))[0] * (not last)
             saving = saving or stop
         if logging:
-            self._context.on_progress(self._progress(figures, lr))
+            self._context.options.on_progress(self._progress(figures, lr))
         if saving and self._metrics is not None:
             self.save(wait=bool(last or signum or stop))
             self._record_machine()
@@ -181,11 +178,11 @@ class Recorder:
         if new := {name: why for name, why in skipped.items() if name not in before}:
             run.write_json("skipped.json", before | new)
             n, file = len(before) + len(new), run.path / "skipped.json"
-            self._context.report(f"{n:,} {self._task.skip_reason} and were left out; {file} lists them")
+            self._context.options.report(f"{n:,} {self._task.skip_reason} and were left out; {file} lists them")
 
     def report_graph(self, sentence: str) -> None:
         """Reports and records how steps are executed."""
-        self._context.report(sentence)
+        self._context.options.report(sentence)
         self._add_to_environment({"steps": sentence})
 
     def record_launches(self, launches: float) -> None:
@@ -235,7 +232,7 @@ class Recorder:
             return
         if (taken := 1 - self._timer.cpu_seconds / (threads * self._timer.computing)) > SHARE_OF_OTHERS:
             self._reported_others = True
-            self._context.report(
+            self._context.options.report(
                 f"other programs take {taken:.0%} of the CPU time that this run could have; the time left counts with that"
             )
 
@@ -257,7 +254,7 @@ class Recorder:
 
     def _asks_to_stop(self) -> bool:
         """Whether the caller's function, which sees the figures, asks to stop the run."""
-        ask, state, recipe = self._context.on_evaluate, self._train_state.state, self._train_state.recipe
+        ask, state, recipe = self._context.options.on_evaluate, self._train_state.state, self._train_state.recipe
         return ask is not None and ask({"step": state.step, "steps": recipe.steps, **self._held_out}) is True
 
     def _write(self, kind: str, figures: Mapping[str, float]) -> None:

@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
-from torch import nn
 
 from resnetlab.data import sources
-from resnetlab.data.dataset import Dataset
 from resnetlab.data.decode import jpeg_decoder
 from resnetlab.data.object_store import advise_on_password
-from resnetlab.data.own_transform import Transform
 from resnetlab.data.shared_loading import share_loading
 from resnetlab.device import count_cores, default_precision, preserve_process_state, select_device
-from resnetlab.distributed import World, join_process_group, leave_if_imported_again, local_process_count
+from resnetlab.distributed import World, join_process_group, leave_if_imported_again
 from resnetlab.errors import DataError, ResNetLabError, RunError, UsageError, unknown_name_error
 from resnetlab.formatting import format_count, format_percent
 from resnetlab.models.own_network import OWN
+from resnetlab.process_place import read_process_place
 from resnetlab.run_folder import RunFolder, check_output_folder, explain_full_disk, write_atomically
 from resnetlab.stopping import catch_stop_signals
 from resnetlab.tensor_file import read_tensor_file
@@ -40,9 +37,10 @@ from resnetlab.training.machine import describe_differences, describe_machine
 from resnetlab.training.memory import is_out_of_memory
 from resnetlab.training.micro_batches import describe_sum_order
 from resnetlab.training.optim import OPTIMIZERS
-from resnetlab.training.recipe import BaseRecipe, Epochs, Overrides, Recipe
-from resnetlab.training.recorder import OnEvaluate, Recorder, RunContext
-from resnetlab.training.result import Progress, TrainResult
+from resnetlab.training.recipe import BaseRecipe, Overrides, Recipe
+from resnetlab.training.recorder import Recorder, RunContext
+from resnetlab.training.result import TrainResult
+from resnetlab.training.run_options import RunOptions, ignore
 from resnetlab.training.schedule import learning_rate
 from resnetlab.training.side_by_side import choose_kernels, divide_threads
 from resnetlab.training.step import compute_gradients, train_step
@@ -54,47 +52,6 @@ from resnetlab.training.tasks.segmentation import SegmentationTask
 from resnetlab.training.trackers import add_trackers, check_trackers
 
 TASKS: dict[str, type[Task]] = {task.name: task for task in (ClassificationTask, DetectionTask, SegmentationTask)}
-
-
-def ignore(_: Any) -> None:
-    """Takes a message or progress that nobody wants."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunOptions:
-    """What a run needs besides its recipe; nothing here changes the result, apart from the device.
-
-    Attributes:
-        data_dir: the folder of the archives; None takes "data", or that of the resumed run.
-        device: None takes a GPU if there is one, or the kind of device that the resumed run started on.
-        workers: processes that decode images; None decides by the device.
-        shard_space: bytes of each machine's disk that sampling=shards may fill; None for most of what is free.
-        fit_micro_batch: take the largest micro-batch that fits into memory; a new run's recipe records it as `bn_batch`.
-        epochs: the length of a new run in epochs; its recipe records the steps.
-        trackers: names in training.trackers.TRACKERS, beside those that a resumed run remembers.
-        report: called with sentences on what happens.
-        on_progress: called at every line of metrics.jsonl.
-        dataset: the data of a classifier, or their new place, if its recipe names none that can be loaded.
-        on_evaluate: called with the figures of every evaluation of held-out images; if it returns True the run stops.
-        transform: changes training images (data.own_transform).
-        net: a classifier's network of the user's own (models.own_network), which is trained in place.
-        profile: how many steps to trace, near the start, into the run's trace.json.
-    """
-
-    data_dir: Path | None = None
-    device: str | None = None
-    workers: int | None = None
-    shard_space: int | None = None
-    fit_micro_batch: bool = False
-    epochs: Epochs | None = None
-    trackers: tuple[str, ...] = ()
-    profile: int = 0
-    report: Callable[[str], None] = ignore
-    on_progress: Callable[[Progress], None] = ignore
-    on_evaluate: OnEvaluate | None = None
-    dataset: Dataset | str | None = None
-    transform: Transform | None = None
-    net: nn.Module | None = None
 
 
 def start_run(recipe: BaseRecipe, out: Path | None = None, options: RunOptions | None = None) -> TrainResult:
@@ -118,7 +75,7 @@ def start_run(recipe: BaseRecipe, out: Path | None = None, options: RunOptions |
                 stack.enter_context(run.lock())
                 run.check_empty()  # another process may have been faster
                 _write_setup(run, task, options)
-            prepared = task, RunContext(run, options.report, options.on_progress, options.on_evaluate, options.profile)
+            prepared = task, RunContext(run, options)
         return prepared if isinstance(prepared, TrainResult) else train_to_end(*prepared)
 
 
@@ -150,10 +107,10 @@ def train_to_end(task: Task, context: RunContext) -> TrainResult:
     """Trains from the latest checkpoint to the end, then evaluates, saves and reports."""
     recipe, train_state = task.recipe, TrainState.create(task)
     for sentence in restore_checkpoint(context.run, train_state):
-        context.report(sentence)
+        context.options.report(sentence)
     state, out_of_memory = train_state.state, False
     if state.step:
-        context.report(f"resuming from step {state.step:,}")
+        context.options.report(f"resuming from step {state.step:,}")
     how_to_resume = f"resume with: {task.command} --resume {context.run.path}"
     with catch_stop_signals() as request, explain_full_disk(how_to_resume):
         recorder = Recorder(train_state, context, request)
@@ -161,13 +118,13 @@ def train_to_end(task: Task, context: RunContext) -> TrainResult:
         if recipe.net.startswith(OWN) and not state.step:  # only the caller knows where its weights began
             recorder.save()
         set_train_mode(task.net)
-        steps = context.profile if task.device_config.world.is_first else 0
-        trace = context.run.path / "trace.json", context.report, recorder.record_launches
+        steps = context.options.profile if task.device_config.world.is_first else 0
+        trace = context.run.path / "trace.json", context.options.report, recorder.record_launches
         with recorder.closing(), trace_steps(steps, *trace) as end_traced_step:
             try:
                 # the first step compiles, for minutes; a request to stop needs no step after it
                 if task.device_config.compiled:
-                    context.report("the first step compiles the network, which takes a minute or more")
+                    context.options.report("the first step compiles the network, which takes a minute or more")
                 if task.device_config.compiled and task.device_config.world.size == 1:
                     request.stop_immediately(f"stopped while compiling, at step {state.step:,}; {how_to_resume}")
                 while not train_state.is_done:
@@ -195,7 +152,7 @@ def train_to_end(task: Task, context: RunContext) -> TrainResult:
         with train_state.average.swap_in():
             if isinstance(recipe, Recipe) and recipe.keep == "best" and state.best_step:
                 load_best(context.run, train_state)
-                context.report(
+                context.options.report(
                     f"keeping the weights of step {state.best_step:,}, the best on the held-out images "
                     f"({format_percent(state.best_error)} error)"
                 )
@@ -205,7 +162,7 @@ def train_to_end(task: Task, context: RunContext) -> TrainResult:
             recorder.note_skipped(skipped)
             context.run.write_json("result.json", result.to_json())
             drop_optimizer_state(context.run)
-            context.report(f"report: {context.run.report}")
+            context.options.report(f"report: {context.run.report}")
     return result
 
 
@@ -218,7 +175,7 @@ def build_task(
     if options.shard_space is not None and (getattr(recipe, "sampling", "") != "shards" or options.shard_space < 1):
         raise UsageError("--shard-space is for --set sampling=shards, and above 0; add that, or leave it out.")
     device, world = options.device or "auto", world or World()
-    threads = -(-recipe.threads // local_process_count())  # rounded up
+    threads = -(-recipe.threads // read_process_place().local_size)  # rounded up
     selected = select_device(recipe.precision, device, threads, training=True, exact=recipe.exact)
     device_config = replace(selected, world=world)
     count = TASKS[recipe.task].count_micro_batches(recipe, world)  # raises before anything takes time
@@ -227,19 +184,7 @@ def build_task(
         kind = device_config.device.type
         raise UsageError(f"several processes take one device each; give its kind, not {device!r}: --device {kind}.")
     recipe = replace(recipe, precision=device_config.precision)
-    setup = TaskSetup(
-        device_config=device_config,
-        data_dir=options.data_dir or Path("data"),
-        workers=options.workers,
-        shard_space=options.shard_space,
-        started_in=started_in or Path(),
-        epochs=options.epochs,
-        dataset=options.dataset,
-        transform=options.transform,
-        net=options.net,
-        report=options.report,
-        resuming=started_in is not None,
-    )
+    setup = TaskSetup(device_config, options, started_in or Path(), resuming=started_in is not None)
     with share_loading(world) as load_once:
         task = TASKS[recipe.task].build(recipe, replace(setup, load_once=load_once))
     if task.recipe.warmup in ("steps", "linear") and task.recipe.warmup_steps > task.recipe.steps:
@@ -322,7 +267,7 @@ def _reopen(
         stack.enter_context(run.lock())
         recorded = _read_run(run, task_name, requested, options)
     result, recipe, before, moved_to = cast(_RecordedRun, world.broadcast(recorded))
-    context = RunContext(run, options.report, options.on_progress, options.on_evaluate, options.profile)
+    context = RunContext(run, options)
     if result is not None:
         options.report(f"{path} is finished; nothing to do.")
         return result

@@ -70,7 +70,8 @@ def _run_child(setup: Mapping[str, Any], out: Path, *, stop_at: int, kill_at: in
 def _train(text: str) -> None:
     """Runs in the child: trains, and sends itself a signal."""
     from resnetlab.stopping import StopSignal
-    from resnetlab.training.train import TASKS, RunOptions, resume, start_run
+    from resnetlab.training.run_options import RunOptions
+    from resnetlab.training.train import TASKS, resume, start_run
 
     values = json.loads(text)
     recipe = TASKS[values["recipe"]["task"]].recipe_type.from_values(values["recipe"])

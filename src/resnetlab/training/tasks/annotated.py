@@ -91,7 +91,7 @@ class AnnotatedTask(Task, Generic[P, S]):
             name, changes = nearest_name(start.net.spec)
             recipe = replace(recipe, net=name, specification=changes)
         for sentence in start.notes:
-            setup.report(sentence)
+            setup.options.report(sentence)
         head_spec = cls.choose_head(recipe, start, train)
         net = build_annotated_net(start.net, head_spec, len(data.classes), seed=recipe.seed, **cls.head_options(recipe))
         device_config = setup.device_config
@@ -123,13 +123,13 @@ class AnnotatedTask(Task, Generic[P, S]):
             errors=data.errors,
             holdout=holdout,
         )
-        setup.report(f"{recipe.data}: {data.layout}")
-        setup.report(
+        setup.options.report(f"{recipe.data}: {data.layout}")
+        setup.options.report(
             f"{task.title} on {recipe.data}: {task.describe_data()} to train on, {len(held_out):,} held out, "
             f"{len(task.test):,} to test on{task.test_origin}; {count_parameters(task.net):,} parameters"
         )
         epochs = recipe.steps * recipe.batch / len(train)
-        setup.report(
+        setup.options.report(
             f"{format_count(recipe.steps, 'step')} of {recipe.batch:,} images are {epochs:,.1f} epochs (--epochs changes that)"
         )
         return task

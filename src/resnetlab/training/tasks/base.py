@@ -11,66 +11,54 @@ from typing import Any, ClassVar, Self, TypeVar
 from torch import Tensor, nn
 
 from resnetlab.data.annotated_sampler import AnnotatedLoader
-from resnetlab.data.dataset import Dataset
-from resnetlab.data.own_transform import Transform
 from resnetlab.data.prefetch import default_workers
 from resnetlab.data.sampler import TrainLoader
 from resnetlab.device import DeviceConfig
 from resnetlab.distributed import World
 from resnetlab.errors import RunError
 from resnetlab.models.cost import count_parameters
+from resnetlab.process_place import read_process_place
 from resnetlab.run_folder import RunFolder
 from resnetlab.training import recipes
-from resnetlab.training.recipe import BaseRecipe, Epochs
+from resnetlab.training.recipe import BaseRecipe
 from resnetlab.training.result import TrainResult
+from resnetlab.training.run_options import RunOptions
 from resnetlab.training.run_state import RunState
 
 R = TypeVar("R", bound=BaseRecipe)
 
 
-def _load_here(load: Callable[[], Any]) -> Any:
-    return load()
-
-
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class TaskSetup:
     """What a task is built with besides its recipe.
 
     Attributes:
-        data_dir: the folder of the archives.
-        workers: processes that decode images; None decides by the device.
         started_in: the folder that paths in the recipe are relative to.
-        epochs: the length of a new run, if it is given in epochs.
-        dataset: the data of a classifier, or their new place, if they are not those that its recipe names.
-        transform: changes a classifier's training images.
-        net: a classifier's network, if it is not one that its recipe names.
-        report: called with sentences on what happens.
         resuming: whether the recipe is a run's, complete and resolved.
-        shard_space: bytes of this machine's disk that fetched shards may take; None for most of what is free.
         load_once: calls a function that loads data in one process of each machine, and gives its result to all.
     """
 
     device_config: DeviceConfig
-    data_dir: Path
-    workers: int | None = None
+    options: RunOptions
     started_in: Path = field(default_factory=Path)
-    epochs: Epochs | None = None
-    dataset: Dataset | str | None = None
-    transform: Transform | None = None
-    net: nn.Module | None = None
-    report: Callable[[str], None]
     resuming: bool = False
-    shard_space: int | None = None
-    load_once: Callable[[Callable[[], Any]], Any] = _load_here
+    load_once: Callable[[Callable[[], Any]], Any] = lambda load: load()
 
     @property
     def num_workers(self) -> int:
         """Processes that decode images."""
-        return default_workers(self.device_config) if self.workers is None else self.workers
+        workers = self.options.workers
+        return default_workers(self.device_config) if workers is None else workers
+
+    @property
+    def is_first_here(self) -> bool:
+        """Whether this is the first process on its machine, which opens images beforehand."""
+        return read_process_place().is_first_here
 
     def rescale(self, recipe: R, images: int) -> R:
         """The recipe at the length that is given in epochs of `images` images, if one is."""
-        return recipe if self.epochs is None else self.epochs.apply(recipe, images)
+        epochs = self.options.epochs
+        return recipe if epochs is None else epochs.apply(recipe, images)
 
 
 class Task(ABC):

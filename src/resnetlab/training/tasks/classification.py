@@ -20,7 +20,7 @@ from resnetlab.data.fingerprints import match_fingerprints, record_fingerprints
 from resnetlab.data.prefetch import PreprocessedSplit
 from resnetlab.data.sampler import Batch, TrainLoader
 from resnetlab.device import DeviceConfig
-from resnetlab.distributed import World, is_first_here
+from resnetlab.distributed import World
 from resnetlab.errors import DataError, RunError, UsageError
 from resnetlab.evaluation.calibration import MIN_IMAGES, choose_none_below, fit_temperature
 from resnetlab.evaluation.evaluate import evaluate_errors, evaluate_network
@@ -111,14 +111,14 @@ class ClassificationTask(Task):
         recipe, source = load_source(recipe, setup)
         channels, dtype = source.train.pixel_format
         start_from = resolve_start(recipe.start_from, setup.started_in)
-        net, begun, notes = build_network(recipe, start_from, channels, source.classes, setup.net)
+        net, begun, notes = build_network(recipe, start_from, channels, source.classes, setup.options.net)
         start = begun.model if begun else None
         recipe = resolve_size(recipe, start)
         size, mean, std = recipe.image_size, torch.zeros(channels), torch.ones(channels)
         shape = Preprocessing(channels, (size, size), recipe.eval_resize or size, mean, std, dtype=dtype)
         recipe = name_own_transform(resolve_val_images(resolve_shards(recipe, source, world), source), setup)
         train, held_out, test, holdout = divide_images(recipe, source, shape)
-        for split in (each for each in (held_out, test) if isinstance(each, DiskSplit) and is_first_here()):
+        for split in (each for each in (held_out, test) if isinstance(each, DiskSplit) and setup.is_first_here):
             split.require_readable()
         recipe = setup.rescale(recipe, len(train))
         preprocessing = add_statistics(recipe.normalise, choose_sample(recipe, train), shape, start)
@@ -141,9 +141,9 @@ class ClassificationTask(Task):
             recipe.seed,
             device_config,
             recipe.sampling,
-            setup.transform,
+            setup.options.transform,
             recipe.shard_groups,
-            setup.shard_space,
+            setup.options.shard_space,
         )
         if not recipe.net and isinstance(net, ResNet):
             name, changes = nearest_name(net.spec)
@@ -171,7 +171,7 @@ class ClassificationTask(Task):
             label_sets=None if source.label_sets is None else source.label_sets.to(device_config.device),
         )
         for sentence in [*notes, *task._describe()]:
-            setup.report(sentence)
+            setup.options.report(sentence)
         return task
 
     @classmethod

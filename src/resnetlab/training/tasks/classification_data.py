@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -19,7 +21,7 @@ from resnetlab.data.mixing import Mixing
 from resnetlab.data.own_transform import name_transform
 from resnetlab.data.shard_order import ShardOrder
 from resnetlab.data.statistics import SAMPLE, compute_statistics
-from resnetlab.distributed import World, local_process_count
+from resnetlab.distributed import World
 from resnetlab.errors import DataError, UsageError
 from resnetlab.evaluation.calibration import MIN_IMAGES
 from resnetlab.evaluation.evaluate import prepare_split
@@ -27,6 +29,7 @@ from resnetlab.models.model_file import TrainedModel
 from resnetlab.models.own_network import OWN
 from resnetlab.models.spec import get_specification
 from resnetlab.preprocessing import PixelFormat, Preprocessing
+from resnetlab.process_place import read_process_place
 from resnetlab.training.recipe import EVAL_RATIO, Recipe
 from resnetlab.training.recipes import SMALL_SIDE
 from resnetlab.training.tasks.base import TaskSetup
@@ -74,7 +77,7 @@ def resolve_shards(recipe: Recipe, source: Dataset, world: World) -> Recipe:
             "sampling=shards needs shards called train and val (or test), without fold and val_images: images held out of the "
             "others would be in all shards."
         )
-    groups = recipe.shard_groups or max(1, world.size // local_process_count())
+    groups = recipe.shard_groups or max(1, world.size // read_process_place().local_size)
     return replace(recipe, shard_groups=groups, val_images=0)
 
 
@@ -123,7 +126,7 @@ def describe_view(recipe: Recipe) -> list[str]:
 
 def name_own_transform(recipe: Recipe, setup: TaskSetup) -> Recipe:
     """The recipe with the name of the function that is given; raises UsageError if it has another one's, or none is given."""
-    given = "" if setup.transform is None else name_transform(setup.transform)
+    given = "" if setup.options.transform is None else name_transform(setup.options.transform)
     if recipe.transform in ("", given) and (given or not recipe.transform):
         return replace(recipe, transform=given)
     raise UsageError(
@@ -155,8 +158,8 @@ def load_source(recipe: Recipe, setup: TaskSetup) -> tuple[Recipe, Dataset]:
     A new run finds how its images are read by the first one; a run that is resumed has it in its recipe.
     """
     quarantine = str(setup.started_in / recipe.quarantine) if recipe.quarantine else ""
-    moved = setup.dataset if isinstance(setup.dataset, str) else ""
-    data = moved or sources.resolve_data_path(recipe.data, setup.started_in)
+    own = setup.options.dataset
+    data = own if isinstance(own, str) else sources.resolve_data_path(recipe.data, setup.started_in)
     read_options = ReadOptions(
         recipe.on_bad_image,
         quarantine,
@@ -165,8 +168,9 @@ def load_source(recipe: Recipe, setup: TaskSetup) -> tuple[Recipe, Dataset]:
         multi_label=True,
         as_needed=recipe.sampling == "shards",
     )
-    own = setup.dataset if isinstance(setup.dataset, Dataset) else None
-    source: Dataset = own or setup.load_once(lambda: sources.load_dataset(data, setup.data_dir, read_options))
+    data_dir = setup.options.data_dir or Path("data")
+    load = partial(sources.load_dataset, data, data_dir, read_options)
+    source: Dataset = own if isinstance(own, Dataset) else setup.load_once(load)
     if recipe.groups and not isinstance(source.train, DiskSplit):
         raise UsageError(f"groups={recipe.groups} is for images on disk; leave it out.")
     if recipe.decode_on == "device":
@@ -182,13 +186,15 @@ def load_source(recipe: Recipe, setup: TaskSetup) -> tuple[Recipe, Dataset]:
         if found.dtype:
             recipe = replace(recipe, channels=found.channels)
             require_eight_bits_for(recipe, found)
-            setup.report(f"images of {found}, read as stored: torch resizes them, and statistics are of every channel")
+            setup.options.report(
+                f"images of {found}, read as stored: torch resizes them, and statistics are of every channel"
+            )
     return recipe, take_fold(source, recipe.fold) if recipe.fold and source.label_sets is None else source
 
 
 def _check_decoding_on_device(recipe: Recipe, source: Dataset, setup: TaskSetup) -> None:
     """Raises UsageError where the device cannot decode the images, or something changes each of them on the CPU."""
-    if recipe.trivial_augment or setup.transform is not None:
+    if recipe.trivial_augment or setup.options.transform is not None:
         what = "trivial_augment changes" if recipe.trivial_augment else "a function of your own changes"
         raise UsageError(f"{what} each image on the CPU, so decode_on=device would gain nothing; leave it out.")
     decodes_on_device(source.train, setup.device_config.device)  # now, rather than in the first step
