@@ -97,6 +97,7 @@ def test_what_cannot_be_found_exits_with_1(capsys: pytest.CaptureFixture[str], t
     cases = [
         (["train", "cifar10", "--data-dir", str(tmp_path)], "CIFAR-10 is not under"),
         (["train", "--resume", str(tmp_path)], "is not a run folder (it has no recipe.toml)"),
+        (["train", "--resume", str(tmp_path / "rn")], "rn is not there; "),
         (["train", "--resume", str(model)], "is a file; --resume takes the run's folder"),
         (
             ["evaluate", str(tmp_path / "no.safetensors"), "--data", "digits"],

@@ -11,6 +11,7 @@ import tomllib
 import traceback
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from resnetlab.cli.main import run_command
 from resnetlab.cli.runs import print_runs
 from resnetlab.data.sources import load_dataset
 from resnetlab.device import count_cores
-from resnetlab.errors import ModelFileError, RunError, UsageError, name_arguments
+from resnetlab.errors import DataError, ModelFileError, RunError, UsageError, name_arguments
 from resnetlab.evaluation.protocols import parse_protocol
 from resnetlab.formatting import format_count, format_figure, format_split
 from resnetlab.inference import build
@@ -233,6 +234,15 @@ def test_held_out_is_said_of_images_that_are_evaluated_while_training(
     assert format_split("held-out") == "test" and format_split("val") == "val"
 
 
+def test_few_images_are_told_of_weights_to_begin_with(tmp_path: Path) -> None:
+    data = folder(tmp_path / "photos", {"": 6}, ("a", "b"))
+    for values, told_of in (({}, True), ({"net": "resnet20"}, False)):
+        said: list[str] = []
+        recipe = photos().with_values({"image_size": "72", "batch": "4", **values})
+        training.build_task(replace(recipe, data=str(data)), training.RunOptions(device="cpu", report=said.append))
+        assert any("begin with: --net resnet18 --pretrained" in sentence for sentence in said) == told_of
+
+
 def test_one_is_singular() -> None:
     assert (
         format_count(1, "class") == "1 class"
@@ -404,6 +414,20 @@ def test_classes_inside_other_folders_are_warned_of(tmp_path: Path) -> None:
         warnings.simplefilter("error")
         Image.fromarray(ZEROS).save(tmp_path / "field" / "siteA" / "x.png")  # not all are inside
         load_dataset(str(tmp_path / "field"), tmp_path)
+
+
+def test_splits_inside_classes_are_warned_of_and_those_of_masks_are_not(tmp_path: Path) -> None:
+    for classes in (("oak", "beech"), ("images", "masks")):
+        for place in (tmp_path / classes[0] / name / split for name in classes for split in ("train", "val")):
+            place.mkdir(parents=True)
+            for i in range(3):
+                Image.fromarray(ZEROS).save(place / f"{i}.png")
+    with pytest.warns(
+        UserWarning, match="each of them holds train, val; those are taken together; to use them as splits"
+    ):
+        load_dataset(str(tmp_path / "oak"), tmp_path)
+    with warnings.catch_warnings(action="error"), pytest.raises(DataError, match=r"segment train .*images"):
+        load_dataset(str(tmp_path / "images"), tmp_path)
 
 
 def test_times_that_others_spoil_are_said_to_be(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,7 +33,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from resnetlab import migrate_v01
-from resnetlab.errors import NoSpaceError, RunError, UsageError
+from resnetlab.errors import NoSpaceError, RunError, UsageError, suggest_path
 from resnetlab.formatting import is_number, parse_json
 from resnetlab.stopping import check_stop
 
@@ -235,6 +235,8 @@ class RunFolder:
         """An existing run folder. Raises RunError if `path` is not one."""
         if path.is_file():
             raise RunError(f"{path} is a file; --resume takes the run's folder.")
+        if not path.exists():
+            raise RunError(f"{path} is not there{suggest_path(path) or '; give the folder of a run.'}")
         if not (path / "recipe.toml").is_file():
             raise RunError(
                 f"{path} is not a run folder (it has no recipe.toml); give a folder that `resnetlab train` made."

@@ -240,10 +240,12 @@ def _warn_of_inner_classes(root: Path, layouts: Mapping[str, FolderLayout]) -> N
             inner.setdefault(label, set()).add(os.path.dirname(name.split(os.sep, above)[-1]))
     common = set.intersection(*inner.values()) if len(inner) > 1 else set()
     if len(common) > 1:
+        advice = "if those are the classes, put them into one folder each, or give a table of paths and labels."
+        if all(map(guess_split, common)):
+            advice = "those are taken together; to use them as splits, put the class folders inside them."
         warnings.warn(
             f"the classes of {root} are its folders {format_list(sorted(inner))}, and each of them holds "
-            f"{format_list(sorted(common))}; if those are the classes, put them into one folder each, or give a table of paths "
-            "and labels.",
+            f"{format_list(sorted(common))}; {advice}",
             UserWarning,
             stacklevel=2,
         )

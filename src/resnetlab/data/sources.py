@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import warnings
 from collections.abc import Callable
 from functools import lru_cache, partial
 from pathlib import Path
@@ -121,7 +122,9 @@ def load_dataset(name: str, data_dir: Path, read_options: ReadOptions | None = N
 def _load_folder(path: Path, read_options: ReadOptions) -> Dataset:
     """Loads class folders; raises DataError, with the commands for them, for a folder of boxes or masks."""
     try:
-        dataset = folder.load_folder(path, read_options)
+        with warnings.catch_warnings(record=True) as caught:  # those of class folders, which these may not be
+            warnings.simplefilter("always")
+            dataset = folder.load_folder(path, read_options)
     except DataError as error:
         sentence = None
         with contextlib.suppress(OSError, DataError):  # what cannot be read, which the first error says already
@@ -135,4 +138,6 @@ def _load_folder(path: Path, read_options: ReadOptions) -> Dataset:
             raise DataError(sentence)
         if {"images", "masks"} == {name.lower() for name in named}:
             raise DataError(f"{path} holds images and masks, not class folders.")
+    for each in caught:
+        warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
     return dataset

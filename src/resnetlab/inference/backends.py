@@ -245,8 +245,11 @@ def _select_fastest(
     """Takes the best agreeing precision of each backend, and the fastest of those."""
     agreeing: list[tuple[LoadedBackend, Agreement]] = []
     rejected = []
-    if len(candidates) > 1:  # which takes a minute where other programs work
-        log(f"comparing {', '.join(name for name, _ in candidates)}, once; the next start takes the fastest at once")
+    if len(candidates) > 1:
+        log(
+            f"comparing {', '.join(name for name, _ in candidates)}, once, for a minute or more where other programs work "
+            "(--backend torch starts at once); the next start takes the fastest at once"
+        )
     for name, precisions in candidates:
         for precision in precisions:
             try:

@@ -27,6 +27,8 @@ FIELD = "image"
 LARGE = 2**24  # pixels; memory of larger images is returned to the system, that of smaller ones is reused
 MAX_NAME = 200  # characters of a file name that are echoed
 MAX_HEAD = 16_384  # bytes of the headers of a form's part
+# of a body that is an image: no type, any bytes, or what curl's --data-binary and Python's urllib say unless told another
+RAW_TYPES = (b"", b"application/octet-stream", b"application/x-www-form-urlencoded")
 ENCODED_NAME = re.compile(rb"filename\*=(utf-8|iso-8859-1)'[^']*'([^\s;]*)", re.IGNORECASE)
 
 
@@ -68,7 +70,7 @@ def split_body(content_type: str, body: bytes) -> list[tuple[str, bytes]]:
         raise RequestError(400, "the body is empty; send an image.")
     if kind == b"multipart/form-data":
         return _parse_form(body, options.get(b"boundary", b""))
-    if kind.startswith(b"image/") or kind in (b"", b"application/octet-stream"):
+    if kind.startswith(b"image/") or kind in RAW_TYPES:
         return [("image", body)]
     raise RequestError(
         415,
@@ -114,7 +116,10 @@ def _read_part_name(head: bytes) -> str:
     if encoded := ENCODED_NAME.search(disposition):  # RFC 5987, as clients send names that are not ASCII
         return unquote(encoded[2].decode("latin-1"), encoded[1].decode("latin-1"), "replace")[:MAX_NAME]
     if name is None and field != FIELD:
-        raise RequestError(422, f"unknown field {field[:MAX_NAME]!r}; images are sent as files.")
+        raise RequestError(
+            422,
+            f"unknown field {field[:MAX_NAME]!r}; images are sent as files, values in the address, as /predict?top=3.",
+        )
     return (name or b"image").decode(errors="replace")[:MAX_NAME]
 
 

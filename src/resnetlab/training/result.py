@@ -35,7 +35,7 @@ class Progress:
             f"loss {self.loss:.4f}",
             *held_out,
             f"training error {format_percent(self.error)}",
-            f"{self.images_per_second:,.0f} images/s",
+            f"{self.images_per_second:,.{0 if self.images_per_second >= 10 else 1}f} images/s",
             f"lr {self.lr:g}",
         ]
 

@@ -28,7 +28,7 @@ from resnetlab.evaluation.gradcam import make_cam_overlays
 from resnetlab.evaluation.metrics import ClassificationMetrics
 from resnetlab.evaluation.multi_label import DEFAULT_THRESHOLD, MultiLabelMetrics, evaluate_label_sets, fit_thresholds
 from resnetlab.formatting import format_count
-from resnetlab.inference.start import resolve_start
+from resnetlab.inference.start import PRETRAINED, resolve_start
 from resnetlab.models.cost import count_parameters
 from resnetlab.models.model_file import TrainedModel
 from resnetlab.models.own_network import OWN, Network
@@ -64,6 +64,7 @@ from resnetlab.training.tasks.classification_data import (
 from resnetlab.training.tasks.multi_label import check_label_sets, multi_label_loss
 from resnetlab.training.tasks.starting_network import build_network
 
+FEW_IMAGES = 100  # of a class: fewer are better learned from other weights
 NORMALISATIONS = ("per-pixel mean", "per-channel mean and std", "as start_from")
 
 
@@ -193,6 +194,11 @@ class ClassificationTask(Task):
         if not sources.is_builtin(recipe.data):
             steps, epochs = format_count(recipe.steps, "step"), recipe.steps * recipe.batch / n
             sentences.append(f"{steps} of {recipe.batch:,} images are {epochs:,.1f} epochs (--epochs changes that)")
+        if not recipe.start_from and recipe.net in PRETRAINED and n < FEW_IMAGES * len(self.classes):
+            sentences.append(
+                f"fewer than {FEW_IMAGES} images a class are few to learn from alone; ImageNet's weights to begin with: "
+                f"--net {recipe.net} --pretrained"
+            )
         return sentences
 
     @property
