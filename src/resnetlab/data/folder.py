@@ -356,7 +356,7 @@ def _read_flat_split(root: Path, folder: Path) -> FolderLayout | None:
         or (classes := read_flat_labels(root, folder.name, [os.path.basename(file) for file, _ in files])) is None
     ):
         return None
-    return FolderLayout([os.path.relpath(file, root) for file, _ in files], [size for _, size in files], classes, [])
+    return FolderLayout([_name_below(root, file) for file, _ in files], [size for _, size in files], classes, [])
 
 
 def _read_class_folders(root: Path, folder: Path) -> FolderLayout:
@@ -364,12 +364,11 @@ def _read_class_folders(root: Path, folder: Path) -> FolderLayout:
     found = FolderLayout([], [], [], [])
     unsupported: list[str] = []
     for name in _list_folders(folder):
-        before = len(found.names)
-        for file, size in sorted(_walk_images(folder / name, unsupported)):
-            found.names.append(os.path.relpath(file, root))
-            found.sizes.append(size)
-            found.classes.append(name)
-        if len(found.names) == before:
+        files = sorted(_walk_images(folder / name, unsupported))
+        found.names.extend(_name_below(root, file) for file, _ in files)
+        found.sizes.extend(size for _, size in files)
+        found.classes.extend(itertools.repeat(name, len(files)))
+        if not files:
             found.empty.append(name)
     if found.names and (loose := find_loose_images(folder)):
         warnings.warn(
@@ -418,6 +417,12 @@ def _walk_images(folder: Path, unsupported: list[str] | None = None) -> Iterator
                 yield entry.path, -1
         elif unsupported is not None and os.path.splitext(entry.name)[1].lower() in UNSUPPORTED:
             unsupported.append(entry.path)
+
+
+def _name_below(root: Path, file: str) -> str:
+    """The path of a file below a folder, relative to it; `os.path.relpath` takes half the time of reading a large folder."""
+    above = os.path.join(root, "")
+    return file[len(above) :] if file.startswith(above) else os.path.relpath(file, root)
 
 
 def _compare_classes(root: Path, layouts: Mapping[str, FolderLayout]) -> list[str]:
