@@ -2,6 +2,7 @@
 
     uv run --extra fast python benchmarks/data.py                        # images: ../shared/data/flowers
     uv run --extra fast python benchmarks/data.py --images FOLDER --rounds 7 --json results.json
+    uv run --extra fast python benchmarks/data.py --only tables,coco,embed
 
 Per core: everything runs in this process with one thread. Whole batches are compared, decoded, augmented, normalised, stacked:
 
@@ -9,11 +10,16 @@ Per core: everything runs in this process with one thread. Whole batches are com
     torchvision scale      the same with the paper's augmentation, written plainly: resize the shorter side, crop 224
     ours ...               the same two, with Pillow and with simplejpeg (the extra "fast")
 
-With --tables 100000: seconds from a path to a list of so many labelled images, beside torchvision's ImageFolder.
+Then, one after the other, or only some with --only:
 
-Then: CIFAR's augmentation of a whole batch beside a ResNet-20 training step, and memory while reading from folders of 10,000
-and 100,000 names. `--coco 120000` only reads a COCO document of so many images, beside pycocotools. Ratios to torchvision's
-form are medians over rounds; figures of two runs are not comparable.
+    pipeline     the forms above
+    cifar        CIFAR's augmentation of a whole batch beside a ResNet-20 training step
+    memory       while reading from folders of 10,000 and 100,000 names
+    tables       seconds from a path to a list of 100,000 labelled images (--names), beside torchvision's ImageFolder
+    coco         a COCO document of 120,000 images (--documents), beside pycocotools: processor seconds and memory
+    embed        feature vectors beside predictions: ResNet-18 at 224 pixels, fp32
+
+Ratios to torchvision's form are medians over rounds; figures of two runs are not comparable.
 """
 
 from __future__ import annotations
@@ -38,12 +44,15 @@ import torch
 from PIL import Image, ImageOps
 from torch.nn import functional as F
 
+import resnetlab
 from resnetlab.data import decode, sources
 from resnetlab.data.augment import Augmentation
 from resnetlab.data.crops import Crop
 from resnetlab.data.dataset import MemorySplit
 from resnetlab.data.sampler import TrainLoader
 from resnetlab.device import select_device
+from resnetlab.inference.embed import embed_data
+from resnetlab.models.model_file import TrainedModel
 from resnetlab.models.resnet import build
 from resnetlab.preprocessing import Preprocessing
 
@@ -150,9 +159,7 @@ def memory(folder: Path, count: int) -> dict[str, float]:
             link = Path(place) / f"class {i % 5}" / f"{i:06d}.jpg"
             link.parent.mkdir(exist_ok=True)
             link.symlink_to(files[i % len(files)])
-        command = [sys.executable, __file__, "--memory-of", place]
-        done = subprocess.run(command, check=True, capture_output=True, text=True)
-    return dict(json.loads(done.stdout))
+        return run_again("--memory-of", place)
 
 
 def peak_memory() -> float:
@@ -216,20 +223,12 @@ def coco_documents(images: int) -> dict[str, dict[str, float]]:
     with tempfile.TemporaryDirectory() as place:
         file = Path(place) / "instances_train.json"
         write_coco_document(file, images)
-        commands = {
-            reader: [sys.executable, __file__, "--document-of", str(file), "--reader", reader]
-            for reader in ("ours, boxes", "ours, masks", "pycocotools")
-        }
-        return {
-            reader: dict(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
-            for reader, command in commands.items()
-        }
+        readers = ("ours, boxes", "ours, masks", "pycocotools")
+        return {reader: run_again("--document-of", str(file), "--reader", reader) for reader in readers}
 
 
-def table_seconds(folder: Path, count: int) -> dict[str, float]:
-    """Seconds to list labelled images: torchvision's ImageFolder, our folder, and a table of the same files."""
-    from torchvision import datasets
-
+def table_figures(folder: Path, count: int) -> dict[str, dict[str, float]]:
+    """Seconds and MiB to list labelled images, each in a fresh process: ImageFolder, our folder, a table of the same files."""
     with tempfile.TemporaryDirectory() as place:
         root, file = Path(place, "images"), next(folder.rglob("*.jpg")).resolve()
         names = [f"class {i % 100:02d}/{i:06d}.jpg" for i in range(count)]
@@ -239,17 +238,110 @@ def table_seconds(folder: Path, count: int) -> dict[str, float]:
             (root / name).symlink_to(file)
         rows = "".join(f"images/{name},{name[:8]}\n" for name in names)
         Path(place, "table.csv").write_text("path,label\n" + rows)
-        kinds: dict[str, Callable[[], object]] = {
-            "torchvision ImageFolder": lambda: datasets.ImageFolder(str(root)),
-            "ours, folder": lambda: sources.load_dataset(str(root), Path("data")),
-            "ours, table": lambda: sources.load_dataset(f"{place}/table.csv", Path("data")),
+        kinds = {"torchvision ImageFolder": root, "ours, folder": root, "ours, table": Path(place, "table.csv")}
+        return {name: run_again("--list-of", str(path), "--reader", name) for name, path in kinds.items()}
+
+
+def list_images(path: Path, reader: str) -> dict[str, float]:
+    """Seconds and MiB by which this process grows while it lists labelled images."""
+    from torchvision import datasets
+
+    before, began = peak_memory(), time.perf_counter()
+    found: object = (
+        sources.load_dataset(str(path), Path("data")) if reader.startswith("ours") else datasets.ImageFolder(str(path))
+    )
+    return {"seconds": round(time.perf_counter() - began, 2), "mib": round(peak_memory() - before) * bool(found)}
+
+
+def run_again(*options: str) -> dict[str, float]:
+    """What this file prints with some options in a fresh process."""
+    command = [sys.executable, __file__, *options]
+    return dict(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+
+
+def embed_speeds(folder: Path, rounds: int, count: int = 128) -> dict[str, float]:
+    """Images per second of feature vectors and of predictions, in turns, and the median of their ratios."""
+    shape = Preprocessing(3, (224, 224), 256, torch.tensor(MEAN), torch.tensor(STD))
+    net = build("resnet18", classes=2, seed=0).eval()
+    with tempfile.TemporaryDirectory() as place:
+        TrainedModel(net, ("a", "b"), shape).save(Path(place, "model.safetensors"))
+        model = resnetlab.load(Path(place, "model.safetensors"), device="cpu", precision="fp32")
+        for i, file in enumerate(sorted(folder.rglob("*.jpg"))[:count]):
+            link = Path(place, "images", "ab"[i % 2], f"{i}.jpg")
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(file.resolve())
+        root = Path(place, "images")
+        names = sorted(map(str, root.rglob("*.jpg")))
+        kinds: dict[str, Callable[[], int]] = {
+            "predict": lambda: sum(1 for _ in model.predictions((name, name) for name in names)),
+            "embed": lambda: sum(row.features is not None for row in embed_data(model, root)),
         }
-        seconds = {}
-        for name, load in kinds.items():
-            began = time.perf_counter()
-            load()
-            seconds[name] = round(time.perf_counter() - began, 2)
-    return seconds
+        measured: dict[str, list[float]] = {name: [] for name in kinds}
+        for turn in range(rounds + 1):
+            for name, work in kinds.items():
+                began = time.perf_counter()
+                done = work()
+                if turn:  # the first warms up
+                    measured[name].append(done / (time.perf_counter() - began))
+    ratios = [a / b for a, b in zip(measured["embed"], measured["predict"], strict=True)]
+    medians = {name: round(statistics.median(values), 1) for name, values in measured.items()}
+    return medians | {"ratio": round(statistics.median(ratios), 2)}
+
+
+def print_pipeline(folder: Path, options: argparse.Namespace) -> object:
+    with tempfile.TemporaryDirectory() as place:
+        found = speeds(photographs(folder, Path(place)), options.rounds, options.batches)
+    print(f"{'pipeline':<28} {'images/s':>9}   ratio to torchvision's")
+    for name, speed in found.items():
+        base = found["torchvision " + name.split()[1].rstrip(",")]
+        print(f"{name:<28} {speed:>9.0f}   {speed / base:.2f}")
+    return found
+
+
+def print_cifar(_: Path, options: argparse.Namespace) -> object:
+    share = cifar_share(4 * options.rounds)
+    print(f"CIFAR augmentation: {share:.1%} of a ResNet-20 step of 128")
+    return share
+
+
+def print_memory(folder: Path, _: argparse.Namespace) -> object:
+    with tempfile.TemporaryDirectory() as place:
+        images = photographs(folder, Path(place))
+        grew = {count: memory(images, count) for count in (10_000, 100_000)}
+    for count, values in grew.items():
+        print(f"{count:,} names: {values['index_and_first_batch']:.0f} MiB for the index and one batch, "
+              f"{values['forty_batches_more']:.0f} MiB more over 40 batches")  # fmt: skip
+    return grew
+
+
+def print_tables(folder: Path, options: argparse.Namespace) -> object:
+    found = table_figures(folder, options.names)
+    for reader, values in found.items():
+        print(f"{reader:<24} {values['seconds']:.2f} s, {values['mib']:,.0f} MiB for {options.names:,} images")
+    return found
+
+
+def print_coco(_: Path, options: argparse.Namespace) -> object:
+    found = coco_documents(options.documents)
+    for reader, values in found.items():
+        print(f"{reader:<14} {values['seconds']:.1f} s, {values['mib']:,.0f} MiB for {options.documents:,} images")
+    return found
+
+
+def print_embed(folder: Path, options: argparse.Namespace) -> object:
+    found = embed_speeds(folder, options.rounds)
+    print(f"embed {found['embed']:.1f}, predict {found['predict']:.1f} images/s; ratio {found['ratio']:.2f}")
+    return found
+
+
+PARTS: dict[str, Callable[[Path, argparse.Namespace], object]] = {
+    "pipeline": print_pipeline,
+    "cifar": print_cifar,
+    "memory": print_memory,
+    "tables": print_tables,
+    "coco": print_coco,
+    "embed": print_embed,
+}
 
 
 def main() -> None:
@@ -258,40 +350,23 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batches", type=int, default=3)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--tables", type=int, help="only list so many images, as a folder and as a table")
-    parser.add_argument("--memory-of", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--coco", type=int, help="only read a COCO document of so many images")
-    parser.add_argument("--document-of", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--only", default=",".join(PARTS), help="parts, separated by commas")
+    parser.add_argument("--names", type=int, default=100_000)
+    parser.add_argument("--documents", type=int, default=120_000)
+    for hidden in ("--memory-of", "--document-of", "--list-of"):
+        parser.add_argument(hidden, type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--reader", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    torch.set_num_threads(1)
     if options.document_of:
         return print(json.dumps(read_document(options.document_of, options.reader)))
-    if options.coco:
-        for reader, values in coco_documents(options.coco).items():
-            print(f"{reader:<14} {values['seconds']:.1f} s, {values['mib']:,.0f} MiB for {options.coco:,} images")
-        return None
-    torch.set_num_threads(1)
+    if options.list_of:
+        return print(json.dumps(list_images(options.list_of, options.reader)))
     if options.memory_of:
         return print(json.dumps(grown(options.memory_of)))
-    if options.tables:
-        return print(json.dumps(table_seconds(options.images, options.tables), indent=2))
-    with tempfile.TemporaryDirectory() as place:
-        folder = photographs(options.images, Path(place))
-        found = speeds(folder, options.rounds, options.batches)
-        print(f"{'pipeline':<28} {'images/s':>9}   ratio to torchvision's")
-        for name, speed in found.items():
-            base = found["torchvision " + name.split()[1].rstrip(",")]
-            print(f"{name:<28} {speed:>9.0f}   {speed / base:.2f}")
-        share = cifar_share(4 * options.rounds)
-        print(f"CIFAR augmentation: {share:.1%} of a ResNet-20 step of 128")
-        grew = {count: memory(folder, count) for count in (10_000, 100_000)}
-        for count, values in grew.items():
-            print(f"{count:,} names: {values['index_and_first_batch']:.0f} MiB for the index and one batch, "
-                  f"{values['forty_batches_more']:.0f} MiB more over 40 batches")  # fmt: skip
+    found = {name: PARTS[name](options.images, options) for name in options.only.split(",")}
     if options.json:
-        options.json.write_text(
-            json.dumps({"images_per_second": found, "cifar_share": share, "memory_mib": grew}, indent=2)
-        )
+        options.json.write_text(json.dumps(found, indent=2))
     return None
 
 

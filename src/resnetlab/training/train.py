@@ -319,7 +319,7 @@ def _read_run(run: RunFolder, task_name: str, requested: Overrides | BaseRecipe,
     if result is not None and result.steps != before.steps and not ends_early:
         result = None  # an extension was interrupted
     if result is not None and requested.steps > before.steps:
-        return _extend(run, before, requested, options)
+        return _extend(run, before, requested, options)._replace(moved_to=moved_to)
     recipe = replace(before.skip_bad_images_like(requested), threads=requested.threads)
     if changes := requested.resolve_like(recipe).differences(recipe):
         raise RunError(
