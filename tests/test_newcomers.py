@@ -309,6 +309,13 @@ def test_help_does_not_import_torch() -> None:
 
 
 WRONG: dict[str, Callable[[Model], Any]] = {
+    "the model comes first, then the data: evaluate(model, data)": lambda model: resnetlab.evaluate("photos", model),  # type: ignore[arg-type]
+    "call it x.safetensors; for other programs there is": lambda model: model.save("x.pt"),
+    "the file's ending decides the format; known: .pt2, .onnx, .xml": lambda model: model.export("onnx"),
+    "the opset of exported ONNX files is fixed": lambda model: model.export("m.onnx", opset=17),  # type: ignore[call-arg]
+    "is given by its argument's name: train(data, net=module)": lambda model: resnetlab.train(model.net, "digits"),
+    "is preprocessing.normalise(preprocessing(image)[None])": lambda model: model.transform,  # type: ignore[attr-defined]
+    "use classes, in the order of the outputs": lambda model: model.class_to_idx,  # type: ignore[attr-defined]
     "unknown argument of predict 'topk'; did you mean 'top'?": lambda model: model.predict("a.png", topk=2),  # type: ignore[call-arg]
     "predict: missing a required argument: 'image'": lambda model: model.predict(),  # type: ignore[call-arg]
     "unknown argument of build 'model'; did you mean 'name'?": lambda _: resnetlab.build(model="resnet18"),  # type: ignore[call-arg]

@@ -116,9 +116,10 @@ def unknown_name_error(kind: str, given: str, known: Iterable[str]) -> UsageErro
     own = same or [own for own in [translate(word, names)] if own]
     near = own or difflib.get_close_matches(str(given), names, n=1, cutoff=0.6)
     hint = f"did you mean {near[0]!r}?" if near else "known: " + ", ".join(names) + "."
-    if not own and kind.startswith("key"):
+    if not own and kind.startswith(("key", "argument")):
         answers = NETWORK_ANSWERS if "network" in kind else {}
         hint = answers.get(word) or ANSWERS.get(word, hint)
+        hint = name_arguments(hint) if kind.startswith("argument") else hint
     return UsageError(f"unknown {kind} {given!r}; {hint}")
 
 

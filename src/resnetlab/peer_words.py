@@ -165,7 +165,12 @@ MODEL_ATTRIBUTES = {  # of other programs' models: ours
     "forward": "predict(image), or net(tensor) for logits", "features": "embed(images)", "forward_features": "embed(images)",
     "encode": "embed(images)", "get_features": "embed(images)", "gradcam": "explain(image)", "image_size":
     "preprocessing.image_size", "imgsz": "preprocessing.image_size", "input_size": "preprocessing.image_size",
-    "transform": "preprocessing, which predict applies", "transforms": "preprocessing, which predict applies",
+    **dict.fromkeys(
+        ("transform", "transforms", "preprocess", "preprocessor", "processor"),
+        "preprocessing, which predict applies; the input of net is preprocessing.normalise(preprocessing(image)[None])",
+    ),
+    **dict.fromkeys(("class_to_idx", "idx_to_class", "id2label", "label2id"), "classes, in the order of the outputs"),
+    "finetune": "resnetlab.train(data=…, start_from=path)",
     "num_classes": "len(model.classes)", "class_names": "classes", "labels": "classes", "info": "describe()",
     "summary": "describe()", "config": "recipe", "push_to_hub": "the command `resnetlab push`",
     "save_pretrained": "save(file)", "serve": "the command `resnetlab serve`",

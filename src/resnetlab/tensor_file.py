@@ -21,12 +21,21 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from resnetlab import migrate_v01
-from resnetlab.errors import ModelFileError, suggest_path
+from resnetlab.errors import ModelFileError, UsageError, suggest_path
 from resnetlab.formatting import parse_json
 from resnetlab.run_folder import write_atomically
 
 FORMAT = 2  # 1 was that of version 0.1
 KEY = "resnetlab"
+
+
+def check_model_name(path: Path) -> None:
+    """Raises UsageError for a model file that is to be called as weight files of torch are, which nothing would open then."""
+    if path.suffix.lower() in (".pt", ".pth", ".th", ".bin", ".ckpt", ".onnx", ".pt2"):
+        raise UsageError(
+            f"a model file is in safetensors' format: call it {path.with_suffix('.safetensors').name}; for other programs "
+            f"there is `resnetlab export`, in Python model.export({path.name!r})."
+        )
 
 
 def write_tensor_file(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:

@@ -275,6 +275,8 @@ def evaluate(
             temperature fitted on images that are evaluated, or that the model was trained on.
     """
     leave_if_imported_again()
+    if isinstance(data, TrainedModel) or (isinstance(data, str | Path) and str(data).endswith(".safetensors")):
+        raise UsageError("the model comes first, then the data: evaluate(model, data).")
     parsed = parse_protocol(protocol)
     given: list[Model] = [model] if isinstance(model, Model) else list(model)
     weights = _normalise_weights(weights, len(given))

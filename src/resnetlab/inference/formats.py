@@ -241,6 +241,7 @@ def find_format(suffix: str) -> str:
     """The name of the format whose files have a suffix, such as ".onnx"; raises UsageError if there is none."""
     found = [name for name, format in FORMATS.items() if suffix in format.suffixes]
     if not found:
-        known = ", ".join(suffix for format in FORMATS.values() for suffix in format.suffixes)
-        raise UsageError(f"no format has files that end in {suffix!r}; known: {known}.")
+        known = ", ".join(dict.fromkeys(suffix for format in FORMATS.values() for suffix in format.suffixes))
+        what = f"no format has files that end in {suffix!r}" if suffix else "the file's ending decides the format"
+        raise UsageError(f"{what}; known: {known}.")
     return found[0]

@@ -16,7 +16,7 @@ from resnetlab.formatting import find_name_problem
 from resnetlab.models.head_spec import DetectorSpec, HeadSpec, SegmenterSpec
 from resnetlab.models.resnet import ResNet, allocate
 from resnetlab.models.spec import Specification, check_network_size
-from resnetlab.tensor_file import read_metadata, read_tensor_file, write_tensor_file
+from resnetlab.tensor_file import check_model_name, read_metadata, read_tensor_file, write_tensor_file
 
 TASK_NOUNS = {"classify": "a classifier", "detect": "a detector", "segment": "a segmenter"}
 HEAD_SPECS: dict[str, type[HeadSpec]] = {"detect": DetectorSpec, "segment": SegmenterSpec}
@@ -47,6 +47,7 @@ class AnnotatedModel:
 
     def save(self, path: str | Path) -> None:
         """Writes the model file, atomically."""
+        check_model_name(Path(path))
         about = {"task": self.task, "specification": self.spec.to_json(), "head": self.head_spec.to_json()}
         about |= {key: getattr(self, key) for key in ("classes", "recipe", "metrics", "data", "versions")}
         write_tensor_file(Path(path), self.net.state_dict(), about)

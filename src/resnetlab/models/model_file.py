@@ -24,7 +24,7 @@ from resnetlab.models.reference_images import ReferenceImages
 from resnetlab.models.resnet import ResNet
 from resnetlab.models.spec import Specification, check_network_size
 from resnetlab.preprocessing import Preprocessing
-from resnetlab.tensor_file import read_tensor_file, write_tensor_file
+from resnetlab.tensor_file import check_model_name, read_tensor_file, write_tensor_file
 
 MEAN_TENSOR = "preprocessing.mean"
 FINGERPRINTS = "fingerprints."  # prefix of tensor names
@@ -117,6 +117,7 @@ class TrainedModel:
     def save(self, path: str | Path) -> None:
         """Writes the model file atomically."""
         path = Path(path)
+        check_model_name(path)
         metadata = {
             "task": "classify",
             "specification": self.net.spec.to_json(),

@@ -140,6 +140,8 @@ def _place_source(source: Any, recipe: Recipe | str | Path | None, data: Any) ->
     """Recipe and data, of which the first argument of `train` is one."""
     if recipe is not None and data is not None:
         raise UsageError("recipe and data are given; leave out what stands before them.")
+    if isinstance(source, nn.Module):
+        raise UsageError("a network is given by its argument's name: train(data, net=module).")
     named = isinstance(source, Recipe) or (isinstance(source, str | Path) and recipes.is_recipe(source))
     if data is not None and not named:
         raise UsageError("what stands before the data is no recipe; give images and labels as one pair: train((X, y)).")
