@@ -20,9 +20,10 @@ os.environ["OMP_NUM_THREADS"] = "1"
 # About a hundred processes start, and each would compile torch's Python and ours anew where none may keep its bytecode.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
-# Nothing is taken from, or left in, the cache of whoever runs the tests.
-os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="resnetlab-tests-")
-atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
+# Nothing is taken from, or left in, the cache of whoever runs the tests. Workers share one, so that kernels are compiled once.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="resnetlab-tests-")
+    atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 # A full collection visits all of torch's objects and all collected tests. Fewer collections, which leave those out, save a
 # tenth of the processors' time.
 gc.set_threshold(20_000, 10, 10)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import re
 import shutil
@@ -78,11 +80,19 @@ def run_json(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[in
 FRESH = DIGITS.test.images[20:25]
 
 
-def test_onnx(model: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    out = tmp_path / "m.onnx"
-    code, parity, _ = run_json(capsys, "export", model, "--to", "onnx", "--out", out, "--json")
+@pytest.fixture(scope="module")
+def exported(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Any, Path]:
+    """The exit code and the output of an export to ONNX, and its file, alone in a folder but for what belongs to it."""
+    out = tmp_path_factory.mktemp("exported") / "m.onnx"
+    with contextlib.redirect_stdout(io.StringIO()) as stream:
+        code = run_command(["export", str(model), "--to", "onnx", "--out", str(out), "--json"])
+    return code, json.loads(stream.getvalue()), out
+
+
+def test_onnx(model: Path, exported: tuple[int, Any, Path]) -> None:
+    code, parity, out = exported
     assert code == 0 and parity["top1_agreement"] == 1.0 and parity["largest_difference"] < 1e-5 and parity["n"] == 16
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["m.onnx", "m.onnx.json", "m.onnx.parity.json"]
+    assert sorted(p.name for p in out.parent.iterdir()) == ["m.onnx", "m.onnx.json", "m.onnx.parity.json"]
     graph = onnx.load(out)
     dims = [
         [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim]
@@ -91,7 +101,7 @@ def test_onnx(model: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -
     assert dims[0][0] == dims[1][0] == "batch" and len(graph.opset_import) == 1
     turned = [list(n.attribute[0].ints) for n in onnx.load(out).graph.node if n.op_type == "Transpose"]
     assert [1, 0] not in turned  # in float64, before a product: ONNX Runtime 1.24 and 1.25 refuse such a file
-    beside = json.loads((tmp_path / "m.onnx.parity.json").read_text())
+    beside = json.loads(out.with_name("m.onnx.parity.json").read_text())
     assert beside.items() <= parity.items() and [b["batch"] for b in beside["batches"]] == [1, 7]
     session = onnxruntime.InferenceSession(str(out), providers=["CPUExecutionProvider"])
     for n in (1, 2, 5):
@@ -105,7 +115,7 @@ def test_onnx(model: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -
         assert np.abs(scores - by_hand(model, prepared(tensor_to_pil(large))[None])).max() < 1e-5
     properties = {p.key: p.value for p in onnx.load(str(out)).metadata_props}
     assert tuple(json.loads(properties["classes"])) == CLASSES
-    described = json.loads((tmp_path / "m.onnx.json").read_text())
+    described = json.loads(out.with_name("m.onnx.json").read_text())
     assert described["classes"] == list(CLASSES) and described["input"]["shape"] == ["batch", "height", "width", 1]
 
 
@@ -124,7 +134,7 @@ def test_tensor_resize_equals_pillows(size: tuple[int, int], resize: int, interp
 
 
 def test_onnx_has_settings_for_gpus_and_is_checked_where_they_are(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: Path, exported: tuple[int, Any, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A provider that is there, one that is there and fails, and one that is not."""
     session, asked = onnxruntime.InferenceSession, []
@@ -141,8 +151,7 @@ def test_onnx_has_settings_for_gpus_and_is_checked_where_they_are(
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: available)
     trained = load_trained_model(model)
     images = list(trained.reference_images.check)  # type: ignore[union-attr]
-    format, file = formats.get_format("onnx"), tmp_path / "m.onnx"
-    format.write(ExportGraphs(trained), "fp32", file)
+    format, file = formats.get_format("onnx"), exported[2]
     cuda, tensorrt = export.check_providers(trained, format, file, images, "fp32")["providers"]
     assert asked == [("CUDAExecutionProvider", {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"})]
     assert cuda["checked"]["top1_agreement"] == 1.0 and cuda["checked"]["n"] == 16

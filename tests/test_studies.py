@@ -8,7 +8,7 @@ import math
 import re
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 import images
+import zygote
 from resnetlab.cli.main import run_command
 from resnetlab.errors import DataError, RunError, UsageError
 from resnetlab.formatting import format_share
@@ -63,6 +64,12 @@ from resnetlab.training.recipe import Recipe
 
 def setting(**changes: object) -> Setting:
     return Setting(**({"data": "digits", "data_dir": Path("data"), "budget": "smoke", "seeds": 1} | changes))  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_workers() -> Iterator[None]:
+    with zygote.spawning():
+        yield
 
 
 # -- rules -------------------------------------------------------------------------------------------------------------

@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import fcntl
 import importlib
 import json
+import multiprocessing
+import multiprocessing.spawn
 import os
 import runpy
 import select
@@ -21,20 +24,29 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Iterator
 from functools import cache
+from itertools import dropwhile
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NoReturn
 
 from filelock import FileLock
 
 CLIENT = """#!{python} -IS
 import json, os, signal, socket, sys
+def is_open(file):
+    try:
+        return os.fstat(file) is not None
+    except OSError:
+        return False
+files = [file for file in map(int, os.listdir("/dev/fd")) if is_open(file)]
 with socket.socket(socket.AF_UNIX) as zygote:
     zygote.connect({address!r})
     request = {{"arguments": sys.argv[1:], "environment": dict(os.environ), "folder": os.getcwd(), "parent": os.getppid()}}
-    socket.send_fds(zygote, [b"fork"], [0, 1, 2])
+    socket.send_fds(zygote, [b"fork"], files)
     with zygote.makefile("rw") as stream:
-        print(json.dumps(request), file=stream, flush=True)
+        print(json.dumps(request | {{"files": files}}), file=stream, flush=True)
         pid = int(stream.readline())
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda number, _: os.kill(pid, number))
@@ -45,6 +57,7 @@ if status < 0:
     os.kill(os.getpid(), -status)
 sys.exit(status)
 """
+MAX_FILES = 100  # of a process
 
 
 @cache
@@ -66,6 +79,17 @@ def python() -> str:
             client.write_text(CLIENT.format(python=sys.executable, address=address))
             client.chmod(0o755)
     return str(client)
+
+
+@contextlib.contextmanager
+def spawning() -> Iterator[None]:
+    """Lets multiprocessing's "spawn" start such processes too."""
+    before = multiprocessing.spawn.get_executable()
+    multiprocessing.set_executable(python())
+    try:
+        yield
+    finally:
+        multiprocessing.set_executable(before)
 
 
 def serve(listener: socket.socket, run: int, client: str) -> None:
@@ -112,10 +136,10 @@ def is_alive(pid: int) -> bool:
 
 
 def receive(connection: socket.socket) -> tuple[dict[str, Any], list[int]] | None:
-    """A request and its standard files; None if the program has gone already."""
+    """A request and its open files; None if the program has gone already."""
     try:
         with connection.makefile("r") as stream:
-            _, files, _, _ = socket.recv_fds(connection, 4, 3)
+            _, files, _, _ = socket.recv_fds(connection, 4, MAX_FILES)
             return json.loads(stream.readline()), files
     except (OSError, ValueError):
         connection.close()
@@ -132,7 +156,10 @@ def become(request: dict[str, Any], files: list[int], client: str) -> NoReturn:
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    for number, file in enumerate(files):
+    above = [fcntl.fcntl(file, fcntl.F_DUPFD, 2 * MAX_FILES) for file in files]
+    for file in files:
+        os.close(file)
+    for number, file in zip(request["files"], above, strict=True):
         os.dup2(file, number)
         os.close(file)
     sys.stdin = open(0, closefd=False)  # noqa: SIM115
@@ -144,17 +171,19 @@ def become(request: dict[str, Any], files: list[int], client: str) -> NoReturn:
     parent = request["parent"]
     os.getppid = lambda: parent
     sys.executable, code = client, 0
-    how, what, *rest = request["arguments"]
-    sys.argv = ["-c", *rest]
+    multiprocessing.set_executable(client)
+    arguments = dropwhile(lambda word: word.startswith("-") and word not in ("-c", "-m"), request["arguments"])
+    how, *rest = arguments
+    what = rest.pop(0) if how in ("-c", "-m") else how
+    sys.argv = ["-c" if how == "-c" else what, *rest]
     try:
         if how == "-m":
-            sys.argv = [what, *rest]
             runpy.run_module(what, run_name="__main__", alter_sys=True)
         elif how == "-c":
-            exec(compile(what, "<string>", "exec"), {"__name__": "__main__"})
+            sys.modules["__main__"] = ModuleType("__main__")
+            exec(compile(what, "<string>", "exec"), vars(sys.modules["__main__"]))
         else:
-            sys.argv = [how, what, *rest]
-            runpy.run_path(how, run_name="__main__")
+            runpy.run_path(what, run_name="__main__")
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
         if isinstance(end.code, str):
