@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +175,9 @@ def test_neighbours_in_a_file_of_features(
     assert answers[0] == answers[1]
     command = ["neighbours", str(model), str(file), query, "--out", str(tmp_path / "n.html")]
     assert run_command(command) == 0 and (tmp_path / "n.html").read_text().count('<img src="data:image/') == 1
+    assert re.search(
+        r"\d+ images of the page cannot be read, such as .*; give the data themselves", capsys.readouterr().err
+    )
     rows = [row._replace(features=torch.zeros(3)) for row in read_features(file)]
     write_features(file, iter(rows))
     capsys.readouterr()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ from resnetlab.device import standard_torch_state
 from resnetlab.errors import DataError
 from resnetlab.evaluation.figures import image_uri, pil_image_uri
 from resnetlab.evaluation.page import render_page
+from resnetlab.formatting import format_count
 from resnetlab.inference.embed import EmbeddingRow
 from resnetlab.inference.images import ImageInput, expand_images, read_image
 
@@ -101,6 +103,11 @@ def render_images(
 ) -> str:
     """A page of images in groups with headings, as HTML that needs no other file; an unreadable image has its name only."""
     uris = _read_uris({image.name for _, images in groups for image in images}, str(data), data_dir)
+    if missing := sorted(name for name, uri in uris.items() if not uri):
+        features = str(data).endswith((".npz", ".parquet")) and len(missing) > 0.5 * len(uris)
+        hint = f"; give the data themselves in the place of {data}" * features
+        words = f"{format_count(len(missing), 'image')} of the page cannot be read, such as {missing[0]}{hint}."
+        warnings.warn(words, UserWarning, stacklevel=2)
     shown = [(heading, [(uris.get(i.name, ""), i.name, i.lines) for i in images]) for heading, images in groups]
     return render_page("images.html.j2", title=title, lead=lead, groups=shown)
 
