@@ -69,7 +69,8 @@ def python() -> str:
     folder.mkdir(exist_ok=True)
     with FileLock(folder / "lock"):
         client, address = folder / "python", str(folder / "socket")
-        if not client.exists():
+        if not answers(address):
+            Path(address).unlink(missing_ok=True)  # of one that was killed, for a run of the same number
             with socket.socket(socket.AF_UNIX) as listener:
                 listener.bind(address)
                 listener.listen(64)  # who connects waits until torch is imported
@@ -79,6 +80,15 @@ def python() -> str:
             client.write_text(CLIENT.format(python=sys.executable, address=address))
             client.chmod(0o755)
     return str(client)
+
+
+def answers(address: str) -> bool:
+    with socket.socket(socket.AF_UNIX) as zygote:
+        try:
+            zygote.connect(address)
+        except OSError:
+            return False
+    return True
 
 
 @contextlib.contextmanager
