@@ -121,7 +121,13 @@ def test_changes_override_the_name() -> None:
         ("resnet050", {}, "unknown network 'resnet050'; did you mean 'resnet50'?"),
         ("preactresnet18", {}, "unknown network 'preactresnet18'; did you mean 'preresnet18'?"),
         ("resnet50v15", {}, "unknown network 'resnet50v15'; did you mean 'resnet50v1.5'?"),
-        ("vgg", {}, "unknown network 'vgg'; known: " + ", ".join(list_network_names()) + "."),
+        ("fancynet", {}, "unknown network 'fancynet'; known: " + ", ".join(list_network_names()) + "."),
+        (
+            "vgg",
+            {},
+            "'vgg' is not one of the papers' networks, which are built here (`resnetlab models` lists them); any "
+            "torch.nn.Module, of torchvision or timm too, is trained from Python: resnetlab.train(data, net=module).",
+        ),
         (
             "resnet18v1.5",
             {},
