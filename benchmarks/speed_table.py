@@ -42,6 +42,7 @@ class Row(NamedTuple):
 
 
 LOOP, CROPS = "the eager fp32 loop", "torchvision's PIL pipeline"
+PIPELINE = "data.py --rounds 7 --only pipeline"
 RESNET20 = "train.py --nets resnet20 --contestants 'eager fp32,resnetlab' --rounds 5"
 ROWS = (
     Row("train ResNet-20, 32 px", LOOP, 2.8, RESNET20, rf"\| resnetlab \|[^|]*\| {RATIO}"),
@@ -55,8 +56,8 @@ ROWS = (
         "train.py --nets resnet50 --contestants 'eager fp32,resnetlab' --rounds 3 --batch 16",
         rf"\| resnetlab \|[^|]*\| {RATIO}",
     ),
-    Row("random-resized crops of JPEGs", CROPS, 2.3, "data.py --rounds 7 --only pipeline", r"ours resized, simplejpeg +\d+ +(\d+\.\d\d)"),
-    Row("scale augmentation of JPEGs", CROPS, 4.2, "data.py --rounds 7 --only pipeline", r"ours scale, simplejpeg +\d+ +(\d+\.\d\d)"),
+    Row("random-resized crops of JPEGs", CROPS, 2.3, PIPELINE, r"ours resized, simplejpeg +\d+ +(\d+\.\d\d)"),
+    Row("scale augmentation of JPEGs", CROPS, 4.2, PIPELINE, r"ours scale, simplejpeg +\d+ +(\d+\.\d\d)"),
     Row(
         "serve ResNet-18", "the same engine called directly", 0.84, "serve.py {model} {image} --rounds 7",
         r"served [\d.]+ requests/s \((\d+\.\d)%\)",

@@ -125,8 +125,10 @@ def test_changes_override_the_name() -> None:
         (
             "vgg",
             {},
-            "'vgg' is not one of the papers' networks, which are built here (`resnetlab models` lists them); any "
-            "torch.nn.Module, of torchvision or timm too, is trained from Python: resnetlab.train(data, net=module).",
+            (
+                "'vgg' is not one of the papers' networks, which are built here (`resnetlab models` lists them); any "
+                "torch.nn.Module, of torchvision or timm too, is trained from Python: resnetlab.train(data, net=module)."
+            ),
         ),
         (
             "resnet18v1.5",
