@@ -22,6 +22,7 @@ from resnetlab.evaluation.evaluate import evaluate
 from resnetlab.models.model_file import TrainedModel, load_trained_model
 from resnetlab.models.resnet import build
 from resnetlab.preprocessing import Preprocessing
+from resnetlab.process_place import read_process_place
 from resnetlab.training.recipes import quick
 from resnetlab.training.train import RunOptions, build_task
 
@@ -142,3 +143,13 @@ def test_torchrun(model: Path, cifar10_dir: Path) -> None:
         assert done.returncode == 0, done.stderr
         found.append(json.loads(done.stdout))
     assert found[0] == found[1] and found[0]["n"] == 10_000
+
+
+def test_a_shell_inside_a_job_has_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without WORLD_SIZE, what a batch system left of the others divides nothing."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert read_process_place() == (0, 1, 0, 1)
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert read_process_place().local_size == 4

@@ -197,6 +197,7 @@ def test_long_runs_in_fp32_take_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(side_by_side, "LONG", 1)
     assert decide() == ("on", "on") and decide(fused_bn="off") == ("on", "off")
     assert decide(bn_batch=0, batch=32) == ("on", "off")  # two threads work inside operations
+    assert decide(bn_batch=0, batch=32, threads=4) == ("off", "off")  # four inside were not measured
     assert decide(precision="bf16") == ("off", "off") and decide(compile="on") == ("off", "off")
     monkeypatch.setattr("resnetlab.training.side_by_side.load_kernel", lambda: Kernel(None, "", "there is no compiler"))
     assert decide() == ("off", "off")

@@ -30,4 +30,5 @@ class ProcessPlace(NamedTuple):
 def read_process_place() -> ProcessPlace:
     """The place of this process."""
     names = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-    return ProcessPlace(*(int(os.environ.get(name, default)) for name, default in names.items()))
+    place = ProcessPlace(*(int(os.environ.get(name, default)) for name, default in names.items()))
+    return place if place.size > 1 else place._replace(local_size=1)  # which a batch system may have left to a shell

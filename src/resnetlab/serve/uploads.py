@@ -27,7 +27,7 @@ FIELD = "image"
 LARGE = 2**24  # pixels; memory of larger images is returned to the system, that of smaller ones is reused
 MAX_NAME = 200  # characters of a file name that are echoed
 MAX_HEAD = 16_384  # bytes of the headers of a form's part
-# of a body that is an image: no type, any bytes, or what curl's --data-binary and Python's urllib say unless told another
+# of a body that is an image: no type, any bytes, or what curl's --data-binary and Python's urllib say unless another is given
 RAW_TYPES = (b"", b"application/octet-stream", b"application/x-www-form-urlencoded")
 ENCODED_NAME = re.compile(rb"filename\*=(utf-8|iso-8859-1)'[^']*'([^\s;]*)", re.IGNORECASE)
 

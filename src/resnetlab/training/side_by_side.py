@@ -41,6 +41,7 @@ KERNELS = {
     "winograd": "Winograd's convolution",
 }  # values of a recipe, and their names in messages
 LONG = 5e8  # pixels of all images of a run, from which compiling the kernels, some 10 s, takes little of its time
+MEASURED_THREADS = 2  # inside an operation; each call of a kernel starts its own, which more may not repay
 OURS = ("torch", "torchvision", "resnetlab")  # packages whose layers may run in several threads
 T = TypeVar("T", bound=Task)
 
@@ -89,9 +90,10 @@ def choose_kernels(task: T, report: Callable[[str], None], *, resuming: bool) ->
 
 def _pays_off(task: Task) -> bool:
     """Whether a run is long enough for compiled kernels, of a kind that they were seen to shorten (docs/log.md)."""
-    recipe = task.recipe
+    recipe, config = task.recipe, task.device_config
     pixels = recipe.steps * recipe.batch * getattr(recipe, "image_size", 0) ** 2  # of detectors they were not measured
-    return task.device_config.precision == "fp32" and pixels >= LONG and not recipe.net.startswith(OWN)
+    measured = config.precision == "fp32" and config.op_threads <= MEASURED_THREADS and not recipe.net.startswith(OWN)
+    return measured and pixels >= LONG
 
 
 def _reason_against_kernels(task: Task, form: str) -> str:
