@@ -118,6 +118,9 @@ def test_a_folder_that_is_not_a_data_set(capsys: pytest.CaptureFixture[str], tmp
     (list_before := tmp_path / "bad.txt").write_text("train/beta/1.png\n")
     assert run_command(["data", "check", str(root), "--quarantine", str(list_before)]) == 1
     assert list_before.read_text() == "train/beta/1.png\n"
+    (root / "train" / "alpha" / "scan.jp2").write_text("")
+    _, document, err = found(capsys, root)
+    assert "only in train alpha" in str(document) and "such as alpha/scan.jp2; save them as JPEG or PNG" in err
 
 
 def test_all_problems_of_a_layout_are_listed_and_the_images_are_read(

@@ -392,7 +392,8 @@ def test_the_first_process_of_a_machine_opens_what_will_be_evaluated(
     recipe = replace(find_classification_recipe("photos"), data=str(root), net="resnet8", image_size=16, eval_resize=20)
     with pytest.raises(DataError, match=r"bild 1.jpg is damaged"):
         build_task(recipe, RunOptions(device="cpu"))
-    monkeypatch.setenv("LOCAL_RANK", "1")
+    for name, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
     assert len(build_task(recipe, RunOptions(device="cpu")).test) == 12
 
 

@@ -5,24 +5,23 @@ from __future__ import annotations
 import json
 import tomllib
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
+import torch
 
 import resnetlab
 from resnetlab.cli.main import run_command
-from resnetlab.device import select_device
 from resnetlab.errors import RunError, UsageError
+from resnetlab.formatting import format_duration
 from resnetlab.progress import fit_parts
 from resnetlab.run_folder import RunFolder, read_metrics
 from resnetlab.tensor_file import read_tensor_file
 from resnetlab.training.checkpoint import list_checkpoints
 from resnetlab.training.recipe import Epochs, Overrides
 from resnetlab.training.recipes import quick
-from resnetlab.training.recorder import Recorder, RunStopped, StepTimer
+from resnetlab.training.recorder import RunStopped, StepTimer
 from resnetlab.training.result import Progress
 from resnetlab.training.run_state import RunState
 from runs import assert_same, figures
@@ -216,11 +215,8 @@ def test_the_time_left_counts_the_test_and_not_a_step_that_compiled(
     values = {"progress": seen.append, "batch": 8, "log_every": 1, "val_images": 0}
     resnetlab.train("digits", steps=2, out=tmp_path / "a", **QUIET | values)
     assert [round(p.seconds_left) for p in seen] == [8 + 360 // 3, 360 // 3]  # 360 test images, nothing held out
-    compiled = replace(select_device("fp32"), compiled=True)
-    recorder, state = cast(Any, object.__new__(Recorder)), RunState(step=1)
-    recorder._train_state = SimpleNamespace(state=state, recipe=quick())
-    recorder._task = SimpleNamespace(device_config=compiled, held_out=(), test=())
-    recorder._timer, recorder._held_out, recorder._evaluation_seconds = StepTimer(state), {}, 0.0
-    for count, first in ((1, "compiled, time left not known yet"), (2, "1 h 19 min left")):
-        recorder._timer.count = count
-        assert recorder._progress({"loss": 1.0, "error": 0.5, "images_per_second": 1.0}, 0.1).describe()[0] == first
+    seen.clear()
+    monkeypatch.setattr(torch, "compile", lambda net, **_: net)  # quick
+    resnetlab.train("digits", steps=3, out=tmp_path / "b", compile="on", **QUIET | values)
+    first, second, _ = (p.describe()[0] for p in seen)
+    assert first == "compiled, time left not known yet" and second == f"{format_duration(8 + 360 // 3)} left"

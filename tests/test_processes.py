@@ -23,6 +23,7 @@ from resnetlab.models.model_file import TrainedModel, load_trained_model
 from resnetlab.models.resnet import build
 from resnetlab.preprocessing import Preprocessing
 from resnetlab.process_place import read_process_place
+from resnetlab.progress import ProgressBar
 from resnetlab.training.recipes import quick
 from resnetlab.training.train import RunOptions, build_task
 
@@ -145,11 +146,18 @@ def test_torchrun(model: Path, cifar10_dir: Path) -> None:
     assert found[0] == found[1] and found[0]["n"] == 10_000
 
 
-def test_a_shell_inside_a_job_has_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without WORLD_SIZE, what a batch system left of the others divides nothing."""
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+def test_a_shell_inside_a_job_has_one_process(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Without WORLD_SIZE, what a batch system left of the others divides nothing, and silences nothing."""
+    for name, value in {"RANK": "3", "WORLD_SIZE": "", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
     assert read_process_place() == (0, 1, 0, 1)
+    with ProgressBar("steps") as bar:
+        bar.update(1, 1, "three of four")
+    assert "three of four" in capsys.readouterr().err
     monkeypatch.setenv("WORLD_SIZE", "8")
-    assert read_process_place().local_size == 4
+    assert read_process_place() == (3, 8, 1, 4)
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    assert run_command(["train", "--out", str(tmp_path / "run")]) == 2
+    assert "the environment variable WORLD_SIZE is 'two', not a number" in capsys.readouterr().err

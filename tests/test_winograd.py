@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import resnetlab
+from process_groups import call_in_processes
 from resnetlab.distributed import World
 from resnetlab.errors import UsageError
 from resnetlab.nn.convolution import WinogradConv2d, use_winograd
@@ -204,11 +206,22 @@ def test_long_runs_in_fp32_take_them(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.set_num_threads(1)
 
 
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 def test_processes_take_them_together(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where one of them has no compiler, none does: their micro-batches would have other bits."""
     monkeypatch.setattr(side_by_side, "LONG", 1)
-    task = build_task(tiny(precision="fp32", bn_batch=16), RunOptions(device="cpu"))
-    assert task.recipe.winograd == "on"
-    monkeypatch.setattr(World, "all_reduce_max", lambda _, *numbers: tuple(max(n, 1) for n in numbers))
-    undecided = replace(task, recipe=replace(task.recipe, winograd="auto"))
-    assert side_by_side.choose_kernels(undecided, print, resuming=False).recipe.winograd == "off"
+    recipe = tiny(precision="fp32", bn_batch=16)
+
+    def train(world: World, without: int | None = None) -> tuple[str, str, bytes]:
+        if world.rank == without:  # this process ends with the test
+            side_by_side.load_kernel = lambda: Kernel(None, "", "there is no compiler")
+        state = TrainState.create(build_task(recipe, RunOptions(device="cpu"), world))
+        assert state.task.device_config.winograd == state.task.device_config.fused_bn == (without is None)
+        train_step(state, state.task.micro_batches(0), 0.1, select_gradients(state, print))
+        weights = torch.cat([p.detach().flatten() for p in state.task.net.parameters()])
+        return state.recipe.winograd, state.recipe.fused_bn, weights.numpy().tobytes()
+
+    one = train(World())
+    assert one[:2] == ("on", "on") and call_in_processes(2, train) == [one, one]
+    first, second = call_in_processes(2, partial(train, without=1))
+    assert first == second and first[:2] == ("off", "off") and first[2] != one[2]

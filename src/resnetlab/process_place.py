@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from typing import NamedTuple
 
+from resnetlab.errors import UsageError
+
 
 class ProcessPlace(NamedTuple):
     """What the launcher's environment variables say; without a launcher, the only process.
@@ -28,7 +30,18 @@ class ProcessPlace(NamedTuple):
 
 
 def read_process_place() -> ProcessPlace:
-    """The place of this process."""
-    names = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-    place = ProcessPlace(*(int(os.environ.get(name, default)) for name, default in names.items()))
-    return place if place.size > 1 else place._replace(local_size=1)  # which a batch system may have left to a shell
+    """The place of this process; raises UsageError for a variable that is not a number."""
+    alone = ProcessPlace(0, 1, 0, 1)
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    place = ProcessPlace(*map(_read_number, names, alone))
+    return place if place.size > 1 else alone  # whatever a batch system has left of the others in a shell
+
+
+def _read_number(name: str, default: int) -> int:
+    text = os.environ.get(name) or default
+    try:
+        return int(text)
+    except ValueError:
+        raise UsageError(
+            f"the environment variable {name} is {text!r}, not a number; launchers such as torchrun set it: unset it."
+        ) from None

@@ -174,10 +174,11 @@ def check_layout(
         with warnings.catch_warnings(action="ignore"):  # loading has warned
             layouts, _ = folder.read_layouts(root)
         classes = tuple(sorted({name for layout in layouts.values() for name in layout.classes}))
+        number = {name: i for i, name in enumerate(classes)}
         splits: dict[str, Split] = {}
         for name, layout in layouts.items():
             source = FileSource(root, FileNames(layout.names), np.array(layout.sizes, np.int64))
-            labels = torch.tensor([classes.index(each) for each in layout.classes], dtype=torch.long)
+            labels = torch.tensor([number[each] for each in layout.classes], dtype=torch.long)
             splits[name or "all"] = DiskSplit(source, torch.arange(len(labels)), labels)
         report.classes = {name: _count_classes(split, classes) for name, split in splits.items()}
         check_splits(report, splits, classes, workers, on_progress)

@@ -131,6 +131,7 @@ def _load_folder(path: Path, read_options: ReadOptions) -> Dataset:
             sentence = describe_annotations(path)
         if sentence:
             raise DataError(f"{error} {sentence}") from error
+        _warn_again(caught)
         raise
     named = [name for name in dataset.classes if folder.guess_split(name) or NO_CLASS.search(name.lower())]
     if len(named) == len(dataset.classes):  # images and masks, or splits, would train as classes
@@ -138,6 +139,10 @@ def _load_folder(path: Path, read_options: ReadOptions) -> Dataset:
             raise DataError(sentence)
         if {"images", "masks"} == {name.lower() for name in named}:
             raise DataError(f"{path} holds images and masks, not class folders.")
+    _warn_again(caught)
+    return dataset
+
+
+def _warn_again(caught: list[warnings.WarningMessage]) -> None:
     for each in caught:
         warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
-    return dataset
