@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,24 @@ def first_backward() -> None:
     torch.ones(1, requires_grad=True).sum().backward()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def short_measurements() -> Iterator[None]:
+    """Which of several backends is the fastest decides no test."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("resnetlab.inference.parity_check.PAUSE", 0.001)
+        patch.setattr("resnetlab.inference.parity_check.BUDGET", 0.0)
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def plain_reports(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Reports of runs have no curves where no test looks at them: drawing takes half of the time of a short run."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.path.name not in SHOWING_CURVES:
+            patch.setattr("resnetlab.training.report.draw_curves", lambda *_: None)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tests download only from their own servers, and retry without waiting."""
@@ -62,6 +81,10 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("resnetlab.data.download.PAUSES", (0.0, 0.0))
 
 
+SHOWING_CURVES = (
+    *("test_report.py", "test_stops.py", "test_resume.py", "test_folder.py", "test_training.py", "test_multi_label.py"),
+    *("test_own_network.py", "test_seen.py"),
+)
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 

@@ -8,7 +8,6 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+import resnetlab
+import zygote
 from images import photo
 from resnetlab.cli.main import run_command
 from resnetlab.data import digits
@@ -48,7 +49,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     prepared = Preprocessing(1, (8, 8), 8, train.float().mean(0) / 255, torch.ones(1))
     net.train()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
-    for i in range(150):
+    for i in range(60):
         chosen = torch.arange(64 * i, 64 * (i + 1)) % len(train)
         optimizer.zero_grad()
         x = prepared.normalise(train[chosen])
@@ -328,6 +329,7 @@ def test_a_missing_package_is_named(model: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_models_of_openvino_let_go_in_any_order_leave_no_stack_for_signals(model: Path) -> None:
     """OpenVINO's plugins left a freed alternate stack, on which the next handled signal ended the process."""
+    resnetlab.load(model, device="cpu").select_backend("openvino")  # here, where it is quick, for the cache
     code = (
         "import os, signal, sys, resnetlab\n"
         "signal.signal(signal.SIGUSR1, lambda *_: print('handled'))\n"
@@ -339,5 +341,5 @@ def test_models_of_openvino_let_go_in_any_order_leave_no_stack_for_signals(model
         "import gc; gc.collect()\n"
         "os.kill(os.getpid(), signal.SIGUSR1)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code, model], capture_output=True, text=True)
+    done = subprocess.run([zygote.python(), "-c", code, model], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "handled\n"), done.stderr

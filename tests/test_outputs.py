@@ -134,7 +134,6 @@ def _prepare(x: torch.Tensor) -> torch.Tensor:
 
 
 def test_an_export_that_fails_leaves_no_half_of_a_pair(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("resnetlab.inference.parity_check.PAUSE", 0.0)
     job = Export(model, monkeypatch)
     weights = job.out.with_suffix(".bin")
     weights.mkdir()

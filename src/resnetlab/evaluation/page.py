@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +21,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def load_templates() -> Environment:
-    """The templates, with their filters for numbers."""
+@cache
+def load_templates(**filters: Callable[..., Any]) -> Environment:
+    """The templates, with filters for numbers and the given ones; each is compiled once."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     loader = PackageLoader("resnetlab", "pages")
@@ -34,15 +36,14 @@ def load_templates() -> Environment:
         "split_name": format_split,
         "figure": format_figure,
         "plain": str,
+        **filters,
     }
     return templates
 
 
 def render_page(template: str, filters: Mapping[str, Callable[..., Any]] | None = None, **values: Any) -> str:
     """A page as HTML; `filters` are those of this template beside those of all."""
-    templates = load_templates()
-    templates.filters |= filters or {}
-    page = templates.get_template(template).render(values)
+    page = load_templates(**(filters or {})).get_template(template).render(values)
     return page.encode(errors="replace").decode()  # a file name may not be valid UTF-8
 
 

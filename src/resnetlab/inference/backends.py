@@ -265,7 +265,7 @@ def _select_fastest(
     if not agreeing:
         return _build_backend(graphs, "torch", "fp32", "; ".join(rejected))
     pixels = check_images[torch.arange(TIMED_BATCH) % len(check_images)]  # (TIMED_BATCH, h, w, C)
-    times = measure_seconds([built.predict for built, _ in agreeing], pixels)
+    times = measure_seconds([built.predict for built, _ in agreeing], pixels) if len(agreeing) > 1 else [0.0]
     (best, (fastest, agreement)), *rest = sorted(zip(times, agreeing, strict=True), key=lambda row: row[0])
     slower = [f"{other.name} {other.precision} takes {s / best:.2f} times as long" for s, (other, _) in rest]
     reasons = [f"{agreement} with torch fp32 on {len(check_images)} reference images", *slower, *rejected]

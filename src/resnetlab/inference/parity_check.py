@@ -22,6 +22,7 @@ PARITY_BOUNDS = {  # least top-1 agreement with torch in fp32, largest differenc
 }
 BATCHES = (1, 7)  # of the check of a file, whose images are cropped to one size
 PAUSE = 0.05  # seconds; longer than the threads of any backend spin while waiting for work
+BUDGET = 0.5  # seconds that each of several functions is measured for
 TIE = 0.005  # the reference's classes with scores this close count as tied: rounding may swap them
 
 
@@ -123,14 +124,14 @@ def _crop_to_common_size(images: Sequence[Tensor]) -> Tensor:
     return torch.stack(crops)
 
 
-def measure_seconds(functions: Sequence[PredictFn], pixels: Tensor, budget: float = 0.5) -> list[float]:
-    """Measures the minimum time of a batch for each function, in rounds within the budget (seconds), at least three.
+def measure_seconds(functions: Sequence[PredictFn], pixels: Tensor) -> list[float]:
+    """Measures the minimum time of a batch for each function, in rounds within BUDGET, at least three.
 
     The functions take turns, so that other load on the machine affects all of them. A turn begins with a pause and uncounted
     batches, because the threads of the previous runtime hold the cores for a while, waiting for more work.
     """
     best, start, n = [float("inf")] * len(functions), time.perf_counter(), 0
-    while n < 3 or (time.perf_counter() - start < budget * len(functions) and n < 50):
+    while n < 3 or (time.perf_counter() - start < BUDGET * len(functions) and n < 50):
         for k, predict in enumerate(functions):
             time.sleep(PAUSE)
             _measure_min_seconds(predict, pixels)
