@@ -24,6 +24,7 @@ from resnetlab.data import box_dataset, sources
 from resnetlab.data.annotations import read_image_of_size
 from resnetlab.data.check import check_dataset
 from resnetlab.data.decode import decode_as, decode_pixels, find_pixel_format, read_header
+from resnetlab.data.disk_split import DiskSplit
 from resnetlab.data.objects import dataset_from_object
 from resnetlab.data.pack import pack_shards
 from resnetlab.data.prefetch import preprocess_image
@@ -242,6 +243,42 @@ def test_a_few_deep_images_among_others_are_read_as_eight_bits(tmp_path: Path) -
     assert [(Path(p.file).name, p.detail) for p in report.problems if "bits" in p.detail] == [
         ("0.png", "its values have more than 8 bits and are scaled to 8")
     ]
+
+
+@pytest.mark.parametrize("reader", ["folder", "table", "archive", "shards"])
+def test_deep_images_after_the_first_are_scaled_and_said_by_name(reader: str, tmp_path: Path) -> None:
+    """Where the first image was of 8 bits nothing said that others of 16 were scaled."""
+    values = random_array((20, 24), "uint16")
+    for i in range(12):
+        place = tmp_path / "data" / "ab"[i % 2] / f"{i:02}.png"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_bytes(png(values if i == 7 else (values >> 8).astype(np.uint8)))
+    data = tmp_path / "data"
+    if reader == "table":
+        data = tmp_path / "data.csv"
+        rows = sorted((tmp_path / "data").rglob("*.png"))
+        data.write_text("\n".join(["path,label", *(f"{file},{file.parent.name}" for file in rows)]))
+    elif reader == "archive":
+        data = Path(shutil.make_archive(str(tmp_path / "packed"), "zip", tmp_path / "data"))
+    elif reader == "shards":
+        pack_shards(sources.load_dataset(str(data), tmp_path), tmp_path / "shards")
+        data = tmp_path / "shards"
+    split = sources.load_dataset(str(data), tmp_path).all_images
+    assert isinstance(split, DiskSplit)
+    with pytest.warns(UserWarning, match=r"^1 image with more than 8 bits per value, scaled to 8, such as .*07\.png"):
+        assert split.find_pixel_format() == RGB
+    with pytest.warns(UserWarning, match=r"^1 image with more than 8 bits .*07\.png"):
+        split.require_readable()
+    assert all(torch.equal(split.read_image(i), split.read_image(0)) for i in range(12))
+
+
+def test_arrays_of_several_types_are_no_images_of_one_scale() -> None:
+    """A list of uint8 and uint16 became one array of uint16, in which the former were nearly black."""
+    arrays = [random_array((20, 24), "uint8"), random_array((20, 24), "uint16")] * 2
+    with pytest.raises(
+        DataError, match=r"image 1 has values of uint16, image 0 of uint8; give all images the same type"
+    ):
+        dataset_from_object((arrays, [0, 1] * 2))
 
 
 def test_a_detector_says_that_it_scales_to_eight_bits(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from PIL import Image, PngImagePlugin
 import resnetlab
 from images import photo, png_bomb
 from resnetlab.data import decode
+from resnetlab.data.array_files import read_array
 from resnetlab.data.check import check_file
 from resnetlab.data.decode import decode_pixels
 from resnetlab.errors import DataError
@@ -350,6 +351,14 @@ def test_grey_tiffs_are_scaled_by_the_depth_that_they_declare() -> None:
     assert pixels(grey_tiff(65535 - values * 16, 16, photometric=0))[0, :, 0].tolist() == expected  # 0 is white
     with pytest.raises(DataError, match=r"^x has signed values of 16 bits and does not define which value is white"):
         pixels(grey_tiff(values, 16, t339=2))
+
+
+def test_values_of_12_bits_as_stored_are_of_the_scale_of_16() -> None:
+    """A folder of 12-bit TIFFs beside 16-bit ones showed the former nearly black."""
+    values = np.array([[0, 16, 2048, 4095]])
+    assert read_array(grey_tiff(values, 12))[0, :, 0].tolist() == [0, 256, 32768, 65520]
+    assert read_array(grey_tiff(4095 - values, 12, photometric=0))[0, :, 0].tolist() == [0, 256, 32768, 65520]
+    assert read_array(grey_tiff(values, 16))[0, :, 0].tolist() == values[0].tolist()
 
 
 def heic_header() -> bytes:

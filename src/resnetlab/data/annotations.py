@@ -6,7 +6,6 @@ used as the files give them.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from resnetlab.data.decode import decode_pixels, read_header
+from resnetlab.data.decode import decode_pixels, read_header, warn_of_scaling
 from resnetlab.data.error_policy import ErrorPolicy
 from resnetlab.data.object_masks import parse_segmentation
 from resnetlab.data.text_files import read_bytes
 from resnetlab.errors import DataError
-from resnetlab.formatting import format_count
 
 MIN_EXTENT = 0.01  # pixels: a narrower box was drawn by nobody, and may be empty in float32 once the image is resized
 ROUNDING = 1e-3  # by which fractions of an image's side may be below 0 or above 1, since tools round them
@@ -143,9 +141,7 @@ def keep_images_of_their_size(records: Iterable[ImageRecord], errors: ErrorPolic
             objects = _scale_boxes(record.objects, upright) if record.relative else record.objects
             deep += [str(record.file)] * is_deep
             yield record._replace(size=upright, objects=objects, relative=False)
-    if deep:
-        words = f"{format_count(len(deep), 'image')} with more than 8 bits per value, scaled to 8, such as {deep[0]}."
-        warnings.warn(words, UserWarning, stacklevel=2)
+    warn_of_scaling(deep)
 
 
 def _scale_boxes(objects: list[ObjectRecord], size: tuple[int, int]) -> list[ObjectRecord]:

@@ -4,8 +4,8 @@
     TIFF     one sample per pixel by Pillow, others by tifffile: samples, planes, or pages that were written as one array
     PNG      16-bit grey by Pillow, 16-bit RGB by torchvision; alpha counts as a channel with channels=4 (or 2) only
 
-Values are uint8, uint16, int16 or float32; those of float16 and float64 are rounded to float32. Ordinary images, 8-bit grey or
-RGB, are left to `data.decode`.
+Values are uint8, uint16, int16 or float32; those of float16 and float64 are rounded to float32, and a TIFF's of 9 to 15 bits
+are scaled to 16. Ordinary images, 8-bit grey or RGB, are left to `data.decode`.
 """
 
 from __future__ import annotations
@@ -206,9 +206,15 @@ def _read_tiff(content: bytes, channels: int, limit: int) -> NDArray[Any] | None
             raise DataError(
                 "has 32 bits per value and does not define which value is white; save it with 8 or 16 bits."
             )
-        elif tags.get(PHOTOMETRIC) == 0 and values.dtype.kind == "u":
-            values = np.uint16((1 << bits) - 1) - values  # 0 is white
-        return _turn_upright(values[..., None], read_orientation(image))
+        values = _fill_sixteen_bits(values[..., None], bits, tags.get(PHOTOMETRIC) == 0)
+        return _turn_upright(values, read_orientation(image))
+
+
+def _fill_sixteen_bits(values: NDArray[Any], bits: int, white_is_zero: bool) -> NDArray[Any]:
+    """Values (H, W, C) with 0 as black, those of 9 to 15 bits scaled to 16: images of several depths are then of one scale."""
+    if values.dtype.kind == "u" and values.shape[2] == 1 and white_is_zero:
+        values = values.dtype.type((1 << bits) - 1) - values
+    return values << (16 - bits) if values.dtype == np.uint16 and 8 < bits < 16 else values
 
 
 def count_tiff_channels(image: Image.Image) -> int:
@@ -235,7 +241,7 @@ def _read_tiff_array(content: bytes, channels: int, limit: int) -> NDArray[Any]:
         _require_size(page.imagewidth, page.imagelength, limit)
         _require_size(series.size // (channels or LIKELY_CHANNELS), 1, limit)
         axes, orientation = series.axes, page.tags.get(ORIENTATION)
-        array = np.asarray(series.asarray(maxworkers=1))
+        array, bits, white_is_zero = np.asarray(series.asarray(maxworkers=1)), page.bitspersample, page.photometric == 0
     if array.ndim == 2:
         array = array[..., None]
     elif array.ndim == 3 and (found := [axes.index(c) for c in "SC" if c in axes]):
@@ -248,6 +254,7 @@ def _read_tiff_array(content: bytes, channels: int, limit: int) -> NDArray[Any]:
         shape = "x".join(map(str, array.shape))
         hint = f"; channels={len(array)} takes its pages as channels" * (array.ndim == 3)
         raise DataError(f"has several pages ({shape}){hint}, or save the one that is the image.")
+    array = _fill_sixteen_bits(array, int(bits), white_is_zero)
     return _turn_upright(array, 1 if orientation is None else int(orientation.value))
 
 

@@ -10,7 +10,7 @@ import os
 import stat
 import struct
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +26,7 @@ except ImportError:
 
 from resnetlab.data.array_files import NPY, PNG, TIFF, count_tiff_channels, is_ordinary, read_array, read_orientation
 from resnetlab.errors import DataError, install_hint
+from resnetlab.formatting import format_count
 from resnetlab.preprocessing import RGB, PixelFormat, pil_to_tensor, tensor_to_pil
 from resnetlab.shared_context import SharedContext
 
@@ -46,6 +47,7 @@ BITS_PER_SAMPLE, PHOTOMETRIC, MAX_SAMPLE_VALUE, SAMPLE_FORMAT = 258, 262, 281, 3
 PngImagePlugin.MAX_TEXT_CHUNK = 64 * 2**20
 JPEG, EXIF = b"\xff\xd8\xff", b"Exif\0\0"  # their first bytes
 SIXTEEN_BIT_FORMATS = ("PNG", "PPM")  # Pillow may hold their 16 bits in 32
+DEEP_SUFFIXES = (".png", ".tif", ".tiff", ".pgm", ".ppm")  # of images that may have more than 8 bits per value
 MAX_FILE_BYTES = 2**29
 SUFFIXES = frozenset((
     ".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jfif", ".avif",
@@ -329,6 +331,20 @@ def read_header(file: Path) -> tuple[tuple[int, int], bool]:
 def has_deep_values(image: Image.Image) -> bool:
     """Whether an image, opened and not yet loaded, has more than 8 bits per value, which `decode` scales to 8."""
     return image.mode.startswith("I") or any(";16" in str(tile) for tile in getattr(image, "tile", ()))
+
+
+def is_deep_file(content: bytes, name: str) -> bool:
+    """Whether an encoded image has more than 8 bits per value, which `decode` scales to 8; raises DataError as that does."""
+    with _name_errors(name), _open(content) as image:
+        return has_deep_values(image)
+
+
+def warn_of_scaling(files: Sequence[str], may_be_more: bool = False) -> None:
+    """Warns of images, if there are any, that `decode` scales to 8 bits."""
+    if files:
+        count = "at least " * may_be_more + format_count(len(files), "image")
+        words = f"{count} with more than 8 bits per value, scaled to 8, such as {files[0]}."
+        warnings.warn(words, UserWarning, stacklevel=2)
 
 
 def _apply_orientation(image: Image.Image) -> Image.Image:

@@ -19,12 +19,15 @@ from torch import Tensor
 
 from resnetlab.data.dataset import Columns, IndexedSplit
 from resnetlab.data.decode import (
+    DEEP_SUFFIXES,
     check_file_size,
     check_regular_file,
     decode_as,
     find_pixel_format,
     is_complete,
+    is_deep_file,
     is_plain_jpeg,
+    warn_of_scaling,
 )
 from resnetlab.data.error_policy import ErrorPolicy
 from resnetlab.data.text_files import find_encoding, read_bytes
@@ -34,6 +37,7 @@ from resnetlab.preprocessing import RGB, PixelFormat
 
 CHUNK = 1 << 14  # names read at once
 SAMPLED = 16  # images that are looked at where the first is no ordinary one
+OPENED = 256  # images that are looked at for values of more than 8 bits
 
 
 class FileNames(Sequence[str]):
@@ -252,6 +256,8 @@ class DiskSplit(IndexedSplit):
             return find_pixel_format(self.source.read(index), self.source.display_name(index), channels)
 
         first = next((found for _, found in self.errors.read_each(range(len(self)), find, self.name_of)), RGB)
+        if first == RGB and not channels:
+            self._warn_of_deep_values()
         if first.dtype != "uint16" or first.channels not in (1, 3):  # others cannot be read as 8 bits
             return first
         others = ErrorPolicy("skip").read_each(range(0, len(self), max(1, len(self) // SAMPLED)), find, self.name_of)
@@ -260,19 +266,33 @@ class DiskSplit(IndexedSplit):
         warnings.warn(f"images of 8 bits beside {first}: all are read as 8 bits.", UserWarning, stacklevel=2)
         return plain
 
+    def _warn_of_deep_values(self) -> None:
+        """Warns if one of OPENED images has more than 8 bits per value; of remote shards the first are looked at."""
+        n, is_far = len(self), getattr(self.source, "remote", None) is not None
+        chosen = range(min(n, SAMPLED)) if is_far else range(0, n, max(1, n // OPENED))
+        deep: list[str] = []
+        for index in self.indices[chosen].tolist():
+            name = self.source.display_name(index)
+            if name.lower().endswith(DEEP_SUFFIXES):
+                with contextlib.suppress(DataError):  # reading the image reports it
+                    deep += [name] * is_deep_file(self.source.read(index), name)
+        warn_of_scaling(deep, len(chosen) < n)
+
     def require_readable(self) -> None:
         """Opens every image, and decodes those that look cut short, so that a run does not find out at its end.
 
-        Raises DataError for the first that cannot be read, or lists it as skipped.
+        Warns of values scaled to 8 bits. Raises DataError for the first image that cannot be read, or lists it as skipped.
         """
-        for _ in self.errors.read_each(range(len(self)), self._open, self.name_of):
-            pass
+        opened = self.errors.read_each(range(len(self)), self._open, self.name_of)
+        warn_of_scaling([self.source.display_name(int(self.indices[i])) for i, is_deep in opened if is_deep])
 
-    def _open(self, i: int) -> None:
+    def _open(self, i: int) -> bool:
+        """Whether an image has more than 8 bits per value, which are scaled to 8."""
         index = int(self.indices[i])
         content, name = self.source.read(index), self.source.display_name(index)
         if self.pixel_format != RGB or not is_complete(content):
             decode_as(content, name, self.pixel_format)
+        return not self.pixel_format.dtype and name.lower().endswith(DEEP_SUFFIXES) and is_deep_file(content, name)
 
     def update_hash(self, digest: Any) -> None:
         """Hashes labels, names and sizes in bytes: reading every file would take too long at the start of a run."""

@@ -259,6 +259,12 @@ class _Pixels(NamedTuple):
 
 
 def _read_arrays(images: Any, labels: Any) -> tuple[Any, list[str], Any]:
+    if isinstance(images, list | tuple):  # which as one array would be of a type that holds the values of all
+        kinds = [as_array(image).dtype for image in images]
+        if other := next((i for i, kind in enumerate(kinds) if kind != kinds[0]), 0):
+            raise DataError(
+                f"image {other} has values of {kinds[other]}, image 0 of {kinds[0]}; give all images the same type."
+            )
     array = as_array(images)
     if array.ndim not in (3, 4) or not array.size:
         raise DataError(f"images are an array (N, H, W) or (N, H, W, C), or channels first, not {array.shape}.")
