@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
+
+import zygote
 
 CLOCK = ("seconds", "images_per_second", "share_waiting")  # what the clock decides
 
@@ -26,5 +27,5 @@ def start_command(*arguments: str, task: str = "detect") -> subprocess.Popen[str
     code = f"from resnetlab.cli.main import main\nmain({[task, *arguments]!r})"
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [sys.executable, "-c", code], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
+        [zygote.python(), "-c", code], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
     )

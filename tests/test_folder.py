@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -24,7 +25,7 @@ from PIL import Image
 import resnetlab
 from images import NAMES, folder, photo
 from resnetlab.cli import console
-from resnetlab.cli.main import run_command
+from resnetlab.cli.main import main, run_command
 from resnetlab.data import check, sources
 from resnetlab.data.augment import PCA_VALUES, PCA_VECTORS, Augmentation
 from resnetlab.data.crops import NUM_DRAWS, Crop
@@ -586,14 +587,15 @@ def test_one_image_left_of_a_batch_is_reported(tmp_path: Path, capsys: pytest.Ca
     assert re.search(r"(too few|none) of the .*images of step \d can be read; fix them", capsys.readouterr().err)
 
 
-def test_output_in_any_encoding(tmp_path: Path) -> None:
+def test_output_in_any_encoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = folder(tmp_path / "d", {"": 4}, ("größe", "猫"))
-    code = "from resnetlab.cli.main import main; main()"
+    arguments = ["data", "check", str(root), "--no-timing", "--workers", "0"]
     for encoding, wanted in (("ascii", "\\u732b"), ("utf-8", "猫")):
-        environment = os.environ | {"PYTHONIOENCODING": encoding, "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-c", code, "data", "check", str(root), "--no-timing", "--workers", "0"]
-        done = subprocess.run(command, env=environment, capture_output=True, check=False)
-        assert done.returncode == 0 and wanted in done.stdout.decode(encoding), done.stderr
+        monkeypatch.setattr("sys.stdout", io.TextIOWrapper(output := io.BytesIO(), encoding))
+        with pytest.raises(SystemExit) as end:
+            main(arguments)
+        assert end.value.code == 0 and wanted in output.getvalue().decode(encoding)
+    command = [sys.executable, "-c", "from resnetlab.cli.main import main; main()", *arguments]
     environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     done = subprocess.run(command, env=environment, capture_output=True, check=False)
     assert b"set the environment variable PYTHONUTF8=1" in done.stderr + done.stdout

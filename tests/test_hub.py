@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import json
 import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -15,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+import zygote
 from resnetlab.cli.main import run_command
 from resnetlab.errors import ModelFileError
 from resnetlab.inference import hub
@@ -143,7 +143,7 @@ def run(hub: Hub, folder: Path, program: str) -> subprocess.CompletedProcess[str
     """A program in a process of its own: the hub's library reads its address when it is imported."""
     environment = {"HF_ENDPOINT": hub.url.rstrip("/"), "HF_HOME": str(folder / "hf"), "HF_TOKEN": "hf_x",
                    "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "PATH": "/usr/bin:/bin"}  # fmt: skip
-    return subprocess.run([sys.executable, "-c", program], env=environment, cwd=folder, capture_output=True, text=True)
+    return subprocess.run([zygote.python(), "-c", program], env=environment, cwd=folder, capture_output=True, text=True)
 
 
 PUSH_AND_IMPORT = """

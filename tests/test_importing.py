@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import pickle
 from collections.abc import Callable, Mapping
@@ -95,21 +96,30 @@ def assert_same(model: TrainedModel, other: nn.Module, size: int, channels: int 
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
 
 
+@pytest.fixture(scope="module")
+def small() -> nn.Module:
+    return randomise(torchvision.models.ResNet(torchvision.models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=5))
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_torchvisions_networks_in_every_layout(layout: str, tmp_path: Path) -> None:
+def test_torchvisions_networks_in_every_layout(layout: str, small: nn.Module, tmp_path: Path) -> None:
     """Written to a file, imported, saved as a model file, loaded: equal logits in float64."""
     name, arranged = LAYOUTS[layout]
-    other = randomise(torchvision.models.resnet18(num_classes=5))
     model, _ = import_weights(
-        write(tmp_path / name, arranged(other.state_dict())), ImportOptions(classes=FIVE, **PREPARED)
+        write(tmp_path / name, arranged(small.state_dict())), ImportOptions(classes=FIVE, **PREPARED)
     )
     model.save(tmp_path / "model.safetensors")
-    assert_same(load_trained_model(tmp_path / "model.safetensors"), other, 75)
+    assert_same(load_trained_model(tmp_path / "model.safetensors"), copy.deepcopy(small), 75)
 
 
-@pytest.mark.parametrize("layout", ["a state_dict", "safetensors"])
 @pytest.mark.parametrize(
-    ("source", "name"), [("torchvision", "resnet50"), ("timm", "resnet50"), ("timm", "resnet26"), ("timm", "resnet34")]
+    ("source", "name", "layout"),
+    [
+        ("torchvision", "resnet50", "a state_dict"),
+        ("timm", "resnet50", "safetensors"),
+        ("timm", "resnet26", "a state_dict"),
+        ("timm", "resnet34", "safetensors"),
+    ],
 )
 def test_other_networks(source: str, name: str, layout: str, tmp_path: Path) -> None:
     make = torchvision.models.get_model if source == "torchvision" else timm.create_model
@@ -318,8 +328,10 @@ def test_exports_are_imported_unchanged(suffix: str, tmp_path: Path) -> None:
     assert all(torch.equal(value, net.state_dict()[name]) for name, value in after.net.state_dict().items())
 
 
-@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_torchvision_and_timm_load_exports(suffix: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("suffix", "make"), [(".pth", torchvision.models.get_model), (".safetensors", timm.create_model)]
+)
+def test_torchvision_and_timm_load_exports(suffix: str, make: Callable[..., nn.Module], tmp_path: Path) -> None:
     net: ResNet = randomise(build("resnet50v1.5", classes=5, seed=0))
     model = TrainedModel(net, tuple("abcde"), Preprocessing(3, (224, 224), 256, torch.zeros(3), torch.ones(3)))
     path = tmp_path / f"w{suffix}"
@@ -327,9 +339,9 @@ def test_torchvision_and_timm_load_exports(suffix: str, tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
     state = load_file(path) if suffix == ".safetensors" else torch.load(path, weights_only=True)
-    for other in (torchvision.models.resnet50(num_classes=5), timm.create_model("resnet50", num_classes=5)):
-        other.load_state_dict(state, strict=True)
-        assert_same(model, other.eval(), 65)
+    other = make("resnet50", num_classes=5)
+    other.load_state_dict(state, strict=True)
+    assert_same(model, other.eval(), 65)
 
 
 def test_differences_to_other_libraries_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -80,7 +80,7 @@ def assert_same(net: nn.Module, other: nn.Module, x: Tensor) -> None:
         pytest.param("torchvision", "resnet101", "resnet101v1.5", marks=pytest.mark.slow),
         pytest.param("torchvision", "resnet152", "resnet152v1.5", marks=pytest.mark.slow),
         ("timm", "resnet18", "resnet18"),
-        ("timm", "resnet34", "resnet34"),
+        pytest.param("timm", "resnet34", "resnet34", marks=pytest.mark.slow),
         ("timm", "resnet50", "resnet50v1.5"),
     ],
 )
