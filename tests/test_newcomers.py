@@ -180,6 +180,7 @@ def test_a_place_to_write_is_checked_before_the_work(
     assert "there is no folder" in told(capsys, *listed)
     assert "is a folder" in told(capsys, "data", "audit", "digits", "--model", model, "--quarantine", str(tmp_path))
     assert file.read_text() == "mine"
+    (tmp_path / "recipe.toml").touch()
     with pytest.raises(
         RunError, match="is not empty; choose another out, or continue that run with: resnetlab train --resume"
     ):

@@ -311,7 +311,7 @@ def _connection_errors() -> Iterator[None]:
         yield
     except RuntimeError as error:  # what torch raises for a broken connection
         raise RunError(
-            f"{PROCESS_GONE} ({str(error).splitlines()[0][:120]}); resume with: resnetlab train --resume RUN"
+            f"{PROCESS_GONE} ({str(error).splitlines()[0][:120]}); continue the run with --resume RUN"
         ) from error
 
 

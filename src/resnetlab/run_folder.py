@@ -246,10 +246,8 @@ class RunFolder:
     def check_empty(self) -> None:
         """Raises RunError if the folder holds anything but what a process killed at its very start leaves."""
         if any(p.name != ".lock" and not _is_temporary(p) for p in self.path.iterdir()):
-            raise RunError(
-                f"{self.path} is not empty; choose another --out, "
-                f"or continue that run with: resnetlab train --resume {self.path}"
-            )
+            continued = f", or continue that run with: {self.resume_command}" * (self.path / "recipe.toml").exists()
+            raise RunError(f"{self.path} is not empty; choose another --out{continued}{'' if continued else '.'}")
 
     def remove_temporary_files(self) -> None:
         """Removes temporary files of a process that was killed while writing; call it with the lock held."""
@@ -258,6 +256,14 @@ class RunFolder:
                 if _is_temporary(file):
                     with contextlib.suppress(OSError):
                         file.unlink()
+
+    @property
+    def resume_command(self) -> str:
+        """The command that continues the run, that of its task."""
+        task = "classify"
+        with contextlib.suppress(RunError):  # a damaged recipe is for --resume to describe
+            task = self.read_recipe().get("task", task)
+        return f"resnetlab {'' if task == 'classify' else f'{task} '}train --resume {self.path}"
 
     @property
     def model(self) -> Path:

@@ -47,7 +47,7 @@ def detect_train(
     """
     if options.show_recipe is not None:
         return print_recipe(options.show_recipe, "detect")
-    with prepare_run("detect", options, read_overrides(data, options, {"on_bad_box": on_bad_box})) as run:
+    with prepare_run("detect", options, read_overrides(data, options, {"on_bad_box": on_bad_box}, "detect")) as run:
         result = run()
     if print_json_result(result, options):
         return None
@@ -77,7 +77,7 @@ def segment_train(
     """
     if options.show_recipe is not None:
         return print_recipe(options.show_recipe, "segment")
-    with prepare_run("segment", options, read_overrides(data, options, {"on_bad_mask": on_bad_mask})) as run:
+    with prepare_run("segment", options, read_overrides(data, options, {"on_bad_mask": on_bad_mask}, "segment")) as run:
         result = run()
     if print_json_result(result, options):
         return None

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from resnetlab.data.dataset import Dataset
 
 MAX_PRINTED = 50  # problems; --json lists all
+MAX_SHOWN = 200  # problems on a page
 
 
 def check(
@@ -24,6 +25,7 @@ def check(
     *,
     data_dir: DataDir = Path("data"),
     quarantine: Path | None = None,
+    out: Path | None = None,
     workers: int | None = None,
     timing: bool = True,
     json: Json = False,
@@ -42,19 +44,24 @@ def check(
     quarantine
         Write the names of images to leave out of training into this file: the unreadable ones, and copies. Use it with
         `resnetlab train DATA --quarantine FILE`.
+    out
+        Write a page that shows the problems, .html.
     workers
         Processes that decode; by default as many as there are cores.
     timing
         Measure the speed of loading, and the share of a ResNet-18 training step that waits for it.
     """
-    from resnetlab.data.check import check_dataset, check_layout, find_unexpected_files
+    from resnetlab.data.check import Problem, check_dataset, check_layout, find_unexpected_files
     from resnetlab.data.check_annotated import check_annotated
     from resnetlab.data.layouts import find_layout
     from resnetlab.device import count_cores
     from resnetlab.run_folder import check_output_file
 
-    if quarantine is not None:
-        check_output_file(quarantine, [data], "--quarantine")
+    for file, option in ((quarantine, "--quarantine"), (out, "--out")):
+        if file is not None:
+            check_output_file(file, [data], option)
+    if out is not None and out.suffix != ".html":
+        raise UsageError(f"--out writes a page, .html, not {out.name}; --json prints what a program reads.")
     workers = count_cores() if workers is None else workers
     with console.ProgressBar("images") as bar:
         source: Dataset | None = None
@@ -77,8 +84,15 @@ def check(
         else:
             report = check_dataset(source, workers, bar.update)
             report.problems += find_unexpected_files(source)
+            if len(source.classes) == 1:
+                one = (
+                    f"there is one class only, {source.classes[0]}: enough to evaluate a model on, not to train one on"
+                )
+                report.problems.append(Problem("layout", data, one))
     if quarantine is not None:
         console.write_quarantine(quarantine, report.quarantine, f"of {report.data} to leave out")
+    if out is not None:
+        _write_page(report, out, data_dir)
     if not json:
         _print_report(report)
     speed = _measure_loading(source) if source and timing and report.readable == report.images else None
@@ -129,10 +143,11 @@ def _load_source(data: str, data_dir: Path) -> Dataset:
     import warnings
 
     from resnetlab.data import sources
+    from resnetlab.data.disk_split import ReadOptions
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*beside the class folders", UserWarning)
-        return sources.load_dataset(data, data_dir)
+        return sources.load_dataset(data, data_dir, ReadOptions(one_class=True))
 
 
 def _measure_loading(source: Dataset) -> dict[str, float] | None:
@@ -144,8 +159,38 @@ def _measure_loading(source: Dataset) -> dict[str, float] | None:
     split = source.train if len(source.train) else source.test
     if not isinstance(split, DiskSplit):
         return None
-    console.log("timing the loading of images and a training step; --no-timing leaves it out")
+    console.log(
+        "timing the loading of images and a training step of ResNet-18 (recipe photos); --no-timing leaves it out"
+    )
     return timing.time_data_loading(split, recipes.photos(), len(source.classes))
+
+
+def _write_page(report: CheckReport, out: Path, data_dir: Path) -> None:
+    """Writes a page of the problems by kind, with the images that can be read."""
+    import warnings
+
+    from resnetlab.inference.neighbours import ShownImage, render_images
+    from resnetlab.run_folder import write_atomically
+
+    shown = report.problems[:MAX_SHOWN]
+    kinds = dict.fromkeys(problem.kind for problem in shown)
+    groups = [
+        (kind, [ShownImage(problem.file, (problem.detail,)) for problem in shown if problem.kind == kind])
+        for kind in kinds
+    ]
+    counts = [
+        f"{format_split(split)} {sum(each.values()):,} in {format_count(len(each), 'class')}"
+        for split, each in report.classes.items()
+    ]
+    lead = (
+        f"{report.data}: {format_count(report.images, 'image')}, {report.readable:,} can be read; {'; '.join(counts)}. "
+        f"{format_count(len(report.problems), 'problem')}{f', the first {MAX_SHOWN}' * (len(report.problems) > MAX_SHOWN)}."
+    )
+    with warnings.catch_warnings():  # of images that cannot be read, which the page says
+        warnings.simplefilter("ignore", UserWarning)
+        page = render_images("Data check", lead, groups, report.data, data_dir)
+    write_atomically(out, page)
+    console.log(f"page: {out}")
 
 
 def _print_report(report: CheckReport) -> None:

@@ -83,7 +83,7 @@ def summarise_run(path: Path) -> dict[str, Any]:
     if missing := [key for key in ("steps", "seconds", "split") if result and key not in result]:
         return {
             "run": str(path),
-            "error": f"{path / 'result.json'} lacks {', '.join(missing)}; train --resume {path} writes it.",
+            "error": f"{path / 'result.json'} lacks {', '.join(missing)}; `{run.resume_command}` writes it.",
         }
     held_out = [line for line in lines if line["kind"] == "held_out"]
     summary = {

@@ -42,7 +42,8 @@ class TrainOptions:
         torchvision:resnet18.IMAGENET1K_V1, or a weight file of another program. They bring their network, and get a new head
         if the data have other classes.
     pretrained
-        Start from the published ImageNet weights of --net, which torchvision's server has (resnet18, 34, 50, 101, 152).
+        Start from the published ImageNet weights of --net, or else of the recipe's network (ResNet-18 on a folder), which
+        torchvision's server has (resnet18, 34, 50, 101, 152).
     steps
         Length of the run; the recipe's schedule is rescaled to it, and the result is marked as shortened.
     epochs
@@ -202,14 +203,16 @@ def _cross_validate(folds: int, options: TrainOptions, overrides: Overrides, dat
     )
 
 
-def read_overrides(data: str | None, options: TrainOptions, values: Mapping[str, object]) -> Overrides:
+def read_overrides(
+    data: str | None, options: TrainOptions, values: Mapping[str, object], task: str = "classify"
+) -> Overrides:
     """What the options change in a recipe; `values` are the task's own options that are values of its recipe.
 
     Raises UsageError if options contradict each other.
     """
-    from resnetlab.inference.start import find_pretrained
     from resnetlab.models.spec import is_network_name
     from resnetlab.training.recipe import Overrides
+    from resnetlab.training.recipes import choose_pretrained
 
     for name, count in (("workers", options.workers), ("profile", options.profile)):
         if count is not None and count < 0:
@@ -226,8 +229,13 @@ def read_overrides(data: str | None, options: TrainOptions, values: Mapping[str,
         )
     if options.pretrained and options.start_from:
         raise UsageError("--pretrained and --start-from are two starts; give one of them.")
+    start = options.start_from
+    if options.pretrained:
+        start, notes = choose_pretrained(options.net, options.recipe, task=task, data=data)
+        for note in notes:
+            console.log(note)
     own = {
-        "start_from": find_pretrained(options.net) if options.pretrained else options.start_from,
+        "start_from": start,
         "lr": options.lr,
         "batch": None if options.batch == "auto" else options.batch,
     }

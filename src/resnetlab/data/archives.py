@@ -115,7 +115,7 @@ def load_archive(path: Path, data_dir: Path, read_options: ReadOptions) -> Datas
     if len(classes) > 1:
         every = sorted(frozenset.union(*classes) - frozenset.intersection(*classes))
         raise DataError(f"{path}: the splits hold different classes ({format_list(every)}); give them the same ones.")
-    names = folder.require_classes(str(path), next(iter(classes)))
+    names = folder.require_classes(str(path), next(iter(classes)), read_options)
     return make_dataset(str(path), path.with_suffix(""), names, images, read_options)
 
 

@@ -144,6 +144,7 @@ class ReadOptions:
         groups: a column of a table, or a pattern (regular expression) found in every image's name: images of equal values
             stay together when images are held out.
         multi_label: whether data with several classes per image are taken too, or refused.
+        one_class: whether data of a single class are taken too, which can be evaluated but not trained on.
         as_needed: fetch shards to train on when they are read, not before.
     """
 
@@ -152,6 +153,7 @@ class ReadOptions:
     workers: int = 0
     groups: str = ""
     multi_label: bool = False
+    one_class: bool = False
     as_needed: bool = False
 
     def __post_init__(self) -> None:

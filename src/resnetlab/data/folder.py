@@ -89,7 +89,7 @@ def load_folder(root: Path, read_options: ReadOptions) -> Dataset:
         )
         for split, layout in layouts.items()
     }
-    classes = require_classes(str(root), {name for layout in layouts.values() for name in layout.classes})
+    classes = require_classes(str(root), {name for layout in layouts.values() for name in layout.classes}, read_options)
     _warn_of_copies(root, layouts)
     _warn_of_inner_classes(root, layouts)
     return make_dataset(str(root), root, classes, images, read_options)
@@ -444,9 +444,9 @@ def _compare_classes(root: Path, layouts: Mapping[str, FolderLayout]) -> list[st
     return problems
 
 
-def require_classes(name: str, labels: Iterable[str]) -> list[str]:
-    """The classes, sorted and in Unicode's form NFC; raises DataError if there is one only."""
+def require_classes(name: str, labels: Iterable[str], read_options: ReadOptions) -> list[str]:
+    """The classes, sorted and in Unicode's form NFC; raises DataError if there is one only, unless that is enough."""
     classes = sorted({unicodedata.normalize("NFC", label) for label in labels})
-    if len(classes) == 1:
+    if len(classes) == 1 and not read_options.one_class:
         raise DataError(f"{name} has one class only, {classes[0]}; a classifier needs two or more.")
     return classes

@@ -198,7 +198,8 @@ def dataset_from_object(data: Any, read_options: ReadOptions | None = None) -> D
     if 0 < len(several) < len(found):
         raise DataError("some splits have one label per image, others several; give all the same kind.")
     every = {label for _, labels, _ in found.values() for label in labels}
-    classes = require_classes("the data", {name for labels in several for name in labels.classes} if several else every)
+    named = {name for labels in several for name in labels.classes} if several else every
+    classes = require_classes("the data", named, read_options)
     if all(label.isdecimal() for label in classes):
         classes.sort(key=int)
     number, label_sets = {label: i for i, label in enumerate(classes)}, None

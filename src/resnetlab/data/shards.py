@@ -107,7 +107,7 @@ def load_shards(data: str, data_dir: Path, read_options: ReadOptions) -> Dataset
         check_packed(folder)
     indices = _read_indices(tars)
     classes = _shard_classes(indices, places[0], tars[0])
-    if len(classes) < 2:
+    if len(classes) < 2 and not read_options.one_class:
         raise DataError(f"{data} has one class only, {classes[0]}; a classifier needs two or more.")
     groups: dict[str, list[Path]] = {}
     for tar in tars:

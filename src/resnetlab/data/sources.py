@@ -134,7 +134,7 @@ def _load_folder(path: Path, read_options: ReadOptions) -> Dataset:
         _warn_again(caught)
         raise
     named = [name for name in dataset.classes if folder.guess_split(name) or NO_CLASS.search(name.lower())]
-    if len(named) == len(dataset.classes):  # images and masks, or splits, would train as classes
+    if len(named) == len(dataset.classes) or len(dataset.classes) == 1:  # images and masks, or splits, would be classes
         if sentence := describe_annotations(path):
             raise DataError(sentence)
         if {"images", "masks"} == {name.lower() for name in named}:

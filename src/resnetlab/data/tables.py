@@ -188,7 +188,7 @@ def load_listed(images: ImageList, read_options: ReadOptions) -> Dataset:
             problems.append(images.describe(row, problem))
     if problems:
         raise DataErrors(images.name, problems)
-    classes = require_classes(images.name, images.classes or labels)
+    classes = require_classes(images.name, images.classes or labels, read_options)
     files, sizes = _find_files(images)
     root = os.path.commonpath({os.path.dirname(file) for file in files})
     names = (

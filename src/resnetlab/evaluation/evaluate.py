@@ -286,7 +286,7 @@ def evaluate(
     names = default if names is None else list(names)
     if classes not in SCOPES:
         raise unknown_name_error("choice of classes", classes, SCOPES)
-    reading = ReadOptions(on_bad_image, str(quarantine), multi_label=True)
+    reading = ReadOptions(on_bad_image, str(quarantine), multi_label=True, one_class=True)
     source, data = _load_source(data, Path(data_dir), reading, trained)
     source = source.with_decode_on(decode_on)
     _check_multi_label(trained, names, source, fit_on)

@@ -31,6 +31,7 @@ from resnetlab.models.model_file import TrainedModel, load_trained_model
 from resnetlab.models.spec import is_network_name
 from resnetlab.models.state_dicts import StateDictFile, parse_state_dict, read_state_dict
 from resnetlab.models.weight_files import unsafe_pickle_error
+from resnetlab.run_folder import RunFolder
 
 SCHEMES = ("torchvision", "timm", "hf")
 FAILURES = (OSError, EOFError, HTTPException, RuntimeError)  # of torch's and timm's downloads
@@ -89,7 +90,7 @@ def find_model(name: str | Path) -> str:
         if model.is_file():
             return str(model)
         if (path / "recipe.toml").is_file():
-            raise ModelFileError(f"{path} is a run that has no model yet; go on with: resnetlab train --resume {path}")
+            raise ModelFileError(f"{path} is a run that has no model yet; go on with: {RunFolder(path).resume_command}")
         raise ModelFileError(f"{path} is a folder without model.safetensors; give a model file or a run folder.")
     trained_here = [known for known in _list_trained() if text in known.split(":")]
     if not path.exists() and is_network_name(text):

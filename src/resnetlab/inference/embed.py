@@ -15,7 +15,7 @@ from torch import Tensor
 from resnetlab.data import sources
 from resnetlab.data.archives import is_archive
 from resnetlab.data.dataset import Dataset, Split
-from resnetlab.data.disk_split import DiskSplit
+from resnetlab.data.disk_split import DiskSplit, ReadOptions
 from resnetlab.data.tables import is_table
 from resnetlab.errors import DataError
 from resnetlab.evaluation.predictions import check_table_file
@@ -46,7 +46,9 @@ def embed_data(model: Model, data: str | Path, data_dir: Path = Path("data")) ->
     name = str(data)
     images: Iterator[tuple[str, tuple[str, str, Any]]]
     try:
-        source = sources.load_dataset(name, data_dir).with_pixel_format(common_pixel_format([model]))
+        source = sources.load_dataset(name, data_dir, ReadOptions(one_class=True)).with_pixel_format(
+            common_pixel_format([model])
+        )
     except DataError:
         if not Path(name).exists() or is_table(name) or is_archive(name):
             raise

@@ -47,7 +47,7 @@ def load_export_images(
     """
     preprocessing = model.preprocessing
     if data is not None:
-        source = sources.load_dataset(data, data_dir, ReadOptions(multi_label=True))
+        source = sources.load_dataset(data, data_dir, ReadOptions(multi_label=True, one_class=True))
         source = source.with_pixel_format(common_pixel_format([model]))
         check, calibration = (_read_split(split, preprocessing) for split in (source.test, source.train))
     elif folder is not None:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from resnetlab.data import sources
 from resnetlab.data.check import read_as_found
 from resnetlab.data.decode import decode_as, find_pixel_format
-from resnetlab.data.disk_split import read_image_file
+from resnetlab.data.disk_split import ReadOptions, read_image_file
 from resnetlab.data.object_store import is_address
 from resnetlab.device import standard_torch_state
 from resnetlab.errors import DataError
@@ -124,7 +124,7 @@ def _read_uris(names: set[str], data: str, data_dir: Path) -> dict[str, str]:
     """name -> the image as a data URI, of the images of a data set, or of a folder without classes, or paths."""
     uris: dict[str, str] = {}
     try:
-        source = sources.load_dataset(data, data_dir)
+        source = sources.load_dataset(data, data_dir, ReadOptions(one_class=True))
     except DataError:  # a folder without classes, or a file of features, which holds no image
         folder = Path(data).is_dir()
         others = {name: image for name, image in expand_images(data) if name in names} if folder else {}

@@ -37,12 +37,16 @@ class Start(NamedTuple):
     notes: list[str]
 
 
-def find_pretrained(net: str | None) -> str:
-    """The name of a network's published ImageNet weights (v1.5 for bottlenecks); raises UsageError if there are none."""
-    if net is None or (name := PRETRAINED.get(net.removesuffix("v1.5"))) is None:
+def find_pretrained(net: str | None, default: str = "") -> str:
+    """The name of a network's published ImageNet weights (v1.5 for bottlenecks); raises UsageError if there are none.
+
+    `default` is the network that a recipe has, where none is named.
+    """
+    if (name := PRETRAINED.get((net or default).removesuffix("v1.5"))) is None:
+        none = f"there are none of {net}" if net else f"there are none of {default}, the recipe's network: give it"
         raise UsageError(
-            f"--pretrained takes the ImageNet weights of {', '.join(PRETRAINED)}, named by --net; "
-            f"{f'there are none of {net}' if net else 'give it'}. Other weights: --start-from NAME or FILE."
+            f"--pretrained takes the ImageNet weights of {', '.join(PRETRAINED)}, named by --net; {none}. Other weights: "
+            "--start-from NAME or FILE."
         )
     return name
 

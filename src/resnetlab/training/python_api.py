@@ -14,7 +14,6 @@ from resnetlab.data.disk_split import DiskSplit, ReadOptions
 from resnetlab.data.objects import dataset_from_object
 from resnetlab.data.own_transform import Transform
 from resnetlab.errors import UsageError, name_arguments, public, unknown_name_error
-from resnetlab.inference.start import find_pretrained
 from resnetlab.models.own_network import OWN, check_module, class_name
 from resnetlab.peer_words import translate
 from resnetlab.progress import log
@@ -71,7 +70,7 @@ def train(
         data_dir: the folder of the archives; None takes "data", or that of the resumed run.
         workers: processes that decode images on disk; None decides by the machine. The result does not depend on it.
         trackers: experiment trackers that get the figures: "tensorboard", "wandb", "mlflow", "trackio".
-        pretrained: start from torchvision's ImageNet weights of `net`, by the recipe finetune.
+        pretrained: start from torchvision's ImageNet weights of `net`, or else of the recipe's network, by the recipe finetune.
         progress: True shows progress and messages on standard error, False nothing; a function is called at every line of
             metrics.jsonl.
         report: called with sentences on what happens, in place of printing them.
@@ -106,8 +105,9 @@ def train(
     reading = ReadOptions(str(values.get("on_bad_image", "stop")), groups=str(values.get("groups", "")))
     own = None if data is None or isinstance(data, str | Path) else dataset_from_object(data, reading)
     name = own.name if own is not None else None if data is None else str(data)
+    start, chosen = recipes.choose_pretrained(net, recipe, task="classify", data=name) if pretrained else ("", [])
     if pretrained:
-        recipe, values = recipe or "finetune", {"start_from": find_pretrained(net), **values}
+        recipe, values = recipe or "finetune", {"start_from": start, **values}
     texts = {key: ",".join(map(str, v)) if isinstance(v, list | tuple) else str(v) for key, v in values.items()}
     overrides = Overrides(data=name, net=net, steps=steps, epochs=epochs, seed=seed, values=texts)
     with contextlib.ExitStack() as stack:
@@ -125,6 +125,8 @@ def train(
             transform=transform,
             net=module,
         )
+        for sentence in chosen:
+            options.report(sentence)
         if resume is not None and (recipe is not None or out is not None):
             raise UsageError("resume continues a run with its own recipe in its own folder; leave out recipe and out.")
         if resume is not None:

@@ -18,7 +18,7 @@ from resnetlab.data.object_store import refuse_password, strip_password
 from resnetlab.errors import RunError, UsageError, unknown_name_error
 from resnetlab.models.reference_images import MAX_TRAINING
 from resnetlab.models.spec import Specification, parse_changes, parse_value
-from resnetlab.peer_words import translate
+from resnetlab.peer_words import ANSWERS, translate
 from resnetlab.preprocessing import MAX_CHANNELS
 
 _KINDS: dict[str, tuple[Any, str]] = {  # by the fields' annotations: type, and its name in messages
@@ -168,6 +168,8 @@ class BaseRecipe:
         given: dict[str, str] = {}  # our key: the word it was given by
         for word in pairs:
             key = word if word in own or word in _SPECIFICATION else translate(word, own)
+            if word in ANSWERS and key != word:
+                raise UsageError(f"unknown key {word!r}; {ANSWERS[word]}")
             if key is None:
                 raise unknown_name_error("key", word, self.keys())
             if key in given:
@@ -176,8 +178,8 @@ class BaseRecipe:
         pairs = {key: pairs[word] for key, word in given.items()}
         if _FRACTION.fullmatch(share := pairs.get("val_images", "")):
             raise UsageError(
-                f"{given['val_images']} is how many images are held out, not the share {share} of them: give their number, "
-                f"such as --set val_images=500, or {A_TENTH} for a tenth."
+                f"{given['val_images']} is how many images are held out, not the share {share} of them; its key is val_images: "
+                f"--set val_images=500, or --set val_images={A_TENTH} for a tenth."
             )
         changes: dict[str, Any] = {key: parse_value(key, text, own[key]) for key, text in pairs.items() if key in own}
         specification = parse_changes({key: text for key, text in pairs.items() if key not in own})

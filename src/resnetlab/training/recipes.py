@@ -13,6 +13,7 @@ from resnetlab.data import sources
 from resnetlab.data.dataset import A_TENTH
 from resnetlab.errors import UsageError, suggest_path, unknown_name_error
 from resnetlab.formatting import format_count
+from resnetlab.inference.start import find_pretrained
 from resnetlab.run_folder import RunFolder
 from resnetlab.training.annotated_recipes import ANNOTATED_RECIPES
 from resnetlab.training.recipe import BaseRecipe, Recipe
@@ -301,6 +302,20 @@ def choose_recipe(name: str | Path | None, *, task: str, data: str | None) -> Ba
         return read_recipe_file(Path(name), task)
     name = None if name is None else str(name)
     return find_recipe(name or DEFAULT_RECIPES.get(task) or DEFAULT_RECIPES.get(data or "digits", "photos"), task)
+
+
+def choose_pretrained(
+    net: str | None, recipe: BaseRecipe | str | Path | None, *, task: str, data: str | None
+) -> tuple[str, list[str]]:
+    """The published ImageNet weights of a network, or of the recipe's where none is named, which a sentence then says.
+
+    Raises UsageError if there are none.
+    """
+    if net is not None:
+        return find_pretrained(net), []
+    chosen = recipe if isinstance(recipe, BaseRecipe) else choose_recipe(recipe, task=task, data=data)
+    start = find_pretrained(None, chosen.net or photos().net)
+    return start, [f"--pretrained takes {start}, of the recipe's network; --net resnet50 takes another"]
 
 
 def fit_small_images(recipe: Recipe, side: int) -> Recipe:
