@@ -194,6 +194,26 @@ def test_a_network_that_cannot_be_packaged_is_a_sentence(
     assert code == 2 and "cannot compile the network here (No working C++ compiler found); use --to torch" in err
 
 
+def test_the_library_for_a_gpu_is_compiled_from_the_moved_graph(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def move(program: torch.export.ExportedProgram, place: str) -> torch.export.ExportedProgram:
+        for node in program.graph.nodes:  # torch 2.11's changes the nodes alone
+            if "device" in node.kwargs:
+                node.kwargs = node.kwargs | {"device": place}
+        return program
+
+    compiled: list[torch.export.ExportedProgram] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr("torch.export.passes.move_to_device_pass", move)
+    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", lambda program, **_: compiled.append(program))
+    graphs = ExportGraphs(load_trained_model(model), None)
+    formats.get_format("aotinductor").write(graphs, "fp32", tmp_path / "m.pt2")
+    code = compiled[0].graph_module.code
+    assert "cuda:0" in code and "type='cpu'" not in code
+
+
 def test_torch(model: Path, tmp_path: Path) -> None:
     out = tmp_path / "m.pt2"
     assert run_command(["export", str(model), "--to", "torch", "--out", str(out)]) == 0

@@ -32,7 +32,7 @@ def test_the_plan_of_the_quarter_of_an_hour_adds_up(script: ModuleType) -> None:
         *("eager", "graph", "compiled", "exact off")
     }
     lines = list(script.plan())
-    assert lines[0] == " 0:00  graph, up to 45 s" and lines[1].startswith(" 0:45  resume")
+    assert lines[0] == " 0:00  graph, up to 30 s" and lines[1].startswith(" 0:30  resume")
 
 
 def test_sections_that_fail_or_hang_cost_no_other(

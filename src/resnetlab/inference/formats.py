@@ -113,6 +113,7 @@ def _write_aotinductor(graphs: ExportGraphs, precision: str, file: Path) -> None
     program = export_resize(graphs.model, InferenceModule(graphs.model))
     if torch.cuda.is_available():
         program = move_to_device_pass(program, f"cuda:{torch.cuda.current_device()}")
+        program.graph_module.recompile()  # torch 2.11 leaves the code of the CPU's graph: on a GPU the library crashed
     settings = {"aot_inductor.metadata": dict(export_metadata(graphs.model))}
     try:
         aoti_compile_and_package(program, package_path=str(file), inductor_configs=settings)

@@ -307,7 +307,7 @@ class Recipe(BaseRecipe):
     normalise: str = "per-pixel mean"  # or "per-channel mean and std"
     val_images: int = 0  # training images held out for evaluation during training; 0: none, A_TENTH: see data.dataset
     on_bad_image: str = "stop"  # an image that cannot be read: "stop", or "skip" (left out, counted and listed)
-    decode_on: str = "cpu"  # what decodes JPEGs and resizes images on disk, or "device": the GPU, with other last bits
+    decode_on: str = "cpu"  # what decodes JPEGs and resizes images on disk, or "device": the GPU, with other pixels
     quarantine: str = ""  # a file of image names, one per line, that are left out from the start
     groups: str = ""  # a table's column, or a pattern in names: images of equal values are held out together
     fold: str = ""  # "2/5": hold out the second of five equal parts for the test, as k-fold cross-validation does
