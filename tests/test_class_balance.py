@@ -79,6 +79,14 @@ def test_an_imbalance_is_reported() -> None:
     labels = torch.tensor([0] * 500 + [1] * 10)
     assert "500 training images, b 10" in str(describe_imbalance("ab", labels))
     assert "class_weights=balanced" in str(describe_imbalance("ab", labels)) and describe_imbalance("abc", LABELS) == []
+    for counts, is_reported in (
+        ((43, 5), True),
+        ((100, 10), True),
+        ((99, 10), False),
+        ((12, 5), False),
+        ((15, 5), True),
+    ):
+        assert bool(describe_imbalance("ab", torch.arange(2).repeat_interleave(torch.tensor(counts)))) == is_reported
 
 
 @pytest.mark.parametrize(
@@ -107,6 +115,8 @@ def test_the_best_weights_are_kept_and_a_run_ends_early(tmp_path: Path) -> None:
     best = min(errors, key=lambda step: (errors[step], step))
     assert result.steps == max(errors) < 200 and best == result.steps - 2
     assert f"keeping the weights of step {best:,}, the best on the held-out images" in " ".join(said)
+    early = f"ended early, after step {result.steps} of 200: the held-out error was no lower in the last 1 evaluation"
+    assert early in said
     model = load_trained_model(Path(result.model))
     assert model.metrics["held_out"]["top1_error"] == errors[best]
     assert resume(tmp_path / "run", CPU).to_json() == result.to_json()  # it is finished

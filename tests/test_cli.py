@@ -154,7 +154,7 @@ def test_evaluate_json(capsys: pytest.CaptureFixture[str], model: Path) -> None:
     assert code == 0 and set(figures) == {
         "model", "data", "split", "protocol", "protocol_options", "top1_error", "top1_interval", "top5_error", "n", "loss",
         "calibration_error", "reliability", "temperature", "calibration", "notes", "published", "per_class",
-        "confusion", "classes", "precision", "recall", "f1"}  # fmt: skip
+        "confusion", "classes", "precision", "recall", "f1", "balanced_error"}  # fmt: skip
     assert figures["n"] == 360 and figures["split"] == "test" and figures["protocol"] == "1crop"
     assert figures["top1_interval"][0] < figures["top1_error"] < figures["top1_interval"][1]
     right = sum(row[i] for i, row in enumerate(figures["confusion"]))

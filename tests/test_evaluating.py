@@ -481,6 +481,7 @@ def test_precision_recall_and_f1_are_a_hand_computation() -> None:
     assert [rows["b"][key] for key in ("precision", "recall", "f1")] == pytest.approx([1 / 3, 1 / 2, 2 / 5])
     assert (rows["c"]["precision"], rows["c"]["recall"], rows["c"]["f1"]) == (None, 0, 0)
     assert [rows["d"][key] for key in ("top1_error", "precision", "recall", "f1")] == [None] * 4
+    assert metrics.to_json()["balanced_error"] == pytest.approx(1 - (2 / 3 + 1 / 2 + 0) / 3)
     assert metrics.macro("precision") == pytest.approx((2 / 3 + 1 / 3 + 0) / 3)
     assert metrics.to_json()["f1"] == pytest.approx((2 / 3 + 2 / 5 + 0) / 3)
 

@@ -118,6 +118,10 @@ REFUSED = {
         shutil.rmtree(d / "val"),
         photo(1).save(d / "a.jpg"),
     ),
+    "a folder called train is a split here, never a class: rename a class": lambda d: (
+        shutil.rmtree(d / "train"),
+        (d / "val" / "alpha").rename(d / "train"),
+    ),
     "holds no class folders with images: it is empty of images": lambda d: (
         shutil.rmtree(d / "train"),
         shutil.rmtree(d / "val"),

@@ -329,7 +329,10 @@ def _print_evaluation(evaluation: Evaluation) -> None:
     if len(metrics.classes) > 5:
         console.write_line(f"top-5 error {format_percent(metrics.top5_error)}")
     precision, recall, f1 = (format_percent(figures[key]) for key in ("precision", "recall", "f1"))
-    console.write_line(f"precision {precision}, recall {recall}, F1 {f1} (means over the classes)")
+    balanced = format_percent(metrics.balanced_error)
+    console.write_line(
+        f"precision {precision}, recall {recall}, F1 {f1} (means over the classes); balanced error {balanced}"
+    )
     console.write_line(f"expected calibration error {format_percent(metrics.calibration_error)}")
     for name, sentence in zip(evaluation.models, evaluation.calibration, strict=True):
         console.write_line(sentence if len(evaluation.models) == 1 else f"{name}: {sentence}")

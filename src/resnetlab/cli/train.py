@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from resnetlab.training.result import TrainResult
     from resnetlab.training.run_options import RunOptions
 
+NEAR = 0.01  # of the error: a balanced error that is nearer is not printed
+
 
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
@@ -176,9 +178,14 @@ def train(
     low, high = result.top1_interval
     interval = f"95 % interval {100 * low:.2f} to {100 * high:.2f} %, n = {result.n:,}"
     interval += f"; accuracy {format_percent(1 - result.top1_error)}"
-    return print_result(
-        result, {f"{format_split(result.split)} error, top-1": f"{format_percent(result.top1_error)}  ({interval})"}
-    )
+    rows = {f"{format_split(result.split)} error, top-1": f"{format_percent(result.top1_error)}  ({interval})"}
+    if result.balanced_error is not None and abs(result.balanced_error - result.top1_error) > NEAR:
+        rows["balanced error"] = f"{format_percent(result.balanced_error)}  (the mean of the classes' errors)"
+    if (none := result.none_of_these) is not None:
+        error = none["top1_error"]
+        others = "" if error is None else f"; error of the others {format_percent(error)}"
+        rows["none of these"] = f"{format_percent(none['share'] or 0)} of these images, below {none['below']}{others}"
+    return print_result(result, rows)
 
 
 def _cross_validate(folds: int, options: TrainOptions, overrides: Overrides, data_dir: Path | None) -> None:

@@ -122,7 +122,8 @@ def _describe_no_images(root: Path, folder: Path) -> str:
     loose = find_loose_images(folder)
     hint = f"it holds {format_count(len(loose), 'image')} in no class folder" if loose else "it is empty of images"
     listed = f", or list them in {folder.name}.txt beside it" if loose and folder != root else ""
-    return f"{folder} holds no class folders with images: {hint}; give each class a folder of its own{listed}."
+    name = f" (a folder called {folder.name} is a split here, never a class: rename a class)" if listed else ""
+    return f"{folder} holds no class folders with images: {hint}; give each class a folder of its own{listed}{name}."
 
 
 def make_dataset(

@@ -158,6 +158,11 @@ class ClassificationMetrics:
         return mean_of_known(getattr(each, figure) or 0.0 for each in self.per_class if each.n)
 
     @property
+    def balanced_error(self) -> float:
+        """The mean of the classes' errors, which counts every class that has images alike."""
+        return 1 - self.macro("recall")
+
+    @property
     def calibration_error(self) -> float:
         """Expected calibration error over 15 bins: the mean gap of confidence and accuracy (Guo et al. 2017)."""
         confidence, predicted = self.scores.max(1)
@@ -176,6 +181,7 @@ class ClassificationMetrics:
             "loss": self.loss,
             "calibration_error": self.calibration_error,
             "reliability": [each._asdict() for each in reliability_bins(self.scores, self.labels)],
+            "balanced_error": self.balanced_error,
             **{figure: self.macro(figure) for figure in ("precision", "recall", "f1")},
             "per_class": [each.to_json() for each in self.per_class],
             "confusion": self.confusion.tolist() if dense else None,

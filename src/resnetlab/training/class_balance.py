@@ -9,7 +9,9 @@ from torch import Tensor
 
 from resnetlab.errors import UsageError, unknown_name_error
 
-UNEQUAL = 10  # times as many images in the largest class as in the smallest: more is reported
+# an imbalance is reported where the largest class has this many times the images of the smallest, since a network that never
+# gives the small one is then right on more than nine of ten; or three times, where one image is a tenth of the smallest or more
+UNEQUAL, UNEQUAL_FEW, FEW = 10, 3, 10
 
 
 def parse_class_weights(text: str, classes: Sequence[str], labels: Tensor) -> Tensor | None:
@@ -45,7 +47,7 @@ def describe_imbalance(classes: Sequence[str], labels: Tensor) -> list[str]:
     """A sentence if the classes have very different numbers of training images."""
     counts = labels.bincount(minlength=len(classes))
     low, high = int(counts.argmin()), int(counts.argmax())
-    if counts[high] <= UNEQUAL * counts[low]:
+    if counts[high] < (UNEQUAL_FEW if counts[low] < FEW else UNEQUAL) * counts[low]:
         return []
     sentence = (
         f"{classes[high]} has {int(counts[high]):,} training images, {classes[low]} {int(counts[low]):,}: the error is mostly "

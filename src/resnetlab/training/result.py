@@ -81,6 +81,7 @@ class ClassificationResult(TrainResult):
     top5_error: float
     held_out_error: float | None  # None if nothing was held out
     none_of_these: Mapping[str, float | None] | None = None  # ClassificationMetrics.with_none_below, if one was chosen
+    balanced_error: float | None = None  # the mean of the classes' errors; None in results of before
 
     def __post_init__(self) -> None:
         low, high = self.top1_interval  # a list if read from a file

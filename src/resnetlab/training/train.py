@@ -149,6 +149,11 @@ def train_to_end(task: Task, context: RunContext) -> TrainResult:
                 train_state.optimizer.zero_grad()
                 raise task.out_of_memory_error()
         request.stop_immediately(f"stopped while evaluating, after the last step, which is saved; {how_to_resume}")
+        if isinstance(recipe, Recipe) and recipe.early_stop and state.step < recipe.steps:
+            context.options.report(
+                f"ended early, after step {state.step:,} of {recipe.steps:,}: the held-out error was no lower in the last "
+                f"{format_count(state.since_best, 'evaluation')}"
+            )
         with train_state.average.swap_in():
             if isinstance(recipe, Recipe) and recipe.keep == "best" and state.best_step:
                 load_best(context.run, train_state)

@@ -371,6 +371,7 @@ class ClassificationTask(Task):
             top5_error=evaluation.top5_error,
             held_out_error=held_out["top1_error"] if held_out else None,
             none_of_these=none,
+            balanced_error=evaluation.balanced_error,
         )
         if model is not None:
             images = PreprocessedSplit(self.test.without_skipped(), self.preprocessing)  # in the evaluation's order
@@ -444,4 +445,5 @@ def _choose_targets(recipe: Recipe, source: Dataset, train: Split) -> tuple[Tens
     if source.label_sets is not None:
         return None, len(source.label_sets), check_label_sets(recipe, source, train)
     weights = parse_class_weights(recipe.class_weights, source.classes, train.labels)
-    return weights, len(source.classes), describe_imbalance(source.classes, train.labels)
+    is_balanced = weights is not None or recipe.sampling == "balanced"
+    return weights, len(source.classes), [] if is_balanced else describe_imbalance(source.classes, train.labels)
