@@ -28,6 +28,7 @@ def record_cuda_graph(compute: Compute, device: torch.device, pool: Any = None) 
     with torch.cuda.device(device):  # cuda:1 is not the current device by default, and a stream belongs to one device
         side, own = torch.cuda.Stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream())
+        torch.cuda.empty_cache()  # a stream has no use of memory that is cached for another: a step would take it twice
         with torch.cuda.stream(side), _fail_on_sync():
             for _ in range(WARMUP_RUNS):
                 compute()
