@@ -10,8 +10,8 @@ from torch import Tensor
 from resnetlab.errors import UsageError, unknown_name_error
 
 # an imbalance is reported where the largest class has this many times the images of the smallest, since a network that never
-# gives the small one is then right on more than nine of ten; or three times, where one image is a tenth of the smallest or more
-UNEQUAL, UNEQUAL_FEW, FEW = 10, 3, 10
+# gives the small one is then right on nine of ten; or five times, where one image is more than a tenth of the smallest
+UNEQUAL, UNEQUAL_FEW, FEW = 10, 5, 10
 
 
 def parse_class_weights(text: str, classes: Sequence[str], labels: Tensor) -> Tensor | None:
