@@ -83,8 +83,8 @@ def test_an_imbalance_is_reported() -> None:
         ((43, 5), True),
         ((100, 10), True),
         ((99, 10), False),
-        ((12, 5), False),
-        ((15, 5), True),
+        ((24, 5), False),
+        ((25, 5), True),
     ):
         assert bool(describe_imbalance("ab", torch.arange(2).repeat_interleave(torch.tensor(counts)))) == is_reported
 
