@@ -16,7 +16,7 @@ from torch.distributed import PrefixStore
 from process_groups import call_in_processes, free_port
 from resnetlab import distributed
 from resnetlab.distributed import World, join_process_group
-from resnetlab.errors import PROCESS_GONE, RunError
+from resnetlab.errors import PROCESS_GONE, RunError, first_line
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 
@@ -122,3 +122,10 @@ def test_processes_need_few_open_files() -> None:
     before = count_open_files()
     _, *files = call_in_processes(12, run, machines=3)  # in the first one is the store, as in torchrun
     assert max(files) - before <= 11 + 12
+
+
+def test_an_error_without_a_message_is_named_by_its_type() -> None:
+    """Its first line ended in an IndexError, in a dozen places."""
+    assert first_line(RuntimeError(" \n")) == "RuntimeError" and first_line(ValueError("\na\nb")) == "a"
+    with pytest.raises(RunError, match=r"\(RuntimeError\); continue the run"), distributed._connection_errors():
+        raise RuntimeError

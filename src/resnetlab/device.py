@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from resnetlab.distributed import World
-from resnetlab.errors import UsageError, unknown_name_error
+from resnetlab.errors import UsageError, first_line, unknown_name_error
 from resnetlab.formatting import format_count
 from resnetlab.shared_context import SharedContext
 
@@ -76,7 +76,7 @@ class DeviceConfig:
             try:
                 return cast(Tensor, compiled(x))
             except TorchDynamoException as error:
-                reason = str(error).strip().splitlines()[0]
+                reason = first_line(error)
                 raise UsageError(f"torch cannot compile the network here ({reason}); use --compile off.") from error
 
         return forward

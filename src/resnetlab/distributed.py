@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
-from resnetlab.errors import PROCESS_GONE, RunError
+from resnetlab.errors import PROCESS_GONE, RunError, first_line
 from resnetlab.process_place import read_process_place
 
 T = TypeVar("T")
@@ -310,9 +310,7 @@ def _connection_errors() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # what torch raises for a broken connection
-        raise RunError(
-            f"{PROCESS_GONE} ({str(error).splitlines()[0][:120]}); continue the run with --resume RUN"
-        ) from error
+        raise RunError(f"{PROCESS_GONE} ({first_line(error)}); continue the run with --resume RUN") from error
 
 
 @contextlib.contextmanager
@@ -334,7 +332,7 @@ def join_process_group() -> Iterator[World]:
     except (RuntimeError, ValueError, OSError) as error:
         address = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
         raise RunError(
-            f"the {place.size:,} processes of this job did not meet at {address} ({str(error).splitlines()[0][:120]}); check "
+            f"the {place.size:,} processes of this job did not meet at {address} ({first_line(error)}); check "
             "that all of them run, and reach that address."
         ) from error
     links: Links | None = None

@@ -186,6 +186,11 @@ def suggest_path(path: str | Path) -> str:
     return f"; did you mean {str(path.with_name(near[0]))!r}?" if near else ""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, for another message; its type where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
 def missing_package(what: str, package: str | None, extra: str) -> UsageError:
     """The error for `what` (an option, a command, a file), which needs a package that an extra of ours installs."""
     return UsageError(f"{what} needs the package {package}; install it with: {install_hint(extra)}")

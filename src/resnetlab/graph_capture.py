@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from resnetlab.errors import first_line
+
 Compute = Callable[[], list[Tensor]]
 Record = Callable[[Compute], Compute]
 WARMUP_RUNS = 3  # before the capture: libraries choose their algorithms and allocate their workspaces
@@ -116,7 +118,7 @@ class GraphedFunction:
                 except RuntimeError as error:
                     self._reset()
                     self._given_up = True
-                    reason = str(error).strip().splitlines()[0]
+                    reason = first_line(error)
                     warnings.warn(f"CUDA graph: not used for predictions ({reason}).", stacklevel=2)
                     return self._function(x)
             recording = self._recordings[key]

@@ -397,3 +397,8 @@ def is_private(path: Path) -> bool:
         return not path.is_symlink()
     is_own = status.st_uid == os.geteuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
     return is_own and not stat.S_ISLNK(status.st_mode)
+
+
+def cache_folder(name: str) -> Path:
+    """A folder in the user's cache, `$XDG_CACHE_HOME/resnetlab/NAME` (`~/.cache/resnetlab/NAME`), which need not exist."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "resnetlab", name)

@@ -21,7 +21,7 @@ from resnetlab.data.dataset import Split
 from resnetlab.data.decode import decode_on_gpu
 from resnetlab.data.disk_split import DiskSplit
 from resnetlab.device import to_device
-from resnetlab.errors import UsageError
+from resnetlab.errors import UsageError, first_line
 
 AT_ONCE = 64  # JPEGs that are decoded together
 
@@ -67,7 +67,7 @@ def _require_decoder(device: torch.device) -> None:
             decode_on_gpu([torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8)], device)
             return
         except (RuntimeError, ImportError) as error:
-            reason = str(error).strip().splitlines()[0]
+            reason = first_line(error)
     raise UsageError(f"JPEGs cannot be decoded on this device ({reason}); leave it to the CPU: decode_on=cpu.")
 
 
@@ -98,7 +98,7 @@ def decode_images(
             )
         )
         if len(read) == len(images):
-            reason = str(error).strip().splitlines()[0]
+            reason = first_line(error)
             warnings.warn(
                 f"the GPU cannot decode some JPEG ({reason}), so the CPU decodes the batches with it.", stacklevel=2
             )

@@ -33,7 +33,7 @@ from resnetlab.data.disk_split import ReadOptions
 from resnetlab.data.error_policy import ErrorPolicy
 from resnetlab.data.folder import arrange_splits, guess_split, require_classes
 from resnetlab.data.label_sets import LabelLists, number_label_sets
-from resnetlab.errors import DataError, UsageError, missing_package
+from resnetlab.errors import DataError, UsageError, first_line, missing_package
 from resnetlab.formatting import format_count
 from resnetlab.preprocessing import RGB, PixelFormat, pil_to_tensor
 
@@ -365,9 +365,7 @@ def load_hugging_face(name: str, read_options: ReadOptions) -> Dataset:
         else:
             loaded = datasets.load_dataset(place, configuration or None)
     except Exception as error:  # of many kinds, by what is missing
-        raise DataError(
-            f"{name} cannot be loaded ({str(error).splitlines()[0] if str(error) else error!r})."
-        ) from error
+        raise DataError(f"{name} cannot be loaded ({first_line(error)}).") from error
     splits = loaded
     if isinstance(loaded, Mapping):
         splits = {key: part for key, part in loaded.items() if guess_split(key)} or dict(loaded)

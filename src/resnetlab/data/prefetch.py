@@ -26,7 +26,7 @@ from torch.utils.data import Dataset as TorchDataset
 from resnetlab.data.dataset import MemorySplit, Split
 from resnetlab.data.error_policy import ErrorPolicy
 from resnetlab.device import DeviceConfig, count_cores, map_in_order
-from resnetlab.errors import DataError
+from resnetlab.errors import DataError, first_line
 from resnetlab.preprocessing import Preprocessing, round_to_bytes, tensor_to_pil
 from resnetlab.process_place import read_process_place
 from resnetlab.stopping import check_stop
@@ -181,7 +181,7 @@ def prefetch(job: Callable[[int], T], keys: Iterable[int], workers: int, pin: bo
     except RuntimeError as error:
         if "worker" not in str(error):
             raise
-        reason = f"a process that decodes images died ({str(error).splitlines()[0]}); "
+        reason = f"a process that decodes images died ({first_line(error)}); "
         if "shared memory" in str(error):
             raise DataError(f"{reason}{SHARED_MEMORY}.") from error
         if first and multiprocessing.get_start_method() != "fork":

@@ -30,7 +30,7 @@ from resnetlab.inference import export_graphs, formats, inference_module, parity
 from resnetlab.models import fold, resnet
 from resnetlab.models.model_file import TrainedModel
 from resnetlab.nn import blocks, shortcuts
-from resnetlab.run_folder import is_private, write_atomically
+from resnetlab.run_folder import cache_folder, is_private, write_atomically
 
 MAX_BYTES = 2_000_000_000  # bytes
 DAY = 86_400  # seconds; a temporary file of that age was left by a crash
@@ -90,8 +90,7 @@ def open_cache(model: TrainedModel, request: Mapping[str, Any], *images: Tensor 
     for tensors in (preprocessing.mean, preprocessing.std, *images):
         if tensors is not None:
             _update_hash(digest, tensors)
-    root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return BackendCache(Path(root, "resnetlab", "backends"), digest.hexdigest())
+    return BackendCache(cache_folder("backends"), digest.hexdigest())
 
 
 def _update_hash(digest: Any, tensor: Tensor) -> None:

@@ -23,7 +23,7 @@ from torch import nn
 from resnetlab.data import imagenet
 from resnetlab.data.decode import SUFFIXES
 from resnetlab.device import standard_torch_state
-from resnetlab.errors import ModelFileError, UsageError, missing_package, unknown_name_error
+from resnetlab.errors import ModelFileError, UsageError, first_line, missing_package, unknown_name_error
 from resnetlab.formatting import parse_json
 from resnetlab.inference.import_model import IMAGENET_MEAN, IMAGENET_STD, ImportOptions, import_state_dict
 from resnetlab.models.import_weights import SUPPORTED
@@ -139,9 +139,8 @@ def download_model(name: str, given: ImportOptions | None = None) -> ImportResul
     except pickle.UnpicklingError as error:
         raise unsafe_pickle_error(f"the download for {name} (or the file in torch's cache)", error) from error
     except FAILURES as error:
-        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         raise ModelFileError(
-            f"{name} could not be downloaded ({reason}); without a network, download the weights elsewhere and use: "
+            f"{name} could not be downloaded ({first_line(error)}); without a network, download the weights elsewhere and use: "
             "resnetlab import FILE"
         ) from error
     if "notes" in model.recipe:

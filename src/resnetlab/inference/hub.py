@@ -12,7 +12,7 @@ import warnings
 from pathlib import Path
 from typing import Any, cast
 
-from resnetlab.errors import ModelFileError, RunError, UsageError, missing_package
+from resnetlab.errors import ModelFileError, RunError, UsageError, first_line, missing_package
 from resnetlab.formatting import format_count, format_percent, format_split
 from resnetlab.models.cost import count_parameters
 from resnetlab.models.model_file import TrainedModel
@@ -99,9 +99,8 @@ def push_to_hub(model: TrainedModel, name: str, private: bool = False, with_imag
     except LocalTokenNotFoundError as error:
         raise ModelFileError("the hub needs a token: run hf auth login, or set HF_TOKEN.") from error
     except failures as error:
-        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         raise ModelFileError(
-            f"{name} could not be pushed ({reason}); check the network and `hf auth whoami`."
+            f"{name} could not be pushed ({first_line(error)}); check the network and `hf auth whoami`."
         ) from error
     return address
 

@@ -23,7 +23,7 @@ from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
 from resnetlab import migrate_v01, tensor_file
-from resnetlab.errors import ModelFileError, UsageError
+from resnetlab.errors import ModelFileError, UsageError, first_line
 from resnetlab.formatting import format_list, parse_json
 
 SUFFIXES = (".pth", ".pt", ".th", ".tar", ".bin", ".ckpt", ".safetensors", ".npz", ".index.json")
@@ -190,8 +190,9 @@ def _read_torch(path: Path, content: bytes) -> tuple[Any, Mapping[str, Any]]:
     except Exception as error:  # damaged files raise struct, assertion, lookup and other errors
         if "TorchScript" in str(error):
             raise ModelFileError(f"{path} is a TorchScript program, not weights; save only its state_dict.") from error
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ModelFileError(f"{path} is damaged or truncated ({reason}); download or copy it again.") from error
+        raise ModelFileError(
+            f"{path} is damaged or truncated ({first_line(error)}); download or copy it again."
+        ) from error
     if entry := _find_corrupt_entry(content):
         raise ModelFileError(f"{path} is damaged ({entry} does not match its checksum); download or copy it again.")
     metadata = getattr(value, "_metadata", None)

@@ -19,7 +19,7 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-from resnetlab.run_folder import is_private
+from resnetlab.run_folder import cache_folder, is_private
 
 SOURCES = [Path(__file__).with_name(name) for name in ("batchnorm.cpp", "winograd.cpp")]
 FLAGS = (
@@ -59,8 +59,7 @@ def load_kernel() -> Kernel:
     compiler = find_compiler()
     if compiler is None:
         return Kernel(None, "", "there is no C++ compiler (install g++)")
-    root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    folder = Path(root, "resnetlab", "kernels")
+    folder = cache_folder("kernels")
     try:
         version = subprocess.run(
             [compiler, "--version"], capture_output=True, text=True, check=True, timeout=TIMEOUT

@@ -45,11 +45,6 @@ class StudyFigure:
     legend: Sequence[LegendKey] = ()
 
 
-def colour_keys(labels: Sequence[str]) -> list[LegendKey]:
-    """A legend in which each label has the colour of its position."""
-    return [LegendKey(label, f"--series-{i % len(SERIES)}") for i, label in enumerate(labels)]
-
-
 class FigureText(NamedTuple):
     """The words of a figure; `label` is for readers who cannot see it."""
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from resnetlab.device import release_memory
+from resnetlab.errors import first_line
 from resnetlab.training.cuda_graph import is_close
 from resnetlab.training.micro_batches import BatchNormStatistics
 
@@ -93,7 +94,7 @@ class BackboneGraph:
                 found = self._compute(replay, x) + statistics.rewind()
         except RuntimeError as error:
             statistics.rewind()
-            reason = str(error).strip().splitlines()[0]
+            reason = first_line(error)
             return self._give_up(x, f"not used, since recording failed ({reason})")
         if len(found) != len(expected) or not all(map(agree, found, expected)):
             return self._give_up(x, "not used, since a replay differs from the backbone itself")

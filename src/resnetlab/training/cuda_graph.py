@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from resnetlab.device import release_memory
+from resnetlab.errors import first_line
 from resnetlab.graph_capture import Compute, Record, record_cuda_graph
 from resnetlab.training.checkpoint import TrainState
 from resnetlab.training.memory import is_out_of_memory
@@ -110,7 +111,7 @@ def _record_step(
     except RuntimeError as error:
         statistics.rewind()
         optimizer.zero_grad()
-        return None, f"not used, since recording failed ({str(error).strip().splitlines()[0]})"
+        return None, f"not used, since recording failed ({first_line(error)})"
     if len(direct) != 2 + len(optimizer.parameters) + len(statistics.averages):
         return None, "not used, since some weights get no gradient"
     agree = torch.equal if train_state.recipe.exact else is_close

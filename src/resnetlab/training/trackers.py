@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from resnetlab.errors import RunError, UsageError, missing_package, unknown_name_error
+from resnetlab.errors import RunError, UsageError, first_line, missing_package, unknown_name_error
 from resnetlab.run_folder import RunFolder, write_error
 
 PROJECT = "resnetlab"  # where a tracker's own variables (WANDB_PROJECT, MLFLOW_EXPERIMENT_NAME, …) name no other
@@ -202,5 +202,5 @@ class Trackers:
             raise
         except Exception as error:
             self._open.pop(name, None)
-            first = (str(error).strip() or type(error).__name__).splitlines()[0]
-            self._report(f"the tracker {name} failed and is left out; metrics.jsonl has all figures: {first}")
+            reason = first_line(error)
+            self._report(f"the tracker {name} failed and is left out; metrics.jsonl has all figures: {reason}")
