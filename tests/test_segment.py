@@ -80,7 +80,7 @@ def test_resizing_keeps_the_aspect_ratio() -> None:
 
 
 SETTINGS = (
-    "--steps", "110", "--set", "widths=8,16,16,16", "--set", "depths=1,1,1,1", "--set", "image_size=72", "--set", "sides=80",
+    "--steps", "150", "--set", "widths=8,16,16,16", "--set", "depths=1,1,1,1", "--set", "image_size=72", "--set", "sides=80",
     "--set", "batch=4", "--set", "output_stride=8", "--set", "log_every=10", "--set", "checkpoint_minutes=0",
     "--set", "flips=both", "--set", "lr=0.1", "--device", "cpu",
 )  # fmt: skip
