@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import images
 import resnetlab
@@ -16,9 +17,10 @@ from resnetlab.data.disk_split import ReadOptions
 from resnetlab.data.sources import load_dataset
 from resnetlab.errors import DataError, ModelFileError, RunError, UsageError
 from resnetlab.inference.start import PRETRAINED
+from resnetlab.models.backbone import dilate
 from resnetlab.run_folder import RunFolder
 from resnetlab.training.recipes import photos
-from service import write_classifier
+from service import write_annotated_model, write_classifier
 
 
 def told(capsys: pytest.CaptureFixture[str], *command: str, code: int = 0) -> str:
@@ -141,3 +143,19 @@ def test_a_folder_that_holds_no_run_is_not_offered_as_one(tmp_path: Path) -> Non
     (tmp_path / "thesis.txt").write_text("precious")
     with pytest.raises(RunError, match=r"is not empty; choose another --out\.$"):
         RunFolder.create(tmp_path, "photos")
+
+
+@pytest.mark.parametrize(("dilated", "left"), [(None, "2x3"), (16, "4x6")])
+def test_the_warning_of_small_images_knows_dilated_networks(dilated: int | None, left: str) -> None:
+    net = resnetlab.build("resnet18").eval()
+    if dilated:
+        dilate(net, dilated)
+    with pytest.warns(UserWarning, match=f"leaves them {left} at the end"):
+        assert net.features(torch.zeros(1, 3, 64, 90))["C5"].shape[2:] == tuple(map(int, left.split("x")))
+
+
+def test_an_export_of_a_segmenter_names_the_option_for_images(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = write_annotated_model(tmp_path / "masks.safetensors", "segment")
+    assert "give a folder of some: --images FOLDER" in told(capsys, "export", str(model), "--to", "onnx", code=2)

@@ -251,6 +251,8 @@ def test_bad_bodies_get_their_status_and_a_sentence(
         ("POST", "/predict?top=0", 422, "top"),
         ("POST", "/predict?top=many", 422, "top"),
         ("POST", "/predict?tpo=3", 422, "tpo"),
+        ("POST", "/predict?topk=3", 422, "did you mean 'top'?"),
+        ("POST", "/predict?conf=0.3", 422, "did you mean 'min_score'?"),
         ("GET", "/model?x=1", 422, "x"),
         ("GET", "/../../etc/passwd", 404, "nothing"),
         ("GET", "/%2e%2e/%2e%2e/etc/passwd", 404, "nothing"),

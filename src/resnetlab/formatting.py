@@ -46,6 +46,15 @@ def format_split(name: str) -> str:
     return "test" if name == "held-out" else name
 
 
+def format_split_of(split: str, data: str) -> str:
+    """A split of a data set as text.
+
+    >>> format_split_of("held-out", "photos"), format_split_of("all", "photos")
+    ('the test split of photos', 'all of photos')
+    """
+    return f"all of {data}" if split == "all" else f"the {format_split(split)} split of {data}"
+
+
 def format_figure(key: str, value: float) -> str:
     """A figure of an evaluation with its name: errors in per cent, mAP and IoU as fractions, as everywhere.
 

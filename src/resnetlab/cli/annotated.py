@@ -25,7 +25,7 @@ from resnetlab.cli.train import (
     read_overrides,
 )
 from resnetlab.errors import UsageError
-from resnetlab.formatting import format_count, format_percent, format_split
+from resnetlab.formatting import format_count, format_percent, format_split, format_split_of
 
 Decorator = Callable[[Callable[[], None]], Callable[..., None]]
 
@@ -242,7 +242,7 @@ def detect_localise(
         ]
         return console.print_json(metrics | {"images": rows})
     console.write_line(
-        f"{model} on the {format_split(split)} split of {data}, {format_count(metrics['n'], 'image')} with boxes"
+        f"{model} on {format_split_of(split, str(data))}, {format_count(metrics['n'], 'image')} with boxes"
     )
     return console.write_line(
         f"localisation error {format_percent(metrics['localisation_error'])} (IoU with every true box below .5), "

@@ -13,7 +13,7 @@ from resnetlab.cli import console
 from resnetlab.cli.options import DataDir, Device, Flag, Json, Precision, Refine, Scales
 from resnetlab.cli.predict import configure_detector
 from resnetlab.errors import RunError, UsageError
-from resnetlab.formatting import format_count, format_percent, format_split
+from resnetlab.formatting import format_count, format_percent, format_split_of
 from resnetlab.process_place import read_process_place
 
 if TYPE_CHECKING:
@@ -269,9 +269,9 @@ def _evaluate_annotated(predictor: Detector | Segmenter, data: Path, split: str,
         console.log(f"{len(skipped):,} of the annotations or images were skipped and not counted: {', '.join(skipped)}")
     if json:
         return console.print_json(figures)
-    split, images = format_split(figures["split"]), format_count(figures["n"], "image")
+    split, images = format_split_of(figures["split"], figures["data"]), format_count(figures["n"], "image")
     models = " + ".join(figures.get("models", [figures["model"]]))
-    console.write_line(f"{models} on the {split} split of {figures['data']}, {images}")
+    console.write_line(f"{models} on {split}, {images}")
     if "map" in figures:
         if additions := _describe_additions(figures):
             console.write_line(f"with {additions} (2015, appendix B)")
@@ -316,7 +316,7 @@ def _print_evaluation(evaluation: Evaluation) -> None:
         _print_multi_label(evaluation)
         return
     metrics, figures = evaluation.metrics, evaluation.to_json()
-    split = f"the {format_split(evaluation.split)} split of {evaluation.data}"
+    split = format_split_of(evaluation.split, evaluation.data)
     console.write_line(
         f"{' + '.join(evaluation.models)} on {split}, {format_count(metrics.n, 'image')}, {evaluation.protocol}"
     )
@@ -362,7 +362,7 @@ def _print_evaluation(evaluation: Evaluation) -> None:
 def _print_multi_label(evaluation: MultiLabelEvaluation) -> None:
     """Prints the figures of several classes per image."""
     figures = evaluation.to_json()
-    split = f"the {format_split(evaluation.split)} split of {evaluation.data}"
+    split = format_split_of(evaluation.split, evaluation.data)
     count = format_count(evaluation.n, "image")
     console.write_line(f"{evaluation.models[0]} on {split}, {count}, {evaluation.protocol}")
     if evaluation.scope:

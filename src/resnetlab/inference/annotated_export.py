@@ -59,7 +59,10 @@ def export_annotated(model: AnnotatedModel, out: Path, images: Sequence[Tensor])
     except ImportError as error:
         raise missing_package("export", error.name, "onnx") from error
     if not images:
-        raise UsageError("export compares the graph with PyTorch on images; give one or more.")
+        raise UsageError(
+            "export compares the graph with PyTorch on images, and this model file holds none; give a folder of some: "
+            "--images FOLDER."
+        )
     is_detector = model.task == "detect"
     net = _Graph(model.net, is_detector).eval()
     spec = model.head_spec

@@ -150,7 +150,7 @@ def _trace_layers(net: ResNet, size: Size) -> list[LayerCost]:
         layers.append(LayerCost(name, type(module).__name__, output, count_parameters(module), multiply_adds))
         return size
 
-    warn_small_image(net.spec, size)
+    warn_small_image(net, size)
     size = add("conv1", net.conv1, size)
     add("bn1", net.bn1, size)
     if net.maxpool is not None:

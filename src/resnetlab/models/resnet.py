@@ -91,7 +91,7 @@ class ResNet(nn.Module):
             last: the deepest map to compute, by default all. `models.backbone.levels` gives their channels and strides.
         """
         if isinstance(x, Tensor) and not torch.compiler.is_compiling():  # torch.fx traces with proxies
-            warn_small_image(self.spec, x.shape[-2:])
+            warn_small_image(self, x.shape[-2:])
         x = self.conv1(x)
         if isinstance(self.bn1, FusedBatchNorm2d):
             x = self.bn1(x, relu=True)  # (B, width, H', W')
@@ -259,11 +259,12 @@ def _place_first_activation(spec: Specification, reshapes: bool) -> str:
     return "shared" if projects or (reshapes and spec.preact_transition == "shared") else "inside"
 
 
-def warn_small_image(spec: Specification, image_size: Sequence[int]) -> None:
+def warn_small_image(net: ResNet, image_size: Sequence[int]) -> None:
     """Warns if ImageNet's stem gets an image, (H, W), with a side of at most 64 pixels."""
-    if spec.stem == "imagenet" and min(image_size) <= 64:
+    if net.spec.stem == "imagenet" and min(image_size) <= 64:
         height, width = image_size
-        stride = 2 ** (len(spec.depths) + 1)
+        strides = [conv.stride[0] for _, block in net.blocks() for conv in block.convs]
+        stride = 4 * math.prod(strides)  # of the network as it is: one of a segmenter is dilated
         warnings.warn(
             f"images of {height}x{width} pixels in a network with ImageNet's 7x7 stem, which leaves them "
             f"{math.ceil(height / stride)}x{math.ceil(width / stride)} at the end; "

@@ -13,12 +13,14 @@ from fastapi import FastAPI, Query
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from fastapi.routing import APIRoute
+from pydantic import BaseModel
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from resnetlab import __version__
+from resnetlab.errors import unknown_name_error
 from resnetlab.evaluation.page import load_templates
 from resnetlab.serve.limits import RequestError
 from resnetlab.serve.schemas import (
@@ -34,6 +36,7 @@ from resnetlab.serve.schemas import (
 )
 from resnetlab.serve.service import Service
 
+QUERIES: dict[str, type[BaseModel]] = {"predict": PredictQuery, "explain": ExplainQuery}
 HEADERS = {
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -93,7 +96,8 @@ def _add_routes(app: FastAPI, service: Service) -> None:
     )
     async def predict(request: Request, query: Annotated[PredictQuery, Query()]) -> Response:
         """Classes, boxes or masks (by the model's task) of one image or several."""
-        return JSONResponse(await service.predict(request, query.top, query.score))
+        least = query.score if query.min_score is None else query.min_score
+        return JSONResponse(await service.predict(request, query.top, least))
 
     @app.post("/explain", response_model=ExplainAnswer, responses=ERROR_ANSWERS, openapi_extra=REQUEST_BODY)
     async def explain(request: Request, query: Annotated[ExplainQuery, Query()]) -> Response:
@@ -147,8 +151,17 @@ def _add_error_handlers(app: FastAPI) -> None:
         return JSONResponse({"error": error.sentence}, error.status, error.headers)
 
     @app.exception_handler(RequestValidationError)
-    async def validation_error(_: Request, error: RequestValidationError) -> JSONResponse:
+    async def validation_error(request: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
+        if first["type"] == "extra_forbidden":
+            name, known = (
+                str(first["loc"][-1])[:200],
+                QUERIES.get(request.url.path.rpartition("/")[2], EmptyQuery).model_fields,
+            )
+            unknown = f"{name!r} is a query parameter, and this address takes none."
+            return JSONResponse(
+                {"error": str(unknown_name_error("query parameter", name, known)) if known else unknown}, 422
+            )
         location = " ".join(str(part) for part in first["loc"])[:200]
         return JSONResponse({"error": f"{location}: {first['msg'][:1].lower()}{first['msg'][1:]}."}, 422)
 

@@ -24,7 +24,8 @@ class ExplainQuery(BaseModel):
 class PredictQuery(ExplainQuery):
     """Query parameters of /predict."""
 
-    score: float | SkipJsonSchema[None] = Field(None, ge=0, le=1, description=MIN_SCORE)
+    min_score: float | SkipJsonSchema[None] = Field(None, ge=0, le=1, description=MIN_SCORE)
+    score: float | SkipJsonSchema[None] = Field(None, ge=0, le=1, description="The same, as it was called at first.")
 
 
 class EmptyQuery(BaseModel):

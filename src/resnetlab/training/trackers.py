@@ -97,6 +97,8 @@ class MLflow:
         from mlflow import MlflowClient
         from mlflow.entities import Metric, Param
 
+        if importlib.util.find_spec("sqlalchemy") is None:  # mlflow-skinny alone: files are its only store here
+            os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
         self._client, self._metric = MlflowClient(), Metric
         if tracked.run_id is None:
             name = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)

@@ -145,6 +145,6 @@ function showMask({ classes: shares, mask }, image, { classes, colours }) {
 
 const views = {
   classify: { path: "predict?top=5", show: showScores, explain: showExplanation },
-  detect: { path: "predict?score=0.05", show: showBoxes },
+  detect: { path: "predict?min_score=0.05", show: showBoxes },
   segment: { path: "predict", show: showMask },
 };

@@ -233,7 +233,7 @@ class ClassificationTask(Task):
     @cached_property
     def _forward(self) -> Callable[[Tensor], Tensor]:
         if self.device_config.compiled and isinstance(self.net, ResNet):  # a compiled network does not warn itself
-            warn_small_image(self.net.spec, self.preprocessing.size)
+            warn_small_image(self.net, self.preprocessing.size)
         return self.device_config.forward_fn(self.net)
 
     def evaluate(self, split: Split) -> ClassificationMetrics:
