@@ -20,7 +20,7 @@ from resnetlab.models.probes import IdentityFlow, LayerSignal
 from resnetlab.studies import catalogue, figures, gradients, lesion, protocols, responses
 from resnetlab.studies.runs import RunOutcome, RunOutcomes
 from resnetlab.studies.setting import Setting, Trial
-from resnetlab.studies.study import Row
+from resnetlab.studies.study import Row, describe_endless_warmups
 from resnetlab.studies.verdicts import compare_with_paper, difference_from_printed
 from study_settings import make_setting
 
@@ -85,9 +85,13 @@ def made_up(trial: Trial, position: int) -> RunOutcome:
 
 
 @pytest.fixture
-def no_models(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Measurements of trained networks, made up: nothing is trained here."""
+def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(figures, "draw_study_figure", lambda *_, **__: None)  # takes a second each
+
+
+@pytest.fixture
+def measurements(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measurements of trained networks, made up: nothing is trained here."""
     layers = [LayerSignal(str(i), 1.0, 1.0) for i in range(3)]
     unit = IdentityFlow("layer1.1", 0.0, 1.0, 0.1, 1.0, 1.0, 1.0)
     monkeypatch.setattr(RunOutcome, "load_model", lambda self: SimpleNamespace(spec=None, net=None, resnet=None))
@@ -119,6 +123,11 @@ def no_models(monkeypatch: pytest.MonkeyPatch) -> None:
         return errors
 
     monkeypatch.setattr(protocols.Protocols, "_measure", measure)
+
+
+@pytest.fixture
+def no_models(no_figures: None, measurements: None) -> None:
+    """Neither measured nor drawn."""
 
 
 def all_rows(setting: Setting, names: tuple[str, ...]) -> Iterator[tuple[str, Row, Trial | None, Setting]]:
@@ -269,3 +278,62 @@ def test_the_interval_of_a_difference_from_the_paper_by_hand() -> None:
     assert found.interval == pytest.approx((0.0025 - half, 0.0025 + half), abs=1e-8)
     assert difference_from_printed([0.08, 0.09], 0.0643, 5, "best of 5") is None
     assert compare_with_paper([0.08, 0.1, 0.081], 0.081, 1.0, statistic="median of 5").startswith("within two")
+
+
+@pytest.mark.usefixtures("no_models")
+def test_runs_that_diverged_are_not_compared_with_the_paper() -> None:
+    """The best of four, the mean of four: no statistic of the paper's five."""
+    own = make_setting("cifar10", (20, 110))
+    study = catalogue.STUDIES["depth"]
+    outcomes = tuple(made_up(trial, i) for i, trial in enumerate(study.plan(own)))
+    outcomes[-1].__dict__.update(diverged="not finite", result={})
+    result = study.read(own, RunOutcomes(outcomes), lambda done, total: None)
+    rows = [row for row in result.rows if row.what == "resnet110" and row.paper and row.paper.value]
+    assert [row.diverged for row in rows] == [1, 1] and all(row.from_paper is None for row in rows)
+    assert all("beside the paper: not comparable: 1 of 5 runs diverged" in row.verdict for row in rows)
+    assert "1 seed left out, where a run diverged" in result.answer + result.details
+
+
+@pytest.mark.usefixtures("no_models")
+def test_a_net_that_never_left_its_warm_up_is_named() -> None:
+    """plain-110, whose training error stayed near chance, was trained at a tenth of the others' rate for all its steps."""
+    own = make_setting("cifar10", (20, 110), seeds=1)
+    study = catalogue.STUDIES["degradation"]
+    outcomes = tuple(made_up(trial, i) for i, trial in enumerate(study.plan(own)))
+    (stuck,) = (o for o in outcomes if o.trial.label == "plain110")
+    stuck.__dict__["metrics"] = [line | {"lr": 0.01} for line in stuck.metrics]
+    assert [o.trial.label for o in outcomes if o.never_warm] == ["plain110"]
+    answer = study.read(own, RunOutcomes(outcomes), lambda done, total: None).answer
+    assert answer.startswith(
+        "Degradation is not shown (plain110 stayed at its warm-up's rate to the end in 1 of 1 seed): "
+    )
+    (sentence,) = describe_endless_warmups(outcomes)
+    assert sentence.startswith("plain110 stayed at its warm-up's rate of 0.01 to the end in 1 of 1 seed: ")
+    assert sentence.endswith("its training error never fell below 80 %.")
+
+
+@pytest.mark.usefixtures("measurements")
+def test_no_panel_has_more_than_four_curves_and_each_has_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of every study: small multiples where there are more (2015 Fig. 6, 2016 Fig. 3), and names at the curves."""
+    from matplotlib.figure import Figure
+
+    drawn: list[Figure] = []
+
+    def keep(draw: Callable[[Figure], None], *, width: int, height: int, name: str, **_: object) -> str:
+        if name.endswith("wide"):
+            drawn.append(Figure(figsize=(width / 100, height / 100)))
+            drawn[-1].suptitle(name)
+            draw(drawn[-1])
+        return ""
+
+    monkeypatch.setattr("resnetlab.evaluation.figures.inline_svg", keep)
+    names = tuple(name for name in EVERY if name != "shortcut-types")  # drawn as the orderings are, in 21 panels
+    list(all_rows(make_setting("cifar10", (8, 14, 20, 26, 32), 1, steps=7_820), names))
+    panels = {(figure.get_suptitle(), i): axes for figure in drawn for i, axes in enumerate(figure.axes)}
+    assert sum(name == "degradation-wide" for name, _ in panels) == 4 * 2  # four depths beside the shallowest
+    assert sum(name == "orderings-wide" for name, _ in panels) == 4 + 1
+    for where, axes in panels.items():
+        curves = [line for line in axes.get_lines() if line.get_linestyle() != "None" and len(line.get_xdata()) > 1]
+        assert len(curves) <= figures.CURVES, where
+        named = {text.get_color() for text in axes.texts if text.get_text()}
+        assert {line.get_color() for line in curves} <= named, where

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from resnetlab.formatting import format_count
 from resnetlab.models.spec import CIFAR_DEPTHS
 from resnetlab.studies import figures
 from resnetlab.studies.runs import RunOutcomes
@@ -74,7 +75,14 @@ def answer_degradation(setting: Setting, outcomes: RunOutcomes, shallow: int, de
         "not shown": "Degradation is not shown",
     }[strength]
     strange = [f"{depth} layers" for depth in (shallow, deep) if depth not in CIFAR_DEPTHS]
-    depths = f" (nets of {' and '.join(strange)} are not the paper's)" if strange else ""
+    notes = [f"nets of {' and '.join(strange)} are not the paper's"] if strange else []
+    endless = {net: sum(o.never_warm for o in outcomes.of(net)) for net in (f"plain{deep}", f"plain{shallow}")}
+    notes += [
+        f"{net} stayed at its warm-up's rate to the end in {count} of {format_count(len(outcomes.of(net)), 'seed')}"
+        for net, count in endless.items()
+        if count
+    ]
+    depths = f" ({'; '.join(notes)})" if notes else ""
     _, residual = compare(f"resnet{deep}", f"resnet{shallow}")
     _, gain = compare(f"plain{deep}", f"resnet{deep}")
     return f"{opening}{setting.condition}{depths}: {text}.", f"With shortcuts, {residual}; {gain}."

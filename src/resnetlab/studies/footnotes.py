@@ -81,7 +81,7 @@ class Warmup(SideBySide):
         verdict, details = assess_claim(setting, outcomes, without, with_one, f"{with_one} tests better")
         begins = []
         for label in (with_one, without):
-            steps = [line for o in outcomes.trained(label)[:1] for line in o.metrics if line["kind"] == "train"]
+            steps = [line for o in outcomes.of(label)[:1] for line in o.metrics if line["kind"] == "train"]
             first = next((line["step"] for line in steps if line["error"] < 0.9), None)
             begins.append(f"{label}: {'never' if first is None else f'step {first:,}'}")
         return verdict, f"{details} Training error first below 90 % in seed 0: {'; '.join(begins)}."

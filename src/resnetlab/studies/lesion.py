@@ -180,11 +180,15 @@ def draw_lesion_errors(errors: Mapping[str, Mapping[int, LesionErrors]]) -> figu
     def draw(panels: figures.Panels) -> None:
         titles = ("one block left out", "several left out", "pairs swapped")
         for axes, kind, title in zip(panels, ("single", "several", "swaps"), titles, strict=True):
+            ends = {}
             for net, by_seed in errors.items():
                 if by_seed:
-                    axes.plot(*_lesion_curve(list(by_seed.values()), kind), "o-", color=colours[net])
+                    x, y = _lesion_curve(list(by_seed.values()), kind)
+                    axes.plot(x, y, "o-", color=colours[net])
+                    ends[net] = y[-1], colours[net]
             figures.set_titles(axes, title, "block" if kind == "single" else "how many")
             figures.set_error_axis(axes, 1.0)
+            figures.label_curves(axes, ends)
 
     return figures.draw_study_figure(
         "lesion",
@@ -194,8 +198,7 @@ def draw_lesion_errors(errors: Mapping[str, Mapping[int, LesionErrors]]) -> figu
             "Means over seeds. Blocks count from the stem; a gap is a block that cannot be left out of a plain net.",
             "Error of a plain and a residual net after lesions.",
         ),
-        figures.PanelLayout(panels=3, height=280),
-        legend=[figures.LegendKey(net, f"--series-{i}") for net, i in zip(errors, (1, 0), strict=True)],
+        figures.PanelLayout(panels=3, height=280, right=figures.LABEL),
     )
 
 

@@ -104,6 +104,8 @@ class Protocols(Study):
             tallies.append(describe_errors(difference, protocol, "1crop", "tests"))
         details = f"Of {models[-1]}: {'; '.join(tallies)}." if tallies else ""
         if ENSEMBLE not in errors:
+            if len(self.depths(setting)) > 1:
+                return "In no seed did every depth end with weights: there is no ensemble.", details
             return "One depth alone makes no ensemble of depths; give several with --depths.", details
         best = min(models, key=lambda m: sum(errors[m]["1crop"].values()) / len(errors[m]["1crop"]))
         difference = compare_by_seed(errors[best]["1crop"], errors[ENSEMBLE]["1crop"])

@@ -145,6 +145,12 @@ class RunOutcome:
         """Of the last iterate; None where the run diverged."""
         return self.result.get("top1_error")
 
+    @cached_property
+    def never_warm(self) -> bool:
+        """Whether it was trained at the warm-up's rate to the end, since its training error stayed too large."""
+        recipe, rates = self.trial.recipe, {line.get("lr") for line in self.metrics if line["kind"] == "train"}
+        return recipe.warmup == "train-error" and rates == {recipe.warmup_lr}
+
     def load_model(self) -> TrainedModel:
         """The trained network and what belongs to it."""
         return load_trained_model(RunFolder(self.folder).model)

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from resnetlab.device import standard_torch_state
 from resnetlab.distributed import leave_if_imported_again
 from resnetlab.errors import UsageError
-from resnetlab.formatting import format_count, format_estimate
+from resnetlab.formatting import format_count, format_estimate, format_share
 from resnetlab.studies import verdicts, workers
 from resnetlab.studies.code_version import CodeVersions, source_hash
 from resnetlab.studies.cost_estimate import START_UP, CostEstimate
@@ -206,10 +206,23 @@ def run_studies(
         outcomes = tuple(RunOutcome(trial, run.folder) for trial, run in pairs)
         callbacks.report(f"reading {study.name}")
         result = study.read(settings[study.name], RunOutcomes(outcomes), callbacks.on_reading)
-        remarks = [*result.remarks, *describe_other_versions(outcomes)]
+        remarks = [*result.remarks, *describe_endless_warmups(outcomes), *describe_other_versions(outcomes)]
         result = replace(result, remarks=remarks)
         outputs.append(StudyOutput(study, settings[study.name], result, outcomes))
     return outputs
+
+
+def describe_endless_warmups(outcomes: Sequence[RunOutcome]) -> list[str]:
+    """A sentence on each network that never came to the rate that the others were trained at."""
+    sentences = []
+    for label in dict.fromkeys(outcome.trial.label for outcome in outcomes if outcome.never_warm):
+        runs = [outcome for outcome in outcomes if outcome.trial.label == label]
+        recipe, count = runs[0].trial.recipe, sum(outcome.never_warm for outcome in runs)
+        sentences.append(
+            f"{label} stayed at its warm-up's rate of {recipe.warmup_lr:g} to the end in {count} of "
+            f"{format_count(len(runs), 'seed')}: its training error never fell below {format_share(recipe.warmup_error)}."
+        )
+    return sentences
 
 
 def describe_other_versions(outcomes: Sequence[RunOutcome]) -> list[str]:

@@ -167,9 +167,9 @@ def beside_paper(
             continue
         share = length_share(outcomes[0].trial.recipe, printed)
         fail, statistic = printed.above or FAIL, printed.statistic
-        text = compare_with_paper(row.values, value, share, fail=fail, statistic=statistic)
+        text = compare_with_paper(row.values, value, share, fail=fail, statistic=statistic, diverged=row.diverged)
         away = None
-        if value is not None and abs(share - 1) < 0.001:
+        if value is not None and abs(share - 1) < 0.001 and not row.diverged:
             away = difference_from_printed(row.values, value, printed.runs, statistic)
         text = f"beside the paper: {text}" + (f" ({away.describe()})" if away else "")
         above = f"above {format_percent(printed.above, 0)}: " if printed.above else ""
@@ -231,5 +231,5 @@ def open_claim(difference: PairedDifference, setting: Setting) -> str:
         difference.strength
     ]
     if difference.reversed.strength == "shown":
-        opening = "The contrary is shown"
+        opening = "The contrary of this is shown"
     return opening + setting.condition if setting.condition else opening.removesuffix(",")

@@ -15,6 +15,7 @@ SEEDS = 3  # fewer runs than this give no verdict
 RULE = (
     "Two networks are compared seed by seed. “Shown” needs at least 3 seeds, the same sign in all of them, and a 95 % interval "
     "of the mean difference (Student's t over the pairs) that excludes 0; “points to” is the same without the interval. "
+    "A seed in which one of the two diverged is left out, and no more than “points to” is said then. "
     "Anything else is not shown. Every comparison gives its mean difference, its interval and the number of seeds; with one "
     "seed there is no interval. A printed error is compared only with runs of the same network, data, training and test, of "
     "the paper's length, and with the same statistic of ours (mean, median or best)."
@@ -50,19 +51,26 @@ class PairedDifference(Difference):
 
     wins: int  # seeds in which A is larger
     losses: int
+    unpaired: int = 0  # seeds in which only one of the two has a figure, since a run diverged
 
     @property
     def strength(self) -> str:
         """How strongly the rule supports that A is larger: "shown", "points to" or "not shown"."""
         if self.n < SEEDS or self.wins < self.n:
             return "not shown"
-        return "shown" if self.interval is not None and self.interval[0] > 0 else "points to"
+        excludes = self.interval is not None and self.interval[0] > 0
+        return "shown" if excludes and not self.unpaired else "points to"
+
+    def describe(self, unit: str = "error") -> str:
+        """As every difference, with the seeds that are left out."""
+        left_out = f"; {format_count(self.unpaired, 'seed')} left out, where a run diverged" if self.unpaired else ""
+        return super().describe(unit) + left_out
 
     @property
     def reversed(self) -> PairedDifference:
         """B minus A."""
         interval = None if self.interval is None else (-self.interval[1], -self.interval[0])
-        return PairedDifference(self.n, -self.mean, interval, self.losses, self.wins)
+        return PairedDifference(self.n, -self.mean, interval, self.losses, self.wins, self.unpaired)
 
 
 def compare_by_seed(a: Mapping[int, float], b: Mapping[int, float]) -> PairedDifference:
@@ -75,7 +83,8 @@ def compare_by_seed(a: Mapping[int, float], b: Mapping[int, float]) -> PairedDif
         sd = math.sqrt(sum((d - mean) ** 2 for d in differences) / (n - 1))
         half = student_quantile(n - 1) * sd / math.sqrt(n)
         interval = mean - half, mean + half
-    return PairedDifference(n, mean, interval, sum(d > 0 for d in differences), sum(d < 0 for d in differences))
+    wins, losses = sum(d > 0 for d in differences), sum(d < 0 for d in differences)
+    return PairedDifference(n, mean, interval, wins, losses, len(a.keys() ^ b.keys()))
 
 
 def student_quantile(degrees: int) -> float:
@@ -119,19 +128,31 @@ def format_seeds(count: int, n: int) -> str:
 
 
 def compare_with_paper(
-    values: Sequence[float], printed: float | None, share: float, *, fail: float = FAIL, statistic: str = "mean of 5"
+    values: Sequence[float],
+    printed: float | None,
+    share: float,
+    *,
+    fail: float = FAIL,
+    statistic: str = "mean of 5",
+    diverged: int = 0,
 ) -> str:
     """Our figure beside the paper's (None is its "above `fail`"), only for runs as long as the paper's.
 
-    A median is compared with ours, the best of five with ours if we have as many, all others with our mean.
+    A median is compared with ours, the best of five with ours if we have as many, all others with our mean. Runs that
+    diverged have failed, and what is left is no such statistic.
     """
-    if not values:
+    if not values and not diverged:
         return "no run ended with a figure"
     if abs(share - 1) > 0.001:
         return f"not comparable: {format_share(share)} of the paper's epochs"
-    ours, sd = take_statistic(values, statistic), mean_sd(values)[1]
+    divergence = f"{diverged} of {format_count(len(values) + diverged, 'run')} diverged"
     if printed is None:
-        return f"{'fails' if ours > fail else 'does not fail'} by the paper's measure (above {format_share(fail)})"
+        ours = median([*values, *[math.inf] * diverged]) if diverged else take_statistic(values, statistic)
+        words = f"{'fails' if ours > fail else 'does not fail'} by the paper's measure (above {format_share(fail)})"
+        return f"{words}; {divergence}" if diverged else words
+    if diverged:
+        return f"not comparable: {divergence}"
+    ours, sd = take_statistic(values, statistic), mean_sd(values)[1]
     away = f"{100 * abs(ours - printed):.2f} points {'above' if ours > printed else 'below'} the paper"
     if statistic.startswith("best"):
         return (
@@ -141,6 +162,8 @@ def compare_with_paper(
         )
     if sd is None:
         return f"{away}, one seed: no verdict"
+    if len(values) < SEEDS:
+        return f"{away}, {format_count(len(values), 'seed')}: no verdict"
     if abs(ours - printed) <= 2 * sd:
         return "within two standard deviations of the paper"
     return f"{away}, more than two standard deviations"
