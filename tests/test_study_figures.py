@@ -20,7 +20,7 @@ from resnetlab.models.probes import IdentityFlow, LayerSignal
 from resnetlab.studies import catalogue, figures, gradients, lesion, protocols, responses
 from resnetlab.studies.runs import RunOutcome, RunOutcomes
 from resnetlab.studies.setting import Setting, Trial
-from resnetlab.studies.study import Row, describe_endless_warmups
+from resnetlab.studies.study import Row, count_diverged, describe_endless_warmups
 from resnetlab.studies.verdicts import compare_with_paper, difference_from_printed
 from study_settings import make_setting
 
@@ -284,14 +284,18 @@ def test_the_interval_of_a_difference_from_the_paper_by_hand() -> None:
 def test_runs_that_diverged_are_not_compared_with_the_paper() -> None:
     """The best of four, the mean of four: no statistic of the paper's five."""
     own = make_setting("cifar10", (20, 110))
-    study = catalogue.STUDIES["depth"]
-    outcomes = tuple(made_up(trial, i) for i, trial in enumerate(study.plan(own)))
-    outcomes[-1].__dict__.update(diverged="not finite", result={})
-    result = study.read(own, RunOutcomes(outcomes), lambda done, total: None)
-    rows = [row for row in result.rows if row.what == "resnet110" and row.paper and row.paper.value]
-    assert [row.diverged for row in rows] == [1, 1] and all(row.from_paper is None for row in rows)
-    assert all("beside the paper: not comparable: 1 of 5 runs diverged" in row.verdict for row in rows)
-    assert "1 seed left out, where a run diverged" in result.answer + result.details
+    for name in ("depth", "protocols", "responses"):
+        study = catalogue.STUDIES[name]
+        outcomes = tuple(made_up(trial, i) for i, trial in enumerate(study.plan(own)))
+        outcomes[-1].__dict__.update(diverged="not finite", result={})
+        result = study.read(own, RunOutcomes(outcomes), lambda done, total: None)
+        rows = count_diverged(result.rows, outcomes)
+        assert [row.diverged for row in rows] == [int(row.what == "resnet110") for row in rows]
+        rows = [row for row in rows if row.what == "resnet110" and row.paper and row.paper.value]
+        assert all(row.from_paper is None and row.figure.startswith("test error") for row in rows)
+        assert all("beside the paper: not comparable: 1 of " in row.verdict for row in rows)
+        assert len(rows) == (0 if name == "responses" else 2)
+        assert name != "depth" or "1 seed left out, where a run diverged" in result.answer + result.details
 
 
 @pytest.mark.usefixtures("no_models")

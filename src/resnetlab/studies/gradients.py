@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from resnetlab.formatting import format_count
 from resnetlab.models.probes import IdentityFlow, LayerSignal, measure_identity_flow, measure_signals
 from resnetlab.models.resnet import build_from_spec
 from resnetlab.random import seed_for
@@ -116,7 +117,8 @@ def health_verdict(flows: Sequence[SignalFlow], net: str) -> str:
     unhealthy, seeds = count_unhealthy(flows), len(flows)
     if not unhealthy:
         return f"All layers of {net} are healthy, before and after training, in {format_seeds(seeds, seeds)}."
-    return f"{unhealthy:,} of {layers:,} layers of {net} are not healthy (before and after training, {seeds} seeds)."
+    when = f"before and after training, {format_count(seeds, 'seed')}"
+    return f"{unhealthy:,} of {layers:,} layers of {net} are not healthy ({when})."
 
 
 def identity_verdict(units: Sequence[Sequence[IdentityFlow]], net: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -207,9 +208,15 @@ def run_studies(
         callbacks.report(f"reading {study.name}")
         result = study.read(settings[study.name], RunOutcomes(outcomes), callbacks.on_reading)
         remarks = [*result.remarks, *describe_endless_warmups(outcomes), *describe_other_versions(outcomes)]
-        result = replace(result, remarks=remarks)
+        result = replace(result, rows=count_diverged(result.rows, outcomes), remarks=remarks)
         outputs.append(StudyOutput(study, settings[study.name], result, outcomes))
     return outputs
+
+
+def count_diverged(rows: Sequence[Row], outcomes: Sequence[RunOutcome]) -> list[Row]:
+    """The rows, those of trained networks with the number of their runs that diverged, whatever was measured of the others."""
+    diverged = Counter(outcome.trial.label for outcome in outcomes if outcome.diverged)
+    return [replace(row, diverged=0 if row.unit == "count" else diverged[row.what]) for row in rows]
 
 
 def describe_endless_warmups(outcomes: Sequence[RunOutcome]) -> list[str]:

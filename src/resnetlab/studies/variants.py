@@ -135,7 +135,6 @@ def network_trials(setting: Setting, name: str, depth: int) -> list[Trial]:
 def error_rows(setting: Setting, outcomes: RunOutcomes, label: str, reference: str) -> list[Row]:
     """Training and test error of one network, compared with another's seed by seed and with what the papers print for it."""
     rows = []
-    diverged = len(outcomes.of(label)) - len(outcomes.trained(label))
     for figure, verb in FIGURES.items():
         key = figure.replace(" ", "_")
         errors, base = outcomes.by_seed(label, key), outcomes.by_seed(reference, key)
@@ -143,9 +142,7 @@ def error_rows(setting: Setting, outcomes: RunOutcomes, label: str, reference: s
         if label != reference:
             difference = compare_by_seed(errors, base)
             text, compared = describe_errors(difference, label, reference, verb), (reference, difference)
-        row = Row(
-            label, figure, tuple(errors.values()), text, None, setting.share, diverged=diverged, compared=compared
-        )
+        row = Row(label, figure, tuple(errors.values()), text, None, setting.share, compared=compared)
         rows += beside_paper(row, setting, outcomes.of(label)) if figure == "test error" else [row]
     return rows
 
@@ -161,15 +158,16 @@ def beside_paper(
         rank: "top1" or "top5".
     """
     rows: list[Row] = []
+    diverged = sum(bool(outcome.diverged) for outcome in outcomes)
     for printed in find_printed(setting, outcomes[0].trial.recipe, protocol) if outcomes else []:
         value = getattr(printed, rank)
         if rank == "top5" and value is None:
             continue
         share = length_share(outcomes[0].trial.recipe, printed)
         fail, statistic = printed.above or FAIL, printed.statistic
-        text = compare_with_paper(row.values, value, share, fail=fail, statistic=statistic, diverged=row.diverged)
+        text = compare_with_paper(row.values, value, share, fail=fail, statistic=statistic, diverged=diverged)
         away = None
-        if value is not None and abs(share - 1) < 0.001 and not row.diverged:
+        if value is not None and abs(share - 1) < 0.001 and not diverged:
             away = difference_from_printed(row.values, value, printed.runs, statistic)
         text = f"beside the paper: {text}" + (f" ({away.describe()})" if away else "")
         above = f"above {format_percent(printed.above, 0)}: " if printed.above else ""
