@@ -7,6 +7,7 @@ import shutil
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,8 +17,9 @@ import resnetlab
 from process_groups import call_in_processes
 from resnetlab.distributed import World
 from resnetlab.errors import UsageError
+from resnetlab.nn import convolution as convolution_module
 from resnetlab.nn.convolution import WinogradConv2d, use_winograd
-from resnetlab.nn.kernel import Kernel
+from resnetlab.nn.kernel import Kernel, load_kernel
 from resnetlab.training import side_by_side
 from resnetlab.training.checkpoint import TrainState
 from resnetlab.training.gradients import select_gradients
@@ -59,6 +61,17 @@ def run(conv: nn.Conv2d, x: Tensor, gradient: Tensor) -> list[Tensor]:
     y.backward(gradient)
     assert x.grad is not None and conv.weight.grad is not None
     return [y.detach(), x.grad, conv.weight.grad]
+
+
+@pytest.mark.parametrize("name", ["winograd_forward", "winograd_weights"])
+def test_a_convolution_without_memory_is_an_error(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    many = 2**20  # channels, whose weights at 36 points are more than an address reaches
+    assert getattr(load_kernel().library, name)(None, None, None, 0, 4, 4, many, many, 2) == 0
+    library = SimpleNamespace(**{name: lambda *_: 0})
+    monkeypatch.setattr(convolution_module, "load_kernel", lambda: SimpleNamespace(library=library))
+    x = torch.zeros(1, 16, 4, 4)
+    with pytest.raises(MemoryError, match="no memory for a convolution of 16 to 16 channels"):
+        convolution_module._run_kernel(name, x, x, x, 1)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

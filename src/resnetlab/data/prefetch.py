@@ -149,7 +149,10 @@ class _JobDataset(TorchDataset[T]):
 
 def _start_worker(_: int) -> None:
     """In a worker: leaves Ctrl-C to the main process, drops the main process's signal handlers, and ends with it."""
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    main, parent = multiprocessing.parent_process(), os.getppid()
+    if main is not None and multiprocessing.get_start_method() != "forkserver":  # whose server ends too
+        parent = main.pid or parent  # which may have died already
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -70,11 +70,12 @@ def _convolve(x: Tensor, taps: Tensor, threads: int) -> Tensor:
 
 
 def _run_kernel(name: str, x: Tensor, second: Tensor, result: Tensor, threads: int) -> None:
-    """Calls a function of the kernel on x, (B, C, H, W)."""
+    """Calls a function of the kernel on x, (B, C, H, W). Raises MemoryError."""
     batch, channels, height, width = x.shape
     outputs = result.shape[1] if name == "winograd_forward" else second.shape[1]
     pointers = (x.data_ptr(), second.data_ptr(), result.data_ptr())
-    getattr(load_kernel().library, name)(*pointers, batch, height, width, channels, outputs, threads)
+    if not getattr(load_kernel().library, name)(*pointers, batch, height, width, channels, outputs, threads):
+        raise MemoryError(f"there is no memory for a convolution of {channels} to {outputs} channels")
 
 
 def use_winograd(net: nn.Module, threads: int = 1) -> None:

@@ -124,7 +124,7 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
             function.argtypes, function.restype = arguments, None
     for name in ("winograd_forward", "winograd_weights"):
         function = getattr(library, name)
-        function.argtypes, function.restype = _CONVOLUTION, None
+        function.argtypes, function.restype = _CONVOLUTION, ctypes.c_int
     return library
 
 

@@ -39,8 +39,14 @@ struct Free {
     void operator()(float *block) const { std::free(block); }
 };
 typedef std::unique_ptr<float[], Free> Buffer;
-Buffer allocate(int64_t count) {
-    return Buffer(static_cast<float *>(std::aligned_alloc(64, (sizeof(float) * count + 63) / 64 * 64)));
+// Some numbers for each of so many threads; none at all if there is no memory for them.
+std::vector<Buffer> allocate(int64_t count, int64_t threads = 1) {
+    std::vector<Buffer> blocks;
+    for (int64_t i = 0; i < threads; i++) {
+        blocks.emplace_back(static_cast<float *>(std::aligned_alloc(64, (sizeof(float) * count + 63) / 64 * 64)));
+        if (!blocks.back()) return {};
+    }
+    return blocks;
 }
 
 // The transforms of one row or column, a register of channels at a time, from numbers `s` apart to numbers `t` apart: of 6
@@ -252,49 +258,55 @@ int64_t tiles_at_once(int64_t tiles, int64_t channels, int64_t threads) {
 extern "C" int winograd_width() { return WIDTH; }
 
 // y (B, H, W, K), the convolution of x (B, H, W, C) with the weights w (3, 3, C, K); equal for any number of threads.
-extern "C" void winograd_forward(const float *x, const float *w, float *y, int64_t images, int64_t height, int64_t width,
-                                 int64_t channels, int64_t outputs, int64_t threads) {
+// Returns 0 if there is no memory for it.
+extern "C" int winograd_forward(const float *x, const float *w, float *y, int64_t images, int64_t height, int64_t width,
+                                int64_t channels, int64_t outputs, int64_t threads) {
     const Map in{images, height, width, channels}, out{images, height, width, outputs};
     const int64_t pairs = channels * outputs, tiles = images * in.of_image();
     const int64_t block = tiles_at_once(tiles, std::max(channels, outputs), threads);
-    const Buffer u = allocate(POINTS * pairs);
+    const std::vector<Buffer> weights = allocate(POINTS * pairs);
+    const std::vector<Buffer> scratch = allocate(POINTS * block * (channels + outputs), threads);
+    if (weights.empty() || scratch.empty()) return 0;
+    float *u = weights[0].get();
     in_threads(threads, pairs / WIDTH, [&](int64_t, int64_t first, int64_t last) {
         for (int64_t p = first * WIDTH; p < last * WIDTH; p += WIDTH)
-            transform<ThreeTaps, 3, 6>(w + p, {3 * pairs, pairs}, u.get() + p, {6 * pairs, pairs});
+            transform<ThreeTaps, 3, 6>(w + p, {3 * pairs, pairs}, u + p, {6 * pairs, pairs});
     });
-    in_threads(threads, (tiles + block - 1) / block, [&](int64_t, int64_t begin, int64_t end) {
-        const Buffer v = allocate(POINTS * block * channels), m = allocate(POINTS * block * outputs);
+    in_threads(threads, (tiles + block - 1) / block, [&](int64_t part, int64_t begin, int64_t end) {
+        float *v = scratch[part].get(), *m = v + POINTS * block * channels;
         for (int64_t first = begin * block; first < std::min(end * block, tiles); first += block) {
             const int64_t count = std::min(block, tiles - first);
-            to_points<Inputs, 6>(Tiles{in, first, count}, 1, x, v.get());
+            to_points<Inputs, 6>(Tiles{in, first, count}, 1, x, v);
             for (int p = 0; p < POINTS; p++)
-                multiply_all({v.get() + p * count * channels, channels, 1}, u.get() + p * pairs, outputs,
-                             m.get() + p * count * outputs, count, channels, false);
-            to_outputs(Tiles{out, first, count}, m.get(), y);
+                multiply_all({v + p * count * channels, channels, 1}, u + p * pairs, outputs, m + p * count * outputs, count,
+                             channels, false);
+            to_outputs(Tiles{out, first, count}, m, y);
         }
     });
+    return 1;
 }
 
 // dw (3, 3, C, K), the gradient of the weights where that of the output is g (B, H, W, K). Threads sum over tiles of their
-// own, so their number decides the last bits.
-extern "C" void winograd_weights(const float *x, const float *g, float *dw, int64_t images, int64_t height, int64_t width,
-                                 int64_t channels, int64_t outputs, int64_t threads) {
+// own, so their number decides the last bits. Returns 0 if there is no memory for it.
+extern "C" int winograd_weights(const float *x, const float *g, float *dw, int64_t images, int64_t height, int64_t width,
+                                int64_t channels, int64_t outputs, int64_t threads) {
     const Map in{images, height, width, channels}, out{images, height, width, outputs};
     const int64_t pairs = channels * outputs, tiles = images * in.of_image();
     const int64_t block = tiles_at_once(tiles, std::max(channels, outputs), threads);
-    std::vector<Buffer> sums;
-    for (int64_t part = 0; part < threads; part++) sums.push_back(allocate(POINTS * pairs));
+    const std::vector<Buffer> sums = allocate(POINTS * pairs, threads);
+    const std::vector<Buffer> scratch = allocate(POINTS * block * (channels + outputs), threads);
+    if (sums.empty() || scratch.empty()) return 0;
     in_threads(threads, (tiles + block - 1) / block, [&](int64_t part, int64_t begin, int64_t end) {
-        const Buffer v = allocate(POINTS * block * channels), q = allocate(POINTS * block * outputs);
+        float *v = scratch[part].get(), *q = v + POINTS * block * channels;
         float *s = sums[part].get();
         std::fill(s, s + POINTS * pairs, 0.0f);
         for (int64_t first = begin * block; first < std::min(end * block, tiles); first += block) {
             const int64_t count = std::min(block, tiles - first);
-            to_points<Inputs, 6>(Tiles{in, first, count}, 1, x, v.get());
-            to_points<FourTaps, 4>(Tiles{out, first, count}, 0, g, q.get());
+            to_points<Inputs, 6>(Tiles{in, first, count}, 1, x, v);
+            to_points<FourTaps, 4>(Tiles{out, first, count}, 0, g, q);
             for (int p = 0; p < POINTS; p++)
-                multiply_all({v.get() + p * count * channels, 1, channels}, q.get() + p * count * outputs, outputs,
-                             s + p * pairs, channels, count, true);
+                multiply_all({v + p * count * channels, 1, channels}, q + p * count * outputs, outputs, s + p * pairs,
+                             channels, count, true);
         }
     });
     in_threads(threads, pairs / WIDTH, [&](int64_t, int64_t first, int64_t last) {
@@ -305,4 +317,5 @@ extern "C" void winograd_weights(const float *x, const float *g, float *dw, int6
         for (int64_t p = first * WIDTH; p < last * WIDTH; p += WIDTH)
             transform<ThreeOutputs, 6, 3>(s + p, {6 * pairs, pairs}, dw + p, {3 * pairs, pairs});
     });
+    return 1;
 }
