@@ -341,3 +341,16 @@ def test_no_panel_has_more_than_four_curves_and_each_has_a_name(monkeypatch: pyt
         assert len(curves) <= figures.CURVES, where
         named = {text.get_color() for text in axes.texts if text.get_text()}
         assert {line.get_color() for line in curves} <= named, where
+
+
+@pytest.mark.usefixtures("no_models")
+def test_an_answer_says_how_little_was_trained_and_of_which_nets() -> None:
+    """In the same sentence: nothing follows for the paper's plain-56 from 20 steps, or from a net of 8 layers."""
+    setting = make_setting("cifar10", (8, 14), 1, steps=20)
+    for name in EVERY:
+        study = catalogue.STUDIES[name]
+        outcomes = RunOutcomes(tuple(made_up(trial, i) for i, trial in enumerate(study.plan(setting))))
+        answer = study.read(setting, outcomes, lambda done, total: None).answer
+        assert "20 steps (" in answer or "60 steps, 3 times " in answer, answer
+        assert "of the paper's epochs" in answer
+        assert ("nets of 8 layers and 14 layers are not the paper's" in answer) == (name == "degradation"), answer
