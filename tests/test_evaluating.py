@@ -266,6 +266,21 @@ def test_published_figures(name: str, changes: dict[str, Any], asked: dict[str, 
     assert (found.top1_error if found else None) == error
 
 
+@pytest.mark.parametrize(
+    ("recipe", "said"),
+    [
+        ({}, "2015 Table 6, 64,000 steps on all 50,000 images"),
+        ({"steps": 64_000}, "2015 Table 6, 64,000 steps on all 50,000 images"),
+        ({"steps": 7820}, "2015 Table 6, 64,000 steps on all 50,000 images; this model 7,820"),
+    ],
+)
+def test_a_printed_error_says_after_how_many_steps(recipe: dict[str, Any], said: str) -> None:
+    prepared = Preprocessing(3, (32, 32), 32, torch.zeros(3), torch.ones(3))
+    trained = TrainedModel(build("resnet20", classes=10), NAMES, prepared, recipe=recipe)
+    found = find_published(trained, "cifar10", "test", parse_protocol("1crop"), 10_000)
+    assert found is not None and found.source == said
+
+
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
     model(0).save(tmp_path / "model.safetensors")

@@ -16,6 +16,7 @@ from resnetlab.models.model_file import TrainedModel
 from resnetlab.models.own_network import OwnNetwork
 from resnetlab.models.spec import Specification, get_specification, parse_changes
 
+CIFAR_STEPS = 64_000  # of a batch of 128
 MULTISCALE = "multiscale:224,256,384,480,640"
 OPEN = ("zero_pad", "preact_transition", "maxpool", "conv1_bias", "classes", "channels")  # the papers leave them open
 
@@ -202,8 +203,12 @@ def find_published(model: TrainedModel, data: str, split: str, protocol: Protoco
         if split != "test" or n != 10_000:
             return None
         found = find_error(model.spec, data, str(protocol))
-        statistic = f", {found.statistic}" if found and found.runs > 1 else ""
-        return _published(found, f"{statistic}, trained on all 50,000 images")
+        if found is None:
+            return None
+        statistic = f", {found.statistic}" if found.runs > 1 else ""
+        steps, own = found.training.get("steps", CIFAR_STEPS), model.recipe.get("steps")
+        other = f"; this model {own:,}" if isinstance(own, int) and own != steps else ""
+        return _published(found, f"{statistic}, {steps:,} steps on all 50,000 images{other}")
     if split == "train" or n != 50_000 or set(model.classes) != set(imagenet.imagenet_class_names().values()):
         return None
     own = model.metrics.get("published", {})
