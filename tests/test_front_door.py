@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,14 +14,22 @@ import torch
 
 import images
 import resnetlab
-from resnetlab.cli.main import run_command
+from resnetlab.cli.main import app, run_command
+from resnetlab.cli.peer_options import understand
 from resnetlab.data.disk_split import ReadOptions
 from resnetlab.data.sources import load_dataset
 from resnetlab.errors import DataError, ModelFileError, RunError, UsageError
+from resnetlab.evaluation.calibration import describe_few_images
+from resnetlab.inference.classes import parse_class_names
+from resnetlab.inference.import_model import ImportOptions, import_weights
 from resnetlab.inference.start import PRETRAINED
 from resnetlab.models.backbone import dilate
 from resnetlab.run_folder import RunFolder
-from resnetlab.training.recipes import photos
+from resnetlab.training.recipes import finetune, photos
+from resnetlab.training.recorder import Recorder
+from resnetlab.training.run_options import RunOptions
+from resnetlab.training.tasks.classification import ClassificationTask
+from resnetlab.training.train import TASKS, build_task
 from service import write_annotated_model, write_classifier
 
 
@@ -57,7 +67,7 @@ def test_data_of_one_class_are_evaluated_and_not_trained_on(
     source = load_dataset(data, Path("data"), ReadOptions(one_class=True))
     assert source.classes == ("alpha",)
     evaluation = resnetlab.evaluate("model.safetensors", data)
-    assert 0 < evaluation.n <= 6 and evaluation.scope == "all 6 outputs, of which the data have 1 classes"
+    assert 0 < evaluation.n <= 6 and evaluation.scope == "all 6 outputs, of which the data have 1 class"
 
 
 def test_a_check_of_one_class_reads_its_images_and_says_so(one_class: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -159,3 +169,83 @@ def test_an_export_of_a_segmenter_names_the_option_for_images(
 ) -> None:
     model = write_annotated_model(tmp_path / "masks.safetensors", "segment")
     assert "give a folder of some: --images FOLDER" in told(capsys, "export", str(model), "--to", "onnx", code=2)
+
+
+@pytest.mark.parametrize("command", [
+    "train photos --data photos", "train --data photos --dataset photos", "detect train photos --data-path photos",
+    "embed m photos --data photos", "export m --model m --to onnx", "inspect resnet18 --arch resnet18", "serve m --weights m",
+])  # fmt: skip
+def test_what_is_given_twice_is_said_to_be(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "; give each once." in told(capsys, *command.split(), code=2)
+
+
+def test_several_models_and_images_are_not_given_twice() -> None:
+    assert understand(app, ["evaluate", "a", "--model", "b", "--data", "x"]) == ["evaluate", "b", "a", "--data", "x"]
+    assert understand(app, ["predict", "--model", "a", "--source", "b", "c"]) == ["predict", "a", "c", "b"]
+
+
+@pytest.mark.parametrize(("command", "answer"), [
+    ("import w.pth --overwrite", "replaced without asking"), ("export m --to onnx --force", "replaced without asking"),
+    ("predict m a.png --exist-ok", "replaced without asking"), ("train photos --overwrite", "a run never overwrites another"),
+    ("segment train masks --exist-ok", "a run never overwrites another"),
+])  # fmt: skip
+def test_overwriting_is_answered_for_runs_and_for_files(
+    command: str, answer: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert answer in told(capsys, *command.split(), code=2)
+
+
+def test_an_import_replaces_its_target(tmp_path: Path) -> None:
+    """As the answer to `--overwrite` says."""
+    torch.save(resnetlab.build("resnet8", num_classes=2).state_dict(), tmp_path / "w.pth")
+    (tmp_path / "m.safetensors").write_text("of before")
+    options = ["--classes", "cat,dog", "--mean", "0.5", "--std", "0.5", "--out"]
+    assert run_command(["import", str(tmp_path / "w.pth"), *options, str(tmp_path / "m.safetensors")]) == 0
+    assert resnetlab.load(tmp_path / "m.safetensors").classes == ("cat", "dog")
+
+
+def test_a_size_beside_that_of_the_start_is_a_change_of_the_recipe(tmp_path: Path) -> None:
+    """And the start's own size is none, for the line of a run and for its page."""
+    write_classifier(tmp_path / "start.safetensors")
+    own = resnetlab.load(tmp_path / "start.safetensors").preprocessing.size[0]
+    data = images.folder(tmp_path / "photos", {"": 6}, ("a", "b"))
+    recipe = replace(finetune(), data=str(data), start_from=str(tmp_path / "start.safetensors"), batch=4)
+    for values, changed in (({}, False), ({"image_size": str(own)}, False), ({"image_size": "40"}, True)):
+        said: list[str] = []
+        task = build_task(recipe.with_values(values), RunOptions(device="cpu", report=said.append))
+        listed = f"image_size = 40 (not {own})"
+        line = next(each for each in said if each.startswith("recipe finetune, with"))
+        assert (listed in line) == changed == ("image_size" in line)
+        assert isinstance(task, ClassificationTask)
+        page = task.describe_run(RunFolder(tmp_path)).differences
+        assert any("image_size" in each for each in page) == changed
+        task.close()
+
+
+@pytest.mark.parametrize(("task", "n", "sentence"), [
+    ("classify", 1, "1 image could not be read and was left out; {} lists it"),
+    ("classify", 2, "2 images could not be read and were left out; {} lists them"),
+    ("detect", 1, "1 box or image was invalid and was left out; {} lists it"),
+    ("segment", 3, "3 masks or images were invalid and were left out; {} lists them"),
+])  # fmt: skip
+def test_one_image_that_is_left_out_is_one(task: str, n: int, sentence: str, tmp_path: Path) -> None:
+    said: list[str] = []
+    context: Any = SimpleNamespace(run=RunFolder(tmp_path), options=RunOptions(report=said.append))
+    recorder: Any = SimpleNamespace(_context=context, _task=TASKS[task])
+    Recorder.note_skipped(recorder, {f"{i}.jpg": "damaged" for i in range(n)})
+    assert said == [sentence.format(tmp_path / "skipped.json")]
+
+
+def test_counts_of_one_are_singular(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="a temperature fitted on 1 image means nothing"):
+        describe_few_images(1)
+    with pytest.raises(UsageError, match="gives 2 names, but the network has 1 class"):
+        parse_class_names(["a", "b"], 1)
+    net = resnetlab.build("resnet8", num_classes=1, in_chans=1)
+    torch.save(net.state_dict(), tmp_path / "w.pth")
+    with pytest.raises(UsageError, match="does not name its 1 class: give"):
+        import_weights(tmp_path / "w.pth", ImportOptions(mean=[0.5], std=[0.5]))
+    table = tmp_path / "photos.csv"
+    table.write_text("path\na.jpg,cat\n")
+    with pytest.raises(DataError, match="2 values, but the header has 1 column;"):
+        load_dataset(str(table), tmp_path)

@@ -309,6 +309,52 @@ def test_choosing_between_several_sets_of_weights(tmp_path: Path) -> None:
     assert torch.equal(model.net.conv1.weight, other["conv1.weight"])
 
 
+NAMES = ["ant", "bee", "cat", "dog", "eel"]
+NAMED: dict[str, Callable[[Any], Any]] = {
+    "w.pth": lambda s: {"state_dict": s, "classes": NAMES, "epoch": 3},
+    "tuple.pt": lambda s: {"model": s, "class_names": tuple(NAMES)},
+    "to_idx.pth": lambda s: {
+        "model_state_dict": s,
+        "class_to_idx": {name: i for i, name in reversed([*enumerate(NAMES)])},
+    },
+    "id2label.pth": lambda s: {"net": s, "config": {"id2label": {str(i): name for i, name in enumerate(NAMES)}}},
+    "ultralytics.pt": lambda s: {"model": s, "names": dict(enumerate(NAMES))},
+    "mmengine.pth": lambda s: {"state_dict": s, "meta": {"dataset_meta": {"CLASSES": NAMES}}},
+    "lightning.ckpt": lambda s: {"state_dict": s, "hyper_parameters": {"lr": 0.1, "class_names": NAMES}},
+    "beside.pth": lambda s: {**s, "classes": NAMES},
+    "w.npz": dict,
+    "json.safetensors": lambda s: {"classes": json.dumps(NAMES)},
+    "commas.safetensors": lambda s: {"class_names": ", ".join(NAMES)},
+}
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_class_names_in_a_checkpoint_are_taken(name: str, small: nn.Module, tmp_path: Path) -> None:
+    """In the order of the outputs, as others write them; a note says so, and --classes replaces them."""
+    state, file = drop_counters(small.state_dict()), tmp_path / name
+    content = NAMED[name](state)
+    if file.suffix == ".safetensors":
+        save_file(state, file, metadata=content)
+    elif file.suffix == ".npz":
+        np.savez(file, **{k: v.numpy() for k, v in state.items()}, classes=np.array(NAMES))
+    else:
+        torch.save(content, file)
+    model, notes = import_weights(file, ImportOptions(**PREPARED))
+    assert model.classes == tuple(NAMES) and torch.equal(model.net.state_dict()["fc.weight"], state["fc.weight"])
+    assert "classes named in the file: ant, bee, cat, dog and 1 more; change them with --classes" in notes
+    assert import_weights(file, ImportOptions(classes=FIVE, **PREPARED))[0].classes == ("a", "b", "c", "d", "e")
+
+
+@pytest.mark.parametrize(("names", "why"), [
+    (NAMES[:1], "1 name for 5 outputs"), (["a"] * 5, "two classes are called a"),
+    ({"a": 0, "b": 2, "c": 3, "d": 4, "e": 5}, "does not name its 5 classes"), ([1, 2, 3, 4, 5], "does not name its 5 classes"),
+])  # fmt: skip
+def test_class_names_that_do_not_fit_are_refused(names: Any, why: str, small: nn.Module, tmp_path: Path) -> None:
+    torch.save({"state_dict": small.state_dict(), "classes": names}, tmp_path / "w.pth")
+    with pytest.raises(UsageError, match=f"{why}.*give --classes"):
+        import_weights(tmp_path / "w.pth", ImportOptions(**PREPARED))
+
+
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 def test_exports_are_imported_unchanged(suffix: str, tmp_path: Path) -> None:
     """Specification, classes, a per-pixel mean and the temperature too, with nothing given."""

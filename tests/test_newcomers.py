@@ -225,7 +225,7 @@ def test_held_out_is_said_of_images_that_are_evaluated_while_training(
     shown = capsys.readouterr()
     assert (
         "2 held out to watch the error of, 2 to test on (drawn by name)" in shown.err
-        and "1 step of 4 images" in shown.err
+        and "1 step of 4 images is" in shown.err
     )
     assert "1 thread" in shown.err and "1 threads" not in shown.err
     assert "test error, top-1" in shown.out and "1 step in" in shown.out and "held-out error" not in shown.out

@@ -139,6 +139,7 @@ _ANSWERS = {  # words that have no counterpart: what does the job
     "in_chans in_channels ch": "the channels come from the data: the images' own, or --set channels=N.",
 }  # fmt: skip
 ANSWERS = {word: answer for words, answer in _ANSWERS.items() for word in words.split()}
+REPLACING = ("exist_ok", "overwrite", "force")  # their answer is for runs: other commands replace files
 NETWORK_ANSWERS = {  # arguments of other programs' networks that are no value of a specification here
     word: answer
     for words, answer in {

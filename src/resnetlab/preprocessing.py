@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from resnetlab.device import to_device
 from resnetlab.errors import DataError, ModelFileError, UsageError, unknown_name_error
+from resnetlab.formatting import format_count
 
 INTERPOLATIONS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 STD_RANGE = 1e-7, 1e6  # beyond it normalised values overflow, or their differences are lost
@@ -136,7 +137,7 @@ class Preprocessing:
     def resize_pixels(self, pixels: Tensor, side: int) -> Tensor:
         """`resize_image` for values as stored, float32 (H, W, C): torch's antialiased filter, Pillow's without rounding."""
         if pixels.shape[2] != self.channels:
-            raise DataError(f"an image has {pixels.shape[2]} channels, not {self.channels}.")
+            raise DataError(f"an image has {format_count(pixels.shape[2], 'channel')}, not {self.channels}.")
         short, longest = min(pixels.shape[:2]), self._longest_side(min(pixels.shape[:2]), side)
         if max(pixels.shape[:2]) > longest:
             keep_h, keep_w = (min(length, longest) for length in pixels.shape[:2])

@@ -103,7 +103,10 @@ def neighbours(
         for query, near in found.items():
             similar = [ShownImage(n.image, (n.label, f"{n.similarity:.3f}")) for n in near]
             groups.append((query, [ShownImage(query, ("the image",)), *similar]))
-        lead = f"The {top} most similar of {len(index.rows):,} images of {data}, by the cosine of their features."
+        lead = (
+            f"The {top} most similar of {format_count(len(index.rows), 'image')} of {data}, by the "
+            "cosine of their features."
+        )
         write_atomically(out, render_images("Similar images", lead, groups, data, data_dir))
         console.log(f"page: {out}")
     if json:
@@ -172,13 +175,14 @@ def audit(
     if quarantine is not None:
         names = [row["image"] for row in found.errors]
         console.write_quarantine(quarantine, names, f"of {found.data} whose labels are likely wrong")
+    n = len(found.errors)
+    what = f"{n:,} of {found.n:,} labels of {found.data} {'is' if n == 1 else 'are'} likely wrong"
     if out is not None:
         pairs = {(row["class"], row["likely"]): list[ShownImage]() for row in found.errors[:MAX_SHOWN]}
         for row in found.errors[:MAX_SHOWN]:
             lines = (f"{row['class']} {row['score']:.1%}", f"{row['likely']} {row['likely_score']:.1%}")
             pairs[row["class"], row["likely"]].append(ShownImage(row["image"], lines))
         groups = [(f"{given}, likely {likely} ({len(rows):,})", rows) for (given, likely), rows in pairs.items()]
-        what = f"{len(found.errors):,} of {found.n:,} labels of {found.data} are likely wrong"
         error = format_percent(found.out_of_fold_error)
         how = f"by confident learning ({found.method}'s rule, {found.folds} folds, out-of-fold error {error})"
         lead = f"{what}, {how}; at most {MAX_SHOWN} are shown."
@@ -186,7 +190,7 @@ def audit(
         console.log(f"page: {out}")
     if json:
         return console.print_json(found.to_json())
-    console.write_line(f"{len(found.errors):,} of {format_count(found.n, 'label')} of {found.data} are likely wrong")
+    console.write_line(what)
     console.write_line(
         f"out-of-fold error of the labels {format_percent(found.out_of_fold_error)}, {found.folds} folds"
     )

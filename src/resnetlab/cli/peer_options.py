@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import fields
 from functools import cached_property
+from inspect import Parameter
 from itertools import chain
 from pathlib import Path
 
 from cyclopts import App
 
 from resnetlab.errors import UsageError
-from resnetlab.peer_words import ANSWERS, COMMANDS, is_peer_word, translate, translate_flag
+from resnetlab.peer_words import ANSWERS, COMMANDS, REPLACING, is_peer_word, translate, translate_flag
 
 _OPTION = re.compile(r"--?[A-Za-z][\w.-]*")
 _SETTING = re.compile(r"[a-z][a-z0-9_]*=.+")  # Ultralytics' epochs=10
@@ -27,8 +28,9 @@ class _Command:
         arguments = list(app.assemble_argument_collection())
         self.options = {name for argument in arguments for name in argument.names if name.startswith("--")} | {"--help"}
         self.flags = {name for argument in arguments if argument.hint is bool for name in argument.names} | {"--help"}
-        names = {name for argument in arguments for name in argument.names} - self.options
+        names = {name for argument in arguments for name in argument.names} - self.options - {"*"}
         self.positional = {"MODEL" if name == "MODELS" else name for name in names}
+        self.takes_many = any(argument.field_info.kind is Parameter.VAR_POSITIONAL for argument in arguments)
         self.takes_hyphens = any(argument.parameter.allow_leading_hyphen for argument in arguments)
 
     @cached_property
@@ -65,9 +67,20 @@ class _Command:
             return key.removeprefix("no_"), "false"
         return (own, None) if (own := translate(key, self.recipe_keys)) else None
 
+    def check_positional(self, plain: Sequence[str], given: Mapping[str, Sequence[str]]) -> None:
+        """Raises UsageError if a positional argument that an option of another program gives is there without it too."""
+        options = [f"--{name.lower()} {value}" for name, values in given.items() for value in values]
+        if options and not self.takes_many and len(plain) + len(options) > len(self.positional):
+            takes = " and ".join(f"one {name}" for name in _POSITIONAL if name in self.positional)
+            found = ", ".join([*plain, *options])
+            raise UsageError(f"{' '.join(self.words)} takes {takes}, and here are {found}; give each once.")
+
     def refuse(self, option: str) -> None:
         """Raises UsageError for a word of other programs that has an answer, and for an unknown option among images."""
-        if (answer := ANSWERS.get(_to_key(option))) is not None:
+        answer = ANSWERS.get(key := _to_key(option))
+        if key in REPLACING and "--resume" not in self.options:  # this command makes no run
+            answer = "a file that --out names is replaced without asking." if "--out" in self.options else None
+        if answer is not None:
             raise UsageError(f"there is no option {option}: {answer}")
         if self.takes_hyphens:
             raise UsageError(f"unknown option {option}; `resnetlab {' '.join(self.words)} --help` lists the options.")
@@ -88,6 +101,7 @@ def understand(app: App, arguments: Sequence[str]) -> list[str]:
         return list(arguments)
     positional: dict[str, list[str]] = {name: [] for name in _POSITIONAL}
     rest: list[str] = []
+    plain: list[str] = []
     tokens = list(arguments[len(command.words) :])
     while tokens and tokens[0] != "--":
         token = tokens.pop(0)
@@ -104,6 +118,7 @@ def understand(app: App, arguments: Sequence[str]) -> list[str]:
             if is_option or (setting and is_peer_word(name)):
                 command.refuse(name)
             rest.append(token)
+            plain += [] if is_option else [token]
             continue
         own, fixed = found
         if fixed is None and not equals and own not in command.flags:
@@ -114,6 +129,7 @@ def understand(app: App, arguments: Sequence[str]) -> list[str]:
             rest.append(own if own in command.flags else f"{own}={fixed or value}")
         else:
             rest += ["--set", f"{own}={fixed or value}"]
+    command.check_positional(plain, positional)
     images = positional.pop("IMAGES")
     return [*command.words, *chain(*positional.values()), *rest, *images, *tokens]
 

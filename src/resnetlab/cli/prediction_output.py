@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from resnetlab.cli import console
 from resnetlab.errors import DataError, UsageError
+from resnetlab.formatting import format_count
 from resnetlab.stopping import check_stop
 
 if TYPE_CHECKING:
@@ -100,7 +101,10 @@ def write_parts(
             counts = _print_predictions(predict_part(part.images), folder.suffix[1:])
         write_atomically(part.file, _encode(stream.getvalue(), folder.suffix[1:]))
         done, failed, reason, written = done + counts[0], failed + counts[1], reason or counts[2], written + 1
-    console.log(f"predictions: {folder.path} ({written:,} parts with {done:,} images by this process)")
+    console.log(
+        f"predictions: {folder.path} ({format_count(written, 'part')} with {format_count(done, 'image')} by "
+        "this process)"
+    )
     if failed:
         raise DataError(f"{failed:,} of {done:,} images could not be read. The first: {reason}")
 

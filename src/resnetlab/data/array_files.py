@@ -21,6 +21,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from resnetlab.errors import DataError, install_hint
+from resnetlab.formatting import format_count
 from resnetlab.preprocessing import MAX_CHANNELS, PixelFormat
 
 NPY, PNG = b"\x93NUMPY", b"\x89PNG\r\n\x1a\n"  # first bytes of a file
@@ -61,7 +62,7 @@ def read_array(content: bytes, channels: int = 0, max_pixels: int = 0) -> NDArra
         raise DataError(f"has {bits} of type {array.dtype}; save it as {', '.join(DTYPES)}.")
     _require_size(array.shape[1], array.shape[0], limit)
     if array.shape[2] > MAX_CHANNELS or not array.size:
-        raise DataError(f"has {array.shape[0]}x{array.shape[1]} pixels of {array.shape[2]:,} channels.")
+        raise DataError(f"has {array.shape[0]}x{array.shape[1]} pixels of {format_count(array.shape[2], 'channel')}.")
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         raise DataError("has values that are not finite (NaN, or beyond float32); put numbers in their place.")
     return np.ascontiguousarray(array.astype(array.dtype.newbyteorder("="), copy=False))
@@ -86,7 +87,7 @@ def convert_array(array: NDArray[Any], pixel_format: PixelFormat) -> NDArray[np.
         limits = np.iinfo(dtype)
         fits = bool(array.size) and limits.min <= array.min() <= array.max() <= limits.max
     if not fits or array.shape[2] != pixel_format.channels:
-        found = f"{array.shape[2]} channels of {array.dtype}"
+        found = f"{format_count(array.shape[2], 'channel')} of {array.dtype}"
         raise DataError(f"an image has {found}, where {pixel_format} ({dtype}) are expected.")
     values = array.astype(np.float32)
     if not np.isfinite(values).all():
@@ -121,7 +122,8 @@ def put_channels_last(array: NDArray[Any], channels: int) -> NDArray[Any]:
         return array if smaller[1] else np.moveaxis(array, 0, -1)
     if channels:
         raise DataError(
-            f"is an array of {shape}: neither its first nor its last dimension alone is {channels} channels."
+            f"is an array of {shape}: neither its first nor its last dimension alone is "
+            f"{format_count(channels, 'channel')}."
         )
     raise DataError(f"is an array of {shape}, which does not tell its channels; give their number: --set channels=N.")
 

@@ -42,6 +42,7 @@ from resnetlab.data.disk_split import DiskSplit, FileNames, FileSource
 from resnetlab.data.error_policy import ErrorPolicy
 from resnetlab.data.prefetch import prefetch
 from resnetlab.errors import DataError, DataErrors
+from resnetlab.formatting import format_count
 from resnetlab.preprocessing import RGB, PixelFormat, render_pixels
 
 MIN_SIDE = 16  # pixels: an image with a smaller side is reported
@@ -294,7 +295,7 @@ def check_file(content: bytes, name: str, pixel_format: PixelFormat = RGB) -> Im
 
 def check_pixels(pixels: Tensor) -> ImageInfo:
     """Checks a decoded image (H, W, C)."""
-    image, mode = render_pixels(pixels), f"of {pixels.shape[2]} channels"
+    image, mode = render_pixels(pixels), f"of {format_count(pixels.shape[2], 'channel')}"
     mode = image.mode if pixels.dtype == torch.uint8 else mode
     return _describe_image(image, f"pixels {mode}", pixels.numpy().tobytes(), [])
 

@@ -23,7 +23,7 @@ from resnetlab.data.file_lookup import ImageFinder, find_split
 from resnetlab.data.folder import SPLITS
 from resnetlab.data.text_files import find_encoding
 from resnetlab.errors import DataError
-from resnetlab.formatting import format_list
+from resnetlab.formatting import format_count, format_list
 
 PEEK = 2**16  # bytes of a JSON file that show whose it is
 # of official COCO's other documents, and of what data sets keep beside
@@ -212,7 +212,8 @@ def _read_images(
             yield ImageRecord(name, file, str(source), size, things)
     if names and not usable:
         raise DataError(
-            f"{source}: none of its {len(names):,} images can be used, such as {min(names)}; looked in {places}."
+            f"{source}: none of its {format_count(len(names), 'image')} can be used, such as {min(names)}; "
+            f"looked in {places}."
         )
     for key, entries in objects.items():
         errors.reject(entries[0].describe(source), f"it is for the image {key!r}, which is not among the images")

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from resnetlab.data.error_policy import ErrorPolicy
 from resnetlab.errors import DataError, UsageError, unknown_name_error
-from resnetlab.formatting import find_name_problem
+from resnetlab.formatting import find_name_problem, format_count
 from resnetlab.preprocessing import PixelFormat
 from resnetlab.random import seed_for, seeds_for
 
@@ -145,7 +145,7 @@ class MemorySplit:
 
     def find_pixel_format(self, channels: int = 0) -> PixelFormat:
         if channels not in (0, self.pixel_format.channels):
-            raise DataError(f"the images have {self.pixel_format}, not {channels} channels.")
+            raise DataError(f"the images have {self.pixel_format}, not {format_count(channels, 'channel')}.")
         return self.pixel_format
 
     def with_pixel_format(self, pixel_format: PixelFormat) -> MemorySplit:
@@ -242,7 +242,8 @@ class Dataset:
         if self.all_images is None or len(self.train):
             return ""
         return (
-            f"{len(self.test):,} images of {len(self.classes)} classes are too few to hold some of each out for a test; add "
+            f"{format_count(len(self.test), 'image')} of {format_count(len(self.classes), 'class')} are too "
+            "few to hold some of each out for a test; add "
             "images (two of each class or more), or give the splits train/ and val/."
         )
 

@@ -118,7 +118,10 @@ def find_pixel_format(content: bytes, name: str, channels: int = 0) -> PixelForm
     else:
         found = PixelFormat(array.shape[2], array.dtype.name)
     if channels not in (0, found.channels) or (not found.dtype and channels not in (0, 1, 3)):
-        raise DataError(f"{name} has {'grey or RGB of 8 bits' if not found.dtype else found}, not {channels} channels.")
+        raise DataError(
+            f"{name} has {'grey or RGB of 8 bits' if not found.dtype else found}, not "
+            f"{format_count(channels, 'channel')}."
+        )
     return found
 
 
@@ -218,7 +221,7 @@ def decode(source: Path | bytes, name: str | None = None) -> Image.Image:
         check_regular_file(source)
     with _name_errors(name), _open(source) as image:
         if image.format == "TIFF" and (channels := count_tiff_channels(image)):
-            raise DataError(f"has {channels} channels, where grey or RGB of 8 bits are expected.")
+            raise DataError(f"has {format_count(channels, 'channel')}, where grey or RGB of 8 bits are expected.")
         return _apply_orientation(image)
 
 

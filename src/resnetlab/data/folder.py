@@ -183,7 +183,8 @@ def add_groups(columns: Columns, groups: str, names: Sequence[str], place: str) 
     if missing := [name for name, match in zip(names, found, strict=True) if match is None]:
         hint = f"columns: {', '.join(columns)}" if columns else "give a regular expression, such as patient[0-9]+"
         raise DataError(
-            f"groups={groups} is not found in the names of {len(missing):,} images of {place}, such as {missing[0]}; {hint}."
+            f"groups={groups} is not found in the names of {format_count(len(missing), 'image')} of "
+            f"{place}, such as {missing[0]}; {hint}."
         )
     values = [(match[1] or "") if match.re.groups else match[0] for match in found if match is not None]
     return {**columns, GROUP: np.array(values, object)}
@@ -223,7 +224,8 @@ def _warn_of_copies(root: Path, layouts: Mapping[str, FolderLayout]) -> None:
         n = len(keys.intersection(keys_of(layouts["train"]))) if "train" in layouts else 0
         if n > len(keys) // 2:
             warnings.warn(
-                f"{n:,} images of {root / split} have the name, class and size of an image of train: they look like copies, "
+                f"{format_count(n, 'image')} of {root / split} {'has' if n == 1 else 'have'} the name, class and size of an "
+                "image of train: they look like copies, "
                 f"and an error measured on them says nothing about others (resnetlab data check {root} compares them).",
                 UserWarning,
                 stacklevel=2,
@@ -380,7 +382,8 @@ def _read_class_folders(root: Path, folder: Path) -> FolderLayout:
         )
     if unsupported:
         warnings.warn(
-            f"{format_count(len(unsupported), 'file')} in the class folders of {folder} left out, of a kind that is not read "
+            f"{format_count(len(unsupported), 'file')} in the class folders of {folder} left out, of a kind "
+            "that is not read "
             f"or without suffix, such as {os.path.relpath(min(unsupported), folder)}; save them as JPEG or PNG.",
             UserWarning,
             stacklevel=2,

@@ -24,6 +24,7 @@ from resnetlab.data.decode import turn_upright
 from resnetlab.data.file_lookup import find_entry
 from resnetlab.data.text_files import read_bytes, read_lines
 from resnetlab.errors import DataError, unknown_name_error
+from resnetlab.formatting import format_count
 
 VOID = 255  # a pixel that is neither trained on nor evaluated
 MAX_CLASSES = 255  # a mask has 8 bits, one value is VOID
@@ -89,7 +90,7 @@ class MaskFile:
         if self.colours:
             return f"has the colour {format_colour(code)}, which the label map does not name."
         hint = "; JPEG changes values, save masks as PNG" if self.file.suffix.lower() in (".jpg", ".jpeg") else ""
-        return f"has the value {code}, but there are {self.classes} classes, 0 the first{hint}."
+        return f"has the value {code}, but there are {format_count(self.classes, 'class')}, 0 the first{hint}."
 
     def update_hash(self, digest: Any) -> None:
         """Adds what decides the mask to a hash."""

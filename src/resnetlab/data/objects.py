@@ -138,7 +138,7 @@ def find_object_format(image: Any, channels: int = 0) -> PixelFormat:
     except DataError as error:
         raise UsageError(f"the first image cannot be read: it {error}") from error
     if channels not in (0, found.channels):
-        raise UsageError(f"the images have {found}, not {channels} channels.")
+        raise UsageError(f"the images have {found}, not {format_count(channels, 'channel')}.")
     return found
 
 

@@ -30,6 +30,7 @@ from resnetlab.data.shards import ShardSource
 from resnetlab.device import DeviceConfig, to_device
 from resnetlab.distributed import World
 from resnetlab.errors import DataError, UsageError
+from resnetlab.formatting import format_count
 from resnetlab.preprocessing import Preprocessing
 from resnetlab.process_place import read_process_place
 from resnetlab.random import make_generator, seed_for
@@ -251,7 +252,8 @@ class TrainLoader:
                 loaded = self._decode_and_crop(loaded, sampler(step))
             if not loaded.positions:
                 raise DataError(
-                    f"none of the {len(indices):,} images of step {step:,} can be read; fix them: resnetlab data check."
+                    f"none of the {format_count(len(indices), 'image')} of step {step:,} can be read; fix "
+                    "them: resnetlab data check."
                 )
             read = torch.tensor(loaded.positions)
             pixels = loaded.samples if loaded.samples.device.type == "cuda" else self._copier(loaded.samples)

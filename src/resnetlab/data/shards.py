@@ -32,6 +32,7 @@ from resnetlab.data.remote_shards import RemoteShards
 from resnetlab.data.tar_index import MAX_INDEX, TarIndex, read_index
 from resnetlab.data.text_files import decode_text
 from resnetlab.errors import DataError
+from resnetlab.formatting import format_count
 from resnetlab.stopping import check_stop
 
 UNFINISHED = ".packing"  # a folder beside the shards, while data.pack writes them
@@ -260,7 +261,8 @@ def _make_shard_split(
         i = int(unknown[0])
         label = parts[shard[i]].labels[-1 - numbers[i, 0]]
         raise DataError(
-            f"{names[i]} in {tars[shard[i]]} is of class {label}, but there are {len(classes)} classes, counted from 0; fix "
+            f"{names[i]} in {tars[shard[i]]} is of class {label}, but there are "
+            f"{format_count(len(classes), 'class')}, counted from 0; fix "
             "its label, or the list of classes."
         )
     if len(set(names)) < len(names):

@@ -36,7 +36,7 @@ from resnetlab.data.label_sets import INDICATORS, LabelLists, join_classes, spli
 from resnetlab.data.object_store import strip_secrets
 from resnetlab.data.text_files import read_text
 from resnetlab.errors import DataError, DataErrors, UsageError, missing_package
-from resnetlab.formatting import format_list
+from resnetlab.formatting import format_count, format_list
 
 PATH_NAMES = (
     "path",
@@ -245,7 +245,8 @@ def _read_csv(text: str, file: Path) -> dict[str, list[str]]:
     for number, row in enumerate(rows[1:], 1):
         if len(row) != len(header):
             raise DataError(
-                f"{file}, row {number:,}: {len(row)} values, but the header has {len(header)} columns; quote values that "
+                f"{file}, row {number:,}: {format_count(len(row), 'value')}, but the header has "
+                f"{format_count(len(header), 'column')}; quote values that "
                 f"contain {delimiter!r}."
             )
     return {name: list(values) for name, values in zip(header, zip(*rows[1:], strict=True), strict=True) if name}
@@ -331,7 +332,8 @@ def _find_files(images: ImageList) -> tuple[list[str], list[int]]:
         sizes.append(size)
     if max(sizes) < 0:
         raise DataError(
-            f"none of the {len(files):,} images of {images.name} is there, such as {images.paths[0]!r}; paths are relative to "
+            f"none of the {format_count(len(files), 'image')} of {images.name} is there, such as "
+            f"{images.paths[0]!r}; paths are relative to "
             f"{base}."
         )
     return files, sizes

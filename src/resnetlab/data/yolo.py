@@ -18,6 +18,7 @@ from resnetlab.data.error_policy import ErrorPolicy
 from resnetlab.data.file_lookup import ImageFinder, NameIndex, find_entry, find_split, list_subfolders
 from resnetlab.data.text_files import peek_lines, read_lines, read_text
 from resnetlab.errors import DataError
+from resnetlab.formatting import format_count
 
 CLASS_FILES = ("classes.txt", "obj.names", "_darknet.labels", "labels.txt")
 ESCAPE = re.compile(r"\\(x[0-9A-Fa-f]{2}|u[0-9A-Fa-f]{4}|U[0-9A-Fa-f]{8}|.)")
@@ -67,13 +68,15 @@ def read_yolo(root: Path, errors: ErrorPolicy, masks: bool) -> Annotations:
         missing += len(records)
         splits[split] = records
     if without == missing:
-        raise DataError(f"{root}: none of its {missing:,} images has a label file labels/….txt; check where they are.")
+        raise DataError(
+            f"{root}: none of its {format_count(missing, 'image')} has a label file labels/….txt; check where they are."
+        )
     notes = []
     if without:
         notes.append(f"{without:,} of {missing:,} images have no label file and count as background")
     if unused:
         where = f"the splits of {config.file.name}" if config.splits and config.file else "the folders of the splits"
-        notes.append(f"{len(unused):,} images outside {where} are left out, such as {unused[0]}")
+        notes.append(f"{format_count(len(unused), 'image')} outside {where} are left out, such as {unused[0]}")
     return Annotations("YOLO", config.names, dict(splits), tuple(notes))
 
 
@@ -209,7 +212,7 @@ def _parse_line(line: str, where: str, names: tuple[str, ...]) -> ObjectRecord:
     except (ValueError, OverflowError):  # infinity is no class
         raise ValueError(f"{line[:40]!r} does not consist of numbers") from None
     if not 0 <= label < len(names):
-        raise ValueError(f"its class is {words[0]}, but there are {len(names)} classes, 0 the first")
+        raise ValueError(f"its class is {words[0]}, but there are {format_count(len(names), 'class')}, 0 the first")
     if len(values) == 4:
         x, y, w, h = values
         return ObjectRecord(where, names[label], (x - w / 2, y - h / 2, x + w / 2, y + h / 2))

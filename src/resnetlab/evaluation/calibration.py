@@ -71,11 +71,12 @@ def choose_none_below(scores: Tensor, share: float) -> float:
 
 def describe_few_images(n: int) -> list[str]:
     """A sentence where a temperature is fitted on few images; raises UsageError where they are too few to fit one."""
+    few = format_count(n, "image")
     if n < MIN_IMAGES:
         raise UsageError(
-            f"a temperature fitted on {n} images means nothing; fit it on {FEW_IMAGES} or more, such as --fit-temperature 1000."
+            f"a temperature fitted on {few} means nothing; fit it on {FEW_IMAGES} or more, such as --fit-temperature 1000."
         )
-    return [f"the temperature was fitted on only {n} images and is uncertain; {FEW_IMAGES} or more are better"] * (
+    return [f"the temperature was fitted on only {few} and is uncertain; {FEW_IMAGES} or more are better"] * (
         n < FEW_IMAGES
     )
 

@@ -436,8 +436,8 @@ def _select_classes(
     if len(set(data)) == len(classes):
         return scored, ""
     if scope == "all":
-        return scored, f"all {len(classes):,} outputs, of which the data have {len(data):,} classes"
-    return scored, f"the data's {len(data):,} classes alone, of {len(classes):,} outputs"
+        return scored, f"all {len(classes):,} outputs, of which the data have {format_count(len(data), 'class')}"
+    return scored, f"the data's {format_count(len(data), 'class')} alone, of {len(classes):,} outputs"
 
 
 def _check_multi_label(

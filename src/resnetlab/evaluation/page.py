@@ -13,7 +13,15 @@ from resnetlab.evaluation.calibration import reliability_bins
 from resnetlab.evaluation.evaluate import Evaluation, MultiLabelEvaluation
 from resnetlab.evaluation.metrics import ClassificationMetrics, wilson_interval
 from resnetlab.evaluation.multi_label import describe_thresholds
-from resnetlab.formatting import format_figure, format_json, format_percent, format_split, format_split_of, unbreakable
+from resnetlab.formatting import (
+    format_count,
+    format_figure,
+    format_json,
+    format_percent,
+    format_split,
+    format_split_of,
+    unbreakable,
+)
 from resnetlab.run_folder import write_together
 
 if TYPE_CHECKING:
@@ -33,6 +41,7 @@ def load_templates(**filters: Callable[..., Any]) -> Environment:
     templates.filters |= {
         "percent": format_rate,
         "count": "{:,.0f}".format,
+        "counted": format_count,
         "split_name": format_split,
         "split_of": format_split_of,
         "figure": format_figure,

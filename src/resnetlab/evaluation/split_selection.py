@@ -11,7 +11,7 @@ from resnetlab.data import sources
 from resnetlab.data.dataset import Dataset, Split, split_stratified
 from resnetlab.data.fingerprints import SeenImages, match_fingerprints, same_name_count
 from resnetlab.errors import UsageError, unknown_name_error
-from resnetlab.formatting import format_list
+from resnetlab.formatting import format_count, format_list
 from resnetlab.models.model_file import TrainedModel
 from resnetlab.preprocessing import RGB, PixelFormat
 
@@ -73,7 +73,8 @@ def describe_overlap(
         about = model.data
         if n := int(_match_images(model, source, evaluated).seen.sum()):
             notes.append(
-                f"{n:,} of these {len(evaluated):,} images were seen in the training of {name}: expect more errors on others"
+                f"{n:,} of these {len(evaluated):,} images {'was' if n == 1 else 'were'} seen in the training of {name}: "
+                "expect more errors on others"
             )
         if source.all_images is None or not about or about.get("fingerprint") == source.fingerprint:
             continue
@@ -85,7 +86,8 @@ def describe_overlap(
             )
         if n := same_name_count(model.fingerprints, evaluated):
             notes.append(
-                f"{n:,} images have the names of some in the training of {name}, but other sizes: counted as different images"
+                f"{format_count(n, 'image')} {'has the name' if n == 1 else 'have the names'} of some in the training of "
+                f"{name}, but other sizes: counted as different images"
             )
         if "seen" not in model.fingerprints and about.get("name") == sources.short_name(source.name):
             notes.append(

@@ -26,7 +26,7 @@ from resnetlab.evaluation.detection import (
     require_coco_eval,
 )
 from resnetlab.evaluation.segmentation import compute_segmentation_metrics, segment_image
-from resnetlab.formatting import format_list
+from resnetlab.formatting import format_count, format_list
 from resnetlab.graph_capture import GraphedFunction
 from resnetlab.inference.images import ImageInput, NamedImage, expand_images, get_name, is_many, read_image
 from resnetlab.models.annotated_model import AnnotatedModel, load_annotated
@@ -93,7 +93,10 @@ class AnnotatedPredictor(ABC):
 
     def __repr__(self) -> str:
         name = type(self).__name__
-        return f"{name}({self.path}, {len(self.classes)} classes: {format_list(self.classes, 3)}, {self.device})"
+        return (
+            f"{name}({self.path}, {format_count(len(self.classes), 'class')}: "
+            f"{format_list(self.classes, 3)}, {self.device})"
+        )
 
     def predictions(self, images: Iterable[NamedImage]) -> Iterator[AnnotatedPrediction]:
         """Predicts named images in order; an unreadable image, or an error in place of one, gives its error."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from resnetlab.data import imagenet
 from resnetlab.data.text_files import read_lines
 from resnetlab.errors import DataError, UsageError
-from resnetlab.formatting import find_name_problem
+from resnetlab.formatting import find_name_problem, format_count
 
 CIFAR10 = "airplane automobile bird cat deer dog frog horse ship truck"
 CIFAR100 = """
@@ -48,7 +48,10 @@ def parse_class_names(text: str | Sequence[str], n: int) -> tuple[str, ...]:
             "comma-separated list."
         )
     if len(names) != n:
-        raise UsageError(f"--classes {text} gives {len(names):,} names, but the network has {n:,} classes.")
+        raise UsageError(
+            f"--classes {text} gives {format_count(len(names), 'name')}, but the network has "
+            f"{format_count(n, 'class')}."
+        )
     if problem := find_name_problem(names):
         raise UsageError(f"--classes {text!a}: {problem}; every class needs a name of its own.")
     return names

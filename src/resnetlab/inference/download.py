@@ -140,8 +140,8 @@ def download_model(name: str, given: ImportOptions | None = None) -> ImportResul
         raise unsafe_pickle_error(f"the download for {name} (or the file in torch's cache)", error) from error
     except FAILURES as error:
         raise ModelFileError(
-            f"{name} could not be downloaded ({first_line(error)}); without a network, download the weights elsewhere and use: "
-            "resnetlab import FILE"
+            f"{name} could not be downloaded ({first_line(error)}); without a network, download the weights elsewhere, then: "
+            "resnetlab train DATA --start-from FILE, or for a model of them: resnetlab import FILE"
         ) from error
     if "notes" in model.recipe:
         model = replace(model, recipe={"source": name, "notes": notes})

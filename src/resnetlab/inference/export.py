@@ -14,6 +14,7 @@ from torch import Tensor
 
 from resnetlab.device import standard_torch_state
 from resnetlab.errors import DataError, ModelFileError, RunError, UsageError, missing_package, unknown_name_error
+from resnetlab.formatting import format_count
 from resnetlab.inference.export_graphs import PIXELS, SCORES, ExportGraphs
 from resnetlab.inference.formats import ExportFormat, get_format
 from resnetlab.inference.parity_check import PARITY_BOUNDS, ParityReport, check_parity
@@ -76,7 +77,8 @@ def export_model(
             if not parity.passed:
                 least, largest = PARITY_BOUNDS[precision]
                 raise ModelFileError(
-                    f"{out} was not written: {parity.agreement}, on {parity.n} images; {precision} must agree on {least:.0%} "
+                    f"{out} was not written: {parity.agreement}, on {format_count(parity.n, 'image')}; "
+                    f"{precision} must agree on {least:.0%} "
                     f"and within {largest:g}."
                 )
             description = describe_export(model, target, precision)
@@ -146,7 +148,7 @@ def describe_export(model: TrainedModel, target: str, precision: str) -> dict[st
     h, w, c = (*preprocessing.size, preprocessing.channels)
     kind = f"convert it to {'grey' if c == 1 else 'RGB'}, values 0 to 255"
     if preprocessing.dtype:
-        kind = f"take the values of its {c} channels as stored ({preprocessing.dtype}), as float32"
+        kind = f"take the values of its {format_count(c, 'channel')} as stored ({preprocessing.dtype}), as float32"
     return {
         "format": target,
         "precision": precision,

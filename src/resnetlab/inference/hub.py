@@ -148,7 +148,7 @@ def make_model_card(model: TrainedModel, name: str) -> str:
         "",
         description,
         "",
-        f"{len(model.classes):,} classes: {class_names}{more}",
+        f"{format_count(len(model.classes), 'class')}: {class_names}{more}",
         "",
         "## Use",
         "",

@@ -12,6 +12,7 @@ import torch
 from resnetlab.data.fingerprints import decode_fingerprints
 from resnetlab.device import standard_torch_state
 from resnetlab.errors import ModelFileError, UsageError, unknown_name_error
+from resnetlab.formatting import find_name_problem, format_count, format_list
 from resnetlab.inference.classes import dataset_class_names, parse_class_names
 from resnetlab.inference.mean_file import crop_mean, read_mean_file
 from resnetlab.models.cost import default_image_size
@@ -23,6 +24,7 @@ from resnetlab.preprocessing import Preprocessing
 
 CHANNEL_ORDERS = ("rgb", "bgr")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CLASSES_FORM = "a data set's name (as cifar10), a file with one name per line, or a comma-separated list"
 # their ResNets take IMAGENET_MEAN and IMAGENET_STD
 IMAGENET_SOURCES = ("torchvision", "timm", "mmpretrain", "transformers")
 
@@ -136,12 +138,19 @@ def _resolve_classes(
         return parse_class_names(given.classes, spec.classes)
     if state.metadata:
         return tuple(state.metadata["classes"])
+    problem = find_name_problem(state.classes)
+    if len(state.classes) != spec.classes:
+        problem = f"{format_count(len(state.classes), 'name')} for {format_count(spec.classes, 'output')}"
+    if state.classes and problem is None:
+        notes.append(f"classes named in the file: {format_list(state.classes, 4)}; change them with --classes")
+        return state.classes
     if given.source_name in IMAGENET_SOURCES and spec.classes == 1000:
         notes.append(f"ASSUMED from source {given.source_name}: ImageNet's 1,000 classes; change them with --classes")
         return dataset_class_names("imagenet")
+    if state.classes:
+        raise UsageError(f"the file's names of classes cannot be used ({problem}): give --classes, {CLASSES_FORM}.")
     raise UsageError(
-        f"the file does not name its {spec.classes:,} classes: give --classes, a data set's name (as cifar10), a file with "
-        "one name per line, or a comma-separated list."
+        f"the file does not name its {format_count(spec.classes, 'class')}: give --classes, {CLASSES_FORM}."
     )
 
 

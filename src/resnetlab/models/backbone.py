@@ -19,6 +19,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from resnetlab.errors import UsageError, unknown_name_error
+from resnetlab.formatting import format_count
 from resnetlab.models.resnet import ResNet
 from resnetlab.nn.batchnorm import fix_bn
 from resnetlab.nn.blocks import Block
@@ -198,7 +199,9 @@ class Encoder(nn.Module):
         """Raises UsageError for another number of channels than the network's specification has."""
         if in_channels != self.out_channels[0]:
             has = self.out_channels[0]
-            raise UsageError(f"the network takes images of {has} channels, not {in_channels}; build it with as many.")
+            raise UsageError(
+                f"the network takes images of {format_count(has, 'channel')}, not {in_channels}; build it with as many."
+            )
 
     def make_dilated(self, output_stride: int) -> None:
         """Does nothing: `__init__` has dilated the network."""

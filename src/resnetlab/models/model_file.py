@@ -157,11 +157,14 @@ class TrainedModel:
         if problem := find_name_problem(names):
             return problem
         if len(names) != spec.classes:
-            return f"it names {len(names)} classes for {spec.classes} outputs"
+            return f"it names {format_count(len(names), 'class')} for {format_count(spec.classes, 'output')}"
         if problem := self.preprocessing.validate():
             return f"its preprocessing cannot be used ({problem})"
         if self.preprocessing.channels != spec.channels:
-            return f"it prepares images of {self.preprocessing.channels} channels for a network of {spec.channels}"
+            return (
+                f"it prepares images of {format_count(self.preprocessing.channels, 'channel')} for a "
+                f"network of {spec.channels}"
+            )
         images = self.reference_images
         if images is not None and (problem := images.validate(self.preprocessing, len(names))):
             return f"the images in it cannot be used ({problem})"

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from resnetlab.errors import ModelFileError, UsageError
+from resnetlab.formatting import format_count
 from resnetlab.models.resnet import ResNet
 from resnetlab.models.spec import nearest_name
 
@@ -132,7 +133,8 @@ def adopt_network(module: nn.Module, shape: tuple[int, int, int], classes: int) 
         if not isinstance(logits, Tensor) or logits.shape != (2, classes):
             found = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
             raise UsageError(
-                f"{name} gives {found} for two images, not logits of shape {(2, classes)}: the data have {classes} classes."
+                f"{name} gives {found} for two images, not logits of shape {(2, classes)}: the data have "
+                f"{format_count(classes, 'class')}."
             )
     draws = not torch.equal(before, torch.get_rng_state())
     return module if isinstance(module, ResNet) else OwnNetwork(module, shape[0], classes, draws)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from resnetlab.errors import ModelFileError, UsageError
 from resnetlab.formatting import format_list
-from resnetlab.models.weight_files import Inert, read_weight_file
+from resnetlab.models.weight_files import CLASS_KEYS, Inert, read_weight_file
 
 NESTED_KEYS = ("state_dict", "model", "net", "model_ema")  # usual keys of nested state dicts
 AVERAGED = "n_averaged"  # counter of torch.optim.swa_utils.AveragedModel
@@ -48,6 +48,7 @@ class StateDictFile:
         layout: whose names the file had where that is clear: "caffe", "transformers", or "".
         has_linear: whether the fully connected layer was called `linear`.
         notes: sentences on how the file's names were changed.
+        classes: the names of the classes beside the weights, in the order of the outputs; empty where there are none.
     """
 
     tensors: dict[str, Tensor]
@@ -56,6 +57,7 @@ class StateDictFile:
     layout: str = ""
     has_linear: bool = False
     notes: tuple[str, ...] = ()
+    classes: tuple[str, ...] = ()
 
 
 def read_state_dict(path: Path, key: str | None = None) -> StateDictFile:
@@ -81,6 +83,7 @@ def parse_state_dict(
 ) -> StateDictFile:
     """Extracts the weights from any nesting of mappings and converts their names; see `read_state_dict`."""
     notes = list(notes or ())
+    classes = _find_class_names(value)
     found, key = _unwrap(value, where, key, notes)
     marks = [mark for mark in dict(getattr(found, "_metadata", {})).values() if isinstance(mark, Mapping)]
     own = [mark["specification"] for mark in marks if isinstance(mark.get("specification"), Mapping)]
@@ -108,7 +111,26 @@ def parse_state_dict(
         )
     _check_dense(renamed, where)
     is_own = len(own) == 1 and {"conv1.weight", "fc.weight"} <= renamed.keys()
-    return StateDictFile(renamed, metadata or {}, own[0] if is_own else {}, layout, has_linear, tuple(notes))
+    return StateDictFile(renamed, metadata or {}, own[0] if is_own else {}, layout, has_linear, tuple(notes), classes)
+
+
+def _find_class_names(value: Any, depth: int = 0) -> tuple[str, ...]:
+    """The names of the classes in a checkpoint, in the order of the outputs: beside the weights, or in a table of settings."""
+    if not isinstance(value, Mapping) or depth > MAX_NESTING:
+        return ()
+    by_key = {key.lower(): each for key, each in value.items() if isinstance(key, str)}
+    found = next(filter(None, (_order_class_names(by_key.get(key)) for key in CLASS_KEYS)), ())
+    return found or next(filter(None, (_find_class_names(each, depth + 1) for each in value.values())), ())
+
+
+def _order_class_names(names: Any) -> tuple[str, ...]:
+    """Names in the order of the outputs, of a list, {name: output} or {output: name}; () for anything else."""
+    if isinstance(names, Mapping):
+        pairs = [pair if isinstance(pair[1], str) else pair[::-1] for pair in names.items()]
+        outputs = {str(output): name for output, name in pairs}  # JSON has made strings of numbers
+        names = [outputs.get(str(i)) for i in range(len(pairs))]
+    is_list = isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)
+    return tuple(names) if is_list else ()
 
 
 def _check_dense(tensors: Mapping[str, Tensor], where: str) -> None:
@@ -181,6 +203,7 @@ def is_average(key: str) -> bool:
 def _select_tensors(value: Mapping[Any, Any], where: str, notes: list[str]) -> dict[str, Tensor]:
     """Selects the tensors of a mapping; plain values such as epoch counters are ignored, with a note."""
     ignored = [name for name, each in value.items() if each is None or isinstance(each, int | float | str | Inert)]
+    ignored += [name for name, each in value.items() if str(name).lower() in CLASS_KEYS and _order_class_names(each)]
     if AVERAGED in value:
         notes.append("the moving average of the weights (torch's AveragedModel)")
         ignored.append(AVERAGED)

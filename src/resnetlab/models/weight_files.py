@@ -29,6 +29,10 @@ from resnetlab.formatting import format_list, parse_json
 SUFFIXES = (".pth", ".pt", ".th", ".tar", ".bin", ".ckpt", ".safetensors", ".npz", ".index.json")
 WANTED = f"a supported weight file ({', '.join(SUFFIXES)})"
 MAGIC = (b"PK", b"\x80")  # first bytes of PyTorch files: a zip file, formerly a pickle
+# what others call their classes: names in the order of the outputs, or a mapping of names and outputs
+CLASS_KEYS = (
+    "classes", "class_names", "class_to_idx", "idx_to_class", "label2id", "id2label", "names", "categories", "labels"
+)  # fmt: skip
 EXPORT_METADATA = {
     "specification": dict,
     "classes": list,
@@ -117,7 +121,7 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _read_safetensors_bytes(path: Path, content: bytes) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
+def _read_safetensors_bytes(path: Path, content: bytes) -> tuple[dict[str, Any], Mapping[str, Any]]:
     try:
         tensors = load_safetensors(content)
     except (safetensors.SafetensorError, ValueError, KeyError) as error:
@@ -128,7 +132,16 @@ def _read_safetensors_bytes(path: Path, content: bytes) -> tuple[dict[str, Tenso
     entries = header.get("__metadata__", {})
     if tensor_file.KEY in entries or migrate_v01.KEY in entries:
         raise UsageError(f"{path} is a file of resnetlab already, which needs no import; use it as it is.")
-    return tensors, _parse_metadata(path, entries.get("resnetlab-export"), entries.get(migrate_v01.EXPORT_KEY))
+    metadata = _parse_metadata(path, entries.get("resnetlab-export"), entries.get(migrate_v01.EXPORT_KEY))
+    return {key: _parse_class_names(entries[key]) for key in CLASS_KEYS if key in entries} | tensors, metadata
+
+
+def _parse_class_names(text: str) -> Any:
+    """Names of classes in the metadata of safetensors, which are text: in JSON, or with commas."""
+    try:
+        return parse_json(text)
+    except ValueError:
+        return [name.strip() for name in text.split(",")]
 
 
 def _parse_metadata(path: Path, text: Any, old_text: Any) -> Mapping[str, Any]:
@@ -153,7 +166,7 @@ def _parse_metadata(path: Path, text: Any, old_text: Any) -> Mapping[str, Any]:
     return metadata
 
 
-def _read_npz(path: Path, content: bytes) -> dict[str, Tensor]:
+def _read_npz(path: Path, content: bytes) -> dict[str, Any]:
     _check_unpacked_size(path, content)
     try:
         arrays = np.load(io.BytesIO(content), allow_pickle=False)
@@ -166,8 +179,11 @@ def _read_npz(path: Path, content: bytes) -> dict[str, Tensor]:
         raise ModelFileError(f"{path} is not a complete .npz file ({error}); download or copy it again.") from error
     if values is None:
         raise ModelFileError(f"{path} holds a single unnamed array (.npy); save all weights by name with numpy.savez.")
-    tensors = {}
+    tensors: dict[str, Any] = {}
     for name, value in values.items():
+        if value.dtype.kind == "U":
+            tensors[name] = value.tolist()  # names of classes
+            continue
         try:
             tensors[name] = torch.from_numpy(np.array(value, dtype=value.dtype.newbyteorder("=")))
         except TypeError as error:

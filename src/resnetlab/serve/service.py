@@ -12,6 +12,7 @@ from typing import Any
 from starlette.requests import Request
 
 from resnetlab.device import count_cores, is_usable
+from resnetlab.formatting import format_count
 from resnetlab.serve.batching import Batcher
 from resnetlab.serve.counters import Counters
 from resnetlab.serve.limits import Limits, RequestError, RequestGate
@@ -36,7 +37,7 @@ class Service:
     def name(self) -> str:
         """The model's name for people, such as "resnet14 on digits"; it contains no path of this machine."""
         model = self.served.model
-        net = str(model.recipe.get("net", f"a network of {len(model.classes):,} classes"))
+        net = str(model.recipe.get("net", f"a network of {format_count(len(model.classes), 'class')}"))
         data = model.data.get("name", "").rstrip("/").rpartition("/")[2]
         return f"{net} on {data}" if data else net
 

@@ -359,10 +359,11 @@ def read_recipe_file(path: Path, task: str) -> BaseRecipe:
     return replace(recipe, **paths)
 
 
-def describe_changes(recipe: BaseRecipe, precision: str) -> list[str]:
+def describe_changes(recipe: BaseRecipe, precision: str, start_size: Mapping[str, int] | None = None) -> list[str]:
     """The differences of a resolved recipe from the one it is named after, rescaled to the same number of steps.
 
-    `precision` is what "auto" selects on this machine.
+    `precision` is what "auto" selects on this machine, `start_size` what a recipe without a size of its own takes from the
+    model that it starts from.
     """
     if recipe.name not in RECIPES:
         return []
@@ -376,7 +377,7 @@ def describe_changes(recipe: BaseRecipe, precision: str) -> list[str]:
     if isinstance(recipe, Recipe) and isinstance(own, Recipe):
         resolved["compile"] = recipe.compile if own.compile == "auto" else own.compile
         if not own.image_size:
-            resolved |= {"image_size": recipe.image_size, "eval_resize": recipe.eval_resize}
+            resolved |= start_size or {"image_size": recipe.image_size, "eval_resize": recipe.eval_resize}
     return recipe.differences(replace(same_length, **resolved))
 
 

@@ -178,7 +178,8 @@ class Recorder:
         if new := {name: why for name, why in skipped.items() if name not in before}:
             run.write_json("skipped.json", before | new)
             n, file = len(before) + len(new), run.path / "skipped.json"
-            self._context.options.report(f"{n:,} {self._task.skip_reason} and were left out; {file} lists them")
+            what = f"1 {self._task.skipped_one} and was" if n == 1 else f"{n:,} {self._task.skipped_many} and were"
+            self._context.options.report(f"{what} left out; {file} lists {'it' if n == 1 else 'them'}")
 
     def report_graph(self, sentence: str) -> None:
         """Reports and records how steps are executed."""

@@ -48,12 +48,20 @@ class RunDescription:
     environment: Mapping[str, Any]
 
     @classmethod
-    def from_run(cls, run: RunFolder, title: str, recipe: BaseRecipe, device_config: DeviceConfig) -> Self:
-        """The description of a run in its folder."""
+    def from_run(
+        cls,
+        run: RunFolder,
+        title: str,
+        recipe: BaseRecipe,
+        device_config: DeviceConfig,
+        start_size: Mapping[str, int] | None = None,
+    ) -> Self:
+        """The description of a run in its folder; see `recipes.describe_changes`."""
+        precision = default_precision(device_config.device)
         return cls(
             title=title,
             recipe=recipe.to_json(),
-            differences=recipes.describe_changes(recipe, default_precision(device_config.device)),
+            differences=recipes.describe_changes(recipe, precision, start_size),
             budget=recipes.describe_run_budget(run, recipe),
             metrics=read_metrics(run),
             environment=run.read_json("environment.json") or {},

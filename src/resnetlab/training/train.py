@@ -194,7 +194,8 @@ def build_task(
         task = TASKS[recipe.task].build(recipe, replace(setup, load_once=load_once))
     if task.recipe.warmup in ("steps", "linear") and task.recipe.warmup_steps > task.recipe.steps:
         raise UsageError(
-            f"the warm-up of {task.recipe.warmup_steps:,} steps is longer than the run, {task.recipe.steps:,}; shorten it."
+            f"the warm-up of {format_count(task.recipe.warmup_steps, 'step')} is longer than the run, "
+            f"{task.recipe.steps:,}; shorten it."
         )
     if options.on_evaluate is not None and not len(task.held_out):
         raise UsageError("on_evaluate sees held-out images, and none are held out; add val_images=100.")
@@ -207,7 +208,7 @@ def build_task(
         options.report(f"{reason}, so another run, or a resumed one, may differ in its last bits")
     if device_config.device.type == "cpu" and threads > (cores := count_cores()):
         options.report(f"{threads} threads share {format_count(cores, 'core')}: threads={cores} is faster")
-    if changes := recipes.describe_changes(task.recipe, default_precision(device_config.device)):
+    if changes := recipes.describe_changes(task.recipe, default_precision(device_config.device), task.start_size):
         options.report(f"recipe {task.recipe.name}, with {'; '.join(changes)}")
     if warning := recipes.describe_batch(task.recipe):
         options.report(warning)

@@ -77,7 +77,8 @@ document.addEventListener("paste", (event) => {
 
 const modelLoaded = fetch("model").then((response) => response.json()).then((description) => {
   model = description;
-  $("about").textContent = `${model.name}, ${model.classes.length.toLocaleString("en")} classes: `
-    + model.classes.slice(0, 12).join(", ") + (model.classes.length > 12 ? ", …" : "") + ".";
+  const count = model.classes.length;
+  $("about").textContent = `${model.name}, ${count.toLocaleString("en")} ${count === 1 ? "class" : "classes"}: `
+    + model.classes.slice(0, 12).join(", ") + (count > 12 ? ", …" : "") + ".";
   $("limits").textContent = `JPEG, PNG, WebP, GIF, BMP or TIFF, up to ${model.limits.body_bytes / 1e6} MB`;
 }).catch(() => showError("the service cannot be reached; is it still running?"));

@@ -130,7 +130,8 @@ class AnnotatedTask(Task, Generic[P, S]):
         )
         epochs = recipe.steps * recipe.batch / len(train)
         setup.options.report(
-            f"{format_count(recipe.steps, 'step')} of {recipe.batch:,} images are {epochs:,.1f} epochs (--epochs changes that)"
+            f"{format_count(recipe.steps, 'step')} of {format_count(recipe.batch, 'image')} "
+            f"{'is' if recipe.steps == 1 else 'are'} {epochs:,.1f} epochs (--epochs changes that)"
         )
         return task
 

@@ -77,7 +77,8 @@ class Task(ABC):
     command: ClassVar[str]  # that trains it
     recipe_type: ClassVar[type[BaseRecipe]]
     result_type: ClassVar[type[TrainResult]]
-    skip_reason: ClassVar[str] = "images could not be read"  # why images are skipped
+    skipped_one: ClassVar[str] = "image could not be read"  # why an image is skipped, and several are
+    skipped_many: ClassVar[str] = "images could not be read"
     # what adds in no fixed order on a GPU in a training step, as torch documents: a resumed run may differ in its last bits
     nondeterministic_on_gpu: ClassVar[str] = ""
 
@@ -90,6 +91,7 @@ class Task(ABC):
     held_out: Sized  # images that are evaluated while training; may be empty
     test: Sized  # images that are evaluated once, at the end
     evaluated_split: str  # that the images to test on are; "held-out" if they were drawn from all
+    start_size: Mapping[str, int] | None = None  # of a classifier that training started from: image_size, eval_resize
 
     @property
     def test_origin(self) -> str:

@@ -60,6 +60,7 @@ from resnetlab.training.tasks.classification_data import (
     resolve_shards,
     resolve_size,
     resolve_val_images,
+    size_of,
 )
 from resnetlab.training.tasks.multi_label import check_label_sets, multi_label_loss
 from resnetlab.training.tasks.starting_network import build_network
@@ -99,6 +100,7 @@ class ClassificationTask(Task):
     evaluated_split: str = "test"
     holdout: Mapping[str, Sequence[str]] = field(default_factory=dict)
     start_fingerprints: Mapping[str, Tensor] = field(default_factory=dict)
+    start_size: Mapping[str, int] | None = None
     class_weights: Tensor | None = None
     label_sets: Tensor | None = None
 
@@ -113,7 +115,7 @@ class ClassificationTask(Task):
         channels, dtype = source.train.pixel_format
         start_from = resolve_start(recipe.start_from, setup.started_in)
         net, begun, notes = build_network(recipe, start_from, channels, source.classes, setup.options.net)
-        start = begun.model if begun else None
+        start, origin = (begun.model, {"start_from": begun.digest}) if begun else (None, {})
         recipe = resolve_size(recipe, start)
         size, mean, std = recipe.image_size, torch.zeros(channels), torch.ones(channels)
         shape = Preprocessing(channels, (size, size), recipe.eval_resize or size, mean, std, dtype=dtype)
@@ -154,7 +156,6 @@ class ClassificationTask(Task):
             recipe = replace(recipe, compile="on" if device_config.compiled else "off")
         if recipe.bn_sync:
             convert_sync_batchnorm(net, world)
-        origin = {"start_from": begun.digest} if begun else {}
         task = cls(
             recipe=recipe,
             net=net,
@@ -168,6 +169,7 @@ class ClassificationTask(Task):
             evaluated_split=source.evaluated_split,
             holdout=holdout,
             start_fingerprints=fingerprints,
+            start_size=size_of(start) if start else None,
             class_weights=None if weights is None else weights.to(device_config.device),
             label_sets=None if source.label_sets is None else source.label_sets.to(device_config.device),
         )
@@ -193,7 +195,9 @@ class ClassificationTask(Task):
         sentences = [f"{self._network} on {data}: {counts}; {size}; {count_parameters(self.net):,} parameters"]
         if not sources.is_builtin(recipe.data):
             steps, epochs = format_count(recipe.steps, "step"), recipe.steps * recipe.batch / n
-            sentences.append(f"{steps} of {recipe.batch:,} images are {epochs:,.1f} epochs (--epochs changes that)")
+            verb = "is" if recipe.steps == 1 else "are"
+            images = format_count(recipe.batch, "image")
+            sentences.append(f"{steps} of {images} {verb} {epochs:,.1f} epochs (--epochs changes that)")
         if not recipe.start_from and recipe.net in PRETRAINED and n < FEW_IMAGES * len(self.classes):
             sentences.append(
                 f"fewer than {FEW_IMAGES} images a class are few to learn from alone; ImageNet's weights to begin with: "
@@ -263,7 +267,7 @@ class ClassificationTask(Task):
             return self
         world = self.device_config.world
         recipe = replace(self.recipe, bn_batch=size * world.size if self.recipe.bn_sync else size)
-        report(f"batch auto: micro-batches of {size:,} images fit")
+        report(f"batch auto: micro-batches of {format_count(size, 'image')} fit")
         return replace(self, recipe=recipe)
 
     def out_of_memory_error(self) -> RunError:
@@ -274,7 +278,8 @@ class ClassificationTask(Task):
         if size:
             fits = f"{size:,} would fit: start again with --set bn_batch={size} (or --batch auto)"
         return RunError(
-            f"{self._micro_batch_size:,} images at once do not fit into memory; {fits}, which keeps the batch of "
+            f"{format_count(self._micro_batch_size, 'image')} at once do not fit into memory; {fits}, which keeps the "
+            "batch of "
             f"{self.recipe.batch:,}; or with --set recompute=true."
         )
 
@@ -429,7 +434,8 @@ class ClassificationTask(Task):
     def describe_run(self, run: RunFolder) -> report.RunDescription:
         """What the page of the run shows, finished or not."""
         title = f"{self._network} on {sources.short_name(self.recipe.data)}"
-        return report.RunDescription.from_run(run, title, self._shared_recipe, self.device_config)
+        config, start_size = self.device_config, self.start_size
+        return report.RunDescription.from_run(run, title, self._shared_recipe, config, start_size)
 
     @property
     def _shared_recipe(self) -> Recipe:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -25,6 +26,7 @@ from resnetlab.distributed import World
 from resnetlab.errors import DataError, UsageError
 from resnetlab.evaluation.calibration import MIN_IMAGES
 from resnetlab.evaluation.evaluate import prepare_split
+from resnetlab.formatting import format_count
 from resnetlab.models.model_file import TrainedModel
 from resnetlab.models.own_network import OWN
 from resnetlab.models.spec import get_specification
@@ -43,7 +45,12 @@ def resolve_size(recipe: Recipe, start: TrainedModel | None) -> Recipe:
         return recipe
     if start is None:
         raise UsageError("image_size=0 takes the size of a model to start from: --start-from MODEL.")
-    return replace(recipe, image_size=start.preprocessing.size[0], eval_resize=start.preprocessing.resize)
+    return replace(recipe, **size_of(start))
+
+
+def size_of(start: TrainedModel) -> dict[str, Any]:
+    """The recipe's values for images of the size that a model takes."""
+    return {"image_size": start.preprocessing.size[0], "eval_resize": start.preprocessing.resize}
 
 
 def resolve_val_images(recipe: Recipe, source: Dataset) -> Recipe:
@@ -101,7 +108,8 @@ def require_held_out(recipe: Recipe, held_out: Split, images: int) -> None:
         value = next(key for key, watches in watching.items() if watches)
         raise UsageError(
             f"{value} watches the held-out error, but nothing is held out; "
-            f"hold out some of the {images:,} images to train on, such as --set val_images={max(1, min(1000, images // 10))}."
+            f"hold out some of the {format_count(images, 'image')} to train on, such as --set "
+            f"val_images={max(1, min(1000, images // 10))}."
         )
     if recipe.none_share and (n := len(held_out)) < max(MIN_IMAGES, 1 / recipe.none_share):
         raise UsageError(

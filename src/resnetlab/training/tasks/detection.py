@@ -53,7 +53,7 @@ class DetectionTask(AnnotatedTask[AnnotatedImage, DetectionSample]):
     recipe_type = DetectionRecipe
     result_type = DetectionResult
     nondeterministic_on_gpu = "the gradients of region features (ROI align)"
-    skip_reason = "boxes or images were invalid"
+    skipped_one, skipped_many = "box or image was invalid", "boxes or images were invalid"
     metrics = ("map", "map_50", "voc_map", "per_class")
 
     recipe: DetectionRecipe

@@ -64,7 +64,7 @@ class SegmentationTask(AnnotatedTask[MaskedImage, SegmentationSample]):
     command = "resnetlab segment train"
     recipe_type = SegmentationRecipe
     result_type = SegmentationResult
-    skip_reason = "masks or images were invalid"
+    skipped_one, skipped_many = "mask or image was invalid", "masks or images were invalid"
     metrics = ("mean_iou", "pixel_error", "per_class")
 
     recipe: SegmentationRecipe

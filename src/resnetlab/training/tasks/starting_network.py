@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from resnetlab.errors import UsageError, unknown_name_error
-from resnetlab.formatting import format_list
+from resnetlab.formatting import format_count, format_list
 from resnetlab.inference.build import adapt_channels
 from resnetlab.inference.start import NO_HEAD, Start, choose_specification, load_start
 from resnetlab.models.backbone import levels
@@ -62,7 +62,8 @@ def build_network(
         notes = [*notes, *choose_specification(start_from, own, recipe.net, dict(recipe.specification))]
         if channels != own.channels:
             notes.append(
-                f"{start_from} takes images of {own.channels} channels, the data have {channels}: the kernels of its first "
+                f"{start_from} takes images of {format_count(own.channels, 'channel')}, the data have "
+                f"{channels}: the kernels of its first "
                 "convolution are "
                 + ("summed" if channels == 1 else f"repeated in turn, times {own.channels}/{channels}")
             )
@@ -130,10 +131,14 @@ def _copy_weights(net: ResNet, start: TrainedModel, classes: Sequence[str], plac
         state[key] = state[key][[start.classes.index(c) for c in classes]] if same else net.state_dict()[key]
     nn.Module.load_state_dict(net, state)
     if start.classes == NO_HEAD:
-        return f"starting from {place}, which has no head, with a new one of {len(classes)} classes ({format_list(classes, 3)})"
+        return (
+            f"starting from {place}, which has no head, with a new one of "
+            f"{format_count(len(classes), 'class')} ({format_list(classes, 3)})"
+        )
     if same:
-        return f"starting from {place}, with its head: it has the same {len(classes)} classes"
+        return f"starting from {place}, with its head: it has the same {format_count(len(classes), 'class')}"
     return (
-        f"starting from {place} with a new head: it has {len(start.classes)} classes ({format_list(start.classes, 3)}), "
+        f"starting from {place} with a new head: it has {format_count(len(start.classes), 'class')} "
+        f"({format_list(start.classes, 3)}), "
         f"the data {len(classes)} ({format_list(classes, 3)})"
     )
