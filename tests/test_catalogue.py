@@ -126,7 +126,7 @@ def test_runs_says_what_a_result_lacks(runs: Path, tmp_path: Path, capsys: pytes
     del result["seconds"]
     (folder / "result.json").write_text(json.dumps(result))
     (summary,) = printed(capsys, "runs", str(folder.parent))["runs"]
-    assert "result.json lacks seconds; train --resume" in summary["error"]
+    assert "result.json lacks seconds; `resnetlab train --resume" in summary["error"]
     assert run_command(["runs", str(folder.parent)]) == 0
 
 

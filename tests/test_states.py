@@ -78,8 +78,8 @@ def test_big_endian_arrays_are_read(tmp_path: Path) -> None:
 
 
 def test_unsupported_arrays_of_an_npz(tmp_path: Path) -> None:
-    with pytest.raises(ModelFileError, match="names is an array of <U1, which torch does not support"):
-        read_state_dict(save_npz(tmp_path / "w.npz", names=np.array(["a", "b"]), **make_arrays()))
+    with pytest.raises(ModelFileError, match="words is an array of <U1, which torch does not support"):
+        read_state_dict(save_npz(tmp_path / "w.npz", words=np.array(["a", "b"]), **make_arrays()))
     np.save(tmp_path / "one.npy", np.zeros(3))
     (tmp_path / "one.npy").rename(tmp_path / "one.npz")
     with pytest.raises(ModelFileError, match="holds a single unnamed array"):

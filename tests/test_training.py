@@ -214,7 +214,7 @@ def test_json_keys_of_train_are_a_contract(tmp_path: Path) -> None:
     result = resnetlab.train(tiny(steps=1, milestones=()), out=tmp_path / "run", device="cpu")
     assert set(result.to_json()) == {
         "run", "model", "report", "split", "n", "top1_error", "top1_interval", "top5_error", "held_out_error", "steps",
-        "none_of_these", "seconds", "images_per_second", "parameters", "budget"}  # fmt: skip
+        "balanced_error", "none_of_these", "seconds", "images_per_second", "parameters", "budget"}  # fmt: skip
 
 
 def test_training_on_everything_holds_nothing_out(tmp_path: Path) -> None:

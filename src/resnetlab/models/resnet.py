@@ -263,8 +263,9 @@ def warn_small_image(net: ResNet, image_size: Sequence[int]) -> None:
     """Warns if ImageNet's stem gets an image, (H, W), with a side of at most 64 pixels."""
     if net.spec.stem == "imagenet" and min(image_size) <= 64:
         height, width = image_size
-        strides = [conv.stride[0] for _, block in net.blocks() for conv in block.convs]
-        stride = 4 * math.prod(strides)  # of the network as it is: one of a segmenter is dilated
+        # of the network as it is: a segmenter's is dilated, a detector's ends before its last stage
+        strides = [conv.stride[0] for block in net.modules() if isinstance(block, Block) for conv in block.convs]
+        stride = 4 * math.prod(strides)
         warnings.warn(
             f"images of {height}x{width} pixels in a network with ImageNet's 7x7 stem, which leaves them "
             f"{math.ceil(height / stride)}x{math.ceil(width / stride)} at the end; "

@@ -181,7 +181,7 @@ def _read_npz(path: Path, content: bytes) -> dict[str, Any]:
         raise ModelFileError(f"{path} holds a single unnamed array (.npy); save all weights by name with numpy.savez.")
     tensors: dict[str, Any] = {}
     for name, value in values.items():
-        if value.dtype.kind == "U":
+        if value.dtype.kind == "U" and name.lower() in CLASS_KEYS:
             tensors[name] = value.tolist()  # names of classes
             continue
         try:
