@@ -153,17 +153,15 @@ def _add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def validation_error(request: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
-        if first["type"] == "extra_forbidden":
-            name, known = (
-                str(first["loc"][-1])[:200],
-                QUERIES.get(request.url.path.rpartition("/")[2], EmptyQuery).model_fields,
-            )
-            unknown = f"{name!r} is a query parameter, and this address takes none."
-            return JSONResponse(
-                {"error": str(unknown_name_error("query parameter", name, known)) if known else unknown}, 422
-            )
         location = " ".join(str(part) for part in first["loc"])[:200]
-        return JSONResponse({"error": f"{location}: {first['msg'][:1].lower()}{first['msg'][1:]}."}, 422)
+        sentence = f"{location}: {first['msg'][:1].lower()}{first['msg'][1:]}."
+        if first["type"] == "extra_forbidden":
+            name = str(first["loc"][-1])[:200]
+            known = QUERIES.get(request.url.path.rpartition("/")[2], EmptyQuery).model_fields
+            sentence = f"{name!r} is a query parameter, and this address takes none."
+            if known:
+                sentence = str(unknown_name_error("query parameter", name, known))
+        return JSONResponse({"error": sentence}, 422)
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> JSONResponse:
