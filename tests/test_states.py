@@ -84,6 +84,9 @@ def test_unsupported_arrays_of_an_npz(tmp_path: Path) -> None:
     (tmp_path / "one.npy").rename(tmp_path / "one.npz")
     with pytest.raises(ModelFileError, match="holds a single unnamed array"):
         read_state_dict(tmp_path / "one.npz")
+    (tmp_path / "text.npz").write_bytes(b"abc")
+    with pytest.raises(ModelFileError, match=r"text.npz is no .npz file; it begins with b'abc'"):
+        read_state_dict(tmp_path / "text.npz")
 
 
 def test_counters_are_ignored_with_a_note() -> None:

@@ -55,6 +55,7 @@ def test_the_packages_files_are_not_changed(capsys: pytest.CaptureFixture[str]) 
     save = ["evaluate", NAME, "--data", "digits", "--save-temperature", "--fit-temperature", "1"]
     assert run_command(save) == 2 and "import published weights first" in capsys.readouterr().err
     assert run_command(["strip", NAME]) == 2 and "comes with the package" in capsys.readouterr().err
+    assert run_command(["import", NAME]) == 2 and "needs no import" in capsys.readouterr().err
     with pytest.raises(UsageError, match="unknown trained model 'cifar10:resnet56'; did you mean 'cifar10:resnet20'"):
         find_model("cifar10:resnet56")
 

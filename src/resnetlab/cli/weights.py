@@ -66,7 +66,7 @@ def import_(
     key
         Which state dict to read from a file with several, such as model_ema, or which of several networks, such as teacher.
     """
-    from resnetlab.inference.download import download_model, get_scheme
+    from resnetlab.inference.download import download_model, find_trained, get_scheme
     from resnetlab.inference.import_model import ImportOptions, import_weights
     from resnetlab.run_folder import check_output_file
 
@@ -84,7 +84,9 @@ def import_(
         changes=console.parse_pairs(set_),
         key=key,
     )
-    model, notes = download_model(file, given) if get_scheme(file) else import_weights(Path(file), given)
+    model, notes = (
+        download_model(file, given) if get_scheme(file) else import_weights(find_trained(file) or Path(file), given)
+    )
     for note in notes:
         console.log(note)
     model.save(out)

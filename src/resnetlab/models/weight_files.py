@@ -28,6 +28,7 @@ from resnetlab.formatting import format_list, parse_json
 
 SUFFIXES = (".pth", ".pt", ".th", ".tar", ".bin", ".ckpt", ".safetensors", ".npz", ".index.json")
 WANTED = f"a supported weight file ({', '.join(SUFFIXES)})"
+NPZ_MAGIC = (b"PK", b"\x93NUMPY")  # a zip file, or the single array of an .npy
 MAGIC = (b"PK", b"\x80")  # first bytes of PyTorch files: a zip file, formerly a pickle
 # what others call their classes: names in the order of the outputs, or a mapping of names and outputs
 CLASS_KEYS = (
@@ -167,6 +168,8 @@ def _parse_metadata(path: Path, text: Any, old_text: Any) -> Mapping[str, Any]:
 
 
 def _read_npz(path: Path, content: bytes) -> dict[str, Any]:
+    if not content.startswith(NPZ_MAGIC):  # numpy would advise to load it as a pickle
+        raise ModelFileError(f"{path} is no .npz file; it begins with {content[:20]!r}.")
     _check_unpacked_size(path, content)
     try:
         arrays = np.load(io.BytesIO(content), allow_pickle=False)
