@@ -6,6 +6,8 @@ import csv
 import json
 import shutil
 import unicodedata
+import warnings
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from images import folder, photo
 from resnetlab.cli.main import run_command
 from resnetlab.data import sources, tables
 from resnetlab.data.dataset import GROUP, Dataset
+from resnetlab.data.decode import decode_pixels
 from resnetlab.data.disk_split import ReadOptions
 from resnetlab.errors import DataError, UsageError
 from resnetlab.models.model_file import load_trained_model
@@ -82,6 +85,32 @@ def test_an_archive_is_the_data_set_of_its_folder(
         assert data.train.names == expected.train.names
         assert all(torch.equal(data.test.read_image(i), expected.test.read_image(i)) for i in range(len(data.test)))
     assert sources.short_name(data.name) == "a-1"
+
+
+@pytest.mark.parametrize("kind", ["zip", "tar"])
+def test_an_archive_has_what_unpacking_it_gives(kind: str, tmp_path: Path) -> None:
+    """Of a name that occurs twice the later file; backslashes are folders; an empty file is an image that cannot be read."""
+    root, out = folder(tmp_path / "photos", {"": 10}), tmp_path / f"a.{kind}"
+    expected = load(root)
+    members = [(f"photos\\{name}".replace("/", "\\"), (root / name).read_bytes()) for name in expected.all_images.names]
+    members = [(members[0][0], b"an older version"), *members, (f"photos\\{expected.classes[0]}\\empty.jpg", b"")]
+    if kind == "zip":
+        with zipfile.ZipFile(out, "w") as packed, warnings.catch_warnings(action="ignore"):
+            for name, content in members:
+                info = zipfile.ZipInfo("x")
+                info.filename = name
+                packed.writestr(info, content)
+    else:
+        tar(out, members)
+    images = load(str(out)).all_images
+    empty = f"{expected.classes[0]}/empty.jpg"
+    assert sorted(images.names) == sorted([*expected.all_images.names, empty])
+    for i, name in enumerate(images.names):
+        if name == empty:
+            with pytest.raises(DataError, match="is empty"):
+                images.read_image(i)
+        else:
+            assert torch.equal(images.read_image(i), decode_pixels((root / name).read_bytes(), name))
 
 
 def test_every_form_of_table_is_read(photos: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import gzip
 import hashlib
 import lzma
 import os
+import posixpath
 import struct
 import zipfile
 import zlib
@@ -89,7 +90,7 @@ def is_archive(data: str) -> bool:
     if path.suffix.lower() != ".tar" or not path.is_file():
         return False
     try:
-        files = [os.path.normpath(member.name) for member in islice(iterate_files(path), PEEK)]
+        files = [_normalise_path(member.name) for member in islice(iterate_files(path), PEEK)]
     except DataError:
         return False  # reported by data.shards
     in_folders = any("/" in name and is_image_name(name) for name in files)
@@ -104,7 +105,8 @@ def load_archive(path: Path, data_dir: Path, read_options: ReadOptions) -> Datas
     """Loads the class folders in an archive. Raises DataError if it is damaged or holds none."""
     file = _decompress(path, data_dir) if _is_compressed_tar(path) else path
     members = _list_zip(file) if path.suffix.lower() == ".zip" else _list_tar(file)
-    members = [member for member in members if is_image_name(member.name)]
+    # of two members of one name the later one, as when the archive is unpacked
+    members = list({member.name: member for member in members if is_image_name(member.name)}.values())
     prefix, parts = _find_splits(path, [member.name for member in members])
     images, classes = {}, set()
     for split, depth in parts.items():
@@ -131,20 +133,27 @@ def _make_source(file: Path, path: Path, rows: list[tuple[str, str, _ArchiveMemb
 def _list_zip(file: Path) -> list[_ArchiveMember]:
     try:
         with zipfile.ZipFile(file) as archive:
-            infos = [i for i in archive.infolist() if i.filename[-1:] != "/" and is_image_name(i.filename)]
+            infos = [i for i in archive.infolist() if is_image_name(_normalise_path(i.filename))]
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, struct.error) as error:
         raise DataError(f"{file} cannot be read as a zip file ({error}); copy or pack it again.") from error
     for info in infos:
         if info.flag_bits & 1 or info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             kind = "encrypted" if info.flag_bits & 1 else "compressed in a way that is not read"
             raise DataError(f"{info.filename} in {file} is {kind}; unpack it, and give the folder.")
+    names = (_normalise_path(info.filename) for info in infos)
     return [
-        _ArchiveMember(i.filename, i.header_offset, i.file_size, i.compress_type, i.CRC, i.compress_size) for i in infos
+        _ArchiveMember(name, i.header_offset, i.file_size, i.compress_type, i.CRC, i.compress_size)
+        for name, i in zip(names, infos, strict=True)
     ]
 
 
 def _list_tar(file: Path) -> list[_ArchiveMember]:
-    return [_ArchiveMember(os.path.normpath(m.name), m.offset_data, m.size) for m in iterate_files(file) if m.size]
+    return [_ArchiveMember(_normalise_path(m.name), m.offset_data, m.size) for m in iterate_files(file)]
+
+
+def _normalise_path(name: str) -> str:
+    """A member's path with slashes, also where a program on Windows wrote backslashes alone."""
+    return posixpath.normpath(name if "/" in name else name.replace("\\", "/"))
 
 
 def _find_splits(path: Path, names: list[str]) -> tuple[str, dict[str, int]]:
