@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 
+import resnetlab
 from http_server import FileServer
 from images import folder, photo
 from resnetlab.data import download, pack
-from resnetlab.errors import DataError, RunError
+from resnetlab.data.dataset import GROUP
+from resnetlab.errors import DataError, RunError, UsageError
 from shard_files import files, load, members, packed
 from shard_files import tar as made
 
@@ -127,3 +129,18 @@ def test_a_quarantine_that_empties_a_class_of_shards(tmp_path: Path) -> None:
     (tmp_path / "bad.txt").write_text("".join(f"train/alpha/bild {i}.jpg\n" for i in range(3)))
     with pytest.raises(DataError, match=rf"the quarantine list leaves no image of class alpha in {tmp_path / 's'}"):
         load(tmp_path / "s", quarantine=str(tmp_path / "bad.txt"))
+
+
+def test_shards_take_groups_and_a_quarantine_list_as_their_folder_does(tmp_path: Path) -> None:
+    root = folder(tmp_path / "d", {"": 20})
+    pack.pack_shards(load(root), tmp_path / "s")
+    ours, theirs = (load(path, groups=r"bild (\d)") for path in (tmp_path / "s", root))
+    assert ours.fingerprint == theirs.fingerprint
+    assert ours.train.columns[GROUP].tolist() == theirs.train.columns[GROUP].tolist()
+    with pytest.raises(DataError, match="groups=patient is not found in the names of 60 images"):
+        load(tmp_path / "s", groups="patient")
+    (tmp_path / "bad.txt").write_text("alpha/other.jpg\n")
+    with pytest.warns(UserWarning, match="no line of the quarantine list"):
+        load(tmp_path / "s", quarantine=str(tmp_path / "bad.txt"))
+    with pytest.raises(UsageError, match=r"quarantine=bad\.txt is for images on disk"):
+        resnetlab.train(data="digits", quarantine="bad.txt", steps=1, out=tmp_path / "run", image_size=8)

@@ -19,7 +19,7 @@ import sys
 import unicodedata
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -145,10 +145,6 @@ def make_dataset(
     """
     _warn_of_similar_classes(name, classes)
     names = read_class_names(root, classes)
-    image_names = {split: part.names for split, part in images.items()}
-    for each in image_names.values():
-        _require_utf8(root, each)
-    kept = read_options.apply_quarantine(image_names, name)
     order = sorted(range(len(classes)), key=names.__getitem__)  # classes are in the order of their names
     label_of, label_sets = {classes[i]: label for label, i in enumerate(order)}, None
     if multi_label:
@@ -156,20 +152,45 @@ def make_dataset(
         label_of, label_sets = number_label_sets(texts, [classes[i] for i in order])
     splits = {}
     for split, part in images.items():
+        _require_utf8(root, part.names)
         labels = torch.tensor([label_of[unicodedata.normalize("NFC", text)] for text in part.labels])
-        if empty := find_classes(labels, label_sets) - find_classes(labels[kept[split]], label_sets):
-            raise DataError(f"the quarantine list leaves no image of class {names[order[min(empty)]]} in {name}.")
         indices = torch.arange(len(labels)) if part.indices is None else torch.from_numpy(part.indices)
-        columns = add_groups(part.columns, read_options.groups, image_names[split], name)
-        everything = DiskSplit(
-            part.source, indices, labels, ErrorPolicy(read_options.on_bad), read_options.workers, columns
-        )
-        splits[split] = everything.subset(kept[split])
-    require_whole_groups(name, splits)
-    return arrange_splits(name, tuple(names[i] for i in order), splits, label_sets)
+        errors = ErrorPolicy(read_options.on_bad)
+        splits[split] = DiskSplit(part.source, indices, labels, errors, read_options.workers, part.columns)
+    ordered = tuple(names[i] for i in order)
+    return arrange_splits(name, ordered, select_images(name, splits, ordered, read_options, label_sets), label_sets)
 
 
-def add_groups(columns: Columns, groups: str, names: Sequence[str], place: str) -> Columns:
+def select_images(
+    name: str,
+    splits: Mapping[str, DiskSplit],
+    classes: Sequence[str],
+    read_options: ReadOptions,
+    label_sets: Tensor | None = None,
+) -> dict[str, DiskSplit]:
+    """The splits without the images of the quarantine list, with GROUP as a column if groups are asked for.
+
+    Raises DataError if a class loses all its images, or a group has images in two splits.
+    """
+    names = {split: part.names for split, part in splits.items()}
+    kept, selected = read_options.apply_quarantine(names, name), {}
+    for split, part in splits.items():
+        columns = _add_groups(part.columns, read_options.groups, names[split], name)
+        selected[split] = replace(part, columns=columns).subset(kept[split])
+        before, after = (find_classes(each.labels, label_sets) for each in (part, selected[split]))
+        if empty := before - after:
+            raise DataError(f"the quarantine list leaves no image of class {classes[min(empty)]} in {name}.")
+    groups = {split: set(part.columns[GROUP]) for split, part in selected.items() if GROUP in part.columns}
+    for (one, first), (two, second) in itertools.combinations(groups.items(), 2):
+        if both := sorted(first & second):
+            raise DataError(
+                f"{name} has images of the group{'s' * (len(both) > 1)} {format_list(both)} in {one} and in {two}; put each "
+                "group into one split."
+            )
+    return selected
+
+
+def _add_groups(columns: Columns, groups: str, names: Sequence[str], place: str) -> Columns:
     """The columns with GROUP: a column of the table, or what a pattern finds in the images' names.
 
     Raises DataError if the pattern is not found in a name, UsageError if it is invalid.
@@ -188,17 +209,6 @@ def add_groups(columns: Columns, groups: str, names: Sequence[str], place: str) 
         )
     values = [(match[1] or "") if match.re.groups else match[0] for match in found if match is not None]
     return {**columns, GROUP: np.array(values, object)}
-
-
-def require_whole_groups(name: str, splits: Mapping[str, Split]) -> None:
-    """Raises DataError if a group has images in two splits."""
-    groups = {split: set(part.columns[GROUP]) for split, part in splits.items() if GROUP in part.columns}
-    for (one, first), (two, second) in itertools.combinations(groups.items(), 2):
-        if both := sorted(first & second):
-            raise DataError(
-                f"{name} has images of the group{'s' * (len(both) > 1)} {format_list(both)} in {one} and in {two}; put each "
-                "group into one split."
-            )
 
 
 def _warn_of_similar_classes(name: str, classes: Sequence[str]) -> None:

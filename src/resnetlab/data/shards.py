@@ -26,7 +26,7 @@ from resnetlab.data.dataset import Dataset
 from resnetlab.data.decode import check_file_size
 from resnetlab.data.disk_split import DiskSplit, FileNames, ReadOptions
 from resnetlab.data.error_policy import ErrorPolicy
-from resnetlab.data.folder import arrange_splits, guess_split
+from resnetlab.data.folder import arrange_splits, guess_split, select_images
 from resnetlab.data.object_store import is_address, is_store, list_tars, strip_secrets
 from resnetlab.data.remote_shards import RemoteShards
 from resnetlab.data.tar_index import MAX_INDEX, TarIndex, read_index
@@ -122,6 +122,7 @@ def load_shards(data: str, data_dir: Path, read_options: ReadOptions) -> Dataset
     if all(index.classes is None for index in indices.values()):
         _require_same_labels(groups, indices)
     splits = {split: _make_shard_split(paths, indices, classes, read_options) for split, paths in groups.items()}
+    splits = select_images(data, splits, classes, read_options)
     if remote is not None and "train" in splits:
         train = splits["train"]
         assert isinstance(train.source, ShardSource)
@@ -268,14 +269,11 @@ def _make_shard_split(
     if len(set(names)) < len(names):
         twice = next(one for one, two in itertools.pairwise(sorted(names)) if one == two)
         raise DataError(f"two samples have the name {twice}, in {tars[0].parent}; give each a name of its own.")
-    quarantined = read_options.read_quarantine()
-    kept = torch.tensor([i for i, name in enumerate(names) if name not in quarantined], dtype=torch.long)
     offsets, sizes = numbers[:, 1].copy(), numbers[:, 2].copy()
     source = ShardSource(tuple(tars), FileNames(names), sizes, shard, offsets)
     labels = torch.from_numpy(numbers[:, 0].copy())
-    if emptied := set(numbers[:, 0].tolist()) - set(labels[kept].tolist()):
-        raise DataError(f"the quarantine list leaves no image of class {classes[min(emptied)]} in {tars[0].parent}.")
-    return DiskSplit(source, kept, labels[kept], ErrorPolicy(read_options.on_bad), read_options.workers)
+    errors = ErrorPolicy(read_options.on_bad)
+    return DiskSplit(source, torch.arange(len(labels)), labels, errors, read_options.workers)
 
 
 def _number_classes(index: TarIndex, label_of: Mapping[str | int, int]) -> NDArray[np.int64]:

@@ -179,8 +179,9 @@ def load_source(recipe: Recipe, setup: TaskSetup) -> tuple[Recipe, Dataset]:
     data_dir = setup.options.data_dir or Path("data")
     load = partial(sources.load_dataset, data, data_dir, read_options)
     source: Dataset = own if isinstance(own, Dataset) else setup.load_once(load)
-    if recipe.groups and not isinstance(source.train, DiskSplit):
-        raise UsageError(f"groups={recipe.groups} is for images on disk; leave it out.")
+    for key in ("groups", "quarantine"):
+        if (value := getattr(recipe, key)) and not isinstance(source.train, DiskSplit):
+            raise UsageError(f"{key}={value} is for images on disk; leave it out.")
     if recipe.decode_on == "device":
         source = source.with_decode_on(recipe.decode_on)
         _check_decoding_on_device(recipe, source, setup)
