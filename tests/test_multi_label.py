@@ -333,3 +333,4 @@ def test_what_others_make_of_the_model_carries_sigmoids(root: Path, trained: Mul
     answer = served.format(pixels[0], served.predict(list(pixels[:1]))[0], None, None)
     assert answer["labels"] == model.over_threshold(expected[0]) and len(answer["top"]) == 3
     assert served.format(pixels[0], torch.zeros(3), None, None)["none_of_these"] is True
+    assert model.calibration and not served.describe()["calibrated"]  # thresholds are what was fitted

@@ -94,7 +94,7 @@ def sentence(content: Any) -> str:
 
 
 def still_up(running: RunningService) -> None:
-    assert running.request("GET", "/healthz")[0] == 200
+    assert [running.request("GET", path)[0] for path in ("/healthz", "/health")] == [200, 200]
     assert running.post(jpeg())[0] == 200
 
 
@@ -248,11 +248,13 @@ def test_bad_bodies_get_their_status_and_a_sentence(
         ("GET", "/nothing", 404, "nothing at this address"),
         ("GET", "/predict", 405, "GET is not supported"),
         ("POST", "/healthz", 405, "POST is not supported"),
-        ("POST", "/predict?top=0", 422, "top"),
-        ("POST", "/predict?top=many", 422, "top"),
+        ("POST", "/predict?top=many", 422, "top must be a whole number from 1 to 1,000,000, not 'many'."),
         ("POST", "/predict?tpo=3", 422, "tpo"),
         ("POST", "/predict?topk=3", 422, "did you mean 'top'?"),
         ("POST", "/predict?conf=0.3", 422, "did you mean 'min_score'?"),
+        ("POST", "/predict?min_score=abc", 422, "min_score must be a number from 0 to 1, not 'abc'."),
+        ("POST", "/predict?score=2", 422, "score must be a number from 0 to 1, not '2'."),
+        ("POST", "/explain?top=0", 422, "top must be a whole number"),
         ("GET", "/model?x=1", 422, "x"),
         ("GET", "/../../etc/passwd", 404, "nothing"),
         ("GET", "/%2e%2e/%2e%2e/etc/passwd", 404, "nothing"),

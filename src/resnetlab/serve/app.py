@@ -26,6 +26,7 @@ from resnetlab.serve.limits import RequestError
 from resnetlab.serve.schemas import (
     ERROR_ANSWERS,
     REQUEST_BODY,
+    VALUES,
     EmptyQuery,
     ExplainAnswer,
     ExplainQuery,
@@ -106,6 +107,7 @@ def _add_routes(app: FastAPI, service: Service) -> None:
 
     unknown: dict[int | str, dict[str, Any]] = {422: ERROR_ANSWERS[422]}
 
+    @app.get("/health", include_in_schema=False)
     @app.get("/healthz", response_model=HealthAnswer, responses=unknown | {503: ERROR_ANSWERS[503]})
     async def healthz(_: Annotated[EmptyQuery, Query()]) -> Response:
         """Whether the service is up, and its GPU computes."""
@@ -153,14 +155,16 @@ def _add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def validation_error(request: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
-        location = " ".join(str(part) for part in first["loc"])[:200]
-        sentence = f"{location}: {first['msg'][:1].lower()}{first['msg'][1:]}."
-        if first["type"] == "extra_forbidden":
-            name = str(first["loc"][-1])[:200]
-            known = QUERIES.get(request.url.path.rpartition("/")[2], EmptyQuery).model_fields
+        name, known = (
+            str(first["loc"][1])[:200],
+            QUERIES.get(request.url.path.rpartition("/")[2], EmptyQuery).model_fields,
+        )
+        if name in known:
+            sentence = f"{name} must be {VALUES[name]}, not {str(first['input'])[:200]!r}."
+        elif known:
+            sentence = str(unknown_name_error("query parameter", name, known))
+        else:
             sentence = f"{name!r} is a query parameter, and this address takes none."
-            if known:
-                sentence = str(unknown_name_error("query parameter", name, known))
         return JSONResponse({"error": sentence}, 422)
 
     @app.exception_handler(HTTPException)

@@ -132,7 +132,7 @@ class ServedClassifier:
         model = self.model
         return _describe_model("classify", model, model.spec) | {
             "temperature": model.temperature,
-            "calibrated": bool(model.calibration),
+            "calibrated": bool(model.calibration) and not model.multi_label,  # whose thresholds are what was fitted
             "none_below": model.none_below or None,
             "preprocessing": model.preprocessing.to_json(),
             "backend": model.backend_name,

@@ -12,6 +12,7 @@ from resnetlab.serve.uploads import FIELD
 
 TOP = "Number of classes or boxes, best first; by default 5 classes of a classifier, and all boxes."
 MIN_SCORE = "Least score, or share of the pixels; by default 0.5 for boxes and 0 otherwise."
+VALUES = {"top": "a whole number from 1 to 1,000,000"} | dict.fromkeys(("min_score", "score"), "a number from 0 to 1")
 
 
 class ExplainQuery(BaseModel):

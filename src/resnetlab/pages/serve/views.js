@@ -19,8 +19,8 @@ const bar = (share) => {
 
 // A classifier: the classes with bars, then the heat map and the effect of each block.
 
-function showScores({ top, none_of_these }, image, { calibrated }) {
-  const answer = none_of_these ? "none of these" : top[0].class;
+function showScores({ top, labels, none_of_these }, image, { calibrated }) {  // labels: of a model that gives several classes
+  const answer = none_of_these ? "none of these" : labels ? labels.join(", ") : top[0].class;
   $("answer").textContent = answer;
   $("scores").replaceChildren(...top.map(({ class: name, score }) => {
     const row = element("li"), label = element("div");
@@ -28,15 +28,15 @@ function showScores({ top, none_of_these }, image, { calibrated }) {
     row.append(label, bar(score));
     return row;
   }));
-  $("calibrated").textContent = calibrated
-    ? "Calibrated: of many images with a score of 80 %, about 80 % are classified correctly."
+  $("calibrated").textContent = labels ? "Each class has a score of its own; the answer is the classes over their thresholds."
+    : calibrated ? "Calibrated: of many images with a score of 80 %, about 80 % are classified correctly."
     : "Not calibrated: this model has no temperature, so its scores may be overconfident.";
   $("image").src = image;
   $("heat").hidden = true;
   $("heat-caption").textContent = "computing the heat map …";
   $("why").hidden = true;
   $("scored").hidden = false;
-  return none_of_these ? `Prediction: ${answer}.` : `Prediction: ${answer}, ${percent(top[0].score)}.`;
+  return none_of_these || labels ? `Prediction: ${answer}.` : `Prediction: ${answer}, ${percent(top[0].score)}.`;
 }
 
 function showExplanation({ top, heat, blocks }) {
