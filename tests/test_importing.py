@@ -357,19 +357,21 @@ def test_class_names_that_do_not_fit_are_refused(names: Any, why: str, small: nn
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 def test_exports_are_imported_unchanged(suffix: str, tmp_path: Path) -> None:
-    """Specification, classes, a per-pixel mean and the temperature too, with nothing given."""
-    net: ResNet = randomise(build("resnet8", zero_pad="centre", seed=0))
+    """Specification, classes, a per-pixel mean of values as stored, temperature and thresholds too, with nothing given."""
+    net: ResNet = randomise(build("resnet8", zero_pad="centre", channels=5, seed=0))
     before = TrainedModel(
         net,
         dataset_class_names("cifar10"),
-        Preprocessing(3, (32, 32), 32, torch.rand(32, 32, 3), torch.ones(3)),
+        Preprocessing(5, (32, 32), 32, torch.rand(32, 32, 5), torch.ones(5), dtype="uint16"),
         temperature=1.3,
+        thresholds=(0.25,) * 10,
     )
     export_weights(before, "torchvision", tmp_path / f"w{suffix}")
     after, _ = import_weights(tmp_path / f"w{suffix}", ImportOptions())
     after.save(tmp_path / "m.safetensors")
     after = load_trained_model(tmp_path / "m.safetensors")
     assert (after.spec, after.classes, after.temperature) == (before.spec, before.classes, 1.3)
+    assert after.thresholds == before.thresholds and after.preprocessing.dtype == "uint16"
     assert torch.equal(after.preprocessing.mean, before.preprocessing.mean)
     assert all(torch.equal(value, net.state_dict()[name]) for name, value in after.net.state_dict().items())
 

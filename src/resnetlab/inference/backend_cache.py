@@ -78,6 +78,7 @@ def open_cache(model: TrainedModel, request: Mapping[str, Any], *images: Tensor 
     key = {
         "request": dict(request),
         "model": [model.net.spec.to_json(), model.classes, preprocessing.to_json(), float(model.temperature)],
+        "multi_label": model.multi_label,
         "machine": [environment()["cpu"], torch.get_num_threads()],
         "versions": {name: _get_version(name) for name in PACKAGES},
     }

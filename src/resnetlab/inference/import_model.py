@@ -124,6 +124,7 @@ def import_state_dict(state: StateDictFile, given: ImportOptions, where: str) ->
         data=state.metadata.get("data", {}),
         versions={"resnetlab": __version__, "torch": torch.__version__},
         calibration=state.metadata.get("calibration", {}),
+        thresholds=tuple(state.metadata.get("thresholds", ())),
         fingerprints=fingerprints,
     )
     if problem := model.validate():
@@ -160,7 +161,7 @@ def _resolve_preprocessing(
     known: dict[str, Any] = {}
     if state.metadata:
         exported = Preprocessing.from_json(state.metadata["preprocessing"])
-        known = {name: getattr(exported, name) for name in ("mean", "std", "size", "resize", "interpolation")}
+        known = {name: getattr(exported, name) for name in ("mean", "std", "size", "resize", "interpolation", "dtype")}
     elif given.source_name in IMAGENET_SOURCES and spec.stem == "imagenet" and spec.channels == 3:
         known = {"mean": torch.tensor(IMAGENET_MEAN), "std": torch.tensor(IMAGENET_STD)}
         if assumed := [
@@ -208,7 +209,8 @@ def _resolve_preprocessing(
             f"ASSUMED images: shorter side {resize}, {interpolation}, centre {size[0]}x{size[1]}; change them with "
             "--image-size, --eval-resize and --interpolation"
         )
-    preprocessing = Preprocessing(spec.channels, size, resize, known["mean"], known["std"], interpolation)
+    mean, std, dtype = known["mean"], known["std"], known.get("dtype", "")
+    preprocessing = Preprocessing(spec.channels, size, resize, mean, std, interpolation, dtype)
     if (given.image_size or given.eval_resize) and (problem := preprocessing.validate()):
         raise UsageError(f"invalid preprocessing: {problem}.")
     return preprocessing

@@ -40,6 +40,7 @@ def write_state_dict(model: TrainedModel, out: Path) -> None:
         "preprocessing": preprocessing.to_json() | {"mean": preprocessing.mean.tolist()},
         "temperature": float(model.temperature),
         "calibration": dict(model.calibration),
+        "thresholds": list(model.thresholds),
         "data": dict(model.data),
         "fingerprints": fingerprints,
     })  # fmt: skip
