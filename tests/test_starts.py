@@ -63,6 +63,12 @@ def test_starts_of_others(tmp_path: Path) -> None:
         assert start.model.spec.stride_in == "3x3" and any("ASSUMED: stride_in=3x3" in note for note in start.notes)
         assert torch.equal(start.model.net.layer4[0].conv2.weight, whole["layer4.0.conv2.weight"])  # type: ignore[index]
         assert (start.model.classes == NO_HEAD) is (content is not whole)
+    for names, found in (
+        (["cat", "dog", "eel"], ("cat", "dog", "eel")),
+        (["cat", "cat", "eel"], ("class 0", "class 1", "class 2")),
+    ):
+        torch.save({"state_dict": whole, "class_names": names}, tmp_path / "w.pth")
+        assert load_start(str(tmp_path / "w.pth")).model.classes == found  # by which the head's rows are matched
     first = load_start(str(tmp_path / "w.pth"), {"stride_in": "first"})
     assert first.model.spec.stride_in == "first" and not any("stride" in note for note in first.notes)
 

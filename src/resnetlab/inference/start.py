@@ -12,6 +12,7 @@ import torch
 
 from resnetlab.device import standard_torch_state
 from resnetlab.errors import UsageError
+from resnetlab.formatting import find_name_problem
 from resnetlab.inference.download import download_model, find_model, find_trained, get_scheme
 from resnetlab.inference.import_model import IMAGENET_MEAN, IMAGENET_STD, ImportOptions, import_state_dict
 from resnetlab.models.model_file import TrainedModel, load_trained_model
@@ -99,7 +100,9 @@ def _import_start(path: Path, changes: Mapping[str, Any]) -> tuple[TrainedModel,
     outputs = len(state.tensors["fc.weight"])
     channels = state.tensors["conv1.weight"].shape[1] if "conv1.weight" in state.tensors else 3
     text = {key: str(value) for key, value in changes.items() if key not in ("classes", "channels")}
-    options = ImportOptions(classes=NO_HEAD if outputs == 1 else [f"class {i}" for i in range(outputs)], changes=text)
+    named = len(state.classes) == outputs and find_name_problem(state.classes) is None
+    classes = state.classes if named else [f"class {i}" for i in range(outputs)]
+    options = ImportOptions(classes=NO_HEAD if outputs == 1 else classes, changes=text)
     if not state.metadata:
         rgb = channels == 3
         options = replace(options, mean=IMAGENET_MEAN if rgb else (0.5,), std=IMAGENET_STD if rgb else (0.25,))
