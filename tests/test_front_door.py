@@ -147,6 +147,9 @@ def test_a_folder_that_holds_a_run_names_the_command_of_its_task(task: str, comm
         RunFolder.create(tmp_path, "photos")
     with pytest.raises(ModelFileError, match=f"go on with: {resume}$"):
         resnetlab.load(tmp_path)
+    (tmp_path / "result.json").touch()
+    with pytest.raises(RunError, match=f"or train that finished run longer with: {resume} --epochs N$"):
+        RunFolder.create(tmp_path, "photos")
 
 
 def test_a_folder_that_holds_no_run_is_not_offered_as_one(tmp_path: Path) -> None:

@@ -247,6 +247,8 @@ class RunFolder:
         """Raises RunError if the folder holds anything but what a process killed at its very start leaves."""
         if any(p.name != ".lock" and not _is_temporary(p) for p in self.path.iterdir()):
             continued = f", or continue that run with: {self.resume_command}" * (self.path / "recipe.toml").exists()
+            if continued and (self.path / "result.json").exists():
+                continued = f", or train that finished run longer with: {self.resume_command} --epochs N"
             raise RunError(f"{self.path} is not empty; choose another --out{continued}{'' if continued else '.'}")
 
     def remove_temporary_files(self) -> None:
