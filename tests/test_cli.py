@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -284,6 +285,22 @@ def test_images_of_any_mode_are_read(capsys: pytest.CaptureFixture[str], model: 
         image.save(tmp_path / f"{mode.replace(';', '')}.{'tif' if mode == 'CMYK' else 'png'}")
     code, out, _ = run_cli(capsys, "predict", str(model), str(tmp_path), "--json")
     assert code == 0 and len(json.loads(out)["predictions"]) == 8
+
+
+def test_of_many_classes_the_worst_are_printed(
+    model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from resnetlab.cli import console
+
+    evaluate = ("evaluate", str(model), "--data", "digits", "--device", "cpu")
+    code, all_of_them, _ = run_cli(capsys, *evaluate)
+    errors = {line.split()[0]: float(line.split()[2]) for line in all_of_them.splitlines() if re.match(r"\d +\d", line)}
+    assert code == 0 and list(errors) == list("0123456789")
+    monkeypatch.setattr(console, "MAX_CLASSES", 3)
+    _, some, _ = run_cli(capsys, *evaluate)
+    shown = re.findall(r"^(\d) +\d", some, re.MULTILINE)
+    assert len(shown) == 3 and [errors[name] for name in shown] == sorted(errors.values(), reverse=True)[:3]
+    assert "these are the 3 worst classes; 7 more are left out, and evaluation.json or --json has all" in some
 
 
 def test_a_stop_is_heard_before_a_command_listens_for_it(

@@ -19,6 +19,15 @@ def format_percent(fraction: float, decimals: int = 2) -> str:
     return f"{100 * fraction:.{decimals}f} %"
 
 
+def format_known(value: float | None, form: str = "") -> str:
+    """A fraction in per cent, or a number in another form; a dash where there is none.
+
+    >>> format_known(0.0827), format_known(0.5, "{:.3f}"), format_known(None)
+    ('8.27 %', '0.500', '–')
+    """
+    return "–" if value is None else form.format(value) if form else format_percent(value)
+
+
 def format_share(fraction: float) -> str:
     """A share in per cent, with two significant digits.
 

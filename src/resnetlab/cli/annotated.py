@@ -57,7 +57,7 @@ def detect_train(
         "VOC mAP": result.voc_map,
     }
     print_result(result, {name: f"{value:.3f}" for name, value in metrics.items()})
-    return print_box_classes(result.per_class)
+    return print_box_classes(result.per_class, "the report")
 
 
 def segment_train(
@@ -83,7 +83,7 @@ def segment_train(
         return None
     wrong = format_percent(result.pixel_error)
     print_result(result, {f"{format_split(result.split)} mean IoU": f"{result.mean_iou:.3f}", "wrong pixels": wrong})
-    return print_mask_classes(result.per_class)
+    return print_mask_classes(result.per_class, "the report")
 
 
 def _restrict(command: Callable[..., None], task: str, hidden: Collection[str]) -> Decorator:

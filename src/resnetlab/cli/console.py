@@ -16,6 +16,8 @@ from resnetlab.progress import ProgressBar as ProgressBar
 from resnetlab.progress import escape_control as escape_control
 from resnetlab.progress import log as log
 
+MAX_CLASSES = 50  # rows of a table of classes
+
 
 def write_line(text: str) -> None:
     """Prints a line to standard output; names in it cannot move the cursor or change colours."""
@@ -65,6 +67,19 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
     if not console.is_terminal:
         console.width = 100_000
     console.print(table)
+
+
+def print_classes(
+    columns: Sequence[str], rows: Sequence[Sequence[str]], quality: Sequence[float | None], complete: str
+) -> None:
+    """Prints a row for each class; of more than MAX_CLASSES those of the least quality, and where the `complete` list is."""
+    worst = sorted(range(len(rows)), key=lambda i: float("inf") if (value := quality[i]) is None else value)[
+        :MAX_CLASSES
+    ]
+    shown = rows if len(rows) <= MAX_CLASSES else [rows[i] for i in worst]
+    print_table("", columns, shown, right=[i for i, name in enumerate(columns) if name not in ("class", "taken for")])
+    if (rest := len(rows) - len(shown)) > 0:
+        write_line(f"these are the {MAX_CLASSES} worst classes; {rest:,} more are left out, and {complete} has all")
 
 
 def parse_numbers(option: str, text: str, example: str) -> list[float]:

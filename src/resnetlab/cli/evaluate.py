@@ -13,7 +13,7 @@ from resnetlab.cli import console
 from resnetlab.cli.options import DataDir, Device, Flag, Json, Precision, Refine, Scales
 from resnetlab.cli.predict import configure_detector
 from resnetlab.errors import RunError, UsageError
-from resnetlab.formatting import format_count, format_percent, format_split_of
+from resnetlab.formatting import format_count, format_known, format_percent, format_split_of
 from resnetlab.process_place import read_process_place
 
 if TYPE_CHECKING:
@@ -279,10 +279,10 @@ def _evaluate_annotated(predictor: Detector | Segmenter, data: Path, split: str,
             f"mAP@.5 {figures['map_50']:.3f}, mAP@[.5:.95] {figures['map']:.3f}, VOC mAP {figures['voc_map']:.3f}"
         )
         print()
-        return print_box_classes(figures["per_class"])
+        return print_box_classes(figures["per_class"], "--json")
     console.write_line(f"mean IoU {figures['mean_iou']:.3f}, wrong pixels {format_percent(figures['pixel_error'])}")
     print()
-    return print_mask_classes(figures["per_class"])
+    return print_mask_classes(figures["per_class"], "--json")
 
 
 def _describe_additions(figures: dict[str, Any]) -> str:
@@ -292,20 +292,18 @@ def _describe_additions(figures: dict[str, Any]) -> str:
     return " and ".join(filter(None, additions))
 
 
-def print_box_classes(per_class: Sequence[Mapping[str, Any]]) -> None:
-    """Prints a detector's metrics of each class."""
+def print_box_classes(per_class: Sequence[Mapping[str, Any]], complete: str) -> None:
+    """Prints a detector's metrics of each class; the file or option `complete` has them too."""
     keys = ("ap_50", "ap", "voc_ap")
-    rows = [
-        (row["class"], f"{row['n']:,}", *("–" if row[key] is None else f"{row[key]:.3f}" for key in keys))
-        for row in per_class
-    ]
-    console.print_table("", ("class", "boxes", "AP@.5", "AP@[.5:.95]", "VOC AP"), rows, right=(1, 2, 3, 4))
+    rows = [(row["class"], f"{row['n']:,}", *(format_known(row[key], "{:.3f}") for key in keys)) for row in per_class]
+    columns = ("class", "boxes", "AP@.5", "AP@[.5:.95]", "VOC AP")
+    console.print_classes(columns, rows, [row["ap_50"] for row in per_class], complete)
 
 
-def print_mask_classes(per_class: Sequence[Mapping[str, Any]]) -> None:
-    """Prints a segmenter's metrics of each class."""
-    rows = [(r["class"], f"{r['pixels']:,}", "–" if r["iou"] is None else f"{r['iou']:.3f}") for r in per_class]
-    console.print_table("", ("class", "pixels", "IoU"), rows, right=(1, 2))
+def print_mask_classes(per_class: Sequence[Mapping[str, Any]], complete: str) -> None:
+    """Prints a segmenter's metrics of each class, likewise."""
+    rows = [(row["class"], f"{row['pixels']:,}", format_known(row["iou"], "{:.3f}")) for row in per_class]
+    console.print_classes(("class", "pixels", "IoU"), rows, [row["iou"] for row in per_class], complete)
 
 
 def _print_evaluation(evaluation: Evaluation) -> None:
@@ -341,18 +339,13 @@ def _print_evaluation(evaluation: Evaluation) -> None:
     print()
     if evaluation.members:
         _print_members(figures)
-    keys = ("top1_error", "precision", "recall", "f1")
-    taken_for = _list_confusions(metrics)
-    rows = [
-        (c["class"], f"{c['n']:,}", *("–" if c[key] is None else format_percent(c[key]) for key in keys), taken_for[i])
-        for i, c in enumerate(figures["per_class"])
-        if c["n"]
-    ]
     if evaluation.corruptions:
         _print_corruptions(evaluation.corruptions)
-    console.print_table(
-        "", ("class", "n", "top-1 error", "precision", "recall", "F1", "taken for"), rows, right=(1, 2, 3, 4, 5)
-    )
+    keys, taken_for = ("top1_error", "precision", "recall", "f1"), _list_confusions(metrics)
+    classes = [(c, taken_for[i]) for i, c in enumerate(figures["per_class"]) if c["n"]]
+    rows = [(c["class"], f"{c['n']:,}", *(format_known(c[key]) for key in keys), others) for c, others in classes]
+    columns = ("class", "n", "top-1 error", "precision", "recall", "F1", "taken for")
+    console.print_classes(columns, rows, [c["recall"] for c, _ in classes], "evaluation.json or --json")
     for column, values in figures.get("by_column", {}).items():
         print()
         by_value = [(v["value"], f"{v['n']:,}", format_percent(v["top1_error"])) for v in values]
@@ -380,23 +373,22 @@ def _print_multi_label(evaluation: MultiLabelEvaluation) -> None:
             c["class"],
             f"{c['n']:,}",
             f"{c['predicted']:,}",
-            "–" if c["ap"] is None else f"{c['ap']:.3f}",
-            *("–" if c[key] is None else format_percent(c[key]) for key in ("f1", "precision", "recall")),
+            format_known(c["ap"], "{:.3f}"),
+            *(format_known(c[key]) for key in ("f1", "precision", "recall")),
             f"{c['threshold']:.3f}",
         )
         for c in figures["per_class"]
     ]
     columns = ("class", "n", "predicted", "AP", "F1", "precision", "recall", "threshold")
-    console.print_table("", columns, rows, right=tuple(range(1, len(columns))))
+    console.print_classes(columns, rows, [c["ap"] for c in figures["per_class"]], "evaluation.json or --json")
 
 
 def _print_corruptions(errors: CorruptionErrors) -> None:
     """Prints the error of every kind and severity, and the means."""
     rows = []
     for kind, row in errors.errors.items():
-        ratio = errors.corruption_error(kind)
-        relative = "–" if ratio is None else format_percent(ratio)
-        rows.append((kind, *map(format_percent, row), format_percent(sum(row) / len(row)), relative))
+        means = sum(row) / len(row), errors.corruption_error(kind)
+        rows.append((kind, *map(format_known, (*row, *means))))
     columns = ("corruption", *(f"severity {each}" for each in errors.severities), "mean", "relative")
     console.print_table("", columns, rows, right=tuple(range(1, len(columns))))
     console.write_line(
