@@ -116,6 +116,7 @@ def test_what_is_of_no_split_is_said(tmp_path: Path) -> None:
 
 YOLO_FAULTS = {
     "class": ("2 0.5 0.5 0.1 0.1", r"p1\.txt, line 1: its class is 2, but there are 2 classes"),
+    "half": ("0.5 0.5 0.5 0.1 0.1", r"p1\.txt, line 1: its class is 0.5, but there are 2 classes, 0 the first"),
     "infinity": ("inf 0.5 0.5 0.1 0.1", r"p1\.txt, line 1: 'inf 0.5 0.5 0.1 0.1' does not consist of numbers"),
     "words": ("0 a 0.5 0.1 0.1", r"p1\.txt, line 1: '0 a 0.5 0.1 0.1' does not consist of numbers"),
     "numbers": ("0 0.5 0.5 0.1 0.1 0.9", r"p1\.txt, line 1: it has 5 numbers behind the class"),
@@ -167,6 +168,18 @@ def test_classes_of_yolo_need_numbers(tmp_path: Path) -> None:
     (tmp_path / "data.yaml").write_text("train: images/train\nval: images/val\nnames:\n  round: 0\n  square: 1\n")
     with pytest.raises(DataError, match=r"data.yaml: 'round' in `names` is no number; write the classes as 0: NAME"):
         box_dataset.load_boxes(tmp_path)
+
+
+@pytest.mark.parametrize("point", ["0.1 0.1", "0.1 0.1 2.0"])
+def test_key_points_of_yolo_are_no_outline(point: str, tmp_path: Path) -> None:
+    layouts.ultralytics(tmp_path)
+    expected = load(box_dataset.load_boxes, tmp_path)
+    for file in (tmp_path / "labels").rglob("*.txt"):
+        file.write_text("".join(f"{line} {point} {point}\n" for line in file.read_text().split("\n") if line))
+    with open(tmp_path / "data.yaml", "a") as config:
+        config.write(f"kpt_shape: [2, {len(point.split())}]\n")
+    with pytest.warns(UserWarning, match=r"the key points behind the boxes \(kpt_shape\) are left out"):
+        assert box_dataset.load_boxes(tmp_path).fingerprint == expected.fingerprint
 
 
 def test_a_note_in_latin_1_does_not_hide_the_masks(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """YOLO's format (Ultralytics, Roboflow, Label Studio): a text file for each image, and data.yaml or classes.txt for the names.
 
     images/train/1.jpg   labels/train/1.txt      "3 0.5 0.5 0.2 0.1": class, centre, width and height as fractions of the image,
-    train/images/1.jpg   train/labels/1.txt      or "3 x1 y1 x2 y2 x3 y3 …", an outline
+    train/images/1.jpg   train/labels/1.txt      or "3 x1 y1 x2 y2 x3 y3 …", an outline; behind a box, key points (left out)
 
 data.yaml has `names`, and `train`, `val` and `test`: folders or lists of images; obj.data (Darknet, CVAT's "YOLO 1.1") names
 lists of images. An image without a text file, or with an empty one, is background.
@@ -9,6 +9,7 @@ lists of images. An image without a text file, or with an empty one, is backgrou
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,12 +29,12 @@ INLINE_ITEM = re.compile(
 
 
 class YoloConfig(NamedTuple):
-    """The names of the classes and the places of the splits, as data.yaml gives them; () and {} without one."""
+    """The names of the classes, the places of the splits, and whether boxes have key points, as data.yaml gives them."""
 
     file: Path | None
     names: tuple[str, ...]
     splits: dict[str, list[str]]
-    base: str = ""
+    key_points: bool = False
 
 
 def find_yolo_labels(root: Path) -> bool:
@@ -43,7 +44,7 @@ def find_yolo_labels(root: Path) -> bool:
     for folder in folders:
         for file in sorted(folder.glob("*.txt"))[:20]:
             lines = peek_lines(file)
-            if lines and all(re.fullmatch(r"\d+(\s+-?[\d.]+(e-?\d+)?){4,}", line) for line in lines):
+            if lines and all(re.fullmatch(r"\d+(\s+-?[\d.]+([eE][-+]?\d+)?){4,}", line) for line in lines):
                 return True
     return False
 
@@ -74,6 +75,8 @@ def read_yolo(root: Path, errors: ErrorPolicy, masks: bool) -> Annotations:
     notes = []
     if without:
         notes.append(f"{without:,} of {missing:,} images have no label file and count as background")
+    if config.key_points:
+        notes.append("the key points behind the boxes (kpt_shape) are left out")
     if unused:
         where = f"the splits of {config.file.name}" if config.splits and config.file else "the folders of the splits"
         notes.append(f"{format_count(len(unused), 'image')} outside {where} are left out, such as {unused[0]}")
@@ -94,7 +97,7 @@ def read_yolo_config(root: Path) -> YoloConfig:
         if isinstance(names, list) and names:
             places = {find_split(key): value for key, value in values.items() if find_split(key) and value}
             splits = {split: [value] if isinstance(value, str) else list(value) for split, value in places.items()}
-            return YoloConfig(file, tuple(map(str, names)), splits, str(values.get("path") or ""))
+            return YoloConfig(file, tuple(map(str, names)), splits, bool(values.get("kpt_shape")))
     if (class_file := find_entry(root, *CLASS_FILES)) is not None:
         darknet = find_entry(root, "obj.data")
         pairs = (line.partition("=") for line in read_lines(darknet)) if darknet is not None else ()
@@ -197,25 +200,27 @@ def _read_labels(file: Path, config: YoloConfig, errors: ErrorPolicy) -> list[Ob
     for number, line in enumerate(read_lines(file), 1):
         where = f"{file}, line {number}"
         try:
-            objects.append(_parse_line(line, where, config.names))
+            objects.append(_parse_line(line, where, config))
         except ValueError as error:
             errors.reject(where, str(error))
             objects.append(ObjectRecord(where, None, None))
     return objects
 
 
-def _parse_line(line: str, where: str, names: tuple[str, ...]) -> ObjectRecord:
+def _parse_line(line: str, where: str, config: YoloConfig) -> ObjectRecord:
     """One object; raises ValueError."""
-    words = line.split()
+    words, names = line.split(), config.names
     try:
-        label, values = int(float(words[0])), [float(word) for word in words[1:]]
-    except (ValueError, OverflowError):  # infinity is no class
-        raise ValueError(f"{line[:40]!r} does not consist of numbers") from None
-    if not 0 <= label < len(names):
+        label, *values = map(float, words)
+    except ValueError:
+        label, values = math.inf, []
+    if not math.isfinite(label):
+        raise ValueError(f"{line[:40]!r} does not consist of numbers")
+    if not (label.is_integer() and 0 <= label < len(names)):
         raise ValueError(f"its class is {words[0]}, but there are {format_count(len(names), 'class')}, 0 the first")
-    if len(values) == 4:
-        x, y, w, h = values
-        return ObjectRecord(where, names[label], (x - w / 2, y - h / 2, x + w / 2, y + h / 2))
+    if len(values) == 4 or (config.key_points and len(values) > 4):
+        x, y, w, h = values[:4]
+        return ObjectRecord(where, names[int(label)], (x - w / 2, y - h / 2, x + w / 2, y + h / 2))
     if len(values) < 6 or len(values) % 2:
         raise ValueError(f"it has {len(values)} numbers behind the class; a box has 4, an outline 6, 8, 10 or more")
-    return ObjectRecord(where, names[label], None, [values])
+    return ObjectRecord(where, names[int(label)], None, [values])
