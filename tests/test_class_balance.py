@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import tomllib
+import tracemalloc
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -143,6 +144,15 @@ def test_folds_cover_everything_once_and_keep_groups(tmp_path: Path) -> None:
         take_fold(data, "6/5")
     with pytest.raises(DataError, match="11 images or groups cannot be divided into 12 folds"):
         assign_folds(split, 12)
+
+
+def test_folds_of_many_images_and_classes_take_little_memory() -> None:
+    split = MemorySplit(torch.empty(2000, 1, 1, 1, dtype=torch.uint8), torch.arange(2000) % 500)
+    tracemalloc.start()
+    of_fold = assign_folds(split, 2)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert of_fold.bincount().tolist() == [1000, 1000] and peak < 3e6  # a table of images and classes has 8 MB
 
 
 def test_cross_validation_gives_mean_and_deviation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

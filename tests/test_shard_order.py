@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from resnetlab.data import shard_order
 from resnetlab.data.disk_split import DiskSplit, ReadOptions
 from resnetlab.data.remote_shards import RemoteShards
 from resnetlab.data.shard_order import BLOCK, ShardOrder
@@ -64,6 +65,23 @@ def test_the_processes_of_a_step_share_what_one_would_read() -> None:
                 ahead = itertools.islice(order.shards_from(step, range(r * each, (r + 1) * each)), 4 * BLOCK)
                 assert set((part // 7).tolist()) <= set(ahead)
     assert not torch.equal(make_order([7] * 12, 4, 24, seed=1).indices(0, range(24)), order.indices(0, range(24)))
+
+
+def test_a_thread_that_looks_ahead_leaves_the_order_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fetching thread may find where epochs start while a step does; here it does so in the middle."""
+    sizes = [5, 9, 14, 3, 20, 8, 2, 11]  # of shards: the epochs of a group differ in length
+    expected = [make_order(sizes, 2, 8).indices(step, range(8)) for step in (100, 250)]
+    order, shuffle, interrupted = make_order(sizes, 2, 8), shard_order._shuffle_shards, list[int]()
+
+    def shuffle_while_another_looks(order: ShardOrder, epoch: int) -> list[int]:
+        if not interrupted:
+            interrupted.append(epoch)
+            order.indices(200, range(8))
+        return shuffle(order, epoch)
+
+    monkeypatch.setattr(shard_order, "_shuffle_shards", shuffle_while_another_looks)
+    found = [order.indices(step, range(8)) for step in (100, 250)]
+    assert all(map(torch.equal, found, expected)) and interrupted
 
 
 def test_epochs_and_neighbours_are_unrelated() -> None:

@@ -20,6 +20,7 @@ from resnetlab.data.error_policy import ErrorPolicy
 from resnetlab.data.object_masks import parse_segmentation
 from resnetlab.data.text_files import read_bytes
 from resnetlab.errors import DataError
+from resnetlab.formatting import format_list
 
 MIN_EXTENT = 0.01  # pixels: a narrower box was drawn by nobody, and may be empty in float32 once the image is resized
 ROUNDING = 1e-3  # by which fractions of an image's side may be below 0 or above 1, since tools round them
@@ -178,21 +179,21 @@ def find_training_classes(splits: dict[str, list[ImageRecord]]) -> tuple[str, ..
 
 
 def find_label(
-    thing: ObjectRecord, number: int, record: ImageRecord, classes: tuple[str, ...], errors: ErrorPolicy
+    thing: ObjectRecord, number: int, record: ImageRecord, positions: Mapping[str, int], errors: ErrorPolicy
 ) -> int | None:
-    """The position of an object's class among the classes; None for an object that the reader or this has rejected."""
-    if thing.label is None or thing.label in classes:
-        return None if thing.label is None else classes.index(thing.label)
+    """The position of an object's class; None for an object that the reader or this has rejected."""
+    if thing.label is None or thing.label in positions:
+        return None if thing.label is None else positions[thing.label]
     where = f"{record.source}, box {number} of {record.file.name}"
-    errors.reject(where, f"its class {thing.label!r} is none of the training classes ({', '.join(classes)})")
+    errors.reject(where, f"its class {thing.label!r} is none of the training classes ({format_list(list(positions))})")
     return None
 
 
-def make_annotated_image(errors: ErrorPolicy, record: ImageRecord, classes: tuple[str, ...]) -> AnnotatedImage:
+def make_annotated_image(errors: ErrorPolicy, record: ImageRecord, positions: Mapping[str, int]) -> AnnotatedImage:
     """An image with its valid boxes; an object that has only an outline gets the box around it."""
     valid: list[tuple[Sequence[float], int, bool]] = []
     for number, thing in enumerate(record.objects, 1):
-        if (label := find_label(thing, number, record, classes, errors)) is None:
+        if (label := find_label(thing, number, record, positions, errors)) is None:
             continue
         box = thing.box
         if box is None:

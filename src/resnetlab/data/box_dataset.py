@@ -32,5 +32,6 @@ def load_boxes(root: Path, on_bad: str = "stop") -> AnnotatedDataset[AnnotatedIm
     classes = found.classes or find_training_classes(records)
     if not classes:
         raise DataError(f"{root} has no box to train on; each object needs a class and a box.")
-    splits = {split: [make_annotated_image(errors, r, classes) for r in images] for split, images in records.items()}
+    positions = {name: i for i, name in enumerate(classes)}
+    splits = {split: [make_annotated_image(errors, r, positions) for r in images] for split, images in records.items()}
     return arrange_annotated_splits(str(root), classes, splits, errors, note_ignored(found, records))

@@ -137,12 +137,9 @@ def _read_crowds_as_objects(documents: Mapping[str, CocoDocument]) -> tuple[str,
 
 def _find_unused_parents(content: CocoDocument) -> set[tuple[int | str | None, str]]:
     used = {_identify(a.category_id) for a in content.annotations}
-    unused = [c for c in content.categories if _identify(c["id"]) not in used]
-    return {
-        (_identify(c["id"]), str(c["name"]))
-        for c in unused
-        if any(other.get("supercategory") == c["name"] for other in content.categories if other is not c)
-    }
+    parents = {c.get("supercategory") for c in content.categories if c.get("supercategory") != c["name"]}
+    found = {(_identify(c["id"]), str(c["name"])) for c in content.categories if c["name"] in parents}
+    return {(key, name) for key, name in found if key not in used}
 
 
 def _read_categories(file: Path, content: CocoDocument) -> dict[int | str, str]:
@@ -154,9 +151,9 @@ def _read_categories(file: Path, content: CocoDocument) -> dict[int | str, str]:
     for i, category in enumerate(content.categories):
         if (key := _identify(category["id"])) is None:
             raise DataError(f"{file}: entry {i} of 'categories' has the id {category['id']!r}; give it a number.")
-        if key in names or str(category["name"]) in names.values():
-            raise DataError(f"{file} has two categories of one name or one id; give each its own.")
         names[key] = str(category["name"])
+    if len(set(names.values())) < len(content.categories):
+        raise DataError(f"{file} has two categories of one name or one id; give each its own.")
     if not names:
         raise DataError(f"{file} has no categories.")
     if all(isinstance(key, int) for key in names):

@@ -287,13 +287,15 @@ def split_groups(labels: Tensor, groups: NDArray[np.object_], count: int) -> tup
     Groups are taken in a random order that depends on their names, each if that brings the chosen classes nearer to their
     shares and leaves some of each. Raises DataError if nothing would be chosen.
     """
-    names, codes, counts = _count_classes_of(groups, labels)
-    left, missing = counts.sum(0), counts.sum(0) * count / len(labels)  # of each class
+    names, codes, members = _sort_into_groups(groups, labels)
+    left = labels.bincount().double().numpy()  # of each class
+    missing = left * count / len(labels)
     chosen = np.zeros(len(names), bool)
     for group in sorted(range(len(names)), key=lambda g: seed_for(0, "group", str(names[g]))):
-        nearer = np.abs(missing - counts[group]).sum() < np.abs(missing).sum()
-        if nearer and not ((left == counts[group]) & (left > 0)).any():  # some of every class must stay
-            left, missing, chosen[group] = left - counts[group], missing - counts[group], True
+        own = np.bincount(members[group], minlength=len(left))
+        nearer = np.abs(missing - own).sum() < np.abs(missing).sum()
+        if nearer and not ((left == own) & (left > 0)).any():  # some of every class must stay
+            left, missing, chosen[group] = left - own, missing - own, True
     if not chosen.any():
         raise DataError(
             f"{len(labels):,} images in {len(names):,} groups cannot be divided so that about {count:,} are held out and no "
@@ -303,12 +305,11 @@ def split_groups(labels: Tensor, groups: NDArray[np.object_], count: int) -> tup
     return torch.nonzero(~mask).flatten(), torch.nonzero(mask).flatten()
 
 
-def _count_classes_of(groups: NDArray[Any], labels: Tensor) -> tuple[NDArray[Any], NDArray[Any], NDArray[np.float64]]:
-    """The different groups, the index of each image's group, and how many images of each class a group has."""
-    names, codes = np.unique(groups.astype(str), return_inverse=True)
-    counts = np.zeros((len(names), int(labels.max()) + 1))
-    np.add.at(counts, (codes, labels.numpy()), 1)
-    return names, codes, counts
+def _sort_into_groups(groups: NDArray[Any], labels: Tensor) -> tuple[NDArray[Any], NDArray[Any], list[NDArray[Any]]]:
+    """The different groups, the index of each image's group, and the labels of each group's images."""
+    names, codes, sizes = np.unique(groups.astype(str), return_inverse=True, return_counts=True)
+    members = labels.numpy()[np.argsort(codes, kind="stable")]
+    return names, codes, np.split(members, np.cumsum(sizes)[:-1])
 
 
 def take_fold(data: Dataset, fold: str) -> Dataset:
@@ -333,16 +334,17 @@ def take_fold(data: Dataset, fold: str) -> Dataset:
 def assign_folds(split: Split, total: int) -> Tensor:
     """Of each image the number of its fold, int64 (N,), from 0; raises DataError if there are fewer images or groups."""
     keys = split.columns[GROUP] if GROUP in split.columns else np.array(split.names, str)
-    names, codes, counts = _count_classes_of(keys, split.labels)
+    names, codes, members = _sort_into_groups(keys, split.labels)
     if len(names) < total:
         raise DataError(f"{len(names):,} images or groups cannot be divided into {total} folds; take fewer.")
-    shares, filled = counts.sum(0) / total, np.zeros((total, counts.shape[1]))
-    of_name = np.zeros(len(names), np.int64)
-    order = sorted(range(len(names)), key=lambda i: (-counts[i].sum(), seed_for(0, "fold", str(names[i]))))
+    shares = split.labels.bincount().double().numpy() / total
+    filled, of_name = np.zeros((total, len(shares))), np.zeros(len(names), np.int64)
+    order = sorted(range(len(names)), key=lambda i: (-len(members[i]), seed_for(0, "fold", str(names[i]))))
     for i in order:  # the largest first, each into the fold that it brings nearest to its share
-        gain = ((filled + counts[i] - shares) ** 2 - (filled - shares) ** 2).sum(1)
+        own = np.bincount(members[i], minlength=len(shares))
+        gain = ((filled + own - shares) ** 2 - (filled - shares) ** 2).sum(1)
         of_name[i] = int(np.lexsort((filled.sum(1), gain))[0])
-        filled[of_name[i]] += counts[i]
+        filled[of_name[i]] += own
     return torch.from_numpy(of_name[codes])
 
 

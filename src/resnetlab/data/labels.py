@@ -15,6 +15,7 @@ A number in val.txt is a line, counted from 0, of the file that names the classe
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -47,8 +48,8 @@ def read_class_names(root: Path, folders: Sequence[str]) -> list[str]:
             f"{file} does not name the class folders {format_list(missing)}; add a line for each, or remove it."
         )
     names = [name_of[folder] for folder in folders]
-    twice = {name for name in names if names.count(name) > 1}  # ImageNet has two cranes
-    return [f"{name} ({folder})" if name in twice else name for name, folder in zip(names, folders, strict=True)]
+    count = Counter(names)  # ImageNet has two cranes
+    return [f"{name} ({folder})" if count[name] > 1 else name for name, folder in zip(names, folders, strict=True)]
 
 
 def read_flat_labels(root: Path, split: str, images: Sequence[str]) -> list[str] | None:

@@ -119,8 +119,9 @@ def load_masks(root: Path, on_bad: str = "stop", class_255: str = "") -> Annotat
                 f"{root} has {len(names):,} classes; masks hold {MAX_CLASSES - 1} beside the background, so leave some out."
             )
         classes = ("background", *(name for name in names if name.lower() not in BACKGROUND))
+        positions = {name: i for i, name in enumerate(classes)}
         splits = {
-            split: [MaskedImage(r.name, r.file, make_object_masks(r, classes, errors), r.size) for r in images]
+            split: [MaskedImage(r.name, r.file, make_object_masks(r, positions, errors), r.size) for r in images]
             for split, images in records.items()
         }
     found = note_ignored(found, records)
@@ -174,14 +175,14 @@ def _read_mask_files(
     return meaning.names, splits
 
 
-def make_object_masks(record: ImageRecord, classes: tuple[str, ...], errors: ErrorPolicy) -> ObjectMasks:
+def make_object_masks(record: ImageRecord, positions: Mapping[str, int], errors: ErrorPolicy) -> ObjectMasks:
     """The masks of an image's objects, the largest first, so that smaller objects are drawn over larger ones.
 
     An object that is rejected is left out of training and evaluation: the pixels of its box are VOID, not background.
     """
     drawn = []
     for number, thing in enumerate(record.objects, 1):
-        label, mask = find_label(thing, number, record, classes, errors), None
+        label, mask = find_label(thing, number, record, positions, errors), None
         try:
             mask = parse_segmentation(thing.segmentation, record.size)
         except ValueError as error:

@@ -106,10 +106,11 @@ class ShardOrder:
 
     def _find(self, group: int, position: int) -> tuple[int, tuple[int, int]]:
         """Where the block of a position starts, and its epoch and number."""
-        starts = _epoch_starts(self, group)
+        starts = _epoch_starts(self, group).copy()  # another thread, which fetches shards, may be in here too
         while starts[-1] <= position:
             shards = _shuffle_shards(self, len(starts) - 1)[group :: self.groups]
             starts.append(starts[-1] + sum(len(self.members[k]) for k in shards))
+        _epoch_starts(self, group)[:] = starts
         epoch = bisect_right(starts, position) - 1
         start, block = starts[epoch], 0
         while True:
