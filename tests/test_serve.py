@@ -198,6 +198,7 @@ def test_pages_load_nothing_from_elsewhere(running: RunningService, path: str) -
         assert address.startswith(b"http://THIS-ADDRESS")
     if path == "/docs":
         assert all(word in content.decode() for word in ("POST /predict", "GET /metrics", "multipart/form-data", "429"))
+        assert content.count(b"-F image=@two.png") == 1  # one image is explained at a time
 
 
 def png(width: int, height: int) -> bytes:
@@ -265,6 +266,19 @@ def test_bad_addresses_get_a_sentence(running: RunningService, method: str, path
         method, path, jpeg() if method == "POST" else None, {"content-type": "image/jpeg"}
     )
     assert found == status and words in sentence(json.loads(content))
+
+
+@pytest.mark.parametrize(
+    ("path", "status", "headers"),
+    [("/predict/", 404, {}), ("/", 405, {}), ("/predict?tpo=3", 422, {}), ("/predict", 421, {"host": "evil.example"})],
+)
+def test_a_body_that_no_route_reads_is_read_before_the_answer(
+    running: RunningService, path: str, status: int, headers: dict[str, str]
+) -> None:
+    """Else the connection of a proxy closes while it writes, which nginx answers with 502 in place of the sentence."""
+    asked = {"content-type": "image/jpeg", "connection": "close", **headers}  # as nginx asks
+    found, _, content = running.request("POST", path, bytes(4_000_000), asked)
+    assert found == status and sentence(json.loads(content))
 
 
 def test_an_image_of_one_pixel_is_accepted(running: RunningService) -> None:

@@ -22,7 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from resnetlab import __version__
 from resnetlab.errors import unknown_name_error
 from resnetlab.evaluation.page import load_templates
-from resnetlab.serve.limits import RequestError
+from resnetlab.serve.limits import RequestError, discard_body
 from resnetlab.serve.schemas import (
     ERROR_ANSWERS,
     REQUEST_BODY,
@@ -184,21 +184,31 @@ def _add_error_handlers(app: FastAPI) -> None:
 
 
 class _HeadersAndCounts:
-    """Middleware that adds the headers to every answer and counts it."""
+    """Middleware that adds the headers to every answer and counts it, and reads bodies that no route has read."""
 
     def __init__(self, app: ASGIApp, service: Service, hosts: Collection[str]) -> None:
         self._app, self._counters, self._hosts = app, service.counters, {name.lower() for name in hosts}
+        self._limits = service.limits
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         start, status = time.perf_counter(), 500
+        unread = Headers(scope=scope).get("expect", "").lower() != "100-continue"  # that body is not on its way yet
+
+        async def receive_and_note() -> Message:
+            nonlocal unread
+            message = await receive()
+            unread = message.get("more_body", False)
+            return message
 
         async def send_with_headers(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+                if unread and (b"connection", b"close") not in message.get("headers", ()):
+                    await discard_body(receive, self._limits)
                 message = {**message, "headers": [*message.get("headers", ()), *_HEADERS]}
             await send(message)
 
@@ -207,7 +217,7 @@ class _HeadersAndCounts:
                 sentence = f"this service is not called {name[:200]!r}; --allowed-host adds a name."
                 await JSONResponse({"error": sentence}, 421)(scope, receive, send_with_headers)
             else:
-                await self._app(scope, receive, send_with_headers)
+                await self._app(scope, receive_and_note, send_with_headers)
         finally:
             route = scope.get("route")
             path = getattr(route, "path", "other")

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 
 from starlette.requests import Request
+from starlette.types import Receive
 
 BUFFERED_BODIES = 16  # all bodies in memory together take at most as much as this many of the largest size
 DRAIN_FACTOR = (
@@ -134,3 +135,15 @@ class RequestGate:
     def _too_large_error(self, hang_up: bool = False) -> RequestError:
         most = f"{self.limits.max_body / 1e6:g} MB"
         return RequestError(413, f"the body is larger than {most}; send less, or smaller images.", hang_up=hang_up)
+
+
+async def discard_body(receive: Receive, limits: Limits) -> None:
+    """Reads what is left of a body that nobody wants, within limits. Its sender gets the answer then: one that is sent while a
+    proxy still writes, on a connection that closes, reaches the proxy's client as 502.
+    """
+    size, more = 0, True
+    with suppress(TimeoutError):
+        async with asyncio.timeout(limits.timeout):
+            while more and size <= DRAIN_FACTOR * limits.max_body:
+                message = await receive()
+                size, more = size + len(message.get("body", b"")), message.get("more_body", False)
