@@ -7,6 +7,7 @@ import json
 import re
 import tomllib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,11 @@ from resnetlab.evaluation.evaluate import Evaluation
 from resnetlab.inference.hub import save_pretrained
 from resnetlab.inference.predict import Model
 from resnetlab.tensor_file import read_metadata
+from resnetlab.training.average import reestimate_bn_statistics
+from resnetlab.training.checkpoint import TrainState
+from resnetlab.training.gradients import select_gradients
 from resnetlab.training.recorder import RunStopped
+from resnetlab.training.step import train_step
 from resnetlab.training.train import RunOptions, build_task
 from runs import assert_same
 from tiny_runs import TINY, tiny
@@ -209,15 +214,41 @@ def test_one_of_resnetlabs_networks_brings_its_weights_and_gives_an_ordinary_mod
     assert 'net = "own:resnet8"' in (tmp_path / "run" / "recipe.toml").read_text()
 
 
+@pytest.mark.parametrize("norm", [nn.Identity, partial(nn.BatchNorm2d, 8)])
+def test_a_weight_without_a_gradient_or_a_network_without_bn_is_trained_alike_by_any_number_of_threads(
+    norm: Any,
+) -> None:
+    class Partly(nn.Sequential):
+        thread_safe = True
+
+    nets = []
+    for threads in (1, 2):
+        torch.manual_seed(0)
+        nets.append(Partly(nn.Conv2d(1, 8, 3), norm(), nn.ReLU(), nn.Flatten(), nn.Linear(288, 10)))
+        nets[-1].unused = nn.Parameter(torch.ones(3))
+        task = build_task(tiny(threads=threads, bn_batch=16, net="own:Partly"), RunOptions(device="cpu", net=nets[-1]))
+        assert task.device_config.side_by_side == threads
+        state = TrainState.create(task)
+        gradients = select_gradients(state, print)
+        for step in range(2):
+            train_step(state, task.micro_batches(step), 0.1, gradients)
+        reestimate_bn_statistics(task, 1)
+    one, other = (net.state_dict() for net in nets)
+    assert all(torch.equal(one[name], other[name]) for name in one) and bool((one["unused"] < 1).all())
+
+
 def test_its_micro_batches_go_side_by_side_only_where_nothing_is_drawn_and_its_class_allows_it() -> None:
     class Safe(Small):
         thread_safe = True
 
-    quiet, drawing = Safe(), Safe()
-    quiet.drop = nn.Identity()  # type: ignore[assignment]
+    quiet, drawing, counting = Safe(), Safe(), Safe()
+    quiet.drop = counting.drop = nn.Identity()  # type: ignore[assignment]
+    del quiet._buffers["calls"]
+    quiet.calls = 0  # type: ignore[assignment]
     for net, side_by_side, reason in (
         (quiet, 2, ""),
         (drawing, 1, "the network draws random numbers"),
+        (counting, 1, "the network keeps calls from step to step"),
         (Small(), 1, "the network draws random numbers"),
         (nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), 2, ""),
         (nn.Sequential(nn.Flatten(), nn.Linear(64, 10), nn.RReLU()), 1, "the network draws random numbers"),

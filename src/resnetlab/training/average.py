@@ -65,6 +65,8 @@ def reestimate_bn_statistics(task: Task, num_batches: int) -> None:
     The batches are those of the steps that would follow, augmented, each in the micro-batches that BN saw in training.
     """
     statistics, mean = BatchNormStatistics(task.net), TreeMean(World())
+    if not statistics.averages:  # a network of the user's own without BN
+        return
     modules = [m for m in task.net.modules() if isinstance(m, _BatchNorm)]
     before = [m.momentum for m in modules]
     set_train_mode(task.net)

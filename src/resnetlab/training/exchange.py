@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from resnetlab.distributed import Pending, TreeSum, World
+from resnetlab.training.micro_batches import take_gradients
 
 BUCKET_BYTES = 25 * 2**20
 ALIGNMENT = 16  # elements: kernels may add in another order if an address is not a multiple of 64 bytes
@@ -129,11 +130,8 @@ class WatchedGradients:
 
     def _hand_over(self, bucket: int) -> None:
         assert self._number is not None
-        parameters = [self._parameters[i] for i in self._exchange.buckets[bucket]]
-        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-        for p in parameters:
-            p.grad = None
-        self._exchange.add(bucket, self._number, gradients)
+        parameters = (self._parameters[i] for i in self._exchange.buckets[bucket])
+        self._exchange.add(bucket, self._number, take_gradients(parameters))
 
 
 def _divide(parameters: Sequence[Tensor], bucket_bytes: int) -> list[list[int]]:

@@ -15,7 +15,7 @@ differ). torch's DistributedDataParallel is not used: its sums depend on the num
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -66,6 +66,15 @@ def describe_sum_order(recipe: BaseRecipe, count: int, world: World) -> str:
     if world.size == 1 or not reason:
         return ""
     return f"the last bits of the result depend on the number of processes, since {reason}"
+
+
+def take_gradients(parameters: Iterable[Tensor]) -> list[Tensor]:
+    """The gradients of parameters, which have none afterwards; zeros where a backward pass did not come to one."""
+    gradients = []
+    for p in parameters:
+        gradients.append(torch.zeros_like(p) if p.grad is None else p.grad)
+        p.grad = None
+    return gradients
 
 
 class TreeMean:

@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from resnetlab.device import map_in_order, use_one_heap
 from resnetlab.errors import UsageError
@@ -32,7 +33,7 @@ from resnetlab.random import draw_from
 from resnetlab.training.average import set_train_mode
 from resnetlab.training.checkpoint import TrainState
 from resnetlab.training.exchange import GradientExchange, WatchedGradients
-from resnetlab.training.micro_batches import BatchNormStatistics, TreeMean
+from resnetlab.training.micro_batches import BatchNormStatistics, TreeMean, take_gradients
 from resnetlab.training.step import set_means
 from resnetlab.training.tasks.base import Task
 
@@ -128,6 +129,12 @@ def reason_for_turns(task: Task) -> str:
         kind = type(module)
         if kind.__module__.split(".")[0] not in OURS and not getattr(kind, "thread_safe", False):
             return f"{kind.__qualname__} may not be safe in several threads (if it is: thread_safe = True in its class)"
+    of_bn = {id(b) for m in task.net.modules() if isinstance(m, _BatchNorm) for b in m.buffers(recurse=False)}
+    persistent = (
+        task.net.state_dict()
+    )  # each replica has its own copy of what is neither a parameter nor a statistic of BN
+    if own := [name for name, b in task.net.named_buffers() if name in persistent and id(b) not in of_bn]:
+        return f"the network keeps {own[0].removeprefix('module.')} from step to step"
     return ""
 
 
@@ -148,20 +155,19 @@ class Replica:
         self._watched = None if exchange is None else WatchedGradients(exchange, self._parameters)
 
     def gradients(self, micro_batch: Any, seed: int, number: int, scale: Tensor | None) -> list[Tensor]:
-        """Loss, error, the gradient of every parameter that has one, and the BN averages that the micro-batch leads to.
+        """Loss, error, the gradient of every parameter, and the BN averages that the micro-batch leads to.
 
         Where gradients are exchanged with other processes, those of micro-batch `number` go there.
         """
-        with torch.no_grad():
-            torch._foreach_copy_(self._statistics.averages, self._before)
+        if self._before:
+            with torch.no_grad():
+                torch._foreach_copy_(self._statistics.averages, self._before)
         with draw_from(self._generator.manual_seed(seed)):
             with self.task.device_config.autocast():
                 loss, error = self.task.loss(micro_batch)
             with contextlib.nullcontext() if self._watched is None else self._watched.collecting(number):
                 (loss if scale is None else loss * scale).backward()  # type: ignore[no-untyped-call]
-        gradients = [p.grad for p in self._parameters if p.grad is not None]
-        for p in self._parameters:
-            p.grad = None
+        gradients = take_gradients(self._parameters) if self._watched is None else []
         return [loss.detach(), error, *gradients, *(average.clone() for average in self._statistics.averages)]
 
 

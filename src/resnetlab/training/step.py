@@ -12,7 +12,7 @@ from torch import Tensor
 from resnetlab.errors import DivergedError
 from resnetlab.training.checkpoint import TrainState
 from resnetlab.training.compilation import GRAPH_MODES
-from resnetlab.training.micro_batches import TreeMean
+from resnetlab.training.micro_batches import TreeMean, take_gradients
 from resnetlab.training.run_state import INITIAL_SCALE, RunState
 
 SMALLEST_SCALE = 2.0**-10  # of fp16's loss; below it the run has diverged
@@ -54,13 +54,14 @@ def compute_gradients(
         scaled = loss if train_state.loss_scale is None else loss * train_state.loss_scale
         with contextlib.nullcontext() if exchange is None else exchange.own.collecting(number):
             scaled.backward()  # type: ignore[no-untyped-call]
-        results = [loss.detach(), error, *optimizer.grads()]  # no gradients where they are exchanged
-        if shared:
-            if task.device_config.compile_mode in GRAPH_MODES:  # the next forward pass takes the graph's memory again
-                results = [x.clone() for x in results]
-            mean.add(results + statistics.rewind())
-            optimizer.zero_grad()
-    return set_means(train_state, mean) if shared else results
+        if not shared:
+            return [loss.detach(), error, *optimizer.grads()]
+        gradients = take_gradients(optimizer.parameters.values()) if exchange is None else []
+        results = [loss.detach(), error, *gradients]
+        if task.device_config.compile_mode in GRAPH_MODES:  # the next forward pass takes the graph's memory again
+            results = [x.clone() for x in results]
+        mean.add(results + statistics.rewind())
+    return set_means(train_state, mean)
 
 
 def set_means(train_state: TrainState, mean: TreeMean) -> list[Tensor]:
