@@ -52,6 +52,8 @@ def test_epochs_become_steps_of_the_images_to_train_on(tmp_path: Path) -> None:
 def test_epochs_leave_what_was_given() -> None:
     recipe = Epochs(2, {"log_every": "7", "lr": "3"}).apply(quick(), 640)
     assert (recipe.steps, recipe.log_every, recipe.lr, recipe.milestones) == (20, 7, 0.1, (12, 17))
+    theirs = Epochs(2, {"print_freq": "7", "warmup_iters": "3", "model_ema_decay": "0.5"}).apply(quick(), 640)
+    assert (theirs.log_every, theirs.warmup_steps, theirs.ema_decay) == (7, 3, 0.5)
     assert Overrides(epochs=2, values={"lr": "3"}).length == Epochs(2, {"lr": "3"})
 
 

@@ -114,7 +114,7 @@ class BaseRecipe:
     eps: float = 1e-8
     weight_decay: float = 1e-4
     decay_all: bool = True  # weight decay on BN and biases too, or only on the weights of convolutions and fc
-    backbone_lr_scale: float = 1.0  # factor of the learning rate for all but the fully connected layer
+    backbone_lr_scale: float = 1.0  # factor of the learning rate for all but the head
     clip_norm: float = 0.0  # largest norm of the gradient; a larger one is scaled down to it; 0 for none
     ema_decay: float = 0.0  # decay per step of the weights' moving average, which is evaluated and saved; 0 for none
     precision: str = "auto"  # "bf16", "fp16", "tf32", "fp32"; "auto": bf16, or else fp16, if the hardware computes it
@@ -157,6 +157,12 @@ class BaseRecipe:
         """The keys that `with_values` takes: values of the recipe and of the network's specification."""
         return [f.name for f in fields(cls) if f.name not in ("name", "specification")] + list(_SPECIFICATION)
 
+    @classmethod
+    def find_key(cls, word: str) -> str | None:
+        """The key that a word, ours or another program's, stands for; None if there is none."""
+        own = [f.name for f in fields(cls) if f.name not in ("name", "specification")]
+        return word if word in own or word in _SPECIFICATION else translate(word, own)
+
     def with_values(self, pairs: Mapping[str, str]) -> Self:
         """The recipe with values given as text, as for `--set`; keys of the network's specification are allowed too.
 
@@ -167,7 +173,7 @@ class BaseRecipe:
         own = {f.name: str(f.type) for f in fields(self) if f.name not in ("name", "specification")}
         given: dict[str, str] = {}  # our key: the word it was given by
         for word in pairs:
-            key = word if word in own or word in _SPECIFICATION else translate(word, own)
+            key = self.find_key(word)
             if word in ANSWERS and key != word:
                 raise UsageError(f"unknown key {word!r}; {ANSWERS[word]}")
             if key is None:
@@ -418,7 +424,7 @@ class Epochs(NamedTuple):
         if not 0 < self.number <= 1e6:
             raise UsageError(f"--epochs must be above 0 and at most 1,000,000, not {self.number:g}.")
         rescaled = recipe.rescale(max(1, round(self.number * images / recipe.batch)))
-        return rescaled.with_values({k: v for k, v in self.values.items() if k in RESCALED})
+        return rescaled.with_values({k: v for k, v in self.values.items() if recipe.find_key(k) in RESCALED})
 
 
 @dataclass(frozen=True, kw_only=True)
