@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,20 @@ def test_a_list_of_paths_is_the_folder(tmp_path: Path) -> None:
     pairs = [(file, file.parent.name) for file in root.rglob("*.jpg")]
     data = dataset_from_object(pairs)
     assert data.fingerprint == loaded(root).fingerprint and data.name == f"python:{data.fingerprint}"
+
+
+def test_a_quarantine_list_leaves_out_paths_of_a_list_and_is_refused_for_arrays(tmp_path: Path) -> None:
+    root = folder(tmp_path / "photos", {"": 10})
+    pairs = [(file, file.parent.name) for file in sorted(root.rglob("*.jpg"))]
+    (tmp_path / "q.txt").write_text(f"{dataset_from_object(pairs).train.names[0]}\n")
+    values: dict[str, Any] = VALUES | {"image_size": 16, "quarantine": tmp_path / "q.txt"}
+    heard: list[str] = []
+    resnetlab.train(pairs, out=tmp_path / "run", report=heard.append, **values)
+    counts = re.search(r"(\d+) images to train on, (\d+) held out .*, (\d+) to test on", heard[0])
+    assert counts is not None and sum(map(int, counts.groups())) == len(pairs) - 1
+    for key in ("quarantine", "groups"):
+        with pytest.raises(UsageError, match=f"{key}=x is for images on disk; leave it out"):
+            resnetlab.train("digits", out=tmp_path / "none", **VALUES | {key: "x"})  # type: ignore[arg-type]
 
 
 def test_arrays_train_to_the_weights_of_the_data_set(tmp_path: Path) -> None:

@@ -102,7 +102,8 @@ def train(
     for word in values:
         if word not in keys and translate(word, keys) is None:
             raise unknown_name_error("key", word, [*list(signature(train).parameters)[1:-1], *keys])
-    reading = ReadOptions(str(values.get("on_bad_image", "stop")), groups=str(values.get("groups", "")))
+    on_bad_image, quarantine, groups = (str(values.get(k, "")) for k in ("on_bad_image", "quarantine", "groups"))
+    reading = ReadOptions(on_bad_image or "stop", quarantine, groups=groups)
     own = None if data is None or isinstance(data, str | Path) else dataset_from_object(data, reading)
     name = own.name if own is not None else None if data is None else str(data)
     start, chosen = recipes.choose_pretrained(net, recipe, task="classify", data=name) if pretrained else ("", [])
