@@ -179,7 +179,8 @@ def test_verify_resume_proves_it_and_notices_a_difference(
         assert process.exitcode == expect
 
     monkeypatch.setattr(verify, "_run_child", in_a_fork)
-    assert cli(["train", "--net", "resnet8", "--set", "image_size=8", "--device", "cpu", "--verify-resume"]) == 0
+    values = ["--set", "image_size=8", "--set", "early_stop=1", "--set", "lr=1e-9"]  # which would end it after 4 steps
+    assert cli(["train", "--net", "resnet8", *values, "--device", "cpu", "--verify-resume"]) == 0
     assert "exact: killed at step 3 and resumed, bit-identical at step 6 in " in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []
     folders = []
