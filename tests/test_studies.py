@@ -14,10 +14,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 import images
 import zygote
 from resnetlab.cli.main import run_command
+from resnetlab.device import DeviceConfig
 from resnetlab.errors import DataError, RunError, UsageError
 from resnetlab.formatting import format_share
 from resnetlab.models import probes
@@ -41,6 +43,7 @@ from resnetlab.studies.convergence import Convergence
 from resnetlab.studies.cost import agrees
 from resnetlab.studies.cost_estimate import START_UP, CostEstimate
 from resnetlab.studies.degradation import Degradation
+from resnetlab.studies.footnotes import Iterations
 from resnetlab.studies.imagenet import SIDES, ImageNet
 from resnetlab.studies.orderings import Orderings
 from resnetlab.studies.probe_images import load_probe_batch, select_probe_images
@@ -56,9 +59,10 @@ from resnetlab.studies.study import (
     locate_runs,
     run_studies,
 )
-from resnetlab.studies.variants import network_trials
+from resnetlab.studies.variants import error_rows, network_trials
 from resnetlab.studies.verdicts import compare_by_seed, compare_with_paper, mean_sd, tally
 from resnetlab.training.recipe import Recipe
+from study_settings import make_setting
 
 
 def setting(**changes: object) -> Setting:
@@ -342,6 +346,22 @@ def test_networks_are_measured_in_a_precision_that_the_machine_has(monkeypatch: 
         assert here.measuring_precision == measured
         sentences = [f"Trained in {own}, which this machine does not compute; evaluated here in {measured}."]
         assert here.measuring_remarks == (sentences if measured != own else [])
+
+
+def test_a_study_on_a_mac_trains_and_compares_code_on_its_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert Setting("digits", Path("data"), "smoke", 1).device == "cpu"
+    monkeypatch.setattr(code_version, "select_device", lambda *_: DeviceConfig(torch.device("mps"), "fp32", 1, ""))
+    assert code_version.machine_kind("mps").startswith("mps ")
+
+
+def test_runs_of_another_length_have_a_budget_of_their_own() -> None:
+    here = make_setting("cifar10", (20, 56), seeds=1)
+    trials = Iterations().plan(here)
+    outcomes = runs.RunOutcomes(tuple(runs.RunOutcome(trial, Path("nowhere")) for trial in trials))
+    rows = [row for trial in trials for row in error_rows(here, outcomes, trial.label, trials[0].label)]
+    assert [row.budget for row in rows] == pytest.approx([1, 1, 1, 1, 3, 3, 3, 3])
 
 
 def test_a_report_says_that_other_code_made_runs(tmp_path: Path) -> None:

@@ -95,7 +95,8 @@ class CodeVersions:
 def machine_kind(device: str) -> str:
     """What the bits of equal code depend on: the processor's instructions or the GPU, and the version of torch."""
     found = select_device("fp32", device).device
-    name = torch.backends.cpu.get_cpu_capability() if found.type == "cpu" else torch.cuda.get_device_name(found)
+    is_cuda = found.type == "cuda"
+    name = torch.cuda.get_device_name(found) if is_cuda else torch.backends.cpu.get_cpu_capability()
     return f"{found.type} {name}, torch {torch.__version__}"
 
 

@@ -8,6 +8,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from resnetlab.data import imagenet, sources
 from resnetlab.data.dataset import Dataset
 from resnetlab.device import default_precision, select_device
@@ -77,6 +79,8 @@ class Setting:
             raise UsageError(f"--steps must be 1 or more, not {self.steps}.")
         if self.epochs is not None and (self.steps is not None or not 0 < self.epochs <= 1e6):
             raise UsageError("--epochs must be above 0 and at most 1,000,000, and is given without --steps.")
+        if self.device == "auto" and not torch.cuda.is_available():  # a CPU's cores train one run each, not MPS
+            object.__setattr__(self, "device", "cpu")
         for depth in self.depths:
             check_depth(depth)
         object.__setattr__(self, "depths", tuple(sorted(set(self.depths))))

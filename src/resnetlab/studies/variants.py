@@ -134,7 +134,8 @@ def network_trials(setting: Setting, name: str, depth: int) -> list[Trial]:
 
 def error_rows(setting: Setting, outcomes: RunOutcomes, label: str, reference: str) -> list[Row]:
     """Training and test error of one network, compared with another's seed by seed and with what the papers print for it."""
-    rows = []
+    rows, runs = [], outcomes.of(label)
+    share = setting.share * (runs[0].trial.recipe.steps / setting.base.steps if runs else 1)
     for figure, verb in FIGURES.items():
         key = figure.replace(" ", "_")
         errors, base = outcomes.by_seed(label, key), outcomes.by_seed(reference, key)
@@ -142,8 +143,8 @@ def error_rows(setting: Setting, outcomes: RunOutcomes, label: str, reference: s
         if label != reference:
             difference = compare_by_seed(errors, base)
             text, compared = describe_errors(difference, label, reference, verb), (reference, difference)
-        row = Row(label, figure, tuple(errors.values()), text, None, setting.share, compared=compared)
-        rows += beside_paper(row, setting, outcomes.of(label)) if figure == "test error" else [row]
+        row = Row(label, figure, tuple(errors.values()), text, None, share, compared=compared)
+        rows += beside_paper(row, setting, runs) if figure == "test error" else [row]
     return rows
 
 

@@ -45,7 +45,7 @@ def worker_devices(device: str, num_runs: int, image_size: int = 0) -> list[str]
     ResNet-56 make 2.3 times (docs/log.md). So where MPS runs eight share a GPU, if no image of
     the runs has a longer side than SMALL.
     """
-    if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
+    if device == "cpu":
         devices = ["cpu"] * count_cores()
     else:
         devices = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if device in ("auto", "cuda") else [device]
