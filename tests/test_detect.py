@@ -340,6 +340,10 @@ def test_chosen_anchors_fit_the_boxes(tmp_path: Path) -> None:
     ).train  # sides from 16 to 25 pixels in images whose shorter side is 64
     assert choose_anchors(train, 128, 1000, "fpn") == pytest.approx((20, 40, 80, 160, 320), rel=0.12)
     assert all(30 <= side <= 52 for side in choose_anchors(train, 128, 1000, "c4"))
+    crowd = torch.tensor([[0.0, 0.0, 64.0, 64.0]] * 99)  # not trained on
+    marked = [replace(each, boxes=torch.cat([each.boxes, crowd]), ignored=torch.arange(len(each.boxes) + 99) >= len(each.boxes))
+              for each in train]  # fmt: skip
+    assert choose_anchors(marked, 128, 1000, "fpn") == choose_anchors(train, 128, 1000, "fpn")
 
 
 def test_recipes_accept_only_their_own_values(trained: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from torch.nn import functional as F
 import resnetlab
 from resnetlab.distributed import World
 from resnetlab.errors import UsageError
+from resnetlab.models.annotated_model import build_annotated_net
+from resnetlab.models.head_spec import DetectorSpec, HeadSpec, SegmenterSpec
 from resnetlab.models.model_file import TrainedModel
 from resnetlab.models.resnet import build, build_from_spec
 from resnetlab.models.spec import get_specification
@@ -81,6 +84,22 @@ def test_the_backbone_has_a_smaller_learning_rate() -> None:
         torch.testing.assert_close(
             before[name] - p, torch.full_like(p, 0.5 if name.startswith("fc.") else 0.05), rtol=1e-4, atol=1e-6
         )
+
+
+@pytest.mark.parametrize("form", ["fpn", "c4", "deeplab"])
+def test_the_backbone_of_a_detector_or_a_segmenter_is_that_of_its_classifier(form: str) -> None:
+    values: dict[str, Any] = {"image_size": 64, "longest": 64, "mean": (0.0,) * 3, "std": (1.0,) * 3, "bn": "live"}
+    if form == "deeplab":
+        spec: HeadSpec = SegmenterSpec(head=form, output_stride=32, frozen="", **values)
+    else:
+        spec = DetectorSpec(form=form, anchors=(8,) * 5, context=False, frozen="", **values)
+    classifier = build("resnet18", widths=(8, 8, 8, 8))
+    backbone = {id(p) for name, p in classifier.named_parameters() if not name.startswith("fc.")}
+    net = build_annotated_net(classifier, spec, 3)
+    for p in net.parameters():
+        p.data, p.grad = torch.zeros_like(p), torch.ones_like(p)
+    SGD(net, replace(quick(), weight_decay=0.0, backbone_lr_scale=0.5)).step(1.0)
+    assert all(bool((p == (-0.5 if id(p) in backbone else -1.0)).all()) for p in net.parameters())
 
 
 def test_the_average_is_a_moving_one_and_gives_the_weights_back() -> None:

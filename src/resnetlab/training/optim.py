@@ -19,7 +19,8 @@ from torch.optim.sgd import sgd
 from resnetlab.device import to_device
 from resnetlab.training.recipe import BaseRecipe
 
-HEAD_PREFIX = "fc."  # of the parameters that `backbone_lr_scale` does not apply to
+# how names of parameters begin that `backbone_lr_scale` does not apply to: a classifier's, a segmenter's and a detector's heads
+HEADS = ("fc.", "classifier.", "backbone.fpn.", "rpn.", "roi_heads.box_head.fc", "roi_heads.box_predictor.")
 
 
 class _Group(NamedTuple):
@@ -33,7 +34,7 @@ class _Group(NamedTuple):
 class Optimizer(ABC):
     """Updates the trainable parameters of a network.
 
-    BN's parameters and biases decay only with the recipe's `decay_all`; all parameters but the fully connected layer's have
+    BN's parameters and biases decay only with the recipe's `decay_all`; all parameters but the head's have
     `backbone_lr_scale` times the learning rate.
 
     Attributes:
@@ -50,7 +51,7 @@ class Optimizer(ABC):
         groups: dict[tuple[float, float], list[str]] = {}
         for name, p in self.parameters.items():
             decay = recipe.weight_decay if p.ndim > 1 or recipe.decay_all else 0.0
-            factor = 1.0 if name.startswith(HEAD_PREFIX) else recipe.backbone_lr_scale
+            factor = 1.0 if name.startswith(HEADS) else recipe.backbone_lr_scale
             groups.setdefault((decay, factor), []).append(name)
         self._groups = [_Group(names, decay, factor) for (decay, factor), names in groups.items()]
 

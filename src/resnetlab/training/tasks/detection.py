@@ -141,7 +141,8 @@ def choose_anchors(images: Sequence[AnnotatedImage], size: int, longest: int, fo
     for image in images:
         height, width = image.size if image.size != (0, 0) else tuple(image.read_pixels().shape[:2])
         scale = min(size / min(height, width), longest / max(height, width))
-        extents = image.boxes[:, 2:] - image.boxes[:, :2]
+        boxes = image.boxes[~image.ignored]
+        extents = boxes[:, 2:] - boxes[:, :2]
         sides.append(extents.double().prod(1).sqrt() * scale)
     lengths = torch.cat(sides)
     if not len(lengths):
