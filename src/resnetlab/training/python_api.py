@@ -98,10 +98,9 @@ def train(
     for word, function in {"on_evaluate": on_evaluate, "report": report, "transform": transform}.items():
         if function is not None and not callable(function):
             raise UsageError(f"{word} is a function, not {function!r}.")
-    keys = Recipe.keys()
     for word in values:
-        if word not in keys and translate(word, keys) is None:
-            raise unknown_name_error("key", word, [*list(signature(train).parameters)[1:-1], *keys])
+        if Recipe.find_key(word) is None:
+            raise unknown_name_error("key", word, [*list(signature(train).parameters)[1:-1], *Recipe.keys()])
     on_bad_image, quarantine, groups = (str(values.get(k, "")) for k in ("on_bad_image", "quarantine", "groups"))
     reading = ReadOptions(on_bad_image or "stop", quarantine, groups=groups)
     own = None if data is None or isinstance(data, str | Path) else dataset_from_object(data, reading)
