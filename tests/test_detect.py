@@ -445,21 +445,20 @@ def test_localise_compares_a_classifier_with_boxes(
     mean, std = torch.full((3,), 0.5), torch.full((3,), 0.25)
     file = tmp_path / "c.safetensors"
     TrainedModel(net, ("round", "other"), Preprocessing(3, (64, 64), 64, mean, std)).save(file)
-    command = [
-        "detect",
-        "localise",
-        str(file),
-        "--data",
-        str(trained / "voc"),
-        "--out",
-        str(tmp_path / "out"),
-        "--json",
-    ]
-    assert resnetlab_(command) == 0
+    localise = ["detect", "localise", str(file), "--data", str(trained / "voc"), "--json"]
+    assert resnetlab_([*localise, "--out", str(tmp_path / "out")]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["n"] == 3 == len(list((tmp_path / "out").glob("*.place.png"))) == len(found["images"])
+    assert found["split"] == "val" and found["n"] == 3 == len(list((tmp_path / "out").glob("*.place.png"))) == len(
+        found["images"]
+    )
     assert all((row["class"] == "round") or row["iou"] == 0 for row in found["images"])
     assert found["localisation_error"] == sum(row["iou"] < 0.5 for row in found["images"]) / 3
+    for channels, dtype, code in ((1, "", 0), (5, "uint16", 2)):
+        net = build("resnet18", seed=5, classes=2, channels=channels, **NET)
+        images = Preprocessing(channels, (64, 64), 64, torch.zeros(channels), torch.ones(channels), dtype=dtype)
+        TrainedModel(net, ("round", "other"), images).save(file)
+        assert resnetlab_(localise) == code
+    assert "the model takes 5 channels of 16 bits" in capsys.readouterr().err
 
 
 def test_an_uneven_batch_is_refused_before_processes_start(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -224,7 +224,7 @@ def detect_localise(
     from resnetlab.inference.predict import load
 
     with console.ProgressBar("images") as bar:
-        results = list(localize_objects(load(model, device=device), data, split, bar.update))
+        split, results = localize_objects(load(model, device=device), data, split, bar.update)
     if out is not None:
         for result in results:
             save_overlay(result.draw(), out, result.image.file.stem, "place")
