@@ -66,6 +66,13 @@ def test_the_card_of_a_model_with_little_metadata() -> None:
     assert "# residual network" in card and "not calibrated" in card and "It was not evaluated" in card
 
 
+def test_the_card_of_several_classes_per_image_has_their_figures() -> None:
+    metrics = {"test": {"mean_ap": 0.5, "n": 1200}}
+    card = hub.make_model_card(make_model(metrics=metrics, thresholds=(0.5,) * 3), "a/b")
+    assert "| split | images | mAP |" in card and "| test | 1,200 | 0.500 |" in card and "logits" not in card
+    assert "the classes over their thresholds: the highest F1 of each class on 77 images" in card
+
+
 class Hub:
     """The part of the hub's protocol that upload and download need; files are in memory."""
 

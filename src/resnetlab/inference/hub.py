@@ -9,17 +9,58 @@ import hashlib
 import re
 import tempfile
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
 from resnetlab.errors import ModelFileError, RunError, UsageError, first_line, missing_package
-from resnetlab.formatting import format_count, format_percent, format_split
+from resnetlab.evaluation.multi_label import describe_thresholds
+from resnetlab.formatting import format_count, format_percent, format_split, is_number
 from resnetlab.models.cost import count_parameters
 from resnetlab.models.model_file import TrainedModel
 from resnetlab.models.own_network import OwnNetwork, own_network_error
 from resnetlab.run_folder import write_atomically, write_error
 
 MAX_CLASSES = 40  # listed in the card
+CARD = """\
+---
+library_name: resnetlab
+pipeline_tag: image-classification
+tags:
+- resnet
+- image-classification
+---
+
+# {title}
+
+A residual network of {parameters} parameters: {spec.block} blocks {depths}, activation order {spec.activation_order}, \
+shortcut {spec.shortcut}, for images of {pixels} pixels and {channels}.
+
+{classes}
+
+## Use
+
+```python
+import resnetlab
+
+model = resnetlab.load("hf:{name}")
+print(model.predict("image.jpg", top=3))
+```
+
+## Evaluation
+
+{metrics}
+
+{calibration}
+
+{images}
+
+## Training
+
+{recipe}
+
+Made with {versions}.
+"""
 
 
 def save_pretrained(
@@ -120,72 +161,48 @@ def make_model_card(model: TrainedModel, name: str) -> str:
     """Writes the model card, as Markdown, from the model file's metadata."""
     recipe, data = model.recipe, str(model.data.get("name", "")).rstrip("/").rpartition("/")[2]
     net = str(recipe.get("net", "residual network"))
-    title = f"{net} on {data}" if data else net
-    spec, preprocessing = model.spec, model.preprocessing
-    h, w = preprocessing.size
+    spec, (h, w) = model.spec, model.preprocessing.size
     class_names = ", ".join(_escape(each) for each in model.classes[:MAX_CLASSES])
-    more = ", …" if len(model.classes) > MAX_CLASSES else ""
     fitted = {key: _escape(model.calibration.get(key, "unknown")) for key in ("n", "data", "split")}
-    calibration = (
-        f"Scores are calibrated: logits are divided by {model.temperature:.4g}, fitted on {fitted['n']} images of "
-        f"{fitted['data']} ({fitted['split']})."
-        if model.calibration
-        else "Scores are not calibrated."
+    calibration = "Scores are not calibrated."
+    if model.multi_label:
+        calibration = (
+            f"An image has the classes over their thresholds: {_escape(describe_thresholds(model.calibration))}."
+        )
+    elif model.calibration:
+        calibration = (
+            f"Scores are calibrated: logits are divided by {model.temperature:.4g}, fitted on {fitted['n']} images of "
+            f"{fitted['data']} ({fitted['split']})."
+        )
+    card = CARD.format(
+        title=_escape(f"{net} on {data}" if data else net),
+        parameters=f"{count_parameters(model.net):,}",
+        spec=spec,
+        depths="-".join(map(str, spec.depths)),
+        pixels=f"{h}x{w}",
+        channels=format_count(model.preprocessing.channels, "channel"),
+        classes=f"{format_count(len(model.classes), 'class')}: {class_names}{', …' * (len(model.classes) > MAX_CLASSES)}",
+        name=name,
+        metrics=_format_metrics(model.metrics),
+        calibration=calibration,
+        images=model.describe_images(),
+        recipe="\n".join(f"- {_escape(key)}: {_escape(value)}" for key, value in recipe.items()),
+        versions=", ".join(f"{_escape(k)} {_escape(v)}" for k, v in model.versions.items()) or "resnetlab",
     )
-    description = (
-        f"A residual network of {count_parameters(model.net):,} parameters: {spec.block} blocks "
-        f"{'-'.join(map(str, spec.depths))}, activation order {spec.activation_order}, shortcut {spec.shortcut}, for images "
-        f"of {h}x{w} pixels and {format_count(preprocessing.channels, 'channel')}."
-    )
-    lines = [
-        "---",
-        "library_name: resnetlab",
-        "pipeline_tag: image-classification",
-        "tags:\n- resnet\n- image-classification",
-        "---",
-        "",
-        f"# {_escape(title)}",
-        "",
-        description,
-        "",
-        f"{format_count(len(model.classes), 'class')}: {class_names}{more}",
-        "",
-        "## Use",
-        "",
-        "```python",
-        "import resnetlab",
-        "",
-        f'model = resnetlab.load("hf:{name}")',
-        'print(model.predict("image.jpg", top=3))',
-        "```",
-        "",
-        "## Evaluation",
-        "",
-        *_format_metrics(model.metrics),
-        "",
-        calibration,
-        "",
-        model.describe_images(),
-        "",
-        "## Training",
-        "",
-        *(f"- {_escape(key)}: {_escape(value)}" for key, value in recipe.items()),
-        "",
-        f"Made with {', '.join(f'{_escape(k)} {_escape(v)}' for k, v in model.versions.items()) or 'resnetlab'}.",
-        "",
-    ]
-    return "\n".join(lines).encode(errors="replace").decode()
+    return card.encode(errors="replace").decode()
 
 
-def _format_metrics(metrics: Any) -> list[str]:
-    rows = [
-        f"| {_escape(format_split(str(split)).replace('_', '-'))} | {values['n']:,} | {format_percent(values['top1_error'])} |"
-        for split, values in metrics.items()
-        if all(isinstance(values.get(key), int | float) for key in ("n", "top1_error"))
-    ]
-    if not rows:
-        return ["It was not evaluated with resnetlab."]
-    return ["| split | images | top-1 error |", "|---|---|---|", *rows]
+def _format_metrics(metrics: Mapping[str, Mapping[str, Any]]) -> str:
+    """A table of the top-1 error, or of several classes per image the mean average precision, on each split."""
+    for key, heading, form in (("top1_error", "top-1 error", format_percent), ("mean_ap", "mAP", "{:.3f}".format)):
+        rows = [
+            f"| {_escape(format_split(str(split)).replace('_', '-'))} | {values['n']:,} | {form(values[key])} |"
+            for split, values in metrics.items()
+            if is_number(values.get("n")) and is_number(values.get(key))
+        ]
+        if rows:
+            return "\n".join([f"| split | images | {heading} |", "|---|---|---|", *rows])
+    return "It was not evaluated with resnetlab."
 
 
 def _escape(value: Any) -> str:
