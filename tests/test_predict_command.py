@@ -64,7 +64,8 @@ def test_out_writes_a_file_in_the_format_of_its_ending(
         (("--out", tmp_path / "p.xml"), "--out takes a file that ends in .csv, .json, .jsonl, .parquet, .txt"),
         (("--out", tmp_path / "p.csv", "--json"), "contradict each other"),
         (("--min-score", 2), "--min-score must be from 0 to 1"),
-        (("--protocol", "flip", "--backend", "onnxruntime"), "--protocol is computed by torch"),
+        (("--protocol", "flip", "--backend", "onnxruntime"), "--protocol is computed by torch in fp32"),
+        (("--protocol", "flip", "--precision", "int8"), "leave out --backend, --precision and --calibrate"),
         (("--protocol", "5crop"), "unknown protocol '5crop'"),
     ):
         code, _, err = predict(capsys, run, folder, *arguments)

@@ -158,7 +158,7 @@ def evaluate(
         own = {"weights": weights, "fit_temperature": fit_temperature, "quarantine": quarantine, "out": out}
         is_set = {name: value is not None for name, value in (own | {"predictions": predictions}).items()}
         is_set |= {"save_temperature": save_temperature, "protocol": protocol != "1crop", "classes": classes != "all"}
-        is_set["decode_on"] = decode_on != "cpu"
+        is_set |= {"decode_on": decode_on != "cpu", "data_dir": data_dir != Path("data")}
         console.refuse_options(TASK_NOUNS[task], is_set | {"corruptions": corrupted != NO_CORRUPTIONS})
         predictor = configure_detector(_open_annotated(models, task, precision, device), scales, refine)
         return _evaluate_annotated(predictor, Path(data), split, on_bad_image, json)

@@ -223,8 +223,10 @@ def _choose_backend(model: Model, request: ClassRequest, first: Sequence[NamedIm
 
     backend, precision, calibrate = request.backend
     if request.protocol is not None:
-        if backend not in ("auto", "torch"):
-            raise UsageError("--protocol is computed by torch; leave out --backend.")
+        if backend not in ("auto", "torch") or precision not in ("auto", "fp32") or calibrate is not None:
+            raise UsageError(
+                "--protocol is computed by torch in fp32; leave out --backend, --precision and --calibrate."
+            )
         return
     images = [image for _, image in first[:16] if not isinstance(image, DataError)]
     calibration = list(islice(find_image_files([calibrate]), 256)) if calibrate is not None else ()
