@@ -108,7 +108,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_runs_lists_them_with_their_figures(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_runs_lists_them_with_their_figures(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     a, _, c = printed(capsys, "runs", str(runs))["runs"]
     result = json.loads((runs / "a" / "result.json").read_text())
     assert a["result"] == {"top1_error": result["top1_error"]} and a["step"] == a["steps"] == 10 and a["finished"]
@@ -118,6 +118,10 @@ def test_runs_lists_them_with_their_figures(runs: Path, capsys: pytest.CaptureFi
     assert f"test error {100 * result['top1_error']:.2f} %" in out and "not finished" in out
     assert run_command(["runs", str(runs / "no")]) == 2
     assert "is not a folder" in capsys.readouterr().err
+    (tmp_path / "kitchen").mkdir()
+    (tmp_path / "kitchen" / "recipe.toml").write_text('title = "soup"')
+    assert "has no number of steps" in printed(capsys, "runs", str(tmp_path / "kitchen"))["runs"][0]["error"]
+    assert run_command(["runs", str(tmp_path / "kitchen")]) == 0
 
 
 def test_runs_says_what_a_result_lacks(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,7 @@ from cyclopts import App
 from resnetlab.cli import console
 from resnetlab.cli.options import Json
 from resnetlab.errors import ResNetLabError, RunError, UsageError
-from resnetlab.formatting import format_duration, format_figure, format_split
+from resnetlab.formatting import format_duration, format_figure, format_split, is_number
 
 app = App(name="runs", help="List the runs in a folder with their figures; compare some of them on one page.")
 
@@ -80,6 +80,8 @@ def summarise_run(path: Path) -> dict[str, Any]:
         lines = read_metrics(run)
     except ResNetLabError as error:
         return {"run": str(path), "error": str(error)}
+    if not is_number(recipe.get("steps")):
+        return {"run": str(path), "error": f"{path / 'recipe.toml'} has no number of steps, so it is not a run's."}
     if missing := [key for key in ("steps", "seconds", "split") if result and key not in result]:
         return {
             "run": str(path),
