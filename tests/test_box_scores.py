@@ -13,7 +13,15 @@ import torch
 from resnetlab.data.annotations import AnnotatedImage
 from resnetlab.data.mask_dataset import MaskedImage
 from resnetlab.data.mask_files import MaskFile
-from resnetlab.evaluation.detection import Detections, coco_documents, compute_detection_metrics, voc07_ap, voc_ap
+from resnetlab.evaluation import overlays
+from resnetlab.evaluation.detection import (
+    DetectionMetrics,
+    Detections,
+    coco_documents,
+    compute_detection_metrics,
+    voc07_ap,
+    voc_ap,
+)
 from resnetlab.evaluation.segmentation import SegmentationMetrics
 
 pytest.importorskip("faster_coco_eval", reason="the extra 'detect' is not installed")
@@ -98,3 +106,12 @@ def test_iou_of_masks() -> None:
     evaluated = SegmentationMetrics(("a", "b", "c"), confusion, [MaskedImage("p", Path("p"), MaskFile(Path("m"), 3))])
     assert evaluated.iou == [6 / 9, 3 / 6, None] and evaluated.mean_iou == pytest.approx((6 / 9 + 3 / 6) / 2)
     assert evaluated.pixel_error == 3 / 12
+
+
+def test_curves_name_every_class_but_not_very_many() -> None:
+    many = tuple(f"class {i}" for i in range(overlays.MAX_NAMED + 1))
+    for classes in (("_a", "b"), many):
+        n, curves = len(classes), np.ones((len(classes), 101))
+        empty: list[float | None] = [1.0] * n
+        page = overlays.precision_recall_svg(DetectionMetrics(classes, empty, empty, empty, empty, curves, (), ()))
+        assert [f"{name} (1.000)" in page for name in classes] == [classes is not many] * n

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#f0e442")
 TRUTH_COLOUR = "#ffffff"
 MAX_SIDE = 640  # pixels, of an image in a page
+MAX_NAMED = 14  # curves; of more there is no legend, which would cover them
 
 
 def draw_boxes(
@@ -68,13 +69,15 @@ def precision_recall_svg(metrics: DetectionMetrics) -> str:
             ap = metrics.ap_50[k]
             if ap is not None:
                 recall = torch.linspace(0, 1, metrics.precision.shape[1]).tolist()
+                name = f"\u200b{name}" if name.startswith("_") else name  # matplotlib names no line "_…"
                 label, colour = f"{name} ({ap:.3f})", COLOURS[k % len(COLOURS)]
                 axes.plot(recall, metrics.precision[k].tolist(), color=colour, linewidth=2, label=label)
         axes.set_xlim(0, 1)
         axes.set_ylim(0, 1.02)
         axes.set_xlabel("recall")
         axes.set_ylabel("precision")
-        axes.legend(loc="lower left", frameon=False)
+        if len(axes.lines) <= MAX_NAMED:
+            axes.legend(loc="lower left", frameon=False)
 
     label = "Precision against recall at IoU .5, one line per class."
     return figures.inline_svg(draw, width=620, height=380, name="precision-recall", label=label)
