@@ -174,11 +174,14 @@ def test_few_large_images_are_in_memory_at_a_time(monkeypatch: pytest.MonkeyPatc
     (["0123456789", "012345678x"], None, DataError, "the members of an ensemble name different classes: only in model 2 x"),
     (["0123456789"] * 2, [1.0], UsageError, "weights are 2 numbers above 0, one for each model, not 1.0"),
     (["0123456789"] * 2, [1.0, -1.0], UsageError, "weights are 2 numbers above 0"),
+    (["0123456789"] * 2, 0.5, UsageError, "weights are 2 numbers above 0, one for each model, not 0.5"),
     ([], None, UsageError, "evaluate needs at least one model"),
 ])  # fmt: skip
 def test_invalid_ensembles_are_refused(members: list[str], weights: Any, error: type[Exception], sentence: str) -> None:
     with pytest.raises(error, match=sentence):
         evaluate([model(i, tuple(names)) for i, names in enumerate(members)], "digits", weights=weights, device="cpu")
+    with pytest.raises(UsageError, match="names are 1, one for each model, not 2"):
+        evaluate(model(0), "digits", names=["a", "b"], device="cpu")
 
 
 @pytest.mark.parametrize(("labels", "sentence"), [([-1, 0], "have no labels"), ([], "there is no image to evaluate")])
@@ -571,5 +574,5 @@ def test_some_of_a_models_classes(tmp_path: Path, capsys: pytest.CaptureFixture[
 def test_a_temperature_needs_more_than_a_few_images(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(UsageError, match="fitted on 3 images means nothing"):
         evaluate(model(0), "digits", fit_on="3", device="cpu")
-    few = evaluate(model(0), "digits", fit_on="20", device="cpu")
+    few = evaluate(model(0), "digits", fit_on=20, device="cpu")
     assert any("fitted on only 20 images" in note for note in few.notes)

@@ -15,7 +15,7 @@ import resnetlab
 from images import NAMES, folder
 from resnetlab.cli.main import run_command
 from resnetlab.data import digits
-from resnetlab.errors import DataError
+from resnetlab.errors import DataError, UsageError
 from resnetlab.evaluation.label_errors import find_label_errors, find_label_errors_by_cleanlab, out_of_fold_scores
 from resnetlab.inference.embed import read_features, write_features
 from resnetlab.models.model_file import TrainedModel
@@ -48,6 +48,8 @@ def test_features_are_the_input_of_the_head(model: Path, tmp_path: Path) -> None
         score = loaded.net.fc(features).detach().softmax(0).max()
         assert float(score) == pytest.approx(loaded.predict(str(path)).top[0].score, abs=1e-4)
     assert loaded.embed([str(path), str(path)]).shape == (2, 64)
+    with pytest.raises(UsageError, match="there is no image to embed"):
+        loaded.embed([])
     with pytest.raises(DataError, match="is not an image"):
         loaded.embed(str(root / "val" / "broken.jpg"))
     parquet = pytest.importorskip("pyarrow.parquet")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import combinations
@@ -233,7 +233,7 @@ def evaluate(
     protocol: str = "1crop",
     weights: Sequence[float] | None = None,
     split: str = "test",
-    fit_on: str | None = None,
+    fit_on: str | int | None = None,
     classes: str = "all",
     names: Sequence[str] | None = None,
     data_dir: str | Path = "data",
@@ -256,7 +256,7 @@ def evaluate(
         weights: of the members, in proportion; None for equal ones.
         split: "train", or "test": the split that the data are evaluated on, whatever its name (`Evaluation.split`); of a folder
             without val/ and test/, the images that the models' own runs held out.
-        fit_on: fit each model's temperature first, on this split, or on so many images of the evaluated split ("1000"), which
+        fit_on: fit each model's temperature first, on this split, or on so many images of the evaluated split (1000), which
             are then not evaluated; `Evaluation.trained_models` have it.
         classes: where the data have only some of the models' classes, "all" for scores over all outputs, or "data" for scores
             over the data's classes alone.
@@ -280,10 +280,10 @@ def evaluate(
     parsed = parse_protocol(protocol)
     given: list[Model] = [model] if isinstance(model, Model) else list(model)
     weights = _normalise_weights(weights, len(given))
+    fit_on = None if fit_on is None else str(fit_on)
     trained = [each if isinstance(each, TrainedModel) else load_trained_model(Path(each)) for each in given]
     options = tuple(parsed.to_json(model.preprocessing) for model in trained)
-    default = [f"model {i}" if isinstance(each, TrainedModel) else str(each) for i, each in enumerate(given, 1)]
-    names = default if names is None else list(names)
+    names = _choose_names(given, names)
     if classes not in SCOPES:
         raise unknown_name_error("choice of classes", classes, SCOPES)
     reading = ReadOptions(on_bad_image, str(quarantine), multi_label=True, one_class=True)
@@ -406,9 +406,19 @@ def _normalise_weights(weights: Sequence[float] | None, n: int) -> tuple[float, 
         raise UsageError("evaluate needs at least one model.")
     if weights is None:
         return (1 / n,) * n
+    weights = list(weights) if isinstance(weights, Iterable) else [weights]
     if len(weights) != n or not all(0 < w < float("inf") for w in weights):
         raise UsageError(f"weights are {n} numbers above 0, one for each model, not {', '.join(map(str, weights))}.")
     return tuple(w / sum(weights) for w in weights)
+
+
+def _choose_names(models: Sequence[Model], names: Sequence[str] | None) -> list[str]:
+    """The names that are given, or the models' paths."""
+    if names is None:
+        return [f"model {i}" if isinstance(each, TrainedModel) else str(each) for i, each in enumerate(models, 1)]
+    if len(names) != len(models):
+        raise UsageError(f"names are {len(models)}, one for each model, not {len(names)}.")
+    return list(names)
 
 
 def _select_classes(

@@ -120,6 +120,7 @@ def parse_protocol(text: str) -> Protocol:
 
     Raises UsageError for an unknown protocol or option, and for options that exclude each other.
     """
+    text = str(text)
     head, *options = text.split("+")
     if head == "flip":
         head, options = "1crop", ["flip", *options]

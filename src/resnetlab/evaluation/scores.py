@@ -111,10 +111,9 @@ def drop_skipped(
         return [(labels, each) for each in scores], {}
     if not bool(readable.any()):
         raise DataError("no image can be read; fix them: resnetlab data check.")
-    names = split.subset(torch.nonzero(~readable).flatten()).names
-    return [(labels[readable], each[readable]) for each in scores], {
-        n: split.errors.skipped.get(n, "could not be read") for n in names
-    }
+    names = [split.name_of(i) for i in torch.nonzero(~readable).flatten().tolist()]
+    skipped = {name: split.errors.skipped.get(name, "could not be read") for name in names}
+    return [(labels[readable], each[readable]) for each in scores], skipped
 
 
 @torch.inference_mode()

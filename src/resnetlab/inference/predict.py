@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import islice
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -328,13 +330,15 @@ class Model(AnsweredAttributes, TrainedModel):
     def embed(self, images: Any) -> Tensor:
         """The features of an image, float32 (C,), or of several, (n, C): the last map averaged over its positions.
 
-        Raises DataError: an image is missing, damaged or not an image. UsageError: it has another type.
+        Raises DataError: an image is missing, damaged or not an image. UsageError: it has another type, or there is none.
         """
         rows = []
         for _, found in self.embeddings(expand_images(images) if is_many(images) else self._decode_named(images)):
             if isinstance(found, str):
                 raise DataError(found)
             rows.append(found)
+        if not rows:
+            raise UsageError("there is no image to embed; give one or more.")
         return torch.stack(rows) if is_many(images) else rows[0]
 
     def embeddings(self, images: Iterable[NamedImage]) -> Iterator[tuple[str, Tensor | str]]:
@@ -446,7 +450,8 @@ class Model(AnsweredAttributes, TrainedModel):
         out = Path(out)
         to = to or find_format(out.suffix)
         if get_format(to).read is None:
-            export_weights(self, to, out)
+            for note in export_weights(self, to, out):
+                warnings.warn(note, stacklevel=2)
         else:
             folder = None if images is None else Path(images)
             check_images, calibration_images = load_export_images(self, data, folder, Path(data_dir))
@@ -467,9 +472,9 @@ def compute_in_batches(
 
 
 def _check_top(top: Any) -> int:
-    if not isinstance(top, int) or isinstance(top, bool) or top < 1:
+    if not isinstance(top, Integral) or isinstance(top, bool) or top < 1:
         raise UsageError(f"top must be a whole number from 1 up, not {top!r}.")
-    return top
+    return int(top)
 
 
 @standard_torch_state()
