@@ -1,17 +1,13 @@
-"""Data sets: splits of images with labels and names, and class names.
-
-Every split, in memory or on disk (data.disk_split), has `labels`, `names`, `len()`, `subset(indices)` and
-`read_image(i)`: a decoded image, uint8 (H, W, C), at its own size; float32 of the values as stored where its `pixel_format`
-says so. `errors` handles images that cannot be read.
-"""
+"""Data sets: splits of images with labels and names, in memory or on disk (data.disk_split), and class names."""
 
 from __future__ import annotations
 
 import hashlib
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, Self, cast
+from typing import Any, Self, cast
 
 import numpy as np
 import torch
@@ -31,98 +27,79 @@ GROUP = "group"  # the column whose equal values stay together in every split
 Columns = Mapping[str, NDArray[np.object_]]  # name -> one text per image
 
 
-class Split(Protocol):
-    """A split: images with labels and names."""
+class Split(ABC):
+    """A split: images with labels and names. What differs is where the images are.
+
+    Attributes:
+        labels: int64 (N,), positions in the data set's `classes`.
+        errors: handles images that cannot be read, and lists those that were skipped so far.
+        workers: processes that decode while the network computes; 0 decodes in this one.
+        columns: the other columns of a table, a text per image; GROUP, if there are groups.
+    """
+
+    labels: Tensor
+    errors: ErrorPolicy
+    workers: int
+    columns: Columns
 
     @property
-    def labels(self) -> Tensor:
-        """int64 (N,), positions in the data set's `classes`."""
-
-    @property
+    @abstractmethod
     def names(self) -> Sequence[str]:
         """One per image: the file's path below the data set's folder, or "test/12"."""
 
-    @property
-    def errors(self) -> ErrorPolicy:
-        """Handles images that cannot be read, and lists those that were skipped so far."""
-
-    @property
-    def workers(self) -> int:
-        """Processes that decode while the network computes; 0 decodes in this one."""
-
-    @property
-    def columns(self) -> Columns:
-        """The other columns of a table, a text per image; GROUP, if there are groups."""
-
-    def __len__(self) -> int: ...
-
+    @abstractmethod
     def name_of(self, i: int) -> str:
         """names[i], without building the list of all names."""
 
-    def subset(self, indices: Tensor) -> Self:
-        """The images at `indices`, in that order."""
-
-    def with_labels(self, labels: Tensor) -> Self:
-        """The same images with other labels."""
-
-    def read_image(self, i: int) -> Tensor:
-        """Image i, decoded, uint8 or float32 (H, W, C), at its own size; raises DataError if it cannot be read."""
-
     @property
+    @abstractmethod
     def pixel_format(self) -> PixelFormat:
         """How images are read: 8-bit RGB at first."""
 
+    @abstractmethod
+    def read_image(self, i: int) -> Tensor:
+        """Image i, decoded, uint8 or float32 (H, W, C), at its own size; raises DataError if it cannot be read."""
+
+    @abstractmethod
     def find_pixel_format(self, channels: int = 0) -> PixelFormat:
         """How the values of the first readable image are read so that nothing is lost (data.decode); raises DataError."""
 
-    def with_pixel_format(self, pixel_format: PixelFormat) -> Self:
-        """The same images, read in this way; raises DataError where they are in memory and of another kind."""
-
-    def without_skipped(self) -> Self:
-        """The split without the images that were skipped."""
-
+    @abstractmethod
     def update_hash(self, digest: Any) -> None:
         """Updates a hash with the contents of the split."""
 
-
-class IndexedSplit:
-    """What is the same in splits whose images are read on access: frozen dataclasses with these fields."""
-
-    indices: Tensor  # positions in the source, int64 (N,)
-    labels: Tensor
-    errors: ErrorPolicy
-    columns: Columns
+    @abstractmethod
+    def _select(self, indices: Tensor) -> dict[str, Any]:
+        """The fields that say which images these are, of the images at `indices`."""
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def subset(self, indices: Tensor) -> Self:
-        columns = select_rows(self.columns, indices)
-        return self._replace(indices=self.indices[indices], labels=self.labels[indices], columns=columns)
-
-    def with_labels(self, labels: Tensor) -> Self:
-        return self._replace(labels=labels)
+        """The images at `indices`, in that order."""
+        columns = {name: values[indices.numpy()] for name, values in self.columns.items()}
+        return self._replace(labels=self.labels[indices], columns=columns, **self._select(indices))
 
     def with_pixel_format(self, pixel_format: PixelFormat) -> Self:
+        """The same images, read in this way; raises DataError where they are in memory and of another kind."""
         return self._replace(pixel_format=pixel_format)
 
     def without_skipped(self) -> Self:
-        if not self.errors.skipped:
+        """The split without the images that were skipped."""
+        if not (skipped := self.errors.skipped):
             return self
-        names = cast(Split, self).names
-        return self.subset(torch.tensor([k for k, n in enumerate(names) if n not in self.errors.skipped]).long())
+        return self.subset(torch.tensor([i for i, name in enumerate(self.names) if name not in skipped]).long())
 
     def _replace(self, **values: Any) -> Self:
         return cast(Self, replace(cast(Any, self), **values))
 
 
 @dataclass(frozen=True, eq=False)
-class MemorySplit:
+class MemorySplit(Split):
     """Images of one size, held in memory.
 
     Attributes:
         images: uint8 (N, H, W, C), or float32 of values of `dtype`.
-        labels: int64 (N,), positions in the data set's `classes`.
         name: prefix of the images' names: "test" gives "test/0", "test/1", …
         indices: the images' numbers, int64 (N,); None counts from 0.
     """
@@ -135,9 +112,6 @@ class MemorySplit:
     workers: int = 0
     columns: Columns = field(default_factory=dict)
     dtype: str = ""
-
-    def __len__(self) -> int:
-        return len(self.labels)
 
     @property
     def pixel_format(self) -> PixelFormat:
@@ -155,29 +129,20 @@ class MemorySplit:
 
     @property
     def names(self) -> Sequence[str]:
-        numbers = range(len(self)) if self.indices is None else self.indices.tolist()
-        return [f"{self.name}/{i}" for i in numbers]
+        return [f"{self.name}/{i}" for i in (range(len(self)) if self.indices is None else self.indices.tolist())]
 
     def name_of(self, i: int) -> str:
         return f"{self.name}/{i if self.indices is None else int(self.indices[i])}"
 
-    def subset(self, indices: Tensor) -> MemorySplit:
-        numbers = indices if self.indices is None else self.indices[indices]
-        columns = select_rows(self.columns, indices)
-        return replace(self, images=self.images[indices], labels=self.labels[indices], indices=numbers, columns=columns)
-
-    def with_labels(self, labels: Tensor) -> MemorySplit:
-        return replace(self, labels=labels)
-
     def read_image(self, i: int) -> Tensor:
         return self.images[i]
-
-    def without_skipped(self) -> MemorySplit:
-        return self
 
     def update_hash(self, digest: Any) -> None:
         digest.update(self.labels.numpy().tobytes())
         digest.update(self.images.numpy().data)
+
+    def _select(self, indices: Tensor) -> dict[str, Any]:
+        return {"images": self.images[indices], "indices": indices if self.indices is None else self.indices[indices]}
 
 
 @dataclass(frozen=True, eq=False)
@@ -217,10 +182,12 @@ class Dataset:
 
     def with_pixel_format(self, pixel_format: PixelFormat) -> Dataset:
         """The same images, read in this way; raises DataError where some are in memory and of another kind."""
-        splits = {name: getattr(self, name) for name in ("train", "test", "val", "all_images")}
-        if all(split is None or split.pixel_format == pixel_format for split in splits.values()):
-            return self
-        return replace(self, **{k: split and split.with_pixel_format(pixel_format) for k, split in splits.items()})
+        others = {k: split for k, split in self._fields().items() if split.pixel_format != pixel_format}
+        return (
+            replace(self, **{k: split.with_pixel_format(pixel_format) for k, split in others.items()})
+            if others
+            else self
+        )
 
     def with_decode_on(self, decode_on: str) -> Dataset:
         """The same images; "device" lets the GPU that trains or evaluates decode those on disk (data.device_decode).
@@ -231,11 +198,15 @@ class Dataset:
             raise unknown_name_error("decode_on", decode_on, DECODE_ON)
         if decode_on == "cpu":
             return self
-        splits = {name: getattr(self, name) for name in ("train", "test", "val", "all_images")}
-        on_disk = {name: split for name, split in splits.items() if hasattr(split, "decode_on")}
+        on_disk = {name: split for name, split in self._fields().items() if hasattr(split, "decode_on")}
         if not on_disk:
             raise UsageError("decode_on=device is for images on disk; leave it out.")
         return replace(self, **{name: replace(split, decode_on=decode_on) for name, split in on_disk.items()})
+
+    def _fields(self) -> dict[str, Any]:
+        """The splits by the names of their fields."""
+        splits = {name: getattr(self, name) for name in ("train", "test", "val", "all_images")}
+        return {name: split for name, split in splits.items() if split is not None}
 
     def describe_few_images(self) -> str:
         """Why these images can be evaluated, but not trained on; "" if there are enough."""
@@ -252,11 +223,6 @@ class Dataset:
         """The splits that have images, by name."""
         splits = {"train": self.train, "val": self.val, self.evaluated_split: self.test, "all": self.all_images}
         return {name: split for name, split in splits.items() if split is not None and len(split)}
-
-
-def select_rows(columns: Columns, indices: Tensor) -> Columns:
-    """The rows at `indices` of every column."""
-    return {name: values[indices.numpy()] for name, values in columns.items()} if columns else columns
 
 
 def count_held_out(requested: int, images: int, classes: int) -> int:

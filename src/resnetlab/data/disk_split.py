@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from resnetlab.data.dataset import Columns, IndexedSplit
+from resnetlab.data.dataset import Columns, Split
 from resnetlab.data.decode import (
     DEEP_SUFFIXES,
     check_file_size,
@@ -213,14 +213,11 @@ def _unquote(line: str) -> str:
 
 
 @dataclass(frozen=True, eq=False)
-class DiskSplit(IndexedSplit):
+class DiskSplit(Split):
     """Images on disk.
 
     Attributes:
         indices: positions in `source`, int64 (N,).
-        labels: int64 (N,), positions in the data set's `classes`.
-        errors: handles images that cannot be read; shared by all subsets.
-        workers: processes that decode, see `ReadOptions`.
         decode_on: what decodes JPEGs, see `Dataset.with_decode_on`.
     """
 
@@ -295,6 +292,9 @@ class DiskSplit(IndexedSplit):
         if self.pixel_format != RGB or not is_complete(content):
             decode_as(content, name, self.pixel_format)
         return not self.pixel_format.dtype and name.lower().endswith(DEEP_SUFFIXES) and is_deep_file(content, name)
+
+    def _select(self, indices: Tensor) -> dict[str, Any]:
+        return {"indices": self.indices[indices]}
 
     def update_hash(self, digest: Any) -> None:
         """Hashes labels, names and sizes in bytes: reading every file would take too long at the start of a run."""

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from resnetlab.data import tables
 from resnetlab.data.array_files import DTYPES, as_array, convert_array, put_channels_last
-from resnetlab.data.dataset import Columns, Dataset, IndexedSplit, MemorySplit, Split
+from resnetlab.data.dataset import Columns, Dataset, MemorySplit, Split
 from resnetlab.data.decode import convert_image, decode, decode_as, find_pixel_format
 from resnetlab.data.disk_split import ReadOptions
 from resnetlab.data.error_policy import ErrorPolicy
@@ -42,7 +42,7 @@ HASHED = 64  # images of a split whose pixels are in its fingerprint
 
 
 @dataclass(frozen=True, eq=False)
-class ObjectSplit(IndexedSplit):
+class ObjectSplit(Split):
     """Images that an object gives one by one.
 
     Attributes:
@@ -82,6 +82,9 @@ class ObjectSplit(IndexedSplit):
             except Exception:  # the object may raise anything, which reading it reports
                 break
         return PixelFormat(channels or 3)
+
+    def _select(self, indices: Tensor) -> dict[str, Any]:
+        return {"indices": self.indices[indices]}
 
     def update_hash(self, digest: Any) -> None:
         """Hashes the labels, the positions and the pixels of some images; an unreadable one counts as such."""
