@@ -16,6 +16,7 @@ import inspect
 import json
 import os
 import re
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, ParamSpec, TypeVar
@@ -107,6 +108,11 @@ class NoSpaceError(RunError):
 
 class DivergedError(ResNetLabError):
     """A loss that is no longer finite."""
+
+
+def warn(sentence: str) -> None:
+    """Gives a warning at the place that called the caller."""
+    warnings.warn(sentence, UserWarning, stacklevel=3)
 
 
 def unknown_name_error(kind: str, given: str, known: Iterable[str]) -> UsageError:

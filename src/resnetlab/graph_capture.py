@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from resnetlab.errors import first_line
+from resnetlab.errors import first_line, warn
 
 Compute = Callable[[], list[Tensor]]
 Record = Callable[[Compute], Compute]
@@ -119,7 +119,7 @@ class GraphedFunction:
                     self._reset()
                     self._given_up = True
                     reason = first_line(error)
-                    warnings.warn(f"CUDA graph: not used for predictions ({reason}).", stacklevel=2)
+                    warn(f"CUDA graph: not used for predictions ({reason}).")
                     return self._function(x)
             recording = self._recordings[key]
             recording.x.copy_(x, non_blocking=True)

@@ -95,8 +95,7 @@ _ANSWERS = {  # words that have no counterpart: what does the job
         "if there is one.",
     "evaluate test_only eval test validate": "a model is evaluated with: resnetlab evaluate MODEL --data DATA.",
     "val val_dir validation validation_data test_dir":
-        "put the images into DATA/val (beside DATA/train), or hold some of the training images out with --set "
-        "val_images=500.",
+        "put the images into DATA/val (beside DATA/train), or hold some of the training images out with --set val_images=500.",
     "num_classes nc classes n_classes class_names":
         "the classes come from the data: one for each folder of images, or each label of a table.",
     "checkpoint ckpt ckpt_path":
@@ -106,8 +105,7 @@ _ANSWERS = {  # words that have no counterpart: what does the job
         "a run never overwrites another; choose a new folder with --out, or go on with --resume RUN.",
     "project name experiment run_name exp": "name the run's folder with --out runs/mine.",
     "lr_step_size step_size decay_epochs lr_gamma gamma":
-        "the learning rate is divided by 10 at --set milestones=3000,4000 (steps); other schedules: --set "
-        "schedule=cosine.",
+        "the learning rate is divided by 10 at --set milestones=3000,4000 (steps); other schedules: --set schedule=cosine.",
     "patience early_stopping patience_epochs":
         "--set early_stop=5 ends a run after as many evaluations without a new lowest held-out error (--set keep=best keeps "
         "its weights), --set schedule=plateau divides the learning rate instead.",
@@ -126,8 +124,7 @@ _ANSWERS = {  # words that have no counterpart: what does the job
     "save": "--out writes the results into a file or folder.",
     "iou": "boxes are merged at the detector's own threshold; --min-score chooses which are shown.",
     "augment":
-        "augmentation belongs to the recipe (`resnetlab recipes` lists them): --set trivial_augment=true, --set "
-        "flip=false.",
+        "augmentation belongs to the recipe (`resnetlab recipes` lists them): --set trivial_augment=true, --set flip=false.",
     "set":
         "the study sets the values; other ones are trained with: resnetlab train DATA --set key=value, and shown beside "
         "each other by: resnetlab runs compare RUN RUN.",

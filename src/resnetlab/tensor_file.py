@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from resnetlab import migrate_v01
-from resnetlab.errors import ModelFileError, UsageError, suggest_path
+from resnetlab.errors import ModelFileError, UsageError, suggest_path, warn
 from resnetlab.formatting import parse_json
 from resnetlab.run_folder import write_atomically
 
@@ -86,10 +85,9 @@ def read_tensor_file(path: Path, what: str) -> tuple[dict[str, Tensor], dict[str
     if metadata is None:
         raise ModelFileError(f"{path} is damaged: its contents do not match its digest; copy or train it again.")
     if metadata["format"] != FORMAT and what == "model file":
-        warnings.warn(
+        warn(
             f"{path} was written by version 0.1: its digest protects its tensors, but not its classes, preprocessing and "
-            "other metadata.",
-            stacklevel=2,
+            "other metadata."
         )
     return tensors, metadata
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from resnetlab.data.annotations import Annotations
 from resnetlab.data.error_policy import ErrorPolicy
-from resnetlab.errors import DataError
+from resnetlab.errors import DataError, warn
 from resnetlab.formatting import find_name_problem, format_count, format_list
 from resnetlab.random import seed_for
 
@@ -90,7 +89,7 @@ def arrange_annotated_splits(
     or translated (`found.notes`).
     """
     for note in found.notes:
-        warnings.warn(f"{name}: {note}.", UserWarning, stacklevel=3)
+        warn(f"{name}: {note}.")
     count, splits = sum(map(len, splits.values())), {split: images for split, images in splits.items() if images}
     if not splits:
         raise DataError(f"{name} ({found.layout}) has no image that can be used.")

@@ -122,8 +122,7 @@ def put_channels_last(array: NDArray[Any], channels: int) -> NDArray[Any]:
         return array if smaller[1] else np.moveaxis(array, 0, -1)
     if channels:
         raise DataError(
-            f"is an array of {shape}: neither its first nor its last dimension alone is "
-            f"{format_count(channels, 'channel')}."
+            f"is an array of {shape}: neither its first nor its last dimension alone is {format_count(channels, 'channel')}."
         )
     raise DataError(f"is an array of {shape}, which does not tell its channels; give their number: --set channels=N.")
 

@@ -209,8 +209,7 @@ def _read_images(
             yield ImageRecord(name, file, str(source), size, things)
     if names and not usable:
         raise DataError(
-            f"{source}: none of its {format_count(len(names), 'image')} can be used, such as {min(names)}; "
-            f"looked in {places}."
+            f"{source}: none of its {format_count(len(names), 'image')} can be used, such as {min(names)}; looked in {places}."
         )
     for key, entries in objects.items():
         errors.reject(entries[0].describe(source), f"it is for the image {key!r}, which is not among the images")

@@ -213,9 +213,8 @@ class Dataset:
         if self.all_images is None or len(self.train):
             return ""
         return (
-            f"{format_count(len(self.test), 'image')} of {format_count(len(self.classes), 'class')} are too "
-            "few to hold some of each out for a test; add "
-            "images (two of each class or more), or give the splits train/ and val/."
+            f"{format_count(len(self.test), 'image')} of {format_count(len(self.classes), 'class')} are too few to hold some "
+            "of each out for a test; add images (two of each class or more), or give the splits train/ and val/."
         )
 
     @property

@@ -25,7 +25,7 @@ except ImportError:
     simplejpeg = None
 
 from resnetlab.data.array_files import NPY, PNG, TIFF, count_tiff_channels, is_ordinary, read_array, read_orientation
-from resnetlab.errors import DataError, install_hint
+from resnetlab.errors import DataError, install_hint, warn
 from resnetlab.formatting import format_count
 from resnetlab.preprocessing import RGB, PixelFormat, pil_to_tensor, tensor_to_pil
 from resnetlab.shared_context import SharedContext
@@ -119,8 +119,7 @@ def find_pixel_format(content: bytes, name: str, channels: int = 0) -> PixelForm
         found = PixelFormat(array.shape[2], array.dtype.name)
     if channels not in (0, found.channels) or (not found.dtype and channels not in (0, 1, 3)):
         raise DataError(
-            f"{name} has {'grey or RGB of 8 bits' if not found.dtype else found}, not "
-            f"{format_count(channels, 'channel')}."
+            f"{name} has {'grey or RGB of 8 bits' if not found.dtype else found}, not {format_count(channels, 'channel')}."
         )
     return found
 
@@ -347,7 +346,7 @@ def warn_of_scaling(files: Sequence[str], may_be_more: bool = False) -> None:
     if files:
         count = "at least " * may_be_more + format_count(len(files), "image")
         words = f"{count} with more than 8 bits per value, scaled to 8, such as {files[0]}."
-        warnings.warn(words, UserWarning, stacklevel=2)
+        warn(words)
 
 
 def _apply_orientation(image: Image.Image) -> Image.Image:

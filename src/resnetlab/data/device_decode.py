@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import io
-import warnings
 from collections.abc import Sequence
 from typing import NamedTuple, TypeGuard
 
@@ -21,7 +20,7 @@ from resnetlab.data.dataset import Split
 from resnetlab.data.decode import decode_on_gpu
 from resnetlab.data.disk_split import DiskSplit
 from resnetlab.device import to_device
-from resnetlab.errors import UsageError, first_line
+from resnetlab.errors import UsageError, first_line, warn
 
 AT_ONCE = 64  # JPEGs that are decoded together
 
@@ -99,9 +98,7 @@ def decode_images(
         )
         if len(read) == len(images):
             reason = first_line(error)
-            warnings.warn(
-                f"the GPU cannot decode some JPEG ({reason}), so the CPU decodes the batches with it.", stacklevel=2
-            )
+            warn(f"the GPU cannot decode some JPEG ({reason}), so the CPU decodes the batches with it.")
         return list(read), [to_device(x, device) for x in read.values()]
     return list(range(len(images))), [
         decoded[i] if i in decoded else to_device(x, device) for i, x in enumerate(images)

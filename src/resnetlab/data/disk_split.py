@@ -6,7 +6,6 @@ import contextlib
 import itertools
 import json
 import os
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,7 +30,7 @@ from resnetlab.data.decode import (
 )
 from resnetlab.data.error_policy import ErrorPolicy
 from resnetlab.data.text_files import find_encoding, read_bytes
-from resnetlab.errors import DataError
+from resnetlab.errors import DataError, warn
 from resnetlab.formatting import parse_json
 from resnetlab.preprocessing import RGB, PixelFormat
 
@@ -189,11 +188,9 @@ class ReadOptions:
         wanted = sorted(name for name in listed if not name.startswith("#"))
         if wanted and all(len(kept[split]) == len(images) for split, images in names.items()):
             example = next((images[0] for images in names.values() if len(images)), "")
-            warnings.warn(
+            warn(
                 f"no line of the quarantine list {self.quarantine} is the name of an image of {place}: the first is "
-                f"{wanted[0]!r}, while images have names such as {example!r}. Nothing is left out.",
-                UserWarning,
-                stacklevel=2,
+                f"{wanted[0]!r}, while images have names such as {example!r}. Nothing is left out."
             )
         return {split: torch.tensor(positions, dtype=torch.long) for split, positions in kept.items()}
 
@@ -262,7 +259,7 @@ class DiskSplit(Split):
         others = ErrorPolicy("skip").read_each(range(0, len(self), max(1, len(self) // SAMPLED)), find, self.name_of)
         if (plain := next((found for _, found in others if not found.dtype), None)) is None:
             return first
-        warnings.warn(f"images of 8 bits beside {first}: all are read as 8 bits.", UserWarning, stacklevel=2)
+        warn(f"images of 8 bits beside {first}: all are read as 8 bits.")
         return plain
 
     def _warn_of_deep_values(self) -> None:

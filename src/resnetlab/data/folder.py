@@ -17,7 +17,6 @@ import os
 import re
 import sys
 import unicodedata
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -34,7 +33,7 @@ from resnetlab.data.disk_split import DiskSplit, FileNames, FileSource, ImageSou
 from resnetlab.data.error_policy import ErrorPolicy
 from resnetlab.data.label_sets import find_classes, number_label_sets
 from resnetlab.data.labels import DEVKIT, read_class_names, read_flat_labels
-from resnetlab.errors import DataError, DataErrors, UsageError
+from resnetlab.errors import DataError, DataErrors, UsageError, warn
 from resnetlab.formatting import format_count, format_list
 
 SPLITS = ("train", "val", "test")
@@ -216,11 +215,7 @@ def _warn_of_similar_classes(name: str, classes: Sequence[str]) -> None:
     same: dict[str, str] = {}
     for text in classes:
         if (other := same.setdefault(text.strip().casefold(), text)) != text:
-            warnings.warn(
-                f"{name} has two classes {other!r} and {text!r}; if they are one, give their images one name.",
-                UserWarning,
-                stacklevel=2,
-            )
+            warn(f"{name} has two classes {other!r} and {text!r}; if they are one, give their images one name.")
 
 
 def _warn_of_copies(root: Path, layouts: Mapping[str, FolderLayout]) -> None:
@@ -233,12 +228,10 @@ def _warn_of_copies(root: Path, layouts: Mapping[str, FolderLayout]) -> None:
         keys = set(keys_of(layouts[split]))  # not also of the training images, which are many more
         n = len(keys.intersection(keys_of(layouts["train"]))) if "train" in layouts else 0
         if n > len(keys) // 2:
-            warnings.warn(
+            warn(
                 f"{format_count(n, 'image')} of {root / split} {'has' if n == 1 else 'have'} the name, class and size of an "
                 "image of train: they look like copies, "
-                f"and an error measured on them says nothing about others (resnetlab data check {root} compares them).",
-                UserWarning,
-                stacklevel=2,
+                f"and an error measured on them says nothing about others (resnetlab data check {root} compares them)."
             )
 
 
@@ -256,11 +249,9 @@ def _warn_of_inner_classes(root: Path, layouts: Mapping[str, FolderLayout]) -> N
         advice = "if those are the classes, put them into one folder each, or give a table of paths and labels."
         if all(map(guess_split, common)):
             advice = "those are taken together; to use them as splits, put the class folders inside them."
-        warnings.warn(
+        warn(
             f"the classes of {root} are its folders {format_list(sorted(inner))}, and each of them holds "
-            f"{format_list(sorted(common))}; {advice}",
-            UserWarning,
-            stacklevel=2,
+            f"{format_list(sorted(common))}; {advice}"
         )
 
 
@@ -335,7 +326,7 @@ def find_split_folders(root: Path) -> dict[str, Path]:
             "and call the splits train, val and test."
         )
     if unused:
-        warnings.warn(f"{root}: {format_list(unused)} without images left out.", UserWarning, stacklevel=2)
+        warn(f"{root}: {format_list(unused)} without images left out.")
     return found
 
 
@@ -384,19 +375,14 @@ def _read_class_folders(root: Path, folder: Path) -> FolderLayout:
         if not files:
             found.empty.append(name)
     if found.names and (loose := find_loose_images(folder)):
-        warnings.warn(
+        warn(
             f"{format_count(len(loose), 'image')} beside the class folders of {folder} left out, of no class, such as "
-            f"{loose[0]}.",
-            UserWarning,
-            stacklevel=2,
+            f"{loose[0]}."
         )
     if unsupported:
-        warnings.warn(
-            f"{format_count(len(unsupported), 'file')} in the class folders of {folder} left out, of a kind "
-            "that is not read "
-            f"or without suffix, such as {os.path.relpath(min(unsupported), folder)}; save them as JPEG or PNG.",
-            UserWarning,
-            stacklevel=2,
+        warn(
+            f"{format_count(len(unsupported), 'file')} in the class folders of {folder} left out, of a kind that is not read "
+            f"or without suffix, such as {os.path.relpath(min(unsupported), folder)}; save them as JPEG or PNG."
         )
     return found
 

@@ -5,7 +5,6 @@ Files are read by `data.mask_files`. Smaller objects are drawn over larger ones;
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,7 +29,7 @@ from resnetlab.data.layouts import read_annotations
 from resnetlab.data.mask_files import BACKGROUND, MAX_CLASSES, VOID, MaskFile, decide_mask_classes, read_label_map
 from resnetlab.data.mask_folders import cityscapes_classes
 from resnetlab.data.object_masks import ObjectMask, parse_segmentation
-from resnetlab.errors import DataError
+from resnetlab.errors import DataError, warn
 from resnetlab.formatting import format_list
 
 
@@ -150,7 +149,7 @@ def _read_mask_files(
     label_map = read_label_map(root)
     meaning = (None if label_map else cityscapes_classes(files)) or decide_mask_classes(files, label_map, class_255)
     if meaning.note:
-        warnings.warn(f"{root}: {meaning.note}.", UserWarning, stacklevel=3)
+        warn(f"{root}: {meaning.note}.")
     splits: dict[str, list[MaskedImage]] = {split: [] for split in records}
     trained = torch.zeros(VOID + 1, dtype=torch.int64)  # pixels of each value in the masks to train on
     for split, images in records.items():
@@ -171,7 +170,7 @@ def _read_mask_files(
             trained[VOID]
         )
         words = f"{root}: no mask to train on has a pixel of {format_list(absent)}{void}."
-        warnings.warn(words, UserWarning, stacklevel=3)
+        warn(words)
     return meaning.names, splits
 
 

@@ -76,8 +76,7 @@ class MaskFile:
         codes = read_codes(self.file, self.colours)
         if codes.shape != size:
             raise DataError(
-                f"{self.file} has {codes.shape[1]}x{codes.shape[0]} pixels, its image {size[1]}x{size[0]}; "
-                "make them one size."
+                f"{self.file} has {codes.shape[1]}x{codes.shape[0]} pixels, its image {size[1]}x{size[0]}; make them one size."
             )
         lookup = self.lookup or {**{value: value for value in range(self.classes)}, VOID: VOID}
         known = np.array(sorted(lookup))

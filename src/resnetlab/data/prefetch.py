@@ -26,7 +26,7 @@ from torch.utils.data import Dataset as TorchDataset
 from resnetlab.data.dataset import MemorySplit, Split
 from resnetlab.data.error_policy import ErrorPolicy
 from resnetlab.device import DeviceConfig, count_cores, map_in_order
-from resnetlab.errors import DataError, first_line
+from resnetlab.errors import DataError, first_line, warn
 from resnetlab.preprocessing import Preprocessing, round_to_bytes, tensor_to_pil
 from resnetlab.process_place import read_process_place
 from resnetlab.stopping import check_stop
@@ -227,9 +227,7 @@ def _next_result(results: Iterator[Any]) -> Any:
 
 
 def _rebuild_tensor(piped: _PipedTensor) -> Tensor:
-    warnings.warn(
-        f"shared memory is short, so batches travel through pipes, which is slower; {SHARED_MEMORY}.", stacklevel=2
-    )
+    warn(f"shared memory is short, so batches travel through pipes, which is slower; {SHARED_MEMORY}.")
     return torch.from_numpy(piped.array)
 
 

@@ -262,9 +262,8 @@ def _make_shard_split(
         i = int(unknown[0])
         label = parts[shard[i]].labels[-1 - numbers[i, 0]]
         raise DataError(
-            f"{names[i]} in {tars[shard[i]]} is of class {label}, but there are "
-            f"{format_count(len(classes), 'class')}, counted from 0; fix "
-            "its label, or the list of classes."
+            f"{names[i]} in {tars[shard[i]]} is of class {label}, but there are {format_count(len(classes), 'class')}, "
+            "counted from 0; fix its label, or the list of classes."
         )
     if len(set(names)) < len(names):
         twice = next(one for one, two in itertools.pairwise(sorted(names)) if one == two)

@@ -21,7 +21,6 @@ import os
 import re
 import sys
 import unicodedata
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,7 +34,7 @@ from resnetlab.data.folder import LabelledImages, guess_split, make_dataset, req
 from resnetlab.data.label_sets import INDICATORS, LabelLists, join_classes, split_classes
 from resnetlab.data.object_store import strip_secrets
 from resnetlab.data.text_files import read_text
-from resnetlab.errors import DataError, DataErrors, UsageError, missing_package
+from resnetlab.errors import DataError, DataErrors, UsageError, missing_package, warn
 from resnetlab.formatting import format_count, format_list
 
 PATH_NAMES = (
@@ -114,11 +113,9 @@ def load_table(data: str, read_options: ReadOptions) -> Dataset:
         uses = _find_columns(data, columns, ("path", "label"))
         labels, used, classes = columns[uses["label"]], [uses["label"]], []
         if any(";" in label for label in labels):
-            warnings.warn(
+            warn(
                 f"{file} has labels with a ';', each of which is one class here; if they name several classes, say so: "
-                f"{file}:labels={uses['label']}",
-                UserWarning,
-                stacklevel=2,
+                f"{file}:labels={uses['label']}"
             )
     else:
         labels, used, classes = several[0], several[1], several[0].classes
@@ -246,8 +243,7 @@ def _read_csv(text: str, file: Path) -> dict[str, list[str]]:
         if len(row) != len(header):
             raise DataError(
                 f"{file}, row {number:,}: {format_count(len(row), 'value')}, but the header has "
-                f"{format_count(len(header), 'column')}; quote values that "
-                f"contain {delimiter!r}."
+                f"{format_count(len(header), 'column')}; quote values that contain {delimiter!r}."
             )
     return {name: list(values) for name, values in zip(header, zip(*rows[1:], strict=True), strict=True) if name}
 
@@ -332,9 +328,8 @@ def _find_files(images: ImageList) -> tuple[list[str], list[int]]:
         sizes.append(size)
     if max(sizes) < 0:
         raise DataError(
-            f"none of the {format_count(len(files), 'image')} of {images.name} is there, such as "
-            f"{images.paths[0]!r}; paths are relative to "
-            f"{base}."
+            f"none of the {format_count(len(files), 'image')} of {images.name} is there, such as {images.paths[0]!r}; "
+            f"paths are relative to {base}."
         )
     return files, sizes
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import re
 import unicodedata
-import warnings
 from collections import Counter
 from collections.abc import Container, Iterable
 from pathlib import Path
@@ -24,7 +23,7 @@ from resnetlab.data.decode import SUFFIXES
 from resnetlab.data.error_policy import ErrorPolicy
 from resnetlab.data.file_lookup import LABEL_AT_END, NameIndex, find_entry, find_split, list_subfolders
 from resnetlab.data.text_files import peek_lines, read_bytes, read_lines
-from resnetlab.errors import DataError
+from resnetlab.errors import DataError, warn
 from resnetlab.formatting import format_list
 
 TRUE = ("1", "true", "yes")
@@ -116,11 +115,7 @@ def read_voc_splits(folder: Path, stems: Iterable[str]) -> dict[str, list[str]]:
         elif not find_split(file.stem.rpartition("_")[2]) and any(map(index.find_list_entry, peek_lines(file)[:1])):
             unread.append(file.name)
     if unread:
-        warnings.warn(
-            f"{folder}: {format_list(unread)} named after no split (train, val, test, …), and left out.",
-            UserWarning,
-            stacklevel=2,
-        )
+        warn(f"{folder}: {format_list(unread)} named after no split (train, val, test, …), and left out.")
     if "train" in splits:
         splits.pop("trainval", None)
     for split in ("val", "test"):
