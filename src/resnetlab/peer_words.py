@@ -202,15 +202,10 @@ PYTHON = {  # others' functions: ours
 }  # fmt: skip
 
 
-def _invert() -> dict[str, list[str]]:
-    ours: dict[str, list[str]] = {}
-    for own, theirs in _SYNONYMS.items():
-        for word in theirs.split():
-            ours.setdefault(word, []).append(own)
-    return ours
-
-
-_OURS = _invert()
+_OURS: dict[str, list[str]] = {}
+for _own, _theirs in _SYNONYMS.items():
+    for _word in _theirs.split():
+        _OURS.setdefault(_word, []).append(_own)
 
 
 def translate(word: str, known: Collection[str]) -> str | None:

@@ -119,41 +119,24 @@ class Preprocessing:
         return pil_to_tensor(image.convert("L" if self.channels == 1 else "RGB"))
 
     def resize_image(self, image: Image.Image, side: int) -> Image.Image:
-        """The whole image as L or RGB, its shorter side resized to `side` pixels; as torchvision's Resize.
-
-        An image so narrow that it would exceed MAX_RESIZED_PIXELS is first cropped to its middle.
-        """
+        """The whole image (`plan_resize`) as L or RGB, its shorter side resized to `side` pixels; as torchvision's Resize."""
         image = image.convert("L" if self.channels == 1 else "RGB")
-        short, longest = min(image.size), self._longest_side(min(image.size), side)
-        if max(image.size) > longest:
-            keep_w, keep_h = (min(length, longest) for length in image.size)
-            left, top = (image.width - keep_w) // 2, (image.height - keep_h) // 2
-            image = image.crop((left, top, left + keep_w, top + keep_h))
-        width, height = (int(side * length / short) for length in image.size)
-        if image.size == (width, height):
-            return image
-        return image.resize((width, height), INTERPOLATIONS[self.interpolation])
+        (left, top), (width, height), size = plan_resize(image.size, side)
+        if (width, height) != image.size:
+            image = image.crop((left, top, left + width, top + height))
+        return image if image.size == size else image.resize(size, INTERPOLATIONS[self.interpolation])
 
     def resize_pixels(self, pixels: Tensor, side: int) -> Tensor:
         """`resize_image` for values as stored, float32 (H, W, C): torch's antialiased filter, Pillow's without rounding."""
         if pixels.shape[2] != self.channels:
             raise DataError(f"an image has {format_count(pixels.shape[2], 'channel')}, not {self.channels}.")
-        short, longest = min(pixels.shape[:2]), self._longest_side(min(pixels.shape[:2]), side)
-        if max(pixels.shape[:2]) > longest:
-            keep_h, keep_w = (min(length, longest) for length in pixels.shape[:2])
-            top, left = (pixels.shape[0] - keep_h) // 2, (pixels.shape[1] - keep_w) // 2
-            pixels = pixels[top : top + keep_h, left : left + keep_w]
-        height, width = (int(side * length / short) for length in pixels.shape[:2])
-        if pixels.shape[:2] == (height, width):
+        (top, left), (height, width), size = plan_resize((pixels.shape[0], pixels.shape[1]), side)
+        pixels = pixels[top : top + height, left : left + width]
+        if (height, width) == size:
             return pixels
         x = pixels.permute(2, 0, 1)[None]  # (1, C, H, W)
-        x = F.interpolate(x, (height, width), mode=self.interpolation, antialias=True, align_corners=False)
+        x = F.interpolate(x, size, mode=self.interpolation, antialias=True, align_corners=False)
         return x[0].permute(1, 2, 0).contiguous()
-
-    @staticmethod
-    def _longest_side(short: int, side: int) -> int:
-        """The longest side that is resized: 1x400000 pixels would take gigabytes."""
-        return max(short, MAX_RESIZED_PIXELS * short // side**2)
 
     def normalise(self, pixels: Tensor | Sequence[Tensor]) -> Tensor:
         """(B, h, w, C), or B images (h, w, C) -> float32 (B, C, h, w) in channels-last memory: (x / white - mean) / std.
@@ -224,6 +207,17 @@ class Preprocessing:
         if not bool((self.mean.abs() <= high).all() & (self.std >= low).all() & (self.std <= high).all()):
             return f"mean and std must be finite, std from {low:g} to {high:g}"
         return None
+
+
+def plan_resize(size: tuple[int, int], side: int) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
+    """Offset and size of the middle of an image that is resized, and what to, in pixels; all in the order of `size`.
+
+    That is the whole image unless it is so narrow that MAX_RESIZED_PIXELS would be exceeded: 1x400000 would take gigabytes.
+    """
+    short = min(size)
+    longest = max(short, MAX_RESIZED_PIXELS * short // side**2)
+    a, b = (min(length, longest) for length in size)
+    return ((size[0] - a) // 2, (size[1] - b) // 2), (a, b), (int(side * a / short), int(side * b / short))
 
 
 def center_offset(length: int, part: int) -> int:

@@ -31,17 +31,14 @@ class ProcessPlace(NamedTuple):
 
 def read_process_place() -> ProcessPlace:
     """The place of this process; raises UsageError for a variable that is not a number."""
-    alone = ProcessPlace(0, 1, 0, 1)
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    place = ProcessPlace(*map(_read_number, names, alone))
+    alone, numbers = ProcessPlace(0, 1, 0, 1), []
+    for name, default in zip(("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"), alone, strict=True):
+        text = os.environ.get(name) or default
+        try:
+            numbers.append(int(text))
+        except ValueError:
+            raise UsageError(
+                f"the environment variable {name} is {text!r}, not a number; launchers such as torchrun set it: unset it."
+            ) from None
+    place = ProcessPlace(*numbers)
     return place if place.size > 1 else alone  # whatever a batch system has left of the others in a shell
-
-
-def _read_number(name: str, default: int) -> int:
-    text = os.environ.get(name) or default
-    try:
-        return int(text)
-    except ValueError:
-        raise UsageError(
-            f"the environment variable {name} is {text!r}, not a number; launchers such as torchrun set it: unset it."
-        ) from None

@@ -154,14 +154,9 @@ def move_into_place(temporary: Path, path: Path) -> None:
     with open(temporary, "rb+") as file:
         os.fsync(file.fileno())
     os.replace(temporary, path)
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Flushes a folder to disk: only then is a rename in it durable. Windows opens no folders, and needs no flush."""
-    if os.name == "nt":
+    if os.name == "nt":  # opens no folders, and needs no flush
         return
-    descriptor = os.open(folder, os.O_RDONLY)
+    descriptor = os.open(path.parent, os.O_RDONLY)  # only once the folder is on disk is the rename durable
     try:
         os.fsync(descriptor)
     finally:

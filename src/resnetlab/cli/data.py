@@ -51,8 +51,7 @@ def check(
     timing
         Measure the speed of loading, and the share of a ResNet-18 training step that waits for it.
     """
-    from resnetlab.data.check import Problem, check_dataset, check_layout, find_unexpected_files
-    from resnetlab.data.check_annotated import check_annotated
+    from resnetlab.data.check import Problem, check_annotated, check_dataset, check_layout, find_unexpected_files
     from resnetlab.data.layouts import find_layout
     from resnetlab.device import count_cores
     from resnetlab.run_folder import check_output_file

@@ -11,7 +11,7 @@ Memory holds less than a kilobyte per image, whatever its size. Kinds of problem
     leak             the same or nearly the same image in another split
     stray            an image beside the class folders
     layout           the folder cannot be read as a data set at all
-    annotation       a box, outline or mask that cannot be used (`data.check_annotated`)
+    annotation       a box, outline or mask that cannot be used
 """
 
 from __future__ import annotations
@@ -35,11 +35,16 @@ from PIL import Image
 from torch import Tensor
 
 from resnetlab.data import folder
+from resnetlab.data.annotations import AnnotatedImage
 from resnetlab.data.array_files import NPY
+from resnetlab.data.box_dataset import load_boxes
 from resnetlab.data.dataset import Dataset, Split
 from resnetlab.data.decode import decode, decode_as, find_damage, has_deep_values
 from resnetlab.data.disk_split import DiskSplit, FileNames, FileSource
 from resnetlab.data.error_policy import ErrorPolicy
+from resnetlab.data.layouts import Layout
+from resnetlab.data.mask_dataset import MaskedImage, load_masks
+from resnetlab.data.mask_files import VOID
 from resnetlab.data.prefetch import prefetch
 from resnetlab.errors import DataError, DataErrors
 from resnetlab.formatting import format_count
@@ -52,17 +57,14 @@ GRADIENT_STEP = 4  # grey levels: a smaller step is noise, which compressing a p
 THUMBNAIL_SIDE = 16  # pixels
 SUFFIXES = {
     "JPEG": (".jpg", ".jpeg", ".jfif"),
-    "PNG": (".png",),
-    "GIF": (".gif",),
-    "WEBP": (".webp",),
-    "BMP": (".bmp",),
+    **{name: (f".{name.lower()}",) for name in ("PNG", "GIF", "WEBP", "BMP")},
 }
-
 CHUNK = 32  # images that a worker checks at once
 MAX_DISTANCE = 8  # of 128 gradient bits: near copies differ in no more
 MIN_CORRELATION = 0.995  # of the thumbnails of near copies
 BLOCK = 2048  # images compared at once
 BANDS = MAX_DISTANCE + 1  # near copies agree in all bits of at least one of so many bands
+SET_BITS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(1, dtype=np.uint8)  # of each byte
 
 
 @dataclass(frozen=True)
@@ -186,6 +188,47 @@ def check_layout(
     return report
 
 
+def check_annotated(
+    root: Path, layout: Layout, workers: int = 0, on_progress: Callable[[int, int], None] = lambda done, total: None
+) -> CheckReport:
+    """Checks a folder of boxes, or of masks where its layout has no boxes; arguments as those of `check_dataset`.
+
+    Raises DataError if nothing of it can be used.
+    """
+    load = load_masks if layout.gives == "masks" else load_boxes
+    data = load(root, "skip")
+    report = CheckReport(str(root), layout=data.layout)
+    report.problems = [Problem("annotation", name, reason) for name, reason in data.errors.skipped.items()]
+    for name, images in data.splits.items():
+        counts = _count_objects(images, data.classes, report)
+        report.classes[name] = {label: counts[k] for k, label in enumerate(data.classes)}
+    check_splits(report, {name: _as_split(images) for name, images in data.splits.items()}, ("",), workers, on_progress)
+    return report
+
+
+def _count_objects(
+    images: Sequence[AnnotatedImage | MaskedImage], classes: Sequence[str], report: CheckReport
+) -> Counter[int]:
+    """How many boxes each class has, or in how many images' masks it is; masks that cannot be read become problems."""
+    counts = Counter[int]()
+    for image in images:
+        if isinstance(image, AnnotatedImage):
+            counts.update(image.labels.tolist())
+            continue
+        try:
+            counts.update(set(torch.unique(image.read()[1]).tolist()) - {VOID})
+        except DataError as error:
+            report.problems.append(Problem("annotation", str(image.file), str(error)))
+    return counts
+
+
+def _as_split(images: Sequence[AnnotatedImage | MaskedImage]) -> Split:
+    """The image files alone; all of one class, so that copies are never taken for two classes."""
+    files = FileNames(str(image.file) for image in images)
+    source = FileSource(Path(), files, np.zeros(len(images), np.int64))
+    return DiskSplit(source, torch.arange(len(images)), torch.zeros(len(images), dtype=torch.long))
+
+
 def _count_classes(split: Split, classes: tuple[str, ...]) -> dict[str, int]:
     counts = split.labels.bincount(minlength=len(classes)).tolist()
     return dict(zip(classes, counts, strict=True))
@@ -223,7 +266,8 @@ def check_splits(
     report.shorter_sides = (min(sides), median(sides), max(sides)) if sides else None
     for first, second, near in find_copies(readable):
         report.problems.append(_describe_copy(first, second, near))
-        report.quarantine += _names_to_quarantine(first, second)
+        both = first.split != second.split or first.label != second.label
+        report.quarantine += [each.name for each in (first, second)[not both :] if each.split == "train"]
     report.quarantine = list(dict.fromkeys(report.quarantine))
 
 
@@ -326,15 +370,17 @@ def find_copies(images: list[CheckedImage]) -> Iterator[tuple[CheckedImage, Chec
     """Yields (first, copy, whether only nearly) of images that show the same: each copy once, with the first of its group."""
     first_with: dict[bytes, CheckedImage] = {}
     hashed: list[CheckedImage] = []
-    infos: list[ImageInfo] = []
+    bits, thumbnails = list[int](), list[bytes]()
     for image in images:
-        assert image.info is not None
-        if (first := first_with.setdefault(image.info.content_hash, image)) is not image:
+        info = image.info
+        assert info is not None
+        if (first := first_with.setdefault(info.content_hash, image)) is not image:
             yield first, image, False
-        elif image.info.gradient_bits is not None:
+        elif info.gradient_bits is not None:
             hashed.append(image)
-            infos.append(image.info)
-    firsts = find_near_copies([info.gradient_bits or 0 for info in infos], [info.thumbnail for info in infos])
+            bits.append(info.gradient_bits)
+            thumbnails.append(info.thumbnail)
+    firsts = find_near_copies(bits, thumbnails)
     for i, first_index in enumerate(firsts.tolist()):
         if first_index != i:
             yield hashed[first_index], hashed[i], True
@@ -352,7 +398,6 @@ def find_near_copies(gradient_bits: Sequence[int], thumbnails: Sequence[bytes]) 
         return first
     packed = np.frombuffer(b"".join(s.to_bytes(16, "big") for s in gradient_bits), np.uint8).reshape(-1, 16)
     bits = np.unpackbits(packed, axis=1)
-    halves = np.array([(b >> 64, b & (2**64 - 1)) for b in gradient_bits], dtype=np.uint64)
     pixels = np.frombuffer(b"".join(thumbnails), np.uint8).reshape(len(gradient_bits), -1)
     by_information = np.argsort(np.abs(bits.mean(0) - 0.5), kind="stable")
     for band in range(BANDS):
@@ -364,19 +409,19 @@ def find_near_copies(gradient_bits: Sequence[int], thumbnails: Sequence[bytes]) 
                 later = group[start : start + BLOCK]
                 for before in range(0, start + 1, BLOCK):
                     earlier = group[before : before + BLOCK]
-                    np.minimum.at(first, *_near_pairs(later, earlier, pixels, halves))
+                    np.minimum.at(first, *_near_pairs(later, earlier, pixels, packed))
     return first
 
 
 def _near_pairs(
-    later: NDArray[np.int64], earlier: NDArray[np.int64], pixels: NDArray[np.uint8], halves: NDArray[np.uint64]
+    later: NDArray[np.int64], earlier: NDArray[np.int64], pixels: NDArray[np.uint8], bits: NDArray[np.uint8]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Indices of near copies among `later`, and for each the index of an image among `earlier` that it is a copy of."""
     if len(later) == len(earlier) == 1 and later[0] == earlier[0]:
         return later[:0], later[:0]
     one, other = np.nonzero(_standardize(pixels[later]) @ _standardize(pixels[earlier]).T >= MIN_CORRELATION)
     one, other = later[one], earlier[other]
-    near = (other < one) & (_count_bits(halves[one] ^ halves[other]).sum(1) <= MAX_DISTANCE)
+    near = (other < one) & (SET_BITS[bits[one] ^ bits[other]].sum(1) <= MAX_DISTANCE)
     return one[near], other[near]
 
 
@@ -388,15 +433,6 @@ def _standardize(thumbnails: NDArray[np.uint8]) -> NDArray[np.float32]:
     return x
 
 
-def _count_bits(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """How many bits of each number are set."""
-    fives, threes = (np.uint64(0x1111111111111111 * n) for n in (5, 3))
-    x = x - (x >> np.uint64(1) & fives)
-    x = (x & threes) + (x >> np.uint64(2) & threes)
-    x = x + (x >> np.uint64(4)) & np.uint64(0x0F0F0F0F0F0F0F0F)
-    return (x * np.uint64(0x0101010101010101)) >> np.uint64(56)
-
-
 def _describe_copy(first: CheckedImage, second: CheckedImage, near: bool) -> Problem:
     words = f"{'nearly ' if near else ''}the same image as {first.file}"
     if first.split != second.split:
@@ -404,12 +440,6 @@ def _describe_copy(first: CheckedImage, second: CheckedImage, near: bool) -> Pro
     if first.label != second.label:
         return Problem("conflict", second.file, f"{words}, which is of class {first.label}, not {second.label}")
     return Problem("near-duplicate" if near else "duplicate", second.file, words)
-
-
-def _names_to_quarantine(first: CheckedImage, second: CheckedImage) -> list[str]:
-    """Which of two copies to leave out of training."""
-    both = first.split != second.split or first.label != second.label
-    return [image.name for image in ((first, second) if both else (second,)) if image.split == "train"]
 
 
 def find_unexpected_files(data: Dataset) -> list[Problem]:
