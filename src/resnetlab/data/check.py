@@ -180,9 +180,8 @@ def check_layout(
         number = {name: i for i, name in enumerate(classes)}
         splits: dict[str, Split] = {}
         for name, layout in layouts.items():
-            source = FileSource(root, FileNames(layout.names), np.array(layout.sizes, np.int64))
             labels = torch.tensor([number[each] for each in layout.classes], dtype=torch.long)
-            splits[name or "all"] = DiskSplit(source, torch.arange(len(labels)), labels)
+            splits[name or "all"] = DiskSplit(layout.source(root), torch.arange(len(labels)), labels)
         report.classes = {name: _count_classes(split, classes) for name, split in splits.items()}
         check_splits(report, splits, classes, workers, on_progress)
     return report

@@ -52,6 +52,9 @@ class FolderLayout(NamedTuple):
     classes: list[str]
     empty: list[str]
 
+    def source(self, root: Path) -> FileSource:
+        return FileSource(root, FileNames(self.names), np.array(self.sizes, np.int64))
+
 
 @dataclass(frozen=True, eq=False)
 class LabelledImages:
@@ -82,12 +85,7 @@ def load_folder(root: Path, read_options: ReadOptions) -> Dataset:
     layouts, problems = read_layouts(root)
     if problems:
         raise DataErrors(str(root), problems)
-    images = {
-        split: LabelledImages(
-            FileSource(root, FileNames(layout.names), np.array(layout.sizes, np.int64)), layout.classes
-        )
-        for split, layout in layouts.items()
-    }
+    images = {split: LabelledImages(layout.source(root), layout.classes) for split, layout in layouts.items()}
     classes = require_classes(str(root), {name for layout in layouts.values() for name in layout.classes}, read_options)
     _warn_of_copies(root, layouts)
     _warn_of_inner_classes(root, layouts)
@@ -109,10 +107,8 @@ def read_layouts(root: Path) -> tuple[dict[str, FolderLayout], list[str]]:
         if not layout.names:
             problems.append(_describe_no_images(root, folder))
         else:
-            problems += [
-                f"the class folder {folder / name} holds no image; put some there, or remove it."
-                for name in layout.empty
-            ]
+            missing = "holds no image; put some there, or remove it."
+            problems += [f"the class folder {folder / name} {missing}" for name in layout.empty]
     return layouts, problems + _compare_classes(root, layouts)
 
 
@@ -283,22 +279,14 @@ def arrange_splits(
         else:
             count = max(len(classes), round(HELD_OUT * len(everything)))
             rest, chosen = hold_out(everything, count, by_name=True)
-        return Dataset(
-            name,
-            classes,
-            everything.subset(rest),
-            everything.subset(chosen),
-            evaluated_split="held-out",
-            all_images=everything,
-            label_sets=label_sets,
-        )
-    present = [split for split in ("test", "val", "train") if split in splits]
-    evaluated = present[0] if present[0] != "train" else "held-out"
-    train = splits.get("train", splits[present[0]].subset(torch.empty(0, dtype=torch.long)))
-    if evaluated == "held-out":  # train/ alone
-        return arrange_splits(name, classes, {"": train}, label_sets)
-    val: Split | None = splits.get("val") if evaluated == "test" else None
-    return Dataset(name, classes, train, splits[evaluated], val=val, evaluated_split=evaluated, label_sets=label_sets)
+        train, test = everything.subset(rest), everything.subset(chosen)
+        return Dataset(name, classes, train, test, None, "held-out", everything, label_sets)
+    evaluated = next(split for split in ("test", "val", "train") if split in splits)
+    if evaluated == "train":  # train/ alone
+        return arrange_splits(name, classes, {"": splits["train"]}, label_sets)
+    train = splits.get("train", splits[evaluated].subset(torch.empty(0, dtype=torch.long)))
+    val = splits.get("val") if evaluated == "test" else None
+    return Dataset(name, classes, train, splits[evaluated], val, evaluated, None, label_sets)
 
 
 def find_split_folders(root: Path) -> dict[str, Path]:
@@ -355,12 +343,10 @@ def _read_flat_split(root: Path, folder: Path) -> FolderLayout | None:
     if folder == root or _list_folders(folder):
         return None
     files = sorted(_walk_images(folder))
-    if (
-        not files
-        or (classes := read_flat_labels(root, folder.name, [os.path.basename(file) for file, _ in files])) is None
-    ):
+    names = [os.path.basename(file) for file, _ in files]
+    if not files or (classes := read_flat_labels(root, folder.name, names)) is None:
         return None
-    return FolderLayout([_name_below(root, file) for file, _ in files], [size for _, size in files], classes, [])
+    return FolderLayout([name_below(root, file) for file, _ in files], [size for _, size in files], classes, [])
 
 
 def _read_class_folders(root: Path, folder: Path) -> FolderLayout:
@@ -369,7 +355,7 @@ def _read_class_folders(root: Path, folder: Path) -> FolderLayout:
     unsupported: list[str] = []
     for name in _list_folders(folder):
         files = sorted(_walk_images(folder / name, unsupported))
-        found.names.extend(_name_below(root, file) for file, _ in files)
+        found.names.extend(name_below(root, file) for file, _ in files)
         found.sizes.extend(size for _, size in files)
         found.classes.extend(itertools.repeat(name, len(files)))
         if not files:
@@ -397,8 +383,7 @@ def find_unsupported_files(folder: Path) -> list[str]:
     """Files in class folders that may be images of an unsupported kind, by their names below `folder`."""
     unsupported: list[str] = []
     for name in _list_folders(folder):
-        for _ in _walk_images(folder / name, unsupported):
-            pass
+        list(_walk_images(folder / name, unsupported))
     return sorted(os.path.relpath(file, folder) for file in unsupported)
 
 
@@ -419,7 +404,7 @@ def _walk_images(folder: Path, unsupported: list[str] | None = None) -> Iterator
             unsupported.append(entry.path)
 
 
-def _name_below(root: Path, file: str) -> str:
+def name_below(root: str | Path, file: str) -> str:
     """The path of a file below a folder, relative to it; `os.path.relpath` takes half the time of reading a large folder."""
     above = os.path.join(root, "")
     return file[len(above) :] if file.startswith(above) else os.path.relpath(file, root)

@@ -16,15 +16,10 @@ from resnetlab.data.layouts import describe_annotations
 from resnetlab.data.object_store import is_address, refuse_password, strip_secrets
 from resnetlab.errors import DataError, UsageError, suggest_path, unknown_name_error
 
-
-@lru_cache(maxsize=1)  # several runs in one process read the files once
-def _load_cifar_once(name: str, data_dir: Path) -> Dataset:
-    return cifar.load_cifar(data_dir, name)
-
-
+_load_cifar_once = lru_cache(maxsize=1)(cifar.load_cifar)  # several runs in one process read the files once
 BUILTIN: dict[str, Callable[[Path], Dataset]] = {  # name -> loads it from the folder of archives
     "digits": lambda data_dir: digits.load_digits(),
-    **{name: partial(_load_cifar_once, name) for name in cifar.VERSIONS},
+    **{name: partial(_load_cifar_once, name=name) for name in cifar.VERSIONS},
 }
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import os
 import re
 import sys
@@ -30,32 +31,22 @@ import numpy as np
 from resnetlab.data.dataset import GROUP, Columns, Dataset
 from resnetlab.data.decode import SUFFIXES
 from resnetlab.data.disk_split import FileNames, FileSource, ReadOptions
-from resnetlab.data.folder import LabelledImages, guess_split, make_dataset, require_classes
+from resnetlab.data.folder import LabelledImages, guess_split, make_dataset, name_below, require_classes
 from resnetlab.data.label_sets import INDICATORS, LabelLists, join_classes, split_classes
 from resnetlab.data.object_store import strip_secrets
 from resnetlab.data.text_files import read_text
 from resnetlab.errors import DataError, DataErrors, UsageError, missing_package, warn
 from resnetlab.formatting import format_count, format_list
 
-PATH_NAMES = (
-    "path",
-    "file",
-    "filename",
-    "file_name",
-    "filepath",
-    "file_path",
-    "image",
-    "image_path",
-    "img",
-    "img_path",
-)
 USUAL_NAMES = {  # use -> names of its column, in small letters with "_" between words
-    "path": PATH_NAMES,
+    "path": (
+        "path", "file", "filename", "file_name", "filepath", "file_path", "image", "image_path", "img", "img_path",
+    ),
     "label": ("label", "class", "class_name", "category", "target"),
     "labels": ("labels", "tags", "classes", "class_names", "categories", "targets"),  # several per image
     "split": ("split", "set", "subset", "partition"),
     GROUP: (GROUP, "group_id"),
-}
+}  # fmt: skip
 TABLE = re.compile(r"(.+\.(?:csv|tsv|parquet))(?::([^/\\]+))?", re.IGNORECASE)
 # endings that lists omit
 OMITTED = ("", *sorted(SUFFIXES, key=lambda suffix: (suffix not in (".jpg", ".png"), suffix)))
@@ -108,8 +99,11 @@ def load_table(data: str, read_options: ReadOptions) -> Dataset:
     file = table_file(data)
     columns = _read_columns(file)
     uses = _find_columns(data, columns, ("path",))
+    labels: list[str]
     several = None if "label" in uses else _read_label_lists(file, columns, uses)
-    if several is None:
+    if several is not None:
+        (labels, used), classes = several, several[0].classes
+    else:
         uses = _find_columns(data, columns, ("path", "label"))
         labels, used, classes = columns[uses["label"]], [uses["label"]], []
         if any(";" in label for label in labels):
@@ -117,21 +111,11 @@ def load_table(data: str, read_options: ReadOptions) -> Dataset:
                 f"{file} has labels with a ';', each of which is one class here; if they name several classes, say so: "
                 f"{file}:labels={uses['label']}"
             )
-    else:
-        labels, used, classes = several[0], several[1], several[0].classes
-    return load_listed(
-        ImageList(
-            str(file),
-            file.parent,
-            columns[uses["path"]],
-            labels,
-            columns[uses["split"]] if "split" in uses else (),
-            {name: values for name, values in columns.items() if name not in (uses["path"], *used)}
-            | ({GROUP: columns[uses[GROUP]]} if GROUP in uses else {}),
-            classes,
-        ),
-        read_options,
-    )
+    splits = columns[uses["split"]] if "split" in uses else ()
+    others = {name: values for name, values in columns.items() if name not in (uses["path"], *used)}
+    others |= {GROUP: columns[uses[GROUP]]} if GROUP in uses else {}
+    images = ImageList(str(file), file.parent, columns[uses["path"]], labels, splits, others, classes)
+    return load_listed(images, read_options)
 
 
 def _read_label_lists(
@@ -158,20 +142,16 @@ def _read_label_lists(
             found.append(name)
     if len(found) < 2:
         return None
-    rows = zip(*(columns[name] for name in found), strict=True)
-    return LabelLists(
-        ([name for name, value in zip(found, row, strict=True) if INDICATORS[value.strip().lower()]] for row in rows),
-        found,
-    ), found
+    flags = [[INDICATORS[value.strip().lower()] for value in columns[name]] for name in found]
+    return LabelLists((itertools.compress(found, row) for row in zip(*flags, strict=True)), found), found
 
 
 def list_table_images(data: str) -> list[Path]:
     """The image files that a table names; it needs no labels."""
     file = table_file(data)
     columns = _read_columns(file)
-    return [
-        Path(os.path.normpath(file.parent / path)) for path in columns[_find_columns(data, columns, ("path",))["path"]]
-    ]
+    paths = columns[_find_columns(data, columns, ("path",))["path"]]
+    return [Path(os.path.normpath(file.parent / path)) for path in paths]
 
 
 def load_listed(images: ImageList, read_options: ReadOptions) -> Dataset:
@@ -188,9 +168,7 @@ def load_listed(images: ImageList, read_options: ReadOptions) -> Dataset:
     classes = require_classes(images.name, images.classes or labels, read_options)
     files, sizes = _find_files(images)
     root = os.path.commonpath({os.path.dirname(file) for file in files})
-    names = (
-        [os.path.relpath(file, root) for file in files] if root in ("", os.sep) else [f[len(root) + 1 :] for f in files]
-    )
+    names = [name_below(root, file) for file in files]
     row_of: dict[str, int] = {}
     for row, name in enumerate(names):
         if (first := row_of.setdefault(name, row)) != row:
@@ -205,7 +183,7 @@ def load_listed(images: ImageList, read_options: ReadOptions) -> Dataset:
         rows.sort(key=lambda row: (labels[row], names[row]))  # a folder's order
         own = np.array([sizes[row] for row in rows], np.int64)
         columns: Columns = {
-            key: np.array([sys.intern(values[row]) for row in rows], object) for key, values in images.columns.items()
+            k: np.array([sys.intern(v[row]) for row in rows], object) for k, v in images.columns.items()
         }
         source = FileSource(Path(root), FileNames(names[row] for row in rows), own)
         parts[split] = LabelledImages(source, [labels[row] for row in rows], columns=columns)
@@ -259,14 +237,11 @@ def _read_parquet(file: Path) -> dict[str, list[str]]:
         raise DataError(f"{file} cannot be read as Parquet ({error}).") from error
     if not table.num_rows:
         raise DataError(f"{file} has no rows; give one row per image.")
-    return {
-        name: ["" if value is None else _to_text(value) for value in table[name].to_pylist()]
-        for name in table.column_names
-    }
 
+    def to_text(value: object) -> str:
+        return join_classes(map(str, value)) if isinstance(value, list) else "" if value is None else str(value)
 
-def _to_text(value: object) -> str:
-    return join_classes(map(str, value)) if isinstance(value, list) else str(value)
+    return {name: list(map(to_text, table[name].to_pylist())) for name in table.column_names}
 
 
 def _find_columns(data: str, columns: Mapping[str, Sequence[str]], needed: Sequence[str]) -> dict[str, str]:
@@ -316,9 +291,7 @@ def _find_files(images: ImageList) -> tuple[list[str], list[int]]:
         size = _file_size(file + endings)
         if size < 0 and missing < MAX_MISSING:
             spelled = (path, path.replace("\\", "/"))
-            forms = dict.fromkeys(
-                (*spelled, *(unicodedata.normalize(form, p) for p in spelled for form in ("NFC", "NFD")))
-            )
+            forms = dict.fromkeys([*spelled, *(unicodedata.normalize(f, p) for p in spelled for f in ("NFC", "NFD"))])
             tried = [(os.path.normpath(os.path.join(base, form)), ending) for form in forms for ending in OMITTED]
             file, endings, size = next(
                 ((f, ending, n) for f, ending in tried if (n := _file_size(f + ending)) >= 0), (file, endings, -1)
