@@ -30,7 +30,7 @@ CELL, NAME = 44, 16  # pixels on a side of a cell; columns of a class's name bes
 MAX_IMAGE, SMALL_IMAGE = (
     256,
     96,
-)  # pixels on a side; larger ones are resized to it, small ones enlarged without smoothing
+)  # pixels on a side: larger ones are shrunk to it, small ones enlarged without smoothing
 MISTAKES = 24  # images shown at most
 PAIRS = 12  # rows of confused classes shown at most
 CLASSES = 24  # rows of classes shown at first, at most
@@ -73,28 +73,10 @@ _STYLE: Any = plot_style(INK, MUTED, LINE) | {
 
 
 @dataclass(frozen=True)
-class ClassRow:
-    """One class of a split: its figures, and the class most often predicted instead."""
+class ClassRow(ClassMetrics):
+    """One class of a split: its figures, and the class most often predicted instead, None where nothing is wrong."""
 
-    metrics: ClassMetrics
-    taken_for: str | None  # None where nothing is wrong
-
-    @property
-    def name(self) -> str:
-        return self.metrics.name
-
-    @property
-    def n(self) -> int:
-        return self.metrics.n
-
-    @property
-    def wrong(self) -> int:
-        return self.metrics.n - self.metrics.right
-
-    @property
-    def error(self) -> float | None:
-        """The class's top-1 error; None where the split has no image of it."""
-        return self.metrics.error
+    taken_for: str | None
 
 
 @dataclass(frozen=True)
@@ -138,7 +120,7 @@ def class_rows(metrics: ClassificationMetrics) -> list[ClassRow]:
         if true != predicted and count > most.get(true, (0, 0))[0]:
             most[true] = count, predicted
     taken_for = {true: metrics.classes[predicted] for true, (_, predicted) in most.items()}
-    return [ClassRow(each, taken_for.get(i)) for i, each in enumerate(metrics.per_class)]
+    return [ClassRow(**vars(each), taken_for=taken_for.get(i)) for i, each in enumerate(metrics.per_class)]
 
 
 def confused_pairs(metrics: ClassificationMetrics) -> list[ConfusedPair]:

@@ -37,9 +37,14 @@ class ClassMetrics:
     predicted: int
 
     @property
+    def wrong(self) -> int:
+        """Images of the class that are predicted as another."""
+        return self.n - self.right
+
+    @property
     def error(self) -> float | None:
         """The share of its images that are taken for others; None without an image."""
-        return (self.n - self.right) / self.n if self.n else None
+        return self.wrong / self.n if self.n else None
 
     @property
     def precision(self) -> float | None:
