@@ -11,9 +11,7 @@ from starlette.requests import Request
 from starlette.types import Receive
 
 BUFFERED_BODIES = 16  # all bodies in memory together take at most as much as this many of the largest size
-DRAIN_FACTOR = (
-    8  # times the largest size: so much of a refused body is read and discarded, so that its sender gets the 413
-)
+DRAIN_FACTOR = 8  # times the largest size are read of a refused body and discarded, so that its sender gets the 413
 MAX_IMAGES = 64  # per request
 
 
@@ -115,9 +113,8 @@ class RequestGate:
     def admit(self) -> Iterator[None]:
         """Counts a request as in flight; raises RequestError where too many are."""
         if self.in_flight >= self.limits.max_in_flight:
-            raise RequestError(
-                429, f"{self.limits.max_in_flight} requests are being answered already; try again in a moment.", 1
-            )
+            sentence = f"{self.limits.max_in_flight} requests are being answered already; try again in a moment."
+            raise RequestError(429, sentence, 1)
         self.in_flight += 1
         try:
             yield

@@ -8,10 +8,11 @@ segment    the share of each class, and the class of each pixel as a PNG
 from __future__ import annotations
 
 import io
+from abc import ABC, abstractmethod
 from base64 import b64encode
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,14 +22,7 @@ from torch import Tensor
 from resnetlab.errors import UsageError
 from resnetlab.evaluation.detection import Detections
 from resnetlab.evaluation.overlays import COLOURS
-from resnetlab.inference.annotated import (
-    AnnotatedPredictor,
-    Detector,
-    Segmenter,
-    boxes_to_json,
-    class_shares,
-    read_pixels,
-)
+from resnetlab.inference.annotated import Detector, Segmenter, boxes_to_json, class_shares, read_pixels
 from resnetlab.inference.explain import explain
 from resnetlab.inference.open_model import open_model
 from resnetlab.inference.predict import Model
@@ -40,30 +34,29 @@ from resnetlab.preprocessing import RGB, PixelFormat
 MASK_OPACITY = 130  # of 255
 
 
-class ServedModel(Protocol):
-    """What the service needs of a model: `prepare` each image, `predict` batches of them, `format` each result as JSON."""
+class ServedModel(ABC):
+    """What the service needs of a model: `prepare` each image, `predict` batches of them, `format` each result as JSON.
 
-    @property
-    def model(self) -> Model | AnnotatedModel: ...
+    Attributes:
+        warmup_batches: batch sizes whose first prediction is slow.
+        no_explanation: why the model cannot be explained; None where it can.
+        pixel_format: how uploaded images are read: as Pillow images of 8 bits, or the values as stored.
+    """
 
-    @property
-    def warmup_batches(self) -> Sequence[int]:
-        """Batch sizes whose first prediction is slow."""
+    model: Model | AnnotatedModel
+    warmup_batches: Sequence[int]
+    no_explanation: str | None
+    pixel_format: PixelFormat
 
-    @property
-    def no_explanation(self) -> str | None:
-        """The reason why the model cannot be explained; None where it can."""
-
-    @property
-    def pixel_format(self) -> PixelFormat:
-        """How uploaded images are read: as Pillow images of 8 bits, or the values as stored."""
-
+    @abstractmethod
     def prepare(self, image: Any) -> Any:
         """Prepares an upright image, a Pillow image or float32 (H, W, C) as `pixel_format` says; called in many threads."""
 
+    @abstractmethod
     def predict(self, images: Sequence[Any]) -> Sequence[Any]:
         """The network's result for each prepared image; called in one thread."""
 
+    @abstractmethod
     def format(self, image: Any, result: Any, top: int | None, min_score: float | None) -> dict[str, Any]:
         """The result as JSON; keys as in docs/json.md.
 
@@ -74,7 +67,9 @@ class ServedModel(Protocol):
 
     def explain(self, image: Any, top: int | None, on_progress: Callable[[int, int], None]) -> dict[str, Any]:
         """The explanation as JSON; only called where `no_explanation` is None."""
+        raise NotImplementedError(self.no_explanation)
 
+    @abstractmethod
     def describe(self) -> dict[str, Any]:
         """The description of the model for GET /model."""
 
@@ -101,19 +96,23 @@ def load_served_model(
     return served, f"torch on {served.backend}"
 
 
-class ServedClassifier:
+class ServedClassifier(ServedModel):
     """A classifier.
 
     Args:
         scores: (B, h, w, C) -> float32 (B, classes); the model's own by default.
     """
 
+    model: Model
     no_explanation = None
     warmup_batches = (1, 16)
 
     def __init__(self, model: Model, scores: Callable[[Tensor], Tensor] | None = None) -> None:
         self.model, self._scores = model, scores or model.predict_scores
-        self.prepare, self.pixel_format = model.preprocessing, model.preprocessing.pixel_format
+        self.pixel_format = model.preprocessing.pixel_format
+
+    def prepare(self, image: Any) -> Tensor:
+        return self.model.preprocessing(image)
 
     def predict(self, images: Sequence[Tensor]) -> list[Tensor]:
         return list(self._scores(torch.stack(list(images))))
@@ -146,14 +145,15 @@ class UploadedImage(NamedTuple):
     size: tuple[int, int]
 
 
-class _ServedAnnotatedModel:
+class _ServedAnnotatedModel(ServedModel):
     """Code shared by detectors and segmenters."""
 
+    model: AnnotatedModel
     warmup_batches = (1,)  # a batch is computed image by image
     pixel_format = RGB
 
-    def __init__(self, predictor: AnnotatedPredictor) -> None:
-        self.model, self.backend = predictor.model, str(predictor.device_config)
+    def __init__(self, predictor: Any) -> None:
+        self._predictor, self.model, self.backend = predictor, predictor.model, str(predictor.device_config)
         self.no_explanation = predictor.no_explanation
 
     def prepare(self, image: Image.Image) -> UploadedImage:
@@ -162,9 +162,6 @@ class _ServedAnnotatedModel:
         rgb = image.convert("RGB")
         rgb.thumbnail((limit, limit), Image.Resampling.BILINEAR)
         return UploadedImage(read_pixels(rgb), size)
-
-    def explain(self, image: UploadedImage, top: int | None, on_progress: Callable[[int, int], None]) -> dict[str, Any]:
-        raise NotImplementedError(self.no_explanation)
 
     def describe(self) -> dict[str, Any]:
         classes = range(len(self.model.classes))
@@ -181,35 +178,31 @@ class _ServedAnnotatedModel:
 class ServedDetector(_ServedAnnotatedModel):
     """A detector."""
 
-    def __init__(self, detector: Detector) -> None:
-        super().__init__(detector)
-        self._detector = detector
+    _predictor: Detector
 
     def predict(self, images: Sequence[UploadedImage]) -> list[Detections]:
         """Boxes in pixels of the uploaded images."""
         results = []
         for pixels, (width, height) in images:
-            found, (h, w) = self._detector.detect(pixels), pixels.shape[:2]
+            found, (h, w) = self._predictor.detect(pixels), pixels.shape[:2]
             results.append(found._replace(boxes=found.boxes * torch.tensor([width / w, height / h] * 2)))
         return results
 
     def format(
         self, image: UploadedImage, result: Detections, top: int | None, min_score: float | None
     ) -> dict[str, Any]:
-        detections = result.at_least(self._detector.min_score if min_score is None else min_score)
+        detections = result.at_least(self._predictor.min_score if min_score is None else min_score)
         return _size_to_json(image) | {"boxes": boxes_to_json(detections, self.model.classes)[:top]}
 
 
 class ServedSegmenter(_ServedAnnotatedModel):
     """A segmenter."""
 
-    def __init__(self, segmenter: Segmenter) -> None:
-        super().__init__(segmenter)
-        self._segmenter = segmenter
+    _predictor: Segmenter
 
     def predict(self, images: Sequence[UploadedImage]) -> list[tuple[list[dict[str, Any]], str]]:
         """The share of each class, largest first, and the mask as a data URI."""
-        masks = (self._segmenter.segment(image.pixels) for image in images)
+        masks = (self._predictor.segment(image.pixels) for image in images)
         return [
             (sorted(class_shares(mask, self.model.classes), key=lambda row: -row["share"]), self._draw_mask(mask))
             for mask in masks
