@@ -129,7 +129,5 @@ def hold_out_images(images: Sequence[P], count: int) -> tuple[tuple[P, ...], tup
             f"cannot hold out {count:,} of {format_count(len(images), 'image')}; hold out fewer, or give more."
         )
     chosen = set(sorted(range(len(images)), key=lambda i: seed_for(0, "held-out", images[i].name))[:count])
-    return (
-        tuple(p for i, p in enumerate(images) if i not in chosen),
-        tuple(p for i, p in enumerate(images) if i in chosen),
-    )
+    rest, held_out = (tuple(p for i, p in enumerate(images) if (i in chosen) is wanted) for wanted in (False, True))
+    return rest, held_out

@@ -152,15 +152,12 @@ def _scale_boxes(objects: list[ObjectRecord], size: tuple[int, int]) -> list[Obj
         near = [min(max(v, 0.0), 1.0) if -ROUNDING <= v <= 1 + ROUNDING else v for v in values]
         return [v * size[1 - i % 2] for i, v in enumerate(near)]
 
-    return [
-        thing._replace(
-            box=None if thing.box is None else cast(Box, tuple(scale(thing.box))),
-            segmentation=[scale(polygon) for polygon in thing.segmentation]
-            if isinstance(thing.segmentation, list)
-            else thing.segmentation,  # run lengths are of pixels
-        )
-        for thing in objects
-    ]
+    scaled = []
+    for thing in objects:
+        box, outline = thing.box and cast(Box, tuple(scale(thing.box))), thing.segmentation
+        polygons = list(map(scale, outline)) if isinstance(outline, list) else outline  # run lengths are of pixels
+        scaled.append(thing._replace(box=box, segmentation=polygons))
+    return scaled
 
 
 def note_ignored(found: Annotations, records: Mapping[str, Sequence[ImageRecord]]) -> Annotations:
@@ -200,10 +197,8 @@ def make_annotated_image(errors: ErrorPolicy, record: ImageRecord, positions: Ma
             try:
                 box = parse_segmentation(thing.segmentation, record.size).bounds()
             except ValueError as error:
-                missing = (
-                    "it has no box" if thing.segmentation is None else f"it has no box, and its segmentation {error}"
-                )
-                errors.reject(thing.where, missing)
+                more = "" if thing.segmentation is None else f", and its segmentation {error}"
+                errors.reject(thing.where, f"it has no box{more}")
                 continue
         if problem := find_box_error(box, record.size):
             errors.reject(f"{record.source}, box {number} of {record.name}", problem)

@@ -282,10 +282,8 @@ class _ChunkCheck:
     def _check(self, i: int) -> ImageInfo | str:
         if not isinstance(self.split, DiskSplit):
             return check_pixels(self.split.read_image(i))
-        index = int(self.split.indices[i])
         try:
-            name = self.split.source.display_name(index)
-            return check_file(self.split.source.read(index), name, self.split.pixel_format)
+            return check_file(*self.split.read_file(i), self.split.pixel_format)
         except DataError as error:
             return str(error)
 

@@ -19,13 +19,12 @@ from resnetlab.data.annotations import Annotations, Box, ImageRecord, ObjectReco
 from resnetlab.data.coco_document import CocoAnnotation, CocoDocument, read_coco_document
 from resnetlab.data.decode import SUFFIXES
 from resnetlab.data.error_policy import ErrorPolicy
-from resnetlab.data.file_lookup import ImageFinder, find_split
+from resnetlab.data.file_lookup import ImageFinder, find_split, list_json_files
 from resnetlab.data.folder import SPLITS
-from resnetlab.data.text_files import find_encoding
+from resnetlab.data.text_files import PEEK, peek_text
 from resnetlab.errors import DataError
 from resnetlab.formatting import format_count, format_list
 
-PEEK = 2**16  # bytes of a JSON file that show whose it is
 # of official COCO's other documents, and of what data sets keep beside
 OTHER_DOCUMENTS = re.compile(r"(captions|person_keypoints|panoptic|stuff|image_info)_.*")
 # documents whose folder is named after their split
@@ -42,19 +41,10 @@ def read_coco(root: Path, errors: ErrorPolicy, masks: bool) -> Annotations:
     categories = {split: _read_categories(files[split], content) for split, content in documents.items()}
     classes = _compare_categories(files, categories)
     finder = ImageFinder(root)
-    splits: dict[str, Iterable[ImageRecord]] = {
-        split: list(
-            _read_images(
-                finder,
-                files[split],
-                documents.pop(split),
-                split,
-                partial(_read_object, categories=categories[split], masks=masks, errors=errors),
-                errors,
-            )
-        )
-        for split in files
-    }
+    splits: dict[str, Iterable[ImageRecord]] = {}
+    for split, file in files.items():
+        read_object = partial(_read_object, categories=categories[split], masks=masks, errors=errors)
+        splits[split] = list(_read_images(finder, file, documents.pop(split), split, read_object, errors))
     return Annotations("COCO", classes, splits, notes)
 
 
@@ -87,22 +77,15 @@ def _find_split(file: Path, root: Path) -> str:
 
 def _list_documents(root: Path) -> list[Path]:
     """The JSON files in a folder and the folders in it; of official COCO's those with boxes and masks."""
-    files = [
-        file
-        for folder in (root, *sorted(path for path in root.iterdir() if path.is_dir()))
-        for file in sorted(folder.iterdir())
-        if file.suffix.lower() == ".json" and file.is_file() and not OTHER_DOCUMENTS.fullmatch(file.stem.lower())
-    ]
+    files = [file for file in list_json_files(root) if not OTHER_DOCUMENTS.fullmatch(file.stem.lower())]
     instances = [file for file in files if file.stem.lower().startswith("instances")]
     return instances or [file for file in files if _find_split(file, root) or _may_be_coco(file)]
 
 
 def _may_be_coco(file: Path) -> bool:
     """Whether the begin of a JSON file has a key of COCO's; categories and info alone are Label Studio's notes.json."""
-    with file.open("rb") as stream:
-        content = stream.read(PEEK)
-    keys = r'"(images|annotations)"\s*:' if len(content) < PEEK else r'"(images|annotations|categories)"\s*:'
-    return re.search(keys, content.decode(find_encoding(content), "replace")) is not None
+    keys = "images|annotations" if file.stat().st_size < PEEK else "images|annotations|categories"
+    return re.search(rf'"({keys})"\s*:', peek_text(file)) is not None
 
 
 def _identify(value: Any) -> int | str | None:
@@ -231,8 +214,7 @@ def _group_annotations(
 
 def _list_image_folders(finder: ImageFinder, source: Path, split: str) -> list[str]:
     """Where a document's images may be, paths below the root: beside it, in the root, in images/, in the split's folders."""
-    beside = source.parent.relative_to(finder.root).as_posix()
-    beside = "" if beside == "." else beside
+    beside = finder.folder_of(source)
     word = source.stem.lower().removeprefix("instances_")  # "default", "train2017"
     named = [
         folder

@@ -24,7 +24,6 @@ class CocoAnnotation(NamedTuple):
     """One of `annotations`.
 
     Attributes:
-        where: file and entry, for messages.
         image_id, category_id, bbox: as the file has them; a bbox of numbers is an array.
         segmentation: None if it was not wanted; polygons of numbers are arrays.
     """
@@ -39,11 +38,7 @@ class CocoAnnotation(NamedTuple):
 
     def describe(self, source: Path) -> str:
         """File and entry, for messages."""
-        return (
-            f"{source}, annotation {self.id}"
-            if self.id is not None
-            else f"{source}, entry {self.number} of annotations"
-        )
+        return f"{source}, " + (f"entry {self.number} of annotations" if self.id is None else f"annotation {self.id}")
 
 
 @dataclass
@@ -98,19 +93,15 @@ def _to_array(values: Any) -> Any:
 
 def _iterate_entries(file: Path) -> Iterator[tuple[str, int, Any]]:
     """Yields (key, position, entry) of the three lists of a document; an empty list yields position -1."""
-    with _open_text(file) as stream:
-        yield from _iterate_lists(file, _Text(file, stream))
-
-
-def _open_text(file: Path) -> TextIO:
-    """A text for reading, without byte order mark; raises DataError."""
     check_regular_file(file)
     try:
-        with file.open("rb") as stream:
-            encoding = find_encoding(stream.read(4))
-        return file.open(encoding=encoding)
+        with file.open("rb") as start:
+            encoding = find_encoding(start.read(4))
+        stream = file.open(encoding=encoding)
     except OSError as error:
         raise DataError(f"{file} cannot be read ({error.strerror}).") from error
+    with stream:
+        yield from _iterate_lists(file, _Text(file, stream))
 
 
 def _iterate_lists(file: Path, text: _Text) -> Iterator[tuple[str, int, Any]]:

@@ -23,23 +23,17 @@ from resnetlab.data.annotations import Annotations, Box, ImageRecord, ObjectReco
 from resnetlab.data.error_policy import ErrorPolicy
 from resnetlab.data.file_lookup import ImageFinder, find_split
 from resnetlab.data.object_masks import ellipse_corners, encode_mask, turn_corners
-from resnetlab.data.text_files import find_encoding, read_bytes
+from resnetlab.data.text_files import peek_text, read_bytes
 from resnetlab.errors import DataError
 from resnetlab.formatting import format_count
 
-PEEK = 4096  # bytes of a file that show whose it is
-NO_REGIONS = ("polyline", "points", "cuboid", "skeleton", "tag")
+NO_REGIONS = ("polyline", "points", "cuboid", "skeleton")
 
 
 def find_cvat_files(root: Path) -> list[Path]:
     """The XML files in a folder itself that are CVAT's, sorted."""
-    found = []
-    for file in sorted(filter(Path.is_file, root.glob("*.[xX][mM][lL]"))):
-        with file.open("rb") as stream:
-            head = stream.read(PEEK)
-        if re.search(r"<annotations[\s>]", head.decode(find_encoding(head), "replace")):
-            found.append(file)
-    return found
+    files = sorted(filter(Path.is_file, root.glob("*.[xX][mM][lL]")))
+    return [file for file in files if re.search(r"<annotations[\s>]", peek_text(file))]
 
 
 def read_cvat(root: Path, errors: ErrorPolicy, masks: bool) -> Annotations:
@@ -71,9 +65,7 @@ def read_cvat(root: Path, errors: ErrorPolicy, masks: bool) -> Annotations:
                 if shape.tag in SHAPES
             ]
             splits.setdefault(subset, []).append(ImageRecord(finder.name_of(image), image, str(file), size, objects))
-    notes = [
-        f"{format_count(n, tag)} enclosing no area left out" for tag, n in sorted(left_out.items()) if tag != "tag"
-    ]
+    notes = [f"{format_count(n, tag)} enclosing no area left out" for tag, n in sorted(left_out.items())]
     return Annotations("CVAT", tuple(filter(None, classes)) or None, dict(splits), tuple(notes))
 
 
@@ -111,10 +103,6 @@ def _read_rectangle(shape: ElementTree.Element, size: tuple[int, int]) -> tuple[
     return None if float(shape.get("rotation") or 0) else (x1, y1, x2, y2), outline
 
 
-def _read_polygon(shape: ElementTree.Element, size: tuple[int, int]) -> tuple[None, Any]:
-    return None, [[float(v) for point in shape.attrib["points"].split(";") for v in point.split(",")]]
-
-
 def _read_ellipse(shape: ElementTree.Element, size: tuple[int, int]) -> tuple[None, Any]:
     x, y, rx, ry = _read_numbers(shape, "cx", "cy", "rx", "ry")
     return None, _turn_outline(shape, ellipse_corners(x, y, rx, ry), (x, y))
@@ -135,7 +123,7 @@ def _read_mask(shape: ElementTree.Element, size: tuple[int, int]) -> tuple[None,
 # what gives the box and the segmentation of a shape, in an image of (height, width)
 SHAPES: Mapping[str, Callable[[ElementTree.Element, tuple[int, int]], tuple[Box | None, Any]]] = {
     "box": _read_rectangle,
-    "polygon": _read_polygon,
+    "polygon": lambda shape, _: (None, [[float(v) for v in re.split("[;,]", shape.attrib["points"])]]),
     "ellipse": _read_ellipse,
     "mask": _read_mask,
 }

@@ -234,22 +234,24 @@ class DiskSplit(Split):
     def name_of(self, i: int) -> str:
         return self.source.names[int(self.indices[i])]
 
-    def read_image(self, i: int) -> Tensor:
+    def read_file(self, i: int) -> tuple[bytes, str]:
+        """The encoded image, and its name in messages; raises DataError if it cannot be read."""
         index = int(self.indices[i])
-        return decode_as(self.source.read(index), self.source.display_name(index), self.pixel_format)
+        return self.source.read(index), self.source.display_name(index)
+
+    def read_image(self, i: int) -> Tensor:
+        return decode_as(*self.read_file(i), self.pixel_format)
 
     def read_encoded(self, i: int) -> Tensor:
         """The bytes of a JPEG that a GPU can decode, uint8 (n,); any other image decoded, as `read_image` gives it."""
-        index = int(self.indices[i])
-        content, name = self.source.read(index), self.source.display_name(index)
+        content, name = self.read_file(i)
         if self.pixel_format == RGB and is_plain_jpeg(content):
             return torch.frombuffer(bytearray(content), dtype=torch.uint8)
         return decode_as(content, name, self.pixel_format)
 
     def find_pixel_format(self, channels: int = 0) -> PixelFormat:
         def find(i: int) -> PixelFormat:
-            index = int(self.indices[i])
-            return find_pixel_format(self.source.read(index), self.source.display_name(index), channels)
+            return find_pixel_format(*self.read_file(i), channels)
 
         first = next((found for _, found in self.errors.read_each(range(len(self)), find, self.name_of)), RGB)
         if first == RGB and not channels:
@@ -284,8 +286,7 @@ class DiskSplit(Split):
 
     def _open(self, i: int) -> bool:
         """Whether an image has more than 8 bits per value, which are scaled to 8."""
-        index = int(self.indices[i])
-        content, name = self.source.read(index), self.source.display_name(index)
+        content, name = self.read_file(i)
         if self.pixel_format != RGB or not is_complete(content):
             decode_as(content, name, self.pixel_format)
         return not self.pixel_format.dtype and name.lower().endswith(DEEP_SUFFIXES) and is_deep_file(content, name)

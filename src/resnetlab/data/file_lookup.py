@@ -94,6 +94,10 @@ class ImageFinder:
         """The path of a file below the root, with slashes; its own name if it is elsewhere."""
         return file.relative_to(self.root).as_posix() if file.is_relative_to(self.root) else file.name
 
+    def folder_of(self, file: Path) -> str:
+        """The folder that a file is in, a path below the root, "" for itself."""
+        return file.parent.relative_to(self.root).as_posix().removeprefix(".")
+
     def by_stem(self, folder: str) -> dict[str, Path]:
         """The images of one folder (a path below the root) by their names without suffix."""
         inside = [path for path in self.paths if path.rpartition("/")[0] == folder]
@@ -124,6 +128,12 @@ def find_split(name: str) -> str:
 def list_subfolders(folder: Path) -> list[Path]:
     """The folders in a folder, sorted, without hidden ones."""
     return sorted(path for path in folder.iterdir() if path.is_dir() and not is_hidden(path.name))
+
+
+def list_json_files(root: Path) -> list[Path]:
+    """The JSON files in a folder and the folders in it, sorted; not hidden ones."""
+    files = [file for folder in (root, *list_subfolders(root)) for file in sorted(folder.iterdir())]
+    return [f for f in files if f.suffix.lower() == ".json" and not f.name.startswith(".") and f.is_file()]
 
 
 def find_entry(folder: Path, *names: str) -> Path | None:

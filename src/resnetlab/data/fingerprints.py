@@ -92,8 +92,9 @@ def decode_fingerprints(encoded: Mapping[str, str]) -> dict[str, Tensor]:
 def _fingerprint(split: Split, prefix: str = "") -> Fingerprints:
     if not isinstance(split, DiskSplit):
         return np.empty((0, 2), np.uint32)
-    names = [_hash_name(prefix + name) for name in split.names]
-    return np.stack([np.array(names, np.uint32), split.source.sizes[split.indices.numpy()].astype(np.uint32)], 1)
+    encoded = ((prefix + name).encode("utf-8", "surrogateescape") for name in split.names)
+    hashes = np.frombuffer(b"".join(hashlib.blake2b(name, digest_size=4).digest() for name in encoded), "<u4")
+    return np.stack([hashes.astype(np.uint32), split.source.sizes[split.indices.numpy()].astype(np.uint32)], 1)
 
 
 def _pack(pairs: Fingerprints) -> NDArray[np.uint64]:
@@ -103,11 +104,6 @@ def _pack(pairs: Fingerprints) -> NDArray[np.uint64]:
 
 def _unpack(packed: NDArray[np.uint64]) -> Fingerprints:
     return np.stack([packed >> np.uint64(32), packed & np.uint64(2**32 - 1)], 1).astype(np.uint32)
-
-
-def _hash_name(name: str) -> int:
-    digest = hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=4).digest()
-    return int.from_bytes(digest, "little")
 
 
 def _match(known: Fingerprints, images: Split) -> NDArray[np.bool_]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import math
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -15,7 +16,7 @@ from PIL import Image
 from resnetlab.data.annotations import Annotations, ImageRecord, ObjectRecord
 from resnetlab.data.decode import decode
 from resnetlab.data.error_policy import ErrorPolicy
-from resnetlab.data.file_lookup import ImageFinder, find_entry, find_split, list_subfolders
+from resnetlab.data.file_lookup import ImageFinder, find_entry, find_split, list_json_files
 from resnetlab.data.object_masks import ellipse_corners, encode_mask, turn_corners
 from resnetlab.data.text_files import read_json, read_lines
 from resnetlab.errors import DataError
@@ -25,21 +26,12 @@ NO_CLASSES = ("__ignore__", "_background_")  # of LabelMe's labels.txt
 UPLOAD_PREFIX = re.compile(r"^[0-9a-f]{8}-")  # that Label Studio gives to an uploaded file's name
 
 
-def list_json_files(root: Path) -> list[Path]:
-    """The JSON files in a folder and the folders in it, sorted; not hidden ones."""
-    folders = [root, *list_subfolders(root)]
-    return [
-        file
-        for folder in folders
-        for file in sorted(folder.iterdir())
-        if file.suffix.lower() == ".json" and not file.name.startswith(".") and file.is_file()
-    ]
-
-
-def _add_record(splits: dict[str, list[ImageRecord]], file: Path, root: Path, record: ImageRecord) -> None:
-    """Adds an image to the split that a folder above its file names."""
-    parts = file.relative_to(root).parts[:-1]
-    splits.setdefault(next((split for split in map(find_split, parts) if split), ""), []).append(record)
+def _add_record(
+    splits: dict[str, list[ImageRecord]], file: Path, root: Path, record: ImageRecord, tags: Iterable[str] = ()
+) -> None:
+    """Adds an image to the split that one of its tags, or a folder above its file, names."""
+    words = (*tags, *file.relative_to(root).parts[:-1])
+    splits.setdefault(next(filter(None, map(find_split, words)), ""), []).append(record)
 
 
 def read_labelme(root: Path, errors: ErrorPolicy, masks: bool) -> Annotations:
@@ -57,8 +49,8 @@ def read_labelme(root: Path, errors: ErrorPolicy, masks: bool) -> Annotations:
         except (TypeError, KeyError, ValueError, OverflowError):
             errors.reject(str(file), "it is not a LabelMe file with imagePath and shapes")
             continue
-        beside = file.parent.relative_to(root).as_posix().removeprefix(".")
-        image = finder.find(name, (beside, "")) or finder.find(f"{file.stem}{Path(name).suffix}", (beside, ""))
+        places = (finder.folder_of(file), "")
+        image = finder.find(name, places) or finder.find(f"{file.stem}{Path(name).suffix}", places)
         if image is None:
             errors.reject(str(file), f"its image {name} does not exist")
             continue
@@ -90,19 +82,14 @@ def _outline(kind: str, points: list[tuple[float, float]], shape: Any, size: tup
         return [[v for point in points for v in point]]
     if kind in ("rectangle", "mask") and len(points) == 2:
         (x1, x2), (y1, y2) = (sorted(axis) for axis in zip(*points, strict=True))
-        if kind == "mask":
-            return _decode_mask(shape["mask"], round(x1), round(y1), size)
+        if kind == "mask":  # a PNG in base64 that begins at (x1, y1)
+            inside = np.asarray(decode(base64.b64decode(shape["mask"]), "its mask").convert("L")) > 0
+            return encode_mask(inside, round(x1), round(y1), size)
         return [[x1, y1, x2, y1, x2, y2, x1, y2]]
     if kind == "circle" and len(points) == 2:
         radius = math.dist(*points)
         return [[v for corner in ellipse_corners(*points[0], radius, radius) for v in corner]]
     raise ValueError(f"a {kind} of {len(points)} points encloses no area")
-
-
-def _decode_mask(text: str, left: int, top: int, size: tuple[int, int]) -> dict[str, Any]:
-    """Run lengths of LabelMe's mask, a PNG in base64 that begins at (left, top)."""
-    inside = np.asarray(decode(base64.b64decode(text), "its mask").convert("L")) > 0
-    return encode_mask(inside, left, top, size)
 
 
 def _merge_groups(shapes: list[tuple[ObjectRecord, Any]]) -> list[ObjectRecord]:
@@ -119,14 +106,15 @@ def _merge_groups(shapes: list[tuple[ObjectRecord, Any]]) -> list[ObjectRecord]:
 def read_label_studio(root: Path, errors: ErrorPolicy, masks: bool) -> Annotations:
     """Label Studio: tasks with data.image and annotations[].result[], their coordinates in percent of the image."""
     splits: dict[str, list[ImageRecord]] = {}
-    finder = ImageFinder(root)
-    several = 0
+    finder, several = ImageFinder(root), 0
     for file in list_json_files(root):
         for number, task in enumerate(read_json(file), 1):
             where = f"{file}, task {task.get('id', number) if isinstance(task, dict) else number}"
             try:
                 results, count = _list_results(task)
-                address = _find_address(task)
+                data = task.get("data", task)
+                keys = ("image", "img", "image_url", "ocr", *data)
+                address = next(str(data[key]) for key in keys if isinstance(data.get(key), str))
             except (KeyError, TypeError, AttributeError, StopIteration):
                 errors.reject(where, "it is no task with an image and annotations")
                 continue
@@ -136,11 +124,8 @@ def read_label_studio(root: Path, errors: ErrorPolicy, masks: bool) -> Annotatio
             if image is None:
                 errors.reject(where, f"its image {last} does not exist below {root}")
                 continue
-            objects = [
-                thing
-                for i, result in enumerate(results, 1)
-                if (thing := _read_result(result, f"{where}, result {i}", errors)) is not None
-            ]
+            things = (_read_result(result, f"{where}, result {i}", errors) for i, result in enumerate(results, 1))
+            objects = [thing for thing in things if thing is not None]
             record = ImageRecord(finder.name_of(image), image, str(file), (0, 0), objects, relative=True)
             _add_record(splits, image, root, record)
     note = f"{several:,} tasks have several annotations; the first of each is read"
@@ -157,12 +142,6 @@ def _list_results(task: Any) -> tuple[list[Any], int]:
     return (list(kept[0]["result"]) if kept else []), len(kept)
 
 
-def _find_address(task: Any) -> str:
-    """The address of a task's image; raises StopIteration if it has none."""
-    data = task.get("data", task)
-    return next(str(data[key]) for key in ("image", "img", "image_url", "ocr", *data) if isinstance(data.get(key), str))
-
-
 def _read_result(result: Any, where: str, errors: ErrorPolicy) -> ObjectRecord | None:
     """One rectangle, ellipse, polygon or brush; None for what is no region (a choice, a text)."""
     try:
@@ -173,10 +152,8 @@ def _read_result(result: Any, where: str, errors: ErrorPolicy) -> ObjectRecord |
         label = str(value[key][0])
         if value.get("format") == "rle":
             return ObjectRecord(where, label, None, _decode_brush(value["rle"], result))
-        if "points" in value:
-            outline = [float(v) / 100 for point in value["points"] for v in point]
-            return ObjectRecord(where, label, None, [outline])
-        return ObjectRecord(where, label, None, [_region_outline(value, result)])
+        outline = [float(v) / 100 for point in value.get("points", ()) for v in point]
+        return ObjectRecord(where, label, None, [outline if "points" in value else _region_outline(value, result)])
     except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         errors.reject(where, f"its region cannot be read ({error or type(error).__name__})")
         return ObjectRecord(where, None, None)
@@ -243,14 +220,13 @@ def read_fiftyone_samples(root: Path, errors: ErrorPolicy, masks: bool) -> Annot
     finder, notes = ImageFinder(root), list[str]()
     for file in (file for file in list_json_files(root) if file.stem.lower() == "samples"):
         samples = read_json(file)["samples"]
-        fields = {
-            k for s in samples for k, v in s.items() if isinstance(v, dict) and ("detections" in v or "polylines" in v)
-        }
+        values = [(key, value) for sample in samples for key, value in sample.items() if isinstance(value, dict)]
+        fields = {key for key, value in values if "detections" in value or "polylines" in value}
         if not fields:
             raise DataError(f"{file} has no field with detections or polylines; export one of them with the samples.")
         first, *others = sorted(fields, key=lambda name: (name != "ground_truth", name))
         notes += [f"{file.name}: the field {first} is read, not {format_list(others)}"] if others else []
-        folder = file.parent.relative_to(root).as_posix().removeprefix(".")
+        folder = finder.folder_of(file)
         for number, sample in enumerate(samples, 1):
             name, value = str(sample.get("filepath", "")), sample.get(first) or {}
             if (image := finder.find(name, (folder, f"{folder}/data".strip("/")))) is None:
@@ -260,11 +236,7 @@ def read_fiftyone_samples(root: Path, errors: ErrorPolicy, masks: bool) -> Annot
             where = f"{file}, {Path(name).name}, {first}"
             objects = [_read_detection(e, f"{where} {i}", (), errors) for i, e in enumerate(entries, 1)]
             record = ImageRecord(finder.name_of(image), image, str(file), (0, 0), objects, relative=True)
-            tagged = next(filter(None, map(find_split, map(str, sample.get("tags") or ()))), "")
-            if tagged:
-                splits.setdefault(tagged, []).append(record)
-            else:
-                _add_record(splits, file, root, record)
+            _add_record(splits, file, root, record, map(str, sample.get("tags") or ()))
     return Annotations("FiftyOne", None, dict(splits), tuple(notes))
 
 
@@ -276,16 +248,13 @@ def read_fiftyone(root: Path, errors: ErrorPolicy, masks: bool) -> Annotations:
     for file in (file for file in list_json_files(root) if file.stem.lower() == "labels"):
         content = read_json(file)
         classes = classes or tuple(map(str, content["classes"] or ()))
-        beside = file.parent.relative_to(root).as_posix().removeprefix(".")
-        by_stem = finder.by_stem(f"{beside}/data".strip("/"))
+        by_stem = finder.by_stem(f"{finder.folder_of(file)}/data".strip("/"))
         for name, entries in content["labels"].items():
             if (image := by_stem.get(name) or by_stem.get(Path(name).stem)) is None:
                 errors.reject(f"{file}, {name}", f"its image does not exist in {file.parent / 'data'}")
                 continue
-            objects = [
-                _read_detection(e, f"{file}, {name}, detection {i}", classes, errors)
-                for i, e in enumerate(entries or (), 1)
-            ]
+            where = f"{file}, {name}, detection"
+            objects = [_read_detection(e, f"{where} {i}", classes, errors) for i, e in enumerate(entries or (), 1)]
             record = ImageRecord(finder.name_of(image), image, str(file), (0, 0), objects, relative=True)
             _add_record(splits, file, root, record)
     return Annotations("FiftyOne", classes or None, dict(splits))
@@ -296,10 +265,9 @@ def read_createml(root: Path, errors: ErrorPolicy, masks: bool) -> Annotations:
     splits: dict[str, list[ImageRecord]] = {}
     finder = ImageFinder(root)
     for file in list_json_files(root):
-        beside = file.parent.relative_to(root).as_posix().removeprefix(".")
         for number, entry in enumerate(read_json(file), 1):
             name = str(entry.get("image") or entry.get("imagefilename") or "")
-            if (image := finder.find(name, (beside, ""))) is None:
+            if (image := finder.find(name, (finder.folder_of(file), ""))) is None:
                 errors.reject(f"{file}, entry {number}", f"its image {name} does not exist in {file.parent}")
                 continue
             objects = []

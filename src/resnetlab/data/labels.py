@@ -61,10 +61,12 @@ def read_flat_labels(root: Path, split: str, images: Sequence[str]) -> list[str]
     Raises a DataError that names the file if it lists an image that is missing, leaves one out, or cannot be parsed.
     """
     file = _find_file(root, (f"{split}.txt", f"LOC_{split}_solution.csv"))
+    kits = sorted(path for path in root.iterdir() if DEVKIT in path.name.lower() and path.is_dir())
+    truths = [f"{place}/{GROUND_TRUTH}" for place in (".", *(k.name for k in kits), *(f"{k.name}/data" for k in kits))]
     if file is not None:
         by_stem = {name.rsplit(".", 1)[0]: name for name in images}  # Kaggle's list omits the suffix
         folder_of = {by_stem.get(name, name): folder for name, folder in _read_image_list(file, root).items()}
-    elif split == "val" and (file := _find_ground_truth(root)) is not None:
+    elif split == "val" and (file := _find_file(root, truths)) is not None:
         folder_of = _read_ground_truth(file, images)
     else:
         return None
@@ -89,9 +91,8 @@ def _read_class_file(file: Path) -> list[tuple[str, str]]:
             entries = parse_json("".join(read_lines(file))).items()
             index = {int(number): (str(folder), str(name)) for number, (folder, name) in entries}
         except (ValueError, TypeError, AttributeError) as error:
-            raise DataError(
-                f'{file} is not of the form {{"0": ["n01440764", "tench"], …}}; fix or remove it.'
-            ) from error
+            form = '{"0": ["n01440764", "tench"], …}'
+            raise DataError(f"{file} is not of the form {form}; fix or remove it.") from error
         return [index[number] for number in sorted(index)]
     parts = [line.split("\t", 1) if "\t" in line else line.split(maxsplit=1) for line in read_lines(file)]
     return [(first_and_rest[0], first_and_rest[-1].strip()) for first_and_rest in parts]
@@ -132,12 +133,6 @@ def _number_folders(root: Path, image_list: Path) -> Callable[[int, int], str]:
         return folders[number]
 
     return folder
-
-
-def _find_ground_truth(root: Path) -> Path | None:
-    kits = sorted(path for path in root.iterdir() if DEVKIT in path.name.lower() and path.is_dir())
-    return next((place / GROUND_TRUTH for place in (root, *kits, *(kit / "data" for kit in kits))
-                 if (place / GROUND_TRUTH).is_file()), None)  # fmt: skip
 
 
 def _read_ground_truth(file: Path, images: Sequence[str]) -> dict[str, str]:

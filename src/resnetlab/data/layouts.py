@@ -11,9 +11,8 @@ from resnetlab.data.annotations import Annotations
 from resnetlab.data.coco import find_coco_files, read_coco
 from resnetlab.data.cvat_xml import find_cvat_files, read_cvat
 from resnetlab.data.error_policy import ErrorPolicy
-from resnetlab.data.file_lookup import list_subfolders
+from resnetlab.data.file_lookup import list_json_files, list_subfolders
 from resnetlab.data.json_exports import (
-    list_json_files,
     read_createml,
     read_fiftyone,
     read_fiftyone_samples,
@@ -21,13 +20,12 @@ from resnetlab.data.json_exports import (
     read_labelme,
 )
 from resnetlab.data.mask_folders import has_mask_folders, read_mask_folders, read_voc_masks
-from resnetlab.data.text_files import find_encoding
+from resnetlab.data.text_files import peek_text
 from resnetlab.data.voc import find_voc_folders, read_voc
 from resnetlab.data.yolo import find_yolo_labels, read_yolo
 from resnetlab.errors import DataError, suggest_path
 
-PEEK = 2**16  # bytes of a JSON file that show whose it is, and
-PEEKED_FILES = 50  # how many files are looked into
+PEEKED_FILES = 50  # JSON files that are looked into, to see whose they are
 
 
 class Layout(NamedTuple):
@@ -48,13 +46,8 @@ class Layout(NamedTuple):
 
 def _has_json(root: Path, start: str, *keys: str) -> bool:
     """Whether a JSON file begins with a character and has some keys in its first 64 KiB."""
-    for file in list_json_files(root)[:PEEKED_FILES]:
-        with file.open("rb") as stream:
-            content = stream.read(PEEK)
-        text = content.decode(find_encoding(content), "replace").lstrip()
-        if text.startswith(start) and all(re.search(rf'"{key}"\s*:', text) for key in keys):
-            return True
-    return False
+    texts = (peek_text(file).lstrip() for file in list_json_files(root)[:PEEKED_FILES])
+    return any(text.startswith(start) and all(re.search(rf'"{key}"\s*:', text) for key in keys) for text in texts)
 
 
 def _has_coco(root: Path) -> bool:

@@ -123,19 +123,11 @@ def load_masks(root: Path, on_bad: str = "stop", class_255: str = "") -> Annotat
             split: [MaskedImage(r.name, r.file, make_object_masks(r, positions, errors), r.size) for r in images]
             for split, images in records.items()
         }
-    found = note_ignored(found, records)
-    return _require_classes(arrange_annotated_splits(str(root), classes, splits, errors, found))
-
-
-def _require_classes(data: AnnotatedDataset[MaskedImage]) -> AnnotatedDataset[MaskedImage]:
-    """Raises DataError if a split holds nothing but background: an IoU of the background alone is no figure."""
-    if data.classes[0].lower() not in BACKGROUND:
-        return data
-    for split, images in data.splits.items():
-        if not any(image.source.has_objects for image in images):
+    data = arrange_annotated_splits(str(root), classes, splits, errors, note_ignored(found, records))
+    for split, images in data.splits.items():  # an IoU of the background alone is no figure
+        if classes[0].lower() in BACKGROUND and not any(image.source.has_objects for image in images):
             raise DataError(
-                f"{data.name}: no mask of the {split} split has another class than {data.classes[0]}; "
-                "check what the masks' values mean."
+                f"{root}: no mask of the {split} split has another class than {classes[0]}; check what the masks' values mean."
             )
     return data
 
@@ -166,11 +158,10 @@ def _read_mask_files(
                 trained += counts * (split in (ordered[0], "train", "trainval"))
                 splits[split].append(MaskedImage(record.name, record.file, source, record.size))
     if absent := [name for i, name in enumerate(meaning.names) if not trained[i]]:
-        void = f"; {VOID}, which is not evaluated, has {int(trained[VOID]):,} (class_255 changes that)" * bool(
-            trained[VOID]
+        void = (
+            f"; {VOID}, which is not evaluated, has {trained[VOID]:,} (class_255 changes that)" if trained[VOID] else ""
         )
-        words = f"{root}: no mask to train on has a pixel of {format_list(absent)}{void}."
-        warn(words)
+        warn(f"{root}: no mask to train on has a pixel of {format_list(absent)}{void}.")
     return meaning.names, splits
 
 

@@ -87,7 +87,8 @@ class MaskFile:
 
     def _describe_unknown(self, code: int) -> str:
         if self.colours:
-            return f"has the colour {format_colour(code)}, which the label map does not name."
+            colour = ", ".join(str(code >> shift & 255) for shift in (16, 8, 0))
+            return f"has the colour {colour}, which the label map does not name."
         hint = "; JPEG changes values, save masks as PNG" if self.file.suffix.lower() in (".jpg", ".jpeg") else ""
         return f"has the value {code}, but there are {format_count(self.classes, 'class')}, 0 the first{hint}."
 
@@ -125,11 +126,6 @@ def read_codes(file: Path, colours: bool) -> Codes:
             "or in colours that a labelmap.txt names."
         )
     return rgb[..., 0]
-
-
-def format_colour(code: int) -> str:
-    """A colour as "r, g, b"."""
-    return f"{code >> 16}, {code >> 8 & 255}, {code & 255}"
 
 
 class LabelMap(NamedTuple):
@@ -175,11 +171,8 @@ def decide_mask_classes(files: Sequence[Path], label_map: LabelMap | None, class
         return _translate_colours(label_map, label_map.colours)
     used = sorted({int(code) for file in files for code in _list_values(file)})
     values = [value for value in used if value != VOID]
-    names = (
-        label_map.names
-        if label_map is not None
-        else ("background", *(f"class {i}" for i in range(1, max([*values, 0]) + 1)))
-    )
+    numbered = ("background", *(f"class {i}" for i in range(1, max([*values, 0]) + 1)))
+    names = numbered if label_map is None else label_map.names
     if len(names) > MAX_CLASSES:
         raise DataError(f"the masks have values up to {len(names) - 1:,}; they hold {MAX_CLASSES} classes at most.")
     if class_255 not in ("", IGNORE, *names):

@@ -45,12 +45,11 @@ def read_voc_masks(root: Path, errors: ErrorPolicy, masks: bool) -> Annotations:
     lists = lists or split_by_folders(sorted(set(images) | set(files)))
     records = {}
     for stem in dict.fromkeys(stem for stems in lists.values() for stem in stems):
+        expected = folder / f"{stem}.png"
         if stem not in images:
-            errors.reject(
-                str(files.get(stem, folder / f"{stem}.png")), f"its image {stem} is not in {root / 'JPEGImages'}"
-            )
+            errors.reject(str(files.get(stem, expected)), f"its image {stem} is not in {root / 'JPEGImages'}")
         elif stem not in files:
-            errors.reject(str(images[stem]), f"it has no mask {folder / f'{stem}.png'}")
+            errors.reject(str(images[stem]), f"it has no mask {expected}")
         else:
             name = images[stem].relative_to(root).as_posix()
             records[stem] = ImageRecord(name, images[stem], str(files[stem]), (0, 0), [], mask=files[stem])

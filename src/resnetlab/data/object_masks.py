@@ -52,7 +52,8 @@ class ObjectMask:
         """Pixels, of polygons by the shoelace formula; decides which object is drawn over which."""
         if self.runs is not None:
             return float(np.diff(self.runs)[::2].sum())
-        return sum(map(_polygon_area, self.polygons))
+        corners = (polygon.astype(np.float64) / OVERSAMPLING for polygon in self.polygons)
+        return sum(float(abs(np.sum(np.roll(xs, 1) * ys - xs * np.roll(ys, 1)))) / 2 for xs, ys in corners)
 
     def bounds(self) -> tuple[float, float, float, float]:
         """The smallest box around the object, (x1, y1, x2, y2) in pixels."""
@@ -181,11 +182,6 @@ def decompress_counts(text: bytes) -> list[int]:
     if shift:
         raise ValueError("has compressed run lengths that are cut short")
     return counts
-
-
-def _polygon_area(polygon: NDArray[np.int32]) -> float:
-    xs, ys = polygon.astype(np.float64) / OVERSAMPLING
-    return float(abs(np.sum(np.roll(xs, 1) * ys - xs * np.roll(ys, 1)))) / 2
 
 
 def _polygon_runs(polygon: NDArray[np.int32], height: int, width: int) -> Runs:

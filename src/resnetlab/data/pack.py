@@ -68,7 +68,7 @@ def pack_shards(
                 index = _write_shard(unfinished / tar.name, split, part, data.classes, resize)
                 unfinished_index = index_path(
                     unfinished / tar.name
-                )  # there, so that a kill leaves no other file in `out`
+                )  # there, so that a kill leaves nothing else in `out`
                 write_atomically(unfinished_index, json.dumps(index | {"shards": len(starts)}) + "\n")
                 move_into_place(unfinished_index, index_path(tar))
                 move_into_place(unfinished / tar.name, tar)
@@ -127,11 +127,10 @@ def _write_shard(
     with tarfile.open(tar, "w", format=tarfile.PAX_FORMAT) as file:
         for i in part:
             check_stop()
-            index_in_source = int(split.indices[i])
-            name, label = split.source.names[index_in_source], int(split.labels[i])
-            content, suffix = split.source.read(index_in_source), os.path.splitext(name)[1].lower()
+            name, label, (content, shown) = split.name_of(i), int(split.labels[i]), split.read_file(i)
+            suffix = os.path.splitext(name)[1].lower()
             if resize:
-                content, suffix = _resize_image(content, suffix, split.source.display_name(index_in_source), resize)
+                content, suffix = _resize_image(content, suffix, shown, resize)
             key = f"{i:08d}"
             offset = _add_member(file, key + suffix, content)
             _add_member(file, key + ".cls", str(label).encode())

@@ -75,10 +75,10 @@ class BatchReader(Generic[T]):
 
     def __call__(self, batch: int) -> LoadedBatch[T]:
         images, errors = self.arguments(batch), ErrorPolicy("skip")  # the main process decides whether to stop
-        pairs = errors.read_each(
-            range(len(images)), lambda k: self.read(*images[k]), lambda k: self.name_of(images[k][0])
+        positions = range(len(images))
+        samples = dict(
+            errors.read_each(positions, lambda k: self.read(*images[k]), lambda k: self.name_of(images[k][0]))
         )
-        samples = dict(pairs)
         return LoadedBatch(self.collate(list(samples.values())), list(samples), errors.skipped)
 
 

@@ -20,7 +20,6 @@ from resnetlab.data.batch_copier import BatchCopier
 from resnetlab.data.crops import Crop
 from resnetlab.data.dataset import MemorySplit, Split
 from resnetlab.data.device_decode import decode_images, decodes_on_device, pack_images, unpack_images
-from resnetlab.data.disk_split import DiskSplit
 from resnetlab.data.keyed_permutation import KeyedPermutation, keyed_epoch
 from resnetlab.data.own_transform import Transform, TransformedReader
 from resnetlab.data.prefetch import BatchReader, LoadedBatch, Prefetcher, preprocess_image, stack_images
@@ -50,19 +49,14 @@ class Batch(NamedTuple):
     targets: Tensor
 
 
-def step_indices(
-    seed: int,
-    n: int,
-    batch: int,
-    step: int,
-    epoch_indices: Callable[[int, int, int], Tensor | KeyedPermutation] | None = None,
-) -> Tensor:
+Epochs = Callable[[int, int, int], Tensor | KeyedPermutation]  # (seed, n, epoch) -> n indices
+
+
+def step_indices(seed: int, n: int, batch: int, step: int, epoch_indices: Epochs | None = None) -> Tensor:
     """Indices of the `batch` images of step `step`; int64 (batch,).
 
-    The epochs are permutations of all images, one after the other. A batch may span two of them, so no batch is short.
-
-    Args:
-        epoch_indices: (seed, n, epoch) -> the n indices of another kind of epoch.
+    The epochs are permutations of all images (or `epoch_indices`), one after the other. A batch may span two of them, so no
+    batch is short.
     """
     epoch_indices = epoch_indices or _permutation
     chunks = []
@@ -204,10 +198,6 @@ def crop_image(pixels: Tensor, preprocessing: Preprocessing, crop: Crop, draws: 
     return crop(pixels, preprocessing.size[0], draws)
 
 
-def _read_for_device(split: DiskSplit, index: int, _: list[float]) -> Tensor:
-    return split.read_encoded(index)
-
-
 @dataclass(eq=False)
 class TrainLoader:
     """Training batches of a split.
@@ -259,13 +249,8 @@ class TrainLoader:
             pixels = loaded.samples if loaded.samples.device.type == "cuda" else self._copier(loaded.samples)
             labels = to_device(self.split.labels[indices[read]], device)
         positions = sampler.positions.start + read
-        images = self.augmentation(
-            pixels,
-            self.preprocessing,
-            self.seed,
-            step,
-            None if len(read) == self.batch_size else (positions, self.batch_size),
-        )
+        part = None if len(read) == self.batch_size else (positions, self.batch_size)
+        images = self.augmentation(pixels, self.preprocessing, self.seed, step, part)
         if not self.augmentation.mixing:
             return Batch(images, labels, labels)
         images, targets = self.augmentation.mixing(images, labels, self.seed, step, positions)
@@ -285,9 +270,8 @@ class TrainLoader:
         """Images and labels of a split in memory, moved to the device; None for images in files."""
         if not isinstance(self.split, MemorySplit):
             return None
-        return to_device(self.split.images, self.device_config.device), to_device(
-            self.split.labels, self.device_config.device
-        )
+        device = self.device_config.device
+        return to_device(self.split.images, device), to_device(self.split.labels, device)
 
     @cached_property
     def _copier(self) -> BatchCopier:
@@ -302,38 +286,31 @@ class TrainLoader:
             streams.append(RandomStream("transform", 1))
         positions = rank_positions(self.batch_size, self.device_config.world)
         balanced = BalancedEpochs.from_labels(self.split.labels) if self.sampling == "balanced" else None
-        keyed = self.sampling == "keyed"
-        order = self._shard_order
+        keyed, order = self.sampling == "keyed", None
+        if self.sampling == "shards":
+            order = ShardOrder.from_split(self.split, self.shard_groups, self.seed, self.batch_size)
         return Sampler(len(self.split), self.batch_size, self.seed, positions, tuple(streams), balanced, keyed, order)
-
-    @cached_property
-    def _shard_order(self) -> ShardOrder | None:
-        if self.sampling != "shards":
-            return None
-        return ShardOrder.from_split(self.split, self.shard_groups, self.seed, self.batch_size)
 
     @cached_property
     def _fetcher(self) -> ShardFetcher | None:
         """In the first process of a machine, if its shards are elsewhere."""
-        order, source, world = self._shard_order, getattr(self.split, "source", None), self.device_config.world
-        if (
-            order is None
-            or not isinstance(source, ShardSource)
-            or source.remote is None
-            or not read_process_place().is_first_here
-        ):
+        source, world, place = getattr(self.split, "source", None), self.device_config.world, read_process_place()
+        order = self._sampler.shards if self.sampling == "shards" else None
+        remote = source.remote if isinstance(source, ShardSource) else None
+        if order is None or remote is None or not place.is_first_here:
             return None
-        last = replace(world, rank=world.rank + read_process_place().local_size - 1)
+        last = replace(world, rank=world.rank + place.local_size - 1)
         ends = rank_positions(self.batch_size, world).start, rank_positions(self.batch_size, last).stop
         here = range(*ends)
         needed = partial(order.shards_from, positions=here)
-        return ShardFetcher(source.remote, needed, self.shard_space, 2 * BLOCK * len(order.groups_of(here)))
+        return ShardFetcher(remote, needed, self.shard_space, 2 * BLOCK * len(order.groups_of(here)))
 
     @cached_property
     def _prefetcher(self) -> Prefetcher[Any]:
         split, pin = self.split, self.device_config.device.type == "cuda"
         if decodes_on_device(split, self.device_config.device):
-            encoded = BatchReader(self._sampler, partial(_read_for_device, split), split.name_of, pack_images)
+            sampler = replace(self._sampler, streams=())  # numbers are drawn where images are cropped
+            encoded = BatchReader(sampler, split.read_encoded, split.name_of, pack_images)
             return Prefetcher(encoded, split.errors, split.workers)
         read: Callable[..., Tensor] = partial(read_train_image, split, self.preprocessing, self.augmentation.crop)
         if self.transform is not None:

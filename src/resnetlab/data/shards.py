@@ -103,9 +103,14 @@ def load_shards(data: str, data_dir: Path, read_options: ReadOptions) -> Dataset
         tars = list(remote.tars) if remote else remote_shards.fetch_shards(places, data_dir)
         data = strip_secrets(data)  # no signature in messages
     else:
-        tars = [_require_file(place) for place in places]
+        tars = [Path(place) for place in places]
+        if missing := next((tar for tar in tars if not tar.is_file()), None):
+            pattern = "give the shards as a pattern such as train-{000000..000009}.tar."
+            raise DataError(f"{missing} is not there; {pattern}")
     for folder in {tar.parent for tar in tars}:
-        check_packed(folder)
+        if (folder / UNFINISHED).is_dir():
+            again = f"pack it again into the same folder: resnetlab data pack DATA {folder}"
+            raise DataError(f"{folder} was not packed to its end; {again}")
     indices = _read_indices(tars)
     classes = _shard_classes(indices, places[0], tars[0])
     if len(classes) < 2 and not read_options.one_class:
@@ -117,8 +122,12 @@ def load_shards(data: str, data_dir: Path, read_options: ReadOptions) -> Dataset
         raise DataError(
             f"{data} mixes shards called train, val or test with others; name all of them by their split, or none."
         )
-    if Path(data).is_dir():
-        _check_count(data, groups, indices)
+    for paths in groups.values() if Path(data).is_dir() else ():
+        packed = indices[paths[0]].shards
+        if packed is not None and packed > len(paths):
+            raise DataError(
+                f"{data} holds {len(paths):,} of {packed:,} shards such as {paths[0].name}; copy the others too."
+            )
     if all(index.classes is None for index in indices.values()):
         _require_same_labels(groups, indices)
     splits = {split: _make_shard_split(paths, indices, classes, read_options) for split, paths in groups.items()}
@@ -141,24 +150,6 @@ def _read_indices(tars: Sequence[Path]) -> dict[Path, TarIndex]:
 
     with ThreadPoolExecutor(READERS) as pool:
         return dict(zip(tars, pool.map(read, tars), strict=True))
-
-
-def check_packed(folder: Path) -> None:
-    """Raises DataError if the packing of shards into a folder was not finished."""
-    if (folder / UNFINISHED).is_dir():
-        raise DataError(
-            f"{folder} was not packed to its end; pack it again into the same folder: resnetlab data pack DATA {folder}"
-        )
-
-
-def _check_count(data: str, groups: dict[str, list[Path]], indices: dict[Path, TarIndex]) -> None:
-    """Raises DataError if a folder has fewer shards of a split than were packed."""
-    for tars in groups.values():
-        packed = indices[tars[0]].shards
-        if packed is not None and packed > len(tars):
-            raise DataError(
-                f"{data} holds {len(tars):,} of {packed:,} shards such as {tars[0].name}; copy the others too."
-            )
 
 
 def _split_of(tar: Path) -> str:
@@ -198,12 +189,6 @@ def expand_braces(pattern: str) -> Iterator[str]:
     if not all(choices):
         raise DataError(f"{pattern} names no shard: a range in braces must rise, such as {{000000..000009}}.")
     return map("".join, itertools.product(*choices))
-
-
-def _require_file(place: str) -> Path:
-    if not Path(place).is_file():
-        raise DataError(f"{place} is not there; give the shards as a pattern such as train-{{000000..000009}}.tar.")
-    return Path(place)
 
 
 def _shard_classes(indices: dict[Path, TarIndex], place: str, tar: Path) -> tuple[str, ...]:

@@ -6,15 +6,16 @@ The one place for all lists, class files and annotations.
 from __future__ import annotations
 
 import codecs
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 from resnetlab.data.decode import check_regular_file
 from resnetlab.errors import DataError
+from resnetlab.formatting import parse_json
 
 MAX_PEEKED = 2**24  # bytes
+PEEK = 2**16  # bytes of a file that show whose it is
 BYTE_ORDER_MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 
 
@@ -54,6 +55,13 @@ def read_lines(file: Path) -> list[str]:
     return [line for line in map(str.strip, re.split("[\r\n]", read_text(file))) if line]
 
 
+def peek_text(file: Path) -> str:
+    """The begin of a text that may be of any program, without what is not valid in its encoding."""
+    with file.open("rb") as stream:
+        start = stream.read(PEEK)
+    return start.decode(find_encoding(start), "replace")
+
+
 def peek_lines(file: Path) -> list[str]:
     """The lines of a text that may be of any program, such as a note in Latin-1; none if it is large or cannot be read."""
     try:
@@ -66,6 +74,6 @@ def read_json(file: Path) -> Any:
     """The content of a JSON file; raises DataError if it is broken."""
     text = read_text(file)
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
+        return parse_json(text)
+    except ValueError as error:
         raise DataError(f"{file} is broken JSON ({error}); write it again.") from error

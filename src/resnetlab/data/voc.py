@@ -51,9 +51,8 @@ def read_voc(root: Path, errors: ErrorPolicy, masks: bool) -> Annotations:
         annotations = list_by_stem(annotation_folder, (".xml",), deep=annotation_folder != image_folder)
         lists = {split: sorted(set(images) | set(annotations))}
         if not split:
-            lists = read_voc_splits(root / "ImageSets" / "Main", [*images, *annotations]) or split_by_folders(
-                lists[split]
-            )
+            named = read_voc_splits(root / "ImageSets" / "Main", [*images, *annotations])
+            lists = named or split_by_folders(lists[split])
         parsed = {}
         for stem in dict.fromkeys(stem for stems in lists.values() for stem in stems):
             expected = annotations.get(stem, annotation_folder / f"{stem}.xml")
@@ -144,9 +143,9 @@ def read_voc_annotation(
         errors.reject(str(file), f"it is broken XML ({error})")
         return None
     try:
-        size = tree.find("size")
-        given = ("height", "width") if size is not None else ()
-        height, width = tuple(_child_number(tree, f"size/{key}") for key in given) or (0.0, 0.0)
+        height = width = 0.0
+        if tree.find("size") is not None:
+            height, width = (_child_number(tree, f"size/{key}") for key in ("height", "width"))
         if not (height.is_integer() and width.is_integer() and min(height, width) >= 0):
             raise ValueError(f"its size is {width:g}x{height:g}")
     except ValueError as error:
@@ -154,13 +153,14 @@ def read_voc_annotation(
         return None
     objects = []
     for number, item in enumerate(tree.findall("object"), 1):
+        where = f"{file}, object {number}"
         if (item.findtext("deleted") or "").strip() in TRUE:  # in LabelMe 3.0
             continue
         try:
-            objects.append(_parse_object(item, f"{file}, object {number}", masks))
+            objects.append(_parse_object(item, where, masks))
         except ValueError as error:
-            errors.reject(f"{file}, object {number}", str(error))
-            objects.append(ObjectRecord(f"{file}, object {number}", None, None))
+            errors.reject(where, str(error))
+            objects.append(ObjectRecord(where, None, None))
     known = (int(height), int(width)) if height and width else (0, 0)
     return ImageRecord(image.relative_to(root).as_posix(), image, str(file), known, objects)
 

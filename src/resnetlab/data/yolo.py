@@ -18,6 +18,7 @@ from resnetlab.data.annotations import Annotations, ImageRecord, ObjectRecord
 from resnetlab.data.error_policy import ErrorPolicy
 from resnetlab.data.file_lookup import ImageFinder, NameIndex, find_entry, find_split, list_subfolders
 from resnetlab.data.text_files import peek_lines, read_lines, read_text
+from resnetlab.data.voc import split_by_folders
 from resnetlab.errors import DataError
 from resnetlab.formatting import format_count
 
@@ -54,7 +55,7 @@ def read_yolo(root: Path, errors: ErrorPolicy, masks: bool) -> Annotations:
     config = read_yolo_config(root)
     finder = ImageFinder(root)
     texts = NameIndex(path.relative_to(root).as_posix() for path in root.rglob("*") if path.suffix.lower() == ".txt")
-    splits, without, missing = {}, 0, 0
+    splits, without, count = {}, 0, 0
     listed = _list_split_images(root, finder, config)
     used = {name for images in listed.values() for name in images}
     unused = [path for path in finder.paths if path not in used and "labels" not in path.split("/")[:-1]]
@@ -66,15 +67,14 @@ def read_yolo(root: Path, errors: ErrorPolicy, masks: bool) -> Annotations:
             objects = _read_labels(labels, config, errors) if labels.is_file() else []
             without += not labels.is_file()
             records.append(ImageRecord(name, root / name, str(labels), (0, 0), objects, relative=True))
-        missing += len(records)
+        count += len(records)
         splits[split] = records
-    if without == missing:
-        raise DataError(
-            f"{root}: none of its {format_count(missing, 'image')} has a label file labels/….txt; check where they are."
-        )
+    if without == count:
+        every = format_count(count, "image")
+        raise DataError(f"{root}: none of its {every} has a label file labels/….txt; check where they are.")
     notes = []
     if without:
-        notes.append(f"{without:,} of {missing:,} images have no label file and count as background")
+        notes.append(f"{without:,} of {count:,} images have no label file and count as background")
     if config.key_points:
         notes.append("the key points behind the boxes (kpt_shape) are left out")
     if unused:
@@ -90,9 +90,8 @@ def read_yolo_config(root: Path) -> YoloConfig:
         names = values.get("names")
         if isinstance(names, dict):
             if words := [key for key in names if not key.isdecimal()]:
-                raise DataError(
-                    f"{file}: {words[0]!r} in `names` is no number; write the classes as 0: NAME, 1: NAME, …."
-                )
+                hint = "write the classes as 0: NAME, 1: NAME, …."
+                raise DataError(f"{file}: {words[0]!r} in `names` is no number; {hint}")
             names = [names[key] for key in sorted(names, key=int)]
         if isinstance(names, list) and names:
             places = {find_split(key): value for key, value in values.items() if find_split(key) and value}
@@ -128,7 +127,12 @@ def parse_simple_yaml(file: Path) -> dict[str, Any]:
                     if (more := next(lines, None)) is None:
                         raise DataError(f"{file}: {text[:40]!r} is not closed; write one name a line.")
                     text += f" {more.strip()}"
-            values[key] = _parse_inline(text) if close else _parse_scalar(text)
+            parts = [part for part in INLINE_ITEM.findall(text[1:-1]) if part.strip()]
+            if close == "}":
+                pairs = (part.partition(":") for part in parts)
+                values[key] = {_parse_scalar(name): _parse_scalar(value) for name, _, value in pairs}
+            else:
+                values[key] = list(map(_parse_scalar, parts)) if close else _parse_scalar(text)
     return values
 
 
@@ -142,13 +146,6 @@ def _parse_scalar(text: str) -> str:
     return ESCAPE.sub(lambda m: chr(int(m[1][1:], 16)) if m[1][1:] else m[1], text[1:-1])
 
 
-def _parse_inline(text: str) -> Any:
-    parts = [part for part in INLINE_ITEM.findall(text[1:-1]) if part.strip()]
-    if text[0] == "[":
-        return [_parse_scalar(part) for part in parts]
-    return {_parse_scalar(key): _parse_scalar(value) for key, _, value in (part.partition(":") for part in parts)}
-
-
 def _list_split_images(root: Path, finder: ImageFinder, config: YoloConfig) -> dict[str, list[str]]:
     """The images of each split, paths below the root, by data.yaml, or else by the folders' names."""
     paths = [path for path in finder.paths if "labels" not in path.split("/")[:-1]]
@@ -158,9 +155,7 @@ def _list_split_images(root: Path, finder: ImageFinder, config: YoloConfig) -> d
         found[split] = list(dict.fromkeys(names))
     if found:
         return found
-    for path in paths:
-        split = next((s for s in map(find_split, path.split("/")[:-1]) if s), "")
-        found.setdefault(split, []).append(path)
+    found = split_by_folders(paths)
     if "train" in found:  # images beside the splits are previews of the tool
         found.pop("", None)
     return found
