@@ -27,11 +27,13 @@ from resnetlab.evaluation.calibration import choose_none_below
 from resnetlab.evaluation.evaluate import evaluate
 from resnetlab.models.model_file import load_trained_model
 from resnetlab.preprocessing import Preprocessing
+from resnetlab.run_folder import RunFolder
+from resnetlab.training.checkpoint import list_checkpoints
 from resnetlab.training.class_balance import describe_imbalance, parse_class_weights
 from resnetlab.training.recipe import Recipe
 from resnetlab.training.recipes import RECIPES, find_classification_recipe, find_recipe
 from resnetlab.training.recorder import RunStopped
-from resnetlab.training.result import ClassificationResult
+from resnetlab.training.result import ClassificationResult, Progress
 from resnetlab.training.tasks.classification import ClassificationTask
 from resnetlab.training.tasks.classification_data import describe_view
 from resnetlab.training.train import RunOptions, build_task, resume, start_run
@@ -104,6 +106,17 @@ def test_a_stopped_run_resumes_bit_identically(values: dict[str, object], tmp_pa
         start_run(recipe, tmp_path / "b", replace(CPU, on_evaluate=lambda _: True))
     resume(tmp_path / "b", CPU)
     assert_same(tmp_path / "a", tmp_path / "b")
+
+
+def test_the_best_weights_have_a_checkpoint_of_their_step(tmp_path: Path) -> None:
+    def fail(p: Progress) -> None:
+        if p.step == 3:
+            raise ZeroDivisionError
+
+    recipe = tiny(keep="best", val_images=100, eval_every=2, log_every=1, checkpoint_minutes=60.0)
+    with pytest.raises(ZeroDivisionError):
+        start_run(recipe, tmp_path / "run", replace(CPU, on_progress=fail))
+    assert [path.name for path in list_checkpoints(RunFolder(tmp_path / "run"))] == ["step-00000002.safetensors"]
 
 
 def test_the_best_weights_are_kept_and_a_run_ends_early(tmp_path: Path) -> None:

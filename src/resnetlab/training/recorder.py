@@ -128,6 +128,8 @@ class Recorder:
             figures = self._log(output, lr)
         if evaluating:
             self._held_out = self._evaluate()
+            # a run that went on from before its best weights, on a GPU say, might not come to them again
+            saving = saving or (getattr(recipe, "keep", "") == "best" and state.best_step == state.step)
             if not last and train_state.is_done:
                 saving, last = 1, True
                 figures = figures if logging else self._log(output, lr)
