@@ -163,7 +163,7 @@ def test_a_plan_has_every_depth_kind_and_seed_once() -> None:
     assert [t.label for t in trials[::3]] == ["plain8", "resnet8", "plain14", "resnet14"]
     assert len({t.recipe.key for t in trials}) == 12
     assert {t.recipe.threads for t in trials} == {1}
-    (deep,) = network_trials(setting(), "resnet110", 110)
+    (deep,) = network_trials(setting(), "resnet110")
     assert deep.recipe.warmup == "train-error"
 
 

@@ -244,14 +244,18 @@ def _cifar_specification(name: str, depth: int) -> Specification:
         return Specification(block="bottleneck", depths=(n,) * 3, widths=widths, stem="cifar", shortcut="B", classes=10)
     n, rest = divmod(depth - 2, 6)
     if rest or n < 1:
-        others = {*IMAGENET_DEPTHS, *CIFAR_BOTTLENECK}  # their names are those of other networks
-        basic = [d for d in range(max(8, 6 * n - 10), 6 * n + 21, 6) if d not in others]
-        low, high = sorted(sorted(basic, key=lambda d: abs(d - depth))[:2])
         raise UsageError(
-            f"unknown network {name!r}: CIFAR nets have 6n+2 layers, so the nearest depths are {low} and {high}; "
+            f"unknown network {name!r}: CIFAR nets have 6n+2 layers, so the nearest depths are {nearest_depths(depth)}; "
             f"ImageNet nets have {', '.join(map(str, IMAGENET_DEPTHS))}."
         )
     return Specification(block="basic", depths=(n,) * 3, widths=widths, stem="cifar", classes=10)
+
+
+def nearest_depths(depth: int) -> str:
+    """The two depths of basic CIFAR nets, 6n+2, nearest to a number of layers, as text: "20 and 26"."""
+    others = {*IMAGENET_DEPTHS, *CIFAR_BOTTLENECK}  # their names are those of other networks
+    basic = [d for d in range(max(8, depth - depth % 6 - 10), depth + 25, 6) if d not in others]
+    return " and ".join(map(str, sorted(sorted(basic, key=lambda d: abs(d - depth))[:2])))
 
 
 def parse_changes(pairs: Mapping[str, str]) -> dict[str, Any]:

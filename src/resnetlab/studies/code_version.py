@@ -123,6 +123,7 @@ def tiny_recipes(images: Path) -> list[Recipe]:
     Args:
         images: a folder of class folders.
     """
+    alike: dict[str, Any] = {"eval_every": 4, "precision": "fp32", "threads": 1, "compile": "off"}
     cifar = replace(
         find_classification_recipe("paper-cifar"),
         data="digits",
@@ -136,11 +137,8 @@ def tiny_recipes(images: Path) -> list[Recipe]:
         warmup="steps",
         warmup_steps=2,
         val_images=20,
-        eval_every=4,
         log_every=2,
-        precision="fp32",
-        threads=1,
-        compile="off",
+        **alike,
     )
     deep = replace(cifar, net="preresnet8", warmup="train-error", warmup_error=1.0, seed=1)
     photos = replace(
@@ -154,11 +152,8 @@ def tiny_recipes(images: Path) -> list[Recipe]:
         milestones=(2, 3),
         warmup_steps=1,
         val_images=0,
-        eval_every=4,
         log_every=1,
-        precision="fp32",
-        threads=1,
-        compile="off",
+        **alike,
     )
     return [cifar, deep, photos]
 

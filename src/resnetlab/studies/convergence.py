@@ -37,7 +37,7 @@ class Convergence(Study):
         plain, residual = self.networks(setting)
         if setting.recipe:
             return setting.trials(plain, plain) + setting.trials(residual, residual, {"shortcut": "A"})
-        return [trial for net in (plain, residual) for trial in network_trials(setting, net, _depth(net))]
+        return network_trials(setting, plain, residual)
 
     def read(self, setting: Setting, outcomes: RunOutcomes, on_progress: Callable[[int, int], None]) -> StudyResult:
         """Training error over the first tenth, the first quarter and the last tenth, seed by seed."""
@@ -73,10 +73,6 @@ class Convergence(Study):
                 "The paper's figures are of 18 layers on ImageNet: nearly equal at the end, the residual net faster."
             ],
         )
-
-
-def _depth(net: str) -> int:
-    return int(net.removeprefix("plain").removeprefix("resnet"))
 
 
 def draw_convergence(plain: str, residual: str, outcomes: RunOutcomes) -> figures.StudyFigure:

@@ -29,12 +29,7 @@ class Degradation(Study):
 
     def plan(self, setting: Setting) -> list[Trial]:
         """Every depth and kind."""
-        return [
-            trial
-            for depth in self.depths(setting)
-            for kind in KINDS
-            for trial in network_trials(setting, f"{kind}{depth}", depth)
-        ]
+        return network_trials(setting, *(f"{kind}{depth}" for depth in self.depths(setting) for kind in KINDS))
 
     def read(self, setting: Setting, outcomes: RunOutcomes, on_progress: Callable[[int, int], None]) -> StudyResult:
         """Each net compared with the shallowest of its kind, seed by seed."""

@@ -65,14 +65,11 @@ class PanelLayout(NamedTuple):
     right: int = 12
 
 
-ONE_PANEL = PanelLayout()
-
-
 def draw_study_figure(
     name: str,
     draw: Callable[[Panels], None],
     text: FigureText,
-    layout: PanelLayout = ONE_PANEL,
+    layout: PanelLayout,
     legend: Sequence[LegendKey] = (),
 ) -> StudyFigure:
     """Draws a figure in its wide and its narrow form.
@@ -83,20 +80,15 @@ def draw_study_figure(
     """
     panels, rows, height, right = layout
 
-    def draw_form(width: int) -> str:
-        columns = -(-panels // rows) if width == WIDE else 1
-        num_rows = rows if width == WIDE else panels
-        size = height if width == WIDE else min(height, 240)
-
+    def draw_form(kind: str, width: int, columns: int, size: int) -> str:
         def draw_panels(figure: Figure) -> None:
             draw(_add_grid(figure, panels, columns, width, size, right))
 
-        kind = "wide" if width == WIDE else "narrow"
-        return figures.inline_svg(
-            draw_panels, width=width, height=num_rows * size, name=f"{name}-{kind}", label=text.label
-        )
+        total = -(-panels // columns) * size
+        return figures.inline_svg(draw_panels, width=width, height=total, name=f"{name}-{kind}", label=text.label)
 
-    return StudyFigure(text.title, draw_form(WIDE), draw_form(NARROW), text.caption, legend)
+    wide = draw_form("wide", WIDE, -(-panels // rows), height)
+    return StudyFigure(text.title, wide, draw_form("narrow", NARROW, 1, min(height, 240)), text.caption, legend)
 
 
 def _add_grid(figure: Figure, panels: int, columns: int, width: int, height: int, right: int) -> list[Axes]:
@@ -146,25 +138,25 @@ def set_titles(axes: Axes, title: str, x: str = "") -> None:
 
 def set_error_axis(axes: Axes, top: float) -> None:
     """Makes the vertical axis one of errors, in per cent, from 0 to `top`."""
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
+    from matplotlib.ticker import MaxNLocator
 
     axes.set_ylim(0, min(1.0, top))
     axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g} %"))
+    axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
 
 
 def set_step_axis(axes: Axes, last: float) -> None:
     """Makes the horizontal axis one of training steps."""
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
+    from matplotlib.ticker import MaxNLocator
 
     axes.set_xlim(0, last)
     axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10], integer=True))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axes.xaxis.set_major_formatter("{x:,.0f}")
 
 
 def set_log_axis(axes: Axes) -> None:
     """Makes the vertical axis logarithmic, a decade or more long, with plain numbers."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+    from matplotlib.ticker import LogLocator, NullLocator
 
     axes.set_yscale("log")
     low, high = axes.get_ylim()
@@ -175,7 +167,7 @@ def set_log_axis(axes: Axes) -> None:
     subs = (1,) if high > 100 * low else (1, 2, 5)
     axes.yaxis.set_major_locator(LogLocator(subs=subs, numticks=9))
     axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_major_formatter("{x:g}")
 
 
 def plot_learning(
@@ -252,7 +244,7 @@ def plot_dots(
     axes: Axes, title: str, groups: Mapping[str, Sequence[float]], colours: Sequence[str] | None = None
 ) -> None:
     """Plots errors of networks, a line for each: mean as a diamond with standard deviation, every seed as a dot."""
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
+    from matplotlib.ticker import MaxNLocator
 
     largest = max((value for values in groups.values() for value in values), default=1.0)
     for y, ((name, values), colour) in enumerate(zip(groups.items(), colours or SERIES * 3, strict=False)):
@@ -267,5 +259,5 @@ def plot_dots(
     axes.set_ylim(len(groups) - 0.6, -0.8)
     axes.set_xlim(0, 1.08 * largest or 0.01)
     axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g} %"))
+    axes.xaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
     set_titles(axes, title)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +25,15 @@ MIN_VARIANCE = 0.01  # of a healthy layer's BN output, which has variance 1 at t
 MAX_SPREAD = 100  # factor between a healthy layer's gradient and the median, either way
 SCALE = 0.5  # of the scaled shortcut
 EXACT = 1e-12  # of the largest value: rounding of float64 over some dozen additions
+
+# of the rows: text, field of IdentityFlow, and what is taken over a network's units
+IDENTITY_FIGURES: tuple[tuple[str, str, Callable[[Iterable[float]], float]], ...] = (
+    ("largest |x_L - x_l - ΣF| / |x_L|", "deviation", max),
+    ("product of the shortcuts' scales, smallest", "product", min),
+    ("gradient that the shortcuts alone pass, smallest share", "passed", min),
+    ("additive term of the gradient / |dE/dx_L|", "additive", statistics.mean),
+    ("cosine of dE/dx_l and dE/dx_L", "cosine", statistics.mean),
+)
 
 HEALTHY = (
     f"A layer is healthy where the variance of its BN output is at least {MIN_VARIANCE} and the norm of the gradient there "
@@ -59,9 +68,8 @@ class Gradients(Study):
         *nets, scaled = self.networks(setting)
         depth = int(nets[0].removeprefix("plain"))
         values = {"shortcut": "constant", "shortcut_scale": SCALE, "residual_scale": 1.0}
-        return [trial for net in nets for trial in network_trials(setting, net, depth)] + setting.trials(
-            scaled, nets[-1], values, **warmup_2015(setting, depth)
-        )
+        halved = setting.trials(scaled, nets[-1], values, **warmup_2015(setting, depth))
+        return network_trials(setting, *nets) + halved
 
     def read(self, setting: Setting, outcomes: RunOutcomes, on_progress: Callable[[int, int], None]) -> StudyResult:
         """Health of every layer before and after training; the identity in the residual nets."""
@@ -163,31 +171,16 @@ def signal_rows(setting: Setting, flows: dict[str, list[SignalFlow]]) -> list[Ro
 
 
 def identity_rows(setting: Setting, units: dict[str, list[list[IdentityFlow]]]) -> list[Row]:
-    """Largest deviation from the identity, and the additive term's mean size, of the residual nets."""
+    """Largest deviation from the identity, and the terms of the gradient, of the residual nets."""
     rows = []
     for net, each in units.items():
-        deviations = tuple(max(u.deviation for u in seed) for seed in each)
-        additive = tuple(statistics.mean(u.additive for u in seed) for seed in each)
-        cosine = tuple(statistics.mean(u.cosine for u in seed) for seed in each)
-        exact = bool(deviations) and max(deviations) < EXACT
-        verdict = "exact in float64" if exact else "not exact: an activation follows the addition"
-        no_claim = "a measurement, no claim"
-        for figure, values, text in (
-            ("largest |x_L - x_l - ΣF| / |x_L|", deviations, verdict),
-            (
-                "product of the shortcuts' scales, smallest",
-                tuple(min(u.product for u in seed) for seed in each),
-                no_claim,
-            ),
-            (
-                "gradient that the shortcuts alone pass, smallest share",
-                tuple(min(u.passed for u in seed) for seed in each),
-                no_claim,
-            ),
-            ("additive term of the gradient / |dE/dx_L|", additive, no_claim),
-            ("cosine of dE/dx_l and dE/dx_L", cosine, no_claim),
-        ):
-            rows.append(Row(net, figure, values, text, None, setting.share, "number"))
+        for text, field, over_units in IDENTITY_FIGURES:
+            values = tuple(over_units(getattr(unit, field) for unit in seed) for seed in each)
+            verdict = "a measurement, no claim"
+            if field == "deviation":
+                exact = bool(values) and max(values) < EXACT
+                verdict = "exact in float64" if exact else "not exact: an activation follows the addition"
+            rows.append(Row(net, text, values, verdict, None, setting.share, "number"))
     return rows
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
 
 import torch
 
@@ -65,8 +67,7 @@ class Lesion(Study):
 
     def plan(self, setting: Setting) -> list[Trial]:
         """Both nets, as the study of degradation has them."""
-        depth = self.depth(setting)
-        return [t for kind in KINDS for t in network_trials(setting, f"{kind}{depth}", depth)]
+        return network_trials(setting, *(f"{kind}{self.depth(setting)}" for kind in KINDS))
 
     def read(self, setting: Setting, outcomes: RunOutcomes, on_progress: Callable[[int, int], None]) -> StudyResult:
         """Plain compared with residual, seed by seed."""
@@ -104,15 +105,13 @@ def generate_lesions(net: ResNet, seed: int) -> Iterator[tuple[str, object, ResN
     names = removable_blocks(net)
     for name in names:
         yield "single", name, remove_blocks(net, name)
-    for count in range(1, min(MAX_LESIONS, len(names)) + 1):
-        for draw in range(DRAWS):
-            order = torch.randperm(len(names), generator=make_generator(seed, "lesion", count, draw)).tolist()
-            yield "several", count, remove_blocks(net, [names[i] for i in order[:count]])
-    pairs = [(a, b) for stage in movable_blocks(net) for i, a in enumerate(stage) for b in stage[i + 1 :]]
-    for count in range(1, min(MAX_LESIONS, len(pairs)) + 1):
-        for draw in range(DRAWS):
-            order = torch.randperm(len(pairs), generator=make_generator(seed, "swap", count, draw)).tolist()
-            yield "swaps", count, swap_blocks(net, [pairs[i] for i in order[:count]])
+    pairs = [pair for stage in movable_blocks(net) for pair in combinations(stage, 2)]
+    kinds: Any = (("several", "lesion", names, remove_blocks), ("swaps", "swap", pairs, swap_blocks))
+    for kind, use, each, change in kinds:
+        for count in range(1, min(MAX_LESIONS, len(each)) + 1):
+            for draw in range(DRAWS):
+                order = torch.randperm(len(each), generator=make_generator(seed, use, count, draw)).tolist()
+                yield kind, count, change(net, [each[i] for i in order[:count]])
 
 
 def measure_lesions(model: TrainedModel, setting: Setting, seed: int) -> LesionErrors:

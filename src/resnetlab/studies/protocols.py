@@ -39,7 +39,7 @@ class Protocols(Study):
 
     def plan(self, setting: Setting) -> list[Trial]:
         """The residual nets, as the study of degradation has them."""
-        return [t for depth in self.depths(setting) for t in network_trials(setting, f"resnet{depth}", depth)]
+        return network_trials(setting, *(f"resnet{depth}" for depth in self.depths(setting)))
 
     def protocols(self, setting: Setting) -> dict[str, str]:
         """label -> protocol; without mirrored views where training never mirrors."""

@@ -16,7 +16,7 @@ from resnetlab.models.model_file import TrainedModel, load_trained_model
 from resnetlab.run_folder import RunFolder, read_metrics
 from resnetlab.studies.code_version import CodeVersions, source_hash
 from resnetlab.studies.setting import Trial
-from resnetlab.training.checkpoint import list_checkpoints
+from resnetlab.training.checkpoint import get_step, list_checkpoints
 from resnetlab.training.recipe import DECIDED, Recipe
 from resnetlab.training.result import Progress
 from resnetlab.training.run_options import RunOptions
@@ -61,7 +61,7 @@ class StudyRun:
         if self.finished:
             return self.recipe.steps
         saved = list_checkpoints(RunFolder(self.folder))
-        return int(saved[-1].stem.removeprefix("step-")) if saved else 0
+        return get_step(saved[-1]) if saved else 0
 
     def make(self, data_dir: Path, device: str, on_progress: Callable[[Progress], None]) -> None:
         """Makes the run, or resumes it from its last checkpoint; does nothing where it is finished.

@@ -15,7 +15,7 @@ from resnetlab.data.dataset import Dataset
 from resnetlab.device import default_precision, select_device
 from resnetlab.errors import DataError, UsageError, unknown_name_error
 from resnetlab.formatting import format_count, format_share
-from resnetlab.models.spec import CIFAR_BOTTLENECK, IMAGENET_DEPTHS, Specification, get_specification
+from resnetlab.models.spec import CIFAR_BOTTLENECK, IMAGENET_DEPTHS, Specification, get_specification, nearest_depths
 from resnetlab.training.recipe import Recipe
 from resnetlab.training.recipes import find_classification_recipe
 
@@ -202,7 +202,5 @@ def check_depth(depth: int) -> None:
     taken = {*IMAGENET_DEPTHS}  # names of other kinds of network
     if depth in CIFAR_BOTTLENECK or (depth % 6 == 2 and depth >= 8 and depth not in taken):
         return
-    known = [d for d in range(8, max(20, depth) + 20, 6) if d not in taken]
-    low, high = sorted(sorted(known, key=lambda d: abs(d - depth))[:2])
     why = "is the depth of another kind of network" if depth in taken else "is not 6n+2"
-    raise UsageError(f"depth {depth} {why}; the nearest are {low} and {high}.")
+    raise UsageError(f"depth {depth} {why}; the nearest are {nearest_depths(depth)}.")

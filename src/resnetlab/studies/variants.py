@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from resnetlab.formatting import format_percent
 from resnetlab.models.cost import Cost, compute_cost
+from resnetlab.models.spec import get_specification
 from resnetlab.studies import figures
 from resnetlab.studies.figures import StudyFigure
 from resnetlab.studies.paper import NO_FIGURE, find_printed, length_share
@@ -127,9 +128,9 @@ def count_cost(setting: Setting, variant: Variant) -> Cost:
     return compute_cost(setting.spec(recipe), (recipe.image_size, recipe.image_size))
 
 
-def network_trials(setting: Setting, name: str, depth: int) -> list[Trial]:
-    """The runs of one CIFAR net, by its name, with the warm-up that 2015 gives its deep ones."""
-    return setting.trials(name, name, **warmup_2015(setting, depth))
+def network_trials(setting: Setting, *names: str) -> list[Trial]:
+    """The runs of CIFAR nets, by their names, with the warm-up that 2015 gives its deep ones."""
+    return [t for n in names for t in setting.trials(n, n, **warmup_2015(setting, get_specification(n).depth))]
 
 
 def error_rows(setting: Setting, outcomes: RunOutcomes, label: str, reference: str) -> list[Row]:

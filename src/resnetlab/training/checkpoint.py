@@ -160,7 +160,7 @@ def _make_folder(run: RunFolder) -> None:
 def _write_checkpoint(run: RunFolder, step: int, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
     """Writes checkpoints/step-<n>.safetensors and removes all but the last two."""
     write_tensor_file(run.checkpoints / f"step-{step:08d}.safetensors", tensors, metadata)
-    for old in [other for other in list_checkpoints(run) if _get_step(other) < step][:-1]:
+    for old in [other for other in list_checkpoints(run) if get_step(other) < step][:-1]:
         with contextlib.suppress(OSError):  # an extra checkpoint does no harm
             old.unlink()
 
@@ -197,7 +197,7 @@ def load_best(run: RunFolder, train_state: TrainState) -> None:
 def list_checkpoints(run: RunFolder) -> list[Path]:
     """The run's checkpoints, oldest first."""
     paths = [p for p in run.checkpoints.glob("step-*.safetensors") if p.stem.removeprefix("step-").isdigit()]
-    return sorted(paths, key=_get_step)
+    return sorted(paths, key=get_step)
 
 
 def upgrade_run(run: RunFolder, recipe: BaseRecipe) -> None:
@@ -256,7 +256,8 @@ def _is_optimizer_state(name: str) -> bool:
     return not name.startswith(("net.", "average.")) and name not in ("losses", "errors")
 
 
-def _get_step(path: Path) -> int:
+def get_step(path: Path) -> int:
+    """The step of a checkpoint."""
     return int(path.stem.removeprefix("step-"))
 
 

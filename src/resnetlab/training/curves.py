@@ -105,7 +105,7 @@ def _add_axes(figure: Figure, last: float, marks: Sequence[Point]) -> Axes:
     axes = figure.add_axes((50 / width, 26 / height, 1 - 66 / width, 1 - 52 / height))
     axes.set_xlim(0, last)
     axes.xaxis.set_major_locator(MaxNLocator(10 if width > 500 else 4, steps=[1, 2, 5, 10], integer=True))
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    axes.xaxis.set_major_formatter("{x:,.0f}")
     pixels = (width - 66) / last
     for (step, rate), (following, _) in pairwise([*marks, (math.inf, 0.0)]):
         if step:
@@ -139,7 +139,7 @@ def _set_loss_scale(axes: Axes, values: Sequence[float]) -> None:
     narrow = high < 100 * low
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if narrow else (1,)))
     axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.yaxis.set_major_formatter("{x:g}")
 
 
 def _plot_lines(axes: Axes, train: Iterable[Point], held_out: Iterable[Point]) -> None:
