@@ -22,9 +22,9 @@ from resnetlab.evaluation.metrics import ClassificationMetrics
 from resnetlab.inference.explain import explain
 from resnetlab.inference.explain_figure import draw_explanation
 from resnetlab.inference.predict import load
-from resnetlab.models.contributions import measure_contributions
 from resnetlab.models.lesion import remove_blocks
 from resnetlab.models.model_file import TrainedModel
+from resnetlab.models.probes import measure_contributions
 from resnetlab.models.resnet import ResNet, build
 from resnetlab.preprocessing import Preprocessing
 

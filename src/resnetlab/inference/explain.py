@@ -13,9 +13,9 @@ from torch import Tensor
 from resnetlab.device import DeviceConfig, eval_mode, standard_torch_state
 from resnetlab.evaluation.gradcam import draw_overlay, grad_cam
 from resnetlab.inference.classes import top_classes
-from resnetlab.models.contributions import measure_contributions
 from resnetlab.models.lesion import removable_blocks, remove_blocks
 from resnetlab.models.model_file import compute_scores
+from resnetlab.models.probes import measure_contributions
 from resnetlab.models.resnet import ResNet
 from resnetlab.preprocessing import Preprocessing
 

@@ -80,26 +80,6 @@ class RegionHeads(RoIHeads):  # type: ignore[misc]
 
     context: bool
 
-    @staticmethod
-    def from_torchvision(heads: RoIHeads, context: bool) -> RegionHeads:
-        """The same submodules and spec."""
-        matcher, sampler = heads.proposal_matcher, heads.fg_bg_sampler
-        regions = RegionHeads(
-            heads.box_roi_pool,
-            heads.box_head,
-            heads.box_predictor,
-            matcher.high_threshold,
-            matcher.low_threshold,
-            sampler.batch_size_per_image,
-            sampler.positive_fraction,
-            heads.box_coder.weights,
-            heads.score_thresh,
-            heads.nms_thresh,
-            heads.detections_per_img,
-        )
-        regions.context = context
-        return regions
-
     def region_features(self, maps: dict[str, Tensor], boxes: list[Tensor], sizes: list[tuple[int, int]]) -> Tensor:
         """The features of each box, (N, F); with global context (N, 2F), the box's own and the whole image's."""
         x = self.box_head(self.box_roi_pool(maps, boxes, sizes))
@@ -180,7 +160,8 @@ def build_detector(
             box_batch_size_per_image=regions,
             rpn_post_nms_top_n_test=PROPOSALS[spec.form],
         )
-    model.roi_heads = RegionHeads.from_torchvision(model.roi_heads, spec.context)
+    model.roi_heads.__class__ = RegionHeads  # which FasterRCNN cannot be told to make
+    model.roi_heads.context = spec.context
     return model
 
 

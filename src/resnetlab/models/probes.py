@@ -1,11 +1,13 @@
-"""Measurements inside a network: layer responses, and forward and backward signals."""
+"""Measurements inside a network: layer responses, blocks' contributions, and forward and backward signals."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from functools import partial
+from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -101,13 +103,21 @@ def measure_signals(net: ResNet, x: Tensor, labels: Tensor) -> list[LayerSignal]
 def trace_units(net: ResNet, x: Tensor) -> tuple[list[UnitActivations], Tensor]:
     """Runs a residual net and returns the activations of every unit, and the logits (B, classes)."""
     net = copy_sharing_weights(net).train(net.training)
-    inputs: dict[str, Tensor] = {}
     residuals: dict[str, Tensor] = {}
-    outputs: dict[str, Tensor] = {}
+    units: list[UnitActivations] = []
     for name, block in net.blocks():
-        _record_unit(block, name, inputs, residuals, outputs)
+        block.residual = partial(_record_residual, block.residual, residuals, name)  # type: ignore[method-assign]
+        block.register_forward_hook(
+            lambda _, args, y, name=name: units.append(UnitActivations(name, args[0], residuals[name], y))
+        )
     logits = net(x)
-    return [UnitActivations(name, inputs[name], residuals[name], outputs[name]) for name in outputs], logits
+    return units, logits
+
+
+def _record_residual(residual: Callable[[Tensor], Tensor], found: dict[str, Tensor], name: str, x: Tensor) -> Tensor:
+    """F(x) of a block, which is recorded."""
+    found[name] = y = residual(x)
+    return y
 
 
 def measure_identity_flow(net: ResNet, x: Tensor, labels: Tensor) -> list[IdentityFlow]:
@@ -169,14 +179,44 @@ def _forward_with_hook(net: ResNet, hook: Callable[[str, Tensor], None], x: Tens
             handle.remove()
 
 
-def _record_unit(block: Block, name: str, inputs: Any, residuals: Any, outputs: Any) -> None:
-    """Makes a block record its input, F and output."""
+def measure_contributions(net: ResNet, x: Tensor) -> dict[str, Tensor]:
+    """Measures |F(x)| / |shortcut| of every block: name -> float32 (B,), in forward order; empty for a plain net.
+
+    Both are measured as they enter the addition, so gates and constant factors are included. The norms are L2 over an image's
+    whole feature map (2015 §4.2, "Analysis of Layer Responses", measures F only).
+
+    Args:
+        net: in eval mode.
+        x: normalised images, (B, C, H, W), on the network's device.
+    """
+    net = copy_sharing_weights(net)
+    found: dict[str, Tensor] = {}
+    for name, block in net.blocks():
+        if not block.plain:
+            block.residual = _record_ratio(name, block, found)  # type: ignore[assignment, method-assign]
+    net(x)
+    return found
+
+
+def _record_ratio(name: str, block: Block, found: dict[str, Tensor]) -> Callable[[Tensor], Tensor]:
+    """Wraps a block's F so that it also records the ratio of the norms."""
     original = block.residual
 
     def residual(x: Tensor) -> Tensor:
-        residuals[name] = y = original(x)
-        return y
+        f = original(x)
+        shortcut = x if block.downsample is None else block.downsample(x)
+        if block.junction is None:
+            added, passed = f, shortcut
+        else:  # linear in both, so each can be evaluated with the other at zero
+            zero = f.new_zeros(())
+            added, passed = block.junction(x, zero, f), block.junction(x, shortcut, zero)
+        tiny = torch.finfo(torch.float32).tiny
+        found[name] = _l2_norm(added) / _l2_norm(passed).clamp_min(tiny)
+        return f
 
-    block.residual = residual  # type: ignore[method-assign]
-    block.register_forward_pre_hook(lambda _, args: inputs.__setitem__(name, args[0]))
-    block.register_forward_hook(lambda _, __, y: outputs.__setitem__(name, y))
+    return residual
+
+
+def _l2_norm(x: Tensor) -> Tensor:
+    norm: Tensor = torch.linalg.vector_norm(x.float().flatten(1), dim=1)
+    return norm

@@ -68,13 +68,9 @@ def detect(nets: Sequence[FasterRCNN], image: Tensor, testing: DetectionOptions)
 def _propose_boxes(net: FasterRCNN, image: Tensor) -> tuple[ImageScale, Tensor]:
     """The image at the network's own scale, and the boxes proposed there, (N, 4)."""
     images, _ = net.transform([image])
-    maps = _compute_maps(net, images.tensors)
+    maps = net.backbone(images.tensors)
     proposals, _ = net.rpn(images, maps)
     return ImageScale(maps, images.image_sizes[0]), proposals[0]
-
-
-def _compute_maps(net: FasterRCNN, x: Tensor) -> dict[str, Tensor]:
-    return cast(dict[str, Tensor], net.backbone(x))
 
 
 def _compute_scale(net: FasterRCNN, image: Tensor, side: int) -> ImageScale:
@@ -86,7 +82,7 @@ def _compute_scale(net: FasterRCNN, image: Tensor, side: int) -> ImageScale:
         images, _ = transform([image])
     finally:
         transform.min_size, transform.max_size = sizes
-    return ImageScale(_compute_maps(net, images.tensors), images.image_sizes[0])
+    return ImageScale(net.backbone(images.tensors), images.image_sizes[0])
 
 
 def _predict_regions(
