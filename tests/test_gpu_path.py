@@ -109,8 +109,8 @@ def test_the_wait_of_an_evaluation_for_queued_steps_counts_as_steps(
     output = StepOutput(torch.tensor(1.0), torch.tensor(0.5), torch.tensor(1.0))
     with here.closing():
         for _ in range(6):
-            here.start_step()
-            here.batch_ready()
+            here.timer.start()
+            here.timer.batch_ready()
             queue.seconds += 0.02
             train_state.state.step += 1
             train_state.state.replayed_steps += 1
@@ -132,9 +132,9 @@ def test_a_full_queue_is_no_wait_for_images(tmp_path: Path, monkeypatch: pytest.
         for reading in (0.0, 0.02):
             monkeypatch.setattr(ClassificationTask, "seconds_reading", reading * 2)
             for _ in range(2):
-                here.start_step()
+                here.timer.start()
                 time.sleep(0.02)  # launches that wait until the queue has room
-                here.batch_ready()
+                here.timer.batch_ready()
                 train_state.state.step += 1
                 here.end_step(output, 0.1)
             lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()

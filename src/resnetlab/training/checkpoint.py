@@ -58,8 +58,9 @@ class TrainState:
         optimizer = OPTIMIZERS[recipe.optimizer](net, recipe)
         exchange = None
         if config.world.size > 1:
-            parameters, how = list(optimizer.parameters.values()), (recipe.grad_reduce, recipe.grad_compression)
-            exchange = GradientExchange(parameters, config.world, reduce=how[0], compression=how[1])
+            parameters = list(optimizer.parameters.values())
+            reduce, compression = recipe.grad_reduce, recipe.grad_compression
+            exchange = GradientExchange(parameters, config.world, reduce=reduce, compression=compression)
         scale = torch.empty((), device=config.device) if config.precision == "fp16" else None
         return TrainState(task, optimizer, average, BatchNormStatistics(net), RunState(), exchange, scale)
 

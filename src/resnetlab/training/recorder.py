@@ -58,7 +58,11 @@ class RunStopped(ResNetLabError):
 
 
 class Recorder:
-    """Records a run step by step; only the first process writes files."""
+    """Records a run step by step; only the first process writes files.
+
+    Attributes:
+        timer: to be told when a step starts and when its batch is ready.
+    """
 
     def __init__(self, train_state: TrainState, context: RunContext, request: StopRequest) -> None:
         self._train_state, self._context, self._request = train_state, context, request
@@ -69,17 +73,13 @@ class Recorder:
             recipe = train_state.recipe
             step, config = train_state.state.step, recipe.to_json() | {"data": strip_signature(recipe.data)}
             self._trackers = Trackers(context.run, step, config, context.options.report)
-        self._timer, self._saved = StepTimer(train_state.state), time.monotonic()
+        self.timer, self._saved = StepTimer(train_state.state), time.monotonic()
         self._checkpoints = CheckpointWriter(context.run)
         self._agreed: Future[tuple[int, ...]] | None = None
         self._reported_others = False
         self._held_out: Mapping[str, float] = {}
         self._evaluation_seconds = 0.0  # of the last one
         self._refresh_report = Throttle(partial(self._task.write_running_report, context.run))
-
-    @property
-    def how_to_resume(self) -> str:
-        return f"resume with: {self._task.command} --resume {self._context.run.path}"
 
     @contextlib.contextmanager
     def closing(self) -> Iterator[None]:
@@ -94,14 +94,6 @@ class Recorder:
                 self._trackers.close()
                 self.note_skipped(self._task.skipped)
 
-    def start_step(self) -> None:
-        """Starts the step's time."""
-        self._timer.start()
-
-    def batch_ready(self) -> None:
-        """Ends the time of waiting for the step's batch."""
-        self._timer.batch_ready()
-
     def end_step(self, output: StepOutput, lr: float) -> None:
         """Logs, evaluates, saves and stops where it is time to; `TrainState.is_done` says whether the run ends here.
 
@@ -109,7 +101,7 @@ class Recorder:
             StopSignal: a stop was requested; the step is saved.
             DivergedError, RunError: the loss is not finite; a file cannot be written.
         """
-        self._timer.computed()
+        self.timer.computed()
         self._checkpoints.check()
         train_state, recipe, world = self._train_state, self._train_state.recipe, self._world
         state = train_state.state
@@ -123,7 +115,7 @@ class Recorder:
         if logging or saving or evaluating or self._task.device_config.device.type == "cpu":
             # on a GPU this waits for the queued steps, whose time then counts as theirs: only where something else waits
             _check_finite(state, lr, world)
-        self._timer.stop()
+        self.timer.stop()
         if logging:
             figures = self._log(output, lr)
         if evaluating:
@@ -145,7 +137,8 @@ class Recorder:
             if not last:
                 self._refresh_report()
         if signum and not last:
-            raise StopSignal(signum, f"stopped at step {state.step:,}, which is saved; {self.how_to_resume}")
+            how_to_resume = self._task.how_to_resume(self._context.run)
+            raise StopSignal(signum, f"stopped at step {state.step:,}, which is saved; {how_to_resume}")
         if stop:
             raise RunStopped(self._context.run.path, state.step, self._held_out)
 
@@ -219,7 +212,7 @@ class Recorder:
             "lr": lr,
             "gradient_norm": float(output.grad_norm),
             "images_per_second": recipe.batch * state.step / state.step_seconds,
-            "share_waiting": self._timer.share_waiting(
+            "share_waiting": self.timer.share_waiting(
                 None if self._task.device_config.device.type == "cpu" else self._task.seconds_reading
             ),
             "seconds": state.seconds,
@@ -231,9 +224,9 @@ class Recorder:
     def _report_other_programs(self) -> None:
         """Reports, once, that other programs take much of the CPU time that training could have."""
         device_config, threads = self._task.device_config, min(self._task.busy_threads, count_cores())
-        if self._reported_others or device_config.device.type != "cpu" or self._timer.computing < MIN_COMPUTING:
+        if self._reported_others or device_config.device.type != "cpu" or self.timer.computing < MIN_COMPUTING:
             return
-        if (taken := 1 - self._timer.cpu_seconds / (threads * self._timer.computing)) > SHARE_OF_OTHERS:
+        if (taken := 1 - self.timer.cpu_seconds / (threads * self.timer.computing)) > SHARE_OF_OTHERS:
             self._reported_others = True
             self._context.options.report(
                 f"other programs take {taken:.0%} of the CPU time that this run could have; the time left counts with that"
@@ -282,16 +275,15 @@ class Recorder:
             images_per_second=figures["images_per_second"],
             # a first step that compiled tells nothing about the others
             seconds_left=math.nan
-            if self._timer.count == 1 and self._task.device_config.compiled
-            else self._timer.seconds_per_step() * (steps - state.step)
-            + evaluated * self._seconds_per_evaluated_image(),
+            if self.timer.count == 1 and self._task.device_config.compiled
+            else self.timer.seconds_per_step() * (steps - state.step) + evaluated * self._seconds_per_evaluated_image(),
         )
 
     def _seconds_per_evaluated_image(self) -> float:
         """As in the last evaluation; before the first, a third of an image's share of a step."""
         if self._evaluation_seconds and len(self._task.held_out):
             return self._evaluation_seconds / len(self._task.held_out)
-        return self._timer.seconds_per_step() / self._train_state.recipe.batch / 3
+        return self.timer.seconds_per_step() / self._train_state.recipe.batch / 3
 
 
 def _check_finite(state: RunState, lr: float, world: World) -> None:

@@ -66,7 +66,19 @@ class TensorBoard:
         self._writer.close()
 
 
-class WeightsAndBiases:
+class _LoggedRun:
+    """A run of Weights & Biases, or of Trackio, which has the same functions."""
+
+    _run: Any
+
+    def write(self, step: int, figures: Mapping[str, float]) -> None:
+        self._run.log(dict(figures), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class WeightsAndBiases(_LoggedRun):
     """A run of Weights & Biases; WANDB_PROJECT, WANDB_MODE and its other variables apply."""
 
     def __init__(self, tracked: TrackedRun) -> None:
@@ -82,12 +94,6 @@ class WeightsAndBiases:
             dir=tracked.run.path,
         )
         self.run_id = self._run.id
-
-    def write(self, step: int, figures: Mapping[str, float]) -> None:
-        self._run.log(dict(figures), step=step)
-
-    def close(self) -> None:
-        self._run.finish()
 
 
 class MLflow:
@@ -117,7 +123,7 @@ class MLflow:
         self._client.set_terminated(self.run_id)
 
 
-class Trackio:
+class Trackio(_LoggedRun):
     """A run in Trackio's local database; TRACKIO_PROJECT names the project."""
 
     def __init__(self, tracked: TrackedRun) -> None:
@@ -127,12 +133,6 @@ class Trackio:
         self.run_id = tracked.run_id or tracked.name
         config = dict(tracked.config)
         self._run = trackio.init(project, name=self.run_id, config=config, resume="allow", embed=False)
-
-    def write(self, step: int, figures: Mapping[str, float]) -> None:
-        self._run.log(dict(figures), step=step)
-
-    def close(self) -> None:
-        self._run.finish()
 
 
 TRACKERS: dict[str, Callable[[TrackedRun], Tracker]] = {

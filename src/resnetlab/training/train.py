@@ -111,7 +111,7 @@ def train_to_end(task: Task, context: RunContext) -> TrainResult:
     state, out_of_memory = train_state.state, False
     if state.step:
         context.options.report(f"resuming from step {state.step:,}")
-    how_to_resume = f"resume with: {task.command} --resume {context.run.path}"
+    how_to_resume = task.how_to_resume(context.run)
     with catch_stop_signals() as request, explain_full_disk(how_to_resume):
         recorder = Recorder(train_state, context, request)
         gradients = select_gradients(train_state, recorder.report_graph)
@@ -128,10 +128,10 @@ def train_to_end(task: Task, context: RunContext) -> TrainResult:
                 if task.device_config.compiled and task.device_config.world.size == 1:
                     request.stop_immediately(f"stopped while compiling, at step {state.step:,}; {how_to_resume}")
                 while not train_state.is_done:
-                    recorder.start_step()
+                    recorder.timer.start()
                     lr = learning_rate(recipe, state.step, state.warmup_end, state.lr_drops)
                     micro_batches = task.micro_batches(state.step)
-                    recorder.batch_ready()
+                    recorder.timer.batch_ready()
                     output = train_step(train_state, micro_batches, lr, gradients)
                     request.deferred = True
                     recorder.end_step(output, lr)
@@ -308,7 +308,7 @@ def _read_run(run: RunFolder, task_name: str, requested: Overrides | BaseRecipe,
         raise RunError(f"{run.path} is a run of the task {name!r}, which this version of resnetlab does not know.")
     task = TASKS[name]
     if name != task_name:
-        raise RunError(f"{run.path} is a run of another task; resume with: {task.command} --resume {run.path}")
+        raise RunError(f"{run.path} is a run of another task; {task.how_to_resume(run)}")
     before, environment = task.recipe_type.from_values(values), run.read_json("environment.json")
     asked = requested.data if isinstance(requested, Overrides) and isinstance(before, Recipe) and environment else None
     moved_to = asked if asked and sources.may_have_moved(before.data, asked) else ""

@@ -6,7 +6,8 @@ import hashlib
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from operator import methodcaller
 from pathlib import Path
 from typing import Any, ClassVar, Generic, NamedTuple, Self, TypeVar
 
@@ -21,9 +22,8 @@ from resnetlab.data.error_policy import ErrorPolicy
 from resnetlab.device import DeviceConfig
 from resnetlab.distributed import World
 from resnetlab.errors import DataError, UsageError, unknown_name_error
-from resnetlab.formatting import format_count
 from resnetlab.inference.start import choose_specification, load_start, resolve_start
-from resnetlab.models.annotated_model import AnnotatedModel, build_annotated_net
+from resnetlab.models.annotated_model import HEAD_SPECS, AnnotatedModel, build_annotated_net
 from resnetlab.models.cost import count_parameters
 from resnetlab.models.head_spec import HeadSpec
 from resnetlab.models.resnet import ResNet, build_from_spec
@@ -31,8 +31,7 @@ from resnetlab.models.spec import Specification, get_specification, nearest_name
 from resnetlab.random import seed_for
 from resnetlab.run_folder import RunFolder, write_atomically
 from resnetlab.training.annotated_recipes import AnnotatedRecipe
-from resnetlab.training.annotated_report import EvaluationSummary, render_annotated_report
-from resnetlab.training.report import RunDescription
+from resnetlab.training.report import EvaluationSummary, RunDescription, render_annotated_report
 from resnetlab.training.result import TrainResult
 from resnetlab.training.run_state import RunState
 from resnetlab.training.tasks.base import Task, TaskSetup
@@ -54,6 +53,7 @@ class AnnotatedTask(Task, Generic[P, S]):
     """
 
     metrics: ClassVar[tuple[str, ...]]  # that the result has beside those of every task
+    held_out_metrics: ClassVar[tuple[str, ...]]  # that are evaluated while training, the most important first
 
     recipe: AnnotatedRecipe
     net: nn.Module
@@ -82,10 +82,10 @@ class AnnotatedTask(Task, Generic[P, S]):
         train, held_out, holdout = divide_images(data, recipe.val_images)
         recipe = setup.rescale(recipe, len(train))
         # what cannot be evaluated is found now, not after the last step
-        held_out = tuple(image for image, _ in data.errors.read_each(held_out, read_pixels))
-        test = tuple(image for image, _ in data.errors.read_each(data.test, read_pixels))
+        held_out = tuple(image for image, _ in data.errors.read_each(held_out, methodcaller("read_pixels")))
+        test = tuple(image for image, _ in data.errors.read_each(data.test, methodcaller("read_pixels")))
         some = train[:: max(1, len(train) // STATISTICS_IMAGES)]  # evenly spaced
-        images = (pixels for _, pixels in data.errors.read_each(some, read_pixels))
+        images = (pixels for _, pixels in data.errors.read_each(some, methodcaller("read_pixels")))
         start = build_starting_network(recipe, resolve_start(recipe.start_from, setup.started_in), images)
         if not recipe.net:
             name, changes = nearest_name(start.net.spec)
@@ -128,11 +128,7 @@ class AnnotatedTask(Task, Generic[P, S]):
             f"{task.title} on {recipe.data}: {task.describe_data()} to train on, {len(held_out):,} held out, "
             f"{len(task.test):,} to test on{task.test_origin}; {count_parameters(task.net):,} parameters"
         )
-        epochs = recipe.steps * recipe.batch / len(train)
-        setup.options.report(
-            f"{format_count(recipe.steps, 'step')} of {format_count(recipe.batch, 'image')} "
-            f"{'is' if recipe.steps == 1 else 'are'} {epochs:,.1f} epochs (--epochs changes that)"
-        )
+        setup.options.report(task.describe_length())
         return task
 
     @property
@@ -150,9 +146,11 @@ class AnnotatedTask(Task, Generic[P, S]):
         """Loads images with annotations."""
 
     @classmethod
-    @abstractmethod
     def choose_head(cls, recipe: Any, start: StartingNetwork, train: Sequence[P]) -> HeadSpec:
-        """The specification of the head."""
+        """The specification of the head, which has the recipe's values."""
+        kind = HEAD_SPECS[cls.name]
+        values = {f.name: getattr(recipe, f.name) for f in fields(kind) if hasattr(recipe, f.name)}
+        return kind(mean=start.mean, std=start.std, **values)
 
     @classmethod
     def head_options(cls, recipe: Any) -> dict[str, Any]:
@@ -177,6 +175,13 @@ class AnnotatedTask(Task, Generic[P, S]):
     def evaluate(self, images: Sequence[P]) -> Any:
         """Evaluates the network with its current weights."""
 
+    def evaluate_held_out(self) -> dict[str, float] | None:
+        """The figures `held_out_metrics` on the held-out images."""
+        if not self.held_out:
+            return None
+        metrics = self.evaluate(self.held_out)
+        return {key: getattr(metrics, key) for key in self.held_out_metrics}
+
     @abstractmethod
     def summarise_evaluation(self, result: Any, metrics: Any) -> EvaluationSummary:
         """What the report shows of the evaluation."""
@@ -190,16 +195,6 @@ class AnnotatedTask(Task, Generic[P, S]):
         """This process's micro-batches of step `step`."""
         return self.loader.micro_batches(step)
 
-    def annotated_model(self, metrics: Mapping[str, Mapping[str, Any]]) -> AnnotatedModel:
-        """The content of the model file."""
-        from resnetlab import __version__
-
-        versions = {"resnetlab": __version__, "torch": torch.__version__}
-        recipe = replace(self.recipe, threads=0).to_json()  # the number of threads does not change the model
-        return AnnotatedModel(
-            self.name, self.net, self.spec, self.head_spec, self.classes, recipe, metrics, self.data, versions
-        )
-
     def finish(self, run: RunFolder, state: RunState) -> TrainResult:
         """Evaluates the final weights on the test split, once; writes model and report."""
         start = time.perf_counter()
@@ -209,7 +204,9 @@ class AnnotatedTask(Task, Generic[P, S]):
         values = metrics.to_json()
         measured = {self.evaluated_split: values} | ({"held_out": held_out} if held_out else {})
         if is_first:
-            self.annotated_model(measured).save(run.model)
+            shared = replace(recipe, threads=0).to_json()  # the number of threads does not change the model
+            parts = (self.net, self.spec, self.head_spec, self.classes, shared, measured, self.data, self.versions)
+            AnnotatedModel(self.name, *parts).save(run.model)
         state.seconds += time.perf_counter() - start
         result = self.result_type(
             **self.result_values(run, state, values["n"]), **{key: values[key] for key in self.metrics}
@@ -220,11 +217,6 @@ class AnnotatedTask(Task, Generic[P, S]):
             summary = self.summarise_evaluation(result, metrics)
             write_atomically(run.report, render_annotated_report(description, self.name, result, summary))
         return result
-
-
-def read_pixels(image: AnnotatedItem) -> Tensor:
-    """Reads an image, uint8 (H, W, 3); raises DataError."""
-    return image.read_pixels()
 
 
 class StartingNetwork(NamedTuple):

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from resnetlab.data.annotated_sampler import AnnotatedLoader
@@ -16,8 +17,8 @@ from resnetlab.data.sampler import TrainLoader
 from resnetlab.device import DeviceConfig
 from resnetlab.distributed import World
 from resnetlab.errors import RunError
+from resnetlab.formatting import format_count
 from resnetlab.models.cost import count_parameters
-from resnetlab.process_place import read_process_place
 from resnetlab.run_folder import RunFolder
 from resnetlab.training import recipes
 from resnetlab.training.recipe import BaseRecipe
@@ -49,11 +50,6 @@ class TaskSetup:
         """Processes that decode images."""
         workers = self.options.workers
         return default_workers(self.device_config) if workers is None else workers
-
-    @property
-    def is_first_here(self) -> bool:
-        """Whether this is the first process on its machine, which opens images beforehand."""
-        return read_process_place().is_first_here
 
     def rescale(self, recipe: R, images: int) -> R:
         """The recipe at the length that is given in epochs of `images` images, if one is."""
@@ -103,6 +99,12 @@ class Task(ABC):
     @abstractmethod
     def num_train_images(self) -> int:
         """The number of images to train on."""
+
+    def describe_length(self) -> str:
+        """A sentence on how many epochs the run's steps are."""
+        steps, images = format_count(self.recipe.steps, "step"), format_count(self.recipe.batch, "image")
+        epochs = self.recipe.steps * self.recipe.batch / self.num_train_images
+        return f"{steps} of {images} {'is' if self.recipe.steps == 1 else 'are'} {epochs:,.1f} epochs (--epochs changes that)"
 
     @classmethod
     @abstractmethod
@@ -178,6 +180,18 @@ class Task(ABC):
     def out_of_memory_error(self) -> RunError:
         """The error for a step that does not fit into memory."""
         return RunError("this batch does not fit into memory; take a smaller one: --set batch=…")
+
+    @classmethod
+    def how_to_resume(cls, run: RunFolder) -> str:
+        """The command that goes on with a run, for messages."""
+        return f"resume with: {cls.command} --resume {run.path}"
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """What the model file records of the programs that trained it."""
+        from resnetlab import __version__
+
+        return {"resnetlab": __version__, "torch": torch.__version__}
 
     def close(self) -> None:
         """Stops the processes that read data."""

@@ -37,6 +37,7 @@ from resnetlab.models.resnet import ResNet, warn_small_image
 from resnetlab.models.spec import nearest_name
 from resnetlab.nn.batchnorm import convert_sync_batchnorm
 from resnetlab.preprocessing import Preprocessing
+from resnetlab.process_place import read_process_place
 from resnetlab.run_folder import RunFolder, write_atomically
 from resnetlab.training import report
 from resnetlab.training.average import reestimate_bn_statistics
@@ -121,8 +122,9 @@ class ClassificationTask(Task):
         shape = Preprocessing(channels, (size, size), recipe.eval_resize or size, mean, std, dtype=dtype)
         recipe = name_own_transform(resolve_val_images(resolve_shards(recipe, source, world), source), setup)
         train, held_out, test, holdout = divide_images(recipe, source, shape)
-        for split in (each for each in (held_out, test) if isinstance(each, DiskSplit) and setup.is_first_here):
-            split.require_readable()
+        for split in (held_out, test) if read_process_place().is_first_here else ():
+            if isinstance(split, DiskSplit):
+                split.require_readable()
         recipe = setup.rescale(recipe, len(train))
         preprocessing = add_statistics(recipe.normalise, choose_sample(recipe, train), shape, start)
         fingerprints, trained_on = (start.fingerprints, start.data.get("fingerprint", "")) if start else ({}, "")
@@ -194,10 +196,7 @@ class ClassificationTask(Task):
         size = f"{self.preprocessing.size[0]}x{self.preprocessing.size[1]} pixels"
         sentences = [f"{self._network} on {data}: {counts}; {size}; {count_parameters(self.net):,} parameters"]
         if not sources.is_builtin(recipe.data):
-            steps, epochs = format_count(recipe.steps, "step"), recipe.steps * recipe.batch / n
-            verb = "is" if recipe.steps == 1 else "are"
-            images = format_count(recipe.batch, "image")
-            sentences.append(f"{steps} of {images} {verb} {epochs:,.1f} epochs (--epochs changes that)")
+            sentences.append(self.describe_length())
         if not recipe.start_from and recipe.net in PRETRAINED and n < FEW_IMAGES * len(self.classes):
             sentences.append(
                 f"fewer than {FEW_IMAGES} images a class are few to learn from alone; ImageNet's weights to begin with: "
@@ -332,8 +331,6 @@ class ClassificationTask(Task):
 
     def trained_model(self, metrics: Mapping[str, Mapping[str, Any]]) -> TrainedModel:
         """The content of the model file."""
-        from resnetlab import __version__
-
         seen = [self.loader.split, *([self.held_out] if "evaluated while training" in self.holdout else [])]
         held_out = [self.test] if self.evaluated_split in self.holdout else []
         return TrainedModel(
@@ -343,7 +340,7 @@ class ClassificationTask(Task):
             recipe=self._shared_recipe.to_json(),
             metrics=metrics,
             data=self.data,
-            versions={"resnetlab": __version__, "torch": torch.__version__},
+            versions=self.versions,
             fingerprints=record_fingerprints(seen, held_out, self.start_fingerprints),
         )
 

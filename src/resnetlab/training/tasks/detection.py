@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,9 +19,9 @@ from resnetlab.errors import DataError
 from resnetlab.evaluation import overlays
 from resnetlab.evaluation.detection import DetectionMetrics, compute_detection_metrics, predict_boxes, require_coco_eval
 from resnetlab.formatting import format_count, format_split
-from resnetlab.models.head_spec import DetectionOptions, DetectorSpec
+from resnetlab.models.head_spec import DetectionOptions, DetectorSpec, HeadSpec
 from resnetlab.training.annotated_recipes import DetectionRecipe
-from resnetlab.training.annotated_report import MAX_IMAGES, EvaluationSummary
+from resnetlab.training.report import MAX_IMAGES, EvaluationSummary
 from resnetlab.training.result import DetectionResult
 from resnetlab.training.tasks.annotated import AnnotatedTask, StartingNetwork
 
@@ -55,6 +55,7 @@ class DetectionTask(AnnotatedTask[AnnotatedImage, DetectionSample]):
     nondeterministic_on_gpu = "the gradients of region features (ROI align)"
     skipped_one, skipped_many = "box or image was invalid", "boxes or images were invalid"
     metrics = ("map", "map_50", "voc_map", "per_class")
+    held_out_metrics = ("map_50", "map")
 
     recipe: DetectionRecipe
     head_spec: DetectorSpec
@@ -66,14 +67,10 @@ class DetectionTask(AnnotatedTask[AnnotatedImage, DetectionSample]):
         return data
 
     @classmethod
-    def choose_head(
-        cls, recipe: DetectionRecipe, start: StartingNetwork, train: Sequence[AnnotatedImage]
-    ) -> DetectorSpec:
+    def choose_head(cls, recipe: DetectionRecipe, start: StartingNetwork, train: Sequence[AnnotatedImage]) -> HeadSpec:
         """The detector's specification; its anchors are chosen from the training boxes unless the recipe gives them."""
-        keys = ("image_size", "longest", "bn", "frozen", "form", "context", "pyramid")
         anchors = recipe.anchors or choose_anchors(train, recipe.image_size, recipe.longest, recipe.form)
-        values: dict[str, Any] = {key: getattr(recipe, key) for key in keys}
-        return DetectorSpec(mean=start.mean, std=start.std, anchors=anchors, **values)
+        return super().choose_head(replace(recipe, anchors=anchors), start, train)
 
     @classmethod
     def head_options(cls, recipe: DetectionRecipe) -> dict[str, Any]:
@@ -104,13 +101,6 @@ class DetectionTask(AnnotatedTask[AnnotatedImage, DetectionSample]):
         """Evaluates the network with its current weights."""
         truth, detections = predict_boxes([self.net], images, self.device_config, DetectionOptions(), self.errors)
         return compute_detection_metrics(truth, detections, self.classes)
-
-    def evaluate_held_out(self) -> dict[str, float] | None:
-        """mAP@.5 and mAP on the held-out images."""
-        if not self.held_out:
-            return None
-        metrics = self.evaluate(self.held_out)
-        return {"map_50": metrics.map_50, "map": metrics.map}
 
     def summarise_evaluation(self, result: DetectionResult, metrics: DetectionMetrics) -> EvaluationSummary:
         count = sum(row["n"] for row in result.per_class)

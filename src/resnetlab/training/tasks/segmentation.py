@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,9 +23,9 @@ from resnetlab.evaluation.segmentation import SegmentationMetrics, compute_segme
 from resnetlab.formatting import format_count, format_split
 from resnetlab.models.head_spec import SegmenterSpec
 from resnetlab.training.annotated_recipes import SegmentationRecipe
-from resnetlab.training.annotated_report import MAX_IMAGES, EvaluationSummary
+from resnetlab.training.report import MAX_IMAGES, EvaluationSummary
 from resnetlab.training.result import SegmentationResult
-from resnetlab.training.tasks.annotated import AnnotatedTask, StartingNetwork
+from resnetlab.training.tasks.annotated import AnnotatedTask
 
 COLUMNS = (("class", "class"), ("pixels", "pixels"), ("iou", "IoU"))
 
@@ -66,6 +66,7 @@ class SegmentationTask(AnnotatedTask[MaskedImage, SegmentationSample]):
     result_type = SegmentationResult
     skipped_one, skipped_many = "mask or image was invalid", "masks or images were invalid"
     metrics = ("mean_iou", "pixel_error", "per_class")
+    held_out_metrics = ("mean_iou",)
 
     recipe: SegmentationRecipe
     head_spec: SegmenterSpec
@@ -73,14 +74,6 @@ class SegmentationTask(AnnotatedTask[MaskedImage, SegmentationSample]):
     @classmethod
     def load_data(cls, recipe: SegmentationRecipe, path: Path) -> AnnotatedDataset[MaskedImage]:
         return mask_dataset.load_masks(path, recipe.on_bad_mask, recipe.class_255)
-
-    @classmethod
-    def choose_head(
-        cls, recipe: SegmentationRecipe, start: StartingNetwork, train: Sequence[MaskedImage]
-    ) -> SegmenterSpec:
-        keys = ("image_size", "longest", "bn", "frozen", "head", "output_stride")
-        values: dict[str, Any] = {key: getattr(recipe, key) for key in keys}
-        return SegmenterSpec(mean=start.mean, std=start.std, **values)
 
     @classmethod
     def sample_maker(cls, recipe: SegmentationRecipe) -> Callable[[MaskedImage, AugmentationDraw], SegmentationSample]:
@@ -116,10 +109,6 @@ class SegmentationTask(AnnotatedTask[MaskedImage, SegmentationSample]):
     def segment(self, pixels: Tensor) -> Tensor:
         """The class of every pixel of an image by the current weights, uint8 (H, W, 3) -> int64 (H, W)."""
         return segment_image(self.net, pixels, self.head_spec, self.device_config)
-
-    def evaluate_held_out(self) -> dict[str, float] | None:
-        """Mean intersection over union on the held-out images."""
-        return {"mean_iou": self.evaluate(self.held_out).mean_iou} if self.held_out else None
 
     def summarise_evaluation(self, result: SegmentationResult, metrics: SegmentationMetrics) -> EvaluationSummary:
         images = []
