@@ -16,8 +16,8 @@ from resnetlab.data.dataset import Split
 from resnetlab.data.sampler import TrainLoader
 from resnetlab.device import DeviceConfig, select_device
 from resnetlab.models.resnet import build
-from resnetlab.preprocessing import Preprocessing
 from resnetlab.training.recipe import Recipe
+from resnetlab.training.tasks.classification_data import unnormalised
 
 TIMED_IMAGES = 8  # of a step on a CPU, whose time is in proportion to them
 MIN_ROUNDS = 10  # of a comparison: a program beside this one disturbs most of a few
@@ -67,22 +67,13 @@ def time_data_loading(split: Split, recipe: Recipe, classes: int) -> dict[str, f
     """
     device_config = select_device(recipe.precision)
     batch_size = min(recipe.batch, TIMED_IMAGES) if device_config.device.type == "cpu" else recipe.batch
-    channels = split.pixel_format.channels
-    shape = Preprocessing(
-        channels,
-        (recipe.image_size, recipe.image_size),
-        recipe.eval_resize or recipe.image_size,
-        torch.zeros(channels),
-        torch.ones(channels),
-        dtype=split.pixel_format.dtype,
-    )
-    crop = Crop(recipe.crop, recipe.scale, recipe.area)
+    shape, crop = unnormalised(recipe, split.pixel_format), Crop(recipe.crop, recipe.scale, recipe.area)
     loader = TrainLoader(split, shape, Augmentation(flip=recipe.flip, crop=crop), batch_size, 0, device_config)
     batch = loader.batch(0)
     start = time.perf_counter()
     for step in (1, 2):
         loader.batch(step)
     loaded = (time.perf_counter() - start) / 2
-    net = device_config.place(build(recipe.net, classes=classes, channels=channels)).train()
+    net = device_config.place(build(recipe.net, classes=classes, channels=shape.channels)).train()
     trained = sum(time_steps(net, batch.images, batch.labels, device_config, 2)) / 2
     return {"images_per_second": batch_size / loaded, "share_of_step": loaded / (loaded + trained)}

@@ -62,6 +62,7 @@ from resnetlab.training.tasks.classification_data import (
     resolve_size,
     resolve_val_images,
     size_of,
+    unnormalised,
 )
 from resnetlab.training.tasks.multi_label import check_label_sets, multi_label_loss
 from resnetlab.training.tasks.starting_network import build_network
@@ -113,13 +114,12 @@ class ClassificationTask(Task):
             known = ", ".join(map(repr, NORMALISATIONS))
             raise UsageError(f"unknown normalise {recipe.normalise!r}; known: {known}.")
         recipe, source = load_source(recipe, setup)
-        channels, dtype = source.train.pixel_format
+        channels = source.train.pixel_format.channels
         start_from = resolve_start(recipe.start_from, setup.started_in)
         net, begun, notes = build_network(recipe, start_from, channels, source.classes, setup.options.net)
         start, origin = (begun.model, {"start_from": begun.digest}) if begun else (None, {})
         recipe = resolve_size(recipe, start)
-        size, mean, std = recipe.image_size, torch.zeros(channels), torch.ones(channels)
-        shape = Preprocessing(channels, (size, size), recipe.eval_resize or size, mean, std, dtype=dtype)
+        shape = unnormalised(recipe, source.train.pixel_format)
         recipe = name_own_transform(resolve_val_images(resolve_shards(recipe, source, world), source), setup)
         train, held_out, test, holdout = divide_images(recipe, source, shape)
         for split in (held_out, test) if read_process_place().is_first_here else ():

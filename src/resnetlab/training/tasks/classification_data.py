@@ -53,6 +53,13 @@ def size_of(start: TrainedModel) -> dict[str, Any]:
     return {"image_size": start.preprocessing.size[0], "eval_resize": start.preprocessing.resize}
 
 
+def unnormalised(recipe: Recipe, pixel_format: PixelFormat) -> Preprocessing:
+    """The preprocessing of a recipe for images of a format, before the statistics of the training images are known."""
+    channels, side = pixel_format.channels, recipe.image_size
+    mean, std = torch.zeros(channels), torch.ones(channels)
+    return Preprocessing(channels, (side, side), recipe.eval_resize or side, mean, std, dtype=pixel_format.dtype)
+
+
 def resolve_val_images(recipe: Recipe, source: Dataset) -> Recipe:
     """The recipe with a number in place of A_TENTH: 0 where there is a val split, or the images cannot be divided so."""
     if recipe.val_images != A_TENTH:
