@@ -129,7 +129,7 @@ def test_a_run_fetches_what_it_reads_within_its_budget(
         most = max(most, sum(tar.stat().st_size for tar in self.tars if "train" in tar.name and tar.is_file()))
 
     monkeypatch.setattr(RemoteShards, "fetch", watch)
-    monkeypatch.setattr("resnetlab.data.shard_fetcher.PAUSE", 0)
+    monkeypatch.setattr("resnetlab.data.remote_shards.LOOK_PAUSE", 0)
     monkeypatch.setattr("resnetlab.training.tasks.classification_data.SAMPLE", 5)
     expected = start_run(small, tmp_path / "local", RunOptions(device="cpu"))
     options = RunOptions(device="cpu", data_dir=tmp_path / "data", shard_space=space)

@@ -32,6 +32,7 @@ LIKELY_CHANNELS = 32  # more are only found if their number is given
 ORIENTATION, BITS, PHOTOMETRIC, DESCRIPTION, SAMPLES, EXTRA_SAMPLES, SAMPLE_FORMAT = 274, 258, 262, 270, 277, 338, 339
 COLOURS = {0: 1, 1: 1, 2: 3, 3: 1, 5: 4, 6: 3, 8: 3}  # photometric interpretation -> samples that are colours
 ALPHA = (1, 2)  # of extra samples: transparency
+UNKNOWN_WHITE = "has {} and does not define which value is white; save it with 8 or 16 bits."
 ARRAY_WRITERS = ('{"shape"', "ImageJ=", "<OME", "<?xml")  # how descriptions begin of TIFFs whose pages are one array
 
 
@@ -111,9 +112,8 @@ def put_channels_last(array: NDArray[Any], channels: int) -> NDArray[Any]:
         return array[..., None]
     shape = "x".join(map(str, array.shape))
     if array.ndim != 3:
-        raise DataError(
-            f"has {array.ndim} dimensions ({shape}); an image is height x width, with its channels first or last."
-        )
+        wanted = "an image is height x width, with its channels first or last"
+        raise DataError(f"has {array.ndim} dimensions ({shape}); {wanted}.")
     first, _, last = array.shape
     smaller = [n < sorted(array.shape)[1] for n in (first, last)]
     if channels and (first == channels) != (last == channels):
@@ -170,7 +170,6 @@ def _read_deep_colours(content: bytes, channels: int) -> NDArray[np.uint16]:
 
     Pillow drops the lower 8 bits.
     """
-    import torch
     from torchvision.io import ImageReadMode, decode_png
 
     try:
@@ -204,9 +203,7 @@ def _read_tiff(content: bytes, channels: int, limit: int) -> NDArray[Any] | None
         if bits == 16 and kind == 2 and image.mode == "I":
             values = values.astype(np.int16)
         elif image.mode == "I":
-            raise DataError(
-                "has 32 bits per value and does not define which value is white; save it with 8 or 16 bits."
-            )
+            raise DataError(UNKNOWN_WHITE.format("32 bits per value"))
         values = _fill_sixteen_bits(values[..., None], bits, tags.get(PHOTOMETRIC) == 0)
         return _turn_upright(values, read_orientation(image))
 
@@ -234,9 +231,8 @@ def _read_tiff_array(content: bytes, channels: int, limit: int) -> NDArray[Any]:
     try:
         import tifffile
     except ImportError:
-        raise DataError(
-            f"is a TIFF of several channels or pages; to read it, install: {install_hint('tiff')}"
-        ) from None
+        hint = install_hint("tiff")
+        raise DataError(f"is a TIFF of several channels or pages; to read it, install: {hint}") from None
     with tifffile.TiffFile(io.BytesIO(content)) as file:
         series, page = file.series[0], file.pages.first
         _require_size(page.imagewidth, page.imagelength, limit)

@@ -24,6 +24,7 @@ try:  # the extra "fast": the same pixels, faster
 except ImportError:
     simplejpeg = None
 
+from resnetlab.data import array_files
 from resnetlab.data.array_files import NPY, PNG, TIFF, count_tiff_channels, is_ordinary, read_array, read_orientation
 from resnetlab.errors import DataError, install_hint, warn
 from resnetlab.formatting import format_count
@@ -42,7 +43,7 @@ TRANSPOSITIONS = {  # a value of EXIF's orientation -> what turns the image upri
 START_OF_SCAN = 0xDA  # a JPEG's marker before its pixels
 PNG_METADATA = (b"eXIf", b"Raw profile type", b"XML:com.adobe.xmp")  # what may hold an orientation in a PNG
 TURNED = (5, 6, 7, 8)  # its values that exchange width and height
-BITS_PER_SAMPLE, PHOTOMETRIC, MAX_SAMPLE_VALUE, SAMPLE_FORMAT = 258, 262, 281, 339  # TIFF tags
+MAX_SAMPLE_VALUE = 281  # a TIFF tag
 # bytes that a PNG's profile, text or XMP may unpack to: Photoshop's and scanners' are larger than Pillow's limit of 1 MiB
 PngImagePlugin.MAX_TEXT_CHUNK = 64 * 2**20
 JPEG, EXIF = b"\xff\xd8\xff", b"Exif\0\0"  # their first bytes
@@ -249,7 +250,11 @@ def _open(source: Path | bytes) -> Image.Image:
         with contextlib.closing(open(source, "rb") if isinstance(source, Path) else io.BytesIO(source)) as file:
             head = file.read(32)
         if head.startswith((NPY, *TIFF)):  # of more channels than Pillow knows
-            return _open_array(source if isinstance(source, bytes) else source.read_bytes())
+            array = read_array(source if isinstance(source, bytes) else source.read_bytes())
+            if array is None or not is_ordinary(array):
+                given = array if array is None else PixelFormat(array.shape[2], array.dtype.name)
+                raise DataError(f"has {given}, where grey or RGB of 8 bits are expected.") from None
+            return Image.fromarray(array[..., 0] if array.shape[2] == 1 else array)
         if head[4:8] != b"ftyp" or head[8:12] not in HEIF_BRANDS:
             if kind := _describe_other_kind(head):
                 raise DataError(f"is not an image that can be read: it {kind}.") from None
@@ -267,15 +272,6 @@ def _describe_other_kind(head: bytes) -> str:
     start = head.removeprefix(codecs.BOM_UTF8).lstrip().lower()
     kind = next((words for begin, words in OTHER_KINDS.items() if start.startswith(begin)), "")
     return kind or ("is empty" if not head else "is a text" if head.isascii() and start.decode().isprintable() else "")
-
-
-def _open_array(content: bytes) -> Image.Image:
-    """A .npy or TIFF of 8-bit grey or RGB as a Pillow image; raises DataError for others."""
-    array = read_array(content)
-    if array is None or not is_ordinary(array):
-        found = array if array is None else PixelFormat(array.shape[2], array.dtype.name)
-        raise DataError(f"has {found}, where grey or RGB of 8 bits are expected.")
-    return Image.fromarray(array[..., 0] if array.shape[2] == 1 else array)
 
 
 def check_file_size(size: int, name: str) -> None:
@@ -307,9 +303,8 @@ def _name_errors(name: str) -> Iterator[None]:
     except UnidentifiedImageError:
         raise DataError(f"{name} is not an image that can be read ({', '.join(sorted(SUFFIXES))}).") from None
     except Image.DecompressionBombError:  # phones take images of 108 megapixels, at which Pillow only warns
-        raise DataError(
-            f"{name} claims more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels; make it smaller."
-        ) from None
+        limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
+        raise DataError(f"{name} claims more than {limit:,} pixels; make it smaller.") from None
     except DataError as error:
         raise DataError(f"{name} {error}") from None
     except Exception as error:  # the decoders of some thirty formats raise errors of many types
@@ -355,9 +350,9 @@ def _apply_orientation(image: Image.Image) -> Image.Image:
         raise DataError("has a fourth channel that is not transparency, where grey or RGB of 8 bits are expected.")
     if image.mode == "F" or (image.mode == "I" and image.format not in SIXTEEN_BIT_FORMATS):
         tags = getattr(image, "tag_v2", {})
-        signed = tags.get(SAMPLE_FORMAT) == (2,) and tags.get(BITS_PER_SAMPLE) == (16,)
+        signed = tags.get(array_files.SAMPLE_FORMAT) == (2,) and tags.get(array_files.BITS) == (16,)
         kind = "signed values of 16 bits" if signed else "32 bits per value"
-        raise DataError(f"has {kind} and does not define which value is white; save it with 8 or 16 bits.")
+        raise DataError(array_files.UNKNOWN_WHITE.format(kind))
     return _to_eight_bits(turn_upright(image), *_read_grey_scale(image))
 
 
@@ -372,10 +367,10 @@ def _read_grey_scale(image: Image.Image) -> tuple[int, bool]:
     tags = getattr(image, "tag_v2", None)
     if tags is None:
         return 16, False
-    bits, largest = tags.get(BITS_PER_SAMPLE, (16,))[0], tags.get(MAX_SAMPLE_VALUE)
+    bits, largest = tags.get(array_files.BITS, (16,))[0], tags.get(MAX_SAMPLE_VALUE)
     if largest:  # 12 bits in words of 16
         bits = min(bits, int(largest[0] if isinstance(largest, tuple) else largest).bit_length())
-    return max(bits, 8), tags.get(PHOTOMETRIC) == 0
+    return max(bits, 8), tags.get(array_files.PHOTOMETRIC) == 0
 
 
 def _to_eight_bits(image: Image.Image, bits: int, white_is_zero: bool) -> Image.Image:
@@ -427,12 +422,6 @@ def list_images(path: Path) -> Iterator[Path | DataError]:
         yield DataError(f"{path} holds no image ({', '.join(sorted(SUFFIXES))}).")
 
 
-def _resolve_ancestors(folder: str | Path) -> frozenset[str]:
-    """The folders above a folder, with and without links resolved: following a link to one would leave the folder."""
-    parents = {*Path(os.path.abspath(folder)).parents, *Path(os.path.realpath(folder)).parents}
-    return frozenset(map(os.path.realpath, parents))
-
-
 def is_image_name(name: str) -> bool:
     """Whether a file, by its name or its path with slashes, is one to read as an image: a known suffix, nothing hidden."""
     return os.path.splitext(name)[1].lower() in SUFFIXES and not any(map(is_hidden, name.split("/")))
@@ -446,9 +435,10 @@ def is_hidden(name: str) -> bool:
 def walk_folder(folder: str | Path, parents: frozenset[str] = frozenset()) -> Iterator[os.DirEntry[str] | DataError]:
     """Yields the files below a folder, by name within each, without hidden ones; an error for one that cannot be read.
 
-    Links are followed, but not back to `parents`, by default the folders above.
+    Links are followed, but not back to `parents`: by default the folders above, with and without links resolved.
     """
-    real, parents = os.path.realpath(folder), parents or _resolve_ancestors(folder)
+    real = os.path.realpath(folder)
+    parents = parents or frozenset(map(os.path.realpath, (*Path(os.path.abspath(folder)).parents, *Path(real).parents)))
     if real in parents:
         return
     try:

@@ -1,5 +1,7 @@
 """Downloads shards, with their indices and class names, to data_dir/shards, from a server or an object store.
 
+All of them at first, or each before it is read, within a budget of disk space from which those that are read last are removed.
+
 Shards that were downloaded before are used without a server. Only if one of the requested shards is missing or has another
 length, the server is asked about all of them, so that shards of two packings are never mixed.
 """
@@ -8,7 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Sequence
+import itertools
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +22,16 @@ from pathlib import Path
 from resnetlab.data import download
 from resnetlab.data.object_store import strip_secrets
 from resnetlab.data.tar_index import MAX_INDEX, index_path, scan_tar
-from resnetlab.errors import DataError
+from resnetlab.errors import DataError, ResNetLabError, UsageError
 from resnetlab.formatting import parse_json
 from resnetlab.run_folder import write_atomically
+from resnetlab.stopping import StopSignal
 
 CLASSES = "classes.txt"
 AT_ONCE = 8  # small files fetched at once
+FETCHED_AT_ONCE = 4  # shards fetched at once
+SHARE = 0.9  # of the free space that shards may take, if no budget is given
+LOOK_PAUSE = 0.5  # seconds between looks at what is needed next
 
 
 @dataclass(frozen=True)
@@ -80,9 +90,8 @@ def fetch_indices(urls: Sequence[str], data_dir: Path) -> RemoteShards:
         try:
             return int(parse_json(index.read_bytes())["bytes"])
         except (ValueError, KeyError, TypeError) as error:
-            raise DataError(
-                f"the index of {strip_secrets(url)} is damaged ({error}); pack the shards again."
-            ) from error
+            damaged = f"the index of {strip_secrets(url)} is damaged ({error})"
+            raise DataError(f"{damaged}; pack the shards again.") from error
 
     tars = tuple(_local_path(url, data_dir, "-as-needed") for url in urls)
     tars[0].parent.mkdir(parents=True, exist_ok=True)
@@ -158,8 +167,81 @@ def _completeness_check(url: str, index: bytes | None) -> Callable[[Path], None]
             elif part.stat().st_size != parse_json(index)["bytes"]:
                 raise DataError("its length is not what its index says")
         except (DataError, ValueError, KeyError, TypeError) as error:
-            raise DataError(
-                f"{strip_secrets(url)} did not arrive whole, or its index is damaged ({error}); try again."
-            ) from error
+            place = strip_secrets(url)
+            raise DataError(f"{place} did not arrive whole, or its index is damaged ({error}); try again.") from error
 
     return check
+
+
+class ShardFetcher:
+    """Keeps the shards that are needed next on this machine's disk; whoever reads another one fetches it itself.
+
+    Args:
+        shards_from: step -> numbers of the shards that are needed from it on, in that order, without end.
+        space: bytes that the shards may take; None for SHARE of what is free.
+        at_once: how many shards must fit into it.
+
+    Raises UsageError if they do not.
+    """
+
+    def __init__(
+        self, remote: RemoteShards, shards_from: Callable[[int], Iterator[int]], space: int | None, at_once: int
+    ) -> None:
+        self._remote, self._shards_from = remote, shards_from
+        free = shutil.disk_usage(remote.tars[0].parent).free
+        self._space = int(SHARE * (free + sum(remote.sizes[k] for k in remote.present()))) if space is None else space
+        # for readers that are faster than this, and fetch a shard themselves
+        self._reserve = FETCHED_AT_ONCE * max(remote.sizes)
+        need = min(sum(remote.sizes), at_once * max(remote.sizes)) + self._reserve
+        if self._space < need:
+            raise UsageError(
+                f"{at_once + FETCHED_AT_ONCE} shards must fit on this machine's disk, {need / 1e9:.3g} GB, of which "
+                f"{self._space / 1e9:.3g} GB may be used; make room, give more with --shard-space, or pack smaller shards."
+            )
+        self._step, self._closed, self._woken = 0, False, -LOOK_PAUSE
+        self._wake = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def advance(self, step: int) -> None:
+        """A step is about to be read."""
+        self._step = step
+        if (now := time.monotonic()) < self._woken + LOOK_PAUSE:
+            return
+        self._woken = now
+        self._wake.set()
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._work, name="shards", daemon=True)
+            self._thread.start()
+
+    def close(self) -> None:
+        """Fetches nothing more; shards under way are completed."""
+        self._closed = True
+        self._wake.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _work(self) -> None:
+        with ThreadPoolExecutor(FETCHED_AT_ONCE) as pool, contextlib.suppress(ResNetLabError, StopSignal):
+            while not self._closed:  # an error is raised again where the shard is read
+                self._wake.wait()
+                self._wake.clear()
+                while not self._closed and (missing := self._make_room()):
+                    list(pool.map(self._remote.fetch, missing))
+
+    def _make_room(self) -> list[int]:
+        """The next shards to fetch, for which there is room."""
+        wanted, size, space = dict[int, None](), 0, self._space - self._reserve
+        for shard in itertools.islice(self._shards_from(self._step), len(self._remote.urls)):
+            if shard not in wanted:
+                size += self._remote.sizes[shard]
+                if size > space:
+                    break
+                wanted[shard] = None
+        present = self._remote.present()
+        missing = [shard for shard in wanted if shard not in present][:FETCHED_AT_ONCE]
+        excess = sum(self._remote.sizes[k] for k in (*present, *missing)) - space
+        for shard in present:
+            if excess > 0 and shard not in wanted:
+                self._remote.remove(shard)
+                excess -= self._remote.sizes[shard]
+        return missing

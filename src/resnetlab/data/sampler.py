@@ -23,7 +23,7 @@ from resnetlab.data.device_decode import decode_images, decodes_on_device, pack_
 from resnetlab.data.keyed_permutation import KeyedPermutation, keyed_epoch
 from resnetlab.data.own_transform import Transform, TransformedReader
 from resnetlab.data.prefetch import BatchReader, LoadedBatch, Prefetcher, preprocess_image, stack_images
-from resnetlab.data.shard_fetcher import ShardFetcher
+from resnetlab.data.remote_shards import ShardFetcher
 from resnetlab.data.shard_order import BLOCK, ShardOrder
 from resnetlab.data.shards import ShardSource
 from resnetlab.device import DeviceConfig, to_device
