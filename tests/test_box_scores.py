@@ -103,7 +103,9 @@ def test_nothing_found_and_nothing_there() -> None:
 
 def test_iou_of_masks() -> None:
     confusion = torch.tensor([[6, 2, 0], [1, 3, 0], [0, 0, 0]])
-    evaluated = SegmentationMetrics(("a", "b", "c"), confusion, [MaskedImage("p", Path("p"), MaskFile(Path("m"), 3))])
+    evaluated = SegmentationMetrics(
+        ("a", "b", "c"), confusion, [MaskedImage("p", Path("p"), (0, 0), MaskFile(Path("m"), 3))]
+    )
     assert evaluated.iou == [6 / 9, 3 / 6, None] and evaluated.mean_iou == pytest.approx((6 / 9 + 3 / 6) / 2)
     assert evaluated.pixel_error == 3 / 12
 

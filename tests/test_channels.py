@@ -21,7 +21,7 @@ import resnetlab
 from images import png_of
 from resnetlab.cli.main import main
 from resnetlab.data import box_dataset, sources
-from resnetlab.data.annotations import read_image_of_size
+from resnetlab.data.annotations import AnnotatedItem
 from resnetlab.data.check import check_dataset
 from resnetlab.data.decode import decode_as, decode_pixels, find_pixel_format, read_header
 from resnetlab.data.disk_split import DiskSplit
@@ -221,7 +221,7 @@ def test_arrays_of_eight_bits_are_images_for_a_detector(tmp_path: Path) -> None:
     colours = random_array((20, 24, 3), "uint8")
     (tmp_path / "a.npy").write_bytes(npy(colours))
     assert read_header(tmp_path / "a.npy") == ((20, 24), False)
-    assert np.array_equal(read_image_of_size(tmp_path / "a.npy", (20, 24)).numpy(), colours)
+    assert np.array_equal(AnnotatedItem("a", tmp_path / "a.npy", (20, 24)).read_pixels().numpy(), colours)
     (tmp_path / "b.npy").write_bytes(npy(random_array((20, 24, 5), "uint16")))
     with pytest.raises(DataError, match=r"b\.npy has 5 channels of 16 bits, where grey or RGB of 8 bits are expected"):
         read_header(tmp_path / "b.npy")

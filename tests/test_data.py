@@ -13,12 +13,11 @@ from hypothesis import strategies as st
 
 from resnetlab.data import cifar, dataset, digits, sources
 from resnetlab.data.augment import Augmentation
-from resnetlab.data.keyed_permutation import KeyedPermutation, keyed_epoch
 from resnetlab.data.sampler import Sampler, TrainLoader, step_indices
 from resnetlab.device import select_device
 from resnetlab.errors import DataError, UsageError
 from resnetlab.preprocessing import Preprocessing, pixel_statistics
-from resnetlab.random import seed_for
+from resnetlab.random import KeyedPermutation, keyed_epoch, seed_for
 
 
 def test_digits_split_is_fixed_and_stratified() -> None:

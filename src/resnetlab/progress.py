@@ -6,7 +6,6 @@ import sys
 import time
 import unicodedata
 from collections.abc import Sequence
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 from resnetlab.formatting import format_duration
@@ -58,9 +57,7 @@ class ProgressBar:
             self._task = self._rich.add_task(self._what, text="")
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._rich is not None:
             self._rich.stop()
 

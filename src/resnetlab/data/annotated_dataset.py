@@ -5,36 +5,15 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Generic, TypeVar
 
-from torch import Tensor
-
-from resnetlab.data.annotations import Annotations
+from resnetlab.data.annotations import AnnotatedItem, Annotations
 from resnetlab.data.error_policy import ErrorPolicy
 from resnetlab.errors import DataError, warn
 from resnetlab.formatting import find_name_problem, format_count, format_list
 from resnetlab.random import seed_for
 
 HELD_OUT_FRACTION = 0.2  # of data without a split to evaluate on
-
-
-class AnnotatedItem(Protocol):
-    """An image with its annotation."""
-
-    @property
-    def name(self) -> str:
-        """The image file's path inside the data's folder."""
-
-    @property
-    def file(self) -> Path:
-        """The image file."""
-
-    def update_hash(self, digest: Any) -> None:
-        """Adds the annotation to a hash."""
-
-    def read_pixels(self) -> Tensor:
-        """Reads the image, uint8 (H, W, 3)."""
 
 
 P = TypeVar("P", bound=AnnotatedItem)

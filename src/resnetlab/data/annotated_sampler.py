@@ -10,7 +10,7 @@ from typing import Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from resnetlab.data.annotated_dataset import AnnotatedItem
+from resnetlab.data.annotations import AnnotatedItem
 from resnetlab.data.batch_copier import BatchCopier
 from resnetlab.data.error_policy import ErrorPolicy
 from resnetlab.data.prefetch import BatchReader, Prefetcher

@@ -83,38 +83,45 @@ class Annotations(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class AnnotatedImage:
-    """One image and its boxes; without boxes it is background.
+class AnnotatedItem:
+    """An image with its annotation.
 
     Attributes:
         name: the image file's path inside the data's folder.
         size: (height, width) according to the annotation; (0, 0) where it gives none.
-        boxes: float32 (n, 4).
-        labels: int64 (n,), indices into the data's `classes`.
-        ignored: bool (n,), VOC's "difficult" and COCO's "iscrowd": not trained on, neither right nor wrong when evaluated.
     """
 
     name: str
     file: Path
     size: tuple[int, int]
+
+    def read_pixels(self) -> Tensor:
+        """Decodes the image, uint8 (H, W, 3). Raises DataError if it is unreadable or not of its annotation's size."""
+        pixels = decode_pixels(read_bytes(self.file), str(self.file))
+        check_size(self.file, (pixels.shape[0], pixels.shape[1]), self.size)
+        return pixels
+
+    def update_hash(self, digest: Any) -> None:
+        """Adds the annotation to a hash."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, eq=False)
+class AnnotatedImage(AnnotatedItem):
+    """One image and its boxes; without boxes it is background.
+
+    Attributes:
+        boxes: float32 (n, 4).
+        labels: int64 (n,), indices into the data's `classes`.
+        ignored: bool (n,), VOC's "difficult" and COCO's "iscrowd": not trained on, neither right nor wrong when evaluated.
+    """
+
     boxes: Tensor
     labels: Tensor
     ignored: Tensor
 
-    def read_pixels(self) -> Tensor:
-        """Decodes the image, uint8 (H, W, 3). Raises DataError if it is unreadable or not of its annotation's size."""
-        return read_image_of_size(self.file, self.size)
-
     def update_hash(self, digest: Any) -> None:
-        """Adds the boxes to a hash."""
         digest.update(self.boxes.numpy().tobytes() + self.labels.numpy().tobytes() + self.ignored.numpy().tobytes())
-
-
-def read_image_of_size(file: Path, size: tuple[int, int]) -> Tensor:
-    """Decodes an image, uint8 (H, W, 3), and compares its size with (height, width), (0, 0) if unknown; raises DataError."""
-    pixels = decode_pixels(read_bytes(file), str(file))
-    check_size(file, (pixels.shape[0], pixels.shape[1]), size)
-    return pixels
 
 
 def check_size(file: Path, upright: tuple[int, int], size: tuple[int, int]) -> None:

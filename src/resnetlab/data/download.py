@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from email.message import Message
 from http.client import HTTPException
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import IO, NamedTuple, TypeVar
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
@@ -156,9 +156,8 @@ def _fetch(url: str, part: Path, target: Path, check: Callable[[Path], None], li
         have = have if now == known and have < now.size else 0
         _write_version(target, now)
         with object_store.open_at(url, have) as file:
-            chunks = _limit_size(url, iter(lambda: file.read(CHUNK), b""), limit)
-            received = _append(chunks, part, "ab" if have else "wb")
-        return _check_arrived(part, check, have + received, now.size)
+            size = _append(file, part, have, url, limit)
+        return _check_arrived(part, check, size, now.size)
     headers = {"Range": f"bytes={have}-"} | ({"If-Range": known.validator} if known.validator else {})
     try:
         response = urlopen(Request(url, headers=headers if have else {}), timeout=TIMEOUT)
@@ -175,9 +174,8 @@ def _fetch(url: str, part: Path, target: Path, check: Callable[[Path], None], li
         else:  # the server sends it from the start
             have = 0
             _write_version(target, now)
-        chunks = _limit_size(url, iter(lambda: response.read(CHUNK), b""), limit)
-        received = _append(chunks, part, "ab" if have else "wb")
-    return _check_arrived(part, check, have + received, None if now.size < 0 else have + now.size)
+        size = _append(response, part, have, url, limit)
+    return _check_arrived(part, check, size, None if now.size < 0 else have + now.size)
 
 
 def _check_arrived(part: Path, check: Callable[[Path], None], received: int, size: int | None) -> None:
@@ -193,16 +191,6 @@ def _check_arrived(part: Path, check: Callable[[Path], None], received: int, siz
         raise
 
 
-def _limit_size(url: str, chunks: Iterator[bytes], limit: int | None) -> Iterator[bytes]:
-    """Yields the chunks; raises DataError once they are more than `limit` bytes."""
-    size = 0
-    for chunk in chunks:
-        size += len(chunk)
-        if limit is not None and size > limit:
-            raise DataError(f"{strip_secrets(url)} has more than {limit:,} bytes, far more than such a file needs.")
-        yield chunk
-
-
 def _is_continuation(content_range: str, have: int, now: FileVersion, known: FileVersion) -> bool:
     """Whether a partial response is the rest, "bytes 30-99/100", of the file whose first `have` bytes are here."""
     total = content_range.rpartition("/")[2]
@@ -211,23 +199,28 @@ def _is_continuation(content_range: str, have: int, now: FileVersion, known: Fil
     return starts_here and same_size and now[:2] in (known[:2], ("", ""))
 
 
-def _append(chunks: Iterator[bytes], part: Path, mode: str) -> int:
-    """Writes chunks to `part` and returns how many bytes they were."""
+def _append(source: IO[bytes], part: Path, have: int, url: str, limit: int | None) -> int:
+    """Writes the rest of a source behind the first `have` bytes of `part`, and returns how many bytes that has then.
+
+    Raises DataError once more than `limit` bytes come.
+    """
     try:
-        file = open(part, mode)  # noqa: SIM115 - closed below
+        file = open(part, "ab" if have else "wb")  # noqa: SIM115 - closed below
     except OSError as error:
         raise _WriteError(*error.args) from error
     received = 0
     with file:
-        for chunk in chunks:
+        while chunk := source.read(CHUNK):
             check_stop()
+            received += len(chunk)
+            if limit is not None and received > limit:
+                raise DataError(f"{strip_secrets(url)} has more than {limit:,} bytes, far more than such a file needs.")
             try:
                 file.write(chunk)
                 file.flush()
             except OSError as error:
                 raise _WriteError(*error.args) from error
-            received += len(chunk)
-    return received
+    return have + received
 
 
 def _parse_headers(headers: Message) -> FileVersion:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,13 +16,13 @@ from torch import Tensor
 
 from resnetlab.data.annotated_dataset import AnnotatedDataset, arrange_annotated_splits
 from resnetlab.data.annotations import (
+    AnnotatedItem,
     ImageRecord,
     ObjectRecord,
     find_label,
     find_training_classes,
     keep_images_of_their_size,
     note_ignored,
-    read_image_of_size,
 )
 from resnetlab.data.error_policy import ErrorPolicy
 from resnetlab.data.layouts import read_annotations
@@ -33,41 +33,16 @@ from resnetlab.errors import DataError, warn
 from resnetlab.formatting import format_list
 
 
-class MaskSource(Protocol):
-    """Where a mask comes from."""
-
-    @property
-    def has_objects(self) -> bool:
-        """Whether it has a class other than the first; True if that is not known."""
-
-    def read_mask(self, size: tuple[int, int]) -> Tensor:
-        """uint8 (H, W), for an image of that size. Raises DataError, naming the file, if there is no such mask."""
-
-    def update_hash(self, digest: Any) -> None:
-        """Adds what decides the mask to a hash."""
-
-
 @dataclass(frozen=True, eq=False)
-class MaskedImage:
-    """One image and the source of its mask.
+class MaskedImage(AnnotatedItem):
+    """One image and the source of its mask."""
 
-    Attributes:
-        size: (height, width) according to the annotation; (0, 0) where it gives none.
-    """
-
-    name: str
-    file: Path
-    source: MaskSource
-    size: tuple[int, int] = (0, 0)
+    source: MaskFile | ObjectMasks
 
     def read(self) -> tuple[Tensor, Tensor]:
         """Pixels uint8 (H, W, 3) and mask uint8 (H, W). Raises DataError if either is unreadable or they do not fit."""
         pixels = self.read_pixels()
         return pixels, self.source.read_mask((pixels.shape[0], pixels.shape[1]))
-
-    def read_pixels(self) -> Tensor:
-        """Decodes the image, uint8 (H, W, 3). Raises DataError if it is unreadable or not of its annotation's size."""
-        return read_image_of_size(self.file, self.size)
 
     def update_hash(self, digest: Any) -> None:
         self.source.update_hash(digest)
@@ -120,7 +95,7 @@ def load_masks(root: Path, on_bad: str = "stop", class_255: str = "") -> Annotat
         classes = ("background", *(name for name in names if name.lower() not in BACKGROUND))
         positions = {name: i for i, name in enumerate(classes)}
         splits = {
-            split: [MaskedImage(r.name, r.file, make_object_masks(r, positions, errors), r.size) for r in images]
+            split: [MaskedImage(r.name, r.file, r.size, make_object_masks(r, positions, errors)) for r in images]
             for split, images in records.items()
         }
     data = arrange_annotated_splits(str(root), classes, splits, errors, note_ignored(found, records))
@@ -156,7 +131,7 @@ def _read_mask_files(
                 counts = torch.bincount(mask.flatten(), minlength=VOID + 1)
                 source = replace(source, has_objects=bool(counts[1:VOID].any()))
                 trained += counts * (split in (ordered[0], "train", "trainval"))
-                splits[split].append(MaskedImage(record.name, record.file, source, record.size))
+                splits[split].append(MaskedImage(record.name, record.file, record.size, source))
     if absent := [name for i, name in enumerate(meaning.names) if not trained[i]]:
         void = (
             f"; {VOID}, which is not evaluated, has {trained[VOID]:,} (class_255 changes that)" if trained[VOID] else ""

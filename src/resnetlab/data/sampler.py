@@ -20,7 +20,6 @@ from resnetlab.data.batch_copier import BatchCopier
 from resnetlab.data.crops import Crop
 from resnetlab.data.dataset import MemorySplit, Split
 from resnetlab.data.device_decode import decode_images, decodes_on_device, pack_images, unpack_images
-from resnetlab.data.keyed_permutation import KeyedPermutation, keyed_epoch
 from resnetlab.data.own_transform import Transform, TransformedReader
 from resnetlab.data.prefetch import BatchReader, LoadedBatch, Prefetcher, preprocess_image, stack_images
 from resnetlab.data.remote_shards import ShardFetcher
@@ -32,7 +31,7 @@ from resnetlab.errors import DataError, UsageError
 from resnetlab.formatting import format_count
 from resnetlab.preprocessing import Preprocessing
 from resnetlab.process_place import read_process_place
-from resnetlab.random import make_generator, seed_for
+from resnetlab.random import KeyedPermutation, keyed_epoch, make_generator, seed_for
 
 
 class Batch(NamedTuple):
@@ -144,7 +143,7 @@ class Sampler:
         batch_size: images of a step, over all processes.
         positions: the positions of the step that this process takes.
         balanced: draws equally many images of every class; None for permutations of all.
-        keyed: permutations that take no memory (data.keyed_permutation).
+        keyed: permutations that take no memory (random.KeyedPermutation).
         shards: an order that goes through shards a few at a time.
     """
 

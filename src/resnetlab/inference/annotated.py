@@ -14,7 +14,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from resnetlab.data import box_dataset, mask_dataset
-from resnetlab.data.annotated_dataset import AnnotatedDataset, AnnotatedItem
+from resnetlab.data.annotated_dataset import AnnotatedDataset
+from resnetlab.data.annotations import AnnotatedItem
 from resnetlab.device import DeviceConfig, select_device, standard_torch_state
 from resnetlab.errors import DataError, UsageError, public, unknown_name_error
 from resnetlab.evaluation import overlays

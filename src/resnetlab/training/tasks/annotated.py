@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from resnetlab.data import sources
-from resnetlab.data.annotated_dataset import AnnotatedDataset, AnnotatedItem, hold_out_images
+from resnetlab.data.annotated_dataset import AnnotatedDataset, hold_out_images
 from resnetlab.data.annotated_sampler import FLIPS, AnnotatedLoader, AugmentationDraw, divide_batch
+from resnetlab.data.annotations import AnnotatedItem
 from resnetlab.data.dataset import A_TENTH, count_held_out
 from resnetlab.data.error_policy import ErrorPolicy
 from resnetlab.device import DeviceConfig
