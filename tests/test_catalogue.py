@@ -105,6 +105,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         resnetlab.train("digits", steps=10, out=folder / name, **values)
     shutil.copytree(folder / "b", folder / "c")
     (folder / "c" / "result.json").unlink()
+    for step in (3, 12):  # one that was stopped before it logged its next line
+        (folder / "c" / "checkpoints" / f"step-{step:08}.safetensors").touch()
     return folder
 
 
@@ -113,6 +115,7 @@ def test_runs_lists_them_with_their_figures(runs: Path, tmp_path: Path, capsys: 
     result = json.loads((runs / "a" / "result.json").read_text())
     assert a["result"] == {"top1_error": result["top1_error"]} and a["step"] == a["steps"] == 10 and a["finished"]
     assert a["held_out"]["top1_error"] == result["held_out_error"] and not c["finished"] and c["result"] == {}
+    assert c["step"] == 12
     assert run_command(["runs", str(runs)]) == 0
     out = capsys.readouterr().out
     assert f"test error {100 * result['top1_error']:.2f} %" in out and "not finished" in out

@@ -356,7 +356,10 @@ def test_none_of_these_is_chosen_on_held_out_images(tmp_path: Path) -> None:
     assert "predicted as none of the classes" in (tmp_path / "run" / "report.html").read_text()
     fitted = evaluate(model, "digits", device="cpu", fit_on="100").trained_models[0]
     assert fitted.calibration["none_share"] == 0.25 and 0 < fitted.none_below != model.none_below
-    for values, sentence in (({"val_images": 0}, "nothing is held out"), ({"val_images": 10}, "hold out 20 or more")):
+    for values, sentence in (
+        ({"val_images": 0}, "nothing is held out"),
+        ({"val_images": 10}, "such as --set val_images=40"),
+    ):
         with pytest.raises(UsageError, match=sentence):
             build_task(tiny(none_share=0.05, **values), CPU)
 

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ from resnetlab.cli.runs import print_runs
 from resnetlab.data.sources import load_dataset
 from resnetlab.device import count_cores
 from resnetlab.errors import DataError, ModelFileError, RunError, UsageError, name_arguments
+from resnetlab.evaluation.evaluate import Evaluation
 from resnetlab.evaluation.protocols import parse_protocol
 from resnetlab.formatting import format_count, format_figure, format_split
 from resnetlab.inference import build
@@ -38,6 +40,7 @@ from resnetlab.inference.start import load_start
 from resnetlab.training import train as training
 from resnetlab.training.recipe import Recipe
 from resnetlab.training.recipes import fit_small_images, photos, read_recipe_file
+from resnetlab.training.result import ClassificationResult
 from resnetlab.training.tasks.classification_data import describe_view
 from tiny_runs import TINY
 
@@ -331,6 +334,16 @@ WRONG: dict[str, Callable[[Model], Any]] = {
     "give the network, 'resnet20', and 'cifar10:resnet20' as its weights": lambda _: resnetlab.build(
         "cifar10:resnet20"
     ),
+    "'resnetlab.models' has no attribute 'resnet50'; use resnetlab.build(name).": lambda _: resnetlab.models.resnet50,
+    "net.load_state_dict(…) takes a state_dict": lambda model: resnetlab.build(
+        "resnet8", weights=model.net.state_dict()
+    ),  # type: ignore[arg-type]
+    "net.fc = torch.nn.Identity() makes one that gives": lambda _: resnetlab.build("resnet8", num_classes=0),
+    "SimpleNamespace: its attribute model is one": lambda _: resnetlab.load(SimpleNamespace(model="")),  # type: ignore[arg-type]
+    "Images and labels are one pair: (X, y).": lambda model: model.evaluate(ZEROS, [1]),  # type: ignore[call-arg]
+    "images and labels are one pair, the data": lambda _: resnetlab.train(X=ZEROS, y=[1]),
+    "Evaluation has no attribute 'accuracy'; use 1 - result.top1_error.": lambda _: object.__new__(Evaluation).accuracy,  # type: ignore[attr-defined]
+    "use pandas.read_json(result.run + '/metrics.jsonl'": lambda _: object.__new__(ClassificationResult).history,  # type: ignore[attr-defined]
     "net.features(images) gives the map of every stage": lambda _: resnetlab.build("resnet18", features_only=True),
     "there are none of resnet20": lambda _: resnetlab.build("resnet20", weights="DEFAULT"),
     "a trained one is cifar10:resnet20": lambda _: resnetlab.load("resnet20"),

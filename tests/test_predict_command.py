@@ -86,6 +86,9 @@ def test_min_score_and_sort_into(run: Path, folder: Path, tmp_path: Path, capsys
     shown = {Path(p["image"]).name: p["top"] for p in json.loads(out)["predictions"]}
     assert all(entry["score"] >= limit for top in shown.values() for entry in top)
     assert sum(not top for top in shown.values()) == 2
+    code, out, _ = predict(capsys, run, folder, "--min-score", limit, "--format", "csv", "--top", 1)
+    rows = {Path(row["image"]).name: row["class"] for row in csv.DictReader(out.splitlines())}
+    assert rows == {name: p.label if p.score >= limit else "unsure" for name, p in best.items()}  # none is left out
     found = {file.name: file.parent.name for file in (tmp_path / "sorted").rglob("*.png")}
     assert found == {name: p.label if p.score >= limit else "unsure" for name, p in best.items()}
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+import resnetlab
 from documents import GENERATED, REPOSITORY, UV, blocks, commands, run_document
 from resnetlab.cli.main import app
 
@@ -94,3 +95,13 @@ def test_a_notebooks_cells_run(notebook: Path, tmp_path: Path, monkeypatch: pyte
     assert cells and all(cell["outputs"] or cell["source"] for cell in cells)
     for cell in cells:
         exec(compile("".join(cell["source"]), notebook.name, "exec"), names)
+
+
+def test_the_reference_documents_what_the_package_exports() -> None:
+    """Not a function of the same name that it is built from."""
+    documented = re.findall(r"^::: (\S+)", (DOCS / "reference" / "python.md").read_text(), re.MULTILINE)
+    exported = {name: f"{module}.{name}" for name, module in resnetlab._MODULES.items()}
+    assert {path.rpartition(".")[2]: path for path in documented} | exported == {
+        path.rpartition(".")[2]: path for path in documented
+    }
+    assert resnetlab.models.__getattr__("backbone").__name__ in [path.rpartition(".")[0] for path in documented]

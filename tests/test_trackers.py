@@ -93,17 +93,20 @@ def test_weights_and_biases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_mlflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mlflow = pytest.importorskip("mlflow", reason="the extra mlflow")
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "mlruns").as_uri())
     if (
         importlib.util.find_spec("sqlalchemy") is None
-    ):  # as the extra installs it, where the tracker itself allows files
+    ):  # as the extra installs it: the tracker itself chooses and allows files
         monkeypatch.delenv("MLFLOW_ALLOW_FILE_STORE")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "mlruns").as_uri())
+        monkeypatch.delenv("MLFLOW_TRACKING_URI")
+        monkeypatch.chdir(tmp_path)
     resnetlab.train(tiny(), out=tmp_path / "run", device="cpu", trackers=("mlflow",))
     run_id = json.loads((tmp_path / "run" / "trackers.json").read_text())["mlflow"]
-    history = mlflow.MlflowClient().get_metric_history(run_id, "train/loss")
+    client = mlflow.MlflowClient((tmp_path / "mlruns").as_uri())
+    history = client.get_metric_history(run_id, "train/loss")
     lines = [line for line in figures(tmp_path / "run") if line["kind"] == "train"]
     assert {entry.step: entry.value for entry in history} == {line["step"]: line["loss"] for line in lines}
-    run = mlflow.MlflowClient().get_run(run_id)
+    run = client.get_run(run_id)
     assert run.data.params["batch"] == str(tiny().batch) and run.info.status == "FINISHED"
 
 

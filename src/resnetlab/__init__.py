@@ -37,6 +37,8 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "models":
+        return import_module("resnetlab.models")
     if name not in _MODULES:
         hint = f"use {ours}." if (ours := PYTHON.get(name)) else f"it has {', '.join(__all__)}."
         raise UnknownNameError(f"module 'resnetlab' has no attribute {name!r}; {hint}")

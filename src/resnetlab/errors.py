@@ -177,7 +177,8 @@ def _explain_arguments(
         known = [p.name for p in called.parameters.values() if p.name != "self" and p.kind != p.VAR_KEYWORD]
         if unknown := [word for word in values if word not in known]:
             return ArgumentError(str(unknown_name_error(f"argument of {name}", unknown[0], known)))
-        return ArgumentError(f"{name}: {error}; its arguments: {', '.join(known)}.")
+        pair = " Images and labels are one pair: (X, y)." if "data" in known and "positional" in str(error) else ""
+        return ArgumentError(f"{name}: {error}; its arguments: {', '.join(known)}.{pair}")
     return None
 
 

@@ -129,6 +129,7 @@ _ANSWERS = {  # words that have no counterpart: what does the job
         "the study sets the values; other ones are trained with: resnetlab train DATA --set key=value, and shown beside "
         "each other by: resnetlab runs compare RUN RUN.",
     "dry_run": "the cost is printed before the work begins; Ctrl-C stops it, and nothing is lost.",
+    "X y x X_train y_train x_train": "images and labels are one pair, the data: train((X, y)).",
     "mean std": "mean and standard deviation are computed from the training images.",
     "opset": "the opset of exported ONNX files is fixed; other programs convert it.",
     "dynamic": "exported files take any number of images of any size.",
@@ -180,18 +181,30 @@ PREDICTION_ATTRIBUTES = {  # of other programs' results: ours
     "names": "[each.label for each in prediction.top]", "classes": "[each.label for each in prediction.top]",
     "path": "name", "summary": "to_dict()", "tojson": "to_json()", "to_df": "to_pandas()", "dict": "to_dict()",
 }  # fmt: skip
+EVALUATION_ATTRIBUTES = {  # of other programs' results of an evaluation: ours
+    "accuracy": "1 - result.top1_error", "acc": "1 - result.top1_error", "score": "1 - result.top1_error",
+    "results_dict": "to_dict()", "to_pandas": "pandas.Series(result.to_dict())", "to_df": "pandas.Series(result.to_dict())",
+    "confusion_matrix": "metrics.confusion", "loss": "metrics.loss", "f1": "metrics.f1",
+}  # fmt: skip
+RESULT_ATTRIBUTES = {  # of a training run
+    **EVALUATION_ATTRIBUTES,
+    **dict.fromkeys(("history", "metrics", "log"), "pandas.read_json(result.run + '/metrics.jsonl', lines=True)"),
+    "best_model": "model", "save_dir": "run", "path": "run", "predict": "resnetlab.load(result.model).predict(image)",
+    "evaluate": "resnetlab.load(result.model).evaluate(data)", "net": "resnetlab.load(result.model).net",
+}  # fmt: skip
 COMMANDS = {  # others' commands: ours
     "fit": "train", "finetune": "train --start-from MODEL", "tune": "train", "resume": "train --resume RUN",
     "val": "evaluate", "eval": "evaluate", "validate": "evaluate", "test": "evaluate", "benchmark": "study cost",
     "infer": "predict", "inference": "predict", "classify": "predict", "run": "train", "gradcam": "explain", "cam": "explain",
     "info": "inspect", "summary": "inspect", "list": "models", "convert": "export", "download": "import", "upload": "push",
+    "share": "push",
     "api": "serve", "demo": "serve", "version": "--version", "help": "--help", "features": "embed", "check": "data check",
     "report": "runs compare RUN RUN", "compare": "runs compare RUN RUN", "history": "runs", "visualize": "explain",
 }  # fmt: skip
 PYTHON = {  # others' functions: ours
     "create_model": "build(name)", "get_model": "build(name)", "make_model": "build(name)", "from_name": "build(name)",
     "load_model": "load(path)", "from_pretrained": "load(name)", "Model": "load(path)", "YOLO": "load(path)",
-    "models": "build(name); list_models() lists the names", "fit": "train(data=…)", "Trainer": "train(data=…)",
+    "fit": "train(data=…)", "Trainer": "train(data=…)",
     "finetune": "train(data=…, recipe='finetune', start_from=path)", "predict": "load(path).predict(image)",
     "explain": "load(path).explain(image)", "embed": "load(path).embed(images)", "export": "load(path).export(file)",
     "save": "load(path).save(file)", "val": "evaluate(model, data)", "test": "evaluate(model, data)",

@@ -242,22 +242,27 @@ def _predict_classes(
             "--sort-into puts an image into one folder, but this model gives it several classes; take --out."
         )
     predictions = model.named_predictions(images, top=request.top, protocol=request.protocol)
+    done = 0
     for done, p in enumerate(predictions, 1):
         if bar is not None and done % 64 == 0:
             bar.update(done, None)
         if request.sort_into is not None and p.error is None:
             _sort_image(p, request.sort_into, request.min_score)
         yield replace(p, top=tuple(each for each in p.top if each.score >= request.min_score))
+    if bar is not None:
+        bar.update(done, done)
     if request.sort_into is not None:
         console.log(f"sorted into: {request.sort_into}")
 
 
 def _sort_image(prediction: Prediction, folder: Path, min_score: float) -> None:
     """Copies an image into the folder of its best class, under an unused name."""
+    from resnetlab.inference.predict import UNSURE
+
     source = Path(prediction.name)
     if not source.is_file():
         raise UsageError(f"--sort-into copies files, and {prediction.name} is none.")
-    label = prediction.label if prediction.score >= min_score else "unsure"
+    label = prediction.label if prediction.score >= min_score else UNSURE
     place = folder / re.sub(r'[/\\:*?"<>|]', "_", label)
     target = _write_copy(source.read_bytes(), place, source.stem, source.suffix)
     with contextlib.suppress(OSError):  # of file systems without times or modes

@@ -21,7 +21,7 @@ from resnetlab.data.objects import dataset_from_object
 from resnetlab.data.prefetch import PreprocessedSplit
 from resnetlab.device import DeviceConfig, select_device, standard_torch_state
 from resnetlab.distributed import join_process_group, leave_if_imported_again
-from resnetlab.errors import DataError, UsageError, public, unknown_name_error
+from resnetlab.errors import AnsweredAttributes, DataError, UsageError, public, unknown_name_error
 from resnetlab.evaluation.calibration import (
     choose_none_below,
     describe_calibration,
@@ -44,6 +44,7 @@ from resnetlab.evaluation.split_selection import (
 from resnetlab.formatting import format_count, format_list, format_split
 from resnetlab.models.model_file import TrainedModel, load_trained_model
 from resnetlab.models.own_network import Network
+from resnetlab.peer_words import EVALUATION_ATTRIBUTES
 from resnetlab.preprocessing import Preprocessing
 
 Model = TrainedModel | str | Path
@@ -52,7 +53,7 @@ SCOPES = ("all", "data")  # of the scores where the data have only some of a mod
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Evaluation:
+class Evaluation(AnsweredAttributes):
     """The result of one model, or of several as an ensemble, on a split.
 
     Attributes:
@@ -79,6 +80,7 @@ class Evaluation:
     scope: str = ""
     corruptions: CorruptionErrors | None = None
     notes: tuple[str, ...] = ()
+    attribute_answers = EVALUATION_ATTRIBUTES
 
     @property
     def n(self) -> int:
@@ -137,6 +139,8 @@ class Evaluation:
             ]
             figures["comparisons"] = [each.to_json() for each in self.comparisons]
         return figures
+
+    to_dict = to_json
 
     @property
     def errors_by_column(self) -> dict[str, list[dict[str, Any]]]:

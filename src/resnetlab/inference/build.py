@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import warnings
+from collections.abc import Mapping
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -60,6 +61,12 @@ def build(
             if old in changes:
                 raise UsageError(f"{new} and {old} are the same; give one of them.")
             changes[old] = value
+    if changes.get("classes") == 0:
+        raise UsageError(
+            "a network has one output at least; net.fc = torch.nn.Identity() makes one that gives its features."
+        )
+    if isinstance(weights, Mapping | nn.Module):
+        raise UsageError("weights are a published name or a file; net.load_state_dict(…) takes a state_dict.")
     try:
         where = torch.get_default_device() if device is None else torch.device(device)
         torch.empty(0, device=where)

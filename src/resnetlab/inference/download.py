@@ -71,7 +71,8 @@ def find_model(name: str | Path) -> str:
         UsageError: the name is that of a network, of an image, of a weights file or of an export.
     """
     if not isinstance(name, str | Path):
-        raise UsageError(f"a model is a model file, a run folder or a published name, not {type(name).__name__}.")
+        hint = ": its attribute model is one" if hasattr(name, "model") else ""
+        raise UsageError(f"a model is a model file, a run folder or a published name, not {type(name).__name__}{hint}.")
     path, text = Path(name), str(name)
     if trained := find_trained(text):
         return str(trained)

@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from resnetlab.evaluation.evaluate import Evaluation
     from resnetlab.inference.explain import Explanation
 
+UNSURE = "unsure"  # where no class reaches the least score that was asked for
 PREDICTION_COLUMNS = ("image", "rank", "class", "score", "error")  # of tables
 BATCH = 64  # images per batch
 PREFETCH = 2 * BATCH  # images that are decoded ahead
@@ -108,13 +109,14 @@ class Prediction(AnsweredAttributes):
     def to_rows(self) -> list[tuple[str, int | str, str, float | str, str]]:
         """Rows of image, rank, class, score and error, "" where there is none.
 
-        A row of rank 0 says "none of these", or of several classes which are over their thresholds, "cat;dog".
+        A row of rank 0 says "none of these", "unsure" where no class is left, or of several classes which are over their
+        thresholds, "cat;dog".
         """
         if self.error is not None:
             return [(self.name, "", "", "", self.error)]
         none: list[tuple[str, int | str, str, float | str, str]] = (
-            [(self.name, 0, NONE if self.is_none else ";".join(self.labels or ()), "", "")]
-            if self.is_none or self.labels
+            [(self.name, 0, NONE if self.is_none else ";".join(self.labels or (UNSURE,)), "", "")]
+            if self.is_none or self.labels or not self.top
             else []
         )
         return none + [(self.name, rank, each.label, each.score, "") for rank, each in enumerate(self.top, 1)]
@@ -122,7 +124,7 @@ class Prediction(AnsweredAttributes):
     def describe(self) -> str:
         """The classes and scores, or the error, in one line."""
         labels = [NONE] * self.is_none + ([f"[{'; '.join(self.labels)}]"] if self.labels else [])
-        return self.error or "  ".join(labels + [str(each) for each in self.top])
+        return self.error or "  ".join(labels + [str(each) for each in self.top]) or UNSURE
 
     def to_pandas(self) -> Any:
         """A pandas DataFrame, a row for each class. Raises UsageError without pandas."""

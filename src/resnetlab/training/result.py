@@ -8,7 +8,9 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
+from resnetlab.errors import AnsweredAttributes
 from resnetlab.formatting import format_duration, format_figure, format_percent
+from resnetlab.peer_words import RESULT_ATTRIBUTES
 from resnetlab.progress import ProgressBar
 
 
@@ -48,7 +50,7 @@ def show_training() -> Iterator[Callable[[Progress], None]]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainResult:
+class TrainResult(AnsweredAttributes):
     """The result of any run; figures are measured on `split` with the final weights. Each task adds its own."""
 
     run: str
@@ -61,6 +63,7 @@ class TrainResult:
     images_per_second: float  # training steps only
     parameters: int
     budget: str | None  # "600 of the 64,000 steps of …" if the run is not as long as its recipe
+    attribute_answers = RESULT_ATTRIBUTES
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:
@@ -70,6 +73,8 @@ class TrainResult:
     def to_json(self) -> dict[str, Any]:
         """A plain dictionary."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+    to_dict = to_json
 
 
 @dataclass(frozen=True, kw_only=True)

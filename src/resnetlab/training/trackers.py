@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from resnetlab.errors import RunError, UsageError, first_line, missing_package, unknown_name_error
@@ -100,12 +101,14 @@ class MLflow:
     """A run at MLFLOW_TRACKING_URI, in the experiment MLFLOW_EXPERIMENT_NAME."""
 
     def __init__(self, tracked: TrackedRun) -> None:
-        from mlflow import MlflowClient
+        from mlflow import MlflowClient, is_tracking_uri_set
         from mlflow.entities import Metric, Param
 
+        uri = None
         if importlib.util.find_spec("sqlalchemy") is None:  # mlflow-skinny alone: files are its only store here
             os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
-        self._client, self._metric = MlflowClient(), Metric
+            uri = None if is_tracking_uri_set() else Path("mlruns").absolute().as_uri()
+        self._client, self._metric = MlflowClient(uri), Metric
         if tracked.run_id is None:
             name = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
             known = self._client.get_experiment_by_name(name)

@@ -120,8 +120,8 @@ def require_held_out(recipe: Recipe, held_out: Split, images: int) -> None:
         )
     if recipe.none_share and (n := len(held_out)) < max(MIN_IMAGES, 1 / recipe.none_share):
         raise UsageError(
-            f"none_share={recipe.none_share:g} of {n:,} held-out images tells nothing; hold out "
-            f"{math.ceil(max(MIN_IMAGES, 1 / recipe.none_share)):,} or more, with --set val_images=…"
+            f"none_share={recipe.none_share:g} of {n:,} held-out images tells nothing; hold out more, such as --set "
+            f"val_images={2 * math.ceil(max(MIN_IMAGES, 1 / recipe.none_share))}."
         )
 
 
