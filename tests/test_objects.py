@@ -137,6 +137,19 @@ def test_what_is_refused(sentence: str, tmp_path: Path) -> None:
         dataset_from_object(None)
 
 
+@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize("label", [2, -1])
+def test_a_number_without_a_name_is_no_label(label: int, several: bool) -> None:
+    class Named(list[Any]):
+        classes = ("a", "b")
+        targets: Any = None
+
+    data = Named([(np.zeros((8, 8), np.uint8), 0)] * 4)
+    data.targets = [[k] for k in (0, 1, 0, label)] if several else [0, 1, 0, label]
+    with pytest.raises(DataError, match=rf"label 3 is {label}, but 2 classes are named, counted from 0"):
+        dataset_from_object(data)
+
+
 def test_recipe_and_data_are_told_apart_by_what_they_are(tmp_path: Path) -> None:
     train = digits.load_digits().train
     pixels, labels = train.images[:400].numpy(), train.labels[:400].numpy()

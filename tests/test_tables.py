@@ -100,6 +100,7 @@ def test_an_archive_has_what_unpacking_it_gives(kind: str, tmp_path: Path) -> No
                 info = zipfile.ZipInfo("x")
                 info.filename = name
                 packed.writestr(info, content)
+            packed.mkdir("photos/a folder.jpg")
     else:
         tar(out, members)
     images = load(str(out)).all_images

@@ -319,14 +319,23 @@ def _read_hugging_face(data: Any) -> tuple[Any, list[str], Any]:
 
 
 def _label_texts(labels: Any, names: Sequence[str] | None) -> list[str]:
-    """Labels as text: names, or numbers where there are none. Raises DataError for a missing or negative one."""
+    """Labels as text: names, or numbers where there are none. Raises DataError for one that is neither, or has no name."""
     if (several := _read_label_lists(labels, names)) is not None:
         return several
     values = labels.tolist() if hasattr(labels, "tolist") else [getattr(v, "item", lambda v=v: v)() for v in labels]
     for i, value in enumerate(values):
-        if not isinstance(value, str | int) or isinstance(value, bool) or value == "" or (names and value == -1):
+        if not isinstance(value, str | int) or isinstance(value, bool) or value == "":
             raise DataError(f"label {i} is {value!r}; labels are names or whole numbers.")
-    return [str(names[v]) if names and isinstance(v, int) and 0 <= v < len(names) else str(v) for v in values]
+    return [_name_class(value, names, i) for i, value in enumerate(values)]
+
+
+def _name_class(value: str | int, names: Sequence[str] | None, i: int) -> str:
+    """The name of a class of image i; raises DataError for a number that has none."""
+    if not names or isinstance(value, str):
+        return str(value)
+    if not 0 <= value < len(names):
+        raise DataError(f"label {i} is {value}, but {format_count(len(names), 'class')} are named, counted from 0.")
+    return str(names[value])
 
 
 def _read_label_lists(labels: Any, names: Sequence[str] | None) -> LabelLists | None:
@@ -352,7 +361,7 @@ def _read_label_lists(labels: Any, names: Sequence[str] | None) -> LabelLists | 
         raise DataError(
             "labels of several classes are an array (images, classes) of 0 and 1, or for every image a list of names."
         )
-    return LabelLists([str(names[v]) if names and isinstance(v, int) else str(v) for v in row] for row in rows)
+    return LabelLists([_name_class(value, names, i) for value in row] for i, row in enumerate(rows))
 
 
 def load_hugging_face(name: str, read_options: ReadOptions) -> Dataset:
