@@ -256,6 +256,10 @@ def test_yolo_places_that_do_not_exist_are_named(tmp_path: Path) -> None:
     (tmp_path / "data.yaml").unlink()
     with pytest.raises(DataError, match=r"no data\.yaml with `names` and no classes\.txt"):
         box_dataset.load_boxes(tmp_path)
+    (tmp_path / "images" / "empty").mkdir()
+    (tmp_path / "data.yaml").write_text("train: images/train\nval: images/empty\nnames: [round, square]\n")
+    with pytest.raises(DataError, match=r"names images/empty, which holds no image; put some there"):
+        box_dataset.load_boxes(tmp_path)
 
 
 def test_documents_of_no_split_are_named(tmp_path: Path) -> None:

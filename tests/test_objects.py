@@ -124,6 +124,9 @@ REFUSED: dict[str, Any] = {
     "bool": (np.ones((4, 8, 8), bool), [1, 2, 1, 2]),
     "has the splits train, val and test, not left, right": {"left": Photos(), "right": Photos()},
     "items of a data set are": [1, 2, 3],
+    "label 1 is None; labels are names or whole numbers": [("a.jpg", "a"), ("b.jpg", None)],
+    "label 1 is nan; labels": [("a.jpg", "a"), ("b.jpg", float("nan"))],
+    r"image 1 is an array of \(9, 9\), image 0 of \(8, 8\)": ([np.zeros((k, k), np.uint8) for k in (8, 9)], [1, 2]),
     "is there, such as": [("nowhere.jpg", "a"), ("nor here.jpg", "b")],
 }
 

@@ -132,6 +132,10 @@ def test_every_form_of_table_is_read(photos: Path, tmp_path: Path) -> None:
     )
     for file in [*forms, tmp_path / "f.parquet"]:
         assert load(file).fingerprint == expected.fingerprint, file
+    labels = pyarrow.array([1.0, 2.0, float("nan")])
+    parquet.write_table(pyarrow.table({"path": ["a.png", "b.png", "c.png"], "label": labels}), tmp_path / "g.parquet")
+    with pytest.raises(DataError, match="row 3: a path and a label are needed, and one is empty"):
+        load(tmp_path / "g.parquet")
     assert tables.list_table_images(str(forms[0])) == [tmp_path / path for path, _ in rows]
 
 

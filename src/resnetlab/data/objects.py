@@ -182,14 +182,9 @@ def dataset_from_object(data: Any, read_options: ReadOptions | None = None) -> D
     if isinstance(data, Dataset):
         return data
     if _is_path_list(data):
-        lists = _read_label_lists([label for _, label in data], None)
-        images = tables.ImageList(
-            "the list",
-            Path(),
-            [str(path) for path, _ in data],
-            [str(label) for _, label in data] if lists is None else lists,
-            classes=() if lists is None else lists.classes,
-        )
+        texts = _label_texts([label for _, label in data], None)
+        classes = texts.classes if isinstance(texts, LabelLists) else ()
+        images = tables.ImageList("the list", Path(), [str(path) for path, _ in data], texts, classes=classes)
         return _name_by_content(tables.load_listed(images, read_options))
     parts = dict(data) if isinstance(data, Mapping) else {"": data}
     found = {guess_split(str(name)) if name else "": _read_part(part) for name, part in parts.items()}
@@ -264,11 +259,14 @@ class _Pixels(NamedTuple):
 
 def _read_arrays(images: Any, labels: Any) -> tuple[Any, list[str], Any]:
     if isinstance(images, list | tuple):  # which as one array would be of a type that holds the values of all
-        kinds = [as_array(image).dtype for image in images]
-        if other := next((i for i, kind in enumerate(kinds) if kind != kinds[0]), 0):
-            raise DataError(
-                f"image {other} has values of {kinds[other]}, image 0 of {kinds[0]}; give all images the same type."
-            )
+        arrays = [as_array(image) for image in images]
+        for i, each in enumerate(arrays):
+            if each.dtype != arrays[0].dtype:
+                kinds = f"image {i} has values of {each.dtype}, image 0 of {arrays[0].dtype}"
+                raise DataError(f"{kinds}; give all images the same type.")
+            if each.shape != arrays[0].shape:
+                shapes = f"image {i} is an array of {each.shape}, image 0 of {arrays[0].shape}"
+                raise DataError(f"{shapes}; give them one size, or a list of (image, label).")
     array = as_array(images)
     if array.ndim not in (3, 4) or not array.size:
         raise DataError(f"images are an array (N, H, W) or (N, H, W, C), or channels first, not {array.shape}.")

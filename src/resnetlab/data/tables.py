@@ -239,7 +239,9 @@ def _read_parquet(file: Path) -> dict[str, list[str]]:
         raise DataError(f"{file} has no rows; give one row per image.")
 
     def to_text(value: object) -> str:
-        return join_classes(map(str, value)) if isinstance(value, list) else "" if value is None else str(value)
+        if value is None or value != value:  # NaN is missing too
+            return ""
+        return join_classes(map(str, value)) if isinstance(value, list) else str(value)
 
     return {name: list(map(to_text, table[name].to_pylist())) for name in table.column_names}
 

@@ -171,7 +171,9 @@ def _list_place(root: Path, finder: ImageFinder, config: YoloConfig, place: str,
         rest = "/".join(parts[start:])
         entry = root / rest
         if entry.is_dir():
-            return [path for path in paths if path.startswith(f"{rest}/")]
+            if inside := [path for path in paths if path.startswith(f"{rest}/")]:
+                return inside
+            raise DataError(f"{config.file} names {place}, which holds no image; put some there, or remove the line.")
         if entry.suffix == ".txt" and entry.is_file():
             listed = {line: finder.find(line, ("",)) for line in read_lines(entry)}
             if missing := [line for line, file in listed.items() if file is None]:
