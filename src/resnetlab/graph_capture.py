@@ -101,13 +101,8 @@ class GraphedFunction:
         with self._lock:
             kind = x.device.type
             stream = torch.cuda.current_stream(x.device) if kind == "cuda" else None
-            key = (
-                stream,
-                x.shape,
-                x.stride(),
-                x.dtype,
-                torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind),
-            )
+            autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
+            key = (stream, x.shape, x.stride(), x.dtype, autocast)
             if key not in self._recordings:
                 if key not in self._seen or len(self._recordings) == self._most:
                     if len(self._seen) < MAX_SEEN:

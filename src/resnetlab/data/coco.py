@@ -99,7 +99,7 @@ def _identify(value: Any) -> int | str | None:
 
 def _drop_root_category(documents: Mapping[str, CocoDocument]) -> tuple[str, ...]:
     """Leaves out Roboflow's root: a category that others name as their supercategory and that no object in any split has."""
-    roots = set.intersection(*(_find_unused_parents(content) for content in documents.values()))
+    roots = set.intersection(*map(_find_unused_parents, documents.values()))
     for content in documents.values():
         content.categories = [c for c in content.categories if (_identify(c["id"]), str(c["name"])) not in roots]
     return tuple(

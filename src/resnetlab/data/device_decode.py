@@ -91,15 +91,14 @@ def decode_images(
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
-        read = dict(
-            split.errors.read_each(
-                range(len(images)), lambda k: split.read_image(indices[k]), lambda k: split.name_of(indices[k])
-            )
+        pairs = enumerate(indices)
+        found = split.errors.read_each(
+            pairs, lambda pair: split.read_image(pair[1]), lambda pair: split.name_of(pair[1])
         )
+        read = {k: x for (k, _), x in found}
         if len(read) == len(images):
             reason = first_line(error)
             warn(f"the GPU cannot decode some JPEG ({reason}), so the CPU decodes the batches with it.")
         return list(read), [to_device(x, device) for x in read.values()]
-    return list(range(len(images))), [
-        decoded[i] if i in decoded else to_device(x, device) for i, x in enumerate(images)
-    ]
+    decoded |= {i: to_device(x, device) for i, x in enumerate(images) if i not in decoded}
+    return list(range(len(images))), [decoded[i] for i in range(len(images))]
