@@ -31,6 +31,7 @@ from resnetlab.models.test_time import ImageScale, adjacent_scales, detect
 from resnetlab.preprocessing import Preprocessing
 from resnetlab.training import recipes
 from resnetlab.training.annotated_recipes import DetectionRecipe, boxes
+from resnetlab.training.machine import describe_differences
 from resnetlab.training.result import DetectionResult
 from resnetlab.training.tasks.annotated import build_starting_network, channel_statistics
 from resnetlab.training.tasks.detection import choose_anchors, make_detection_sample
@@ -353,11 +354,25 @@ def test_recipes_accept_only_their_own_values(trained: Path) -> None:
         recipe.with_values({"crop": "scale"})
     with pytest.raises(UsageError, match="did you mean 'anchors'"):
         recipe.with_values({"anchor": "1"})
+    with pytest.raises(UsageError, match="regions must be from 1 to 1,000,000,000, not -1"):
+        recipe.with_values({"regions": "-1"})
+    values: dict[str, Any] = {
+        "image_size": 64,
+        "longest": 64,
+        "mean": (0.0,) * 3,
+        "std": (1.0,) * 3,
+        "bn": "live",
+        "frozen": "",
+    }
+    with pytest.raises(UsageError, match="anchors must be side lengths in pixels, from 1 up"):
+        DetectorSpec(form="c4", anchors=(0, 8), context=False, **values)
     with pytest.raises(UsageError, match="plateau watches a held-out error"):
         recipe.with_values({"schedule": "plateau"})
     with pytest.raises(UsageError, match="unknown recipe 'photos'"):
         recipes.find_recipe("photos", "detect")
     assert DetectionRecipe.from_values(recipe.to_json()) == recipe
+    elsewhere = {"processes": 1}, {"processes": 2} | dict.fromkeys(("device", "cpu", "gpu", "torch"))
+    assert [len(describe_differences(*elsewhere, replace(recipe, bn=bn))) for bn in ("live", "fixed")] == [1, 0]
     again = resume(trained / "run", task="detect")
     assert isinstance(again, DetectionResult) and again.steps == 6
 

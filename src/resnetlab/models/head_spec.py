@@ -76,9 +76,9 @@ class DetectorSpec(HeadSpec):
         super().__post_init__()
         if self.form not in FORMS:
             raise unknown_name_error("form", self.form, FORMS)
-        if not self.anchors or (self.form == "fpn" and len(self.anchors) != 5):
+        if not self.anchors or min(self.anchors) < 1 or (self.form == "fpn" and len(self.anchors) != 5):
             raise UsageError(
-                f"anchors must be side lengths in pixels, five for the form fpn, not {list(self.anchors)}."
+                f"anchors must be side lengths in pixels, from 1 up, five for the form fpn, not {list(self.anchors)}."
             )
         if not 1 <= self.pyramid <= 4096:
             raise UsageError(f"pyramid must be from 1 to 4,096 channels, not {self.pyramid}.")

@@ -43,7 +43,7 @@ _CHOICES = {  # allowed words, by field
 }
 _SWITCHES = {"true": "on", "false": "off"}  # of a choice with "on" and "off"
 _RANGES: dict[str, tuple[float, float, str]] = {  # smallest and largest value, and the range in words
-    **dict.fromkeys(("steps", "log_every", "eval_every", "patience"), (1, 10**9, "from 1 to 1,000,000,000")),
+    **dict.fromkeys(("steps", "log_every", "eval_every", "patience", "regions"), (1, 10**9, "from 1 to 1,000,000,000")),
     **dict.fromkeys(
         ("lr", "warmup_lr", "backbone_lr_scale", "eps", "trust_coefficient"),
         (5e-324, sys.float_info.max, "a number above 0"),
