@@ -224,7 +224,7 @@ def test_a_run_learns_and_its_file_keeps_thresholds(root: Path, trained: MultiLa
     about = RunDescription(
         title="a run",
         recipe={"steps": 40},
-        differences=(),
+        differences={},
         budget=None,
         metrics=read_metrics(RunFolder(Path(trained.run))),
         environment={},

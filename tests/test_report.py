@@ -105,7 +105,7 @@ def render(evaluated: ClassificationMetrics, images: Tensor | None = None, **cha
     description = report.RunDescription(
         title="resnet14 on digits",
         recipe=recipe | {"val_images": 0 if held_out is None else 144},
-        differences=[],
+        differences={},
         budget=None,
         metrics=TRAIN + HELD_OUT if held_out is not None else TRAIN,
         environment={"torch": "2.11.0", "gpu": None},
@@ -189,7 +189,7 @@ def test_marks_what_differs_from_the_named_recipe() -> None:
     page = Page(
         render(
             USUAL,
-            differences=["lr = 0.1 (not 0.2)", "milestones = [50] (not [350, 500])", "data = 'digits' (not 'a (b)')"],
+            differences={"lr": 0.2, "milestones": [350, 500], "data": "a (b)"},
         )
     )
     assert "Marked: 3 values that differ from quick." in page.text

@@ -14,8 +14,8 @@ from resnetlab.training.recipes import (
     RECIPES,
     describe_batch,
     describe_budget,
-    describe_changes,
     find_classification_recipe,
+    find_named,
     paper_cifar,
     quick,
 )
@@ -163,7 +163,10 @@ def test_unknown_recipe() -> None:
 
 def test_changes_are_relative_to_the_named_recipe_of_the_same_length() -> None:
     resolved = replace(paper_cifar(), precision="bf16")
-    assert describe_changes(resolved, "bf16") == []
-    assert describe_changes(resolved.rescale(2000), "bf16") == []
-    assert describe_changes(resolved.rescale(2000).with_values({"lr": "0.2"}), "bf16") == ["lr = 0.2 (not 0.1)"]
-    assert describe_changes(replace(resolved, precision="fp32"), "bf16") == ["precision = 'fp32' (not 'bf16')"]
+    for recipe, changes in (
+        (resolved, []),
+        (resolved.rescale(2000), []),
+        (resolved.rescale(2000).with_values({"lr": "0.2"}), ["lr = 0.2 (not 0.1)"]),
+        (replace(resolved, precision="fp32"), ["precision = 'fp32' (not 'bf16')"]),
+    ):
+        assert recipe.differences(find_named(recipe, "bf16")) == changes

@@ -246,12 +246,15 @@ class BaseRecipe:
         """The recipe without its choice for unreadable images, which changes nothing in a run that has met none."""
         return self
 
+    def other_values(self, other: BaseRecipe) -> dict[str, Any]:
+        """The values of `other` that are not this recipe's, by key."""
+        ours, theirs = self._values(), other._values()
+        return {key: theirs.get(key) for key, value in ours.items() if value != theirs.get(key)}
+
     def differences(self, other: BaseRecipe) -> list[str]:
         """The differences of this recipe from `other`, as "key = value (not value)"."""
-        ours, theirs = self._values(), other._values()
-        return [
-            f"{key} = {value!r} (not {theirs.get(key)!r})" for key, value in ours.items() if value != theirs.get(key)
-        ]
+        ours = self._values()
+        return [f"{key} = {ours[key]!r} (not {value!r})" for key, value in self.other_values(other).items()]
 
     def to_json(self) -> dict[str, Any]:
         """A plain dictionary, the task first."""

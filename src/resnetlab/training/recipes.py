@@ -359,14 +359,14 @@ def read_recipe_file(path: Path, task: str) -> BaseRecipe:
     return replace(recipe, **paths)
 
 
-def describe_changes(recipe: BaseRecipe, precision: str, start_size: Mapping[str, int] | None = None) -> list[str]:
-    """The differences of a resolved recipe from the one it is named after, rescaled to the same number of steps.
+def find_named(recipe: BaseRecipe, precision: str, start_size: Mapping[str, int] | None = None) -> BaseRecipe:
+    """The recipe that a resolved one is named after, rescaled to the same number of steps and resolved alike.
 
     `precision` is what "auto" selects on this machine, `start_size` what a recipe without a size of its own takes from the
     model that it starts from.
     """
     if recipe.name not in RECIPES:
-        return []
+        return recipe
     own = find_recipe(recipe.name, recipe.task)
     same_length = own if own.steps == recipe.steps else own.rescale(recipe.steps)
     resolved: dict[str, Any] = {"threads": recipe.threads, "op_threads": own.op_threads or recipe.op_threads}
@@ -378,7 +378,7 @@ def describe_changes(recipe: BaseRecipe, precision: str, start_size: Mapping[str
         resolved["compile"] = recipe.compile if own.compile == "auto" else own.compile
         if not own.image_size:
             resolved |= start_size or {"image_size": recipe.image_size, "eval_resize": recipe.eval_resize}
-    return recipe.differences(replace(same_length, **resolved))
+    return replace(same_length, **resolved)
 
 
 def describe_batch(recipe: BaseRecipe) -> str | None:

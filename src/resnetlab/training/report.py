@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-from ast import literal_eval
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
@@ -38,7 +37,7 @@ class RunDescription:
     Attributes:
         title: network and data, "resnet14 on digits".
         recipe: every value of it, resolved.
-        differences: what it changes in the recipe it is named after, each "key = value (not value)".
+        differences: the values of the recipe that it is named after, by key, where they are others.
         budget: the label of a run that is shorter than its recipe; None where it is not.
         metrics: the lines of metrics.jsonl; may be empty.
         environment: versions and hardware.
@@ -46,7 +45,7 @@ class RunDescription:
 
     title: str
     recipe: Mapping[str, Any]
-    differences: Sequence[str]
+    differences: Mapping[str, Any]
     budget: str | None
     metrics: Sequence[Mapping[str, Any]]
     environment: Mapping[str, Any]
@@ -60,12 +59,12 @@ class RunDescription:
         device_config: DeviceConfig,
         start_size: Mapping[str, int] | None = None,
     ) -> Self:
-        """The description of a run in its folder; see `recipes.describe_changes`."""
+        """The description of a run in its folder; see `recipes.find_named`."""
         precision = default_precision(device_config.device)
         return cls(
             title=title,
             recipe=recipe.to_json(),
-            differences=recipes.describe_changes(recipe, precision, start_size),
+            differences=recipe.other_values(recipes.find_named(recipe, precision, start_size)),
             budget=recipes.describe_run_budget(run, recipe),
             metrics=read_metrics(run),
             environment=run.read_json("environment.json") or {},
@@ -74,8 +73,9 @@ class RunDescription:
     def render(self, template: str, **values: Any) -> str:
         """A page of pages/, as HTML: the description, and what the template shows beside it."""
         filters = {"duration": format_page_duration, "plain": format_value}
-        rows, changed = recipe_rows(self.recipe, self.differences), len(self.differences)
-        return render_page(template, filters, **vars(self), recipe_rows=rows, changed=changed, **values)
+        others = {key: format_value(value) for key, value in self.differences.items()}
+        rows = [(key, format_value(value), others.get(key)) for key, value in self.recipe.items()]
+        return render_page(template, filters, **vars(self), recipe_rows=rows, changed=len(others), **values)
 
 
 def render_report(
@@ -231,16 +231,3 @@ def format_value(value: Any) -> str:
         case list() | tuple():
             return ", ".join(map(format_value, value)) or "none"
     return str(value)
-
-
-def recipe_rows(recipe: Mapping[str, Any], differences: Sequence[str]) -> list[tuple[str, str, str | None]]:
-    """The recipe as rows of key, value, and the named recipe's value where it differs ("100" of "lr = 1 (not 100)")."""
-    defaults = {}
-    for text in differences:
-        key, _, values = text.partition(" = ")
-        default = values.rpartition(" (not ")[2].removesuffix(")")
-        try:
-            defaults[key] = format_value(literal_eval(default))
-        except (ValueError, SyntaxError):
-            defaults[key] = default
-    return [(key, format_value(value), defaults.get(key)) for key, value in recipe.items()]

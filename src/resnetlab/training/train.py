@@ -208,7 +208,8 @@ def build_task(
         options.report(f"{reason}, so another run, or a resumed one, may differ in its last bits")
     if device_config.device.type == "cpu" and threads > (cores := count_cores()):
         options.report(f"{threads} threads share {format_count(cores, 'core')}: threads={cores} is faster")
-    if changes := recipes.describe_changes(task.recipe, default_precision(device_config.device), task.start_size):
+    named = recipes.find_named(task.recipe, default_precision(device_config.device), task.start_size)
+    if changes := task.recipe.differences(named):
         options.report(f"recipe {task.recipe.name}, with {'; '.join(changes)}")
     if warning := recipes.describe_batch(task.recipe):
         options.report(warning)
