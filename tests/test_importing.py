@@ -444,7 +444,7 @@ def test_a_repository_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize(("name", "sentence"), [
     ("torchvision:resnet18.IMAGENET1K_V1", "could not be downloaded (no route to host); without a network"),
-    ("timm:resnet18.a1_in1k", "could not be downloaded (no route to host)"),
+    ("timm:resnet18.a1_in1k", "in Python build(NAME, weights=FILE), or for a model of them: resnetlab import FILE"),
     ("hf:timm/resnet18.a1_in1k", "could not be downloaded (no route to host)"),
     ("torchvision:resnet18.IMAGENET1K_V9", "unknown weights of torchvision's resnet18 'IMAGENET1K_V9'; did you mean"),
     ("torchvision:resnut", "torchvision's resnut is not one of the papers' networks; use one of resnet18"),

@@ -142,7 +142,8 @@ def download_model(name: str, given: ImportOptions | None = None) -> ImportResul
     except FAILURES as error:
         raise ModelFileError(
             f"{name} could not be downloaded ({first_line(error)}); without a network, download the weights elsewhere, then: "
-            "resnetlab train DATA --start-from FILE, or for a model of them: resnetlab import FILE"
+            "resnetlab train DATA --start-from FILE, in Python build(NAME, weights=FILE), or for a model of them: "
+            "resnetlab import FILE"
         ) from error
     if "notes" in model.recipe:
         model = replace(model, recipe={"source": name, "notes": notes})
