@@ -37,6 +37,13 @@ class Recording:
         pass
 
 
+def test_one_tracker_is_given_as_a_word_and_progress_as_a_function() -> None:
+    with pytest.raises(UsageError, match="did you mean 'tensorboard'"):
+        resnetlab.train("digits", trackers="tensorbord", progress=False)
+    with pytest.raises(UsageError, match="progress is a function, not 5"):
+        resnetlab.train("digits", progress=5)  # type: ignore[arg-type]
+
+
 @pytest.fixture
 def recording(monkeypatch: pytest.MonkeyPatch) -> type[Recording]:
     monkeypatch.setitem(trackers.TRACKERS, "json", Recording)  # a package that is always there

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any, Self
 
-from resnetlab.errors import ModelFileError, UsageError, unknown_name_error
+from resnetlab.errors import UsageError, unknown_name_error
+from resnetlab.models.spec import read_specification
 
 FORMS = ("fpn", "c4")
 HEADS = ("fcn", "deeplab")
@@ -46,14 +47,8 @@ class HeadSpec:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:
         """The value that `to_json` wrote; raises ModelFileError if it is invalid."""
-        known = {f.name for f in fields(cls)}
-        if unknown := sorted(set(values) - known):
-            raise ModelFileError(f"it has unknown keys {unknown}; it was written by a newer version of resnetlab.")
-        arguments: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-        try:
-            return cls(**arguments)
-        except (TypeError, UsageError) as error:
-            raise ModelFileError(f"its values cannot be used: {error}") from error
+        arguments = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return read_specification(cls, arguments, "the specification of its head")
 
 
 @dataclass(frozen=True, kw_only=True)

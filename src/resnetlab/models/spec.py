@@ -16,14 +16,17 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from resnetlab.errors import ModelFileError, UsageError, unknown_name_error
 from resnetlab.nn import shortcuts
 from resnetlab.nn.blocks import ACTIVATION_ORDERS
 
 if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
     from torch import Tensor
+
+S = TypeVar("S", bound="DataclassInstance")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,15 +142,17 @@ class Specification:
     @staticmethod
     def from_json(values: Mapping[str, Any]) -> Specification:
         """Reads what `to_json` wrote; raises ModelFileError for keys or values that this version does not know."""
-        known = {f.name for f in fields(Specification)}
-        if unknown_keys := sorted(set(values) - known):
-            raise ModelFileError(
-                f"the specification has unknown keys {unknown_keys}; it was written by a newer version of resnetlab."
-            )
-        try:
-            return Specification(**values)
-        except (TypeError, UsageError) as error:
-            raise ModelFileError(f"the specification cannot be used: {error}") from error
+        return read_specification(Specification, values, "the specification")
+
+
+def read_specification(kind: type[S], values: Mapping[str, Any], name: str) -> S:
+    """A specification of a model file; raises ModelFileError for keys or values that this version does not know."""
+    if unknown := sorted(set(values) - {f.name for f in fields(kind)}):
+        raise ModelFileError(f"{name} has unknown keys {unknown}; it was written by a newer version of resnetlab.")
+    try:
+        return kind(**values)
+    except (TypeError, UsageError) as error:
+        raise ModelFileError(f"{name} cannot be used: {error}") from error
 
 
 def check_network_size(spec: Specification, tensors: Mapping[str, Tensor]) -> None:

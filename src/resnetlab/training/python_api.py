@@ -42,7 +42,7 @@ def train(
     data_dir: str | Path | None = None,
     device: str | None = None,
     workers: int | None = None,
-    trackers: Sequence[str] = (),
+    trackers: str | Sequence[str] = (),
     pretrained: bool = False,
     progress: Callable[[Progress], None] | bool = True,
     report: Callable[[str], None] | None = None,
@@ -95,9 +95,8 @@ def train(
     module, net = _name_network(net, pretrained)
     if workers is not None and (not isinstance(workers, int) or workers < 0):
         raise UsageError(f"workers must be 0 or more, not {workers!r}.")
-    for word, function in {"on_evaluate": on_evaluate, "report": report, "transform": transform}.items():
-        if function is not None and not callable(function):
-            raise UsageError(f"{word} is a function, not {function!r}.")
+    own_progress = None if isinstance(progress, bool) else progress
+    _require_functions(on_evaluate=on_evaluate, report=report, transform=transform, progress=own_progress)
     for word in values:
         if Recipe.find_key(word) is None:
             raise unknown_name_error("key", word, [*list(signature(train).parameters)[1:-1], *Recipe.keys()])
@@ -117,7 +116,7 @@ def train(
             device=None if device is None else str(device),
             workers=workers,
             epochs=overrides.length,
-            trackers=tuple(trackers),
+            trackers=(trackers,) if isinstance(trackers, str) else tuple(trackers),
             report=report or ((lambda sentence: log(name_arguments(sentence))) if progress is True else ignore),
             on_progress=shown,
             on_evaluate=on_evaluate,
@@ -148,6 +147,13 @@ def _place_source(source: Any, recipe: Recipe | str | Path | None, data: Any) ->
     if data is not None and not named:
         raise UsageError("what stands before the data is no recipe; give images and labels as one pair: train((X, y)).")
     return (source, data) if recipe is None and named else (recipe, source)
+
+
+def _require_functions(**functions: Any) -> None:
+    """Raises UsageError for anything else that is given in place of a function."""
+    for word, function in functions.items():
+        if function is not None and not callable(function):
+            raise UsageError(f"{word} is a function, not {function!r}.")
 
 
 def _take_synonyms(values: dict[str, Any], named: dict[str, Any]) -> Any:
