@@ -34,13 +34,12 @@ def write_state_dict(model: TrainedModel, out: Path) -> None:
             stacklevel=2,
         )
         fingerprints = {}
-    metadata = json.dumps({
+    metadata = json.dumps(({"thresholds": list(model.thresholds)} if model.multi_label else {}) | {
         "specification": model.spec.to_json(),
         "classes": list(model.classes),
         "preprocessing": preprocessing.to_json() | {"mean": preprocessing.mean.tolist()},
         "temperature": float(model.temperature),
         "calibration": dict(model.calibration),
-        "thresholds": list(model.thresholds),
         "data": dict(model.data),
         "fingerprints": fingerprints,
     })  # fmt: skip
