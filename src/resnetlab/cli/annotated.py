@@ -220,7 +220,7 @@ def detect_localise(
     json
         Print the metrics as one JSON document, with one row per image.
     """
-    from resnetlab.inference.localization import localize_objects, summarize_localization
+    from resnetlab.inference.localization import IOU_THRESHOLD, localize_objects
     from resnetlab.inference.predict import load
 
     with console.ProgressBar("images") as bar:
@@ -228,23 +228,15 @@ def detect_localise(
     if out is not None:
         for result in results:
             save_overlay(result.draw(), out, result.image.file.stem, "place")
-    metrics = {"model": model, "data": str(data), "split": split} | summarize_localization(results)
+    n, ious = len(results), [result.iou for result in results]
+    error, mean_iou = sum(iou < IOU_THRESHOLD for iou in ious) / n, sum(ious) / n
     if json:
-        rows = [
-            {
-                "image": r.image.name,
-                "class": r.predicted_class,
-                "score": round(r.score, 6),
-                "box": r.box.tolist(),
-                "iou": r.iou,
-            }
-            for r in results
-        ]
-        return console.print_json(metrics | {"images": rows})
-    console.write_line(
-        f"{model} on {format_split_of(split, str(data))}, {format_count(metrics['n'], 'image')} with boxes"
-    )
+        about = {"model": model, "data": str(data), "split": split, "n": n}
+        return console.print_json(
+            about | {"localisation_error": error, "mean_iou": mean_iou, "images": [r.to_json() for r in results]}
+        )
+    console.write_line(f"{model} on {format_split_of(split, str(data))}, {format_count(n, 'image')} with boxes")
     return console.write_line(
-        f"localisation error {format_percent(metrics['localisation_error'])} (IoU with every true box below .5), "
-        f"mean IoU with the nearest {metrics['mean_iou']:.3f}"
+        f"localisation error {format_percent(error)} (IoU with every true box below .5), mean IoU with the nearest "
+        f"{mean_iou:.3f}"
     )

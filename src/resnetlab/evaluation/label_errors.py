@@ -116,9 +116,14 @@ def find_label_errors(scores: Tensor, labels: Tensor) -> list[LabelError]:
     )
     number = round(float((confidently_wrong / confident_of.clamp_min(1) * counts).sum()))
     order = (given_scores - likely_scores).argsort(stable=True)
+    return _describe_errors(order[(likely != labels)[order]][:number].tolist(), scores, labels, likely)
+
+
+def _describe_errors(positions: list[int], scores: Tensor, labels: Tensor, likely: Tensor) -> list[LabelError]:
+    """The errors at some positions; `likely` are the classes that the images look like, int64 (N,)."""
     return [
-        LabelError(i, int(labels[i]), int(likely[i]), float(given_scores[i]), float(likely_scores[i]))
-        for i in order[(likely != labels)[order]][:number].tolist()
+        LabelError(i, int(labels[i]), int(likely[i]), float(scores[i, labels[i]]), float(scores[i, likely[i]]))
+        for i in positions
     ]
 
 
@@ -131,15 +136,9 @@ def find_label_errors_by_cleanlab(scores: Tensor, labels: Tensor) -> list[LabelE
         from cleanlab.filter import find_label_issues
     except ImportError as error:
         raise missing_package("--method cleanlab", error.name, "audit") from error
-    found = find_label_issues(
-        labels.numpy(), scores.numpy(), return_indices_ranked_by="self_confidence", n_jobs=1
-    ).tolist()
+    found = find_label_issues(labels.numpy(), scores.numpy(), return_indices_ranked_by="self_confidence", n_jobs=1)
     others = scores.scatter(1, labels[:, None], -1)  # without the score of the label
-    likely_scores, likely = others.max(1)
-    return [
-        LabelError(i, int(labels[i]), int(likely[i]), float(scores[i, labels[i]]), float(likely_scores[i]))
-        for i in found
-    ]
+    return _describe_errors(found.tolist(), scores, labels, others.max(1).indices)
 
 
 METHODS: Mapping[str, Callable[[Tensor, Tensor], list[LabelError]]] = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import zipfile
 from collections import deque
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,15 +47,13 @@ def embed_data(model: Model, data: str | Path, data_dir: Path = Path("data")) ->
     name = str(data)
     images: Iterator[tuple[str, tuple[str, str, Any]]]
     try:
-        source = sources.load_dataset(name, data_dir, ReadOptions(one_class=True)).with_pixel_format(
-            common_pixel_format([model])
-        )
+        source = sources.load_dataset(name, data_dir, ReadOptions(one_class=True))
     except DataError:
         if not Path(name).exists() or is_table(name) or is_archive(name):
             raise
         images = iter((image, ("", "", each)) for image, each in expand_images(name))
     else:
-        images = list_labelled(source)
+        images = list_labelled(source.with_pixel_format(common_pixel_format([model])))
     yield from embed_rows(model, images)
 
 
@@ -100,25 +99,20 @@ def write_features(path: Path, rows: Iterator[EmbeddingRow]) -> tuple[int, dict[
     """
     check_table_file(path, "features", SUFFIXES)
     errors: dict[str, str] = {}
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        writer = _ParquetWriter(temporary) if path.suffix == ".parquet" else _NpzWriter(temporary)
-        n, batch = 0, []
+
+    def readable() -> Iterator[EmbeddingRow]:
         for row in rows:
             if row.features is None:
                 errors[row.image] = row.error
-                continue
-            batch.append(row)
-            if len(batch) == PART:
-                writer.write(batch)
-                n, batch = n + len(batch), []
-        if batch:
-            writer.write(batch)
-        n += len(batch)
+            else:
+                yield row
+
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        n = (_write_parquet if path.suffix == ".parquet" else _write_npz)(temporary, readable())
         if not n:
             raise DataError("no image can be read; fix them: resnetlab data check.")
-        writer.close()
         move_into_place(temporary, path)
     except OSError as error:
         raise write_error(path, error) from error
@@ -149,11 +143,8 @@ def read_features(path: Path) -> Iterator[EmbeddingRow]:
         names, splits, labels, features = (columns[key] for key in ("image", "split", "class", "features"))
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise DataError(f"{path} is no file that embed wrote ({error}); write it again: resnetlab embed.") from error
-    if (
-        features.ndim != 2
-        or features.dtype != np.float32
-        or not len(names) == len(splits) == len(labels) == len(features)
-    ):
+    lengths = {len(column) for column in (names, splits, labels, features)}
+    if features.ndim != 2 or features.dtype != np.float32 or len(lengths) > 1:
         raise DataError(f"{path} is no file that embed wrote: its columns do not fit; write it again: resnetlab embed.")
     for name, split, label, row in zip(names, splits, labels, torch.from_numpy(features), strict=True):
         yield EmbeddingRow(str(name), str(split), str(label), row)
@@ -182,36 +173,27 @@ def _to_columns(rows: list[EmbeddingRow]) -> tuple[dict[str, list[str]], Tensor]
     return columns, torch.stack([row.features for row in rows if row.features is not None])
 
 
-class _ParquetWriter:
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._writer: Any = None
+def _write_parquet(path: Path, rows: Iterator[EmbeddingRow]) -> int:
+    import pyarrow
+    import pyarrow.parquet
 
-    def write(self, rows: list[EmbeddingRow]) -> None:
-        import pyarrow
-        import pyarrow.parquet
-
-        columns, features = _to_columns(rows)
+    n, writer = 0, None
+    while part := list(islice(rows, PART)):
+        columns, features = _to_columns(part)
         vectors = pyarrow.array(features.tolist(), pyarrow.list_(pyarrow.float32()))
         table = pyarrow.table({**columns, "features": vectors})
-        if self._writer is None:
-            self._writer = pyarrow.parquet.ParquetWriter(self._path, table.schema)
-        self._writer.write_table(table)
+        writer = writer or pyarrow.parquet.ParquetWriter(path, table.schema)
+        writer.write_table(table)
+        n += len(part)
+    if writer is not None:
+        writer.close()
+    return n
 
-    def close(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
 
-
-class _NpzWriter:
-    def __init__(self, path: Path) -> None:
-        self._path, self._rows = path, list[EmbeddingRow]()
-
-    def write(self, rows: list[EmbeddingRow]) -> None:
-        self._rows += rows
-
-    def close(self) -> None:
-        columns, features = _to_columns(self._rows)
+def _write_npz(path: Path, rows: Iterator[EmbeddingRow]) -> int:
+    if found := list(rows):
+        columns, features = _to_columns(found)
         arrays: dict[str, Any] = {key: np.array(values) for key, values in columns.items()}
-        with open(self._path, "wb") as file:
+        with open(path, "wb") as file:
             np.savez(file, features=features.numpy(), **arrays)
+    return len(found)

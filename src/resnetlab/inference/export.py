@@ -5,8 +5,7 @@ FILE.json describes the input and its preprocessing, FILE.parity.json is the par
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from resnetlab.device import standard_torch_state
 from resnetlab.errors import DataError, ModelFileError, RunError, UsageError, missing_package, unknown_name_error
-from resnetlab.formatting import format_count
+from resnetlab.formatting import format_count, format_json
 from resnetlab.inference.export_graphs import PIXELS, SCORES, ExportGraphs
 from resnetlab.inference.formats import ExportFormat, get_format
 from resnetlab.inference.parity_check import PARITY_BOUNDS, ParityReport, check_parity
@@ -78,13 +77,12 @@ def export_model(
                 least, largest = PARITY_BOUNDS[precision]
                 raise ModelFileError(
                     f"{out} was not written: {parity.agreement}, on {format_count(parity.n, 'image')}; "
-                    f"{precision} must agree on {least:.0%} "
-                    f"and within {largest:g}."
+                    f"{precision} must agree on {least:.0%} and within {largest:g}."
                 )
             description = describe_export(model, target, precision)
             description |= check_providers(model, format, file, check_images, precision)
-            file.with_name(f"{out.name}.json").write_text(_format_json(description), "utf-8")
-            file.with_name(f"{out.name}.parity.json").write_text(_format_json(parity.to_json()), "utf-8")
+            for ending, value in ((".json", description), (".parity.json", parity.to_json())):
+                file.with_name(out.name + ending).write_text(format_json(value) + "\n", "utf-8")
             _replace_files(folder, out)
     except OSError as error:
         raise write_error(out, error) from error
@@ -164,14 +162,9 @@ def describe_export(model: TrainedModel, target: str, precision: str) -> dict[st
             "interpolation": preprocessing.interpolation,
             "crop": [h, w],
             "description": f"Apply the image's EXIF orientation and {kind}, at its own size; the images of a batch have one "
-            "size. The file resizes them "
-            f"({preprocessing.interpolation}, antialiased) so that the shorter side has {preprocessing.resize} pixels, crops "
-            f"the centre {w}x{h}, normalises, and returns calibrated scores.",
+            f"size. The file resizes them ({preprocessing.interpolation}, antialiased) so that the shorter side has "
+            f"{preprocessing.resize} pixels, crops the centre {w}x{h}, normalises, and returns calibrated scores.",
         },
         "classes": list(model.classes),
         "specification": model.net.spec.to_json(),
     }
-
-
-def _format_json(value: Mapping[str, Any]) -> str:
-    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"

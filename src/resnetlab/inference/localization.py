@@ -44,6 +44,11 @@ class LocalizationResult:
     box: Tensor  # float32 (4,)
     iou: float
 
+    def to_json(self) -> dict[str, Any]:
+        """A plain dictionary; keys as in docs/json.md."""
+        row = {"image": self.image.name, "class": self.predicted_class, "score": round(self.score, 6)}
+        return row | {"box": self.box.tolist(), "iou": self.iou}
+
     def draw(self) -> Image.Image:
         """The image with the box, and the true boxes thin and white."""
         detection = Detections(self.box[None], torch.tensor([self.score]), torch.tensor([0]))
@@ -104,13 +109,3 @@ def box_around_peak(heat: Tensor) -> Tensor:
     components, _ = ndimage.label(values >= PEAK_FRACTION * values.max())
     rows, columns = np.nonzero(components == components.flat[int(values.argmax())])
     return torch.tensor([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1], dtype=torch.float32)
-
-
-def summarize_localization(results: list[LocalizationResult]) -> dict[str, Any]:
-    """The figures over all images that `resnetlab detect localise --json` prints."""
-    n = len(results)
-    return {
-        "n": n,
-        "localisation_error": sum(result.iou < IOU_THRESHOLD for result in results) / n,
-        "mean_iou": sum(result.iou for result in results) / n,
-    }
