@@ -58,6 +58,7 @@ def test_a_folder_without_problems(
     assert document["images"] == document["readable"] == 33 and document["kinds"] == {"JPEG RGB": 33}
     assert document["classes"]["val"] == {"alpha": 3, "größe ß": 3, "红 花": 3}  # type: ignore[index]
     assert run_command(["data", "check", str(root), "--workers", "2"]) == 0
+    assert run_command(["data", "check", str(root), "--workers", "-1"]) == 2
     out = capsys.readouterr().out
     assert "33 images, 33 can be read" in out and "of a ResNet-18 step" in out and "größe ß" in out
 

@@ -296,11 +296,11 @@ def test_of_many_classes_the_worst_are_printed(
     code, all_of_them, _ = run_cli(capsys, *evaluate)
     errors = {line.split()[0]: float(line.split()[2]) for line in all_of_them.splitlines() if re.match(r"\d +\d", line)}
     assert code == 0 and list(errors) == list("0123456789")
-    monkeypatch.setattr(console, "MAX_CLASSES", 3)
+    monkeypatch.setattr(console, "MAX_ROWS", 3)
     _, some, _ = run_cli(capsys, *evaluate)
     shown = re.findall(r"^(\d) +\d", some, re.MULTILINE)
     assert len(shown) == 3 and [errors[name] for name in shown] == sorted(errors.values(), reverse=True)[:3]
-    assert "these are the 3 worst classes; 7 more are left out, and evaluation.json or --json has all" in some
+    assert "the 3 worst of 10 classes:" in some and "7 more are left out; evaluation.json or --json has all" in some
 
 
 def test_a_stop_is_heard_before_a_command_listens_for_it(

@@ -16,7 +16,7 @@ from resnetlab.progress import ProgressBar as ProgressBar
 from resnetlab.progress import escape_control as escape_control
 from resnetlab.progress import log as log
 
-MAX_CLASSES = 50  # rows of a table of classes
+MAX_ROWS = 50  # of a table of classes or of problems
 
 
 def write_line(text: str) -> None:
@@ -69,17 +69,34 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
     console.print(table)
 
 
+def print_first(
+    columns: Sequence[str], rows: Sequence[Sequence[str]], complete: str, right: Sequence[int] = ()
+) -> None:
+    """Prints the first MAX_ROWS rows, how many are left out, and what has all of them."""
+    print_table("", columns, rows[:MAX_ROWS], right)
+    if (rest := len(rows) - MAX_ROWS) > 0:
+        write_line(f"{rest:,} more are left out; {complete} has all")
+
+
 def print_classes(
     columns: Sequence[str], rows: Sequence[Sequence[str]], quality: Sequence[float | None], complete: str
 ) -> None:
-    """Prints a row for each class; of more than MAX_CLASSES those of the least quality, and where the `complete` list is."""
-    worst = sorted(range(len(rows)), key=lambda i: float("inf") if (value := quality[i]) is None else value)[
-        :MAX_CLASSES
-    ]
-    shown = rows if len(rows) <= MAX_CLASSES else [rows[i] for i in worst]
-    print_table("", columns, shown, right=[i for i, name in enumerate(columns) if name not in ("class", "taken for")])
-    if (rest := len(rows) - len(shown)) > 0:
-        write_line(f"these are the {MAX_CLASSES} worst classes; {rest:,} more are left out, and {complete} has all")
+    """Prints a row for each class, or of many the worst: those of the least quality."""
+    if len(rows) > MAX_ROWS:
+        write_line(f"the {MAX_ROWS} worst of {len(rows):,} classes:")
+        order = sorted(range(len(rows)), key=lambda i: float("inf") if (value := quality[i]) is None else value)
+        rows = [rows[i] for i in order]
+    print_first(columns, rows, complete, [i for i, name in enumerate(columns) if name not in ("class", "taken for")])
+
+
+def check_page(out: Path | None, inputs: Sequence[str]) -> None:
+    """Raises UsageError, before any work is done, for a page that is not .html, or is an input."""
+    from resnetlab.run_folder import check_output_file
+
+    if out is not None:
+        if out.suffix != ".html":
+            raise UsageError(f"--out writes a page, .html, not {out.name}; --json prints what a program reads.")
+        check_output_file(out, inputs)
 
 
 def parse_numbers(option: str, text: str, example: str) -> list[float]:

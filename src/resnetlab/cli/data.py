@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from resnetlab.data.check import CheckReport
     from resnetlab.data.dataset import Dataset
 
-MAX_PRINTED = 50  # problems; --json lists all
 MAX_SHOWN = 200  # problems on a page
 
 
@@ -56,11 +55,11 @@ def check(
     from resnetlab.device import count_cores
     from resnetlab.run_folder import check_output_file
 
-    for file, option in ((quarantine, "--quarantine"), (out, "--out")):
-        if file is not None:
-            check_output_file(file, [data], option)
-    if out is not None and out.suffix != ".html":
-        raise UsageError(f"--out writes a page, .html, not {out.name}; --json prints what a program reads.")
+    if quarantine is not None:
+        check_output_file(quarantine, [data], "--quarantine")
+    console.check_page(out, [data])
+    if workers is not None and workers < 0:
+        raise UsageError(f"--workers must be 0 or more, not {workers}.")
     workers = count_cores() if workers is None else workers
     with console.ProgressBar("images") as bar:
         source: Dataset | None = None
@@ -208,7 +207,5 @@ def _print_report(report: CheckReport) -> None:
         console.print_table("", ("class", *map(format_split, splits)), rows, right=tuple(range(1, len(splits) + 1)))
     if report.problems:
         print()
-        console.print_table("", ("kind", "file", "detail"), report.problems[:MAX_PRINTED])
-        if (rest := len(report.problems) - MAX_PRINTED) > 0:
-            console.write_line(f"and {rest:,} more: --json lists all")
+        console.print_first(("kind", "file", "detail"), report.problems, "--json")
     sys.stdout.flush()  # before the speed is measured

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -9,7 +10,6 @@ from resnetlab.cli import console
 from resnetlab.cli.options import DataDir, Device, Json, ModelName, Precision
 from resnetlab.formatting import format_count, format_percent
 
-MAX_PRINTED = 50  # likely errors; --json lists all
 MAX_SHOWN = 500  # likely errors on a page
 
 
@@ -43,9 +43,13 @@ def embed(
     check_table_file(out, "features", SUFFIXES)
     check_output_file(out, [model, data], makes_folder=True)
     n, errors = write_features(out, embed_data(load(model, precision=precision, device=device), data, data_dir))
-    for name, reason in errors.items():
-        console.log(f"resnetlab: warning: {name} is left out: {reason}")
+    _warn_of_unreadable(errors)
     console.write_line(f"{format_count(n, 'image')} in {out}")
+
+
+def _warn_of_unreadable(reasons: Mapping[str, str]) -> None:
+    for name, reason in reasons.items():
+        console.log(f"resnetlab: warning: {name} is left out: {reason}")
 
 
 def neighbours(
@@ -80,23 +84,19 @@ def neighbours(
     from resnetlab.inference.images import expand_images
     from resnetlab.inference.neighbours import FeatureIndex, ShownImage, render_images
     from resnetlab.inference.predict import load
-    from resnetlab.run_folder import check_output_file, write_atomically
+    from resnetlab.run_folder import write_atomically
 
     console.check_order("neighbours", model, [data, *images])
     if not images:
         raise UsageError("name the images to find similar ones of: resnetlab neighbours MODEL DATA IMAGE...")
     if top < 1:
         raise UsageError(f"--top must be 1 or more, not {top}.")
-    if out is not None:
-        if out.suffix != ".html":
-            raise UsageError(f"--out writes a page, .html, not {out.name}.")
-        check_output_file(out, [model, data, *images])
+    console.check_page(out, [model, data, *images])
     loaded = load(model, precision=precision, device=device)
     queries = {name: loaded.embed(found) for each in images for name, found in expand_images(each)}
     rows = read_features(Path(data)) if is_feature_file(data) else embed_data(loaded, data, data_dir)
     index = FeatureIndex.from_rows(rows)
-    for name, reason in index.unreadable.items():
-        console.log(f"resnetlab: warning: {name} is left out: {reason}")
+    _warn_of_unreadable(index.unreadable)
     found = dict(zip(queries, index.search(list(queries.values()), top), strict=True))
     if out is not None:
         groups = []
@@ -164,14 +164,11 @@ def audit(
 
     if folds < 2:
         raise UsageError(f"--folds must be 2 or more, not {folds}.")
-    for file, option in ((quarantine, "--quarantine"), (out, "--out")):
-        if file is not None:
-            check_output_file(file, [model, data], option)
-    if out is not None and out.suffix != ".html":
-        raise UsageError(f"--out writes a page, .html, not {out.name}.")
+    if quarantine is not None:
+        check_output_file(quarantine, [model, data], "--quarantine")
+    console.check_page(out, [model, data])
     found = audit_labels(load(model, precision="auto"), data, data_dir, folds, seed, method)
-    for name, reason in found.unreadable.items():
-        console.log(f"resnetlab: warning: {name} is left out: {reason}")
+    _warn_of_unreadable(found.unreadable)
     if quarantine is not None:
         names = [row["image"] for row in found.errors]
         console.write_quarantine(quarantine, names, f"of {found.data} whose labels are likely wrong")
@@ -198,7 +195,5 @@ def audit(
     rows = [
         (r["image"], r["class"], f"{r['score']:.1%}", r["likely"], f"{r['likely_score']:.1%}") for r in found.errors
     ]
-    console.print_table("", ("image", "class", "score", "likely", "score"), rows[:MAX_PRINTED], right=(2, 4))
-    if (rest := len(rows) - MAX_PRINTED) > 0:
-        console.write_line(f"and {rest:,} more: --json or --quarantine lists all")
-    return None
+    columns = ("image", "class", "score", "likely", "score")
+    return console.print_first(columns, rows, "--json or --quarantine", right=(2, 4))
