@@ -67,6 +67,7 @@ def test_out_writes_a_file_in_the_format_of_its_ending(
         (("--protocol", "flip", "--backend", "onnxruntime"), "--protocol is computed by torch in fp32"),
         (("--protocol", "flip", "--precision", "int8"), "leave out --backend, --precision and --calibrate"),
         (("--protocol", "5crop"), "unknown protocol '5crop'"),
+        (("--sort-into", folder / "sorted"), "whose images are predicted; name a folder that is not"),
     ):
         code, _, err = predict(capsys, run, folder, *arguments)
         assert code == 2 and sentence in err, err

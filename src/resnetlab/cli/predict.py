@@ -102,7 +102,6 @@ def predict(
     from resnetlab.inference.predict import Model
     from resnetlab.inference.prediction_parts import PartFolder, hash_weights
     from resnetlab.models.annotated_model import TASK_NOUNS
-    from resnetlab.run_folder import check_output_folder
 
     output = "json" if json and format is None else format
     _check_options(images, top, min_score)
@@ -110,7 +109,7 @@ def predict(
         raise UsageError(f"--json and --format {format} contradict each other; give one of them.")
     console.check_order("predict", model, images)
     file = out if out is not None and out.suffix in OUTPUT_SUFFIXES else None
-    check_output_folder(sort_into or (None if file else out))
+    _check_copies(sort_into or (None if file else out), images)
     check_backend_request(backend, precision)
     if calibrate is not None and not calibrate.is_dir():
         raise DataError(f"{calibrate} is not a folder; --calibrate takes a folder of images.")
@@ -173,6 +172,19 @@ class ClassRequest(NamedTuple):
     sort_into: Path | None
     protocol: str | None
     backend: tuple[str, str, Path | None]
+
+
+def _check_copies(folder: Path | None, images: Sequence[str]) -> None:
+    """Raises UsageError where copies would be written among the images, and be predicted with them the next time.
+
+    Raises RunError where the folder cannot be written.
+    """
+    from resnetlab.run_folder import check_output_folder
+
+    check_output_folder(folder)
+    for image in images:
+        if folder is not None and Path(image).is_dir() and folder.resolve().is_relative_to(Path(image).resolve()):
+            raise UsageError(f"{folder} is in {image}, whose images are predicted; name a folder that is not.")
 
 
 def check_parts(parts: Path | None, format: str | None, out: Path | None, images: Sequence[str]) -> None:
