@@ -135,20 +135,18 @@ def doctor(*, json: Json = False) -> None:
         f"resnetlab {document['resnetlab']}, Python {document['python']} ({sys.executable}), {document['system']}"
     )
     console.write_line(", ".join(f"{name} {value}" for name, value in versions.items()))
-    console.write_line("devices        " + "; ".join(document["devices"]))
-    load = (
-        "" if document["load"] is None else f", load {document['load']} (programs that wanted one in the last minute)"
-    )
-    console.write_line(f"cores          {document['cores']}{load}")
-    busy = f", while {busy}" if (busy := console.describe_busy()) else ""
-    console.write_line(
-        f"bf16           a training step takes {1 / document['bf16_speedup']:.2f} times as long as in fp32 (measured{busy})"
-    )
-    console.write_line(f"kernel         {document['fused_kernel']}")
-    console.write_line(
-        f"compiler       {document['compiler'] or 'none: --compile on is not possible here (install g++)'}"
-    )
-    console.write_line(f"free disk      {document['free_disk_gb']} GB here")
+    load, busy = document["load"], console.describe_busy()
+    measured, programs = f"measured{f', while {busy}' * bool(busy)}", "programs that wanted one in the last minute"
+    lines = {
+        "devices": "; ".join(document["devices"]),
+        "cores": f"{document['cores']}" + ("" if load is None else f", load {load} ({programs})"),
+        "bf16": f"a training step takes {1 / document['bf16_speedup']:.2f} times as long as in fp32 ({measured})",
+        "kernel": document["fused_kernel"],
+        "compiler": document["compiler"] or "none: --compile on is not possible here (install g++)",
+        "free disk": f"{document['free_disk_gb']} GB here",
+    }
+    for name, text in lines.items():
+        console.write_line(f"{name:<14} {text}")
     print()
     rows = [
         (extra, "installed" if not missing else f"without {', '.join(missing)}", install_hint(extra) if missing else "")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -452,8 +451,7 @@ class Model(AnsweredAttributes, TrainedModel):
         out = Path(out)
         to = to or find_format(out.suffix)
         if get_format(to).read is None:
-            for note in export_weights(self, to, out):
-                warnings.warn(note, stacklevel=2)
+            export_weights(self, to, out)
         else:
             folder = None if images is None else Path(images)
             check_images, calibration_images = load_export_images(self, data, folder, Path(data_dir))
