@@ -502,6 +502,7 @@ def test_precision_recall_and_f1_are_a_hand_computation() -> None:
     assert metrics.to_json()["balanced_error"] == pytest.approx(1 - (2 / 3 + 1 / 2 + 0) / 3)
     assert metrics.macro("precision") == pytest.approx((2 / 3 + 1 / 3 + 0) / 3)
     assert metrics.to_json()["f1"] == pytest.approx((2 / 3 + 2 / 5 + 0) / 3)
+    assert metrics.taken_for == [[("b", 1)], [("a", 1)], [("b", 1)], []]
 
 
 def test_many_classes_have_a_sparse_confusion() -> None:

@@ -19,7 +19,6 @@ from resnetlab.process_place import read_process_place
 if TYPE_CHECKING:
     from resnetlab.evaluation.corruptions import CorruptionErrors
     from resnetlab.evaluation.evaluate import Evaluation, MultiLabelEvaluation
-    from resnetlab.evaluation.metrics import ClassificationMetrics
     from resnetlab.inference.annotated import Detector, Segmenter
 
 CLASSIFIER_EVALUATION = {  # options that only classifiers have
@@ -341,8 +340,9 @@ def _print_evaluation(evaluation: Evaluation) -> None:
         _print_members(figures)
     if evaluation.corruptions:
         _print_corruptions(evaluation.corruptions)
-    keys, taken_for = ("top1_error", "precision", "recall", "f1"), _list_confusions(metrics)
-    classes = [(c, taken_for[i]) for i, c in enumerate(figures["per_class"]) if c["n"]]
+    keys = ("top1_error", "precision", "recall", "f1")
+    confusions = [", ".join(f"{name} ({n})" for name, n in others[:3]) for others in metrics.taken_for]
+    classes = [(c, others) for c, others in zip(figures["per_class"], confusions, strict=True) if c["n"]]
     rows = [(c["class"], f"{c['n']:,}", *(format_known(c[key]) for key in keys), others) for c, others in classes]
     columns = ("class", "n", "top-1 error", "precision", "recall", "F1", "taken for")
     console.print_classes(columns, rows, [c["recall"] for c, _ in classes], "evaluation.json or --json")
@@ -423,12 +423,3 @@ def _print_members(figures: dict[str, Any]) -> None:
     columns = ("a", "b", "error of a - b", "95 % (paired bootstrap)", "p (McNemar)")
     console.print_table("", columns, differences, right=(2, 3, 4))
     print()
-
-
-def _list_confusions(metrics: ClassificationMetrics) -> list[str]:
-    """For each class, the classes that its images are most often taken for."""
-    wrong: list[list[tuple[int, str]]] = [[] for _ in metrics.classes]
-    for true, predicted, n in metrics.confusion_counts:
-        if true != predicted:
-            wrong[true].append((n, metrics.classes[predicted]))
-    return [", ".join(f"{name} ({n})" for n, name in sorted(row, reverse=True)[:3]) for row in wrong]

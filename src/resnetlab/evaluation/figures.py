@@ -115,12 +115,8 @@ class Prototype:
 
 def class_rows(metrics: ClassificationMetrics) -> list[ClassRow]:
     """A row for every class, in the order of the metrics."""
-    most: dict[int, tuple[int, int]] = {}  # true class -> (images, class they are taken for)
-    for true, predicted, count in metrics.confusion_counts:
-        if true != predicted and count > most.get(true, (0, 0))[0]:
-            most[true] = count, predicted
-    taken_for = {true: metrics.classes[predicted] for true, (_, predicted) in most.items()}
-    return [ClassRow(**vars(each), taken_for=taken_for.get(i)) for i, each in enumerate(metrics.per_class)]
+    rows = zip(metrics.per_class, metrics.taken_for, strict=True)
+    return [ClassRow(**vars(each), taken_for=others[0][0] if others else None) for each, others in rows]
 
 
 def confused_pairs(metrics: ClassificationMetrics) -> list[ConfusedPair]:

@@ -151,6 +151,15 @@ class ClassificationMetrics:
         return [(cell // k, cell % k, n) for cell, n in zip(cells.tolist(), counts.tolist(), strict=True)]
 
     @cached_property
+    def taken_for(self) -> list[list[tuple[str, int]]]:
+        """For every class, the classes that its images are taken for and how many are, the most first."""
+        wrong: list[list[tuple[str, int]]] = [[] for _ in self.classes]
+        for true, predicted, n in self.confusion_counts:
+            if true != predicted:
+                wrong[true].append((self.classes[predicted], n))
+        return [sorted(row, key=lambda pair: -pair[1]) for row in wrong]
+
+    @cached_property
     def per_class(self) -> list[ClassMetrics]:
         """The figures of every class, in the order of `classes`."""
         k = len(self.classes)
