@@ -120,8 +120,9 @@ def test_build_with_weights(tmp_path: Path) -> None:
     """The variant is the weights'; another number of classes gets a new head, of channels a converted first convolution."""
     file = str(save_model(tmp_path / "m.safetensors", "resnet50v1.5"))
     own = load_trained_model(Path(file)).net.state_dict()
-    with pytest.warns(UserWarning, match=r"brings its own network, resnet50v1\.5"):
+    with pytest.warns(UserWarning, match=r"brings its own network, resnet50v1\.5") as caught:
         net = resnetlab.build("resnet50", weights=file)
+    assert caught[0].filename == __file__  # not a line of ours
     assert net.training and net.spec.stride_in == "3x3" and torch.equal(net.fc.weight, own["fc.weight"])
     net = resnetlab.build("resnet50v1.5", weights=file, num_classes=7, in_chans=1, seed=0)
     assert net.fc.weight.shape == (7, 2048) and torch.equal(net.conv1.weight, own["conv1.weight"].sum(1, keepdim=True))

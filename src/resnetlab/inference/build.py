@@ -80,7 +80,7 @@ def build(
     get_specification(name, **changes)  # raises for an unknown name, key or value
     start = load_start(source, own)
     for note in choose_specification(source, start.model.spec, name, own):
-        warnings.warn(f"{note}.", stacklevel=2)
+        warnings.warn(f"{note}.", stacklevel=3)  # the caller of `public`
     net = start.model.resnet
     if (classes := changes.get("classes")) is None and start.model.classes == NO_HEAD:
         raise UsageError(f"{source} has no head; give num_classes for a new one.")
