@@ -5,12 +5,14 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+import resnetlab
 from resnetlab.errors import RunError
 from resnetlab.run_folder import RunFolder, hold_lock
 
@@ -48,6 +50,16 @@ def test_no_command_needs_what_only_posix_has(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "run is finished; nothing to do." in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_texts_are_read_and_written_in_utf_8() -> None:
+    """Windows has another encoding of its own, in which a recipe that names a folder of images called "für" is another."""
+    root = Path(resnetlab.__file__).parent
+    call = re.compile(r"\.(read|write)_text\((?!.*utf-8)|\bopen\([^)]*\"[rwax]\+?\"\)")
+    # what the kernel gives, and the metadata of a distribution
+    allowed = re.compile(r"/proc/|/sys/|\bown\.read|in files\)|package\.read_text")
+    lines = [line for file in root.rglob("*.py") for line in file.read_text("utf-8").split("\n")]
+    assert len(lines) > 10_000 and not [text for text in filter(call.search, lines) if not allowed.search(text)]
 
 
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])

@@ -292,7 +292,7 @@ class RunFolder:
     def read_json(self, name: str) -> dict[str, Any] | None:
         """Reads a JSON file of the folder; None if it does not exist."""
         try:
-            value = parse_json((self.path / name).read_text())
+            value = parse_json((self.path / name).read_bytes())
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
@@ -308,7 +308,7 @@ class RunFolder:
         """Reads recipe.toml as it is."""
         file = self.path / "recipe.toml"
         try:
-            return tomllib.loads(file.read_text())
+            return tomllib.loads(file.read_text("utf-8"))
         except (OSError, ValueError) as error:
             raise RunError(f"{file} cannot be read ({error}); start a new run.") from error
 
@@ -344,7 +344,7 @@ class MetricsLog:
         kept = [line for line in read_metrics(run) if line["step"] <= step]
         write_atomically(self._path, "".join(json.dumps(line) + "\n" for line in kept))
         try:
-            self._file = open(self._path, "a")  # noqa: SIM115 - closed by close()
+            self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
         except OSError as error:
             raise write_error(self._path, error) from error
 
@@ -376,7 +376,7 @@ def read_metrics(run: RunFolder) -> list[dict[str, Any]]:
     """Reads the lines of metrics.jsonl; invalid ones, such as one cut off by a crash, are skipped."""
     lines = []
     with contextlib.suppress(FileNotFoundError):
-        for text in (run.path / "metrics.jsonl").read_text(errors="replace").splitlines():
+        for text in (run.path / "metrics.jsonl").read_text("utf-8", "replace").splitlines():
             with contextlib.suppress(ValueError):
                 line = parse_json(text)
                 if not isinstance(line, dict):

@@ -209,4 +209,4 @@ def _stop_with(launcher: int) -> None:
 def _read_stderr(rank: int, logs: Path) -> str:
     """What a process wrote to standard error in its last attempt."""
     logs_of_rank = sorted(file for file in logs.rglob("stderr.log") if file.parent.name == str(rank))
-    return logs_of_rank[-1].read_text() if logs_of_rank else ""
+    return logs_of_rank[-1].read_text("utf-8", "replace") if logs_of_rank else ""

@@ -77,7 +77,7 @@ def read_index(tar: Path) -> TarIndex:
     try:
         if file.stat().st_size > MAX_INDEX:
             raise ValueError(f"it has more than {MAX_INDEX:,} bytes")
-        values = parse_json(file.read_text())
+        values = parse_json(file.read_bytes())
         classes, length = tuple(values["classes"]), int(values["bytes"])
         if not all(isinstance(name, str) for name in classes):
             raise ValueError("a class is no text")

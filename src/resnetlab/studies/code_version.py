@@ -68,7 +68,7 @@ class CodeVersions:
     def read(self) -> dict[str, dict[str, str]]:
         """Source hash -> kind of machine -> fingerprint."""
         try:
-            return dict(parse_json(self._file.read_text())) | V01
+            return dict(parse_json(self._file.read_bytes())) | V01
         except (OSError, ValueError):
             return dict(V01)
 
