@@ -87,20 +87,26 @@ def _dilate_block(block: Block, before: int, after: int) -> None:
             module.stride = 1
 
 
+def modules_up_to(net: ResNet, last: str, kind: str = "map") -> list[nn.Module]:
+    """The stem's convolution and BN, and the stages up to and including the map `last` ("C1": the stem).
+
+    Raises UsageError for a name that is not a map of the network; `kind` is what the message calls it.
+    """
+    known = list(levels(net))
+    if last not in known:
+        raise unknown_name_error(kind, last, known)
+    return [net.conv1, net.bn1, *net.stages[: known.index(last)]]
+
+
 def freeze(net: ResNet, last: str) -> None:
     """Freezes everything up to and including the map `last` ("C1": the stem): weights and BN statistics stay.
 
     Raises UsageError for a name that is not a map of the network.
     """
-    known = list(levels(net))
-    if last not in known:
-        raise unknown_name_error("map", last, known)
-    stem = nn.ModuleDict({"conv1": net.conv1, "bn1": net.bn1})
-    fix_bn(stem)
-    net.bn1 = cast(nn.BatchNorm2d, stem["bn1"])
-    for module in (stem, *net.stages[: known.index(last)]):
-        fix_bn(module)
-        module.requires_grad_(False)
+    frozen = nn.ModuleList(modules_up_to(net, last))
+    fix_bn(frozen)
+    net.bn1 = cast(nn.BatchNorm2d, frozen[1])
+    frozen.requires_grad_(False)
 
 
 def prepare_backbone(net: ResNet, frozen: str, bn: str) -> None:

@@ -26,7 +26,6 @@ from resnetlab.nn.batchnorm import FusedBatchNorm2d
 from resnetlab.nn.blocks import (
     ACTIVATION_ORDERS,
     Block,
-    ConvLayer,
     ShortcutOptions,
     has_hooks,
     make_basic_layers,
@@ -65,13 +64,11 @@ class ResNet(nn.Module):
             self.conv1 = nn.Conv2d(spec.channels, width, 3, padding=1, bias=spec.conv1_bias)
             self.maxpool = None
         self.bn1 = nn.BatchNorm2d(width)
-        c_in = width
         for i, blocks in enumerate(_make_stages(spec), 1):
             self.add_module(f"layer{i}", nn.Sequential(*blocks))
-            c_in = spec.out_widths[i - 1]
         # A pre-activated net ends with one extra activation, before pooling (2016, appendix).
-        self.bn_last = nn.BatchNorm2d(c_in) if "b" in order.before else None
-        self.fc = nn.Linear(c_in, spec.classes)
+        self.bn_last = nn.BatchNorm2d(self.num_features) if "b" in order.before else None
+        self.fc = nn.Linear(self.num_features, spec.classes)
 
     @property
     def stages(self) -> list[nn.Sequential]:
@@ -242,15 +239,13 @@ def _make_stages(spec: Specification) -> Iterator[list[Block]]:
             stride = 2 if stage > 0 and i == 0 else 1
             reshapes = c_in != c_out or stride != 1
             first_activation = "done" if stage == i == 0 else _place_first_activation(spec, reshapes)
-            blocks.append(Block(_make_layers(spec, c_in, width, stride), order, options, first_activation))
+            if spec.block == "bottleneck":
+                layers = make_bottleneck_layers(c_in, width, stride, spec.stride_in)
+            else:
+                layers = make_basic_layers(c_in, width, stride, spec.layers)
+            blocks.append(Block(layers, order, options, first_activation))
             c_in = c_out
         yield blocks
-
-
-def _make_layers(spec: Specification, c_in: int, width: int, stride: int) -> list[ConvLayer]:
-    if spec.block == "bottleneck":
-        return make_bottleneck_layers(c_in, width, stride, spec.stride_in)
-    return make_basic_layers(c_in, width, stride, spec.layers)
 
 
 def _place_first_activation(spec: Specification, reshapes: bool) -> str:

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from resnetlab.errors import UsageError, unknown_name_error
+from resnetlab.errors import UsageError
 from resnetlab.formatting import format_count, format_list
 from resnetlab.inference.build import adapt_channels
 from resnetlab.inference.start import NO_HEAD, Start, choose_specification, load_start
-from resnetlab.models.backbone import levels
+from resnetlab.models.backbone import modules_up_to
 from resnetlab.models.model_file import TrainedModel
 from resnetlab.models.own_network import OWN, Network, adopt_network, class_name
 from resnetlab.models.resnet import ResNet, build_from_spec
@@ -77,7 +77,8 @@ def build_network(
     for i, (_, block) in enumerate(blocks, 1):
         block.drop_path = recipe.stochastic_depth * i / len(blocks)
     if recipe.frozen_stages:
-        _freeze_stages(net, recipe.frozen_stages)
+        for module in modules_up_to(net, recipe.frozen_stages, "map in frozen_stages"):
+            module.requires_grad_(False)  # BN's statistics too (`set_train_mode`)
     for module in net.modules() if recipe.frozen_bn else ():
         if isinstance(module, nn.BatchNorm2d):
             module.requires_grad_(False)
@@ -110,15 +111,6 @@ def _take_own_network(recipe: Recipe, module: nn.Module | None, channels: int, c
     if not recipe.image_size:
         raise UsageError(f"{recipe.name} takes the size of a model to start from; give {asked} one: image_size=224.")
     return adopt_network(module, (channels, recipe.image_size, recipe.image_size), classes)
-
-
-def _freeze_stages(net: ResNet, deepest: str) -> None:
-    """Freezes everything up to and including the map `deepest`, BN's statistics too (`set_train_mode`)."""
-    known = list(levels(net))
-    if deepest not in known:
-        raise unknown_name_error("map in frozen_stages", deepest, known)
-    for module in (net.conv1, net.bn1, *net.stages[: known.index(deepest)]):
-        module.requires_grad_(False)
 
 
 @torch.no_grad()
