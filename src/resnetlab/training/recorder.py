@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -18,12 +18,13 @@ from resnetlab.data.sources import strip_signature
 from resnetlab.device import count_cores
 from resnetlab.distributed import World
 from resnetlab.errors import PROCESS_GONE, DivergedError, ResNetLabError, RunError
+from resnetlab.formatting import format_split
 from resnetlab.run_folder import MetricsLog, RunFolder
 from resnetlab.stopping import StopRequest, StopSignal
 from resnetlab.training.checkpoint import CheckpointWriter, TrainState, save_best
 from resnetlab.training.memory import peak_memory
 from resnetlab.training.recipe import Recipe
-from resnetlab.training.result import Progress
+from resnetlab.training.result import Progress, TrainResult
 from resnetlab.training.run_options import RunOptions
 from resnetlab.training.run_state import RunState
 from resnetlab.training.step import StepOutput
@@ -89,10 +90,23 @@ class Recorder:
         finally:
             self._task.close()
             self._checkpoints.close()
-            if self._metrics is not None and self._trackers is not None:
+            if self._metrics is not None:
                 self._metrics.close()
-                self._trackers.close()
                 self.note_skipped(self._task.skipped)
+
+    def close(self) -> None:
+        """Closes the trackers, which stay open for `record_result`."""
+        if self._trackers is not None:
+            self._trackers.close()
+
+    def record_result(self, result: TrainResult) -> None:
+        """Sends the figures of the test split to the trackers; metrics.jsonl has those of the steps alone."""
+        others = ("seconds", "images_per_second", "held_out_error", "held_out_mean_ap")
+        figures = {
+            k: v for k, v in asdict(result).items() if isinstance(v, float) and k not in others and math.isfinite(v)
+        }
+        if self._trackers is not None:
+            self._trackers.write(format_split(result.split), result.steps, figures)
 
     def end_step(self, output: StepOutput, lr: float) -> None:
         """Logs, evaluates, saves and stops where it is time to; `TrainState.is_done` says whether the run ends here.

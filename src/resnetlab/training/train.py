@@ -112,8 +112,11 @@ def train_to_end(task: Task, context: RunContext) -> TrainResult:
     if state.step:
         context.options.report(f"resuming from step {state.step:,}")
     how_to_resume = task.how_to_resume(context.run)
-    with catch_stop_signals() as request, explain_full_disk(how_to_resume):
-        recorder = Recorder(train_state, context, request)
+    with (
+        catch_stop_signals() as request,
+        explain_full_disk(how_to_resume),
+        contextlib.closing(Recorder(train_state, context, request)) as recorder,
+    ):
         gradients = select_gradients(train_state, recorder.report_graph)
         if recipe.net.startswith(OWN) and not state.step:  # only the caller knows where its weights began
             recorder.save()
@@ -166,6 +169,7 @@ def train_to_end(task: Task, context: RunContext) -> TrainResult:
         if task.device_config.world.is_first:
             recorder.note_skipped(skipped)
             context.run.write_json("result.json", result.to_json())
+            recorder.record_result(result)
             drop_optimizer_state(context.run)
             context.options.report(f"report: {context.run.report}")
     return result
