@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -45,14 +45,19 @@ def detect_train(
     on_bad_box
         stop at an invalid box or image, or skip it: left out, and listed in the run folder.
     """
-    if (result := _train("detect", data, options, {"on_bad_box": on_bad_box})) is not None:
-        values = {
-            f"{format_split(result.split)} mAP@.5": result.map_50,
-            "mAP@[.5:.95]": result.map,
-            "VOC mAP": result.voc_map,
-        }
-        print_result(result, {name: f"{value:.3f}" for name, value in values.items()})
-        print_box_classes(result.per_class, "the report")
+    if options.show_recipe is not None:
+        return print_recipe(options.show_recipe, "detect")
+    with prepare_run("detect", options, read_overrides(data, options, {"on_bad_box": on_bad_box}, "detect")) as run:
+        result = run()
+    if print_json_result(result, options):
+        return None
+    metrics = {
+        f"{format_split(result.split)} mAP@.5": result.map_50,
+        "mAP@[.5:.95]": result.map,
+        "VOC mAP": result.voc_map,
+    }
+    print_result(result, {name: f"{value:.3f}" for name, value in metrics.items()})
+    return print_box_classes(result.per_class, "the report")
 
 
 def segment_train(
@@ -70,21 +75,15 @@ def segment_train(
     on_bad_mask
         stop at an invalid mask or image, or skip it: left out, and listed in the run folder.
     """
-    if (result := _train("segment", data, options, {"on_bad_mask": on_bad_mask})) is not None:
-        wrong = format_percent(result.pixel_error)
-        print_result(
-            result, {f"{format_split(result.split)} mean IoU": f"{result.mean_iou:.3f}", "wrong pixels": wrong}
-        )
-        print_mask_classes(result.per_class, "the report")
-
-
-def _train(task: str, data: str | None, options: TrainOptions, values: Mapping[str, object]) -> Any:
-    """Trains, or prints a recipe; returns the result, None if there is nothing more to print."""
     if options.show_recipe is not None:
-        return print_recipe(options.show_recipe, task)
-    with prepare_run(task, options, read_overrides(data, options, values, task)) as run:
+        return print_recipe(options.show_recipe, "segment")
+    with prepare_run("segment", options, read_overrides(data, options, {"on_bad_mask": on_bad_mask}, "segment")) as run:
         result = run()
-    return None if print_json_result(result, options) else result
+    if print_json_result(result, options):
+        return None
+    wrong = format_percent(result.pixel_error)
+    print_result(result, {f"{format_split(result.split)} mean IoU": f"{result.mean_iou:.3f}", "wrong pixels": wrong})
+    return print_mask_classes(result.per_class, "the report")
 
 
 def _restrict(command: Callable[..., None], task: str, hidden: Collection[str]) -> Decorator:

@@ -133,7 +133,7 @@ def _make_source(file: Path, path: Path, rows: list[tuple[str, str, _ArchiveMemb
 def _list_zip(file: Path) -> list[_ArchiveMember]:
     try:
         with zipfile.ZipFile(file) as archive:
-            infos = [i for i in archive.infolist() if not i.is_dir() and is_image_name(_normalise_path(i.filename))]
+            infos = [i for i in archive.infolist() if is_image_name(_normalise_path(i.filename)) and not i.is_dir()]
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, struct.error) as error:
         raise DataError(f"{file} cannot be read as a zip file ({error}); copy or pack it again.") from error
     for info in infos:
