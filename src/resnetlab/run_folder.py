@@ -59,6 +59,15 @@ def write_error(path: Path, error: OSError) -> RunError:
     return RunError(f"cannot write {path}: {error.strerror or error}; fix that, or choose another folder with --out.")
 
 
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Raises the `write_error` of a file or folder where the body cannot write it."""
+    try:
+        yield
+    except OSError as error:
+        raise write_error(path, error) from error
+
+
 def write_atomically(path: Path, content: bytes | str) -> None:
     """Writes a file so that a crash leaves either the old content or the new, never a part (write, fsync, rename).
 
@@ -94,11 +103,9 @@ def write_together(folder: Path, files: Mapping[str, str]) -> None:
 
     Raises RunError if there is no space or no permission.
     """
-    try:
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / list(files)[-1]).unlink(missing_ok=True)
-    except OSError as error:
-        raise write_error(folder, error) from error
     for name, content in files.items():
         write_atomically(folder / name, content)
 
@@ -343,28 +350,22 @@ class MetricsLog:
             raise RunError(f"{self._path} is a folder where the run's figures should go; move it away.")
         kept = [line for line in read_metrics(run) if line["step"] <= step]
         write_atomically(self._path, "".join(json.dumps(line) + "\n" for line in kept))
-        try:
+        with writing(self._path):
             self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
-        except OSError as error:
-            raise write_error(self._path, error) from error
 
     def write(self, kind: str, step: int, **figures: float) -> None:
         """Appends the figures of one step."""
-        try:
+        with writing(self._path):
             self._file.write(json.dumps({"kind": kind, "step": step, **figures}) + "\n")
             self._file.flush()
             removed = os.fstat(self._file.fileno()).st_nlink == 0
-        except OSError as error:
-            raise write_error(self._path, error) from error
         if removed:
             raise RunError(f"{self._path} was removed while the run was training; start it again.")
 
     def sync(self) -> None:
         """Flushes all lines to disk, before a checkpoint that relies on them."""
-        try:
+        with writing(self._path):
             os.fsync(self._file.fileno())
-        except OSError as error:
-            raise write_error(self._path, error) from error
 
     def close(self) -> None:
         """Closes the file."""

@@ -110,17 +110,15 @@ def _write_files(
 ) -> dict[str, str]:
     """Writes the two files of an image and returns their paths. Images of the same name get different ones."""
     from resnetlab.inference.explain_figure import draw_explanation
-    from resnetlab.run_folder import check_output_file, write_atomically, write_error
+    from resnetlab.run_folder import check_output_file, write_atomically, writing
 
     stem, n = file.stem, 1
     while stem in taken:
         n += 1
         stem = f"{file.stem}-{n}"
     taken.add(stem)
-    try:
+    with writing(out):
         out.mkdir(parents=True, exist_ok=True)  # only now, so that no empty folder is left where no image can be read
-    except OSError as error:
-        raise write_error(out, error) from error
     png = io.BytesIO()
     explanation.overlay.save(png, "PNG")
     heat, blocks = out / f"{stem}.heat.png", out / f"{stem}.blocks.svg"

@@ -22,7 +22,7 @@ from resnetlab.data import object_store
 from resnetlab.data.object_store import strip_secrets
 from resnetlab.errors import DataError
 from resnetlab.formatting import parse_json
-from resnetlab.run_folder import hold_lock, move_into_place, temporary_folder, write_atomically, write_error
+from resnetlab.run_folder import hold_lock, move_into_place, temporary_folder, write_atomically, writing
 from resnetlab.stopping import check_stop
 
 PAUSES = (0.5, 1.0, 2.0, 4.0)  # seconds between attempts, of which there is one more
@@ -57,10 +57,8 @@ class FileVersion(NamedTuple):
 @contextlib.contextmanager
 def file_lock(target: Path) -> Iterator[None]:
     """Waits until no other process fetches `target`. Raises RunError if its folder cannot be written."""
-    try:
+    with writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise write_error(target, error) from error
     with hold_lock(target.with_name(f".{target.name}.lock")):
         yield
 
@@ -81,15 +79,13 @@ def download_file(
         RunError: no space or no permission to write.
     """
     part = target.with_name(f"{target.name}.part")
-    try:
+    with writing(target):
         target.unlink(missing_ok=True)  # from here on .NAME.origin describes the new file
         if not _read_version(target).validator:  # which file it is a part of is unknown
             part.unlink(missing_ok=True)
         _retry(url, lambda: _fetch(url, part, target, check, limit))
         _write_version(target, _read_version(target)._replace(size=part.stat().st_size))
         move_into_place(part, target)
-    except OSError as error:
-        raise write_error(target, error) from error
     return target
 
 

@@ -19,7 +19,7 @@ from resnetlab.inference.formats import ExportFormat, get_format
 from resnetlab.inference.parity_check import PARITY_BOUNDS, ParityReport, check_parity
 from resnetlab.models.model_file import TrainedModel
 from resnetlab.progress import log
-from resnetlab.run_folder import move_into_place, temporary_folder, write_error
+from resnetlab.run_folder import move_into_place, temporary_folder, write_error, writing
 
 
 def check_export_request(target: str, precision: str, out: Path) -> None:
@@ -68,24 +68,21 @@ def export_model(
         raise UsageError(
             "int8 is calibrated on other images than those of the parity check, and there are none; give more images."
         )
-    try:
-        with temporary_folder(out.parent, ".export-") as folder:
-            file = folder / out.name
-            format.write(ExportGraphs(model, calibration_images), precision, file)
-            parity = check_parity(model, format.read(file), check_images, precision)
-            if not parity.passed:
-                least, largest = PARITY_BOUNDS[precision]
-                raise ModelFileError(
-                    f"{out} was not written: {parity.agreement}, on {format_count(parity.n, 'image')}; "
-                    f"{precision} must agree on {least:.0%} and within {largest:g}."
-                )
-            description = describe_export(model, target, precision)
-            description |= check_providers(model, format, file, check_images, precision)
-            for ending, value in ((".json", description), (".parity.json", parity.to_json())):
-                file.with_name(out.name + ending).write_text(format_json(value) + "\n", "utf-8")
-            _replace_files(folder, out)
-    except OSError as error:
-        raise write_error(out, error) from error
+    with writing(out), temporary_folder(out.parent, ".export-") as folder:
+        file = folder / out.name
+        format.write(ExportGraphs(model, calibration_images), precision, file)
+        parity = check_parity(model, format.read(file), check_images, precision)
+        if not parity.passed:
+            least, largest = PARITY_BOUNDS[precision]
+            raise ModelFileError(
+                f"{out} was not written: {parity.agreement}, on {format_count(parity.n, 'image')}; "
+                f"{precision} must agree on {least:.0%} and within {largest:g}."
+            )
+        description = describe_export(model, target, precision)
+        description |= check_providers(model, format, file, check_images, precision)
+        for ending, value in ((".json", description), (".parity.json", parity.to_json())):
+            file.with_name(out.name + ending).write_text(format_json(value) + "\n", "utf-8")
+        _replace_files(folder, out)
     return parity
 
 

@@ -19,7 +19,7 @@ from resnetlab.formatting import format_count, format_percent, format_split, is_
 from resnetlab.models.cost import count_parameters
 from resnetlab.models.model_file import TrainedModel
 from resnetlab.models.own_network import OwnNetwork, own_network_error
-from resnetlab.run_folder import write_atomically, write_error
+from resnetlab.run_folder import write_atomically, writing
 
 MAX_CLASSES = 40  # listed in the card
 CARD = """\
@@ -81,10 +81,8 @@ def save_pretrained(
         raise own_network_error(model.net)
     if (folder / "recipe.toml").exists():
         raise RunError(f"{folder} is a run folder; choose another folder for the model and its card.")
-    try:
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise write_error(folder, error) from error
     if model.reference_images is not None and not with_images:
         warnings.warn(
             f"{model.describe_images()[:-1]}; they are left out, --with-images shares them too.", stacklevel=2

@@ -21,7 +21,7 @@ from torch import nn
 from resnetlab.errors import UsageError
 from resnetlab.inference.images import NamedImage
 from resnetlab.process_place import read_process_place
-from resnetlab.run_folder import RunFolder, hold_lock, write_error
+from resnetlab.run_folder import RunFolder, hold_lock, writing
 
 REQUEST = "predictions.json"
 SMALLEST, LARGEST = 16, 8192  # images of the first parts, and of the last
@@ -57,13 +57,11 @@ class PartFolder:
         """
         if path.exists() and not path.is_dir():
             raise UsageError(f"--parts {path} is a file; give a folder.")
-        try:
+        with writing(path):
             path.mkdir(parents=True, exist_ok=True)
             with hold_lock(path / ".lock"):
                 place = read_process_place()
                 return PartFolder(path, suffix, _record_request(path, request), place.rank, place.size)
-        except OSError as error:
-            raise write_error(path, error) from error
 
     def missing(self, images: Iterable[NamedImage]) -> Iterator[Part]:
         """This process's parts that are not there yet.

@@ -19,7 +19,7 @@ from torch import Tensor
 from resnetlab import migrate_v01
 from resnetlab.errors import ModelFileError, RunError
 from resnetlab.random import seed_for
-from resnetlab.run_folder import RunFolder, write_atomically, write_error
+from resnetlab.run_folder import RunFolder, write_atomically, writing
 from resnetlab.tensor_file import read_tensor_file, write_tensor_file
 from resnetlab.training.average import WeightAverage
 from resnetlab.training.exchange import GradientExchange
@@ -152,10 +152,8 @@ class CheckpointWriter:
 
 
 def _make_folder(run: RunFolder) -> None:
-    try:
+    with writing(run.checkpoints):
         run.checkpoints.mkdir(exist_ok=True)
-    except OSError as error:
-        raise write_error(run.checkpoints, error) from error
 
 
 def _write_checkpoint(run: RunFolder, step: int, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from resnetlab.errors import RunError, UsageError, first_line, missing_package, unknown_name_error
-from resnetlab.run_folder import RunFolder, write_error
+from resnetlab.run_folder import RunFolder, writing
 
 PROJECT = "resnetlab"  # where a tracker's own variables (WANDB_PROJECT, MLFLOW_EXPERIMENT_NAME, …) name no other
 
@@ -53,10 +53,8 @@ class TensorBoard:
         from torch.utils.tensorboard import SummaryWriter
 
         folder = tracked.run.path / "tensorboard"
-        try:
+        with writing(folder):
             self._writer = SummaryWriter(str(folder), purge_step=tracked.step + 1)
-        except OSError as error:
-            raise write_error(folder, error) from error
         self.run_id = tracked.name
 
     def write(self, step: int, figures: Mapping[str, float]) -> None:
