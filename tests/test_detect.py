@@ -21,6 +21,7 @@ from resnetlab.data import box_dataset
 from resnetlab.data.annotated_sampler import AnnotatedLoader, AugmentationDraw, flip_boxes, flip_image
 from resnetlab.distributed import World
 from resnetlab.errors import ModelFileError, UsageError
+from resnetlab.inference import annotated_export
 from resnetlab.inference.localization import box_around_peak
 from resnetlab.models.annotated_model import load_annotated
 from resnetlab.models.detection import RegionHeads, build_detector, reorder_classes
@@ -394,6 +395,20 @@ def test_the_onnx_graph_agrees_with_pytorch(trained: Path, tmp_path: Path, capsy
     assert resnetlab_(["detect", "export", model, known, str(other), "--out", str(tmp_path / "m.onnx"), "--json"]) == 0
     proof = json.loads(capsys.readouterr().out)
     assert proof["images"] == 2 and proof["agreement"] > 0.99 and proof["largest_difference"] < 0.01
+
+
+def test_boxes_of_a_graph_are_compared_whatever_their_order() -> None:
+    boxes = torch.tensor([[0.0, 0, 10, 10], [20, 20, 60, 60], [5, 5, 9, 9]])
+    expected = boxes, torch.tensor([0.9, 0.8, 0.06]), torch.tensor([0, 1, 1])
+    swapped = boxes[[1, 0]] + torch.tensor(0.1), torch.tensor([0.8, 0.8]), torch.tensor([1, 0])
+    agreement, difference = annotated_export._compare_boxes(expected, swapped)  # the third is near the bound
+    assert agreement == 1.0 and difference == pytest.approx(0.1, abs=1e-5)
+    other = boxes[:2], torch.tensor([0.9, 0.8]), torch.tensor([0, 0])
+    assert annotated_export._compare_boxes(expected, other) == (0.5, 0.0)  # one of two each way
+    nothing = boxes[:0], torch.ones(0), torch.ones(0, dtype=torch.long)
+    assert annotated_export._compare_boxes(expected, nothing)[0] == 0.0
+    assert annotated_export._compare_boxes(nothing, nothing) == (1.0, 0.0)
+    assert annotated_export._compare_boxes(expected, (boxes * torch.nan, *expected[1:]))[0] == 0.0
 
 
 def test_the_papers_form_and_additions_from_the_command_line(

@@ -149,6 +149,19 @@ def test_the_onnx_graph_agrees_with_pytorch(trained: Path, tmp_path: Path, capsy
     assert proof["images"] == 2 and proof["agreement"] > 0.99 and proof["largest_difference"] < 1e-4
 
 
+def test_a_graph_that_disagrees_is_not_written(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime", reason="onnx and onnxruntime are not installed")
+    run = onnxruntime.InferenceSession.run
+    monkeypatch.setattr(onnxruntime.InferenceSession, "run", lambda *given: [-scores for scores in run(*given)])
+    model, image = str(trained / "run" / "model.safetensors"), str(trained / "voc" / "JPEGImages" / "p7.png")
+    assert resnetlab_(["segment", "export", model, image, "--out", str(tmp_path / "m.onnx")]) == 1
+    error = capsys.readouterr().err
+    assert "m.onnx was not written: on 1 image " in error and "agreement with PyTorch, 99% are needed" in error
+    assert not (tmp_path / "m.onnx").exists()
+
+
 def test_an_unreadable_image_to_evaluate_is_found_before_training(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

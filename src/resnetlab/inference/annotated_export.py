@@ -19,13 +19,17 @@ import torch
 from torch import Tensor, nn
 
 from resnetlab.device import standard_torch_state
-from resnetlab.errors import UsageError, missing_package
+from resnetlab.errors import ModelFileError, UsageError, missing_package
 from resnetlab.evaluation.segmentation import resize_bounded
+from resnetlab.formatting import format_count, format_percent
 from resnetlab.inference.parity_check import Agreement, ParityReport
 from resnetlab.models.annotated_model import AnnotatedModel
 from resnetlab.run_folder import write_atomically
 
 OPSET = 17
+LEAST = {"detect": 0.95, "segment": 0.99}  # agreement with PyTorch, without which no file is written
+SURE = 0.1  # score from which a box must be there: those near the detector's own bound, 0.05, come and go by rounding
+SAME = 0.95  # IoU of two boxes that are the same
 
 
 class _Graph(nn.Module):
@@ -46,11 +50,12 @@ class _Graph(nn.Module):
 def export_annotated(model: AnnotatedModel, out: Path, images: Sequence[Tensor]) -> ParityReport:
     """Writes the graph, and compares it with PyTorch on images, uint8 (H, W, 3), of any sizes.
 
-    Returns the fraction of images with the same labels in the same order and the largest difference of boxes in pixels, or
-    the fraction of pixels with the same class and the largest difference of scores.
+    Returns the share of boxes that both give and the largest difference of their sides in pixels, or the share of pixels
+    with the same class and the largest difference of scores.
 
     Raises:
         UsageError: onnx or onnxruntime is not installed, or no image is given.
+        ModelFileError: the graph disagrees with PyTorch; no file is written.
         RunError: the file cannot be written.
     """
     try:
@@ -92,15 +97,24 @@ def export_annotated(model: AnnotatedModel, out: Path, images: Sequence[Tensor])
             expected = net(image)
         agreement, difference = (_compare_boxes if is_detector else _compare_maps)(expected, actual)
         total_agreement, largest = total_agreement + agreement, max(largest, difference)
+    report = ParityReport(len(inputs), Agreement(total_agreement / len(inputs), largest))
+    if report.agreement.rate < LEAST[model.task]:
+        raise ModelFileError(
+            f"{out} was not written: on {format_count(report.n, 'image')} {format_percent(report.agreement.rate)} agreement "
+            f"with PyTorch, {LEAST[model.task]:.0%} are needed."
+        )
     write_atomically(out, graph)  # once its runtime has read it
-    return ParityReport(len(inputs), Agreement(total_agreement / len(inputs), largest))
+    return report
 
 
 def _compare_boxes(expected: Sequence[Tensor], actual: Sequence[Tensor]) -> tuple[float, float]:
-    """Whether both have the same labels in the same order, and the largest difference of their boxes."""
-    if expected[2].shape != actual[2].shape or not torch.equal(expected[2], actual[2]):
-        return 0.0, 0.0
-    return 1.0, float((expected[0] - actual[0]).abs().max()) if len(expected[0]) else 0.0
+    """The share of sure boxes of either that the other has too, with the same class, and the largest difference of a side."""
+    from torchvision.ops import box_iou
+
+    same = (box_iou(expected[0], actual[0]) >= SAME) & (expected[2][:, None] == actual[2])  # (n, m)
+    found = torch.cat([same.any(1)[expected[1] >= SURE], same.any(0)[actual[1] >= SURE]])
+    differences = (expected[0][:, None] - actual[0]).abs().amax(2)[same]
+    return float(found.float().mean()) if len(found) else 1.0, float(differences.max()) if len(differences) else 0.0
 
 
 def _compare_maps(expected: Tensor, actual: Sequence[Tensor]) -> tuple[float, float]:
