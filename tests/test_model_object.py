@@ -20,6 +20,7 @@ from PIL import Image
 import resnetlab
 from http_server import FileServer
 from resnetlab.data import digits
+from resnetlab.device import DeviceConfig, select_device
 from resnetlab.errors import DataError, ModelFileError, ResNetLabError, UsageError
 from resnetlab.inference.predict import Model, Prediction
 from tiny_runs import TINY
@@ -207,12 +208,23 @@ def test_predictions_become_a_table(model: Model, folder: Path, monkeypatch: pyt
         predictions.to_pandas()
 
 
+def test_it_is_evaluated_in_its_own_precision(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def select(precision: str, device: str) -> DeviceConfig:
+        asked.append(precision)
+        return select_device("fp32", device)
+
+    monkeypatch.setattr("resnetlab.evaluation.evaluate.select_device", select)
+    assert model.evaluate("digits").n == model.evaluate("digits", precision="bf16").n == 360
+    assert asked == [model.device_config.precision, "bf16"] == ["fp32", "bf16"]
+
+
 def test_the_methods_that_people_look_for(model: Model, run: Path, folder: Path, tmp_path: Path) -> None:
     assert model.device == torch.device("cpu") and model.classes == tuple("0123456789") and model.names[3] == "3"
     assert model.to("cpu") is model and model.to(torch.device("cpu")).eval() is model
     with pytest.raises(UsageError, match="device 'cuda:99' is not available"):
         model.to("cuda:99")
-    assert model.evaluate("digits").n == 360
     assert model.explain(folder / "a.png", top=2).top[0] == model.predict(folder / "a.png")[0]
     model.save(str(tmp_path / "copy.safetensors"))
     copy = resnetlab.load(str(tmp_path / "copy.safetensors"), device="cpu")

@@ -407,10 +407,11 @@ class Model(AnsweredAttributes, TrainedModel):
 
     @public
     def evaluate(self, data: str | Path, **options: Any) -> Evaluation:
-        """Evaluates the model on a data set; see `resnetlab.evaluate` for the options."""
+        """Evaluates the model on a data set, in its own precision; see `resnetlab.evaluate` for the options."""
         from resnetlab.evaluation.evaluate import evaluate
 
-        return evaluate(self, data, **{"device": str(self.device), **options})
+        own = {"device": str(self.device), "precision": self.device_config.precision}
+        return evaluate(self, data, **own | options)
 
     @public
     def explain(self, image: ImageInput, *, top: int = 5) -> Explanation:
