@@ -193,7 +193,7 @@ def test_the_time_left_is_the_first_thing_beside_the_bar_and_fits() -> None:
         line = fit_parts(parts, width)
         assert line.startswith("3 min 20 s left") and (len(line) <= width or line == parts[0])
     assert fit_parts(parts, 200) == (
-        "3 min 20 s left  loss 2.3000  held-out top1 error 50.00 %  training error 90.00 %  1,234 images/s  lr 0.1"
+        "3 min 20 s left  loss 2.3000  held-out error 50.00 %  training error 90.00 %  1,234 images/s  lr 0.1"
     )
     assert "0.2 images/s" in Progress(1, 6, 0.1, 2.3, 0.9, {}, 0.2, 200.0).describe()
 

@@ -68,10 +68,12 @@ def format_figure(key: str, value: float) -> str:
     """A figure of an evaluation with its name: errors in per cent, mAP and IoU as fractions, as everywhere.
 
     >>> format_figure("top1_error", 0.0512), format_figure("map_50", 0.5)
-    ('top1 error 5.12 %', 'mAP@.5 0.500')
+    ('error 5.12 %', 'mAP@.5 0.500')
     """
     names = {"mean_ap": "mAP", "map": "mAP@[.5:.95]", "map_50": "mAP@.5", "mean_iou": "mean IoU"}
-    return f"{names[key]} {value:.3f}" if key in names else f"{key.replace('_', ' ')} {format_percent(value)}"
+    if key in names:
+        return f"{names[key]} {value:.3f}"
+    return f"{key.removeprefix('top1_').replace('_', ' ')} {format_percent(value)}"
 
 
 def format_duration(seconds: float, decimals: int = 0) -> str:

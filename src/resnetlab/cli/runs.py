@@ -114,7 +114,7 @@ def print_runs(summaries: list[dict[str, Any]]) -> None:
             rows.append((s["run"], s["error"], "", "", "", "", ""))
             continue
         held_out = next(iter(s["held_out"].items()), None)
-        figures = [f"{format_split(s['split'])} {_format_figure(k, v)}" for k, v in s["result"].items()]
+        figures = [f"{format_split(s['split'])} {format_figure(k, v)}" for k, v in s["result"].items()]
         rows.append(
             (
                 s["run"],
@@ -122,13 +122,9 @@ def print_runs(summaries: list[dict[str, Any]]) -> None:
                 str(s["data"]),
                 f"{s['step']:,}/{s['steps']:,}",
                 format_duration(s["seconds"]),
-                "–" if held_out is None else _format_figure(*held_out),
+                "–" if held_out is None else format_figure(*held_out),
                 ", ".join(figures) if s["finished"] else "not finished",
             )
         )
     columns = ("run", "net", "data", "steps", "time", "while training", "result")
     console.print_table("", columns, rows, right=(3, 4))
-
-
-def _format_figure(key: str, value: float) -> str:
-    return format_figure("error" if key == "top1_error" else key, value)
