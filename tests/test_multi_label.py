@@ -213,7 +213,9 @@ def test_a_run_learns_and_its_file_keeps_thresholds(root: Path, trained: MultiLa
     model.save(tmp_path / "copy.safetensors")
     assert (tmp_path / "copy.safetensors").read_bytes() == Path(trained.model).read_bytes()
     for data in ("labels.csv", "columns.csv"):
-        figures = resnetlab.evaluate(trained.model, str(root / data), device="cpu").to_json()
+        evaluation = resnetlab.evaluate(trained.model, str(root / data), device="cpu")
+        figures = evaluation.to_dict()
+        assert figures == evaluation.to_json()
         assert figures["per_class"] == model.metrics["val"]["per_class"] and figures["notes"] == []
     held_out = [line for line in read_metrics(RunFolder(Path(trained.run))) if line["kind"] == "held_out"]
     assert len(held_out) == 2 and held_out[-1]["map_error"] < 0.2

@@ -40,7 +40,7 @@ from resnetlab.inference.start import load_start
 from resnetlab.training import train as training
 from resnetlab.training.recipe import Recipe
 from resnetlab.training.recipes import fit_small_images, photos, read_recipe_file
-from resnetlab.training.result import ClassificationResult
+from resnetlab.training.result import ClassificationResult, DetectionResult
 from resnetlab.training.tasks.classification_data import describe_view
 from tiny_runs import TINY
 
@@ -343,6 +343,10 @@ WRONG: dict[str, Callable[[Model], Any]] = {
     "Images and labels are one pair: (X, y).": lambda model: model.evaluate(ZEROS, [1]),  # type: ignore[call-arg]
     "images and labels are one pair, the data": lambda _: resnetlab.train(X=ZEROS, y=[1]),
     "Evaluation has no attribute 'accuracy'; use 1 - result.top1_error.": lambda _: object.__new__(Evaluation).accuracy,  # type: ignore[attr-defined]
+    "use resnetlab.load(result.model).evaluate(data).metrics.confusion.": lambda _: (
+        object.__new__(ClassificationResult).confusion_matrix  # type: ignore[attr-defined]
+    ),
+    "DetectionResult has no attribute 'accuracy'.": lambda _: object.__new__(DetectionResult).accuracy,  # type: ignore[attr-defined]
     "use pandas.read_json(result.run + '/metrics.jsonl'": lambda _: object.__new__(ClassificationResult).history,  # type: ignore[attr-defined]
     "net.features(images) gives the map of every stage": lambda _: resnetlab.build("resnet18", features_only=True),
     "there are none of resnet20": lambda _: resnetlab.build("resnet20", weights="DEFAULT"),

@@ -181,15 +181,24 @@ PREDICTION_ATTRIBUTES = {  # of other programs' results: ours
     "names": "[each.label for each in prediction.top]", "classes": "[each.label for each in prediction.top]",
     "path": "name", "summary": "to_dict()", "tojson": "to_json()", "to_df": "to_pandas()", "dict": "to_dict()",
 }  # fmt: skip
+_DICTIONARIES = {
+    "results_dict": "to_dict()",
+    **dict.fromkeys(("to_pandas", "to_df"), "pandas.Series(result.to_dict())"),
+}
+_ACCURACIES = dict.fromkeys(("accuracy", "acc", "score"), "1 - result.top1_error")
 EVALUATION_ATTRIBUTES = {  # of other programs' results of an evaluation: ours
-    "accuracy": "1 - result.top1_error", "acc": "1 - result.top1_error", "score": "1 - result.top1_error",
-    "results_dict": "to_dict()", "to_pandas": "pandas.Series(result.to_dict())", "to_df": "pandas.Series(result.to_dict())",
-    "confusion_matrix": "metrics.confusion", "loss": "metrics.loss", "f1": "metrics.f1",
+    **_DICTIONARIES, **_ACCURACIES,
+    "confusion_matrix": "metrics.confusion", "loss": "metrics.loss", "f1": "metrics.macro('f1')",
 }  # fmt: skip
-RESULT_ATTRIBUTES = {  # of a training run
-    **EVALUATION_ATTRIBUTES,
+RESULT_ATTRIBUTES = {  # of a training run of any task
+    **_DICTIONARIES,
     **dict.fromkeys(("history", "metrics", "log"), "pandas.read_json(result.run + '/metrics.jsonl', lines=True)"),
     "best_model": "model", "save_dir": "run", "path": "run", "predict": "resnetlab.load(result.model).predict(image)",
+}  # fmt: skip
+CLASSIFIER_ATTRIBUTES = {  # of a classifier's training run
+    **RESULT_ATTRIBUTES, **_ACCURACIES,
+    **{word: f"resnetlab.load(result.model).evaluate(data).{ours}" for word, ours in EVALUATION_ATTRIBUTES.items()
+       if ours.startswith("metrics.")},
     "evaluate": "resnetlab.load(result.model).evaluate(data)", "net": "resnetlab.load(result.model).net",
 }  # fmt: skip
 COMMANDS = {  # others' commands: ours

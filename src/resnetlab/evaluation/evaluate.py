@@ -197,6 +197,8 @@ class MultiLabelEvaluation(Evaluation):
             figures["skipped"] = dict(self.metrics.skipped)
         return figures | {"calibration": dict(self.trained_models[0].calibration) or None}
 
+    to_dict = to_json
+
 
 def evaluate_network(
     net: Network, split: Split, preprocessing: Preprocessing, classes: tuple[str, ...], device_config: DeviceConfig

@@ -10,7 +10,7 @@ from typing import Any, Self
 
 from resnetlab.errors import AnsweredAttributes
 from resnetlab.formatting import format_duration, format_figure, format_percent
-from resnetlab.peer_words import RESULT_ATTRIBUTES
+from resnetlab.peer_words import CLASSIFIER_ATTRIBUTES, RESULT_ATTRIBUTES
 from resnetlab.progress import ProgressBar
 
 
@@ -87,6 +87,7 @@ class ClassificationResult(TrainResult):
     held_out_error: float | None  # None if nothing was held out
     none_of_these: Mapping[str, float | None] | None = None  # ClassificationMetrics.with_none_below, if one was chosen
     balanced_error: float | None = None  # the mean of the classes' errors; None in results of before
+    attribute_answers = CLASSIFIER_ATTRIBUTES
 
     def __post_init__(self) -> None:
         low, high = self.top1_interval  # a list if read from a file
