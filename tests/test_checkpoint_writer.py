@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from resnetlab.errors import NoSpaceError
-from resnetlab.run_folder import RunFolder
+from resnetlab.run_folder import RunFolder, list_checkpoints
 from resnetlab.tensor_file import read_tensor_file
 from resnetlab.training import checkpoint
 from resnetlab.training.average import set_train_mode
-from resnetlab.training.checkpoint import CheckpointWriter, list_checkpoints
+from resnetlab.training.checkpoint import CheckpointWriter
 from resnetlab.training.step import train_step
 from tiny_runs import make_train_state, tiny
 

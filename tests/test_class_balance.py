@@ -27,10 +27,9 @@ from resnetlab.evaluation.calibration import choose_none_below
 from resnetlab.evaluation.evaluate import evaluate
 from resnetlab.models.model_file import load_trained_model
 from resnetlab.preprocessing import Preprocessing
-from resnetlab.run_folder import RunFolder
-from resnetlab.training.checkpoint import list_checkpoints
+from resnetlab.run_folder import RunFolder, list_checkpoints
 from resnetlab.training.class_balance import describe_imbalance, parse_class_weights
-from resnetlab.training.recipe import Recipe
+from resnetlab.training.recipe import Overrides, Recipe
 from resnetlab.training.recipes import RECIPES, find_classification_recipe, find_recipe
 from resnetlab.training.recorder import RunStopped
 from resnetlab.training.result import ClassificationResult, Progress

@@ -16,9 +16,8 @@ from resnetlab.cli.main import run_command
 from resnetlab.errors import RunError, UsageError
 from resnetlab.formatting import format_duration
 from resnetlab.progress import fit_parts
-from resnetlab.run_folder import RunFolder, read_metrics
+from resnetlab.run_folder import RunFolder, list_checkpoints, read_metrics
 from resnetlab.tensor_file import read_tensor_file
-from resnetlab.training.checkpoint import list_checkpoints
 from resnetlab.training.recipe import Epochs, Overrides
 from resnetlab.training.recipes import quick
 from resnetlab.training.recorder import RunStopped, StepTimer

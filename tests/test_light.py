@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from importlib.metadata import entry_points
+from pathlib import Path
 
 import pytest
 
@@ -38,6 +40,14 @@ def test_help_is_light(arguments: list[str]) -> None:
     heavy, output = loaded_by(MAIN.format(arguments=arguments))
     assert heavy == []
     assert "train" in output
+
+
+def test_listing_runs_is_light(tmp_path: Path) -> None:
+    (tmp_path / "recipe.toml").write_text("steps = 20\n")
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "step-00000012.safetensors").touch()
+    heavy, output = loaded_by(MAIN.format(arguments=["runs", str(tmp_path), "--json"]))
+    assert heavy == [] and json.loads(output)["runs"][0]["step"] == 12
 
 
 def test_help_lists_every_command_with_its_description() -> None:

@@ -18,10 +18,9 @@ from resnetlab.data.disk_split import ReadOptions
 from resnetlab.data.sources import load_dataset, short_name, strip_signature
 from resnetlab.errors import DataError, UsageError
 from resnetlab.inference.images import read_image
-from resnetlab.run_folder import RunFolder
+from resnetlab.run_folder import RunFolder, list_checkpoints
 from resnetlab.stopping import StopSignal
 from resnetlab.tensor_file import read_tensor_file, write_tensor_file
-from resnetlab.training.checkpoint import list_checkpoints
 from resnetlab.training.recipe import Recipe
 from resnetlab.training.recipes import quick
 from resnetlab.training.result import Progress

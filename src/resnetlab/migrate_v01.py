@@ -10,13 +10,14 @@ import base64
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from resnetlab.formatting import parse_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 KEY = "residuum"
 EXPORT_KEY = "residuum-export"  # beside the tensors of an exported .safetensors file
@@ -46,6 +47,8 @@ _TENSORS = {
 
 def read_metadata(text: str, tensors: dict[str, Tensor]) -> dict[str, Any] | None:
     """The metadata of a model file or checkpoint, whose tensors it renames; None if they are damaged."""
+    import torch
+
     try:
         values = parse_json(text)
     except ValueError:
@@ -116,6 +119,8 @@ def _rename(values: Mapping[str, Any], keys: Mapping[str, str]) -> dict[str, Any
 
 
 def _compute_digest(tensors: Mapping[str, Tensor]) -> str:
+    import torch
+
     digest = hashlib.blake2b(digest_size=16)
     for name in sorted(tensors):
         digest.update(name.encode())

@@ -170,6 +170,17 @@ def move_into_place(temporary: Path, path: Path) -> None:
         os.close(descriptor)
 
 
+def list_checkpoints(run: RunFolder) -> list[Path]:
+    """The run's checkpoints, oldest first."""
+    paths = [p for p in run.checkpoints.glob("step-*.safetensors") if p.stem.removeprefix("step-").isdigit()]
+    return sorted(paths, key=get_step)
+
+
+def get_step(path: Path) -> int:
+    """The step of a checkpoint."""
+    return int(path.stem.removeprefix("step-"))
+
+
 @contextlib.contextmanager
 def hold_lock(file: Path, timeout: float = -1) -> Iterator[None]:
     """Locks a file, which is created, against other processes; a process that is killed releases it too.

@@ -72,8 +72,7 @@ def compare(*runs: Path, out: Path = Path("runs-compared.html"), json: Json = Fa
 
 def summarise_run(path: Path) -> dict[str, Any]:
     """The figures of a run for a table; "error" where its files cannot be read."""
-    from resnetlab.run_folder import RunFolder, read_metrics
-    from resnetlab.training.checkpoint import list_checkpoints
+    from resnetlab.run_folder import RunFolder, get_step, list_checkpoints, read_metrics
 
     run = RunFolder(path)
     try:
@@ -88,14 +87,14 @@ def summarise_run(path: Path) -> dict[str, Any]:
             "run": str(path),
             "error": f"{path / 'result.json'} lacks {', '.join(missing)}; `{run.resume_command}` writes it.",
         }
-    saved = [int(path.stem.removeprefix("step-")) for path in list_checkpoints(run)]
+    steps = [*(line["step"] for line in lines), *map(get_step, list_checkpoints(run))]
     held_out = [line for line in lines if line["kind"] == "held_out"]
     summary = {
         "run": str(path),
         "task": recipe.get("task", "classify"),
         "net": recipe.get("net"),
         "data": recipe.get("data"),
-        "step": result["steps"] if result else max([*(line["step"] for line in lines), *saved], default=0),
+        "step": result["steps"] if result else max(steps, default=0),
         "steps": recipe.get("steps"),
         "finished": result is not None,
         "seconds": result["seconds"] if result else max((line.get("seconds", 0.0) for line in lines), default=0.0),

@@ -13,10 +13,9 @@ from typing import Any
 
 from resnetlab.errors import DivergedError, ResNetLabError
 from resnetlab.models.model_file import TrainedModel, load_trained_model
-from resnetlab.run_folder import RunFolder, read_metrics
+from resnetlab.run_folder import RunFolder, get_step, list_checkpoints, read_metrics
 from resnetlab.studies.code_version import CodeVersions, source_hash
 from resnetlab.studies.setting import Trial
-from resnetlab.training.checkpoint import get_step, list_checkpoints
 from resnetlab.training.recipe import DECIDED, Recipe
 from resnetlab.training.result import Progress
 from resnetlab.training.run_options import RunOptions

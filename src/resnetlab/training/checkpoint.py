@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from torch import Tensor
 from resnetlab import migrate_v01
 from resnetlab.errors import ModelFileError, RunError
 from resnetlab.random import seed_for
-from resnetlab.run_folder import RunFolder, write_atomically, writing
+from resnetlab.run_folder import RunFolder, get_step, list_checkpoints, write_atomically, writing
 from resnetlab.tensor_file import read_tensor_file, write_tensor_file
 from resnetlab.training.average import WeightAverage
 from resnetlab.training.exchange import GradientExchange
@@ -193,12 +192,6 @@ def load_best(run: RunFolder, train_state: TrainState) -> None:
         world.broadcast(None, *state.values())
 
 
-def list_checkpoints(run: RunFolder) -> list[Path]:
-    """The run's checkpoints, oldest first."""
-    paths = [p for p in run.checkpoints.glob("step-*.safetensors") if p.stem.removeprefix("step-").isdigit()]
-    return sorted(paths, key=get_step)
-
-
 def upgrade_run(run: RunFolder, recipe: BaseRecipe) -> None:
     """Rewrites the files of an unfinished run of version 0.1, or with a password in recipe.toml, so that it resumes.
 
@@ -253,11 +246,6 @@ def drop_optimizer_state(run: RunFolder) -> None:
 
 def _is_optimizer_state(name: str) -> bool:
     return not name.startswith(("net.", "average.")) and name not in ("losses", "errors")
-
-
-def get_step(path: Path) -> int:
-    """The step of a checkpoint."""
-    return int(path.stem.removeprefix("step-"))
 
 
 def restore_checkpoint(run: RunFolder, train_state: TrainState) -> list[str]:

@@ -20,9 +20,8 @@ from typing import Any
 import torch
 
 from resnetlab.errors import RunError
-from resnetlab.run_folder import RunFolder, read_metrics
+from resnetlab.run_folder import RunFolder, list_checkpoints, read_metrics
 from resnetlab.tensor_file import read_tensor_file
-from resnetlab.training.checkpoint import list_checkpoints
 from resnetlab.training.recipe import BaseRecipe, Recipe
 from resnetlab.training.result import Progress
 
