@@ -113,20 +113,23 @@ def test_neighbours_are_those_of_an_exact_search(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root = folder(tmp_path / "d", {"train": 4, "val": 2})
-    (root / "val" / NAMES[0] / "broken.jpg").write_bytes(b"no image")
+    broken = root / "val" / NAMES[0] / "broken.jpg"
+    broken.write_bytes(b"no image")
     query, page = root / "val" / NAMES[1] / "bild 0.jpg", tmp_path / "page.html"
     command = ["neighbours", str(model), str(root), str(query), "--top", "4", "--precision", "fp32"]
-    assert run_command([*command, "--json", "--out", str(page)]) == 0
+    assert run_command([*command, str(broken), "--json", "--out", str(page)]) == 0
     out, err = capsys.readouterr()
     found = json.loads(out)
-    assert found["n"] == 18 and "broken.jpg is left out" in err
+    assert found["n"] == 18 and err.count("broken.jpg is left out") == 2  # of what is searched, and of the given ones
+    assert [each["image"] for each in found["images"]] == [str(query)]
+    assert f"{query} is in {root}, and is left out of its neighbours" in err
     near = found["images"][0]["neighbours"]
-    assert near[0]["image"] == str(query.relative_to(root)) and near[0]["similarity"] == pytest.approx(1, abs=1e-5)
     loaded: Any = resnetlab.load(str(model), device="cpu")
     files = sorted(f for f in root.rglob("bild*.jpg"))
     features = loaded.embed([str(f) for f in files])
     exact = torch.cosine_similarity(features, loaded.embed(str(query))[None])
-    for each, i in zip(near, exact.argsort(descending=True)[:4].tolist(), strict=True):
+    assert int(exact.argmax()) == files.index(query)
+    for each, i in zip(near, exact.argsort(descending=True)[1:5].tolist(), strict=True):
         assert each["similarity"] == pytest.approx(float(exact[i]), abs=1e-5)
         assert float(exact[files.index(root / each["image"])]) == pytest.approx(float(exact[i]), abs=1e-5)
         assert each["class"] == (root / each["image"]).parent.name and each["split"] in ("train", "val")
@@ -134,6 +137,12 @@ def test_neighbours_are_those_of_an_exact_search(
     assert text.count('<img src="data:image/') == 5 and all(each["image"] in text for each in near)
     assert run_command(command) == 0 and "similarity" in capsys.readouterr().out
     assert run_command(command[:3]) == 2 and "name the images" in capsys.readouterr().err
+    assert run_command([*command[:3], str(broken)]) == 1
+    assert "none of the images to find similar ones of can be read" in capsys.readouterr().err
+    (tmp_path / "other.jpg").write_bytes(query.read_bytes())  # a copy under another name is a neighbour
+    assert run_command([*command[:3], str(tmp_path / "other.jpg"), "--json"]) == 0
+    first = json.loads(capsys.readouterr().out)["images"][0]["neighbours"][0]
+    assert first["image"] == str(query.relative_to(root)) and first["similarity"] == pytest.approx(1, abs=1e-3)
     assert run_command([*command, "--out", str(tmp_path / "page.txt")]) == 2
     bare = tmp_path / "bare"  # images without classes
     bare.mkdir()
@@ -141,8 +150,8 @@ def test_neighbours_are_those_of_an_exact_search(
         (bare / f"{i}.jpg").write_bytes(file.read_bytes())
     assert run_command(["neighbours", str(model), str(bare), str(bare / "1.jpg"), "--json", "--out", str(page)]) == 0
     near = json.loads(capsys.readouterr().out)["images"][0]["neighbours"]
-    assert near[0] == {"image": str(bare / "1.jpg"), "similarity": pytest.approx(1, abs=1e-5)} and len(near) == 3
-    assert page.read_text().count('<img src="data:image/') == 4
+    assert {each["image"] for each in near} == {str(bare / "0.jpg"), str(bare / "2.jpg")}
+    assert page.read_text().count('<img src="data:image/') == 3
 
 
 def test_cleanlab_as_the_method(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from resnetlab.cli import console
 from resnetlab.cli.options import DataDir, Device, Json, ModelName, Precision
 from resnetlab.formatting import format_count, format_percent
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from resnetlab.inference.predict import Model
 
 MAX_SHOWN = 500  # likely errors on a page
 
@@ -81,8 +86,7 @@ def neighbours(
     """
     from resnetlab.errors import UsageError
     from resnetlab.inference.embed import embed_data, is_feature_file, read_features
-    from resnetlab.inference.images import expand_images
-    from resnetlab.inference.neighbours import FeatureIndex, ShownImage, render_images
+    from resnetlab.inference.neighbours import FeatureIndex, ShownImage, leave_out_query, render_images
     from resnetlab.inference.predict import load
     from resnetlab.run_folder import write_atomically
 
@@ -93,11 +97,16 @@ def neighbours(
         raise UsageError(f"--top must be 1 or more, not {top}.")
     console.check_page(out, [model, data, *images])
     loaded = load(model, precision=precision, device=device)
-    queries = {name: loaded.embed(found) for each in images for name, found in expand_images(each)}
+    queries = _embed_queries(loaded, images)
     rows = read_features(Path(data)) if is_feature_file(data) else embed_data(loaded, data, data_dir)
     index = FeatureIndex.from_rows(rows)
     _warn_of_unreadable(index.unreadable)
-    found = dict(zip(queries, index.search(list(queries.values()), top), strict=True))
+    found = {}
+    for query, near in zip(queries, index.search(queries.values(), top + 1), strict=True):
+        others = leave_out_query(query, near)
+        if len(others) < len(near):
+            console.log(f"{query} is in {data}, and is left out of its neighbours")
+        found[query] = others[:top]
     if out is not None:
         groups = []
         for query, near in found.items():
@@ -119,6 +128,24 @@ def neighbours(
     ]
     console.print_table("", ("image", "rank", "similar", "class", "similarity"), table, right=(1, 4))
     return None
+
+
+def _embed_queries(model: Model, images: Sequence[str]) -> dict[str, Tensor]:
+    """The features of each image that can be read, with a warning of the others; raises DataError if none can."""
+    from resnetlab.errors import DataError
+    from resnetlab.inference.images import expand_images
+
+    queries: dict[str, Tensor] = {}
+    unreadable: dict[str, str] = {}
+    for name, found in model.embeddings(pair for each in images for pair in expand_images(each)):
+        if isinstance(found, str):
+            unreadable[name] = found
+        else:
+            queries[name] = found
+    _warn_of_unreadable(unreadable)
+    if not queries:
+        raise DataError("none of the images to find similar ones of can be read.")
+    return queries
 
 
 def audit(

@@ -25,6 +25,9 @@ from resnetlab.formatting import format_count
 from resnetlab.inference.embed import EmbeddingRow
 from resnetlab.inference.images import ImageInput, expand_images, read_image
 
+# the least similarity of an image with itself: in another batch its features may be rounded differently
+SELF_SIMILARITY = 0.999
+
 
 class Neighbour(NamedTuple):
     """An image of the data, and the cosine of the angle between its features and the query's: 1 for the same direction."""
@@ -89,6 +92,14 @@ class FeatureIndex:
             rows = [(self.rows[i], round(value, 6)) for value, i in pairs]
             found.append([Neighbour(image, split, label, value) for (image, split, label), value in rows])
         return found
+
+
+def leave_out_query(query: str, near: Sequence[Neighbour]) -> list[Neighbour]:
+    """The neighbours of an image, given by its path, without that image itself: one of its name and features."""
+    path = Path(query).resolve()
+    names = ("/".join(path.parts[-n:]) for n in range(1, len(path.parts)))  # below every folder that it is in
+    same = {*names, str(path), query}
+    return [each for each in near if each.similarity < SELF_SIMILARITY or Path(each.image).as_posix() not in same]
 
 
 class ShownImage(NamedTuple):
