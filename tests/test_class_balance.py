@@ -133,6 +133,8 @@ def test_the_best_weights_are_kept_and_a_run_ends_early(tmp_path: Path) -> None:
     model = load_trained_model(Path(result.model))
     assert model.metrics["held_out"]["top1_error"] == errors[best]
     assert resume(tmp_path / "run", CPU).to_json() == result.to_json()  # it is finished
+    with pytest.raises(RunError, match=rf"ended early, after step {result.steps} of 200, .*--start-from .*model"):
+        resume(tmp_path / "run", CPU, overrides=Overrides(steps=400))
     with pytest.raises(
         UsageError,
         match=r"early_stop watches the held-out error, but nothing is held out; .*1,437 images .*val_images=143",

@@ -92,6 +92,7 @@ def test_a_recipe_file_may_name_the_recipe_that_has_the_rest(
         "lr = 'x'": "lr must be a number, not 'x'",
         "lr = ": "cannot be read as TOML",
         "task = 'detect'": "is a recipe of another task: detect",
+        "name = 'boxes'": "is a recipe of another task: detect",
         "specification = 3": "specification must be a table",
     }.items():
         file.write_text(text)

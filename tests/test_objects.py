@@ -76,6 +76,10 @@ def test_arrays_train_to_the_weights_of_the_data_set(tmp_path: Path) -> None:
         weights.append(load_trained_model(Path(result.model)).net.state_dict())
         assert resnetlab.evaluate(result.model, data, device="cpu").top1_error == result.top1_error
     assert all(torch.equal(value, weights[1][key]) for key, value in weights[0].items())
+    heard: list[str] = []
+    with pytest.raises(DataError, match="were given as Python objects"):
+        resnetlab.train(resume=tmp_path / "1", epochs=4, report=heard.append)
+    assert heard == [] and (tmp_path / "1" / "result.json").is_file()  # it is finished as before
     with pytest.raises(DataError, match="were given as Python objects"):
         sources.load_dataset("python:0123", Path("data"))
 

@@ -108,6 +108,9 @@ def test_it_trains_in_place_and_resumes_bit_identically_from_any_step(run: Path,
     assert all(torch.equal(first[key], second[key]) for key in first)
     # a finished run is known as one without the network, and is extended with it
     assert resnetlab.train(resume=stopped, progress=False).steps == 8
+    with pytest.raises(UsageError, match="was given in Python; give it again"):
+        resnetlab.train(resume=stopped, steps=10, progress=False)
+    assert resnetlab.train(resume=stopped, progress=False).steps == 8
     assert resnetlab.train(resume=stopped, net=Small(), steps=10, progress=False).steps == 10
 
 

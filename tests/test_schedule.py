@@ -170,3 +170,5 @@ def test_changes_are_relative_to_the_named_recipe_of_the_same_length() -> None:
         (replace(resolved, precision="fp32"), ["precision = 'fp32' (not 'bf16')"]),
     ):
         assert recipe.differences(find_named(recipe, "bf16")) == changes
+    other = replace(resolved, name="boxes", steps=100)  # the name of another task's recipe
+    assert find_named(other, "bf16") == other and describe_budget(other) is describe_batch(other) is None

@@ -53,6 +53,14 @@ def resolve_data_path(data: str, start: Path) -> str:
     return data if fixed else str(start / data)
 
 
+def refuse_objects(data: str) -> None:
+    """Raises DataError for the name of data that were given as Python objects, which no name brings back."""
+    if data.startswith(objects.PREFIX):
+        raise DataError(
+            "the data of this run were given as Python objects; give them again: resnetlab.train(resume=RUN, data=…)."
+        )
+
+
 def may_have_moved(data: str, other: str) -> bool:
     """Whether two different DATA may be the same files at two places: neither is a data set's name."""
     return data != other and not is_builtin(data) and not is_builtin(other)
@@ -80,10 +88,7 @@ def load_dataset(name: str, data_dir: Path, read_options: ReadOptions | None = N
         )
     if name in BUILTIN:
         return BUILTIN[name](data_dir.resolve())
-    if name.startswith(objects.PREFIX):
-        raise DataError(
-            "the data of this run were given as Python objects; give them again: resnetlab.train(resume=RUN, data=…)."
-        )
+    refuse_objects(name)
     if name.startswith(objects.HUB):
         return objects.load_hugging_face(name, read_options)
     if tables.is_table(name):

@@ -227,6 +227,11 @@ def change_identity(run: RunFolder, before: BaseRecipe, recipe: BaseRecipe) -> N
         _, _, data = str(metadata.get("identity")).partition("/")
         if metadata.get("step") == before.steps:
             return write_tensor_file(path, tensors, metadata | {"identity": f"{new}/{data}"})
+        if getattr(before, "early_stop", 0):
+            raise RunError(
+                f"{run.path} ended early, after step {metadata.get('step')} of {before.steps:,}, since its held-out error "
+                f"fell no more; start a new run from its weights with --start-from {run.model}."
+            )
     raise RunError(
         f"{run.checkpoints} has no checkpoint of the last step, so the run cannot be extended; start a new one with "
         f"--start-from {run.model}."

@@ -340,9 +340,11 @@ def read_recipe_file(path: Path, task: str) -> BaseRecipe:
     except (OSError, ValueError) as error:
         raise UsageError(f"{path} cannot be read as TOML ({error}); a run's recipe.toml is an example.") from error
     values = migrate_v01.migrate_recipe(values) if migrate_v01.is_recipe(values) else values
-    if (own := values.pop("task", task)) != task:
-        raise UsageError(f"{path} is a recipe of another task: {own}.")
-    base = choose_recipe(values.pop("name", None), task=task, data=values.get("data"))
+    name = values.pop("name", None)
+    for own in (values.pop("task", task), RECIPES[str(name)]().task if str(name) in RECIPES else task):
+        if own != task:
+            raise UsageError(f"{path} is a recipe of another task: {own}.")
+    base = choose_recipe(name, task=task, data=values.get("data"))
     if not isinstance(specification := values.pop("specification", {}), Mapping):
         raise UsageError(f"{path}: specification must be a table of values, not {specification!r}.")
     known = {f.name for f in fields(base)}
@@ -359,15 +361,20 @@ def read_recipe_file(path: Path, task: str) -> BaseRecipe:
     return replace(recipe, **paths)
 
 
+def _find_original(recipe: BaseRecipe) -> BaseRecipe | None:
+    """The recipe of this task that a recipe is named after; None if there is none."""
+    own = RECIPES[recipe.name]() if recipe.name in RECIPES else None
+    return own if own is not None and own.task == recipe.task else None
+
+
 def find_named(recipe: BaseRecipe, precision: str, start_size: Mapping[str, int] | None = None) -> BaseRecipe:
     """The recipe that a resolved one is named after, rescaled to the same number of steps and resolved alike.
 
     `precision` is what "auto" selects on this machine, `start_size` what a recipe without a size of its own takes from the
     model that it starts from.
     """
-    if recipe.name not in RECIPES:
+    if (own := _find_original(recipe)) is None:
         return recipe
-    own = find_recipe(recipe.name, recipe.task)
     same_length = own if own.steps == recipe.steps else own.rescale(recipe.steps)
     resolved: dict[str, Any] = {"threads": recipe.threads, "op_threads": own.op_threads or recipe.op_threads}
     resolved["precision"] = precision if own.precision == "auto" else own.precision
@@ -383,7 +390,7 @@ def find_named(recipe: BaseRecipe, precision: str, start_size: Mapping[str, int]
 
 def describe_batch(recipe: BaseRecipe) -> str | None:
     """A sentence where the batch is far larger than the recipe's learning rate, or its optimizer, is meant for."""
-    base = find_recipe(recipe.name, recipe.task) if recipe.name in RECIPES else recipe
+    base = _find_original(recipe) or recipe
     if not recipe.lr_base_size and (recipe.lr, recipe.optimizer) == (base.lr, base.optimizer):
         if recipe.batch < LARGE_BATCH * base.batch:
             return None
@@ -401,7 +408,7 @@ def describe_batch(recipe: BaseRecipe) -> str | None:
 
 def describe_budget(recipe: BaseRecipe) -> str | None:
     """A label for a run that is shorter or longer than the recipe it is named after; None if it has the same length."""
-    full = find_recipe(recipe.name, recipe.task).steps if recipe.name in RECIPES else recipe.steps
+    full = (_find_original(recipe) or recipe).steps
     if recipe.steps == full:
         return None
     return f"{recipe.steps:,} of the {format_count(full, 'step')} of {recipe.name} ({recipe.steps / full:.1%})"

@@ -49,6 +49,7 @@ from resnetlab.training.tasks.base import Task, TaskSetup
 from resnetlab.training.tasks.classification import ClassificationTask
 from resnetlab.training.tasks.detection import DetectionTask
 from resnetlab.training.tasks.segmentation import SegmentationTask
+from resnetlab.training.tasks.starting_network import require_own_network
 from resnetlab.training.trackers import add_trackers, check_trackers
 
 TASKS: dict[str, type[Task]] = {task.name: task for task in (ClassificationTask, DetectionTask, SegmentationTask)}
@@ -330,6 +331,11 @@ def _read_run(run: RunFolder, task_name: str, requested: Overrides | BaseRecipe,
     if result is not None and result.steps != before.steps and not ends_early:
         result = None  # an extension was interrupted
     if result is not None and requested.steps > before.steps:
+        if isinstance(before, Recipe):  # what only the caller has is asked for before anything is changed
+            if options.dataset is None:
+                sources.refuse_objects(before.data)
+            if before.net.startswith(OWN):
+                require_own_network(before, options.net)
         return _extend(run, before, requested, options)._replace(moved_to=moved_to)
     recipe = replace(before.skip_bad_images_like(requested), threads=requested.threads)
     if changes := requested.resolve_like(recipe).differences(recipe):

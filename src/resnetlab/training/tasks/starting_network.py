@@ -91,18 +91,24 @@ def without_named_network(recipe: Recipe, module: nn.Module) -> Recipe:
     return replace(recipe, **FOR_NAMED_NETWORKS, specification=changes)
 
 
-def _take_own_network(recipe: Recipe, module: nn.Module | None, channels: int, classes: int) -> Network:
-    """The network that the user gives, for a recipe that records its class.
-
-    Raises UsageError if another or none is given, if it does not take the data's images, or if the recipe has values that are
-    for networks built here.
-    """
+def require_own_network(recipe: Recipe, module: nn.Module | None) -> nn.Module:
+    """The network that the user gives; raises UsageError if it is none of the class that the recipe records."""
     given, asked = "" if module is None else class_name(module), recipe.net.removeprefix(OWN)
     if module is None or given != asked:
         raise UsageError(
             f"the network of this recipe, {asked}, was given in Python{f', and {given} is another' if given else ''}; "
             f"give it again: resnetlab.train(…, net={asked}(…))."
         )
+    return module
+
+
+def _take_own_network(recipe: Recipe, module: nn.Module | None, channels: int, classes: int) -> Network:
+    """The network that the user gives, for a recipe that records its class.
+
+    Raises UsageError if another or none is given, if it does not take the data's images, or if the recipe has values that are
+    for networks built here.
+    """
+    module, asked = require_own_network(recipe, module), recipe.net.removeprefix(OWN)
     if changes := recipe.differences(without_named_network(recipe, module)):
         raise UsageError(
             f"{changes[0].partition(' (not')[0]} is for networks that are built by name, and {asked} is given as it is; "
