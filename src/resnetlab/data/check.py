@@ -265,8 +265,9 @@ def check_splits(
     report.shorter_sides = (min(sides), median(sides), max(sides)) if sides else None
     for first, second, near in find_copies(readable):
         report.problems.append(_describe_copy(first, second, near))
-        both = first.split != second.split or first.label != second.label
-        report.quarantine += [each.name for each in (first, second)[not both :] if each.split == "train"]
+        differ = first.split != second.split or first.label != second.label
+        copies = (first, second) if differ else (second,)
+        report.quarantine += [image.name for image in copies if image.split == "train"]
     report.quarantine = list(dict.fromkeys(report.quarantine))
 
 

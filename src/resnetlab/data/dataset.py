@@ -183,11 +183,9 @@ class Dataset:
     def with_pixel_format(self, pixel_format: PixelFormat) -> Dataset:
         """The same images, read in this way; raises DataError where some are in memory and of another kind."""
         others = {k: split for k, split in self._fields().items() if split.pixel_format != pixel_format}
-        return (
-            replace(self, **{k: split.with_pixel_format(pixel_format) for k, split in others.items()})
-            if others
-            else self
-        )
+        if not others:
+            return self
+        return replace(self, **{k: split.with_pixel_format(pixel_format) for k, split in others.items()})
 
     def with_decode_on(self, decode_on: str) -> Dataset:
         """The same images; "device" lets the GPU that trains or evaluates decode those on disk (data.device_decode).

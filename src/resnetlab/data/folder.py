@@ -280,13 +280,15 @@ def arrange_splits(
             count = max(len(classes), round(HELD_OUT * len(everything)))
             rest, chosen = hold_out(everything, count, by_name=True)
         train, test = everything.subset(rest), everything.subset(chosen)
-        return Dataset(name, classes, train, test, None, "held-out", everything, label_sets)
+        return Dataset(
+            name, classes, train, test, evaluated_split="held-out", all_images=everything, label_sets=label_sets
+        )
     evaluated = next(split for split in ("test", "val", "train") if split in splits)
     if evaluated == "train":  # train/ alone
         return arrange_splits(name, classes, {"": splits["train"]}, label_sets)
     train = splits.get("train", splits[evaluated].subset(torch.empty(0, dtype=torch.long)))
     val = splits.get("val") if evaluated == "test" else None
-    return Dataset(name, classes, train, splits[evaluated], val, evaluated, None, label_sets)
+    return Dataset(name, classes, train, splits[evaluated], val=val, evaluated_split=evaluated, label_sets=label_sets)
 
 
 def find_split_folders(root: Path) -> dict[str, Path]:

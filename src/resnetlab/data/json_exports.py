@@ -152,8 +152,9 @@ def _read_result(result: Any, where: str, errors: ErrorPolicy) -> ObjectRecord |
         label = str(value[key][0])
         if value.get("format") == "rle":
             return ObjectRecord(where, label, None, _decode_brush(value["rle"], result))
-        outline = [float(v) / 100 for point in value.get("points", ()) for v in point]
-        return ObjectRecord(where, label, None, [outline if "points" in value else _region_outline(value, result)])
+        if "points" in value:
+            return ObjectRecord(where, label, None, [[float(v) / 100 for point in value["points"] for v in point]])
+        return ObjectRecord(where, label, None, [_region_outline(value, result)])
     except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         errors.reject(where, f"its region cannot be read ({error or type(error).__name__})")
         return ObjectRecord(where, None, None)

@@ -61,12 +61,10 @@ def read_flat_labels(root: Path, split: str, images: Sequence[str]) -> list[str]
     Raises a DataError that names the file if it lists an image that is missing, leaves one out, or cannot be parsed.
     """
     file = _find_file(root, (f"{split}.txt", f"LOC_{split}_solution.csv"))
-    kits = sorted(path for path in root.iterdir() if DEVKIT in path.name.lower() and path.is_dir())
-    truths = [f"{place}/{GROUND_TRUTH}" for place in (".", *(k.name for k in kits), *(f"{k.name}/data" for k in kits))]
     if file is not None:
         by_stem = {name.rsplit(".", 1)[0]: name for name in images}  # Kaggle's list omits the suffix
         folder_of = {by_stem.get(name, name): folder for name, folder in _read_image_list(file, root).items()}
-    elif split == "val" and (file := _find_file(root, truths)) is not None:
+    elif split == "val" and (file := _find_ground_truth(root)) is not None:
         folder_of = _read_ground_truth(file, images)
     else:
         return None
@@ -133,6 +131,12 @@ def _number_folders(root: Path, image_list: Path) -> Callable[[int, int], str]:
         return folders[number]
 
     return folder
+
+
+def _find_ground_truth(root: Path) -> Path | None:
+    kits = sorted(path for path in root.iterdir() if DEVKIT in path.name.lower() and path.is_dir())
+    places = (root, *kits, *(kit / "data" for kit in kits))
+    return next((place / GROUND_TRUTH for place in places if (place / GROUND_TRUTH).is_file()), None)
 
 
 def _read_ground_truth(file: Path, images: Sequence[str]) -> dict[str, str]:

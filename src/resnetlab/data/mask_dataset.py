@@ -133,9 +133,9 @@ def _read_mask_files(
                 trained += counts * (split in (ordered[0], "train", "trainval"))
                 splits[split].append(MaskedImage(record.name, record.file, record.size, source))
     if absent := [name for i, name in enumerate(meaning.names) if not trained[i]]:
-        void = (
-            f"; {VOID}, which is not evaluated, has {trained[VOID]:,} (class_255 changes that)" if trained[VOID] else ""
-        )
+        void = ""
+        if n := int(trained[VOID]):
+            void = f"; {VOID}, which is not evaluated, has {n:,} (class_255 changes that)"
         warn(f"{root}: no mask to train on has a pixel of {format_list(absent)}{void}.")
     return meaning.names, splits
 

@@ -66,9 +66,8 @@ def pack_shards(
                 tar = out / f"{name}-{number:06d}.tar"
                 part = order[start : start + per_shard]
                 index = _write_shard(unfinished / tar.name, split, part, data.classes, resize)
-                unfinished_index = index_path(
-                    unfinished / tar.name
-                )  # there, so that a kill leaves nothing else in `out`
+                # in the unfinished folder, so that a kill leaves no other file in `out`
+                unfinished_index = index_path(unfinished / tar.name)
                 write_atomically(unfinished_index, json.dumps(index | {"shards": len(starts)}) + "\n")
                 move_into_place(unfinished_index, index_path(tar))
                 move_into_place(unfinished / tar.name, tar)

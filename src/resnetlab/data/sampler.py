@@ -48,10 +48,10 @@ class Batch(NamedTuple):
     targets: Tensor
 
 
-Epochs = Callable[[int, int, int], Tensor | KeyedPermutation]  # (seed, n, epoch) -> n indices
+EpochOrder = Callable[[int, int, int], Tensor | KeyedPermutation]  # (seed, n, epoch) -> n indices
 
 
-def step_indices(seed: int, n: int, batch: int, step: int, epoch_indices: Epochs | None = None) -> Tensor:
+def step_indices(seed: int, n: int, batch: int, step: int, epoch_indices: EpochOrder | None = None) -> Tensor:
     """Indices of the `batch` images of step `step`; int64 (batch,).
 
     The epochs are permutations of all images (or `epoch_indices`), one after the other. A batch may span two of them, so no

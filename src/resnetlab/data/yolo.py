@@ -127,12 +127,7 @@ def parse_simple_yaml(file: Path) -> dict[str, Any]:
                     if (more := next(lines, None)) is None:
                         raise DataError(f"{file}: {text[:40]!r} is not closed; write one name a line.")
                     text += f" {more.strip()}"
-            parts = [part for part in INLINE_ITEM.findall(text[1:-1]) if part.strip()]
-            if close == "}":
-                pairs = (part.partition(":") for part in parts)
-                values[key] = {_parse_scalar(name): _parse_scalar(value) for name, _, value in pairs}
-            else:
-                values[key] = list(map(_parse_scalar, parts)) if close else _parse_scalar(text)
+            values[key] = _parse_inline(text) if close else _parse_scalar(text)
     return values
 
 
@@ -144,6 +139,13 @@ def _parse_scalar(text: str) -> str:
     if text[0] == "'":
         return text[1:-1].replace("''", "'")
     return ESCAPE.sub(lambda m: chr(int(m[1][1:], 16)) if m[1][1:] else m[1], text[1:-1])
+
+
+def _parse_inline(text: str) -> list[str] | dict[str, str]:
+    parts = [part for part in INLINE_ITEM.findall(text[1:-1]) if part.strip()]
+    if text[0] == "[":
+        return list(map(_parse_scalar, parts))
+    return {_parse_scalar(key): _parse_scalar(value) for key, _, value in (part.partition(":") for part in parts)}
 
 
 def _list_split_images(root: Path, finder: ImageFinder, config: YoloConfig) -> dict[str, list[str]]:

@@ -27,10 +27,8 @@ if TYPE_CHECKING:
 
 MAX_MATRIX = 12  # classes; with more, the table of the most confused pairs is clearer
 CELL, NAME = 44, 16  # pixels on a side of a cell; columns of a class's name beside them
-MAX_IMAGE, SMALL_IMAGE = (
-    256,
-    96,
-)  # pixels on a side: larger ones are shrunk to it, small ones enlarged without smoothing
+# pixels on a side: larger images are shrunk to the first, smaller ones than the second enlarged without smoothing
+MAX_IMAGE, SMALL_IMAGE = 256, 96
 MISTAKES = 24  # images shown at most
 PAIRS = 12  # rows of confused classes shown at most
 CLASSES = 24  # rows of classes shown at first, at most

@@ -116,10 +116,10 @@ def find_label_errors(scores: Tensor, labels: Tensor) -> list[LabelError]:
     )
     number = round(float((confidently_wrong / confident_of.clamp_min(1) * counts).sum()))
     order = (given_scores - likely_scores).argsort(stable=True)
-    return _describe_errors(order[(likely != labels)[order]][:number].tolist(), scores, labels, likely)
+    return _list_errors(order[(likely != labels)[order]][:number].tolist(), scores, labels, likely)
 
 
-def _describe_errors(positions: list[int], scores: Tensor, labels: Tensor, likely: Tensor) -> list[LabelError]:
+def _list_errors(positions: list[int], scores: Tensor, labels: Tensor, likely: Tensor) -> list[LabelError]:
     """The errors at some positions; `likely` are the classes that the images look like, int64 (N,)."""
     return [
         LabelError(i, int(labels[i]), int(likely[i]), float(scores[i, labels[i]]), float(scores[i, likely[i]]))
@@ -138,7 +138,7 @@ def find_label_errors_by_cleanlab(scores: Tensor, labels: Tensor) -> list[LabelE
         raise missing_package("--method cleanlab", error.name, "audit") from error
     found = find_label_issues(labels.numpy(), scores.numpy(), return_indices_ranked_by="self_confidence", n_jobs=1)
     others = scores.scatter(1, labels[:, None], -1)  # without the score of the label
-    return _describe_errors(found.tolist(), scores, labels, others.max(1).indices)
+    return _list_errors(found.tolist(), scores, labels, others.max(1).indices)
 
 
 METHODS: Mapping[str, Callable[[Tensor, Tensor], list[LabelError]]] = {

@@ -22,7 +22,7 @@ from resnetlab.models.own_network import OwnNetwork, own_network_error
 from resnetlab.run_folder import write_atomically, writing
 
 MAX_CLASSES = 40  # listed in the card
-CARD = """\
+CARD_TEMPLATE = """\
 ---
 library_name: resnetlab
 pipeline_tag: image-classification
@@ -172,7 +172,7 @@ def make_model_card(model: TrainedModel, name: str) -> str:
             f"Scores are calibrated: logits are divided by {model.temperature:.4g}, fitted on {fitted['n']} images of "
             f"{fitted['data']} ({fitted['split']})."
         )
-    card = CARD.format(
+    card = CARD_TEMPLATE.format(
         title=_escape(f"{net} on {data}" if data else net),
         parameters=f"{count_parameters(model.net):,}",
         spec=spec,

@@ -34,7 +34,7 @@ def write_state_dict(model: TrainedModel, out: Path) -> None:
             stacklevel=2,
         )
         fingerprints = {}
-    metadata = json.dumps(({"thresholds": list(model.thresholds)} if model.multi_label else {}) | {
+    about = {
         "specification": model.spec.to_json(),
         "classes": list(model.classes),
         "preprocessing": preprocessing.to_json() | {"mean": preprocessing.mean.tolist()},
@@ -42,7 +42,8 @@ def write_state_dict(model: TrainedModel, out: Path) -> None:
         "calibration": dict(model.calibration),
         "data": dict(model.data),
         "fingerprints": fingerprints,
-    })  # fmt: skip
+    }
+    metadata = json.dumps(about | ({"thresholds": list(model.thresholds)} if model.multi_label else {}))
     state: Any = model.net.state_dict()
     for key, value in state.items():
         state[key] = value.detach().cpu().contiguous()

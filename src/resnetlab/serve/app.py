@@ -155,10 +155,8 @@ def _add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def validation_error(request: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
-        name, known = (
-            str(first["loc"][1])[:200],
-            QUERIES.get(request.url.path.rpartition("/")[2], EmptyQuery).model_fields,
-        )
+        name = str(first["loc"][1])[:200]
+        known = QUERIES.get(request.url.path.rpartition("/")[2], EmptyQuery).model_fields
         if name in known:
             sentence = f"{name} must be {VALUES[name]}, not {str(first['input'])[:200]!r}."
         elif known:

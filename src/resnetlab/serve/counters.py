@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-BATCHES = (1, 2, 4, 8, 16, 32, 64)  # limits of the buckets, in images
+BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64)  # limits of the buckets, in images
 
 
 class Counters:
@@ -16,7 +16,9 @@ class Counters:
         self.requests = Counter("resnetlab_requests", "Requests answered.", ("path", "status"), registry=registry)
         self.seconds = Histogram("resnetlab_request_seconds", seconds, ("path",), registry=registry)
         self.images = Counter("resnetlab_images", "Images run through the network.", registry=registry)
-        self.batches = Histogram("resnetlab_batch_images", "Images per batch.", buckets=BATCHES, registry=registry)
+        self.batches = Histogram(
+            "resnetlab_batch_images", "Images per batch.", buckets=BATCH_BUCKETS, registry=registry
+        )
         self.network = Histogram("resnetlab_batch_seconds", "Network time per batch.", registry=registry)
         self.in_flight = Gauge("resnetlab_in_flight", "Requests being answered.", registry=registry)
 

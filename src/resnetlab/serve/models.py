@@ -22,7 +22,14 @@ from torch import Tensor
 from resnetlab.errors import UsageError
 from resnetlab.evaluation.detection import Detections
 from resnetlab.evaluation.overlays import COLOURS
-from resnetlab.inference.annotated import Detector, Segmenter, boxes_to_json, class_shares, read_pixels
+from resnetlab.inference.annotated import (
+    AnnotatedPredictor,
+    Detector,
+    Segmenter,
+    boxes_to_json,
+    class_shares,
+    read_pixels,
+)
 from resnetlab.inference.explain import explain
 from resnetlab.inference.open_model import open_model
 from resnetlab.inference.predict import Model
@@ -152,8 +159,9 @@ class _ServedAnnotatedModel(ServedModel):
     warmup_batches = (1,)  # a batch is computed image by image
     pixel_format = RGB
 
-    def __init__(self, predictor: Any) -> None:
-        self._predictor, self.model, self.backend = predictor, predictor.model, str(predictor.device_config)
+    def __init__(self, predictor: AnnotatedPredictor) -> None:
+        self._predictor: Any = predictor  # a Detector or a Segmenter, as the subclass says
+        self.model, self.backend = predictor.model, str(predictor.device_config)
         self.no_explanation = predictor.no_explanation
 
     def prepare(self, image: Image.Image) -> UploadedImage:

@@ -9,7 +9,6 @@ import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Any
 
 import torch
 
@@ -105,13 +104,15 @@ def generate_lesions(net: ResNet, seed: int) -> Iterator[tuple[str, object, ResN
     names = removable_blocks(net)
     for name in names:
         yield "single", name, remove_blocks(net, name)
+    for count in range(1, min(MAX_LESIONS, len(names)) + 1):
+        for draw in range(DRAWS):
+            order = torch.randperm(len(names), generator=make_generator(seed, "lesion", count, draw)).tolist()
+            yield "several", count, remove_blocks(net, [names[i] for i in order[:count]])
     pairs = [pair for stage in movable_blocks(net) for pair in combinations(stage, 2)]
-    kinds: Any = (("several", "lesion", names, remove_blocks), ("swaps", "swap", pairs, swap_blocks))
-    for kind, use, each, change in kinds:
-        for count in range(1, min(MAX_LESIONS, len(each)) + 1):
-            for draw in range(DRAWS):
-                order = torch.randperm(len(each), generator=make_generator(seed, use, count, draw)).tolist()
-                yield kind, count, change(net, [each[i] for i in order[:count]])
+    for count in range(1, min(MAX_LESIONS, len(pairs)) + 1):
+        for draw in range(DRAWS):
+            order = torch.randperm(len(pairs), generator=make_generator(seed, "swap", count, draw)).tolist()
+            yield "swaps", count, swap_blocks(net, [pairs[i] for i in order[:count]])
 
 
 def measure_lesions(model: TrainedModel, setting: Setting, seed: int) -> LesionErrors:

@@ -20,7 +20,7 @@ from resnetlab.device import to_device
 from resnetlab.training.recipe import BaseRecipe
 
 # how names of parameters begin that `backbone_lr_scale` does not apply to: a classifier's, a segmenter's and a detector's heads
-HEADS = ("fc.", "classifier.", "backbone.fpn.", "rpn.", "roi_heads.box_head.fc", "roi_heads.box_predictor.")
+HEAD_PREFIXES = ("fc.", "classifier.", "backbone.fpn.", "rpn.", "roi_heads.box_head.fc", "roi_heads.box_predictor.")
 
 
 class _Group(NamedTuple):
@@ -51,7 +51,7 @@ class Optimizer(ABC):
         groups: dict[tuple[float, float], list[str]] = {}
         for name, p in self.parameters.items():
             decay = recipe.weight_decay if p.ndim > 1 or recipe.decay_all else 0.0
-            factor = 1.0 if name.startswith(HEADS) else recipe.backbone_lr_scale
+            factor = 1.0 if name.startswith(HEAD_PREFIXES) else recipe.backbone_lr_scale
             groups.setdefault((decay, factor), []).append(name)
         self._groups = [_Group(names, decay, factor) for (decay, factor), names in groups.items()]
 

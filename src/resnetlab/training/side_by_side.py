@@ -130,9 +130,8 @@ def reason_for_turns(task: Task) -> str:
         if kind.__module__.split(".")[0] not in OURS and not getattr(kind, "thread_safe", False):
             return f"{kind.__qualname__} may not be safe in several threads (if it is: thread_safe = True in its class)"
     of_bn = {id(b) for m in task.net.modules() if isinstance(m, _BatchNorm) for b in m.buffers(recurse=False)}
-    persistent = (
-        task.net.state_dict()
-    )  # each replica has its own copy of what is neither a parameter nor a statistic of BN
+    # each replica has its own copy of what is neither a parameter nor a statistic of BN
+    persistent = task.net.state_dict()
     if own := [name for name, b in task.net.named_buffers() if name in persistent and id(b) not in of_bn]:
         return f"the network keeps {own[0].removeprefix('module.')} from step to step"
     return ""

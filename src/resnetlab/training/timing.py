@@ -17,7 +17,7 @@ from resnetlab.data.sampler import TrainLoader
 from resnetlab.device import DeviceConfig, select_device
 from resnetlab.models.resnet import build
 from resnetlab.training.recipe import Recipe
-from resnetlab.training.tasks.classification_data import unnormalised
+from resnetlab.training.tasks.classification_data import plan_preprocessing
 
 TIMED_IMAGES = 8  # of a step on a CPU, whose time is in proportion to them
 MIN_ROUNDS = 10  # of a comparison: a program beside this one disturbs most of a few
@@ -67,7 +67,7 @@ def time_data_loading(split: Split, recipe: Recipe, classes: int) -> dict[str, f
     """
     device_config = select_device(recipe.precision)
     batch_size = min(recipe.batch, TIMED_IMAGES) if device_config.device.type == "cpu" else recipe.batch
-    shape, crop = unnormalised(recipe, split.pixel_format), Crop(recipe.crop, recipe.scale, recipe.area)
+    shape, crop = plan_preprocessing(recipe, split.pixel_format), Crop(recipe.crop, recipe.scale, recipe.area)
     loader = TrainLoader(split, shape, Augmentation(flip=recipe.flip, crop=crop), batch_size, 0, device_config)
     batch = loader.batch(0)
     start = time.perf_counter()

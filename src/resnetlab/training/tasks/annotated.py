@@ -205,9 +205,18 @@ class AnnotatedTask(Task, Generic[P, S]):
         values = metrics.to_json()
         measured = {self.evaluated_split: values} | ({"held_out": held_out} if held_out else {})
         if is_first:
-            shared = replace(recipe, threads=0).to_json()  # the number of threads does not change the model
-            parts = (self.net, self.spec, self.head_spec, self.classes, shared, measured, self.data, self.versions)
-            AnnotatedModel(self.name, *parts).save(run.model)
+            model = AnnotatedModel(
+                task=self.name,
+                net=self.net,
+                spec=self.spec,
+                head_spec=self.head_spec,
+                classes=self.classes,
+                recipe=replace(recipe, threads=0).to_json(),  # the number of threads does not change the model
+                metrics=measured,
+                data=self.data,
+                versions=self.versions,
+            )
+            model.save(run.model)
         state.seconds += time.perf_counter() - start
         result = self.result_type(
             **self.result_values(run, state, values["n"]), **{key: values[key] for key in self.metrics}

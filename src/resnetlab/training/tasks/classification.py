@@ -57,12 +57,12 @@ from resnetlab.training.tasks.classification_data import (
     divide_images,
     load_source,
     name_own_transform,
+    plan_preprocessing,
     require_held_out,
     resolve_shards,
     resolve_size,
     resolve_val_images,
     size_of,
-    unnormalised,
 )
 from resnetlab.training.tasks.multi_label import check_label_sets, multi_label_loss
 from resnetlab.training.tasks.starting_network import build_network
@@ -119,7 +119,7 @@ class ClassificationTask(Task):
         net, begun, notes = build_network(recipe, start_from, channels, source.classes, setup.options.net)
         start, origin = (begun.model, {"start_from": begun.digest}) if begun else (None, {})
         recipe = resolve_size(recipe, start)
-        shape = unnormalised(recipe, source.train.pixel_format)
+        shape = plan_preprocessing(recipe, source.train.pixel_format)
         recipe = name_own_transform(resolve_val_images(resolve_shards(recipe, source, world), source), setup)
         train, held_out, test, holdout = divide_images(recipe, source, shape)
         for split in (held_out, test) if read_process_place().is_first_here else ():

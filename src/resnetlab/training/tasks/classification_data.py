@@ -53,7 +53,7 @@ def size_of(start: TrainedModel) -> dict[str, Any]:
     return {"image_size": start.preprocessing.size[0], "eval_resize": start.preprocessing.resize}
 
 
-def unnormalised(recipe: Recipe, pixel_format: PixelFormat) -> Preprocessing:
+def plan_preprocessing(recipe: Recipe, pixel_format: PixelFormat) -> Preprocessing:
     """The preprocessing of a recipe for images of a format, before the statistics of the training images are known."""
     channels, side = pixel_format.channels, recipe.image_size
     mean, std = torch.zeros(channels), torch.ones(channels)
