@@ -64,6 +64,12 @@ def test_a_quarantine_list_leaves_out_paths_of_a_list_and_is_refused_for_arrays(
             resnetlab.train("digits", out=tmp_path / "none", **VALUES | {key: "x"})  # type: ignore[arg-type]
 
 
+def test_whole_numbers_may_be_floats() -> None:
+    images, labels = np.zeros((4, 8, 8, 3), np.uint8), [0, 1, 1, 10]
+    for form in (np.array(labels, float), [float(label) for label in labels], torch.tensor(labels).float()):
+        assert dataset_from_object((images, form)).classes == ("0", "1", "10")
+
+
 def test_arrays_train_to_the_weights_of_the_data_set(tmp_path: Path) -> None:
     named = digits.load_digits()
     arrays = {

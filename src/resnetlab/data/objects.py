@@ -321,6 +321,7 @@ def _label_texts(labels: Any, names: Sequence[str] | None) -> list[str]:
     if (several := _read_label_lists(labels, names)) is not None:
         return several
     values = labels.tolist() if hasattr(labels, "tolist") else [getattr(v, "item", lambda v=v: v)() for v in labels]
+    values = [int(v) if isinstance(v, float) and v.is_integer() else v for v in values]  # 1.0, as NumPy's files have it
     for i, value in enumerate(values):
         if not isinstance(value, str | int) or isinstance(value, bool) or value == "":
             raise DataError(f"label {i} is {value!r}; labels are names or whole numbers.")
