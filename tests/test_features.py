@@ -17,6 +17,7 @@ from resnetlab.cli.main import run_command
 from resnetlab.data import digits
 from resnetlab.errors import DataError, UsageError
 from resnetlab.evaluation.label_errors import find_label_errors, find_label_errors_by_cleanlab, out_of_fold_scores
+from resnetlab.inference.audit import Audit
 from resnetlab.inference.embed import read_features, write_features
 from resnetlab.models.model_file import TrainedModel
 from resnetlab.models.resnet import build
@@ -105,8 +106,17 @@ def test_an_audit_writes_a_quarantine_list(model: Path, tmp_path: Path, capsys: 
     )
     listed = [line for line in (tmp_path / "q.txt").read_text().splitlines() if not line.startswith("#")]
     assert listed == [row["image"] for row in found["errors"]]
-    assert run_command(command) == 0 and "labels of" in capsys.readouterr().out
+    assert run_command(command) == 0
+    out, err = capsys.readouterr()
+    doubt = "are taken for another class, so many of these labels may be right"
+    assert "labels of" in out and (doubt in err) == (doubt in text) == (found["out_of_fold_error"] > 0.2)
     assert run_command([*command, "--folds", "1"]) == 2
+
+
+def test_an_audit_says_when_its_features_cannot_tell() -> None:
+    values: dict[str, Any] = {"data": "d", "n": 10, "folds": 5, "method": "resnetlab", "errors": [], "unreadable": {}}
+    assert Audit(out_of_fold_error=0.2, **values).describe_doubt() == ""
+    assert "40.00 % of the images are taken" in Audit(out_of_fold_error=0.4, **values).describe_doubt()
 
 
 def test_neighbours_are_those_of_an_exact_search(

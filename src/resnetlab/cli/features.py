@@ -201,6 +201,8 @@ def audit(
         console.write_quarantine(quarantine, names, f"of {found.data} whose labels are likely wrong")
     n = len(found.errors)
     what = f"{n:,} of {found.n:,} labels of {found.data} {'is' if n == 1 else 'are'} likely wrong"
+    if doubt := found.describe_doubt():
+        console.log(f"resnetlab: warning: {doubt}")
     if out is not None:
         pairs = {(row["class"], row["likely"]): list[ShownImage]() for row in found.errors[:MAX_SHOWN]}
         for row in found.errors[:MAX_SHOWN]:
@@ -209,7 +211,7 @@ def audit(
         groups = [(f"{given}, likely {likely} ({len(rows):,})", rows) for (given, likely), rows in pairs.items()]
         error = format_percent(found.out_of_fold_error)
         how = f"by confident learning ({found.method}'s rule, {found.folds} folds, out-of-fold error {error})"
-        lead = f"{what}, {how}; at most {MAX_SHOWN} are shown."
+        lead = f"{what}, {how}; at most {MAX_SHOWN} are shown. {doubt}"
         write_atomically(out, render_images("Likely label errors", lead, groups, data, data_dir))
         console.log(f"page: {out}")
     if json:

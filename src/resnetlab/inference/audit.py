@@ -12,8 +12,11 @@ from resnetlab.data import sources
 from resnetlab.device import standard_torch_state
 from resnetlab.errors import DataError, unknown_name_error
 from resnetlab.evaluation.label_errors import FOLDS, METHODS, out_of_fold_scores
+from resnetlab.formatting import format_percent
 from resnetlab.inference.embed import embed_data
 from resnetlab.inference.predict import Model
+
+MAX_ERROR = 0.2  # out of fold, up to which the list is mostly right: at 0.24 a quarter of it was (docs/log.md)
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,15 @@ class Audit:
     out_of_fold_error: float
     errors: list[dict[str, Any]]
     unreadable: dict[str, str]
+
+    def describe_doubt(self) -> str:
+        """Why many of the listed labels may be right; "" where the features tell the classes apart."""
+        if self.out_of_fold_error <= MAX_ERROR:
+            return ""
+        return (
+            f"By the model's features {format_percent(self.out_of_fold_error)} of the images are taken for another class, so "
+            "many of these labels may be right; take a model that knows such images."
+        )
 
     def to_json(self) -> dict[str, Any]:
         """A plain dictionary; keys as in docs/json.md."""
