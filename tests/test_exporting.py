@@ -241,7 +241,9 @@ def test_openvino_in_int8(model: Path, capsys: pytest.CaptureFixture[str], tmp_p
     read = openvino.Core().read_model(out)
     assert "FakeQuantize" in {op.get_type_name() for op in read.get_ops()}
     assert tuple(json.loads(read.get_rt_info(["resnetlab", "classes"]).astype(str))) == CLASSES
-    compiled = openvino.compile_model(read, "CPU")
+    settings = json.loads(Path(f"{out}.json").read_text())["settings"]
+    assert settings == {"INFERENCE_PRECISION_HINT": "f32"}  # by default bf16 where the processor has it
+    compiled = openvino.compile_model(read, "CPU", settings)
     for size in ((8, 8), (20, 15)):
         pixels = torch.stack([pil_to_tensor(tensor_to_pil(one).resize(size)) for one in FRESH])
         ours = torch.stack([load_trained_model(model).preprocessing(tensor_to_pil(one)) for one in pixels])

@@ -139,7 +139,7 @@ def export_weights(model: TrainedModel, target: str, out: Path) -> list[str]:
 
 def describe_export(model: TrainedModel, target: str, precision: str) -> dict[str, Any]:
     """Describes how to use the file; keys as in docs/json.md."""
-    preprocessing = model.preprocessing
+    preprocessing, settings = model.preprocessing, get_format(target).settings
     h, w, c = (*preprocessing.size, preprocessing.channels)
     kind = f"convert it to {'grey' if c == 1 else 'RGB'}, values 0 to 255"
     if preprocessing.dtype:
@@ -164,4 +164,4 @@ def describe_export(model: TrainedModel, target: str, precision: str) -> dict[st
         },
         "classes": list(model.classes),
         "specification": model.net.spec.to_json(),
-    }
+    } | ({"settings": dict(settings)} if settings else {})

@@ -29,6 +29,8 @@ GPU_PROVIDERS: Mapping[str, Mapping[str, str]] = {
     "CUDAExecutionProvider": {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"},
     "TensorrtExecutionProvider": {"trt_fp16_enable": "0", "trt_int8_enable": "0"},
 }
+# OpenVINO computes in bf16 by default where the processor does
+OPENVINO_FP32: Mapping[str, str] = {"INFERENCE_PRECISION_HINT": "f32"}
 PredictFn = Callable[[Tensor], Tensor]  # images, uint8 -> scores, float32 (B, classes)
 
 
@@ -51,6 +53,7 @@ class ExportFormat:
         packages: required ones, which the `extra` of this package installs.
         write: writes the file in one of the `precisions`.
         read: loads the file with its runtime; None for weights only, whose scores cannot be checked.
+        settings: of its runtime on a CPU under which the file is compared, where that computes something else by default.
         providers: what else its runtime computes on, which need not be here: name -> settings to run it with.
         read_on: loads the file on one of those; None if it is not here.
         notes: what the programs that read the file compute differently.
@@ -63,6 +66,7 @@ class ExportFormat:
     packages: tuple[str, ...] = ()
     extra: str = ""
     backend: Backend | None = None
+    settings: Mapping[str, str] = field(default_factory=dict)
     providers: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     read_on: Callable[[Path, str], PredictFn | None] = lambda file, provider: None
     notes: Callable[[TrainedModel], list[str]] = lambda model: []
@@ -154,7 +158,7 @@ def _write_openvino(graphs: ExportGraphs, precision: str, file: Path) -> None:
 
 
 def _open_openvino(file: Path) -> PredictFn:
-    settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+    settings = {**OPENVINO_FP32, "INFERENCE_NUM_THREADS": torch.get_num_threads()}
     compiled = openvino_core().compile_model(str(file), "CPU", settings)
     return lambda pixels: torch.from_numpy(compiled([pixels.numpy()])[0].copy())
 
@@ -218,6 +222,7 @@ FORMATS: Mapping[str, ExportFormat] = {
         extra="openvino",
         write=_write_openvino,
         read=_open_openvino,
+        settings=OPENVINO_FP32,
         backend=Backend(
             name="openvino", precisions=("bf16", "fp32", "int8"), build=_build_openvino, start=_start_openvino
         ),
