@@ -153,10 +153,22 @@ def test_heads_are_as_timms() -> None:
     assert torch.equal(net.forward_head(features, pre_logits=True), features.mean((2, 3)))
     assert net.num_features == 64 and net.get_classifier() is net.fc
     net.reset_classifier(3)
+    assert net.num_classes == 3
     assert net(x).shape == (2, 3) and net.spec.classes == 3 and bool((net.fc.bias == 0).all())
     assert float(net.fc.weight.detach().abs().max()) <= 1 / 8
     net.reset_classifier(0)
     assert isinstance(net.get_classifier(), nn.Identity) and torch.equal(net(x), features.mean((2, 3)))
+    assert net.num_classes == 0
+    net.set_grad_checkpointing()
+    assert net.recompute
+
+
+def test_torch_jit_traces_without_a_warning() -> None:
+    net, x = resnetlab.build("resnet18", widths=(2, 2, 2, 2), classes=2, seed=0).eval(), torch.rand(1, 3, 96, 96)
+    with warnings.catch_warnings(action="ignore"):  # torch has deprecated it
+        warnings.simplefilter("error", torch.jit.TracerWarning)
+        traced = torch.jit.trace(net, x)
+    assert torch.equal(traced(x), net(x))
 
 
 def test_torch_hub_loads_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import array
 import io
+import json
 import pickle
 import re
 import sys
@@ -23,6 +24,7 @@ from resnetlab.data import digits
 from resnetlab.device import DeviceConfig, select_device
 from resnetlab.errors import DataError, ModelFileError, ResNetLabError, UsageError
 from resnetlab.inference.predict import Model, Prediction
+from resnetlab.training.result import ClassificationResult
 from tiny_runs import TINY
 
 
@@ -216,7 +218,9 @@ def test_it_is_evaluated_in_its_own_precision(model: Model, monkeypatch: pytest.
         return select_device("fp32", device)
 
     monkeypatch.setattr("resnetlab.evaluation.evaluate.select_device", select)
-    assert model.evaluate("digits").n == model.evaluate("digits", precision="bf16").n == 360
+    evaluation = model.evaluate("digits")
+    assert evaluation.n == model.evaluate("digits", precision="bf16").n == 360
+    assert "<tr><td>n</td><td>360</td></tr>" in evaluation._repr_html_()
     assert asked == [model.device_config.precision, "bf16"] == ["fp32", "bf16"]
 
 
@@ -237,13 +241,15 @@ def test_the_methods_that_people_look_for(model: Model, run: Path, folder: Path,
         model.export(tmp_path / "m.tflite")
 
 
-def test_it_describes_itself_in_a_few_words(model: Model) -> None:
+def test_it_describes_itself_in_a_few_words(model: Model, run: Path) -> None:
     text = repr(model)
     assert text.startswith(
         "Model(network resnet8 (8 layers, basic blocks 1-1-1); classes 10: 0, 1, 2, 3, 4 and 5 more;"
     )
     assert "8x8 pixels, grey" in text and "top-1 error test " in text and len(text) < 250
     assert model._repr_html_().count("<tr>") == 5
+    result = ClassificationResult.from_json(json.loads((run / "result.json").read_text()))
+    assert f"<td>top1 error</td><td>{result.top1_error:.4g}</td>" in result._repr_html_()
 
 
 def test_load_takes_a_run_folder_and_says_what_else_is_meant(run: Path, folder: Path, tmp_path: Path) -> None:

@@ -155,7 +155,9 @@ def test_a_shell_inside_a_job_has_one_process(
     assert read_process_place() == (0, 1, 0, 1)
     with ProgressBar("steps") as bar:
         bar.update(1, 1, "three of four")
-    assert "three of four" in capsys.readouterr().err
+        bar.update(1.0, 1, "a share")
+    err = capsys.readouterr().err
+    assert "steps 1/1  three of four" in err and "steps 100.0 %  a share" in err
     monkeypatch.setenv("WORLD_SIZE", "8")
     assert read_process_place() == (3, 8, 1, 4)
     monkeypatch.setenv("WORLD_SIZE", "two")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from abc import abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from html import escape
@@ -137,6 +138,19 @@ def html_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     cells = [[f"<th>{escape(name)}</th>" for name in columns]]
     cells += [[f"<td>{escape(str(value))}</td>" for value in row] for row in rows]
     return "<table>" + "".join(f"<tr>{''.join(row)}</tr>" for row in cells) + "</table>"
+
+
+class HtmlFigures:
+    """A result that notebooks show as a table of its single values; what it has of every class is left out."""
+
+    @abstractmethod
+    def to_json(self) -> dict[str, Any]:
+        """The figures as a plain dictionary."""
+
+    def _repr_html_(self) -> str:
+        single = {k.replace("_", " "): v for k, v in self.to_json().items() if isinstance(v, str | int | float)}
+        rows = [(key, f"{value:.4g}" if isinstance(value, float) else value) for key, value in single.items()]
+        return html_table(("", type(self).__name__), rows)
 
 
 def find_name_problem(names: Sequence[object]) -> str | None:

@@ -61,10 +61,11 @@ class ProgressBar:
         if self._rich is not None:
             self._rich.stop()
 
-    def update(self, done: int, total: int | None, text: str | Sequence[str] = "") -> None:
+    def update(self, done: float, total: int | None, text: str | Sequence[str] = "") -> None:
         """Shows that `done` of `total` (None: unknown) are done; only the first process prints.
 
         Args:
+            done: a number of things, or, as a float, the share of a total of 1.
             text: beside it; of several parts, the most important first, a terminal shows as many as it has room for.
         """
         check_stop()
@@ -83,4 +84,5 @@ class ProgressBar:
         if now - self._last < max(2.0, (now - self._began) / 20) and done != total:  # fewer lines as time passes
             return
         self._last = now
-        log(f"{self._what} {done:,}{'' if total is None else f'/{total:,}'}  {'  '.join(parts)}")
+        count = f"{done:,}{'' if total is None else f'/{total:,}'}" if isinstance(done, int) else f"{100 * done:.1f} %"
+        log(f"{self._what} {count}  {'  '.join(parts)}")

@@ -131,16 +131,15 @@ def doctor(*, json: Json = False) -> None:
     }
     if json:
         return console.print_json(document)
-    console.write_line(
-        f"resnetlab {document['resnetlab']}, Python {document['python']} ({sys.executable}), {document['system']}"
-    )
+    console.write_line(f"resnetlab {document['resnetlab']}, Python {document['python']}, {document['system']}")
     console.write_line(", ".join(f"{name} {value}" for name, value in versions.items()))
     load, busy = document["load"], console.describe_busy()
-    measured, programs = f"measured{f', while {busy}' * bool(busy)}", "programs that wanted one in the last minute"
+    measured, programs = f"while {busy}" if busy else "measured", "programs that wanted one in the last minute"
     lines = {
+        "executable": sys.executable,
         "devices": "; ".join(document["devices"]),
         "cores": f"{document['cores']}" + ("" if load is None else f", load {load} ({programs})"),
-        "bf16": f"a training step takes {1 / document['bf16_speedup']:.2f} times as long as in fp32 ({measured})",
+        "bf16": f"a step takes {1 / document['bf16_speedup']:.2f} times as long as in fp32 ({measured})",
         "kernel": document["fused_kernel"],
         "compiler": document["compiler"] or "none: --compile on is not possible here (install g++)",
         "free disk": f"{document['free_disk_gb']} GB here",

@@ -41,7 +41,7 @@ from resnetlab.evaluation.split_selection import (
     pick_split,
     select_calibration_images,
 )
-from resnetlab.formatting import format_count, format_list, format_split
+from resnetlab.formatting import HtmlFigures, format_count, format_list, format_split
 from resnetlab.models.model_file import TrainedModel, load_trained_model
 from resnetlab.models.own_network import Network
 from resnetlab.peer_words import EVALUATION_ATTRIBUTES
@@ -53,7 +53,7 @@ SCOPES = ("all", "data")  # of the scores where the data have only some of a mod
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Evaluation(AnsweredAttributes):
+class Evaluation(AnsweredAttributes, HtmlFigures):
     """The result of one model, or of several as an ensemble, on a split.
 
     Attributes:

@@ -87,7 +87,9 @@ class ResNet(nn.Module):
         Args:
             last: the deepest map to compute, by default all. `models.backbone.levels` gives their channels and strides.
         """
-        if isinstance(x, Tensor) and not torch.compiler.is_compiling():  # torch.fx traces with proxies
+        # torch.fx traces with proxies, and torch.jit.trace warns of a condition on a size
+        traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+        if isinstance(x, Tensor) and not traced:
             warn_small_image(self, x.shape[-2:])
         x = self.conv1(x)
         if isinstance(self.bn1, FusedBatchNorm2d):
@@ -176,6 +178,15 @@ class ResNet(nn.Module):
     def num_features(self) -> int:
         """The number of features before the fully connected layer."""
         return self.spec.out_widths[-1]
+
+    @property
+    def num_classes(self) -> int:
+        """The number of outputs of the fully connected layer; 0 after `reset_classifier(0)`."""
+        return self.spec.classes if isinstance(self.fc, nn.Linear) else 0
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Sets `recompute`, by timm's name."""
+        self.recompute = enable
 
     def get_classifier(self) -> nn.Module:
         """The fully connected layer; nn.Identity after `reset_classifier(0)`."""

@@ -50,7 +50,7 @@ class Kernel(NamedTuple):
         """One line for people."""
         if self.library is None:
             return f"fused BN and ReLU, Winograd's convolution: not used, since {self.reason}"
-        return f"fused BN and ReLU, Winograd's convolution: compiled for this processor ({self.name})"
+        return "fused BN and ReLU, Winograd's convolution: compiled for this processor"
 
 
 @functools.cache

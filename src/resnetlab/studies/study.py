@@ -138,12 +138,12 @@ class Callbacks:
 
     Attributes:
         report: gets sentences.
-        on_runs: gets (done, total) in per mille of the plan's work, and a text beside it.
+        on_runs: gets the share of the plan's work that is done, 1 as its total, and a text beside it.
         on_reading: gets (done, total) of a study's measurements.
     """
 
     report: Callable[[str], None] = lambda _: None
-    on_runs: Callable[[int, int, str], None] = lambda done, total, text: None
+    on_runs: Callable[[float, int, str], None] = lambda done, total, text: None
     on_reading: Callable[[int, int], None] = lambda done, total: None
 
 
@@ -290,7 +290,7 @@ class PlanProgress:
         missing: Sequence[StudyRun],
         estimate: CostEstimate,
         processes: int,
-        on_runs: Callable[[int, int, str], None],
+        on_runs: Callable[[float, int, str], None],
     ) -> None:
         self.runs = sorted(missing, key=lambda run: (run.recipe.seed, -estimate.run(run.recipe)))
         self._costs = [estimate.run(run.recipe) for run in self.runs]  # seconds
@@ -308,4 +308,4 @@ class PlanProgress:
         speed = (done + doubt * self._processes) / (time.monotonic() - self._start + doubt)
         finished = sum(now >= 1 for now in self._shares)
         text = f"{finished} of {format_count(len(self.runs), 'run')}  {format_estimate(left / speed)} left"
-        self._on_runs(round(1000 * (1 - left / sum(self._costs))), 1000, text)
+        self._on_runs(1 - left / sum(self._costs), 1, text)

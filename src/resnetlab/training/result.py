@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Self
 
 from resnetlab.errors import AnsweredAttributes
-from resnetlab.formatting import format_duration, format_figure, format_percent
+from resnetlab.formatting import HtmlFigures, format_duration, format_figure, format_percent
 from resnetlab.peer_words import CLASSIFIER_ATTRIBUTES, RESULT_ATTRIBUTES
 from resnetlab.progress import ProgressBar
 
@@ -50,7 +50,7 @@ def show_training() -> Iterator[Callable[[Progress], None]]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainResult(AnsweredAttributes):
+class TrainResult(AnsweredAttributes, HtmlFigures):
     """The result of any run; figures are measured on `split` with the final weights. Each task adds its own."""
 
     run: str
