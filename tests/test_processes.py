@@ -124,6 +124,8 @@ def test_a_trained_cifar_net_goes_out_and_comes_back_with_the_same_errors(cifar1
         assert run_command(["evaluate", str(path), "--data", "cifar10", *cifar, "--out", str(out)]) == 0
         found.append(json.loads((out / "evaluation.json").read_text()))
         assert found[-1].pop("model") == str(path)
+        printed = found[-1].pop("published")  # the weights alone do not say after how many steps they are
+        assert printed["top1_error"] == 0.0875 and printed["source"].endswith("; this model 100") == (path == model)
     assert found[0] == found[1] and found[0]["n"] == 10_000 and found[0]["top1_error"] < 0.75
     assert found[0]["calibration"][0]["n"] == 1000
     assert load_trained_model(again).preprocessing.mean.shape == (32, 32, 3)
