@@ -165,6 +165,7 @@ def train_to_end(task: Task, context: RunContext) -> TrainResult:
                     f"keeping the weights of step {state.best_step:,}, the best on the held-out images "
                     f"({format_percent(state.best_error)} error)"
                 )
+            context.options.report(f"evaluating on {format_count(len(task.test) + len(task.held_out), 'image')}")
             result = task.finish(context.run, state)
         skipped = task.device_config.world.merge_dicts(task.skipped)
         if task.device_config.world.is_first:
