@@ -40,6 +40,11 @@ def is_open(file):
         return os.fstat(file) is not None
     except OSError:
         return False
+def pass_on(number, _):
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:  # it has just ended
+        pass
 files = [file for file in map(int, os.listdir("/dev/fd")) if is_open(file)]
 with socket.socket(socket.AF_UNIX) as zygote:
     zygote.connect({address!r})
@@ -49,7 +54,7 @@ with socket.socket(socket.AF_UNIX) as zygote:
         print(json.dumps(request | {{"files": files}}), file=stream, flush=True)
         pid = int(stream.readline())
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda number, _: os.kill(pid, number))
+            signal.signal(number, pass_on)
         status = int(stream.readline())
 if status < 0:
     if -status != signal.SIGKILL:
