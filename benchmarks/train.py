@@ -11,7 +11,7 @@ settings of another), and only one runs at a time: the processes take turns, som
 * timm: timm's ResNet in channels_last under bf16 autocast (at 224).
 * compiled: eager bf16 under torch.compile.
 * resnetlab: `resnetlab train`'s own task and step, from uint8 images in memory through its augmentation to updated weights, as
-  in a run of the recipe's length: in fp32 on a CPU with compiled kernels. The others are given normalised floats at no cost.
+  in a run of the recipe's length: on most CPUs with compiled kernels. The others are given normalised floats at no cost.
 * resnetlab torch kernels: the same with `--set winograd=off --set fused_bn=off`.
 * resnetlab fused BN: the same with `--set winograd=off --set fused_bn=on`.
 * resnetlab two micro-batches: as a long run, in two micro-batches, so that two threads have one each (paper-cifar has two).

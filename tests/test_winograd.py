@@ -16,7 +16,6 @@ from torch import Tensor, nn
 import resnetlab
 from process_groups import call_in_processes
 from resnetlab.distributed import World
-from resnetlab.errors import UsageError
 from resnetlab.nn import convolution as convolution_module
 from resnetlab.nn.convolution import WinogradConv2d, use_winograd
 from resnetlab.nn.kernel import Kernel, load_kernel
@@ -63,15 +62,20 @@ def run(conv: nn.Conv2d, x: Tensor, gradient: Tensor) -> list[Tensor]:
     return [y.detach(), x.grad, conv.weight.grad]
 
 
-@pytest.mark.parametrize("name", ["winograd_forward", "winograd_weights"])
-def test_a_convolution_without_memory_is_an_error(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["forward", "backward"])
+def test_a_convolution_without_memory_is_an_error(
+    name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    function = f"winograd_{name}_{str(dtype).removeprefix('torch.')}"
     many = 2**20  # channels, whose weights at 36 points are more than an address reaches
-    assert getattr(load_kernel().library, name)(None, None, None, 0, 4, 4, many, many, 2) == 0
-    library = SimpleNamespace(**{name: lambda *_: 0})
+    pointers = [None] * 3 if name == "forward" else [None, None, None, 64, 64]  # nothing is written there
+    assert getattr(load_kernel().library, function)(*pointers, 0, 4, 4, many, many, 2) == 0
+    library = SimpleNamespace(**{function: lambda *_: 0})
     monkeypatch.setattr(convolution_module, "load_kernel", lambda: SimpleNamespace(library=library))
-    x = torch.zeros(1, 16, 4, 4)
+    x = torch.zeros(1, 16, 4, 4, dtype=dtype)
     with pytest.raises(MemoryError, match="no memory for a convolution of 16 to 16 channels"):
-        convolution_module._run_kernel(name, x, x, x, 1)
+        convolution_module._run_kernel(name, (x, x, x), (1, 4, 4, 16, 16, 1))
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -94,13 +98,37 @@ def test_it_equals_float64(shape: tuple[int, ...]) -> None:
     assert found[2].stride() == ours.weight.stride()
 
 
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_bf16_maps_under_autocast_are_computed_in_float32(shape: tuple[int, ...]) -> None:
+    """Only maps are rounded to bf16, once; torch rounds the weights too."""
+    batch, channels, outputs, height, width = shape
+    generator = torch.Generator().manual_seed(sum(shape))
+    conv = convolution(channels, outputs)
+    x = torch.randn(batch, channels, height, width, generator=generator).bfloat16()
+    gradient = torch.randn(batch, outputs, height, width, generator=generator).bfloat16()
+    expected = run(copy.deepcopy(conv).double(), x.double(), gradient.double())
+    with torch.autocast("cpu", torch.bfloat16):
+        found = run(winograd(conv), x, gradient)
+        rounded = run(winograd(conv), x.float(), gradient)  # autocast rounds what is not bf16
+    dtypes = (torch.bfloat16, torch.bfloat16, torch.float32)
+    for each, exact, dtype, error in zip(found, expected, dtypes, (2e-3, 2e-3, 1e-5), strict=True):
+        assert each.shape == exact.shape and each.dtype == dtype
+        assert (each.double() - exact).norm() <= error * exact.norm()
+    assert torch.equal(found[0], rounded[0]) and torch.equal(found[2], rounded[2]) and rounded[1].dtype == torch.float32
+
+
 def test_gradients_that_nobody_needs_are_left_out() -> None:
     conv = winograd(convolution(16, 16))
     x = torch.ones(1, 16, 4, 4)
     conv(x).sum().backward()
     assert x.grad is None and conv.weight.grad is not None
+    both = run(copy.deepcopy(conv), x, torch.ones(1, 16, 4, 4))
+    assert torch.equal(conv.weight.grad, both[2])
     conv.requires_grad_(False)
     assert not conv(x).requires_grad
+    x.requires_grad_()
+    conv(x).sum().backward()
+    assert torch.equal(x.grad, both[1])
 
 
 def test_what_it_does_not_take_torch_computes() -> None:
@@ -111,10 +139,20 @@ def test_what_it_does_not_take_torch_computes() -> None:
     assert type(winograd(convolution(16, 3))) is nn.Conv2d and type(winograd(convolution(20, 16))) is nn.Conv2d
     conv, x = convolution(16, 16), torch.randn(1, 16, 5, 5)
     assert torch.equal(winograd(conv).double()(x.double()), copy.deepcopy(conv).double()(x.double()))
-    with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(winograd(conv)(x), conv(x)) and conv(x).dtype == torch.bfloat16
+    with torch.autocast("cpu", torch.float16):
+        assert torch.equal(winograd(conv)(x), conv(x)) and conv(x).dtype == torch.float16
+    half = x.bfloat16()  # without autocast the weights are of another dtype
+    with pytest.raises(RuntimeError, match="same"):
+        winograd(conv)(half)
     with pytest.raises(RuntimeError, match="to have 16 channels"):
         winograd(conv)(torch.ones(1, 32, 5, 5))
+
+
+def test_wide_convolutions_of_a_run_in_bf16_stay_torchs() -> None:
+    net = resnetlab.build("resnet18", seed=0)
+    use_winograd(net, precision="bf16")
+    kinds = [type(net.get_submodule(f"layer{i}")[1].conv2) for i in range(1, 5)]
+    assert kinds == [WinogradConv2d, WinogradConv2d, nn.Conv2d, nn.Conv2d]  # of 64 to 512 channels
 
 
 @pytest.mark.parametrize("shape", [SHAPES[0], (70, 16, 16, 4, 9), (1, 144, 160, 9, 6), (0, 16, 16, 4, 4)], ids=str)
@@ -178,8 +216,8 @@ def test_a_run_records_its_form_and_keeps_it(monkeypatch: pytest.MonkeyPatch) ->
     assert values["winograd"] == "on" and one.recipe.key != replace(one.recipe, winograd="off").key
     assert Recipe.from_values({k: v for k, v in values.items() if k != "winograd"}).winograd == "off"
     assert replace(one.recipe, winograd=True) == one.recipe.with_values({"winograd": "true"}) == one.recipe
-    with pytest.raises(UsageError, match="winograd=on cannot be used: it computes in fp32, and this run in bf16"):
-        build_task(replace(recipe, fused_bn="off", precision="bf16"), RunOptions(device="cpu"))
+    bf16 = build_task(replace(recipe, precision="bf16"), RunOptions(device="cpu"))
+    assert bf16.device_config.winograd and bf16.recipe.winograd == "on"
     inside = build_task(replace(recipe, fused_bn="off", threads=4), RunOptions(device="cpu"))
     assert (inside.device_config.side_by_side, inside.device_config.op_threads, inside.device_config.winograd) == (
         2,
@@ -198,7 +236,7 @@ def test_a_run_records_its_form_and_keeps_it(monkeypatch: pytest.MonkeyPatch) ->
     torch.set_num_threads(1)
 
 
-def test_long_runs_in_fp32_take_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_runs_take_them_where_they_were_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     def decide(**values: object) -> tuple[str, str]:
         recipe = tiny(**{"precision": "fp32", "threads": 2, "bn_batch": 16} | values)
         task = build_task(recipe, RunOptions(device="cpu"))
@@ -213,7 +251,10 @@ def test_long_runs_in_fp32_take_them(monkeypatch: pytest.MonkeyPatch) -> None:
     assert decide() == ("on", "on") and decide(fused_bn="off") == ("on", "off")
     assert decide(bn_batch=0, batch=32) == ("on", "off")  # two threads work inside operations
     assert decide(bn_batch=0, batch=32, threads=4) == ("off", "off")  # four inside were not measured
-    assert decide(precision="bf16") == ("off", "off") and decide(compile="on") == ("off", "off")
+    assert decide(compile="on") == ("off", "off")
+    for flags, form in (({"avx512_bf16"}, "on"), ({"avx512_bf16", "amx_bf16"}, "off"), (set(), "off")):
+        monkeypatch.setattr(side_by_side, "cpu_flags", lambda flags=flags: flags)
+        assert decide(precision="bf16") == (form, form) and decide() == ("on", "on")
     monkeypatch.setattr("resnetlab.training.side_by_side.load_kernel", lambda: Kernel(None, "", "there is no compiler"))
     assert decide() == ("off", "off")
     torch.set_num_threads(1)

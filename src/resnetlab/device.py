@@ -368,13 +368,15 @@ def _computes_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         with torch.cuda.device(device):  # torch checks the current device
             return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    if device.type != "cpu":
-        return False
-    try:  # Linux lists the usable instructions; elsewhere fp32 is the safe choice
-        flags = Path("/proc/cpuinfo").read_text().split()
+    return device.type == "cpu" and not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(cpu_flags())
+
+
+def cpu_flags() -> frozenset[str]:
+    """What Linux lists of the processor, its usable instructions among it; nothing elsewhere, where fp32 is the safe choice."""
+    try:
+        return frozenset(Path("/proc/cpuinfo").read_text().split())
     except OSError:
-        return False
-    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(flags)
+        return frozenset()
 
 
 @contextlib.contextmanager

@@ -7,28 +7,14 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdint>
-#include <cstring>
 #include <vector>
 
-#if defined(__AVX512F__)
-constexpr int WIDTH = 16;  // float32 numbers in a register
-#else
-constexpr int WIDTH = 8;
-#endif
+#include "registers.h"
+
 constexpr int REGISTERS = 4;
 constexpr int STRIP = WIDTH * REGISTERS;  // lanes that are summed together, in registers
 constexpr int64_t LANES = 256;            // lanes of a row, at least, unless a map is smaller
 constexpr int64_t BLOCK = 64;             // rows that are summed in float32
-#define INLINE static inline __attribute__((always_inline))
-
-typedef float Floats __attribute__((vector_size(4 * WIDTH)));
-typedef uint32_t Words __attribute__((vector_size(4 * WIDTH)));
-typedef uint16_t Halves __attribute__((vector_size(2 * WIDTH)));
-
-struct bf16 {
-    uint16_t bits;
-};
 
 INLINE float load(float v) { return v; }
 INLINE float load(bf16 v) {
@@ -51,23 +37,7 @@ INLINE void store(bf16 &to, float v) {  // to the nearest, ties to even; NaN sta
     to.bits = uint16_t((u & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
 }
 
-// The same for a register of numbers. Sums need them: a compiler does not keep an array of sums in registers by itself.
-INLINE Floats load_all(const float *from) {
-    Floats v;
-    std::memcpy(&v, from, sizeof v);
-    return v;
-}
-INLINE Floats load_all(const bf16 *from) {
-    Halves h;
-    std::memcpy(&h, from, sizeof h);
-    return Floats(__builtin_convertvector(h, Words) << 16);
-}
-INLINE void store_all(float *to, Floats v) { std::memcpy(to, &v, sizeof v); }
-INLINE void store_all(bf16 *to, Floats v) {
-    Words u = Words(v), nan = Words((u & 0x7fffffff) > 0x7f800000);
-    Halves h = __builtin_convertvector((((u + 0x7fff + ((u >> 16) & 1)) >> 16) & ~nan) | (0x7fc0 & nan), Halves);
-    std::memcpy(to, &h, sizeof h);
-}
+// The same for a register of numbers.
 INLINE Floats pass_all(Floats gradient, Floats y, float lowest) { return Floats(Words(gradient) & ~Words(y <= lowest)); }
 
 struct Lanes {

@@ -150,7 +150,7 @@ class _FusedBatchNorm(torch.autograd.Function):
 
 def _call(name: str, x: Tensor, tensors: tuple[Tensor | None, ...], *values: Any) -> None:
     """Calls the kernel's function for the dtype of x, (B, C, H, W)."""
-    function = getattr(load_kernel().library, f"{name}_{'float32' if x.dtype == torch.float32 else 'bfloat16'}")
+    function = getattr(load_kernel().library, f"{name}_{str(x.dtype).removeprefix('torch.')}")
     positions, channels = x.numel() // x.shape[1], x.shape[1]
     function(*(None if t is None else t.data_ptr() for t in tensors), positions, channels, *values)
 

@@ -22,6 +22,8 @@ from typing import NamedTuple
 from resnetlab.run_folder import cache_folder, is_private
 
 SOURCES = [Path(__file__).with_name(name) for name in ("batchnorm.cpp", "winograd.cpp")]
+HEADER = Path(__file__).with_name("registers.h")
+DTYPES = ("float32", "bfloat16")  # of maps, at the end of the functions' names
 FLAGS = (
     "-O3",
     "-fno-math-errno",
@@ -37,6 +39,7 @@ _POINTER, _SIZE, _FLAG = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _FORWARD = (*[_POINTER] * 9, _SIZE, _SIZE, ctypes.c_float, ctypes.c_float, _FLAG, _FLAG)
 _BACKWARD = (*[_POINTER] * 10, _SIZE, _SIZE, _FLAG, _FLAG)
 _CONVOLUTION = (*[_POINTER] * 3, *[_SIZE] * 6)
+_ITS_GRADIENTS = (*[_POINTER] * 5, *[_SIZE] * 6)
 
 
 class Kernel(NamedTuple):
@@ -64,7 +67,7 @@ def load_kernel() -> Kernel:
         version = subprocess.run(
             [compiler, "--version"], capture_output=True, text=True, check=True, timeout=TIMEOUT
         ).stdout
-        sources = [source.read_bytes() for source in SOURCES]
+        sources = [source.read_bytes() for source in (*SOURCES, HEADER)]
         key = _hash(*sources, "\n".join((compiler, version, *FLAGS, describe_processor())).encode())
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         library = _find(folder, key) or _compile_library(folder, key, compiler)
@@ -118,13 +121,13 @@ def _compile_library(folder: Path, key: str, compiler: str) -> Path:
 
 def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
     """Declares the arguments of its functions."""
-    for dtype in ("float32", "bfloat16"):
+    for dtype in DTYPES:
         for name, arguments in (("forward", _FORWARD), ("backward", _BACKWARD)):
             function = getattr(library, f"{name}_{dtype}")
             function.argtypes, function.restype = arguments, None
-    for name in ("winograd_forward", "winograd_weights"):
-        function = getattr(library, name)
-        function.argtypes, function.restype = _CONVOLUTION, ctypes.c_int
+        for name, arguments in (("forward", _CONVOLUTION), ("backward", _ITS_GRADIENTS)):
+            function = getattr(library, f"winograd_{name}_{dtype}")
+            function.argtypes, function.restype = arguments, ctypes.c_int
     return library
 
 

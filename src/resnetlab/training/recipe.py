@@ -122,7 +122,7 @@ class BaseRecipe:
     op_threads: int = 0  # threads inside each operation, which decide the last bits; 0: as many as are left over
     exact: bool = True  # on a GPU kernels that add in a fixed order; False: the fastest, so runs repeat approximately
     # kernels compiled for a CPU: "on", "off", or "auto": in a long run in fp32 where there is a compiler
-    winograd: str = "auto"  # in fp32: 3x3 convolutions by Winograd's algorithm
+    winograd: str = "auto"  # on a CPU: 3x3 convolutions by Winograd's algorithm
     fused_bn: str = "auto"  # BN, the addition and ReLU in one function
     grad_reduce: str = "tree"  # sum over processes: bit-identical for any number, or "all_reduce", the library's own
     grad_compression: str = "none"  # what travels between processes: float32, or "bf16" for half the bytes

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from resnetlab.device import map_in_order, use_one_heap
+from resnetlab.device import cpu_flags, map_in_order, use_one_heap
 from resnetlab.errors import UsageError
 from resnetlab.models.own_network import OWN
 from resnetlab.nn.batchnorm import fuse_batchnorm
@@ -66,7 +66,7 @@ def divide_threads(task: T) -> T:
 
 def choose_kernels(task: T, report: Callable[[str], None], *, resuming: bool) -> T:
     """The task with the forms of its BN and convolutions decided, torch's or compiled ones, as the recipe's `fused_bn` and
-    `winograd` say; "auto" becomes "on" in a long run in fp32 where they can be used, in every process.
+    `winograd` say; "auto" becomes "on" in a long run where they can be used and were measured, in every process.
 
     Raises UsageError if a new run asks for a form where it cannot be used; a run that is resumed reports it.
     """
@@ -93,8 +93,12 @@ def _pays_off(task: Task) -> bool:
     """Whether a run is long enough for compiled kernels, of a kind that they were seen to shorten (docs/log.md)."""
     recipe, config = task.recipe, task.device_config
     pixels = recipe.steps * recipe.batch * getattr(recipe, "image_size", 0) ** 2  # of detectors they were not measured
-    measured = config.precision == "fp32" and config.op_threads <= MEASURED_THREADS and not recipe.net.startswith(OWN)
-    return measured and pixels >= LONG
+    flags = cpu_flags()
+    bf16 = (
+        config.precision == "bf16" and "avx512_bf16" in flags and "amx_bf16" not in flags
+    )  # AMX outruns fewer products
+    measured = (bf16 or config.precision == "fp32") and config.op_threads <= MEASURED_THREADS
+    return measured and pixels >= LONG and not recipe.net.startswith(OWN)
 
 
 def _reason_against_kernels(task: Task, form: str) -> str:
@@ -107,8 +111,6 @@ def _reason_against_kernels(task: Task, form: str) -> str:
             f"it uses one thread, where {task.device_config.op_threads} work inside operations (smaller micro-batches, one for "
             "each thread: bn_batch; or threads=1)"
         )
-    if form == "winograd" and task.device_config.precision != "fp32":
-        return f"it computes in fp32, and this run in {task.device_config.precision} (--precision fp32)"
     return load_kernel().reason
 
 
@@ -146,7 +148,7 @@ class Replica:
         if task.device_config.fused_bn:
             fuse_batchnorm(net)
         if task.device_config.winograd:
-            use_winograd(net, task.device_config.op_threads)
+            use_winograd(net, task.device_config.op_threads, task.device_config.precision)
         self.task: Task = replace(task, net=net)  # type: ignore[type-var]
         self._parameters = [p for p in net.parameters() if p.requires_grad]
         self._statistics, self._before = BatchNormStatistics(net), BatchNormStatistics(task.net).averages
