@@ -4,7 +4,8 @@
     python benchmarks/gpu_checks.py [CHECK …] [--device cuda] [--steps 50]
 
 * graph: steps in bf16 with mixing and stochastic depth, replayed from a CUDA graph and launched one by one: equal bits?
-* order: torch's own warnings of operations that add in no fixed order, in a step of each task.
+* order: torch's own warnings of operations that add in no fixed order, in a step of each task; then steps in which the backbone
+  of a segmenter is recorded.
 * compile: steps under torch.compile in each mode, twice: equal bits? And how far from steps without it.
 * ahead: batches copied beside long kernels, and two batches evaluated at once, against one after the other: equal bits?
 * onnx, aotinductor: agreement of an exported network with ONNX Runtime's providers for GPUs, and compiled for this GPU.
@@ -43,6 +44,7 @@ from resnetlab.device import DeviceConfig, to_device
 from resnetlab.inference.export import export_model
 from resnetlab.inference.formats import get_format
 from resnetlab.training.annotated_recipes import boxes, masks
+from resnetlab.training.backbone_graph import SAME_SHAPE
 from resnetlab.training.checkpoint import TrainState
 from resnetlab.training.gradients import select_gradients
 from resnetlab.training.recipe import Recipe
@@ -98,8 +100,12 @@ def check_order(device: str, _: int) -> None:
                 train_step(train_state, train_state.task.micro_batches(0), 0.01)
             torch.use_deterministic_algorithms(False)
             said = train_state.task.nondeterministic_on_gpu or "no operation"
-            train_state.task.close()
             print(f"{recipe.task}: {dict(found) or 'nothing'}; the product says: {said}", flush=True)
+            gradients = select_gradients(train_state, partial(print, f"{recipe.task}:", flush=True))
+            more = 1 + SAME_SHAPE if device.startswith("cuda") else 0  # a backbone is recorded at the last but one
+            for step in range(1, 1 + more):
+                train_step(train_state, train_state.task.micro_batches(step), 0.01, gradients)
+            train_state.task.close()
 
 
 def make_photos(folder: Path) -> Recipe:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import threading
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from types import FrameType
@@ -22,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from resnetlab import device as device_module
+from resnetlab.data import decode
 
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
 # operations whose result the host reads, or whose output's size depends on values
@@ -72,6 +74,9 @@ class GPUTensor(torch.Tensor):
     def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return SimulatedGPU.current().run(function, args, kwargs or {})
 
+    def record_stream(self, stream: Any) -> None:
+        SimulatedGPU.current().recorded.setdefault(self.values.untyped_storage().data_ptr(), set()).add(stream)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         if id(self) not in memo:
             new = self.detach().clone().requires_grad_(self.requires_grad)
@@ -85,6 +90,7 @@ class SimulatedStream:
     """A queue of the GPU: how far it is itself, and how far it knows the others to be."""
 
     default: ClassVar[SimulatedStream]
+    ended: ClassVar[dict[SimulatedStream, int]]  # how far the host has waited for each
     here: ClassVar[threading.local]  # of each thread, its current stream as `stream`
 
     def __init__(self, device: torch.device = GPU) -> None:
@@ -126,6 +132,8 @@ class SimulatedGPU(TorchDispatchMode):
     Attributes:
         waits: "operation at file:function" of everything that made the host wait.
         names: the operations on the GPU, in order.
+        reused: operations of streams that may still read or write memory which its own stream has for another use, because
+            it neither waited for them nor was told by `record_stream`.
         float64: "operation in module.function" of those with such a result, which MPS could not compute.
     """
 
@@ -136,6 +144,9 @@ class SimulatedGPU(TorchDispatchMode):
         self.waits: list[str] = []
         self.names: list[str] = []
         self.float64: set[str] = set()
+        self.reused: list[str] = []
+        self.recorded: dict[int, set[Any]] = {}  # by the address of the memory
+        self._home: dict[int, SimulatedStream] = {}  # by the address of the memory, the stream whose memory it is
         self._written: dict[int, dict[SimulatedStream, int]] = {}  # by the address of the memory
         self._read: dict[int, dict[SimulatedStream, int]] = {}
 
@@ -198,6 +209,19 @@ class SimulatedGPU(TorchDispatchMode):
             self._written[memory], self._read[memory] = {stream: stream.count}, {}
         for memory in read:
             self._read.setdefault(memory, {})[stream] = stream.count
+        for x in outputs:
+            storage = x.untyped_storage()
+            if storage.data_ptr() not in {0, *read, *self._home}:
+                self._home[storage.data_ptr()] = stream
+                weakref.finalize(storage, self._free, storage.data_ptr(), name).atexit = False
+
+    def _free(self, memory: int, name: str) -> None:
+        """What torch's allocator does with memory that nobody refers to: its stream may have it again at once."""
+        home, recorded = self._home.pop(memory), self.recorded.pop(memory, set())
+        uses, ended = self._written.pop(memory, {}) | self._read.pop(memory, {}), SimulatedStream.ended
+        pending = {s: count for s, count in uses.items() if s not in recorded and count > ended.get(s, 0)}
+        if home.is_behind(pending):
+            self.reused.append(name)
 
     def _check(self, name: str, args: Any, kwargs: Any, tensors: list[Tensor]) -> None:
         """Lists a wait of the host; raises RuntimeError for tensors of two devices."""
@@ -220,7 +244,10 @@ class SimulatedGPU(TorchDispatchMode):
             raise RuntimeError(f"{name}: expected all tensors on one device; on the CPU are {shapes} in {_caller()}")
 
     def wait(self, what: str) -> None:
-        """Lists a wait of the host."""
+        """Lists a wait of the host for what its thread's stream has queued."""
+        here, ended = SimulatedStream.current(), SimulatedStream.ended
+        for stream, count in here.record_event().items():
+            ended[stream] = max(count, ended.get(stream, 0))
         self.waits.append(f"{what} in {_caller()}")
 
 
@@ -255,13 +282,16 @@ def simulated_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimulatedGPU]:
         TorchDispatchMode.__enter__(gpu)
         torch._C._set_only_lift_cpu_tensors(True)
 
-    SimulatedStream.default, SimulatedStream.here = SimulatedStream(), threading.local()
+    SimulatedStream.default, SimulatedStream.here, SimulatedStream.ended = SimulatedStream(), threading.local(), {}
+    device_module._side_streams.cache_clear()
+    decode._decoding_stream.cache_clear()
     monkeypatch.setattr(device_module, "ThreadPoolExecutor", Executor)
     monkeypatch.setattr(torch.cuda, "Stream", SimulatedStream)
     monkeypatch.setattr(torch.cuda, "stream", SimulatedStream.use)
     monkeypatch.setattr(torch.cuda, "set_stream", SimulatedStream.set_current)
     monkeypatch.setattr(torch.cuda, "current_stream", SimulatedStream.current)
     monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: None)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
     monkeypatch.setattr(device_module, "_computes_bf16", lambda _: True)

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import pickle
 import warnings
+import weakref
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from resnetlab import graph_capture
 from resnetlab.device import DeviceConfig
 from resnetlab.distributed import World
 from resnetlab.graph_capture import Compute, GraphedFunction
 from resnetlab.models.backbone import Backbone, prepare_backbone
 from resnetlab.models.resnet import build
 from resnetlab.models.spec import get_specification
+from resnetlab.training import backbone_graph, cuda_graph
 from resnetlab.training.average import set_train_mode
 from resnetlab.training.backbone_graph import BackboneGraph
 from resnetlab.training.checkpoint import TrainState
@@ -310,11 +315,19 @@ def test_predictions_whose_recording_is_wrong_are_computed_as_before(record: Any
         assert torch.equal(function(x)["b"], expected["b"])
 
 
+class Held(dict[str, list[torch.Tensor]]):
+    """What a graph in Python holds."""
+
+    alive: ClassVar[weakref.WeakSet[Held]] = weakref.WeakSet()
+    __hash__ = object.__hash__
+
+
 def graph_in_python(module: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> Any:
     """torch.cuda.make_graphed_callables in Python: input, results and gradients have fixed addresses."""
-    (x,), parameters = arguments, [p for p in module.parameters() if p.requires_grad]
-    held: dict[str, list[torch.Tensor]] = {}
-    structure = tree_flatten(module(x))[1]  # the warm-up, which moves BN's averages
+    (x,), parameters, forward = arguments, [p for p in module.parameters() if p.requires_grad], module.forward
+    held = Held()
+    Held.alive.add(held)
+    structure = tree_flatten(forward(x))[1]  # the warm-up, which moves BN's averages
 
     def overwrite(key: str, values: Any) -> list[torch.Tensor]:
         values = [value.detach() for value in values]
@@ -327,7 +340,7 @@ def graph_in_python(module: torch.nn.Module, arguments: tuple[torch.Tensor, ...]
         def forward(ctx: Any, y: torch.Tensor, *_: torch.Tensor) -> Any:
             x.copy_(y)
             with torch.enable_grad():
-                ctx.results = tree_flatten(module(x))[0]
+                ctx.results = tree_flatten(forward(x))[0]
             return tuple(overwrite("maps", ctx.results))
 
         @staticmethod
@@ -337,7 +350,8 @@ def graph_in_python(module: torch.nn.Module, arguments: tuple[torch.Tensor, ...]
     def replay(y: torch.Tensor) -> Any:
         return tree_unflatten(list(Graphed.apply(y, *parameters)), structure)
 
-    return replay
+    module.forward = replay  # as torch does
+    return module
 
 
 def wrong_graph_in_python(module: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> Any:
@@ -388,10 +402,84 @@ def test_a_backbone_is_replayed_while_batches_have_one_size(make: Any, said: lis
             net.train()
             if graphed:  # two micro-batches a step: at the fourth, and where another size comes
                 assert len(messages) == (0, 1, 1, 1, 1, len(said), len(said))[step]
+                assert bool(Held.alive) is (make is graph_in_python and 0 < step < 5), (
+                    "a graph that is given up is freed"
+                )
         ended.append({**net.state_dict(), **maps})
     assert all(m.startswith(f"CUDA graph of the backbone: {x}") for m, x in zip(messages, said, strict=True))
     for name, value in ended[1].items():
         assert torch.equal(ended[0][name], value), name
+
+
+@pytest.mark.parametrize("given", [{}, {"stream": "torch's own", "capture_error_mode": "global"}])
+def test_a_backbone_is_captured_on_its_device_beside_threads_that_pin_memory(
+    given: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever a version of torch gives to its captures: a call of such a thread would end one whose mode is global."""
+    devices, captured = [], []
+
+    def make(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> torch.nn.Module:
+        with torch.cuda.graph("a graph", pool="a pool", **given):  # type: ignore[arg-type]
+            assert graph_capture.capturing.locked()
+        return module
+
+    monkeypatch.setattr(torch.cuda, "device", lambda x: devices.append(x) or contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: f"a stream of {devices[-1]}")
+    monkeypatch.setattr(torch.cuda, "graph", lambda *_, **kwargs: captured.append(kwargs) or contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", make)
+    capture = torch.cuda.graph
+    backbone_graph.make_graphed_callables(torch.nn.Identity(), (torch.zeros(1),))
+    assert captured == [{"pool": "a pool", "stream": "a stream of cpu", "capture_error_mode": "thread_local"}]
+    assert torch.cuda.graph is capture
+
+
+class Stream:
+    """A stream of a GPU that is not there."""
+
+    def __init__(self, *_: object) -> None:
+        self.wait_stream = lambda _: None
+
+
+def test_captures_for_predictions_share_memory_and_let_other_threads_synchronise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    captured: list[tuple[Any, Any]] = []
+    switched: list[Any] = []
+
+    class Garbage:
+        """A graph of an earlier run, which is part of a cycle."""
+
+        def __init__(self) -> None:
+            self.itself = self
+
+    def capture(graph: Any, pool: Any, *, stream: Any, capture_error_mode: str) -> Any:
+        assert capture_error_mode == "thread_local" and graph_capture.capturing.locked() and garbage() is None
+        captured.append((pool, stream))
+        return contextlib.nullcontext()
+
+    for name, fake in {
+        **dict.fromkeys(("device", "stream"), contextlib.nullcontext),
+        **dict.fromkeys(("Stream", "current_stream", "graph_pool_handle"), Stream),
+        **dict.fromkeys(("empty_cache", "get_sync_debug_mode"), lambda: 0),
+        "CUDAGraph": lambda: SimpleNamespace(replay=lambda: None),
+        "graph": capture,
+        "set_sync_debug_mode": switched.append,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    garbage = weakref.ref(Garbage())
+    function = GraphedFunction(lambda x: x.new_ones(2), 4)
+    for mode in (torch.inference_mode, torch.no_grad):  # what is captured in one mode is used in the other
+        for count in (1, 1, 2, 2):
+            with mode():
+                assert function(torch.zeros(count)).tolist() == [1, 1]
+    assert len(captured) == 2 and captured[0] == captured[1] and not switched
+    graph_capture.record_cuda_graph(list, torch.device("cpu"), fail_on_sync=True)
+    assert switched == ["error", 0] and captured[2][0] is None and captured[2][1] is not captured[0][1]
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr(cuda_graph, "record_cuda_graph", lambda compute, **given: asked.append(given) or anew(compute))
+    here = make_train_state(tiny())
+    train_step(here, here.task.micro_batches(0), 0.1, GraphGradients(lambda _: None))
+    assert asked == [{"device": torch.device("cpu"), "fail_on_sync": True}] and here.state.replayed_steps == 1
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")

@@ -14,7 +14,7 @@ from images import NAMES, folder, photo
 from resnetlab.data import device_decode
 from resnetlab.data.augment import Augmentation
 from resnetlab.data.crops import NUM_DRAWS, Crop
-from resnetlab.data.decode import decode_pixels, is_plain_jpeg
+from resnetlab.data.decode import decode_on_gpu, decode_pixels, is_plain_jpeg
 from resnetlab.data.disk_split import DiskSplit, ReadOptions
 from resnetlab.data.objects import dataset_from_object
 from resnetlab.data.sampler import TrainLoader, crop_image
@@ -101,6 +101,24 @@ def encode_photo(i: int) -> bytes:
     file = io.BytesIO()
     photo(i, 40 + 7 * i, 60 - 3 * i).save(file, "JPEG", quality=90)
     return file.getvalue()
+
+
+def test_a_gpu_decodes_into_memory_that_nothing_queued_still_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchvision's decoder writes at once, without waiting for the caller's stream, into memory of the current one."""
+    streams = []
+
+    def decode_jpeg(files: list[Tensor], mode: object, device: torch.device) -> list[Tensor]:
+        streams.append(torch.cuda.current_stream())
+        return [torch.zeros(3, 4, 5, dtype=torch.uint8, device=device) + len(file) for file in files]
+
+    monkeypatch.setattr("torchvision.io.decode_jpeg", decode_jpeg)
+    with simulated_gpu(monkeypatch) as gpu:
+        for _ in range(2):
+            found = decode_on_gpu([torch.zeros(n, dtype=torch.uint8) for n in (1, 2)], GPU)
+            assert [(tuple(x.shape), int(x.sum()) // 60) for x in found] == [((4, 5, 3), 1), ((4, 5, 3), 2)]
+            _ = [x.float() for x in found]
+            del found
+        assert streams[0] is streams[1] is not torch.cuda.current_stream() and gpu.reused == []
 
 
 @pytest.mark.parametrize("workers", [0, 2])

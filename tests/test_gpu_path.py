@@ -10,8 +10,10 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import cells
@@ -23,21 +25,22 @@ from resnetlab.data import prefetch
 from resnetlab.data.batch_copier import BatchCopier
 from resnetlab.data.disk_split import DiskSplit, ReadOptions
 from resnetlab.data.error_policy import ErrorPolicy
+from resnetlab.data.objects import dataset_from_object
 from resnetlab.data.prefetch import LoadedBatch, Prefetcher
 from resnetlab.data.sources import load_dataset
-from resnetlab.device import DeviceConfig, is_usable, standard_torch_state
+from resnetlab.device import DeviceConfig, is_usable, preserve_process_state, select_device, standard_torch_state
 from resnetlab.errors import DataError, RunError, UsageError
 from resnetlab.evaluation import detection, scores, segmentation
 from resnetlab.evaluation.protocols import generate_views, parse_protocol
 from resnetlab.inference import annotated as annotated_inference
-from resnetlab.inference import backends
+from resnetlab.inference import backends, predict
 from resnetlab.models import segmentation as segmentation_nets
 from resnetlab.models.resnet import build
 from resnetlab.preprocessing import Preprocessing
 from resnetlab.run_folder import RunFolder
 from resnetlab.stopping import catch_stop_signals
 from resnetlab.studies.workers import worker_devices
-from resnetlab.training import recorder, step_trace
+from resnetlab.training import recorder, step_trace, train
 from resnetlab.training.annotated_recipes import AnnotatedRecipe, boxes, masks
 from resnetlab.training.backbone_graph import BackboneGraph
 from resnetlab.training.checkpoint import TrainState, restore_checkpoint
@@ -315,13 +318,22 @@ def annotated(recipe: AnnotatedRecipe, folder: Path, **values: object) -> Annota
     return replace(recipe.rescale(4), net="resnet18", specification=SMALL_NET, **changes)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("kind", ["classify", "classify files", "detect", "segment"])
+@pytest.mark.parametrize("kind", ["classify", "classify files", "classify sets", "detect", "segment"])
 def test_a_step_on_a_gpu_waits_for_nothing(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The whole path on a simulated GPU: devices, waits of the host, operations without a fixed order, in every task."""
+    """The whole path on a simulated GPU: devices, waits of the host, operations without a fixed order, memory that another
+    stream may still use, in every task.
+    """
     many: dict[str, Any] = {"bn_batch": 16, "ema_decay": 0.9, "clip_norm": 0.5, "erasing": 0.3, "rotate": 10.0}
-    if kind.startswith("classify"):
+    dataset = None
+    if kind == "classify sets":
+        draws = np.random.default_rng(0)
+        dataset = dataset_from_object(
+            (draws.integers(256, size=(60, 8, 8, 1), dtype=np.uint8), draws.random((60, 3)) < 0.5)
+        )
+        recipe: BaseRecipe = tiny(data="python", precision="bf16", cutmix=0.5, val_images=8, **many)
+    elif kind.startswith("classify"):
         one_by_one = {"crop": "resized", "trivial_augment": True} if kind.endswith("files") else {}
-        recipe: BaseRecipe = tiny(precision="bf16", mixup=0.2, stochastic_depth=0.5, **many, **one_by_one)
+        recipe = tiny(precision="bf16", mixup=0.2, stochastic_depth=0.5, **many, **one_by_one)
     elif kind == "detect":
         values = {"regions": 16, "pyramid": 8, "sides": (66,), "longest": 96, "context": True}
         recipe = annotated(boxes(), cells.make_voc_folder(tmp_path / "voc"), **values)
@@ -330,7 +342,7 @@ def test_a_step_on_a_gpu_waits_for_nothing(kind: str, tmp_path: Path, monkeypatc
     messages: list[str] = []
     with simulated_gpu(monkeypatch) as gpu:
         train_state = TrainState.create(
-            build_task(recipe, RunOptions(device=str(GPU), workers=0, report=messages.append))
+            build_task(recipe, RunOptions(device=str(GPU), workers=0, report=messages.append, dataset=dataset))
         )
         assert all(isinstance(tensor, GPUTensor) for tensor in train_state.task.net.state_dict().values())
         train_step(train_state, train_state.task.micro_batches(0), 0.1)  # what is made once is made here
@@ -345,11 +357,21 @@ def test_a_step_on_a_gpu_waits_for_nothing(kind: str, tmp_path: Path, monkeypatc
         expected = bool(train_state.task.nondeterministic_on_gpu)
         assert bool(names & NONDETERMINISTIC) is expected is any("no fixed order" in message for message in messages)
         gpu.waits.clear()
-        train_state.task.evaluate(train_state.task.test)  # type: ignore[attr-defined]
+        gpu.names.clear()
+        evaluate = "_evaluate_label_sets" if kind == "classify sets" else "evaluate"
+        getattr(train_state.task, evaluate)(train_state.task.test)
+        assert "convolution" in gpu.names and not set(gpu.names) & NONDETERMINISTIC and gpu.reused == []
         copies = {wait for wait in gpu.waits if " in torchvision." not in wait}
         assert gpu.float64 == set()
-        where = {"detect": "detection.predict_image_boxes", "segment": "segmentation.segment_image"}
-        assert copies == {f"copy to the CPU in resnetlab.evaluation.{where.get(kind, 'scores._compute_logits')}"}
+        where = {
+            "detect": {"evaluation.detection.predict_image_boxes"},
+            "segment": {"evaluation.segmentation.segment_image"},
+            "classify sets": {
+                "evaluation.scores._compute_logits",
+                "training.tasks.classification._evaluate_label_sets",
+            },
+        }.get(kind, {"evaluation.scores._compute_logits"})
+        assert copies == {f"copy to the CPU in resnetlab.{name}" for name in where}
 
 
 @pytest.mark.parametrize("head", ["fcn", "deeplab"])
@@ -393,6 +415,61 @@ def test_upsampling_by_matrices_is_bilinear(monkeypatch: pytest.MonkeyPatch) -> 
     torch.testing.assert_close(gradient, x.grad)
 
 
+def test_evaluations_take_the_same_two_streams(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch keeps the memory that a stream has used for that stream: with new ones it was kept up to 32 times."""
+    config, used = DeviceConfig(GPU, "fp32", 1, "for the test"), set()
+    with simulated_gpu(monkeypatch):
+        for _ in range(3):
+            with config.side_by_side_map(9) as side_by_side:
+                list(side_by_side(lambda _: used.add(torch.cuda.current_stream()), range(9)))
+        assert len(used) <= 2 and torch.cuda.current_stream() not in used
+
+
+def test_a_runs_gpu_is_the_current_one_until_it_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On cuda:1 free memory was that of cuda:0, which also got a context for pinned memory."""
+    current = [3]
+    with simulated_gpu(monkeypatch):
+        for name, fake in {
+            "is_initialized": lambda: True,
+            "get_rng_state_all": lambda: [torch.zeros(1)],
+            "set_rng_state_all": lambda states: None,
+            "current_device": lambda: current[0],
+            "set_device": lambda device: current.append(getattr(device, "index", device)) or current.pop(0),
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, fake)
+        with preserve_process_state():
+            build_task(tiny(), RunOptions(device=str(GPU)))
+            assert current == [GPU.index]
+        assert current == [3]
+
+
+def test_loading_predicting_and_training_leave_the_callers_switches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU, where a device is selected with them."""
+    make_train_state(tiny()).task.trained_model({}).save(tmp_path / "m.safetensors")  # type: ignore[attr-defined]
+    cudnn, seen = torch.backends.cudnn, []
+
+    def switches() -> tuple[object, ...]:
+        return cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32, torch.get_float32_matmul_precision()
+
+    def select_and_look(*args: Any, **kwargs: Any) -> DeviceConfig:
+        selected = select_device(*args, **kwargs)
+        seen.append(switches())
+        return selected
+
+    for module in (predict, train):
+        monkeypatch.setattr(module, "select_device", select_and_look)
+    monkeypatch.setattr(train, "train_to_end", lambda task, context: None)
+    with simulated_gpu(monkeypatch):
+        cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32 = before = False, True, True
+        model = resnetlab.load(tmp_path / "m.safetensors", device=str(GPU))
+        assert switches()[:3] == before
+        model.predict(Image.new("L", (8, 8)))
+        start_run(tiny(steps=2), tmp_path / "run", RunOptions(device=str(GPU)))
+        assert switches() == (*before, "highest") and seen == [(True, False, False, "highest")] * 2
+
+
 def test_a_run_on_mps_does_not_promise_its_bits() -> None:
     task = make_train_state(tiny()).task
     assert isinstance(task, ClassificationTask) and task.reason_against_exact == ""
@@ -417,6 +494,7 @@ def test_batches_are_copied_beside_the_step_before(monkeypatch: pytest.MonkeyPat
             late.sum()
         for batch in batches[:3]:
             copier(batch).sum()
+        assert gpu.reused == []
         monkeypatch.setattr(type(current), "wait_event", lambda *_: None)
         with pytest.raises(RuntimeError, match="overtakes another stream"):
             copier(batches[0])
@@ -492,6 +570,19 @@ def test_the_simulated_gpu_finds_waits_and_wrong_devices(monkeypatch: pytest.Mon
         ]
         with pytest.raises(RuntimeError, match="expected all tensors on one device"):
             x + y
+        current, side = torch.cuda.current_stream(), torch.cuda.Stream()
+        for told in ("nothing", "by a wait", "by record_stream"):
+            z = x * 2
+            side.wait_stream(current)
+            with torch.cuda.stream(side):
+                _ = z + 1
+            if told == "by a wait":
+                current.wait_stream(side)
+            elif told == "by record_stream":
+                z.record_stream(side)
+            del z
+            assert gpu.reused == ["mul"] * (told == "nothing"), "memory that is free while another stream may read it"
+            gpu.reused.clear()
 
 
 def test_a_profiled_run_has_a_trace_and_the_same_weights(tmp_path: Path) -> None:

@@ -95,8 +95,9 @@ class DeviceConfig:
         threads with a stream each, so that one batch is prepared and copied beside another. Elsewhere the built-in `map`.
         """
         if self.device.type == "cuda" and count > 1:
-            streams = partial(_use_own_stream, torch.cuda.current_stream(self.device))
-            with ThreadPoolExecutor(2, initializer=streams) as pool:
+            caller = torch.cuda.current_stream(self.device)
+            use_own = partial(_use_own_stream, iter(_side_streams(caller.device)), caller)
+            with ThreadPoolExecutor(2, initializer=use_own) as pool:
                 yield partial(map_in_order, pool, 3)
             return
         op_threads = self.op_threads or max(1, self.threads // max(1, count))
@@ -127,9 +128,15 @@ class DeviceConfig:
         return f"{self.device}{threads}, {self.precision}, channels_last{mode} ({self.reason})"
 
 
-def _use_own_stream(caller: torch.cuda.Stream) -> None:
-    """Gives this thread a stream that begins after what its caller has queued."""
-    own = torch.cuda.Stream(caller.device)  # type: ignore[no-untyped-call]
+@functools.cache
+def _side_streams(device: torch.device) -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
+    """The streams of two threads, always the same: torch keeps the memory that each new one has used."""
+    return torch.cuda.Stream(device), torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
+def _use_own_stream(streams: Iterator[torch.cuda.Stream], caller: torch.cuda.Stream) -> None:
+    """Gives this thread the next of the streams, which goes on after what the caller has queued."""
+    own = next(streams)
     own.wait_stream(caller)
     torch.cuda.set_stream(own)
 
@@ -350,9 +357,10 @@ def _outside_autocast() -> Iterator[None]:
 
 @contextlib.contextmanager
 def preserve_process_state() -> Iterator[None]:
-    """The same for a run, which also sets torch's number of threads and its random generators."""
+    """The same for a run, which also sets torch's number of threads, its random generators and the current GPU."""
     threads, state = torch.get_num_threads(), torch.get_rng_state()
     gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
+    current = torch.cuda.current_device() if gpus else 0
     try:
         with standard_torch_state():
             yield
@@ -361,6 +369,8 @@ def preserve_process_state() -> Iterator[None]:
         torch.set_rng_state(state)
         if gpus:
             torch.cuda.set_rng_state_all(gpus)
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            torch.cuda.set_device(current)
 
 
 def _computes_bf16(device: torch.device) -> bool:

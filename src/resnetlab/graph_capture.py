@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -19,26 +20,45 @@ Compute = Callable[[], list[Tensor]]
 Record = Callable[[Compute], Compute]
 WARMUP_RUNS = 3  # before the capture: libraries choose their algorithms and allocate their workspaces
 MAX_SEEN = 1000  # shapes that are remembered until they come again
+capturing = (
+    threading.Lock()
+)  # one capture at a time in a process: it begins by waiting for all streams, which ends another
 
 
-def record_cuda_graph(compute: Compute, device: torch.device, pool: Any = None) -> Compute:
-    """Captures a CUDA graph. Raises RuntimeError if something in it synchronises with the device, or memory runs out.
+class GraphPool(NamedTuple):
+    """Memory that graphs share, none of which is replayed beside another, and the stream that all of them are captured on:
+    a stream's blocks are of no use to another's.
+    """
+
+    handle: Any
+    stream: Any
+
+
+def record_cuda_graph(
+    compute: Compute, device: torch.device, pool: GraphPool | None = None, *, fail_on_sync: bool = False
+) -> Compute:
+    """Captures a CUDA graph. Raises RuntimeError if memory runs out.
 
     Args:
-        pool: memory that graphs share, none of which is replayed beside another.
+        pool: None for memory of its own.
+        fail_on_sync: raise RuntimeError if something in it synchronises with the device, which would break torch's allocators
+            during a capture. torch raises it in every thread of the process, so only where no other one uses the device.
     """
-    with torch.cuda.device(device):  # cuda:1 is not the current device by default, and a stream belongs to one device
-        side, own = torch.cuda.Stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    # cuda:1 is not the current device by default, and a stream belongs to one device
+    with capturing, torch.cuda.device(device):
+        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        memory, own = pool or (None, torch.cuda.Stream())  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream())
+        gc.collect()  # a graph of an earlier run that is freed during a capture would end it
         torch.cuda.empty_cache()  # a stream has no use of memory that is cached for another: a step would take it twice
-        with torch.cuda.stream(side), _fail_on_sync():
+        with torch.cuda.stream(side), _fail_on_sync() if fail_on_sync else contextlib.nullcontext():
             for _ in range(WARMUP_RUNS):
                 compute()
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         # torch.cuda.graph leaves its own stream current when a capture fails; the outer context restores the former one.
         # "thread_local" lets the loader's threads continue during the capture.
-        capture = torch.cuda.graph(graph, pool, stream=own, capture_error_mode="thread_local")
+        capture = torch.cuda.graph(graph, memory, stream=own, capture_error_mode="thread_local")
         with torch.cuda.stream(own), capture:
             results = compute()
 
@@ -51,7 +71,7 @@ def record_cuda_graph(compute: Compute, device: torch.device, pool: Any = None) 
 
 @contextlib.contextmanager
 def _fail_on_sync() -> Iterator[None]:
-    """Makes a synchronisation raise an error: during a capture it would leave torch's allocators in a broken state."""
+    """Makes a synchronisation raise an error, in all threads."""
     before = torch.cuda.get_sync_debug_mode()
     with warnings.catch_warnings(action="ignore"):  # torch warns that it does not detect every synchronisation
         torch.cuda.set_sync_debug_mode("error")
@@ -74,7 +94,8 @@ class GraphedFunction:
 
     A shape is captured when it comes the second time, on blank input, and only used if its replay is bit-identical to the
     function itself; otherwise, or without memory, the function is called as before, and a warning says so. The function
-    must not depend on anything that changes but its input. Each stream has graphs of its own, since two may run at once.
+    must not depend on anything that changes but its input, nor wait for the device. Each stream has graphs of its own, since
+    two may run at once.
     """
 
     def __init__(self, function: Callable[[Tensor], Any], most: int, record: Record | None = None) -> None:
@@ -85,7 +106,7 @@ class GraphedFunction:
     def _reset(self) -> None:
         self._recordings, self._seen = dict[Any, _CapturedCall](), set[Any]()
         self._lock, self._given_up = threading.Lock(), False
-        self._pools = dict[Any, Any]()  # of each stream, the memory that its graphs share
+        self._pools = dict[Any, GraphPool]()  # of each stream
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what was captured, which belongs to the process."""
@@ -125,9 +146,12 @@ class GraphedFunction:
         """The call recorded; raises RuntimeError if that fails, or a replay differs."""
         record = self._record
         if record is None:
-            pool = self._pools.setdefault(stream, torch.cuda.graph_pool_handle())
-            record = partial(record_cuda_graph, device=x.device, pool=pool)
-        blank, kind = torch.zeros_like(x), x.device.type
+            if stream not in self._pools:
+                own = torch.cuda.Stream(x.device)  # type: ignore[no-untyped-call]
+                self._pools[stream] = GraphPool(torch.cuda.graph_pool_handle(), own)
+            record = partial(record_cuda_graph, device=x.device, pool=self._pools[stream])
+        with torch.inference_mode(False), torch.no_grad():  # an input that later calls may write into in any mode
+            blank, kind = torch.zeros_like(x), x.device.type
         expected, structure = tree_flatten(self._function(x))
 
         def compute() -> list[Tensor]:

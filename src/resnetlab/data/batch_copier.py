@@ -19,9 +19,9 @@ T = TypeVar("T")
 class BatchCopier:
     """`to_device` for one batch after the other: a tensor, or tensors in tuples and lists.
 
-    Two buffers take turns, each as large as the largest batch so far, so the host may be many steps ahead without more memory;
-    what a call returns holds until the next call but one. In the queue of the step before, the copy would begin only where
-    that ends.
+    Two buffers take turns, each as large as the largest batch so far, so the host may be many steps ahead without more memory.
+    What computes with a batch must be queued before the next call, since the call after that waits only for what was queued
+    before. In the queue of the step before, the copy would begin only where that ends.
     """
 
     def __init__(self, device: torch.device) -> None:

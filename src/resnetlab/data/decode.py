@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import functools
 import io
 import math
 import os
@@ -203,8 +204,21 @@ def decode_on_gpu(files: list[Tensor], device: torch.device) -> list[Tensor]:
     """
     from torchvision.io import ImageReadMode, decode_jpeg
 
-    with _warning_filters:  # it is deprecated since 0.29
-        return [x.permute(1, 2, 0) for x in decode_jpeg(files, ImageReadMode.RGB, device)]
+    # torchvision decodes on a stream of its own, which does not wait for what is still to read the memory that it writes to:
+    # so that comes from a stream that has no other use
+    caller = torch.cuda.current_stream(device)
+    own = _decoding_stream(caller.device)
+    with _warning_filters, torch.cuda.stream(own):  # it is deprecated since 0.29
+        decoded = decode_jpeg(files, ImageReadMode.RGB, device)
+    caller.wait_stream(own)
+    for x in decoded:
+        x.record_stream(caller)
+    return [x.permute(1, 2, 0) for x in decoded]
+
+
+@functools.cache
+def _decoding_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 def decode(source: Path | bytes, name: str | None = None) -> Image.Image:

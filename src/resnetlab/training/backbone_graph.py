@@ -6,6 +6,7 @@ What comes after a detector's backbone has sizes that depend on values, so its w
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from resnetlab.device import release_memory
 from resnetlab.errors import first_line
+from resnetlab.graph_capture import capturing
 from resnetlab.training.cuda_graph import is_close
 from resnetlab.training.micro_batches import BatchNormStatistics
 
@@ -34,6 +36,20 @@ class _Unrecorded(nn.Module):
         return self.compute(x)
 
 
+def make_graphed_callables(module: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
+    """torch's, on the device of the inputs, and beside threads that pin memory, whose calls would end a global capture."""
+    with capturing, torch.cuda.device(inputs[0].device):
+        capture, stream = torch.cuda.graph, torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        settings = {"stream": stream, "capture_error_mode": "thread_local"}
+        gc.collect()  # as in `record_cuda_graph`
+        # not every version of it can be told
+        torch.cuda.graph = lambda *args, **kwargs: capture(*args, **kwargs | settings)  # type: ignore[misc, assignment]
+        try:
+            return torch.cuda.make_graphed_callables(module, inputs)
+        finally:
+            torch.cuda.graph = capture  # type: ignore[misc]
+
+
 class BackboneGraph:
     """The `forward` of a backbone in training, which replays CUDA graphs if that is bit-identical; elsewhere its own.
 
@@ -43,7 +59,7 @@ class BackboneGraph:
     Args:
         exact: whether a replay that differs in its last bits is refused.
         report: called with a sentence, once or when that changes.
-        make: records a module for an input, as `torch.cuda.make_graphed_callables`.
+        make: records a module for an input, as `torch.cuda.make_graphed_callables`, which changes the module's `forward`.
     """
 
     def __init__(
@@ -54,7 +70,7 @@ class BackboneGraph:
         make: Callable[[Any, tuple[Tensor, ...]], Any] | None = None,
     ) -> None:
         self._plain, self._exact, self._report = _Unrecorded(backbone, backbone.forward), exact, report
-        self._make = make or torch.cuda.make_graphed_callables
+        self._make = make or make_graphed_callables
         self._parameters = [p for p in backbone.parameters() if p.requires_grad]
         self._hooks: list[Any] = []
         self._replay: Forward | None = None
@@ -74,8 +90,10 @@ class BackboneGraph:
 
     def _give_up(self, x: Tensor, why: str) -> None:
         self._replay, self._open = None, False
+        vars(self._plain).pop("forward", None)  # torch's, which holds the graphs
         for hook in self._hooks:
             hook.remove()
+        gc.collect()  # in some versions the graphs are part of a cycle
         release_memory(x.device)
         self._report(f"CUDA graph of the backbone: {why}")
 

@@ -53,7 +53,8 @@ class GraphGradients:
         full = sum(len(micro_batch[0]) for micro_batch in micro_batches) == train_state.recipe.batch
         if full and not self._tried:
             self._tried = True
-            record = self._record or partial(record_cuda_graph, device=train_state.task.device_config.device)
+            device = train_state.task.device_config.device
+            record = self._record or partial(record_cuda_graph, device=device, fail_on_sync=True)
             with _low_loss_scale(train_state):
                 self._recording, why = _record_step(train_state, micro_batches, record)
             self._report(f"CUDA graph: {why or 'full steps are replayed from one recording'}")

@@ -189,6 +189,8 @@ def build_task(
     threads = -(-recipe.threads // read_process_place().local_size)  # rounded up
     selected = select_device(recipe.precision, device, threads, training=True, exact=recipe.exact)
     device_config = replace(selected, world=world)
+    if selected.device.type == "cuda" and selected.device.index is not None:
+        torch.cuda.set_device(selected.device)  # of which torch says how much is free, and for which it pins memory
     count = TASKS[recipe.task].count_micro_batches(recipe, world)  # raises before anything takes time
     torch.set_num_threads(recipe.op_threads or max(1, device_config.threads // count))
     if world.size > 1 and device_config.device.index is not None:
