@@ -407,5 +407,14 @@ def test_more_classes_than_masks_hold_are_refused(coco: Path, voc: Path) -> None
 def test_a_folder_of_neither_format_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"neither in CVAT's XML .* nor in Pascal VOC's format .* nor in COCO's"):
         box_dataset.load_boxes(tmp_path)
+    for name in ("photos/a/1.png", "photos/b/2.png", "split/train/a/1.png", "split/train/b/2.png"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).touch()
+    for name in ("photos", "split"):
+        with pytest.raises(DataError, match=rf"{name} is a folder of class folders, .*: resnetlab train .*{name}\.$"):
+            box_dataset.load_boxes(tmp_path / name)
+    (tmp_path / "photos" / "a").rename(tmp_path / "photos" / "masks")
+    with pytest.raises(DataError, match="is neither in"):  # of images and masks, say
+        box_dataset.load_boxes(tmp_path / "photos")
     with pytest.raises(DataError, match="nowhere is not there; give a folder"):
         box_dataset.load_boxes(tmp_path / "nowhere")

@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from resnetlab.cli import main
+from resnetlab.cli import console, main
 from resnetlab.cli.main import run_command
 from resnetlab.data import cifar, digits
+from resnetlab.models.resnet import SmallImageWarning
 from resnetlab.tensor_file import read_tensor_file, write_tensor_file
 
 SHORT = ("--steps", "20", "--net", "resnet8", "--set", "image_size=8", "--device", "cpu")
@@ -270,6 +271,18 @@ def test_a_7x7_stem_on_small_images_warns_loudly(capsys: pytest.CaptureFixture[s
     assert code == 0
     assert err.count("warning: images of 32x32 pixels in a network with ImageNet's 7x7 stem") == 1  # printed once
     assert "resnet20" in err
+
+
+def test_small_images_of_many_sizes_are_warned_of_once(capsys: pytest.CaptureFixture[str]) -> None:
+    printer = console.WarningPrinter()
+    for category, message in [
+        (SmallImageWarning, "64"),
+        (UserWarning, "a"),
+        (SmallImageWarning, "60"),
+        (UserWarning, "b"),
+    ]:
+        printer(category(message), category)
+    assert [line.rpartition(" ")[2] for line in capsys.readouterr().err.splitlines()] == ["64", "a", "b"]
 
 
 def test_every_command_shows_an_example(capsys: pytest.CaptureFixture[str]) -> None:

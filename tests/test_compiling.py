@@ -47,6 +47,11 @@ def test_long_runs_on_small_images_are_compiled(recipe: Recipe, compiled: bool, 
     assert ("compiled (" in str(engine)) == compiled
 
 
+def test_the_choice_says_nothing_of_small_images() -> None:
+    small = replace(photos(), image_size=64, bn_batch=0)  # the network that is trained warns; warnings are errors here
+    assert "too short" in choose_compilation(CPU, small, get_specification("resnet18")).reason
+
+
 def test_without_a_compiler_nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setattr(shutil, "which", lambda _: None)

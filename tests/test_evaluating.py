@@ -459,7 +459,8 @@ def test_a_temperature_is_fitted_on_images_that_are_not_evaluated(
 
 def test_uncalibrated_models_are_reported(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_command(["evaluate", str(file), "--data", "digits", "--device", "cpu"]) == 0
-    assert "uncalibrated: no temperature was fitted" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "uncalibrated: no temperature was fitted" in said and "`evaluate --fit-temperature N` fits one" in said
     assert "Uncalibrated: no temperature was fitted" in (file.parent / "evaluation.html").read_text()
 
 

@@ -225,6 +225,7 @@ def test_the_command_writes_two_files_for_each_image(
     assert run_command([*arguments[:3], "--out", str(out)]) == 1  # as a table
     table = capsys.readouterr().out
     assert first["top"][0]["class"] in table and "layer" in table
+    assert all(f"{file}\n" in table for file in (first["heat"], first["figure"]))
 
 
 def test_requests_without_images_are_refused(

@@ -61,6 +61,15 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
+def test_torch_has_no_warning_of_a_mean_per_pixel_in_colour(tmp_path: Path) -> None:
+    prepared = Preprocessing(3, (8, 8), 8, torch.rand(8, 8, 3), torch.ones(3))
+    module = formats.InferenceModule(TrainedModel(build("resnet8", classes=10, seed=0).eval(), CLASSES, prepared))
+    program = torch.export.export(module, (torch.zeros(1, 8, 8, 3, dtype=torch.uint8),))
+    torch.export.save(program, tmp_path / "m.pt2")  # warnings are errors
+    assert torch.equal(module.shift.permute(1, 2, 0), prepared.mean)
+    assert "mean per pixel 0.5, " in re.sub(r"0\.\d+", "0.5", repr(prepared)) and len(repr(prepared)) < 200
+
+
 def by_hand(model: Path, pixels: Tensor) -> np.ndarray:
     """(x / 255 - mean) / std, the network, / temperature, softmax: in fp64 and with BN not folded."""
     loaded = load_trained_model(model)
@@ -311,6 +320,9 @@ def test_a_new_format_is_one_entry(
     ("arguments", "code", "sentence"),
     [
         (["--to", "onx"], 2, "unknown target 'onx'; did you mean 'onnx'?"),
+        (["--to", "torchscript"], 2, "--to torch writes its successor, a torch.export program"),
+        (["--to", "TensorRT"], 2, "TensorRT reads ONNX (--to onnx)."),
+        (["--out", "m.ts"], 2, "no format has files that end in '.ts'; torch has deprecated TorchScript"),
         (["--to", "torch", "--precision", "int8"], 2, "--to torch writes fp32, not int8"),
         (["--to", "onnx", "--precision", "int9"], 2, "unknown precision 'int9'"),
         (["--to", "onnx", "--out", "m.txt"], 2, "a file for onnx ends in .onnx"),

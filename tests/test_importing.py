@@ -14,6 +14,7 @@ import pytest
 import timm
 import torch
 import torchvision
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -469,6 +470,10 @@ def test_messages_without_a_network(name: str, sentence: str, monkeypatch: pytes
 
 
 def test_class_names(tmp_path: Path) -> None:
+    for name in ("rose", "daisy"):  # in torchvision's order
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "photos" / name / "1.png")
+    assert parse_class_names(str(tmp_path / "photos"), 2) == ("daisy", "rose")
     (tmp_path / "names").write_text("a\nb\n\nc\n")
     assert parse_class_names(str(tmp_path / "names"), 3) == parse_class_names("a, b,c", 3) == ("a", "b", "c")
     assert len(parse_class_names("cifar100", 100)) == 100 and len(parse_class_names("imagenet", 1000)) == 1000

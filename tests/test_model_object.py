@@ -10,6 +10,7 @@ import re
 import sys
 import tarfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -237,7 +238,7 @@ def test_the_methods_that_people_look_for(model: Model, run: Path, folder: Path,
     assert weights == tmp_path / "weights.pth" and weights.is_file()
     with pytest.raises(UsageError, match=r"^to onnx writes fp32 or int8, not bf16"):
         model.export(str(tmp_path / "m.onnx"), precision="bf16")
-    with pytest.raises(UsageError, match=r"no format has files that end in '.tflite'; known: .*\.onnx"):
+    with pytest.raises(UsageError, match=r"files that end in '.tflite'; converters .* read ONNX \(to onnx\)\."):
         model.export(tmp_path / "m.tflite")
 
 
@@ -248,6 +249,8 @@ def test_it_describes_itself_in_a_few_words(model: Model, run: Path) -> None:
     )
     assert "8x8 pixels, grey" in text and "top-1 error test " in text and len(text) < 250
     assert model._repr_html_().count("<tr>") == 5
+    drawn = replace(model, metrics={"held-out": {"top1_error": 0.5}, "held_out": {"top1_error": 0.25}})
+    assert "top-1 error test 50.00%, held-out 25.00%" in repr(drawn)  # one of each, as everywhere else
     result = ClassificationResult.from_json(json.loads((run / "result.json").read_text()))
     assert f"<td>top1 error</td><td>{result.top1_error:.4g}</td>" in result._repr_html_()
 

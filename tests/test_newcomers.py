@@ -35,8 +35,11 @@ from resnetlab.evaluation.evaluate import Evaluation
 from resnetlab.evaluation.protocols import parse_protocol
 from resnetlab.formatting import format_count, format_figure, format_split
 from resnetlab.inference import build
+from resnetlab.inference.annotated import AnnotatedPrediction, Detector, Segmenter
+from resnetlab.inference.explain import Explanation
 from resnetlab.inference.predict import Model
 from resnetlab.inference.start import load_start
+from resnetlab.training import python_api
 from resnetlab.training import train as training
 from resnetlab.training.recipe import Recipe
 from resnetlab.training.recipes import fit_small_images, photos, read_recipe_file
@@ -335,6 +338,19 @@ WRONG: dict[str, Callable[[Model], Any]] = {
         "cifar10:resnet20"
     ),
     "'resnetlab.models' has no attribute 'resnet50'; use resnetlab.build(name).": lambda _: resnetlab.models.resnet50,
+    "module 'resnetlab' has no attribute 'resnet50'; use build('resnet50').": lambda _: resnetlab.resnet50,
+    "ResNet has no attribute 'feature_info'; use resnetlab.models.backbone.Features(net).feature_info.": lambda model: (
+        model.net.feature_info
+    ),
+    "ResNet has no attribute 'nonsense'.": lambda model: model.net.nonsense,
+    "Explanation has no attribute 'save'; use overlay.save(file).": lambda _: object.__new__(Explanation).save,  # type: ignore[attr-defined]
+    "Detector has no attribute 'state_dict'; use model.net,": lambda _: object.__new__(Detector).state_dict,  # type: ignore[attr-defined]
+    "Segmenter has no attribute 'num_classes'; use len(model.classes).": lambda _: (
+        object.__new__(Segmenter).num_classes  # type: ignore[attr-defined]
+    ),
+    "AnnotatedPrediction has no attribute 'boxes'; use result['boxes'].": lambda _: (
+        object.__new__(AnnotatedPrediction).boxes  # type: ignore[attr-defined]
+    ),
     "net.load_state_dict(…) takes a state_dict": lambda model: resnetlab.build(
         "resnet8", weights=model.net.state_dict()
     ),  # type: ignore[arg-type]
@@ -364,6 +380,27 @@ def test_errors_in_python_end_in_a_sentence_after_few_frames(sentence: str, mode
         WRONG[sentence](model)
     shown = traceback.extract_tb(error.value.__traceback__)
     assert len(shown) <= 4 and error.value.__cause__ is None  # this test, its function, and one of ours
+
+
+@pytest.mark.parametrize("word", ["start_from", "weights"])
+def test_a_start_is_fine_tuned_in_python_as_on_the_command_line(
+    word: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs: list[Recipe] = []
+    monkeypatch.setattr(python_api, "start_run", lambda recipe, *_: runs.append(recipe))
+    for chosen in (None, "quick"):
+        resnetlab.train("digits", recipe=chosen, progress=False, **{word: "cifar10:resnet20"})  # type: ignore[arg-type]
+    assert [(run.name, run.start_from, run.net) for run in runs] == [
+        (name, "cifar10:resnet20", "") for name in ("finetune", "quick")
+    ]
+    monkeypatch.chdir(tmp_path)
+    for folder_there in (False, True):  # a folder of a recipe's name
+        if folder_there:
+            (tmp_path / "photos").mkdir()
+        resnetlab.train("photos", progress=False, **{word: "cifar10:resnet20"})  # type: ignore[arg-type]
+    assert [(run.name, run.data) for run in runs[2:]] == [("photos", "photos"), ("finetune", "photos")]
+    with pytest.raises(UsageError, match="weights and start_from are the same value; give it once"):
+        resnetlab.train("digits", start_from="a", weights="b")
 
 
 def test_the_names_of_published_weights_are_torchvisions(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import fields
 from pathlib import Path
 
@@ -11,9 +12,11 @@ import resnetlab
 from resnetlab import migrate_v01
 from resnetlab.cli.main import app, run_command
 from resnetlab.cli.peer_options import understand
-from resnetlab.errors import UsageError, unknown_name_error
+from resnetlab.errors import AnsweredAttributes, UsageError, unknown_name_error
+from resnetlab.inference.annotated import AnnotatedPrediction, Detector, Segmenter
+from resnetlab.inference.explain import Explanation
 from resnetlab.models.spec import Specification
-from resnetlab.peer_words import translate
+from resnetlab.peer_words import NETWORK_ATTRIBUTES, translate
 from resnetlab.training.recipe import Recipe
 from resnetlab.training.recipes import quick
 
@@ -159,6 +162,19 @@ def test_other_packages_functions_are_answered(name: str, ours: str) -> None:
     with pytest.raises(UsageError, match="use ") as error:
         getattr(resnetlab, name)
     assert f"has no attribute {name!r}; use {ours}" in str(error.value)
+
+
+def test_what_is_said_in_place_of_other_programs_attributes_is_there() -> None:
+    net = resnetlab.build("resnet18", num_classes=2, device="meta")
+    for word, ours in NETWORK_ATTRIBUTES.items():
+        assert not hasattr(net, word), word
+        assert ours.startswith(("resnetlab.", "torch.", "the command `")) or hasattr(net, re.findall(r"\w+", ours)[0])
+    assert net.num_features == 512 and not hasattr(net, "nonsense")
+    objects: list[type[AnsweredAttributes]] = [Detector, Segmenter, Explanation, AnnotatedPrediction]
+    for kind in objects:
+        own = {*dir(kind), *(field.name for field in fields(kind)), "load", "the", "len"}  # type: ignore[arg-type]
+        for word, ours in kind.attribute_answers.items():
+            assert word not in own and (re.findall(r"\w+", ours)[0] in own or "model.segment" in ours), (kind, word)
 
 
 def test_the_names_of_version_01_lead_to_todays() -> None:

@@ -315,6 +315,8 @@ def test_small_images_in_an_imagenet_net(size: tuple[int, int], left: str) -> No
         last = net.features(torch.zeros(1, 3, *size))["C5"]
     assert [str(w.message) for w in caught] == [sentence]
     assert f"{last.shape[2]}x{last.shape[3]}" == left
+    with warnings.catch_warnings(action="error"):
+        net(torch.zeros(1, 3, *size))  # once a network
 
 
 def test_the_small_image_warning_depends_on_the_number_of_stages() -> None:

@@ -40,7 +40,9 @@ def __getattr__(name: str) -> Any:
     if name == "models":
         return import_module("resnetlab.models")
     if name not in _MODULES:
-        hint = f"use {ours}." if (ours := PYTHON.get(name)) else f"it has {', '.join(__all__)}."
+        is_network = name.lower().startswith(("resnet", "plain", "preresnet"))  # as torchvision.models has functions
+        ours = f"build({name!r})" if is_network else PYTHON.get(name)
+        hint = f"use {ours}." if ours else f"it has {', '.join(__all__)}."
         raise UnknownNameError(f"module 'resnetlab' has no attribute {name!r}; {hint}")
     return getattr(import_module(_MODULES[name]), name)
 

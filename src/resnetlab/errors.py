@@ -137,8 +137,13 @@ class AnsweredAttributes:
     if not TYPE_CHECKING:  # a type checker would accept every attribute
 
         def __getattr__(self, name: str) -> Any:
-            hint = f"; use {self.attribute_answers[name]}." if name in self.attribute_answers else "."
-            raise UnknownNameError(f"{type(self).__name__} has no attribute {name!r}{hint}")
+            raise unknown_attribute_error(self, name, self.attribute_answers)
+
+
+def unknown_attribute_error(owner: object, name: str, answers: Mapping[str, str]) -> UnknownNameError:
+    """The error for an attribute that an object does not have, with our word for another program's."""
+    hint = f"; use {answers[name]}." if name in answers else "."
+    return UnknownNameError(f"{type(owner).__name__} has no attribute {name!r}{hint}")
 
 
 def public(function: Callable[P, R]) -> Callable[P, R]:

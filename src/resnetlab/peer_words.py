@@ -174,6 +174,72 @@ MODEL_ATTRIBUTES = {  # of other programs' models: ours
     "summary": "describe()", "config": "recipe", "push_to_hub": "the command `resnetlab push`",
     "save_pretrained": "save(file)", "serve": "the command `resnetlab serve`",
 }  # fmt: skip
+_DEFAULT_CONFIGURATION = "resnetlab.load(path).preprocessing of a model file: size, mean and standard deviation"
+_NETWORK_ATTRIBUTES = {  # of other programs' networks, and of the model that a network is a part of: ours
+    "feature_info": "resnetlab.models.backbone.Features(net).feature_info",
+    "forward_intermediates get_intermediate_layers extract_features":
+        "features(images), which gives the map of every stage, C1 to C5",
+    "head classifier last_linear": "fc",
+    "avgpool global_pool pool": "forward_head(net.forward_features(images), pre_logits=True) for the averages of the last map",
+    "relu act1 act": "features(images)['C1'], the map after the stem's ReLU",
+    "stem": "conv1, bn1 and maxpool",
+    "inplanes": "spec.widths[0]",
+    "out_channels head_hidden_size embed_dim feature_dim": "num_features",
+    "in_chans in_channels": "spec.channels",
+    "default_cfg pretrained_cfg input_size image_size mean std": _DEFAULT_CONFIGURATION,
+    "preprocessing transform transforms preprocess": _DEFAULT_CONFIGURATION,
+    "classes class_names": "num_classes; a model file has their names: resnetlab.load(path).classes",
+    "config": "spec",
+    "drop_rate drop_path_rate": "resnetlab.train(data=…, stochastic_depth=0.1)",
+    "grad_checkpointing gradient_checkpointing_enable": "set_grad_checkpointing()",
+    "group_matcher no_weight_decay parameter_groups": "named_parameters()",
+    "freeze": "resnetlab.models.backbone.freeze(net, 'C3'), up to the map C3",
+    "predict predict_proba": "resnetlab.load(path).predict(image), or net(tensor) for logits",
+    "embed explain": "resnetlab.load(path), whose methods embed and explain take images",
+    "evaluate val test validate score": "resnetlab.load(path).evaluate(data)",
+    "fit finetune": "resnetlab.train(data=…, net=net)",
+    "export": "resnetlab.load(path).export(file)",
+    "save save_pretrained": "torch.save(net.state_dict(), file); the command `resnetlab import` makes a model file of it",
+    "load from_pretrained load_weights": "resnetlab.build(name, weights=path)",
+    "summary info": "the command `resnetlab inspect NAME`",
+}  # fmt: skip
+NETWORK_ATTRIBUTES = {word: ours for words, ours in _NETWORK_ATTRIBUTES.items() for word in words.split()}
+_OWN_COMMANDS = "the commands `resnetlab detect train` and `resnetlab segment train`"
+_ANNOTATED_ATTRIBUTES = {  # of other programs' detectors and segmenters: ours
+    "net network module backbone": "model.net",
+    "parameters named_parameters state_dict": "model.net, a torch.nn.Module",
+    "to cpu cuda half": "load(path, device=…, precision=…)",
+    "export": "the command `resnetlab export`",
+    "explain gradcam plot": "predict(image).overlay",
+    "train fit finetune": _OWN_COMMANDS,
+    "val test validate score": "evaluate(data)",
+    "forward": "predict(image), or model.net for tensors",
+    "preprocessing transform transforms preprocess": "predict, which resizes and normalises images itself",
+    "names class_names labels": "classes",
+    "num_classes": "len(model.classes)",
+    "serve": "the command `resnetlab serve`",
+    "push_to_hub": "the command `resnetlab push`",
+    "save_pretrained": "save(file)",
+    "metrics": "evaluate(data), a dictionary",
+}  # fmt: skip
+ANNOTATED_ATTRIBUTES = {word: ours for words, ours in _ANNOTATED_ATTRIBUTES.items() for word in words.split()}
+_SAVED = {
+    **dict.fromkeys(("save", "savefig", "to_file"), "overlay.save(file)"),
+    **dict.fromkeys(("show", "plot", "render", "image", "heatmap"), "overlay, a Pillow image"),
+}
+EXPLANATION_ATTRIBUTES = {  # of other programs' explanations: ours
+    **_SAVED, "label": "top[0][0]", "score": "top[0][1]", "cam": "heat", "attributions": "heat",
+    "figure": "the command `resnetlab explain`, which writes the figure of the blocks",
+}  # fmt: skip
+ANNOTATED_PREDICTION_ATTRIBUTES = {  # of other programs' boxes and masks: ours
+    **_SAVED, "boxes": "result['boxes']", "path": "name", "top": "result['boxes'] of a detector, best first",
+    **dict.fromkeys(
+        ("labels", "label", "scores", "score", "conf", "xyxy"),
+        "result['boxes'], where each box has its class, score and corners",
+    ),
+    **dict.fromkeys(("mask", "masks"), "model.segment(pixels) for the class of every pixel; overlay shows them"),
+    "classes": "result['classes'] of a segmenter, or the boxes in result['boxes'] of a detector",
+}  # fmt: skip
 PREDICTION_ATTRIBUTES = {  # of other programs' results: ours
     "scores": "[each.score for each in prediction.top]", "probs": "[each.score for each in prediction.top]",
     "probabilities": "[each.score for each in prediction.top]", "conf": "score", "confidence": "score",
@@ -201,8 +267,19 @@ CLASSIFIER_ATTRIBUTES = {  # of a classifier's training run
        if ours.startswith("metrics.")},
     "evaluate": "resnetlab.load(result.model).evaluate(data)", "net": "resnetlab.load(result.model).net",
 }  # fmt: skip
+_FORMATS = {  # of other programs' exports: what does the job
+    "torchscript ts jit script pt":
+        "torch has deprecated TorchScript: --to torch writes its successor, a torch.export program (FILE.pt2), and in Python "
+        "torch.jit.trace(load(path).net.eval(), images) traces the network without its preprocessing.",
+    "tensorrt trt engine": "TensorRT reads ONNX (--to onnx).",
+    "coreml mlmodel mlpackage tflite litert saved_model pb tf keras tfjs ncnn paddle mnn":
+        "converters of other programs read ONNX (--to onnx).",
+    "state_dict pth weights timm": "--to torchvision writes the state_dict, which timm loads too.",
+    "safetensors": "a model file is one already; with torchvision's names: --to torchvision --out FILE.safetensors.",
+}  # fmt: skip
+FORMAT_ANSWERS = {word: answer for words, answer in _FORMATS.items() for word in words.split()}
 COMMANDS = {  # others' commands: ours
-    "fit": "train", "finetune": "train --start-from MODEL", "tune": "train", "resume": "train --resume RUN",
+    "fit": "train", "finetune": "train DATA --start-from MODEL", "tune": "train", "resume": "train --resume RUN",
     "val": "evaluate", "eval": "evaluate", "validate": "evaluate", "test": "evaluate", "benchmark": "study cost",
     "infer": "predict", "inference": "predict", "classify": "predict", "run": "train", "gradcam": "explain", "cam": "explain",
     "info": "inspect", "summary": "inspect", "list": "models", "convert": "export", "download": "import", "upload": "push",
@@ -221,6 +298,12 @@ PYTHON = {  # others' functions: ours
     "segment": "the command `resnetlab segment`; load(path) opens a segmenter's model file",
     "study": "the command `resnetlab study`", "serve": "the command `resnetlab serve`",
     "resume": "train(resume=folder)", "datasets": "train(data=…), which takes names, folders and arrays",
+    **dict.fromkeys(
+        ("create_transform", "resolve_data_config", "resolve_model_data_config", "transforms"),
+        "load(path).preprocessing, which makes the input of a model's network of an image",
+    ),
+    "create_feature_extractor": "net.features(images), the map of every stage",
+    "freeze": "resnetlab.models.backbone.freeze(net, 'C3')",
 }  # fmt: skip
 
 

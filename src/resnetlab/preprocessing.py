@@ -56,7 +56,7 @@ class PixelFormat(NamedTuple):
 RGB = PixelFormat()
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Preprocessing:
     """How decoded images become the network's input.
 
@@ -81,6 +81,15 @@ class Preprocessing:
     def __post_init__(self) -> None:
         if self.interpolation not in INTERPOLATIONS:
             raise unknown_name_error("interpolation", self.interpolation, INTERPOLATIONS)
+
+    def __repr__(self) -> str:
+        """Without the thousands of numbers of a mean per pixel, which stand as their means per channel."""
+        mean, per = self.mean.reshape(-1, self.channels).mean(0), " per pixel" if self.mean.ndim == 3 else ""
+        values = [f"{each:.4g}" for each in mean.tolist()], [f"{each:.4g}" for each in self.std.tolist()]
+        return (
+            f"Preprocessing({self.size[0]}x{self.size[1]} pixels, shorter side {self.resize} ({self.interpolation}), "
+            f"{self.pixel_format}, mean{per} {', '.join(values[0])}, std {', '.join(values[1])})"
+        )
 
     @property
     def pixel_format(self) -> PixelFormat:

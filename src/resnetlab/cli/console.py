@@ -32,15 +32,17 @@ def log_error(text: str) -> None:
 class WarningPrinter:
     """Shows UserWarnings, each message once, and hides the other warnings, which are for developers.
 
-    Python's own "once" is reset whenever the filters change, which decoding does for every image.
+    Python's own "once" is reset whenever the filters change, which decoding does for every image. A category that has
+    `once_a_command` is shown once, whatever its messages say.
     """
 
     def __init__(self) -> None:
         self._shown: set[str] = set()
 
     def __call__(self, message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
-        if issubclass(category, UserWarning) and str(message) not in self._shown:
-            self._shown.add(str(message))
+        once = category.__name__ if getattr(category, "once_a_command", False) else str(message)
+        if issubclass(category, UserWarning) and once not in self._shown:
+            self._shown.add(once)
             log(f"resnetlab: warning: {message}")
 
 

@@ -45,7 +45,8 @@ def import_(
         The publisher: torchvision, timm with the network's name (timm:resnet50), mmpretrain, transformers, caffe (the paper's
         authors) or akamaster.
     classes
-        Names in the order of the outputs: a data set (digits, cifar10, cifar100, imagenet), a file, one per line, or a list.
+        Names in the order of the outputs: a data set (digits, cifar10, cifar100, imagenet), the folder of class folders that
+        was trained on, a file, one per line, or a list.
     mean
         Mean of the images, in units of [0, 1], one number per channel, in the order of --channel-order.
     std

@@ -10,8 +10,10 @@ from typing import NamedTuple
 from resnetlab.data.annotations import Annotations
 from resnetlab.data.coco import find_coco_files, read_coco
 from resnetlab.data.cvat_xml import find_cvat_files, read_cvat
+from resnetlab.data.decode import is_image_name
 from resnetlab.data.error_policy import ErrorPolicy
 from resnetlab.data.file_lookup import list_json_files, list_subfolders
+from resnetlab.data.folder import guess_split
 from resnetlab.data.json_exports import (
     read_createml,
     read_fiftyone,
@@ -25,6 +27,7 @@ from resnetlab.data.voc import find_voc_folders, read_voc
 from resnetlab.data.yolo import find_yolo_labels, read_yolo
 from resnetlab.errors import DataError, suggest_path
 
+NO_CLASS = re.compile("image|img|mask|label|annot|segment|^gt")  # in a folder's name
 PEEKED_FILES = 50  # JSON files that are looked into, to see whose they are
 
 
@@ -105,7 +108,20 @@ def read_annotations(root: Path, errors: ErrorPolicy, masks: bool) -> Annotation
                     ) from error
                 inside = "" if folder == root else f" in {folder.relative_to(root).as_posix()}"
                 return found._replace(layout=f"{found.layout}{inside}")
+    if any(map(_has_class_folders, (root, root / "train"))):
+        what = "masks" if masks else "boxes"
+        raise DataError(
+            f"{root} is a folder of class folders, without {what}; a classifier learns from it: resnetlab train {root}."
+        )
     raise DataError(f"{root} is neither in {' nor in '.join(layout.expected for layout in layouts)}.")
+
+
+def _has_class_folders(root: Path) -> bool:
+    """Whether a folder holds nothing but folders with images, two or more, and none of a name that splits or masks have."""
+    folders = list_subfolders(root) if root.is_dir() else []
+    if any(guess_split(each.name) or NO_CLASS.search(each.name.lower()) for each in folders):
+        return False
+    return len(folders) > 1 and all(any(is_image_name(file.name) for file in each.iterdir()) for each in folders)
 
 
 def find_layout(root: Path) -> Layout | None:

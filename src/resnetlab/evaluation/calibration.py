@@ -43,7 +43,10 @@ def describe_calibration(temperature: float, calibration: Mapping[str, Any], pro
     """A sentence on the source of a temperature, and on its limits for scores by `protocol`."""
     if not calibration:
         if temperature == 1:
-            return "uncalibrated: no temperature was fitted, so scores may be overconfident"
+            return (
+                "uncalibrated: no temperature was fitted, so scores may be overconfident; "
+                "`evaluate --fit-temperature N` fits one on N of the images"
+            )
         return f"temperature {temperature:.3f}; the model file does not say what it was fitted on"
     about = dict.fromkeys(("data", "split", "n", "protocol"), "?") | dict(calibration)
     count = format_count(about["n"], "image") if isinstance(about["n"], int) else f"{about['n']} images"

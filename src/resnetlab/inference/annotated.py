@@ -17,7 +17,7 @@ from resnetlab.data import box_dataset, mask_dataset
 from resnetlab.data.annotated_dataset import AnnotatedDataset
 from resnetlab.data.annotations import AnnotatedItem
 from resnetlab.device import DeviceConfig, select_device, standard_torch_state
-from resnetlab.errors import DataError, UsageError, public, unknown_name_error
+from resnetlab.errors import AnsweredAttributes, DataError, UsageError, public, unknown_name_error
 from resnetlab.evaluation import overlays
 from resnetlab.evaluation.detection import (
     Detections,
@@ -32,6 +32,7 @@ from resnetlab.graph_capture import GraphedFunction
 from resnetlab.inference.images import ImageInput, NamedImage, expand_images, get_name, is_many, read_image
 from resnetlab.models.annotated_model import AnnotatedModel, load_annotated
 from resnetlab.models.head_spec import DetectionOptions, DetectorSpec, SegmenterSpec
+from resnetlab.peer_words import ANNOTATED_ATTRIBUTES, ANNOTATED_PREDICTION_ATTRIBUTES
 
 P = TypeVar("P", bound=AnnotatedItem)
 MAX_GRAPHS = 4  # sizes of images that a GPU has a CUDA graph for
@@ -39,7 +40,7 @@ ProgressFn = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
-class AnnotatedPrediction:
+class AnnotatedPrediction(AnsweredAttributes):
     """The prediction for one image, or why there is none.
 
     Attributes:
@@ -50,14 +51,17 @@ class AnnotatedPrediction:
     result: dict[str, Any] = field(default_factory=dict)
     overlay: Image.Image | None = None
     error: str | None = None
+    attribute_answers = ANNOTATED_PREDICTION_ATTRIBUTES
 
     def to_json(self) -> dict[str, Any]:
         """A plain dictionary; keys as in docs/json.md."""
         return {"image": self.name} | ({"error": self.error} if self.error else self.result)
 
+    to_dict = to_json
+
 
 @dataclass(frozen=True, eq=False, repr=False)
-class AnnotatedPredictor(ABC):
+class AnnotatedPredictor(AnsweredAttributes, ABC):
     """A detector or segmenter on its device."""
 
     path: Path
@@ -66,6 +70,7 @@ class AnnotatedPredictor(ABC):
 
     no_explanation: ClassVar[str]
     overlay_suffix: ClassVar[str]
+    attribute_answers = ANNOTATED_ATTRIBUTES
 
     def predict(self, image: Any) -> Any:
         """The prediction for an image, or a list of them for several; see `inference.predict.Model`.

@@ -27,7 +27,8 @@ DATASETS = ("digits", "cifar10", "cifar100", "imagenet")
 
 
 def parse_class_names(text: str | Sequence[str], n: int) -> tuple[str, ...]:
-    """Reads `n` class names from a data set's name, a file with one name per line, a comma-separated list, or a sequence.
+    """Reads `n` class names from a data set's name, a folder of class folders, a file with one name per line, a comma-separated
+    list, or a sequence.
 
     Raises UsageError unless they are `n` different names.
     """
@@ -40,12 +41,16 @@ def parse_class_names(text: str | Sequence[str], n: int) -> tuple[str, ...]:
             names = tuple(read_lines(Path(text)))
         except DataError as error:
             raise UsageError(f"--classes: {str(error).rstrip('.')}; it must have one name per line.") from error
+    elif Path(text).is_dir():
+        from resnetlab.data import sources
+
+        names = sources.load_dataset(text, Path("data")).classes
     elif "," in text or n == 1:
         names = tuple(part.strip() for part in text.split(","))
     else:
         raise UsageError(
-            f"--classes {text!r} is neither a data set ({', '.join(DATASETS)}), nor a file with one name per line, nor a "
-            "comma-separated list."
+            f"--classes {text!r} is neither a data set ({', '.join(DATASETS)}), nor a folder of class folders, nor a file with "
+            "one name per line, nor a comma-separated list."
         )
     if len(names) != n:
         raise UsageError(

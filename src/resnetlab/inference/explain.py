@@ -11,12 +11,14 @@ from PIL import Image
 from torch import Tensor
 
 from resnetlab.device import DeviceConfig, eval_mode, standard_torch_state
+from resnetlab.errors import AnsweredAttributes
 from resnetlab.evaluation.gradcam import draw_overlay, grad_cam
 from resnetlab.inference.classes import top_classes
 from resnetlab.models.lesion import removable_blocks, remove_blocks
 from resnetlab.models.model_file import compute_scores
 from resnetlab.models.probes import measure_contributions
 from resnetlab.models.resnet import ResNet
+from resnetlab.peer_words import EXPLANATION_ATTRIBUTES
 from resnetlab.preprocessing import Preprocessing
 
 
@@ -61,7 +63,7 @@ class BlockEffect:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Explanation:
+class Explanation(AnsweredAttributes):
     """The explanation of one image.
 
     Attributes:
@@ -75,6 +77,7 @@ class Explanation:
     pixels: Tensor
     heat: Tensor
     blocks: tuple[BlockEffect, ...]
+    attribute_answers = EXPLANATION_ATTRIBUTES
 
     @property
     def overlay(self) -> Image.Image:
@@ -90,6 +93,8 @@ class Explanation:
             "top": [{"class": name, "score": score} for name, score in self.top],
             "blocks": [effect.to_json() for effect in self.blocks],
         }
+
+    to_dict = to_json
 
 
 @standard_torch_state()

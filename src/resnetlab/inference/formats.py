@@ -23,6 +23,7 @@ from resnetlab.inference.export_graphs import PIXELS, ExportGraphs, export_metad
 from resnetlab.inference.inference_module import InferenceModule
 from resnetlab.inference.state_dict_export import list_differences, write_state_dict
 from resnetlab.models.model_file import TrainedModel, compute_scores
+from resnetlab.peer_words import FORMAT_ANSWERS
 
 # ONNX Runtime's providers for GPUs, with the settings under which they compute in fp32, as is checked
 GPU_PROVIDERS: Mapping[str, Mapping[str, str]] = {
@@ -238,6 +239,8 @@ FORMATS: Mapping[str, ExportFormat] = {
 
 def get_format(name: str) -> ExportFormat:
     """The format of a name; raises UsageError for an unknown one."""
+    if answer := name not in FORMATS and FORMAT_ANSWERS.get(name.lower()):
+        raise UsageError(f"there is no format {name!r}; {answer}")
     if name not in FORMATS:
         raise unknown_name_error("target", name, FORMATS)
     return FORMATS[name]
@@ -249,5 +252,5 @@ def find_format(suffix: str) -> str:
     if not found:
         known = ", ".join(dict.fromkeys(suffix for format in FORMATS.values() for suffix in format.suffixes))
         what = f"no format has files that end in {suffix!r}" if suffix else "the file's ending decides the format"
-        raise UsageError(f"{what}; known: {known}.")
+        raise UsageError(f"{what}; {FORMAT_ANSWERS.get(suffix.lower().lstrip('.'), f'known: {known}.')}")
     return found[0]

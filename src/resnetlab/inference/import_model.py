@@ -24,7 +24,10 @@ from resnetlab.preprocessing import Preprocessing
 
 CHANNEL_ORDERS = ("rgb", "bgr")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-CLASSES_FORM = "a data set's name (as cifar10), a file with one name per line, or a comma-separated list"
+CLASSES_FORM = (
+    "a data set's name (as cifar10), a folder of class folders, a file with one name per line, "
+    "or a comma-separated list"
+)
 # their ResNets take IMAGENET_MEAN and IMAGENET_STD
 IMAGENET_SOURCES = ("torchvision", "timm", "mmpretrain", "transformers")
 
@@ -35,7 +38,8 @@ class ImportOptions:
 
     Attributes:
         source: the publisher, a name of models.import_weights.SOURCES; timm's with the architecture, as "timm:resnet50".
-        classes: a data set's name, a file with one name per line, a comma-separated list, or a sequence of names.
+        classes: a data set's name, a folder of class folders, a file with one name per line, a comma-separated list, or a
+            sequence of names.
         mean, std: in units of [0, 1], one number per channel, in the order of `channel_order`, or one for all.
         mean_file: a per-pixel mean instead of `mean` (2015 §4.2); see inference.mean_file.
         image_size: side of the input, in pixels.

@@ -35,7 +35,7 @@ class InferenceModule(nn.Module):
         shift = shift[:, None, None] if shift.ndim == 1 else shift.permute(2, 0, 1)  # (C, 1, 1) or (C, h, w)
         # channels first: runtimes are slow if the innermost dimension is only as long as the number of channels
         self.register_buffer("scale", (1 / (preprocessing.white * preprocessing.std))[:, None, None])  # (C, 1, 1)
-        self.register_buffer("shift", shift)
+        self.register_buffer("shift", shift.contiguous())  # torch.export.save warns of another order
         self.register_buffer("temperature", torch.tensor(float(model.temperature)))
         self.eval()
 

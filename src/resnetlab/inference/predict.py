@@ -439,7 +439,7 @@ class Model(AnsweredAttributes, TrainedModel):
 
         Args:
             to: "onnx", "torch", "openvino" or "torchvision"; None decides by the file's ending.
-            precision, data, images, data_dir: as for `resnetlab export`.
+            precision: as for `resnetlab export`; so are `data`, `images` and `data_dir`.
 
         Raises:
             UsageError: an unknown format or ending, or a missing package.

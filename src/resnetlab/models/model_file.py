@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from resnetlab.device import standard_torch_state
 from resnetlab.errors import ModelFileError, public
-from resnetlab.formatting import find_name_problem, format_count, format_list, html_table, is_number
+from resnetlab.formatting import find_name_problem, format_count, format_list, format_split, html_table, is_number
 from resnetlab.models.own_network import OWN, Network, OwnNetwork, load_own_network, own_network_error
 from resnetlab.models.reference_images import ReferenceImages
 from resnetlab.models.resnet import ResNet
@@ -94,11 +94,12 @@ class TrainedModel:
     def describe(self) -> dict[str, str]:
         """The model in a few words: network, classes, input, and the errors that were measured."""
         spec, (height, width) = self.net.spec, self.preprocessing.size
-        errors = [f"{key} {value['top1_error']:.2%}" for key, value in self.metrics.items() if "top1_error" in value]
+        measured = {format_split(key).replace("_", "-"): value for key, value in self.metrics.items()}
+        errors = [f"{split} {value['top1_error']:.2%}" for split, value in measured.items() if "top1_error" in value]
         kind = "top-1 error"
         if self.multi_label:
             kind = "mean average precision"
-            errors = [f"{key} {value['mean_ap']:.3f}" for key, value in self.metrics.items() if "mean_ap" in value]
+            errors = [f"{split} {value['mean_ap']:.3f}" for split, value in measured.items() if "mean_ap" in value]
         colours = "grey" if spec.channels == 1 else "colour"
         return {
             "network": f"{str(self.recipe.get('net', 'residual network')).removeprefix(OWN)} ({spec.summary})",

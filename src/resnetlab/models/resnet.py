@@ -13,13 +13,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from resnetlab.errors import UsageError
+from resnetlab.errors import UsageError, unknown_attribute_error
 from resnetlab.models.spec import Specification, get_specification, nearest_name
 from resnetlab.nn import shortcuts
 from resnetlab.nn.batchnorm import FusedBatchNorm2d
@@ -31,11 +31,17 @@ from resnetlab.nn.blocks import (
     make_basic_layers,
     make_bottleneck_layers,
 )
+from resnetlab.peer_words import NETWORK_ATTRIBUTES
 from resnetlab.random import active_generator, draw_from
 
 
 class SmallImageWarning(UserWarning):
-    """Images of 64 px or less are fed to a network with ImageNet's stem."""
+    """Images of 64 px or less are fed to a network with ImageNet's stem.
+
+    A network says so once, and a command once, whatever the sizes of its images.
+    """
+
+    once_a_command = True
 
 
 class ResNet(nn.Module):
@@ -49,6 +55,7 @@ class ResNet(nn.Module):
     """
 
     recompute = False
+    warned_of_small_images = False
 
     def __init__(self, spec: Specification) -> None:
         super().__init__()
@@ -167,6 +174,14 @@ class ResNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
 
+    if not TYPE_CHECKING:  # a type checker would accept every attribute
+
+        def __getattr__(self, name: str) -> Any:
+            try:
+                return super().__getattr__(name)
+            except AttributeError:
+                raise unknown_attribute_error(self, name, NETWORK_ATTRIBUTES) from None
+
     def __prepare_scriptable__(self) -> None:
         """Answers torch.jit.script, which would end in an error about a line of this class."""
         raise UsageError(
@@ -266,8 +281,9 @@ def _place_first_activation(spec: Specification, reshapes: bool) -> str:
 
 
 def warn_small_image(net: ResNet, image_size: Sequence[int]) -> None:
-    """Warns if ImageNet's stem gets an image, (H, W), with a side of at most 64 pixels."""
-    if net.spec.stem == "imagenet" and min(image_size) <= 64:
+    """Warns, once a network, if ImageNet's stem gets an image, (H, W), with a side of at most 64 pixels."""
+    if net.spec.stem == "imagenet" and min(image_size) <= 64 and not net.warned_of_small_images:
+        net.warned_of_small_images = True
         height, width = image_size
         # of the network as it is: a segmenter's is dilated, a detector's ends before its last stage
         strides = [conv.stride[0] for block in net.modules() if isinstance(block, Block) for conv in block.convs]

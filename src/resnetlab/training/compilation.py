@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
+import warnings
 from dataclasses import replace
 
 from resnetlab.device import DeviceConfig
 from resnetlab.errors import UsageError
 from resnetlab.models.cost import compute_cost
 from resnetlab.models.own_network import OwnSpecification
+from resnetlab.models.resnet import SmallImageWarning
 from resnetlab.models.spec import Specification
 from resnetlab.training.recipe import Recipe
 
@@ -72,7 +74,9 @@ def _reason_not_to_compile(device_config: DeviceConfig, recipe: Recipe, spec: Sp
     if recipe.recompute or recipe.bn_sync:
         return "not compiled: recompute and bn_sync interrupt the graph"
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
-    work = 6.0 * compute_cost(spec, (recipe.image_size, recipe.image_size)).multiply_adds * recipe.batch * recipe.steps
+    with warnings.catch_warnings(action="ignore", category=SmallImageWarning):  # the network itself warns
+        cost = compute_cost(spec, (recipe.image_size, recipe.image_size))
+    work = 6.0 * cost.multiply_adds * recipe.batch * recipe.steps
     if SAVED_SHARE * work / OPERATIONS_PER_SECOND < COMPILE_SECONDS:
         return "not compiled: the run is too short for compiling to pay off"
     if recipe.bn_batch and recipe.batch > recipe.bn_batch:

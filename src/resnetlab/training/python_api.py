@@ -55,15 +55,16 @@ def train(
     Args:
         source: the recipe or the data, without the word: what `recipe` describes is the recipe, anything else the data.
         recipe: a Recipe, the name of one, its file, such as a run's recipe.toml, or None for the default of the data ("quick"
-            for digits, "paper-cifar" for CIFAR, "photos" for all else; Python objects with images of at most 64 pixels are
-            trained on at their size, by default with resnet20).
+            for digits, "paper-cifar" for CIFAR, "photos" for all else, "finetune" with `start_from`; Python objects with
+            images of at most 64 pixels are trained on at their size, by default with resnet20).
         data: a data set's name, folder, table or pattern; or a list of (path, label), arrays (X, y), a PyTorch or Hugging Face
             data set, or a dictionary of splits (data.objects). Objects that are random give runs that cannot be repeated.
         net: the network's name; or a network of your own, which takes images (B, C, H, W) and gives logits (B, classes). It is
             trained in place, from the weights that it has; give it again to resume the run. What it keeps from step to step
             must be in its parameters and buffers.
         seed: changes the recipe's value.
-        steps, epochs: length of the run; the schedule is rescaled to it.
+        steps: length of the run; the schedule is rescaled to it.
+        epochs: the same in epochs.
         out: the run folder; None takes runs/<data>, or the next free name.
         resume: the folder of a run to resume; the result is bit-identical to that of an uninterrupted run. A finished run is
             extended if `steps` or `epochs` is larger than its own.
@@ -92,6 +93,7 @@ def train(
     if source is not None:
         recipe, data = _place_source(source, recipe, data)
     net, steps, seed = _take_synonyms(values, {"net": net, "steps": steps, "seed": seed})
+    recipe = _choose_for_start(values, recipe, resume)
     module, net = _name_network(net, pretrained)
     if workers is not None and (not isinstance(workers, int) or workers < 0):
         raise UsageError(f"workers must be 0 or more, not {workers!r}.")
@@ -144,9 +146,22 @@ def _place_source(source: Any, recipe: Recipe | str | Path | None, data: Any) ->
     if isinstance(source, nn.Module):
         raise UsageError("a network is given by its argument's name: train(data, net=module).")
     named = isinstance(source, Recipe) or (isinstance(source, str | Path) and recipes.is_recipe(source))
+    if named and source == "photos" and data is None and Path("photos").exists():
+        named = False  # the folder, which has the recipe of its name unless weights to start from have another
     if data is not None and not named:
         raise UsageError("what stands before the data is no recipe; give images and labels as one pair: train((X, y)).")
     return (source, data) if recipe is None and named else (recipe, source)
+
+
+def _choose_for_start(
+    values: dict[str, Any], recipe: Recipe | str | Path | None, resume: str | Path | None
+) -> Recipe | str | Path | None:
+    """The given recipe, or as on the command line "finetune" for a new run that starts from weights."""
+    (start,) = _take_synonyms(values, {"start_from": values.pop("start_from", None)})
+    if start is None:
+        return recipe
+    values["start_from"] = start
+    return recipe or ("finetune" if resume is None else None)
 
 
 def _require_functions(**functions: Any) -> None:

@@ -104,6 +104,11 @@ def resume(
         return prepared if isinstance(prepared, TrainResult) else train_to_end(*prepared)
 
 
+def _describe_evaluated(test: int, held_out: int) -> str:
+    """The images that the final weights are evaluated on."""
+    return format_count(test, "test image") + (f" and the {held_out:,} held out" if held_out else "")
+
+
 def train_to_end(task: Task, context: RunContext) -> TrainResult:
     """Trains from the latest checkpoint to the end, then evaluates, saves and reports."""
     recipe, train_state = task.recipe, TrainState.create(task)
@@ -165,7 +170,7 @@ def train_to_end(task: Task, context: RunContext) -> TrainResult:
                     f"keeping the weights of step {state.best_step:,}, the best on the held-out images "
                     f"({format_percent(state.best_error)} error)"
                 )
-            context.options.report(f"evaluating on {format_count(len(task.test) + len(task.held_out), 'image')}")
+            context.options.report(f"evaluating on {_describe_evaluated(len(task.test), len(task.held_out))}")
             result = task.finish(context.run, state)
         skipped = task.device_config.world.merge_dicts(task.skipped)
         if task.device_config.world.is_first:
