@@ -442,6 +442,13 @@ def test_a_runs_gpu_is_the_current_one_until_it_ends(monkeypatch: pytest.MonkeyP
             assert current == [GPU.index]
         assert current == [3]
 
+        def fail(device: object) -> None:
+            raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+        monkeypatch.setattr(torch.cuda, "set_device", fail)
+        with pytest.raises(RunError, match="lost"), preserve_process_state():
+            raise RunError("the GPU is lost")
+
 
 def test_loading_predicting_and_training_leave_the_callers_switches(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

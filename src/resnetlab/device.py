@@ -370,7 +370,10 @@ def preserve_process_state() -> Iterator[None]:
         if gpus:
             torch.cuda.set_rng_state_all(gpus)
         if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-            torch.cuda.set_device(current)
+            with contextlib.suppress(
+                RuntimeError
+            ):  # all that is asked of a GPU fails after some errors, which are told
+                torch.cuda.set_device(current)
 
 
 def _computes_bf16(device: torch.device) -> bool:
