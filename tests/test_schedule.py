@@ -12,8 +12,8 @@ from resnetlab.errors import RunError, UsageError
 from resnetlab.training.recipe import Recipe
 from resnetlab.training.recipes import (
     RECIPES,
-    describe_batch,
     describe_budget,
+    describe_learning_rate,
     find_classification_recipe,
     find_named,
     paper_cifar,
@@ -77,10 +77,15 @@ def test_the_learning_rate_scales_linearly_with_the_batch_after_a_warm_up() -> N
             "with SGD the error rises in batches above 8,192 (Goyal et al. 2017)",
         ),
         ({"batch": "16384", "lr": "10", "optimizer": "lars"}, None),
+        (
+            {"optimizer": "adamw"},
+            "the learning rate 0.1 of paper-imagenet is for sgd, not adamw, which takes far smaller ones",
+        ),
+        ({"optimizer": "lamb", "lr": "0.002"}, None),
     ],
 )
 def test_a_batch_beyond_the_recipes_range_is_reported(values: dict[str, str], warning: str | None) -> None:
-    found = describe_batch(find_classification_recipe("paper-imagenet").with_values(values))
+    found = describe_learning_rate(find_classification_recipe("paper-imagenet").with_values(values))
     assert (found or "").startswith(f"warning: {warning}" if warning else "") and bool(found) == bool(warning)
 
 
@@ -171,4 +176,4 @@ def test_changes_are_relative_to_the_named_recipe_of_the_same_length() -> None:
     ):
         assert recipe.differences(find_named(recipe, "bf16")) == changes
     other = replace(resolved, name="boxes", steps=100)  # the name of another task's recipe
-    assert find_named(other, "bf16") == other and describe_budget(other) is describe_batch(other) is None
+    assert find_named(other, "bf16") == other and describe_budget(other) is describe_learning_rate(other) is None

@@ -19,6 +19,7 @@ from resnetlab.training.annotated_recipes import ANNOTATED_RECIPES
 from resnetlab.training.recipe import BaseRecipe, Recipe
 
 LARGE_BATCH = 4  # times a recipe's batch: from there on its learning rate is reported
+ADAPTIVE = ("adamw", "lamb")  # their steps do not grow with the gradient, so a learning rate of SGD is none of theirs
 SGD_BATCH = 8192  # up to which the error stays the same with linear scaling and SGD (Goyal et al. 2017, figure 1)
 
 
@@ -388,9 +389,14 @@ def find_named(recipe: BaseRecipe, precision: str, start_size: Mapping[str, int]
     return replace(same_length, **resolved)
 
 
-def describe_batch(recipe: BaseRecipe) -> str | None:
-    """A sentence where the batch is far larger than the recipe's learning rate, or its optimizer, is meant for."""
+def describe_learning_rate(recipe: BaseRecipe) -> str | None:
+    """A sentence where the recipe's learning rate is meant for another optimizer or a far smaller batch, or SGD for one."""
     base = _find_original(recipe) or recipe
+    if recipe.lr == base.lr and (base.optimizer, recipe.optimizer in ADAPTIVE) == ("sgd", True):
+        return (
+            f"warning: the learning rate {recipe.lr:g} of {recipe.name} is for sgd, not {recipe.optimizer}, which takes far "
+            "smaller ones; give it its own, such as --lr 0.001"
+        )
     if not recipe.lr_base_size and (recipe.lr, recipe.optimizer) == (base.lr, base.optimizer):
         if recipe.batch < LARGE_BATCH * base.batch:
             return None

@@ -224,7 +224,7 @@ def build_task(
     named = recipes.find_named(task.recipe, default_precision(device_config.device), task.start_size)
     if changes := task.recipe.differences(named):
         options.report(f"recipe {task.recipe.name}, with {'; '.join(changes)}")
-    if warning := recipes.describe_batch(task.recipe):
+    if warning := recipes.describe_learning_rate(task.recipe):
         options.report(warning)
     if label := recipes.describe_budget(task.recipe):
         options.report(f"budget: {label}")
