@@ -58,6 +58,7 @@ def test_class_weights_equal_a_hand_computation() -> None:
     assert float(loss.detach()) == pytest.approx(float(by_hand) / 6, rel=1e-5)
     for text, sentence in (
         ("4=x", "takes name=number"),
+        ("4:2", "takes name=number, such as 0=2, not .4:2."),
         ("cat=2", "unknown class in class_weights 'cat'"),
         ("4=0", "above 0"),
     ):

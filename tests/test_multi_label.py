@@ -239,6 +239,25 @@ def test_a_run_learns_and_its_file_keeps_thresholds(root: Path, trained: MultiLa
         load_trained_model(tmp_path / "bad.safetensors")
 
 
+def test_thresholds_are_the_best_on_the_held_out_images_alone(root: Path, trained: MultiLabelResult) -> None:
+    names = json.loads((Path(trained.run) / "holdout.json").read_text())["evaluated while training"]
+    assert len(names) == 24 and not {int(Path(name).stem) % 4 for name in names} & {
+        3
+    }  # the test images are every fourth
+    model = resnetlab.load(trained.model, device="cpu")
+    found = [{each.label: each.score for each in p.top} for p in model.predict([root / name for name in names])]
+    scores = {name: [one[name] for one in found] for name in CLASSES}
+    for name, threshold in zip(CLASSES, model.thresholds, strict=True):
+        truth = [name in picture(int(Path(file).stem))[1] for file in names]
+
+        def f1(over: float, truth: list[bool] = truth, name: str = name) -> float:
+            said = [score >= over for score in scores[name]]
+            right = sum(a and b for a, b in zip(said, truth, strict=True))
+            return 2 * right / (sum(said) + sum(truth))
+
+        assert f1(threshold) == max(f1(over) for over in scores[name])
+
+
 def test_predictions_name_the_classes_over_their_thresholds(
     root: Path, trained: MultiLabelResult, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -443,7 +443,7 @@ def test_figures_have_a_short_form(model: Model) -> None:
         ("predict model=m.safetensors source=a.png imgsz=64", "unknown option imgsz"),
         ("export m.safetensors onnx", "export does not take 'onnx'; for example: resnetlab export"),
         ("report runs/a", "it is `resnetlab runs compare RUN RUN` here"),
-        ("study degradation --set shortcut=C", "other ones are trained with: resnetlab train DATA --set key=value"),
+        ("study degradation --set shortcut=C", "a study sets its own): resnetlab train DATA --set key=value"),
         ("train labels.csv", "name the one of the label, for example labels.csv:label=Species"),
         ("train labels.csv:label=spec", "for example labels.csv:label=Species"),
         ("train labels.csv:label=species", "labels.csv, row 1: "),

@@ -126,8 +126,8 @@ _ANSWERS = {  # words that have no counterpart: what does the job
     "augment":
         "augmentation belongs to the recipe (`resnetlab recipes` lists them): --set trivial_augment=true, --set flip=false.",
     "set":
-        "the study sets the values; other ones are trained with: resnetlab train DATA --set key=value, and shown beside "
-        "each other by: resnetlab runs compare RUN RUN.",
+        "a run is trained with its values (a study sets its own): resnetlab train DATA --set key=value; runs are shown "
+        "beside each other by: resnetlab runs compare RUN RUN.",
     "dry_run": "the cost is printed before the work begins; Ctrl-C stops it, and nothing is lost.",
     "X y x X_train y_train x_train": "images and labels are one pair, the data: train((X, y)).",
     "mean std": "mean and standard deviation are computed from the training images.",

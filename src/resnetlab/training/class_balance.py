@@ -32,6 +32,8 @@ def parse_class_weights(text: str, classes: Sequence[str], labels: Tensor) -> Te
     weights = torch.ones(len(classes))
     for pair in text.split(","):
         name, _, value = (part.strip() for part in pair.rpartition("="))
+        if not name and ":" in pair:
+            raise UsageError(f"class_weights takes name=number, such as {classes[0]}=2, not {pair!r}.")
         if name not in classes:
             raise unknown_name_error("class in class_weights", name or pair, ["balanced", *classes])
         try:
