@@ -114,6 +114,13 @@ def roboflow_yolo(root: Path) -> None:
     yolo(root, config, "{split}/images", "{split}/labels")
 
 
+def roboflow_darknet(root: Path) -> None:
+    """Labels beside the images, and the classes' names in the folder of each split."""
+    yolo(root, None, "{split}", "{split}")
+    for split in SPLITS:
+        _write(root / split / "_darknet.labels", "round\nsquare\n")
+
+
 def darknet_lists(root: Path) -> None:
     yolo(root, "train: train.txt\nval: val.txt\nnames:\n- round\n- square\n", "images", "labels")
     for split, seeds in SPLITS.items():
@@ -126,6 +133,16 @@ def voc(root: Path) -> None:
 
 def nested_voc(root: Path) -> None:
     cells.make_voc_folder(root / "VOCdevkit" / "VOC2012")
+
+
+def voc_in_splits(root: Path) -> None:
+    """VOC's folders in one for each split."""
+    roboflow_voc(root)
+    for split in SPLITS:
+        for file in sorted((root / split).iterdir()):
+            place = root / split / ("Annotations" if file.suffix == ".xml" else "JPEGImages")
+            place.mkdir(exist_ok=True)
+            file.rename(place / file.name)
 
 
 def roboflow_voc(root: Path) -> None:
@@ -310,6 +327,12 @@ def camvid(root: Path) -> None:
     _write(root / "class_dict.csv", "name,r,g,b\nbackground,0,0,0\nround,128,0,0\nsquare,0,128,0\n", "utf-8-sig")
 
 
+def roboflow_masks(root: Path) -> None:
+    masks(root, "{split}/{stem}.png", "{split}/{stem}_mask.png")
+    for split in SPLITS:
+        _write(root / split / "_classes.csv", "Pixel Value, Class\n0, background\n1, round\n2, square\n")
+
+
 def segnet(root: Path) -> None:
     masks(root, "{split}/{stem}.png", "{split}annot/{stem}.png")
     _write(root / "classes.txt", "background\nround\nsquare\n")
@@ -336,7 +359,8 @@ def cityscapes(root: Path) -> None:
 
 
 BOXES: dict[str, Callable[[Path], None]] = {
-    "voc": voc, "voc in a folder": nested_voc, "roboflow voc": roboflow_voc, "fiftyone": fiftyone,
+    "voc": voc, "voc in a folder": nested_voc, "voc in splits": voc_in_splits, "roboflow voc": roboflow_voc,
+    "fiftyone": fiftyone, "roboflow darknet": roboflow_darknet,
     "fiftyone samples": fiftyone_samples,
     "ultralytics": ultralytics, "roboflow yolo": roboflow_yolo, "darknet": darknet_lists,
 }  # fmt: skip
@@ -347,4 +371,5 @@ OUTLINES: dict[str, Callable[[Path], None]] = {  # both boxes and masks
 }  # fmt: skip
 MASKS: dict[str, Callable[[Path], None]] = {
     "voc": voc, "cvat": cvat_masks, "camvid": camvid, "segnet": segnet, "images and masks": images_and_masks,
+    "roboflow masks": roboflow_masks,
 }  # fmt: skip

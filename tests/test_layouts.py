@@ -6,8 +6,6 @@ import json
 import re
 import shutil
 import warnings
-import zipfile
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +21,6 @@ from resnetlab.data.mask_files import read_codes
 from resnetlab.errors import DataError
 
 BOXES = layouts.BOXES | layouts.OUTLINES
-TOOL_EXPORTS = Path(__file__).parent / "data" / "tool_exports.zip"  # made by make_tool_exports.py beside it
-with zipfile.ZipFile(TOOL_EXPORTS) as opened:
-    TOOL_RECORD = json.loads(opened.read("record.json"))  # what the tools' own readers see
 
 
 def load(function: Any, root: Path) -> Any:
@@ -257,9 +252,47 @@ def test_yolo_places_that_do_not_exist_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no data\.yaml with `names` and no classes\.txt"):
         box_dataset.load_boxes(tmp_path)
     (tmp_path / "images" / "empty").mkdir()
-    (tmp_path / "data.yaml").write_text("train: images/train\nval: images/empty\nnames: [round, square]\n")
-    with pytest.raises(DataError, match=r"names images/empty, which holds no image; put some there"):
+    (tmp_path / "data.yaml").write_text("train: images/empty\nval: images/val\nnames: [round, square]\n")
+    with pytest.raises(
+        DataError, match=r"names images/empty for the train split, which holds no image; put some there"
+    ):
         box_dataset.load_boxes(tmp_path)
+    shutil.rmtree(tmp_path / "images" / "val")
+    (tmp_path / "data.yaml").write_text("train: images/train\nval: images/empty\nnames: [round, square]\n")
+    with pytest.warns(UserWarning, match=r"names images/empty for the val split, which holds no image, so that split"):
+        data = box_dataset.load_boxes(tmp_path)
+    assert (len(data.train), len(data.test), data.evaluated_split) == (5, 1, "held-out")
+
+
+def test_a_split_without_images_is_said(tmp_path: Path) -> None:
+    cells.make_voc_folder(tmp_path)
+    (tmp_path / "ImageSets" / "Main" / "test.txt").write_text("")
+    with pytest.warns(UserWarning, match="the test split has no image that can be used, and is left out"):
+        assert box_dataset.load_boxes(tmp_path).evaluated_split == "val"
+
+
+@pytest.mark.parametrize("layout", ["voc in splits", "fiftyone", "ultralytics"])
+def test_boxes_are_no_masks(layout: str, tmp_path: Path) -> None:
+    BOXES[layout](tmp_path)
+    with pytest.raises(
+        DataError, match="holds boxes without outlines or masks, for a detector: resnetlab detect train"
+    ):
+        mask_dataset.load_masks(tmp_path, "skip")
+
+
+def test_splits_with_other_classes_are_refused(tmp_path: Path) -> None:
+    layouts.roboflow_darknet(tmp_path / "boxes")
+    (tmp_path / "boxes" / "val" / "_darknet.labels").write_text("square\nround\n")
+    with pytest.raises(DataError, match=r"val/_darknet\.labels name different classes, or in another order"):
+        box_dataset.load_boxes(tmp_path / "boxes")
+    layouts.roboflow_masks(tmp_path / "masks")
+    file = tmp_path / "masks" / "val" / "_classes.csv"
+    file.write_text("Pixel Value, Class\n0, background\n1, square\n2, round\n")
+    with pytest.raises(DataError, match=r"val/_classes\.csv name different classes"):
+        mask_dataset.load_masks(tmp_path / "masks")
+    file.write_text("Pixel Value, Class\n0, background\n2, square\n")
+    with pytest.raises(DataError, match=r"must name two or more classes with the values 0, 1, 2"):
+        mask_dataset.load_masks(tmp_path / "masks")
 
 
 def test_documents_of_no_split_are_named(tmp_path: Path) -> None:
@@ -458,33 +491,3 @@ def test_boxes_are_those_of_supervisions_readers(layout: str, tmp_path: Path) ->
         assert [theirs.classes[k] for k in detections.class_id] == [ours.classes[k] for k in image.labels]
         atol = 1.001 if layout == "roboflow voc" else 0.01  # it takes 1 off VOC's corners
         np.testing.assert_allclose(detections.xyxy, image.boxes.numpy(), rtol=0, atol=atol)
-
-
-@pytest.mark.parametrize("layout", TOOL_RECORD)
-def test_what_tools_wrote_is_read_as_they_read_it(layout: str, tmp_path: Path) -> None:
-    with zipfile.ZipFile(TOOL_EXPORTS) as content:
-        content.extractall(tmp_path, [name for name in content.namelist() if name.startswith(f"{layout}/")])
-    recorded = TOOL_RECORD[layout]
-    has_masks = any(image["masks"] for image in recorded.values())
-    if any(image["boxes"] for image in recorded.values()):
-        data = load(box_dataset.load_boxes, tmp_path / layout)
-        images = [*data.train, *data.val, *data.test]
-        assert {image.file.stem for image in images} == set(recorded)
-        for image in images:
-            seen = sorted([data.classes[k], *box] for k, box in zip(image.labels, image.boxes.tolist(), strict=True))
-            expected = recorded[image.file.stem]["boxes"]
-            if (
-                layout == "supervision pascal_voc"
-            ):  # it adds 1 to the upper left corner in the file; docs/differences.md
-                expected = [[name, x1 + 1, y1 + 1, x2, y2] for name, x1, y1, x2, y2 in expected]
-            assert [name for name, *_ in seen] == [name for name, *_ in expected]
-            np.testing.assert_allclose([box for _, *box in seen], [box for _, *box in expected], atol=2e-3)
-    if has_masks:
-        data = load(mask_dataset.load_masks, tmp_path / layout)
-        for masked in (*data.train, *data.val, *data.test):
-            mask = masked.read()[1].numpy()
-            for name, (pixels, checksum) in recorded[masked.file.stem.removesuffix("_leftImg8bit")]["masks"].items():
-                inside = mask == data.classes.index(name)
-                assert (int(inside.sum()), zlib.crc32(np.packbits(inside).tobytes())) == (pixels, checksum)
-    if not layout.startswith("label studio"):
-        assert len(data.train) == 2 and data.evaluated_split == "val"

@@ -1,15 +1,21 @@
 """Makes tool_exports.zip: one small scene as other tools write it, and what these tools themselves read in it (record.json).
 
-Run once where datumaro and supervision are installed, once where label-studio-sdk is (they want different NumPy):
+Run once where datumaro and supervision are installed, and once for each of the others (they want different NumPy):
 
     python make_tool_exports.py tools          # writes the zip (datumaro 1.13.12, supervision 0.31.2)
     python make_tool_exports.py label-studio   # adds to it (label-studio-sdk 2.1.2)
+    python make_tool_exports.py labelme        # adds to it (labelme 6.3.1)
+    python make_tool_exports.py cityscapes     # adds to it (cityscapesscripts 2.3.0)
+    python make_tool_exports.py fiftyone       # adds to it (fiftyone 1.22.1; its exporters and importers need no database)
 
-record.json: {layout: {image's stem: {"boxes": [[class, x1, y1, x2, y2]], "masks": {class: [pixels, CRC-32 of the mask]}}}}.
+record.json: {layout: {image's stem: {"boxes": [[class, x1, y1, x2, y2]], "masks": {class: [pixels, CRC-32 of the mask]}}}},
+or {"classes": […]} of each image where images have classes.
 """
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import sys
 import tempfile
@@ -267,21 +273,215 @@ def write_label_studio(root: Path) -> Record:
     return record
 
 
+def write_fiftyone(root: Path) -> Record:
+    import fiftyone as fo
+    import fiftyone.core.odm as odm
+    from bson import json_util
+    from fiftyone.types import dataset_types as types
+
+    def region(name: str, kind: str, value: Any, size: tuple[int, int], masks: bool) -> Any:
+        (x, y, w, h), (width, height) = bounds(kind, value), size
+        if not masks:
+            return fo.Detection(label=name, bounding_box=[x / width, y / height, w / width, h / height])
+        inside = value
+        if kind != "mask":
+            inside = np.zeros((height, width), bool)
+            inside[int(y) : int(y + h), int(x) : int(x + w)] = True
+        return fo.Detection.from_mask(inside, label=name)
+
+    def describe(label: Any, size: tuple[int, int]) -> dict[str, Any]:
+        """The boxes and masks of what an importer gives."""
+        if isinstance(label, dict):
+            label = next(value for key, value in label.items() if key in ("segmentations", "detections"))
+        names: dict[str, Any] = {}
+        boxes = []
+        if isinstance(label, fo.Segmentation):
+            return {
+                "boxes": [],
+                "masks": {f"class {n}": label.get_mask() == n for n in np.unique(label.get_mask()) if n},
+            }
+        for thing in label.detections:
+            x, y, w, h = np.array(thing.bounding_box) * np.tile(size, 2)
+            boxes.append([thing.label, x, y, x + w, y + h])
+            if thing.has_mask:
+                names[thing.label] = thing.to_segmentation(frame_size=size, target=1).mask > 0
+        return {"boxes": [] if names else boxes, "masks": names}
+
+    targets = dict(enumerate(CLASSES, 1))
+    record: Record = {}
+    for name, layout, masks, write, read in (
+        ("detections", types.FiftyOneImageDetectionDataset, False, {"classes": list(CLASSES)}, {}),
+        ("names", types.FiftyOneImageDetectionDataset, False, {}, {}),
+        ("coco", types.COCODetectionDataset, False, {"info": {}}, {}),
+        ("coco masks", types.COCODetectionDataset, True, {"info": {}}, {"label_types": "segmentations"}),
+        ("voc", types.VOCDetectionDataset, False, {}, {}),
+        ("yolov4", types.YOLOv4Dataset, False, {"classes": list(CLASSES)}, {}),
+        ("yolov5", types.YOLOv5Dataset, False, {"classes": list(CLASSES), "include_path": False}, {}),
+        ("cvat", types.CVATImageDataset, False, {}, {}),
+        ("masks", types.ImageSegmentationDirectory, True, {"mask_targets": targets}, {}),
+        ("samples", None, True, {}, {}),
+        ("classes", types.FiftyOneImageClassificationDataset, False, {}, {}),
+        ("class numbers", types.FiftyOneImageClassificationDataset, False, {"classes": list(CLASSES)}, {}),
+        ("several classes", types.FiftyOneImageClassificationDataset, False, {"include_confidence": True}, {}),
+        ("class folders", types.ImageClassificationDirectoryTree, False, {}, {}),
+    ):
+        folder = root / f"fiftyone {name}"
+        images, samples = record.setdefault(folder.name, {}), []
+        for split, sizes in SIZES.items():
+            place = folder if layout is types.YOLOv5Dataset else folder / split
+            options = {"split": split} if layout is types.YOLOv5Dataset else {}
+            exporter = None
+            if layout is not None:
+                source = {} if "class" in name else {"rel_dir": str(root / "images")}
+                exporter = layout().get_dataset_exporter_cls()(export_dir=str(place), **options, **source, **write)
+                exporter._name, exporter._task_labels = folder.name, None  # what CVAT's takes from the database
+                exporter.setup()
+            for i, size in enumerate(sizes):
+                file = root / "images" / "day 1" / f"bild é {split}{i}.png"
+                file.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(image_of(size)).save(file)
+                things = [region(*thing, size, masks) for thing in scene(size)]
+                label = fo.Detections(detections=things)
+                if "class" in name:
+                    labels = [fo.Classification(label=c, confidence=1.0) for c in CLASSES[i : i + 1]]
+                    more = [fo.Classification(label=c, confidence=0.5) for c in CLASSES[: i + 2]]
+                    label = fo.Classifications(classifications=more) if name.startswith("several") else labels[0]
+                if exporter is not None:
+                    exporter.export_sample(str(file), label)
+                    continue
+                sample = fo.Sample(filepath=f"data/{file.name}", tags=["batch 3", split])
+                sample["things"] = label
+                sample["a_model"] = fo.Detections(detections=[region(*scene(size)[0], size, False)])
+                samples.append(sample.to_mongo_dict(include_id=True))
+                (folder / "data").mkdir(parents=True, exist_ok=True)
+                (folder / "data" / file.name).write_bytes(file.read_bytes())
+                images[file.stem] = (label, size)
+            if exporter is not None:
+                exporter.close()
+                importer = layout().get_dataset_importer_cls()(dataset_dir=str(place), **options, **read)
+                importer.setup()
+                for path, _, label in importer:
+                    with Image.open(path) as opened:
+                        images[Path(path).stem] = (label, opened.size)
+        if samples:
+            odm.export_collection(samples, str(folder / "samples.json"), key="samples", progress=False)
+            for sample in json_util.loads((folder / "samples.json").read_text())["samples"]:
+                stem = Path(sample["filepath"]).stem
+                images[stem] = (fo.Sample.from_dict(sample)["things"], images[stem][1])
+        for stem, (label, size) in list(images.items()):
+            if isinstance(label, fo.Classification | fo.Classifications):
+                parts = label.classifications if isinstance(label, fo.Classifications) else [label]
+                images[stem] = {"classes": sorted(part.label for part in parts)}
+            else:
+                found = describe(label, size)
+                add(images, stem, found["boxes"], found["masks"])
+    return record
+
+
+def write_labelme(root: Path) -> Record:
+    from labelme._label_file import read_label_file, write_label_file
+    from labelme.utils.shape import masks_to_bboxes, shapes_to_label
+
+    images: Record = {}
+    for split, sizes in SIZES.items():
+        for i, size in enumerate(sizes):
+            file = root / "labelme" / split / f"bild é {split}{i}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image_of(size)).save(file)
+            shapes: list[Any] = []
+            for name, kind, value in scene(size):
+                x, y, w, h = bounds(kind, value)
+                shape = {"label": name, "group_id": None, "description": "", "flags": {}, "mask": None, "points": []}
+                if kind == "polygon":
+                    shape |= {"shape_type": "polygon", "points": np.reshape(value, (-1, 2)).tolist()}
+                elif kind == "box":
+                    shape |= {"shape_type": "rectangle", "points": [[x + w, y + h], [x, y]]}
+                else:
+                    x1, y1, x2, y2 = int(x), int(y), int(x + w), int(y + h)
+                    png = io.BytesIO()
+                    Image.fromarray(value[y1:y2, x1:x2]).save(png, format="PNG")
+                    text = base64.b64encode(png.getvalue()).decode()
+                    shape |= {"shape_type": "mask", "points": [[x1, y1], [x2 - 1, y2 - 1]], "mask": text}
+                shapes.append(shape)
+            document = str(file.with_suffix(".json"))
+            write_label_file(
+                filename=document, shapes=shapes, image_path=file.name, image_data=file.read_bytes(), image_height=size[1],
+                image_width=size[0], other_data={}, flags={},
+            )  # fmt: skip
+            boxes, masks = [], {}
+            for shape in read_label_file(document).shapes:
+                corners = np.array(shape["points"])
+                box = [*corners.min(0), *corners.max(0)]
+                if shape["shape_type"] == "mask":  # of others it also fills the border; docs/layouts.md
+                    masks[shape["label"]] = shapes_to_label(size[::-1], [shape], {shape["label"]: 1})[0] > 0
+                    y1, x1, y2, x2 = masks_to_bboxes(masks[shape["label"]][None])[0]
+                    box = [x1, y1, x2, y2]
+                boxes.append([shape["label"], *box])
+            add(images, file.stem, boxes, masks)
+    return {"labelme": images}
+
+
+def write_cityscapes(root: Path) -> Record:
+    from cityscapesscripts.helpers.labels import trainId2label
+    from cityscapesscripts.preparation.json2labelImg import json2labelImg
+
+    names = ("road", "sidewalk", "cargroup", "person", "parking", "license plate", "train", "bicycle", "ego vehicle")
+    record: Record = {}
+    for kind in ("cityscapes ids", "cityscapes train ids"):
+        images = record[kind] = {}
+        for split, sizes in SIZES.items():
+            for i, (width, height) in enumerate(sizes):
+                stem = f"bonn_{i:06}_{width:06}"
+                objects = []
+                for k, name in enumerate(names):  # each over the lower right part of the one before
+                    x, y = k * width // len(names), k * height // len(names)
+                    corners = [[x, y], [width, y], [width, height], [x, height]]
+                    objects.append({"label": name, "polygon": corners, "deleted": int(name == "bicycle")})
+                content = {"imgHeight": height, "imgWidth": width, "objects": objects}
+                places = [root / kind / part / split / "bonn" for part in ("leftImg8bit", "gtFine")]
+                for place in places:
+                    place.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(image_of((width, height))).save(places[0] / f"{stem}_leftImg8bit.png")
+                document = places[1] / f"{stem}_gtFine_polygons.json"
+                document.write_text(json.dumps(content))
+                codings = {"ids": "labelIds", "color": "color", "trainIds": "labelTrainIds"}
+                for coding, word in codings.items():
+                    mask = document.with_name(f"{stem}_gtFine_{word}.png")
+                    json2labelImg(str(document), str(mask), coding)
+                with Image.open(document.with_name(f"{stem}_gtFine_labelTrainIds.png")) as opened:
+                    values = np.array(opened)
+                if kind == "cityscapes ids":
+                    document.with_name(f"{stem}_gtFine_labelTrainIds.png").unlink()
+                found = (int(v) for v in np.unique(values) if v < 255)
+                add(images, stem, [], {trainId2label[v].name: values == v for v in found})
+    return record
+
+
 def main(kind: str) -> None:
     with tempfile.TemporaryDirectory() as place:
         root, record = Path(place), Record()
-        if kind == "label-studio":
+        if kind in ADDED:
             with zipfile.ZipFile(ZIP) as old:
                 old.extractall(root)
             record = json.loads((root / "record.json").read_text())
-            record |= write_label_studio(root)
+            record |= ADDED[kind](root)
         else:
             record = write_datumaro(root) | write_supervision(root)
         (root / "record.json").write_text(json.dumps(record, ensure_ascii=False, indent=1))
         with zipfile.ZipFile(ZIP, "w", zipfile.ZIP_DEFLATED) as new:
-            for file in sorted(path for path in root.rglob("*") if path.is_file() and path.parent != root / "images"):
+            for file in sorted(
+                path for path in root.rglob("*") if path.is_file() and path.relative_to(root).parts[0] != "images"
+            ):
                 entry = zipfile.ZipInfo(file.relative_to(root).as_posix())  # without the time
                 new.writestr(entry, file.read_bytes(), zipfile.ZIP_DEFLATED)
+
+
+ADDED = {
+    "label-studio": write_label_studio,
+    "fiftyone": write_fiftyone,
+    "labelme": write_labelme,
+    "cityscapes": write_cityscapes,
+}  # to what the others have written
 
 
 if __name__ == "__main__":

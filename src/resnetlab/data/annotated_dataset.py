@@ -69,9 +69,12 @@ def arrange_annotated_splits(
     """
     for note in found.notes:
         warn(f"{name}: {note}.")
+    empty = sorted(split for split, images in splits.items() if split and not images)
     count, splits = sum(map(len, splits.values())), {split: images for split, images in splits.items() if images}
     if not splits:
         raise DataError(f"{name} ({found.layout}) has no image that can be used.")
+    for split in empty:
+        warn(f"{name}: the {split} split has no image that can be used, and is left out.")
     training = {image.file for image in (*splits.get("train", ()), *splits.get("trainval", ()))}
     for evaluated in ("test",) if "trainval" in splits else ("val", "test"):
         if shared := [image.name for image in splits.get(evaluated, ()) if image.file in training]:

@@ -1,4 +1,4 @@
-"""CVAT's own XML, "CVAT for images 1.1": one annotations.xml and the images.
+"""CVAT's own XML, "CVAT for images 1.1": one annotations.xml and the images, together or in a folder for each split.
 
 <annotations><meta>…<label><name>round</name></label>…</meta>
   <image name="frames/a.png" subset="Train" width="640" height="480">
@@ -21,7 +21,7 @@ import numpy as np
 
 from resnetlab.data.annotations import Annotations, Box, ImageRecord, ObjectRecord
 from resnetlab.data.error_policy import ErrorPolicy
-from resnetlab.data.file_lookup import ImageFinder, find_split
+from resnetlab.data.file_lookup import ImageFinder, find_split, list_subfolders
 from resnetlab.data.object_masks import ellipse_corners, encode_mask, turn_corners
 from resnetlab.data.text_files import peek_text, read_bytes
 from resnetlab.errors import DataError
@@ -31,9 +31,12 @@ NO_REGIONS = ("polyline", "points", "cuboid", "skeleton")
 
 
 def find_cvat_files(root: Path) -> list[Path]:
-    """The XML files in a folder itself that are CVAT's, sorted."""
-    files = sorted(filter(Path.is_file, root.glob("*.[xX][mM][lL]")))
-    return [file for file in files if re.search(r"<annotations[\s>]", peek_text(file))]
+    """The XML files that are CVAT's, sorted: in a folder itself, or else in the folders of its splits."""
+    for folders in ([root], [folder for folder in list_subfolders(root) if find_split(folder.name)]):
+        files = sorted(file for folder in folders for file in folder.glob("*.[xX][mM][lL]") if file.is_file())
+        if found := [file for file in files if re.search(r"<annotations[\s>]", peek_text(file))]:
+            return found
+    return []
 
 
 def read_cvat(root: Path, errors: ErrorPolicy, masks: bool) -> Annotations:
@@ -48,11 +51,14 @@ def read_cvat(root: Path, errors: ErrorPolicy, masks: bool) -> Annotations:
             raise DataError(f"{file} is broken XML ({error}); export it again.") from None
         if document.find("track") is not None:
             raise DataError(f'{file} is CVAT\'s XML for video; export "CVAT for images 1.1" or "COCO 1.0".')
+        folder = finder.folder_of(file)
+        places = [f"{folder}/{inner}".strip("/") for inner in ("", "images", "data")]
         classes |= dict.fromkeys(name.text or "" for name in document.findall("meta//label/name"))
         for item in document.findall("image"):
             name, where = item.get("name") or "", f"{file}, image {item.get('name')}"
             subset = find_split(item.get("subset") or file.stem)  # Datumaro writes a file for each subset
-            image = finder.find(name, ("", "images", *(f"images/{s}" for s in [item.get("subset")] if s)))
+            subset = subset or find_split(file.parent.name if file.parent != root else "")
+            image = finder.find(name, (*places, *(f"images/{s}" for s in [item.get("subset")] if s)))
             size = (_read_pixels(item, "height"), _read_pixels(item, "width"))
             if image is None or 0 in size:
                 missing = f"its image does not exist below {root}" if image is None else "it has no width and height"

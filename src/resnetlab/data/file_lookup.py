@@ -99,9 +99,10 @@ class ImageFinder:
         return file.parent.relative_to(self.root).as_posix().removeprefix(".")
 
     def by_stem(self, folder: str) -> dict[str, Path]:
-        """The images of one folder (a path below the root) by their names without suffix."""
-        inside = [path for path in self.paths if path.rpartition("/")[0] == folder]
-        return {os.path.splitext(path.rpartition("/")[2])[0]: self.root / path for path in inside}
+        """The images below one folder (a path below the root) by their paths in it without suffix."""
+        start = f"{folder}/" if folder else ""
+        inside = [path for path in self.paths if path.startswith(start)]
+        return {os.path.splitext(path.removeprefix(start))[0]: self.root / path for path in inside}
 
     def count_named(self, name: str) -> int:
         """How many images have the last part of a name."""

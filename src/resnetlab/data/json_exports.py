@@ -1,11 +1,10 @@
-"""Annotation tools' own JSON: LabelMe (a file beside each image), Label Studio (one list of tasks), FiftyOne, CreateML."""
+"""Annotation tools' own JSON: LabelMe (a file beside each image), Label Studio (one list of tasks), CreateML."""
 
 from __future__ import annotations
 
 import base64
 import math
 import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -13,25 +12,16 @@ from urllib.parse import unquote
 import numpy as np
 from PIL import Image
 
-from resnetlab.data.annotations import Annotations, ImageRecord, ObjectRecord
+from resnetlab.data.annotations import Annotations, ImageRecord, ObjectRecord, add_record
 from resnetlab.data.decode import decode
 from resnetlab.data.error_policy import ErrorPolicy
-from resnetlab.data.file_lookup import ImageFinder, find_entry, find_split, list_json_files
+from resnetlab.data.file_lookup import ImageFinder, find_entry, list_json_files
 from resnetlab.data.object_masks import ellipse_corners, encode_mask, turn_corners
 from resnetlab.data.text_files import read_json, read_lines
 from resnetlab.errors import DataError
-from resnetlab.formatting import format_list
 
 NO_CLASSES = ("__ignore__", "_background_")  # of LabelMe's labels.txt
 UPLOAD_PREFIX = re.compile(r"^[0-9a-f]{8}-")  # that Label Studio gives to an uploaded file's name
-
-
-def _add_record(
-    splits: dict[str, list[ImageRecord]], file: Path, root: Path, record: ImageRecord, tags: Iterable[str] = ()
-) -> None:
-    """Adds an image to the split that one of its tags, or a folder above its file, names."""
-    words = (*tags, *file.relative_to(root).parts[:-1])
-    splits.setdefault(next(filter(None, map(find_split, words)), ""), []).append(record)
 
 
 def read_labelme(root: Path, errors: ErrorPolicy, masks: bool) -> Annotations:
@@ -56,7 +46,7 @@ def read_labelme(root: Path, errors: ErrorPolicy, masks: bool) -> Annotations:
             continue
         objects = _merge_groups([_read_shape(s, f"{file}, shape {i}", size, errors) for i, s in enumerate(shapes, 1)])
         record = ImageRecord(finder.name_of(image), image, str(file), size if all(size) else (0, 0), objects)
-        _add_record(splits, file, root, record)
+        add_record(splits, file, root, record)
     listed = find_entry(root, "labels.txt")
     classes = tuple(name for name in read_lines(listed) if name not in NO_CLASSES) if listed is not None else None
     return Annotations("LabelMe", classes, dict(splits))
@@ -111,28 +101,35 @@ def read_label_studio(root: Path, errors: ErrorPolicy, masks: bool) -> Annotatio
         for number, task in enumerate(read_json(file), 1):
             where = f"{file}, task {task.get('id', number) if isinstance(task, dict) else number}"
             try:
-                results, count = _list_results(task)
-                data = task.get("data", task)
-                keys = ("image", "img", "image_url", "ocr", *data)
-                address = next(str(data[key]) for key in keys if isinstance(data.get(key), str))
-            except (KeyError, TypeError, AttributeError, StopIteration):
+                results, count = list_results(task)
+                last, image = find_task_image(task, finder)
+            except (KeyError, TypeError, AttributeError):
                 errors.reject(where, "it is no task with an image and annotations")
                 continue
             several += count > 1
-            last = re.split(r"[/\\=]", unquote(address))[-1]
-            image = finder.find(last, ("", "images")) or finder.find(UPLOAD_PREFIX.sub("", last), ("", "images"))
             if image is None:
                 errors.reject(where, f"its image {last} does not exist below {root}")
                 continue
             things = (_read_result(result, f"{where}, result {i}", errors) for i, result in enumerate(results, 1))
             objects = [thing for thing in things if thing is not None]
             record = ImageRecord(finder.name_of(image), image, str(file), (0, 0), objects, relative=True)
-            _add_record(splits, image, root, record)
+            add_record(splits, image, root, record)
     note = f"{several:,} tasks have several annotations; the first of each is read"
     return Annotations("Label Studio", None, dict(splits), (note,) if several else ())
 
 
-def _list_results(task: Any) -> tuple[list[Any], int]:
+def find_task_image(task: Any, finder: ImageFinder) -> tuple[str, Path | None]:
+    """The name and the file of a task's image; raises KeyError and others for what is no task."""
+    data = task.get("data", task)
+    keys = ("image", "img", "image_url", "ocr", *data)
+    address = next((str(data[key]) for key in keys if isinstance(data.get(key), str)), None)
+    if address is None:
+        raise KeyError("image")
+    last = re.split(r"[/\\=]", unquote(address))[-1]
+    return last, finder.find(last, ("", "images")) or finder.find(UPLOAD_PREFIX.sub("", last), ("", "images"))
+
+
+def list_results(task: Any) -> tuple[list[Any], int]:
     """The results of a task's first annotation that was not cancelled, and how many there are; JSON-MIN has them directly."""
     if "data" not in task:  # JSON-MIN: {"image": …, "label": [{"x": …, "rectanglelabels": […]}]}
         lists = [value for value in task.values() if isinstance(value, list)]
@@ -212,55 +209,6 @@ def _decode_brush(content: Any, result: Any) -> dict[str, Any]:
     return encode_mask(inside.reshape(height, width, 4)[:, :, 3], 0, 0, (height, width))
 
 
-def read_fiftyone_samples(root: Path, errors: ErrorPolicy, masks: bool) -> Annotations:
-    """FiftyOne's own data sets: {"samples": [{"filepath", "tags", FIELD: {"detections": […]} or {"polylines": […]}}]}.
-
-    The first field in the order of names that holds any is read, "ground_truth" before others.
-    """
-    splits: dict[str, list[ImageRecord]] = {}
-    finder, notes = ImageFinder(root), list[str]()
-    for file in (file for file in list_json_files(root) if file.stem.lower() == "samples"):
-        samples = read_json(file)["samples"]
-        values = [(key, value) for sample in samples for key, value in sample.items() if isinstance(value, dict)]
-        fields = {key for key, value in values if "detections" in value or "polylines" in value}
-        if not fields:
-            raise DataError(f"{file} has no field with detections or polylines; export one of them with the samples.")
-        first, *others = sorted(fields, key=lambda name: (name != "ground_truth", name))
-        notes += [f"{file.name}: the field {first} is read, not {format_list(others)}"] if others else []
-        folder = finder.folder_of(file)
-        for number, sample in enumerate(samples, 1):
-            name, value = str(sample.get("filepath", "")), sample.get(first) or {}
-            if (image := finder.find(name, (folder, f"{folder}/data".strip("/")))) is None:
-                errors.reject(f"{file}, sample {number}", f"its image {name} does not exist below {file.parent}")
-                continue
-            entries = value.get("detections") or value.get("polylines") or ()
-            where = f"{file}, {Path(name).name}, {first}"
-            objects = [_read_detection(e, f"{where} {i}", (), errors) for i, e in enumerate(entries, 1)]
-            record = ImageRecord(finder.name_of(image), image, str(file), (0, 0), objects, relative=True)
-            _add_record(splits, file, root, record, map(str, sample.get("tags") or ()))
-    return Annotations("FiftyOne", None, dict(splits), tuple(notes))
-
-
-def read_fiftyone(root: Path, errors: ErrorPolicy, masks: bool) -> Annotations:
-    """FiftyOne's image detections: {"classes": […], "labels": {name: [{"label", "bounding_box": [x, y, w, h]}]}} and data/."""
-    splits: dict[str, list[ImageRecord]] = {}
-    finder = ImageFinder(root)
-    classes: tuple[str, ...] = ()
-    for file in (file for file in list_json_files(root) if file.stem.lower() == "labels"):
-        content = read_json(file)
-        classes = classes or tuple(map(str, content["classes"] or ()))
-        by_stem = finder.by_stem(f"{finder.folder_of(file)}/data".strip("/"))
-        for name, entries in content["labels"].items():
-            if (image := by_stem.get(name) or by_stem.get(Path(name).stem)) is None:
-                errors.reject(f"{file}, {name}", f"its image does not exist in {file.parent / 'data'}")
-                continue
-            where = f"{file}, {name}, detection"
-            objects = [_read_detection(e, f"{where} {i}", classes, errors) for i, e in enumerate(entries or (), 1)]
-            record = ImageRecord(finder.name_of(image), image, str(file), (0, 0), objects, relative=True)
-            _add_record(splits, file, root, record)
-    return Annotations("FiftyOne", classes or None, dict(splits))
-
-
 def read_createml(root: Path, errors: ErrorPolicy, masks: bool) -> Annotations:
     """CreateML: [{"image", "annotations": [{"label", "coordinates": {"x", "y", "width", "height"}}]}], x and y the centre."""
     splits: dict[str, list[ImageRecord]] = {}
@@ -281,18 +229,5 @@ def read_createml(root: Path, errors: ErrorPolicy, masks: bool) -> Annotations:
                 except (KeyError, TypeError, ValueError):
                     errors.reject(where, "it has no label and coordinates x, y, width and height")
                     objects.append(ObjectRecord(where, None, None))
-            _add_record(splits, file, root, ImageRecord(finder.name_of(image), image, str(file), (0, 0), objects))
+            add_record(splits, file, root, ImageRecord(finder.name_of(image), image, str(file), (0, 0), objects))
     return Annotations("CreateML", None, dict(splits))
-
-
-def _read_detection(entry: Any, where: str, classes: tuple[str, ...], errors: ErrorPolicy) -> ObjectRecord:
-    try:
-        label = classes[entry["label"]] if isinstance(entry["label"], int) else str(entry["label"])
-        if "points" in entry:  # a polyline of FiftyOne's: rings of [x, y]
-            rings = [[float(v) for point in ring for v in point] for ring in entry["points"]]
-            return ObjectRecord(where, label, None, rings)
-        x, y, w, h = (float(v) for v in entry["bounding_box"])
-    except (KeyError, TypeError, ValueError, IndexError):
-        errors.reject(where, "it has no label and bounding_box [x, y, width, height] as fractions of the image")
-        return ObjectRecord(where, None, None)
-    return ObjectRecord(where, label, (x, y, x + w, y + h))

@@ -12,15 +12,10 @@ from resnetlab.data.coco import find_coco_files, read_coco
 from resnetlab.data.cvat_xml import find_cvat_files, read_cvat
 from resnetlab.data.decode import is_image_name
 from resnetlab.data.error_policy import ErrorPolicy
+from resnetlab.data.fiftyone import read_fiftyone, read_fiftyone_samples
 from resnetlab.data.file_lookup import list_json_files, list_subfolders
 from resnetlab.data.folder import guess_split
-from resnetlab.data.json_exports import (
-    read_createml,
-    read_fiftyone,
-    read_fiftyone_samples,
-    read_label_studio,
-    read_labelme,
-)
+from resnetlab.data.json_exports import read_createml, read_label_studio, read_labelme
 from resnetlab.data.mask_folders import has_mask_folders, read_mask_folders, read_voc_masks
 from resnetlab.data.text_files import peek_text
 from resnetlab.data.voc import find_voc_folders, read_voc
@@ -68,7 +63,8 @@ LAYOUTS = (  # the first that matches is read
     Layout("CVAT's XML for images (annotations.xml)", lambda root: bool(find_cvat_files(root)), read_cvat),
     Layout("Pascal VOC's format (Annotations/*.xml with JPEGImages/, or XML beside images)",
            lambda root: bool(find_voc_folders(root)), read_voc),
-    Layout("FiftyOne's (labels.json, data/)", lambda root: _has_json(root, "{", "classes", "labels"), read_fiftyone),
+    Layout("FiftyOne's (labels.json, data/)",
+           lambda root: _has_json(root, "{", "classes", "labels", "bounding_box"), read_fiftyone),
     Layout("FiftyOne's data sets (samples.json, data/)", lambda root: _has_json(root, "{", "samples"), read_fiftyone_samples),
     Layout("LabelMe's (JSON beside images)", lambda root: _has_json(root, "{", "shapes"), read_labelme),
     Layout("COCO's (train.json, annotations/instances_train2017.json, train/_annotations.coco.json, result.json and so on)",
@@ -77,7 +73,8 @@ LAYOUTS = (  # the first that matches is read
            lambda root: _has_json(root, "[", "annotations", "coordinates"), read_createml),
     Layout("Label Studio's (a JSON list of tasks)", lambda root: _has_json(root, "["), read_label_studio),
     Layout("YOLO's (data.yaml or classes.txt, with labels/*.txt)", find_yolo_labels, read_yolo),
-    Layout("images and masks in folders (images/ and masks/, train/ and trainannot/, leftImg8bit/ and gtFine/)",
+    Layout("images and masks in folders (images/ and masks/, train/ and trainannot/, leftImg8bit/ and gtFine/, "
+           "1.jpg and 1_mask.png)",
            has_mask_folders, read_mask_folders, "masks"),
 )  # fmt: skip
 

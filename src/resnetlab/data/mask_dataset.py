@@ -87,6 +87,7 @@ def load_masks(root: Path, on_bad: str = "stop", class_255: str = "") -> Annotat
     if any(record.mask for images in records.values() for record in images):
         classes, splits = _read_mask_files(root, records, errors, class_255)
     else:
+        _refuse_boxes(root, records)
         names = found.classes or find_training_classes(records)
         if len(names) >= MAX_CLASSES:
             raise DataError(
@@ -105,6 +106,16 @@ def load_masks(root: Path, on_bad: str = "stop", class_255: str = "") -> Annotat
                 f"{root}: no mask of the {split} split has another class than {classes[0]}; check what the masks' values mean."
             )
     return data
+
+
+def _refuse_boxes(root: Path, records: Mapping[str, list[ImageRecord]]) -> None:
+    """Raises DataError if there are objects, but no outline or mask of any."""
+    objects = [thing for images in records.values() for record in images for thing in record.objects if thing.label]
+    if objects and not any(thing.segmentation for thing in objects):
+        raise DataError(
+            f"{root} holds boxes without outlines or masks, for a detector: resnetlab detect train {root}. A segmenter needs "
+            "polygons or masks: export those."
+        )
 
 
 def _read_mask_files(

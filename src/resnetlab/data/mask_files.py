@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from resnetlab.data.decode import turn_upright
-from resnetlab.data.file_lookup import find_entry
+from resnetlab.data.file_lookup import find_entry, list_subfolders
 from resnetlab.data.text_files import read_bytes, read_lines
 from resnetlab.errors import DataError, unknown_name_error
 from resnetlab.formatting import format_count
@@ -29,7 +29,7 @@ from resnetlab.formatting import format_count
 VOID = 255  # a pixel that is neither trained on nor evaluated
 MAX_CLASSES = 255  # a mask has 8 bits, one value is VOID
 IGNORE = "ignore"  # what `class_255` may be beside a class
-CLASS_FILES = ("classes.txt", "labelmap.txt", "label_colors.txt", "class_dict.csv", "codes.txt")
+CLASS_FILES = ("classes.txt", "labelmap.txt", "label_colors.txt", "class_dict.csv", "codes.txt", "class_names.txt")
 BACKGROUND = ("background", "_background_")
 MAX_VALUE = 2**16 - 1
 VOID_NAMES = ("void", "ignore", "ignored", "__ignore__")  # of label maps: no class
@@ -142,7 +142,7 @@ def read_label_map(root: Path) -> LabelMap | None:
     Raises DataError if it names fewer than two, more than masks can hold, or one twice.
     """
     if (file := find_entry(root, *CLASS_FILES)) is None:
-        return None
+        return _read_numbered_classes(root)
     lines = [line for line in read_lines(file) if not line.startswith("#") and line.lower() != "name,r,g,b"]
     matches = [COLOUR_LINE.fullmatch(line) for line in lines]
     names, colours = tuple(line.split(":")[0].strip() for line in lines), None
@@ -156,6 +156,29 @@ def read_label_map(root: Path) -> LabelMap | None:
     if len(names) > MAX_CLASSES:
         raise DataError(f"{file} names {len(names):,} classes; masks hold {MAX_CLASSES} at most, so leave some out.")
     return LabelMap(file, names, colours)
+
+
+def _read_numbered_classes(root: Path) -> LabelMap | None:
+    """The classes of Roboflow's _classes.csv, "Pixel Value, Class" and a line "1, cat" for each; in every split's folder.
+
+    Raises DataError if splits differ, or the values are not 0, 1, 2, ….
+    """
+    found: LabelMap | None = None
+    for folder in (root, *list_subfolders(root)):
+        file = folder / "_classes.csv"
+        head, *lines = (read_lines(file) if file.is_file() else None) or [""]
+        if not re.fullmatch(r"pixel value\s*,\s*class", head.lower()):
+            continue
+        pairs = [line.partition(",") for line in lines]
+        if [value.strip() for value, _, _ in pairs] != [str(i) for i in range(len(pairs))] or len(pairs) < 2:
+            raise DataError(
+                f"{file} must name two or more classes with the values 0, 1, 2, …, one a line; export it again."
+            )
+        names = tuple(name.strip() for _, _, name in pairs)
+        if found is not None and found.names != names:
+            raise DataError(f"{found.file} and {file} name different classes; export both again.")
+        found = LabelMap(file, names, None)
+    return found
 
 
 def decide_mask_classes(files: Sequence[Path], label_map: LabelMap | None, class_255: str) -> MaskClasses:

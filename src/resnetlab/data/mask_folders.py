@@ -5,6 +5,7 @@ images/1.jpg            masks/1.png (labels/1_P.png, …)         lists train.tx
 images/train/1.jpg      annotations/train/1.png
 train/images/1.jpg      train/masks/1_mask.png
 train/1.png             trainannot/1.png, train_labels/1_L.png  (CamVid)
+train/1.jpg             train/1_mask.png                        (Roboflow)
 leftImg8bit/train/aachen/1_leftImg8bit.png    gtFine/train/aachen/1_gtFine_labelIds.png   (Cityscapes)
 """
 
@@ -12,11 +13,13 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from resnetlab.data.annotations import Annotations, ImageRecord
+from resnetlab.data.decode import is_image_name
 from resnetlab.data.error_policy import ErrorPolicy
-from resnetlab.data.file_lookup import ImageFinder, find_split, name_key
+from resnetlab.data.file_lookup import ImageFinder, find_split, list_subfolders, name_key
 from resnetlab.data.mask_files import VOID, MaskClasses
 from resnetlab.data.voc import list_by_stem, list_voc_images, read_voc_splits, split_by_folders
 from resnetlab.errors import DataError
@@ -58,7 +61,9 @@ def read_voc_masks(root: Path, errors: ErrorPolicy, masks: bool) -> Annotations:
 
 
 def has_mask_folders(root: Path) -> bool:
-    """Whether a folder of masks holds an image, up to three folders deep."""
+    """Whether a folder of masks holds an image, up to three folders deep, or masks are beside their images."""
+    if any(_find_masks_beside(os.listdir(folder)) for folder in (root, *list_subfolders(root))):
+        return True
     folders = [root]
     for _ in range(3):
         folders = [path for folder in folders for path in sorted(folder.iterdir()) if path.is_dir()]
@@ -67,17 +72,26 @@ def has_mask_folders(root: Path) -> bool:
     return False
 
 
+def _find_masks_beside(names: Iterable[str]) -> set[str]:
+    """Of the files of one folder, or of paths, those that are masks of others by their names: 1_mask.png beside 1.jpg."""
+    stems = {os.path.splitext(name)[0] for name in names if is_image_name(name)}
+    masks = {stem for stem in stems if stem.endswith("_mask") and stem.removesuffix("_mask") in stems}
+    return {name for name in names if os.path.splitext(name)[0] in masks}
+
+
 def read_mask_folders(root: Path, errors: ErrorPolicy, masks: bool) -> Annotations:
     """Images and masks of one name (but for endings such as _mask) and one split."""
     images: dict[tuple[str, str], str] = {}
     files: dict[tuple[str, str], str] = {}
-    for path in ImageFinder(root).paths:
+    paths = ImageFinder(root).paths
+    beside = _find_masks_beside(paths)
+    for path in paths:
         *folders, name = path.split("/")
         stem = os.path.splitext(name)[0]
         matches = [match for folder in folders if (match := MASK_FOLDER.fullmatch(folder.lower()))]
         words = [*(match["split"] for match in matches if match["split"]), *folders]
         split = next((found for found in map(find_split, words) if found), "")
-        if matches and not OTHER_MASKS.search(stem):
+        if (matches or path in beside) and not OTHER_MASKS.search(stem):
             _add_file(files, (split, name_key(MASK_ENDING.sub("", stem))), path, root)
         elif not matches:
             _add_file(images, (split, name_key(IMAGE_ENDING.sub("", stem))), path, root)

@@ -10,6 +10,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 
 from resnetlab.data import archives, cifar, digits, folder, objects, shards, tables
+from resnetlab.data.class_exports import read_class_export
 from resnetlab.data.dataset import Dataset
 from resnetlab.data.disk_split import ReadOptions
 from resnetlab.data.layouts import describe_annotations
@@ -92,13 +93,7 @@ def load_dataset(name: str, data_dir: Path, read_options: ReadOptions | None = N
     if name.startswith(objects.HUB):
         return objects.load_hugging_face(name, read_options)
     if tables.is_table(name):
-        table = tables.load_table(name, read_options)
-        if table.label_sets is not None and not read_options.multi_label:
-            raise UsageError(
-                f"{name} gives several classes per image, which train, evaluate and predict take, but this does not; give data "
-                "with one class per image."
-            )
-        return table
+        return _refuse_several_classes(tables.load_table(name, read_options), name, read_options)
     if archives.is_archive(name):
         return archives.load_archive(Path(name), data_dir, read_options)
     if shards.is_shard_pattern(name):
@@ -119,13 +114,25 @@ def load_dataset(name: str, data_dir: Path, read_options: ReadOptions | None = N
     raise type(unknown)(f"{unknown} There is no folder {name} here either.")
 
 
+def _refuse_several_classes(dataset: Dataset, name: str, read_options: ReadOptions) -> Dataset:
+    """The data set; raises UsageError if it has several classes per image and the caller wants one each."""
+    if dataset.label_sets is not None and not read_options.multi_label:
+        raise UsageError(
+            f"{name} gives several classes per image, which train, evaluate and predict take, but this does not; give data "
+            "with one class per image."
+        )
+    return dataset
+
+
 def _load_folder(path: Path, read_options: ReadOptions) -> Dataset:
-    """Loads class folders; raises DataError, with the commands for them, for a folder of boxes or masks."""
+    """Loads class folders, or an export of classes; raises DataError, with the commands for them, for boxes or masks."""
     try:
         with warnings.catch_warnings(record=True) as caught:  # those of class folders, which these may not be
             warnings.simplefilter("always")
             dataset = folder.load_folder(path, read_options)
     except DataError as error:
+        if (exported := _load_class_export(path, read_options)) is not None:
+            return exported
         sentence = None
         with contextlib.suppress(OSError, DataError):  # what cannot be read, which the first error says already
             sentence = describe_annotations(path)
@@ -135,12 +142,20 @@ def _load_folder(path: Path, read_options: ReadOptions) -> Dataset:
         raise
     named = [name for name in dataset.classes if folder.guess_split(name) or NO_CLASS.search(name.lower())]
     if len(named) == len(dataset.classes) or len(dataset.classes) == 1:  # images and masks, or splits, would be classes
+        if (exported := _load_class_export(path, read_options)) is not None:
+            return exported
         if sentence := describe_annotations(path):
             raise DataError(sentence)
         if {"images", "masks"} == {name.lower() for name in named}:
             raise DataError(f"{path} holds images and masks, not class folders.")
     _warn_again(caught)
     return dataset
+
+
+def _load_class_export(path: Path, read_options: ReadOptions) -> Dataset | None:
+    if (listed := read_class_export(path)) is None:
+        return None
+    return _refuse_several_classes(tables.load_listed(listed, read_options), str(path), read_options)
 
 
 def _warn_again(caught: list[warnings.WarningMessage]) -> None:

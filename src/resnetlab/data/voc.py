@@ -5,8 +5,9 @@
 
 Without lists there is one split "" of all annotated images. An image without an <object> is background. An object may have a
 <polygon><x1>…</x1><y1>…</y1>…</polygon> (RectLabel, Labelbox) or <polygon><pt><x>…</x><y>…</y></pt>…</polygon> ("LabelMe 3.0")
-beside its <bndbox> or in its place. Images may also be in images/, or beside their XML, in the folder (LabelImg) or in a folder
-for each split (Roboflow). Both folders may have folders inside, whose names may be of splits.
+beside its <bndbox> or in its place. Images may also be in images/, in data/ with labels/*.xml (FiftyOne), or beside their XML;
+all of that in the folder (LabelImg) or in a folder for each split (Roboflow). Annotations and images may be in folders inside,
+whose names may be of splits.
 """
 
 from __future__ import annotations
@@ -31,15 +32,27 @@ TRUE = ("1", "true", "yes")
 
 def find_voc_folders(root: Path) -> dict[str, tuple[Path, Path]]:
     """(folder of annotations, folder of images) of each split; "" for all together. Empty if there is no XML."""
-    annotations = find_entry(root, "Annotations")
-    if annotations is not None and list_by_stem(annotations, (".xml",), deep=True):
-        return {"": (annotations, find_entry(root, "JPEGImages", "images") or root / "JPEGImages")}
+    if (pair := _find_folder_pair(root)) is not None:
+        return {"": pair}
     found: dict[str, tuple[Path, Path]] = {}
     for folder in (root, *list_subfolders(root)):
         split = find_split(folder.name) if folder != root else ""
-        if split not in found and list_by_stem(folder, (".xml",)):
+        if split in found:
+            continue
+        if list_by_stem(folder, (".xml",)):
             found[split] = (folder, folder)
+        elif split and (pair := _find_folder_pair(folder)) is not None:
+            found[split] = pair
     return found
+
+
+def _find_folder_pair(folder: Path) -> tuple[Path, Path] | None:
+    """(annotations, images), folders beside each other as VOC or FiftyOne calls them; None if there is no XML in the first."""
+    for names, beside in (("Annotations",), ("JPEGImages", "images")), (("labels",), ("data", "images")):
+        annotations = find_entry(folder, *names)
+        if annotations is not None and list_by_stem(annotations, (".xml",), deep=True):
+            return annotations, find_entry(folder, *beside) or folder / beside[0]
+    return None
 
 
 def read_voc(root: Path, errors: ErrorPolicy, masks: bool) -> Annotations:
@@ -47,8 +60,9 @@ def read_voc(root: Path, errors: ErrorPolicy, masks: bool) -> Annotations:
     folders = find_voc_folders(root)
     splits: dict[str, Iterable[ImageRecord]] = {}
     for split, (annotation_folder, image_folder) in folders.items():
-        images = list_voc_images(image_folder, deep=not split and image_folder != root)
-        annotations = list_by_stem(annotation_folder, (".xml",), deep=annotation_folder != image_folder)
+        apart = annotation_folder != image_folder
+        images = list_voc_images(image_folder, deep=apart or (not split and image_folder != root))
+        annotations = list_by_stem(annotation_folder, (".xml",), deep=apart)
         lists = {split: sorted(set(images) | set(annotations))}
         if not split:
             named = read_voc_splits(root / "ImageSets" / "Main", [*images, *annotations])

@@ -20,9 +20,10 @@ from resnetlab.data.file_lookup import ImageFinder, NameIndex, find_entry, find_
 from resnetlab.data.text_files import peek_lines, read_lines, read_text
 from resnetlab.data.voc import split_by_folders
 from resnetlab.errors import DataError
-from resnetlab.formatting import format_count
+from resnetlab.formatting import format_count, format_list
 
 CLASS_FILES = ("classes.txt", "obj.names", "_darknet.labels", "labels.txt")
+LABEL_DEPTH = 3  # labels/train/day 1/0001.txt
 ESCAPE = re.compile(r"\\(x[0-9A-Fa-f]{2}|u[0-9A-Fa-f]{4}|U[0-9A-Fa-f]{8}|.)")
 INLINE_ITEM = re.compile(
     r"""\s*((?:[^,:"']+:\s*)?(?:"(?:\\.|[^"\\])*"|'(?:''|[^'])*'|[^,]+))"""
@@ -39,14 +40,15 @@ class YoloConfig(NamedTuple):
 
 
 def find_yolo_labels(root: Path) -> bool:
-    """Whether a folder has YOLO's label files: numbers, a box or outline on each line."""
-    folders = [root, *list_subfolders(root)]
-    folders += [inner for folder in folders[1:] for inner in list_subfolders(folder)]
-    for folder in folders:
-        for file in sorted(folder.glob("*.txt"))[:20]:
-            lines = peek_lines(file)
-            if lines and all(re.fullmatch(r"\d+(\s+-?[\d.]+([eE][-+]?\d+)?){4,}", line) for line in lines):
-                return True
+    """Whether a folder has YOLO's label files, up to LABEL_DEPTH folders deep: numbers, a box or outline on each line."""
+    folders = [root]
+    for _ in range(LABEL_DEPTH + 1):
+        for folder in folders:
+            for file in sorted(folder.glob("*.txt"))[:20]:
+                lines = peek_lines(file)
+                if lines and all(re.fullmatch(r"\d+(\s+-?[\d.]+([eE][-+]?\d+)?){4,}", line) for line in lines):
+                    return True
+        folders = [inner for folder in folders for inner in list_subfolders(folder)]
     return False
 
 
@@ -56,7 +58,7 @@ def read_yolo(root: Path, errors: ErrorPolicy, masks: bool) -> Annotations:
     finder = ImageFinder(root)
     texts = NameIndex(path.relative_to(root).as_posix() for path in root.rglob("*") if path.suffix.lower() == ".txt")
     splits, without, count = {}, 0, 0
-    listed = _list_split_images(root, finder, config)
+    listed, notes = _list_split_images(root, finder, config)
     used = {name for images in listed.values() for name in images}
     unused = [path for path in finder.paths if path not in used and "labels" not in path.split("/")[:-1]]
     for split, images in listed.items():
@@ -72,7 +74,6 @@ def read_yolo(root: Path, errors: ErrorPolicy, masks: bool) -> Annotations:
     if without == count:
         every = format_count(count, "image")
         raise DataError(f"{root}: none of its {every} has a label file labels/….txt; check where they are.")
-    notes = []
     if without:
         notes.append(f"{without:,} of {count:,} images have no label file and count as background")
     if config.key_points:
@@ -97,12 +98,25 @@ def read_yolo_config(root: Path) -> YoloConfig:
             places = {find_split(key): value for key, value in values.items() if find_split(key) and value}
             splits = {split: [value] if isinstance(value, str) else list(value) for split, value in places.items()}
             return YoloConfig(file, tuple(map(str, names)), splits, bool(values.get("kpt_shape")))
-    if (class_file := find_entry(root, *CLASS_FILES)) is not None:
+    if (class_file := _find_class_file(root)) is not None:
         darknet = find_entry(root, "obj.data")
         pairs = (line.partition("=") for line in read_lines(darknet)) if darknet is not None else ()
         places = {find_split(key.strip()): [place.strip()] for key, _, place in pairs if find_split(key.strip())}
         return YoloConfig(darknet, tuple(read_lines(class_file)), places)
     raise DataError(f"{root} has YOLO's labels, but no data.yaml with `names` and no classes.txt; add one of them.")
+
+
+def _find_class_file(root: Path) -> Path | None:
+    """The file of class names in a folder, or in the folders of its splits; raises DataError if those differ."""
+    splits = [folder for folder in list_subfolders(root) if find_split(folder.name)]
+    found = [file for folder in (root, *splits) if (file := find_entry(folder, *CLASS_FILES)) is not None]
+    if found and found[0].parent != root:
+        for file in found[1:]:
+            if read_lines(file) != read_lines(found[0]):
+                raise DataError(
+                    f"{found[0]} and {file} name different classes, or in another order; export both again."
+                )
+    return found[0] if found else None
 
 
 def parse_simple_yaml(file: Path) -> dict[str, Any]:
@@ -148,34 +162,42 @@ def _parse_inline(text: str) -> list[str] | dict[str, str]:
     return {_parse_scalar(key): _parse_scalar(value) for key, _, value in (part.partition(":") for part in parts)}
 
 
-def _list_split_images(root: Path, finder: ImageFinder, config: YoloConfig) -> dict[str, list[str]]:
-    """The images of each split, paths below the root, by data.yaml, or else by the folders' names."""
+def _list_split_images(root: Path, finder: ImageFinder, config: YoloConfig) -> tuple[dict[str, list[str]], list[str]]:
+    """The images of each split, paths below the root, by data.yaml, or else by the folders' names; and notes.
+
+    A split to evaluate on whose places hold no image is left out. Raises DataError if that is the one to train on.
+    """
     paths = [path for path in finder.paths if "labels" not in path.split("/")[:-1]]
-    found = {}
+    found: dict[str, list[str]] = {}
+    notes: list[str] = []
     for split, places in config.splits.items():
         names = [name for place in places for name in _list_place(root, finder, config, place, paths)]
-        found[split] = list(dict.fromkeys(names))
+        if names:
+            found[split] = list(dict.fromkeys(names))
+            continue
+        empty = f"{config.file} names {format_list(places)} for the {split} split, which holds no image"
+        if split in ("train", "trainval"):
+            raise DataError(f"{empty}; put some there, or correct the line.")
+        notes.append(f"{empty}, so that split is left out")
     if found:
-        return found
+        return found, notes
     found = split_by_folders(paths)
     if "train" in found:  # images beside the splits are previews of the tool
         found.pop("", None)
-    return found
+    return found, notes
 
 
 def _list_place(root: Path, finder: ImageFinder, config: YoloConfig, place: str, paths: list[str]) -> list[str]:
     """The images of a folder or list that data.yaml names: relative to `path`, to the file, or with leading parts dropped.
 
-    Raises DataError if there is none.
+    Empty if an existing folder or list is. Raises DataError if there is none.
     """
     parts = [part for part in re.split(r"[/\\]", place) if part not in ("", ".", "..")]
     for start in range(len(parts)):
         rest = "/".join(parts[start:])
         entry = root / rest
         if entry.is_dir():
-            if inside := [path for path in paths if path.startswith(f"{rest}/")]:
-                return inside
-            raise DataError(f"{config.file} names {place}, which holds no image; put some there, or remove the line.")
+            return [path for path in paths if path.startswith(f"{rest}/")]
         if entry.suffix == ".txt" and entry.is_file():
             listed = {line: finder.find(line, ("",)) for line in read_lines(entry)}
             if missing := [line for line, file in listed.items() if file is None]:

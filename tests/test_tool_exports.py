@@ -1,0 +1,213 @@
+"""What annotation tools write is read as their own readers read it, object by object (data/make_tool_exports.py)."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import shutil
+import warnings
+import zipfile
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import cells
+from resnetlab.data import box_dataset, mask_dataset, sources
+from resnetlab.data.dataset import Dataset
+from resnetlab.data.disk_split import ReadOptions
+from resnetlab.errors import DataError, UsageError
+
+TOOL_EXPORTS = Path(__file__).parent / "data" / "tool_exports.zip"  # made by make_tool_exports.py beside it
+with zipfile.ZipFile(TOOL_EXPORTS) as opened:
+    TOOL_RECORD = json.loads(opened.read("record.json"))  # what the tools' own readers see
+OF_CLASSES = [layout for layout, images in TOOL_RECORD.items() if any("classes" in image for image in images.values())]
+
+
+def unpack(layout: str, folder: Path) -> Path:
+    with zipfile.ZipFile(TOOL_EXPORTS) as content:
+        content.extractall(folder, [name for name in content.namelist() if name.startswith(f"{layout}/")])
+    return folder / layout
+
+
+def load(function: Any, root: Path) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # classes that no mask has
+        return function(root)
+
+
+def load_classes(root: Path, **options: Any) -> Dataset:
+    return sources.load_dataset(str(root), root, ReadOptions(**options))
+
+
+@pytest.mark.parametrize("layout", [layout for layout in TOOL_RECORD if layout not in OF_CLASSES])
+def test_what_tools_wrote_is_read_as_they_read_it(layout: str, tmp_path: Path) -> None:
+    root = unpack(layout, tmp_path)
+    recorded = TOOL_RECORD[layout]
+    has_masks = any(image["masks"] for image in recorded.values())
+    if any(image["boxes"] for image in recorded.values()):
+        data = load(box_dataset.load_boxes, root)
+        images = [*data.train, *data.val, *data.test]
+        assert {image.file.stem for image in images} == set(recorded)
+        for image in images:
+            seen = sorted([data.classes[k], *box] for k, box in zip(image.labels, image.boxes.tolist(), strict=True))
+            expected = recorded[image.file.stem]["boxes"]
+            if (
+                layout == "supervision pascal_voc"
+            ):  # it adds 1 to the upper left corner in the file; docs/differences.md
+                expected = [[name, x1 + 1, y1 + 1, x2, y2] for name, x1, y1, x2, y2 in expected]
+            assert [name for name, *_ in seen] == [name for name, *_ in expected]
+            np.testing.assert_allclose([box for _, *box in seen], [box for _, *box in expected], atol=2e-3)
+    if has_masks:
+        data = load(mask_dataset.load_masks, root)
+        for masked in (*data.train, *data.val, *data.test):
+            mask = masked.read()[1].numpy()
+            for name, (pixels, checksum) in recorded[masked.file.stem.removesuffix("_leftImg8bit")]["masks"].items():
+                inside = mask == data.classes.index(name)
+                assert (int(inside.sum()), zlib.crc32(np.packbits(inside).tobytes())) == (pixels, checksum)
+    if not layout.startswith("label studio"):
+        assert len(data.train) == 2 and data.evaluated_split == "val"
+
+
+@pytest.mark.parametrize("layout", OF_CLASSES)
+def test_classes_that_tools_wrote_are_read_as_they_read_them(layout: str, tmp_path: Path) -> None:
+    root, recorded = unpack(layout, tmp_path), TOOL_RECORD[layout]
+    if layout == "fiftyone class folders":  # FiftyOne makes no folder for a class that a split lacks
+        shutil.copytree(root / "train" / "traffic_light", root / "val" / "traffic_light")
+        recorded |= {"bild é train1": {"classes": ["traffic_light"]}}
+    data = load_classes(root, multi_label=True)
+    assert data.evaluated_split == "val" and len(data.train) == 2
+    several = layout == "fiftyone several classes"
+    assert (data.label_sets is not None) == several
+    for split in (data.train, data.test):
+        for name, label in zip(split.names, split.labels.tolist(), strict=True):
+            numbers = data.label_sets[label].nonzero().flatten().tolist() if data.label_sets is not None else [label]
+            assert [data.classes[number] for number in numbers] == recorded[Path(name).stem]["classes"]
+    if several:
+        with pytest.raises(UsageError, match="gives several classes per image, which train, evaluate and predict take"):
+            load_classes(root)
+
+
+def write_samples(root: Path, *values: dict[str, Any], targets: dict[str, Any] | None = None) -> None:
+    """FiftyOne's samples.json with one image and a field `labels` for each value, the last of them to evaluate on."""
+    samples = []
+    for i, value in enumerate(values):
+        (root / "data").mkdir(parents=True, exist_ok=True)
+        cells.scene(i)[0].save(root / "data" / f"p{i}.png")
+        tags = ["val" if i == len(values) - 1 else "train"]
+        samples.append({"filepath": f"/elsewhere/data/p{i}.png", "tags": tags, "labels": value})
+    (root / "samples.json").write_text(json.dumps({"samples": samples}))
+    if targets is not None:
+        (root / "metadata.json").write_text(json.dumps({"mask_targets": {"labels": targets}}))
+
+
+def pack_array(mask: Any) -> dict[str, Any]:
+    content = io.BytesIO()
+    np.save(content, mask)
+    return {"$binary": {"base64": base64.b64encode(zlib.compress(content.getvalue())).decode(), "subType": "00"}}
+
+
+def test_fiftyones_masks_in_files_and_of_whole_images(tmp_path: Path) -> None:
+    masks = [np.array(cells.scene(i)[1]) for i in range(2)]
+    targets = {"1": "round", "2": "square"}
+    whole = [{"_cls": "Segmentation", "mask": pack_array(mask)} for mask in masks]
+    write_samples(tmp_path, *whole, targets=targets)
+    data = load(mask_dataset.load_masks, tmp_path)
+    assert data.classes == ("background", "round", "square") and (len(data.train), len(data.test)) == (1, 1)
+    assert np.array_equal(data.train[0].read()[1], masks[0])
+    (tmp_path / "fields").mkdir()
+    for i, mask in enumerate(masks):
+        Image.fromarray(mask).save(tmp_path / "fields" / f"{i}.png")
+    write_samples(tmp_path, *({"_cls": "Segmentation", "mask_path": f"fields/{i}.png"} for i in range(2)))
+    assert np.array_equal(load(mask_dataset.load_masks, tmp_path).train[0].read()[1], masks[0])
+    with pytest.raises(DataError, match="has no field with detections or polylines"):
+        box_dataset.load_boxes(tmp_path)
+    name, (x1, y1, x2, y2) = cells.scene(0)[2][0]
+    box = [x1 / 80, y1 / 64, (x2 - x1) / 80, (y2 - y1) / 64]
+    coarse = np.zeros((2, 2), bool)
+    coarse[0] = True  # the upper half of the box
+    thing = {"label": name, "bounding_box": box, "mask": pack_array(coarse)}
+    write_samples(tmp_path, *({"_cls": "Detections", "detections": [thing]} for _ in range(2)))
+    seen = load(mask_dataset.load_masks, tmp_path).train[0].read()[1].numpy()
+    assert seen[y1 : (y1 + y2) // 2, x1:x2].all() and seen.sum() == ((y1 + y2) // 2 - y1) * (x2 - x1)
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        ({"$binary": "bm9uZQ=="}, "incorrect header"),
+        ({"$binary": {"base64": 5}}, "neither a path nor a text in base64"),
+        (pack_array(np.zeros(3, bool)), "no array of whole numbers with rows and columns"),
+        (pack_array(np.zeros((2, 2))), "no array of whole numbers"),
+    ],
+)
+def test_broken_masks_of_fiftyone_are_named(mask: Any, message: str, tmp_path: Path) -> None:
+    good = {"label": "round", "bounding_box": [0.1, 0.1, 0.5, 0.5], "mask": pack_array(np.ones((2, 2), bool))}
+    values = [{"detections": [good | {"mask": mask}, good]}, {"detections": [good]}]
+    write_samples(tmp_path, *values)
+    with pytest.raises(DataError, match=rf"samples\.json, p0\.png, labels 1: its mask cannot be read \(.*{message}"):
+        mask_dataset.load_masks(tmp_path)
+    data = load(lambda root: mask_dataset.load_masks(root, "skip"), tmp_path)
+    assert len(data.errors.skipped) == 1 and len(data.train) == 1
+    assert len(load(box_dataset.load_boxes, tmp_path).train[0].boxes) == 2  # boxes need no mask
+
+
+def test_a_mask_of_fiftyone_is_not_unpacked_beyond_an_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    thing = {"label": "round", "bounding_box": [0, 0, 1, 1], "mask": pack_array(np.ones((400, 400), bool))}
+    write_samples(tmp_path, *({"detections": [thing]} for _ in range(2)))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 8000)
+    with pytest.raises(DataError, match="it is larger than any image"):
+        mask_dataset.load_masks(tmp_path)
+
+
+def write_tasks(root: Path, choices: list[list[str] | None]) -> None:
+    """Label Studio's export of a project that asks for a class."""
+    tasks = []
+    for i, chosen in enumerate(choices):
+        Image.new("RGB", (8, 8), (i, 0, 0)).save(root / f"p{i}.png")
+        result = [{"from_name": "kind", "type": "choices", "value": {"choices": chosen}}] if chosen else []
+        result += [{"from_name": "quality", "type": "choices", "value": {"choices": ["sharp"]}}]
+        image = f"/data/upload/1/0a1b2c3d-p{i}.png"
+        tasks.append({"id": 7 + i, "data": {"image": image}, "annotations": [{"result": result}]})
+    (root / "project-1.json").write_text(json.dumps(tasks))
+
+
+def test_choices_of_label_studio_are_classes(tmp_path: Path) -> None:
+    write_tasks(tmp_path, [["cat"], ["dog"], None] * 4)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        data = load_classes(tmp_path)
+    assert data.classes == ("cat", "dog") and len(data.train) + len(data.test) == 8
+    assert [str(warning.message).removeprefix(str(tmp_path)) for warning in said] == [
+        "/project-1.json: the classes of kind are read, not those of quality.",
+        " (Label Studio's tasks): 4 images without a class left out, such as p2.png.",
+    ]
+    write_tasks(tmp_path, [["cat"], ["dog", "cat"], ["dog"]] * 4)
+    assert load(lambda root: load_classes(root, multi_label=True), tmp_path).label_sets is not None
+    (tmp_path / "p3.png").unlink()
+    with pytest.raises(DataError, match=r"project-1\.json, task 10: its image does not exist below"):
+        load(load_classes, tmp_path)
+
+
+def test_roboflows_classes_are_read_in_each_split(tmp_path: Path) -> None:
+    for split, count in (("train", 6), ("valid", 3)):
+        (tmp_path / split).mkdir()
+        lines = ["filename, cat, dog"]
+        for i in range(count):
+            Image.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / split / f"{split}{i}.jpg")
+            lines.append(f"{split}{i}.jpg, {i % 2}, {(i + 1) % 3 % 2}")
+        (tmp_path / split / "_classes.csv").write_text("\n".join(lines))
+    data = load_classes(tmp_path, multi_label=True)
+    assert data.classes == ("cat", "dog") and data.evaluated_split == "val" and data.label_sets is not None
+    sets = [data.label_sets[label].tolist() for label in data.train.labels.tolist()]
+    expected = {f"train/train{i}.jpg": [i % 2, (i + 1) % 3 % 2] for i in range(6)}
+    assert dict(zip(data.train.names, sets, strict=True)) == expected
+    (tmp_path / "train" / "_classes.csv").write_text("filename,cat,dog\ntrain0.jpg,1,maybe\n")
+    with pytest.raises(
+        DataError, match=r"train/_classes\.csv looks like Roboflow's _classes\.csv, but has another form"
+    ):
+        load_classes(tmp_path, multi_label=True)
