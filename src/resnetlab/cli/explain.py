@@ -149,6 +149,6 @@ def _print_explanations(documents: list[dict[str, Any]]) -> None:
         )
     console.print_table("", ("image", "answer", "needs most", "another answer without"), rows)
     for document in documents:
-        if "figure" in document:
-            console.write_line(document["heat"])
-            console.write_line(document["figure"])
+        for file in ("heat", "figure"):
+            if file in document:
+                console.write_line(document[file])
