@@ -42,20 +42,20 @@ needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="there is no
     ],
 )
 def test_long_runs_on_small_images_are_compiled(recipe: Recipe, compiled: bool, why: str) -> None:
-    engine = choose_compilation(CPU, recipe, NET)
+    engine = choose_compilation(CPU, recipe, NET, 0)
     assert engine.compiled == compiled and why in engine.reason
     assert ("compiled (" in str(engine)) == compiled
 
 
 def test_the_choice_says_nothing_of_small_images() -> None:
     small = replace(photos(), image_size=64, bn_batch=0)  # the network that is trained warns; warnings are errors here
-    assert "too short" in choose_compilation(CPU, small, get_specification("resnet18")).reason
+    assert "too short" in choose_compilation(CPU, small, get_specification("resnet18"), 0).reason
 
 
 def test_without_a_compiler_nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setattr(shutil, "which", lambda _: None)
-    assert "no C++ compiler" in choose_compilation(CPU, replace(paper_cifar(), bn_batch=0), NET).reason
+    assert "no C++ compiler" in choose_compilation(CPU, replace(paper_cifar(), bn_batch=0), NET, 0).reason
 
 
 GPU = replace(CPU, device=torch.device("cuda"))
@@ -74,7 +74,7 @@ def test_a_mode_that_a_run_cannot_have_is_refused(
     device_config: DeviceConfig, values: dict[str, Any], problem: str
 ) -> None:
     with pytest.raises(UsageError, match=problem):
-        choose_compilation(device_config, replace(paper_cifar(), **values), NET)
+        choose_compilation(device_config, replace(paper_cifar(), **values), NET, 0)
 
 
 @pytest.mark.parametrize("mode", ["on", "reduce-overhead", "max-autotune-no-cudagraphs"])
@@ -82,7 +82,7 @@ def test_a_mode_on_a_gpu_is_the_compilers(mode: str, monkeypatch: pytest.MonkeyP
     asked: dict[str, Any] = {}
     monkeypatch.setattr(torch, "compile", lambda net, **options: asked.update(options) or net)
     recipe = replace(paper_cifar(), compile=mode, exact=mode != "max-autotune-no-cudagraphs")
-    chosen = choose_compilation(GPU, recipe, NET)
+    chosen = choose_compilation(GPU, recipe, NET, 0)
     assert (chosen.compiled, chosen.cuda_graph) == (True, False)
     assert ("compiled (" if mode == "on" else f"compiled for {mode} (") in str(chosen)
     with torch.backends.cudnn.flags(deterministic=recipe.exact):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import pickle
 import warnings
 import weakref
@@ -16,6 +17,7 @@ import pytest
 import torch
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from process_groups import call_in_processes
 from resnetlab import graph_capture
 from resnetlab.device import DeviceConfig
 from resnetlab.distributed import World
@@ -23,15 +25,19 @@ from resnetlab.graph_capture import Compute, GraphedFunction
 from resnetlab.models.backbone import Backbone, prepare_backbone
 from resnetlab.models.resnet import build
 from resnetlab.models.spec import get_specification
+from resnetlab.run_folder import RunFolder
+from resnetlab.stopping import StopRequest
 from resnetlab.training import backbone_graph, cuda_graph
 from resnetlab.training.average import set_train_mode
 from resnetlab.training.backbone_graph import BackboneGraph
 from resnetlab.training.checkpoint import TrainState
 from resnetlab.training.compilation import choose_compilation
 from resnetlab.training.cuda_graph import GraphGradients
+from resnetlab.training.exchange import BUCKET_BYTES
 from resnetlab.training.micro_batches import TreeMean
 from resnetlab.training.recipe import Recipe
 from resnetlab.training.recipes import paper_cifar
+from resnetlab.training.recorder import Recorder, RunContext
 from resnetlab.training.step import Gradients, compute_gradients, train_step
 from resnetlab.training.tasks.classification import ClassificationTask
 from resnetlab.training.train import RunOptions, build_task
@@ -54,8 +60,8 @@ def anew(compute: Compute) -> Compute:
     return replay
 
 
-def trained(recipe: Recipe, gradients: Gradients, device: str = "cpu") -> TrainState:
-    task = build_task(recipe, RunOptions(device=device))
+def trained(recipe: Recipe, gradients: Gradients, device: str = "cpu", world: World | None = None) -> TrainState:
+    task = build_task(recipe, RunOptions(device=device), world)
     here = TrainState.create(task)
     set_train_mode(task.net)
     for t in range(4):
@@ -81,6 +87,54 @@ def test_recorded_steps_are_bit_identical(values: dict[str, Any]) -> None:
     assert messages == ["CUDA graph: full steps are replayed from one recording"]
     for name, tensor in other.tensors().items():
         assert torch.equal(one.tensors()[name], tensor), name
+
+
+def fail_to_record(compute: Compute) -> Compute:
+    compute()
+    raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+@pytest.mark.parametrize(
+    "values", [{"bn_batch": 8}, {"bn_batch": 16, "stochastic_depth": 0.5}, BF16 | {"bn_batch": 16, "clip_norm": 0.5}]
+)
+@pytest.mark.parametrize("mixed", [False, True])
+def test_processes_that_exchange_after_a_replay_are_bit_identical_to_one(values: dict[str, Any], mixed: bool) -> None:
+    """Also where one process cannot record and computes every step, and exchanges while it does."""
+    recipe = tiny(**values)
+
+    def train(world: World) -> tuple[dict[str, Any], list[str], int]:
+        messages: list[str] = []
+        record = fail_to_record if mixed and world.rank == 1 else anew
+        here = trained(recipe, GraphGradients(messages.append, record), world=world)
+        return (
+            {name: tensor.float().numpy() for name, tensor in here.tensors().items()},
+            messages,
+            here.state.replayed_steps,
+        )
+
+    expected = trained(recipe, compute_gradients).tensors()
+    for rank, (tensors, messages, replayed) in enumerate(call_in_processes(2, train)):
+        fails = mixed and rank == 1
+        assert (replayed, "recording failed" in messages[0]) == ((0, True) if fails else (4, False)), messages
+        for name, tensor in expected.items():
+            assert torch.equal(torch.from_numpy(tensors[name]), tensor.float()), name
+
+
+def test_the_first_process_alone_records_how_its_steps_are_executed(tmp_path: Path) -> None:
+    """The others may have no access to the run folder."""
+    here, said = make_train_state(tiny()), list[str]()
+    context = RunContext(RunFolder(tmp_path / "run"), RunOptions(device="cpu", report=said.append))
+    for rank in (1, 0):
+        if rank == 0:
+            assert not (tmp_path / "run").exists()
+            (tmp_path / "run").mkdir()
+        task: Any = replace(here.task, device_config=replace(here.task.device_config, world=World(rank, 2)))  # type: ignore[type-var]
+        recorder = Recorder(replace(here, task=task), context, StopRequest())
+        with recorder.closing():
+            recorder.report_graph("CUDA graph: used")
+    assert said == ["CUDA graph: used"]
+    assert json.loads((tmp_path / "run" / "environment.json").read_text()) == {"steps": "CUDA graph: used"}
 
 
 def test_a_recording_has_the_scale_of_the_step() -> None:
@@ -122,12 +176,8 @@ def test_what_differs_when_replayed_is_not() -> None:
 
 
 def test_a_failed_recording_changes_nothing() -> None:
-    def fails(compute: Compute) -> Compute:
-        compute()
-        raise RuntimeError("operation not permitted when stream is capturing\nmore")
-
     messages: list[str] = []
-    one, other = trained(tiny(), GraphGradients(messages.append, fails)), trained(tiny(), compute_gradients)
+    one, other = trained(tiny(), GraphGradients(messages.append, fail_to_record)), trained(tiny(), compute_gradients)
     assert messages == [
         "CUDA graph: not used, since recording failed (operation not permitted when stream is capturing)"
     ]
@@ -233,12 +283,16 @@ def test_a_graph_that_leaves_no_memory_for_a_short_step_is_given_up(monkeypatch:
         (GPU, paper_cifar().rescale(STEPS + 1), True, "replayed"),  # so that --verify-resume proves what runs do
         (GPU, replace(paper_cifar(), recompute=True), False, "recompute"),
         (GPU, replace(paper_cifar(), compile="off"), False, "as requested"),
-        (replace(GPU, world=World(0, 2)), paper_cifar(), False, "several processes"),
+        (replace(GPU, world=World(0, 2)), paper_cifar(), True, "replayed if that is bit-identical"),
+        (replace(GPU, world=World(0, 2)), replace(paper_cifar(), bn_sync=True), False, "synchronised BN communicates"),
     ],
 )
 def test_when_a_graph_is_tried(device_config: DeviceConfig, recipe: Recipe, graphs: bool, why: str) -> None:
-    chosen = choose_compilation(device_config, recipe, get_specification("resnet20", classes=10))
+    spec = get_specification("resnet20", classes=10)
+    chosen = choose_compilation(device_config, recipe, spec, BUCKET_BYTES)
     assert (chosen.cuda_graph, chosen.compiled) == (graphs, False) and why in str(chosen)
+    larger = choose_compilation(device_config, recipe, spec, BUCKET_BYTES + 1)  # its exchange has work to hide behind
+    assert larger.cuda_graph is (graphs and device_config.world.size == 1)
 
 
 def record_cuda_graph_nowhere(compute: Compute) -> Compute:

@@ -19,6 +19,7 @@ import sys
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,6 +34,7 @@ from resnetlab.data.disk_split import DiskSplit, FileNames, FileSource, ImageSou
 from resnetlab.data.error_policy import ErrorPolicy
 from resnetlab.data.label_sets import find_classes, number_label_sets
 from resnetlab.data.labels import DEVKIT, read_class_names, read_flat_labels
+from resnetlab.data.slow_disk import map_files
 from resnetlab.errors import DataError, DataErrors, UsageError, warn
 from resnetlab.formatting import format_count, format_list
 
@@ -41,6 +43,7 @@ OTHER_NAMES = {"training": "train", "validation": "val", "valid": "val", "dev": 
 ENDINGS = re.compile(r"[ _-]?(set|data|images)$")  # training_set, Test Data, …
 # suffixes of images that are not read
 UNSUPPORTED = frozenset({"", ".jpe", ".heic", ".heif", ".jp2", ".jxl", ".tga", ".dng", ".cr2", ".nef", ".arw"})
+PART = 256  # images whose sizes are asked for in one go
 HELD_OUT = 0.2  # of a folder without val/ and test/
 
 
@@ -297,7 +300,7 @@ def find_split_folders(root: Path) -> dict[str, Path]:
     Folders beside them without any image are left out with a warning. Raises DataError if others make the splits ambiguous.
     """
     folders = _list_folders(root)
-    inner = {name: _list_folders(root / name) for name in folders}
+    inner = {name: _list_folders(root / name) for name in folders if guess_split(name)}
     found: dict[str, Path] = {}
     for split in SPLITS:
         # a class may be called Train, but contains no folders
@@ -322,7 +325,7 @@ def find_split_folders(root: Path) -> dict[str, Path]:
 
 def _hold_images(root: Path, folders: Sequence[str]) -> bool:
     """Whether one of the folders holds an image."""
-    return any(next(_walk_images(root / name), None) for name in folders)
+    return any(is_image_name(entry.name) for name in folders for entry in _walk_files(root / name))
 
 
 def guess_split(name: str) -> str:
@@ -344,7 +347,7 @@ def _read_flat_split(root: Path, folder: Path) -> FolderLayout | None:
     """A split without class folders, its classes listed in a file (data.labels); None for any other."""
     if folder == root or _list_folders(folder):
         return None
-    files = sorted(_walk_images(folder))
+    files = [file for _, part in _find_images([folder], []) for file in part]
     names = [os.path.basename(file) for file, _ in files]
     if not files or (classes := read_flat_labels(root, folder.name, names)) is None:
         return None
@@ -355,13 +358,13 @@ def _read_class_folders(root: Path, folder: Path) -> FolderLayout:
     """The images in the class folders of a split, sorted by name."""
     found = FolderLayout([], [], [], [])
     unsupported: list[str] = []
-    for name in _list_folders(folder):
-        files = sorted(_walk_images(folder / name, unsupported))
+    folders = [folder / name for name in _list_folders(folder)]
+    for class_folder, files in _find_images(folders, unsupported):
         found.names.extend(name_below(root, file) for file, _ in files)
         found.sizes.extend(size for _, size in files)
-        found.classes.extend(itertools.repeat(name, len(files)))
-        if not files:
-            found.empty.append(name)
+        found.classes.extend(itertools.repeat(class_folder.name, len(files)))
+    filled = set(found.classes)
+    found.empty.extend(each.name for each in folders if each.name not in filled)
     if found.names and (loose := find_loose_images(folder)):
         warn(
             f"{format_count(len(loose), 'image')} beside the class folders of {folder} left out, of no class, such as "
@@ -383,27 +386,53 @@ def find_loose_images(folder: Path) -> list[str]:
 
 def find_unsupported_files(folder: Path) -> list[str]:
     """Files in class folders that may be images of an unsupported kind, by their names below `folder`."""
-    unsupported: list[str] = []
-    for name in _list_folders(folder):
-        list(_walk_images(folder / name, unsupported))
-    return sorted(os.path.relpath(file, folder) for file in unsupported)
+    listed = map_files(_sort_files, [folder / name for name in _list_folders(folder)])
+    return sorted(os.path.relpath(file, folder) for _, unsupported in listed for file in unsupported)
 
 
-def _walk_images(folder: Path, unsupported: list[str] | None = None) -> Iterator[tuple[str, int]]:
-    """Yields (path, size in bytes) of every image below a folder (`decode.walk_folder`).
+def _find_images(folders: Sequence[Path], unsupported: list[str]) -> Iterator[tuple[Path, list[tuple[str, int]]]]:
+    """Yields each folder with (path, size in bytes) of the images below it, sorted, PART at a time.
 
     Files that may be images of an unsupported kind are added to `unsupported`.
     """
+
+    def list_parts() -> Iterator[tuple[Path, list[os.DirEntry[str]]]]:
+        for folder, (images, others) in zip(folders, map_files(_sort_files, folders), strict=True):
+            unsupported.extend(others)
+            for start in range(0, len(images), PART):
+                yield folder, images[start : start + PART]
+
+    yield from map_files(_measure_images, list_parts())
+
+
+def _sort_files(folder: Path) -> tuple[list[os.DirEntry[str]], list[str]]:
+    """The images below a folder, sorted by their paths, and the paths of files that may be images of an unsupported kind."""
+    images, unsupported = list[os.DirEntry[str]](), list[str]()
+    for entry in _walk_files(folder):
+        if is_image_name(entry.name):
+            images.append(entry)
+        elif os.path.splitext(entry.name)[1].lower() in UNSUPPORTED:
+            unsupported.append(entry.path)
+    return sorted(images, key=attrgetter("path")), unsupported
+
+
+def _walk_files(folder: Path) -> Iterator[os.DirEntry[str]]:
+    """Yields the files below a folder (`decode.walk_folder`); raises DataError for a folder that cannot be read."""
     for entry in walk_folder(folder):
         if isinstance(entry, DataError):
             raise entry
-        if is_image_name(entry.name):
-            try:
-                yield entry.path, entry.stat().st_size
-            except OSError:  # a broken link counts as an unreadable image, which is reported when it is read
-                yield entry.path, -1
-        elif unsupported is not None and os.path.splitext(entry.name)[1].lower() in UNSUPPORTED:
-            unsupported.append(entry.path)
+        yield entry
+
+
+def _measure_images(part: tuple[Path, list[os.DirEntry[str]]]) -> tuple[Path, list[tuple[str, int]]]:
+    """The same with path and size of each image; -1 for a broken link, which is reported when it is read."""
+    sizes: list[tuple[str, int]] = []
+    for entry in part[1]:
+        try:
+            sizes.append((entry.path, entry.stat().st_size))
+        except OSError:
+            sizes.append((entry.path, -1))
+    return part[0], sizes
 
 
 def name_below(root: str | Path, file: str) -> str:

@@ -12,7 +12,6 @@ import contextlib
 import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
@@ -29,16 +28,15 @@ from resnetlab.data.error_policy import ErrorPolicy
 from resnetlab.data.folder import arrange_splits, guess_split, select_images
 from resnetlab.data.object_store import is_address, is_store, list_tars, strip_secrets
 from resnetlab.data.remote_shards import RemoteShards
+from resnetlab.data.slow_disk import map_files
 from resnetlab.data.tar_index import MAX_INDEX, TarIndex, read_index
 from resnetlab.data.text_files import decode_text
 from resnetlab.errors import DataError
 from resnetlab.formatting import format_count
-from resnetlab.stopping import check_stop
 
 UNFINISHED = ".packing"  # a folder beside the shards, while data.pack writes them
 MAX_CLASSES = 1_000_000  # of numbers without names
 ATTEMPTS = 3  # to open a tar that is fetched when it is needed
-READERS = 8  # shards whose content is listed at once
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,16 +138,14 @@ def load_shards(data: str, data_dir: Path, read_options: ReadOptions) -> Dataset
 
 
 def _read_indices(tars: Sequence[Path]) -> dict[Path, TarIndex]:
-    """The content of every shard, several read at once; equal lists of classes are kept once."""
+    """The content of every shard; equal lists of classes are kept once."""
     known: dict[tuple[str, ...] | None, tuple[str, ...] | None] = {}
 
     def read(tar: Path) -> TarIndex:
-        check_stop()
         index = read_index(tar)
         return index._replace(classes=known.setdefault(index.classes, index.classes))
 
-    with ThreadPoolExecutor(READERS) as pool:
-        return dict(zip(tars, pool.map(read, tars), strict=True))
+    return dict(zip(tars, map_files(read, tars), strict=True))
 
 
 def _split_of(tar: Path) -> str:

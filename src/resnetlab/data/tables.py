@@ -22,7 +22,7 @@ import os
 import re
 import sys
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -31,9 +31,10 @@ import numpy as np
 from resnetlab.data.dataset import GROUP, Columns, Dataset
 from resnetlab.data.decode import SUFFIXES
 from resnetlab.data.disk_split import FileNames, FileSource, ReadOptions
-from resnetlab.data.folder import LabelledImages, guess_split, make_dataset, name_below, require_classes
+from resnetlab.data.folder import PART, LabelledImages, guess_split, make_dataset, name_below, require_classes
 from resnetlab.data.label_sets import INDICATORS, LabelLists, join_classes, split_classes
 from resnetlab.data.object_store import strip_secrets
+from resnetlab.data.slow_disk import map_files
 from resnetlab.data.text_files import read_text
 from resnetlab.errors import DataError, DataErrors, UsageError, missing_package, warn
 from resnetlab.formatting import format_count, format_list
@@ -285,18 +286,28 @@ def _find_files(images: ImageList) -> tuple[list[str], list[int]]:
     """
     base, endings, missing = os.path.abspath(images.base), "", 0
     files, sizes = [], []
-    for row, path in enumerate(images.paths):
+
+    def list_parts() -> Iterator[tuple[list[str], str]]:
+        for start in range(0, len(images.paths), PART):
+            paths = images.paths[start : start + PART]
+            yield [os.path.normpath(os.path.join(base, path)) for path in paths], endings
+
+    def measure(part: tuple[list[str], str]) -> list[tuple[str, str, int]]:
+        return [(file, part[1], _file_size(file + part[1])) for file in part[0]]
+
+    measured = itertools.chain.from_iterable(map_files(measure, list_parts()))
+    for row, (path, (file, ending, size)) in enumerate(zip(images.paths, measured, strict=True)):
         if "://" in path:
             problem = f"{strip_secrets(path)} is an address; download the images, and name their files."
             raise DataError(images.describe(row, problem))
-        file = os.path.normpath(os.path.join(base, path))
-        size = _file_size(file + endings)
+        if ending != endings:  # which a row of the same part had
+            size = _file_size(file + endings)
         if size < 0 and missing < MAX_MISSING:
             spelled = (path, path.replace("\\", "/"))
             forms = dict.fromkeys([*spelled, *(unicodedata.normalize(f, p) for p in spelled for f in ("NFC", "NFD"))])
-            tried = [(os.path.normpath(os.path.join(base, form)), ending) for form in forms for ending in OMITTED]
+            tried = [(os.path.normpath(os.path.join(base, form)), suffix) for form in forms for suffix in OMITTED]
             file, endings, size = next(
-                ((f, ending, n) for f, ending in tried if (n := _file_size(f + ending)) >= 0), (file, endings, -1)
+                ((f, suffix, n) for f, suffix in tried if (n := _file_size(f + suffix)) >= 0), (file, endings, -1)
             )
         missing += size < 0
         files.append(file + endings if size >= 0 else file)

@@ -7,12 +7,15 @@ import shutil
 import warnings
 from dataclasses import replace
 
+from torch import nn
+
 from resnetlab.device import DeviceConfig
 from resnetlab.errors import UsageError
 from resnetlab.models.cost import compute_cost
 from resnetlab.models.own_network import OwnSpecification
 from resnetlab.models.resnet import SmallImageWarning
 from resnetlab.models.spec import Specification
+from resnetlab.training.exchange import BUCKET_BYTES
 from resnetlab.training.recipe import Recipe
 
 # Measured on two cores with bf16 (docs/log.md) for a CIFAR net: the share of a step that compiling saves, what compiling costs,
@@ -26,9 +29,12 @@ MIN_GRAPH_STEPS = 25
 
 
 def choose_compilation(
-    device_config: DeviceConfig, recipe: Recipe, spec: Specification | OwnSpecification
+    device_config: DeviceConfig, recipe: Recipe, spec: Specification | OwnSpecification, gradient_bytes: int
 ) -> DeviceConfig:
     """The device config with `compiled` and `cuda_graph` set from the recipe's `compile`, and the reason.
+
+    Args:
+        gradient_bytes: `count_gradient_bytes` of the network.
 
     Raises UsageError for one of torch.compile's modes that this device, or a run of this kind, cannot have.
     """
@@ -39,12 +45,17 @@ def choose_compilation(
         _check_mode(device_config, recipe)
         return replace(device_config, compiled=True, compile_mode=recipe.compile)
     if device_config.device.type == "cuda":
-        against = _reason_against_graph(device_config, recipe)
+        against = _reason_against_graph(device_config, recipe, gradient_bytes)
         reason = against or "steps are replayed if that is bit-identical"
         return replace(device_config, cuda_graph=not against, reason=f"{device_config.reason}; {reason}")
     against = _reason_not_to_compile(device_config, recipe, spec)
     reason = against or "the run is long enough for compiling to pay off"
     return replace(device_config, compiled=not against, reason=f"{device_config.reason}; {reason}")
+
+
+def count_gradient_bytes(net: nn.Module) -> int:
+    """Bytes of the gradients that several processes exchange in a step."""
+    return sum(p.nbytes for p in net.parameters() if p.requires_grad)
 
 
 def _check_mode(device_config: DeviceConfig, recipe: Recipe) -> None:
@@ -84,10 +95,15 @@ def _reason_not_to_compile(device_config: DeviceConfig, recipe: Recipe, spec: Sp
     return "" if compiler else "not compiled: there is no C++ compiler"
 
 
-def _reason_against_graph(device_config: DeviceConfig, recipe: Recipe) -> str:
-    """Why not to replay steps from a CUDA graph; empty if it is tried."""
-    if device_config.world.size > 1:
-        return "no CUDA graph: several processes communicate in every step"
+def _reason_against_graph(device_config: DeviceConfig, recipe: Recipe, gradient_bytes: int) -> str:
+    """Why not to replay steps from a CUDA graph; empty if it is tried.
+
+    A process exchanges its gradients after a replay. Those of a small network travel after the backward pass in any case.
+    """
+    if device_config.world.size > 1 and recipe.bn_sync:
+        return "no CUDA graph: synchronised BN communicates in every layer"
+    if device_config.world.size > 1 and gradient_bytes > BUCKET_BYTES:
+        return "no CUDA graph: gradients are exchanged beside the backward pass"
     if recipe.recompute:
         return "no CUDA graph: recompute saves the random generator's state, which a graph cannot"
     return "" if recipe.steps >= MIN_GRAPH_STEPS else "no CUDA graph: the run is too short to pay for one"

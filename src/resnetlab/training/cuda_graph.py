@@ -1,9 +1,9 @@
 """A training step captured once in a CUDA graph and replayed: for small networks launching kernels takes longer than they do.
 
-The graph holds forward and backward of all micro-batches and their mean. The update, a handful of kernels, stays outside,
-because its learning rate changes. The graph is captured on blank images and negated weights, and used only if its replay on a
-step's own images is bit-identical to that step without a graph. So a run and its resumption end bit-identically with and
-without a graph.
+The graph holds forward and backward of all micro-batches and their mean; of several processes only each one's sum, which it
+exchanges after every replay. The update, a handful of kernels, stays outside, because its learning rate changes. The graph is
+captured on blank images and negated weights, and used only if its replay on a step's own images is bit-identical to that step
+without a graph. So a run and its resumption end bit-identically with and without a graph.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from resnetlab.errors import first_line
 from resnetlab.graph_capture import Compute, Record, record_cuda_graph
 from resnetlab.training.checkpoint import TrainState
 from resnetlab.training.memory import is_out_of_memory
-from resnetlab.training.micro_batches import BatchNormStatistics
-from resnetlab.training.step import compute_gradients
+from resnetlab.training.micro_batches import BatchNormStatistics, average_over_processes
+from resnetlab.training.step import add_micro_batches, compute_gradients, set_means
 
 TRIAL_SCALE = 2.0**8
 MAX_DIFFERENCE = 0.01  # of a replayed step with exact=false, relative to the norm of each result
@@ -37,7 +37,8 @@ class GraphGradients:
     """`compute_gradients`, replayed from a CUDA graph if that is bit-identical.
 
     The first full step is recorded. A step with fewer images (some could not be read) launches its kernels; if there is no
-    memory for it beside the graph's, the graph is given up.
+    memory for it beside the graph's, the graph is given up. Of several processes one may replay a step that another computes:
+    both exchange the same tensors in the same order.
 
     Args:
         report: called with a sentence on whether steps are replayed, once or when that changes.
@@ -50,7 +51,8 @@ class GraphGradients:
         self._tried = False
 
     def __call__(self, train_state: TrainState, micro_batches: Sequence[Any]) -> Sequence[Tensor]:
-        full = sum(len(micro_batch[0]) for micro_batch in micro_batches) == train_state.recipe.batch
+        share = train_state.recipe.batch // train_state.task.device_config.world.size
+        full = sum(len(micro_batch[0]) for micro_batch in micro_batches) == share
         if full and not self._tried:
             self._tried = True
             device = train_state.task.device_config.device
@@ -71,7 +73,7 @@ class GraphGradients:
         try:
             return compute_gradients(train_state, micro_batches)
         except RuntimeError as error:
-            if not is_out_of_memory(error):
+            if not is_out_of_memory(error) or train_state.exchange is not None:  # which has sent a part of the step
                 raise
         # the failed step's tensors are free only here
         self._recording = None
@@ -92,17 +94,19 @@ def _record_step(
 
     def compute() -> list[Tensor]:
         optimizer.zero_grad()  # gradients are written, not accumulated
-        results = compute_gradients(train_state, buffers, lambda _: None)
+        results = _compute_here(train_state, buffers, lambda _: None)
         optimizer.zero_grad()
         return results
 
     def run(function: Compute) -> list[Tensor]:
-        train_state.seed_network(0)
-        results = [x.clone() for x in function()] + statistics.rewind()
+        train_state.seed_network(_first_number(train_state, micro_batches))
+        results = [x.clone() for x in function()]
+        if train_state.exchange is None:  # else they are among the results
+            results += statistics.rewind()
         optimizer.zero_grad()
         return results
 
-    direct = run(lambda: compute_gradients(train_state, micro_batches))
+    direct = run(lambda: _compute_here(train_state, micro_batches, train_state.seed_network))
     try:
         with _negate_weights(list(optimizer.parameters.values())):
             replay = record(compute)
@@ -124,6 +128,18 @@ def _record_step(
 def is_close(x: Tensor, y: Tensor) -> bool:
     """Whether two results differ by no more than kernels that add in another order, as with exact=false."""
     return bool(torch.linalg.vector_norm(x - y) <= MAX_DIFFERENCE * torch.linalg.vector_norm(y))
+
+
+def _compute_here(train_state: TrainState, micro_batches: Sequence[Any], seed: Callable[[int], None]) -> list[Tensor]:
+    """What a graph holds: `compute_gradients`; of several processes the sums of this one, with those of BN's averages."""
+    if train_state.exchange is None:
+        return compute_gradients(train_state, micro_batches, seed)
+    return add_micro_batches(train_state, micro_batches, seed, None).total()
+
+
+def _first_number(train_state: TrainState, micro_batches: Sequence[Any]) -> int:
+    """The number of this process's first micro-batch, whose seed a whole replay has."""
+    return train_state.task.device_config.world.rank * len(micro_batches)
 
 
 @contextlib.contextmanager
@@ -157,7 +173,14 @@ def _copy_tensors(buffers: Sequence[Any], micro_batches: Sequence[Any]) -> None:
 
 def _replay_step(train_state: TrainState, recording: _Recording, micro_batches: Sequence[Any]) -> list[Tensor]:
     _copy_tensors(recording.micro_batches, micro_batches)
-    train_state.seed_network(0)
-    results = recording.replay()
-    train_state.optimizer.set_grads(results[2:])
-    return [x.clone() for x in results[:2]]  # the next replay overwrites them
+    train_state.seed_network(_first_number(train_state, micro_batches))
+    results, exchange = recording.replay(), train_state.exchange
+    if exchange is None:
+        train_state.optimizer.set_grads(results[2:])
+        return [x.clone() for x in results[:2]]  # the next replay overwrites them
+    end = 2 + len(train_state.optimizer.parameters)
+    exchange.send(results[2:end], len(micro_batches))
+    rest = [x.clone() for x in (*results[:2], *results[end:])]
+    return set_means(
+        train_state, average_over_processes(train_state.task.device_config.world, rest, len(micro_batches))
+    )

@@ -62,12 +62,18 @@ class GradientExchange:
             self._sums[bucket].add(number, gradients)
             # the buckets leave in the same order in all processes
             while len(self._sent) < len(self.buckets) and self._sums[len(self._sent)].count == self._count:
-                self._send(len(self._sent))
+                self._send(len(self._sent), self._sums[len(self._sent)].total())
+
+    def send(self, sums: Sequence[Tensor], count: int) -> None:
+        """Sends the gradients of a step at once: of each parameter the sum over `count` micro-batches of this process."""
+        self.start(count)
+        for number, bucket in enumerate(self.buckets):
+            self._send(number, [sums[i] for i in bucket])
 
     @torch.no_grad()
-    def _send(self, bucket: int) -> None:
+    def _send(self, bucket: int, total: list[Tensor]) -> None:
         views = self._views(bucket, flat := self._parameters[self.buckets[bucket][0]].new_empty(self._length(bucket)))
-        torch._foreach_copy_(views, self._sums[bucket].total())
+        torch._foreach_copy_(views, total)
         self._sent.append((flat, self._world.start_all_reduce_(flat, in_tree=self._in_tree, dtype=self._dtype)))
 
     def _length(self, bucket: int) -> int:

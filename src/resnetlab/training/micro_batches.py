@@ -87,20 +87,28 @@ class TreeMean:
         """Adds the tensors of one micro-batch; takes them over and may modify them."""
         self._sum.add(self._sum.count, tensors)
 
-    @torch.no_grad()
+    def total(self) -> list[Tensor]:
+        """The sum over the micro-batches of this process."""
+        return self._sum.total()
+
     def result(self) -> list[Tensor]:
         """The mean over all micro-batches of all processes, the same in each process."""
-        total = self._sum.total()
-        if self._world.size > 1:
-            flat = torch.cat([t.reshape(-1) for t in total])
-            self._world.tree_all_reduce_(flat)
-            summed = [
-                part.view(t.shape) for part, t in zip(torch.split(flat, [t.numel() for t in total]), total, strict=True)
-            ]
-            torch._foreach_copy_(total, summed)
-        if (count := self._sum.count * self._world.size) > 1:
-            torch._foreach_mul_(total, 1 / count)
-        return total
+        return average_over_processes(self._world, self.total(), self._sum.count)
+
+
+@torch.no_grad()
+def average_over_processes(world: World, total: list[Tensor], count: int) -> list[Tensor]:
+    """The mean of all processes' tensors, which are sums over `count` micro-batches in each; modifies and returns them."""
+    if world.size > 1:
+        flat = torch.cat([t.reshape(-1) for t in total])
+        world.tree_all_reduce_(flat)
+        summed = [
+            part.view(t.shape) for part, t in zip(torch.split(flat, [t.numel() for t in total]), total, strict=True)
+        ]
+        torch._foreach_copy_(total, summed)
+    if count * world.size > 1:
+        torch._foreach_mul_(total, 1 / (count * world.size))
+    return total
 
 
 class BatchNormStatistics:

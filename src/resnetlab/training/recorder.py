@@ -191,9 +191,10 @@ class Recorder:
             self._context.options.report(f"{what} left out; {file} lists {'it' if n == 1 else 'them'}")
 
     def report_graph(self, sentence: str) -> None:
-        """Reports and records how steps are executed."""
-        self._context.options.report(sentence)
-        self._add_to_environment({"steps": sentence})
+        """Reports and records how the first process executes its steps."""
+        if self._world.is_first:
+            self._context.options.report(sentence)
+            self._add_to_environment({"steps": sentence})
 
     def record_launches(self, launches: float) -> None:
         """Records how many kernels, or graphs of kernels, a traced step launched on a GPU."""

@@ -201,7 +201,7 @@ class SideBySideGradients:
                 mean.add(results)
         finally:
             torch.clear_autocast_cache()
-        return set_means(train_state, mean)
+        return set_means(train_state, mean.result())
 
     def _carry(self, job: tuple[Any, int, int, Tensor | None]) -> list[Tensor]:
         replica = self._replicas.get()

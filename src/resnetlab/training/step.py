@@ -12,6 +12,7 @@ from torch import Tensor
 from resnetlab.errors import DivergedError
 from resnetlab.training.checkpoint import TrainState
 from resnetlab.training.compilation import GRAPH_MODES
+from resnetlab.training.exchange import GradientExchange
 from resnetlab.training.micro_batches import TreeMean, take_gradients
 from resnetlab.training.run_state import INITIAL_SCALE, RunState
 
@@ -38,35 +39,51 @@ def compute_gradients(
     Args:
         seed: called with a micro-batch's number before its forward pass, to seed what the network draws.
     """
-    task, optimizer, statistics = train_state.task, train_state.optimizer, train_state.statistics
-    seed = seed or train_state.seed_network
-    world, exchange = task.device_config.world, train_state.exchange
-    mean, first = TreeMean(world), world.rank * len(micro_batches)
-    shared = len(micro_batches) * world.size > 1
-    if shared:
-        statistics.save()
+    world, exchange, seed = train_state.task.device_config.world, train_state.exchange, seed or train_state.seed_network
+    if len(micro_batches) * world.size == 1:
+        seed(0)
+        return [*_forward_backward(train_state, micro_batches[0]), *train_state.optimizer.grads()]
     if exchange is not None:
         exchange.start(len(micro_batches))
+    return set_means(train_state, add_micro_batches(train_state, micro_batches, seed, exchange).result())
+
+
+def add_micro_batches(
+    train_state: TrainState,
+    micro_batches: Sequence[Any],
+    seed: Callable[[int], None],
+    exchange: GradientExchange | None,
+) -> TreeMean:
+    """Loss, error, gradients and BN's averages of this process's micro-batches; with an exchange the gradients go there."""
+    task, optimizer, statistics = train_state.task, train_state.optimizer, train_state.statistics
+    mean, first = TreeMean(task.device_config.world), task.device_config.world.rank * len(micro_batches)
+    statistics.save()
     for number, micro_batch in enumerate(micro_batches):
         seed(first + number)
-        with task.device_config.autocast():
-            loss, error = task.loss(micro_batch)
-        scaled = loss if train_state.loss_scale is None else loss * train_state.loss_scale
         with contextlib.nullcontext() if exchange is None else exchange.own.collecting(number):
-            scaled.backward()  # type: ignore[no-untyped-call]
-        if not shared:
-            return [loss.detach(), error, *optimizer.grads()]
-        gradients = take_gradients(optimizer.parameters.values()) if exchange is None else []
-        results = [loss.detach(), error, *gradients]
+            results = _forward_backward(train_state, micro_batch)
+        results += take_gradients(optimizer.parameters.values()) if exchange is None else []
         if task.device_config.compile_mode in GRAPH_MODES:  # the next forward pass takes the graph's memory again
             results = [x.clone() for x in results]
         mean.add(results + statistics.rewind())
-    return set_means(train_state, mean)
+    return mean
 
 
-def set_means(train_state: TrainState, mean: TreeMean) -> list[Tensor]:
-    """Loss, error and gradients of all micro-batches of all processes; sets the gradients and BN's averages to their means."""
-    results, averages = mean.result(), train_state.statistics.averages
+def _forward_backward(train_state: TrainState, micro_batch: Any) -> list[Tensor]:
+    """Loss and error of a micro-batch, whose gradients are added to the parameters'."""
+    with train_state.task.device_config.autocast():
+        loss, error = train_state.task.loss(micro_batch)
+    scaled = loss if train_state.loss_scale is None else loss * train_state.loss_scale
+    scaled.backward()  # type: ignore[no-untyped-call]
+    return [loss.detach(), error]
+
+
+def set_means(train_state: TrainState, results: list[Tensor]) -> list[Tensor]:
+    """Sets BN's averages and the gradients to their means, which end `results` unless they come from the exchange.
+
+    Returns loss, error and gradients.
+    """
+    averages = train_state.statistics.averages
     count = len(results) - len(averages)
     train_state.statistics.set(results[count:])
     results = results[:count] + ([] if train_state.exchange is None else train_state.exchange.result())

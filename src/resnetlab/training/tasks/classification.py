@@ -42,7 +42,7 @@ from resnetlab.run_folder import RunFolder, write_atomically
 from resnetlab.training import report
 from resnetlab.training.average import reestimate_bn_statistics
 from resnetlab.training.class_balance import describe_imbalance, parse_class_weights
-from resnetlab.training.compilation import choose_compilation
+from resnetlab.training.compilation import choose_compilation, count_gradient_bytes
 from resnetlab.training.memory import largest_micro_batch
 from resnetlab.training.micro_batches import count_micro_batches
 from resnetlab.training.recipe import Recipe
@@ -153,7 +153,7 @@ class ClassificationTask(Task):
         if not recipe.net and isinstance(net, ResNet):
             name, changes = nearest_name(net.spec)
             recipe = replace(recipe, net=name, specification=changes)
-        device_config = choose_compilation(device_config, recipe, net.spec)
+        device_config = choose_compilation(device_config, recipe, net.spec, count_gradient_bytes(net))
         if recipe.compile == "auto" and not device_config.cuda_graph:  # a graph is chosen again at a resume
             recipe = replace(recipe, compile="on" if device_config.compiled else "off")
         if recipe.bn_sync:
