@@ -15,14 +15,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from process_groups import call_in_processes
 from resnetlab.data import shard_order
 from resnetlab.data.disk_split import DiskSplit, ReadOptions
 from resnetlab.data.remote_shards import RemoteShards
 from resnetlab.data.shard_order import BLOCK, ShardOrder
 from resnetlab.data.shards import ShardSource
 from resnetlab.data.sources import load_dataset
+from resnetlab.distributed import World
 from resnetlab.errors import DataError, UsageError
-from resnetlab.training.train import RunOptions, start_run
+from resnetlab.training.train import RunOptions, build_task, start_run
 from shard_files import load, packed
 from tiny_runs import tiny
 
@@ -142,6 +144,55 @@ def test_a_run_fetches_what_it_reads_within_its_budget(
     assert set(fetched) and most <= space
     folder = next((tmp_path / "data" / "shards").iterdir())
     assert 0 < len(list(folder.glob("train-*.tar"))) <= 12 < len(shards)
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_each_machine_fetches_the_shards_of_its_own_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two machines of one process, with a disk each: no shard is fetched by both, and none exceeds its budget.
+
+    Before the first step both look at images for the mean of all, which also stay within the budget.
+    """
+    memory = fsspec.filesystem("memory")
+    _, out = packed(tmp_path, {"train": 12, "val": 2}, per_shard=1)
+    for file in out.iterdir():
+        memory.pipe(f"/machines/{file.name}", file.read_bytes())
+    small = tiny(
+        data="memory://machines/", steps=9, batch=4, image_size=8, eval_resize=8, sampling="shards", val_images=0
+    )
+    space, fetch = 12 * max(file.stat().st_size for file in out.glob("train-*.tar")), RemoteShards.fetch
+    monkeypatch.setattr("resnetlab.data.remote_shards.LOOK_PAUSE", 0)
+
+    def train(world: World) -> tuple[list[Any], set[int], set[int], int]:
+        folder, fetched, most = tmp_path / f"machine {world.rank}", set[int](), 0
+
+        def watch(remote: RemoteShards, shard: int) -> None:
+            nonlocal most
+            if "train" in remote.urls[shard] and not remote.tars[shard].is_file():
+                fetched.add(shard)
+            fetch(remote, shard)
+            most = max(most, sum(file.stat().st_size for file in folder.rglob("train-*.tar")))
+
+        monkeypatch.setattr(RemoteShards, "fetch", watch)
+        task: Any = build_task(small, RunOptions(device="cpu", data_dir=folder, shard_space=space), world)
+        before = set(fetched)
+        fetched.clear()
+        images = [task.micro_batches(step)[0].images.numpy().copy() for step in range(4)]
+        task.loader.close()
+        return images, before, fetched, most
+
+    try:
+        (first, *looked_at, most), (second, *also_looked_at, most_of_second) = call_in_processes(2, train, machines=2)
+    finally:
+        memory.rm("/machines", recursive=True)
+    assert looked_at[0] == also_looked_at[0] and len(looked_at[0]) <= 2 * BLOCK + 1 < 36
+    ours, theirs = looked_at[1], also_looked_at[1]
+    assert ours and theirs and max(most, most_of_second) <= space
+    alone: Any = build_task(replace(small, data=str(out), shard_groups=2), RunOptions(device="cpu"))
+    order = alone.loader._sampler.shards
+    for fetched, positions in ((ours, range(2)), (theirs, range(2, 4))):  # of 18 shards each
+        assert fetched <= set(itertools.islice(order.shards_from(0, positions), 18))
+    for step, parts in enumerate(zip(first, second, strict=True)):
+        assert torch.equal(torch.cat(list(map(torch.from_numpy, parts))), alone.micro_batches(step)[0].images)
 
 
 def test_what_sampling_shards_needs_is_said(store: tuple[Any, Path], tmp_path: Path) -> None:

@@ -87,9 +87,12 @@ class ShardOrder:
             heapq.heapreplace(blocks, (end, group, self._find(group, end)[1]))
 
     def first_images(self, count: int) -> Tensor:
-        """Positions of images in the first shards of the first epoch, at least `count` if there are, ascending."""
+        """Positions of images in the first shards of the first epoch, ascending: `count` or more if two blocks have them.
+
+        So many shards fit on every machine's disk (`remote_shards.ShardFetcher`).
+        """
         chosen: list[Tensor] = []
-        for k in _shuffle_shards(self, 0):
+        for k in _shuffle_shards(self, 0)[: 2 * BLOCK]:
             chosen.append(self.members[k])
             if sum(map(len, chosen)) >= count:
                 break
