@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import multiprocessing
 import os
+import shutil
 import signal
+import subprocess
+import sys
 import time
 from datetime import timedelta
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
@@ -19,6 +25,8 @@ from resnetlab.distributed import World, join_process_group
 from resnetlab.errors import PROCESS_GONE, RunError, first_line
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+
+NEW_NETWORK = 0x40000000  # unshare(2)'s CLONE_NEWNET
 
 
 def suffer_a_stopped_process(world: World, in_turn: bool) -> tuple[str, float]:
@@ -99,6 +107,59 @@ def test_a_restarted_job_does_not_read_what_the_failed_one_wrote() -> None:
 
     expected = [(True, b"0", True), (True, b"1", True), (True, b"2", True)]
     assert call_in_processes(2, run) == [expected, expected]  # the harness has met there before
+
+
+def suffer_a_cut_link(rank: int, port: int, pipe: Connection) -> None:
+    """In a network of its own: the error of a sum whose link was cut, and the seconds until the process had left the group."""
+    assert not ctypes.CDLL(None).unshare(NEW_NETWORK)
+    pipe.send(os.getpid())
+    pipe.recv()  # the link is there
+    places = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
+    network = {"MASTER_ADDR": "10.99.0.1", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": f"link{rank}"}
+    os.environ |= {key: str(value) for key, value in (places | network).items()}
+    start = time.monotonic()
+    try:
+        with join_process_group() as world:
+            world.tree_all_reduce_(torch.ones(5))
+            pipe.send("met")
+            pipe.recv()  # the link is cut
+            start = time.monotonic()
+            world.tree_all_reduce_(torch.ones(5))
+    except RunError as error:
+        pipe.send((str(error), time.monotonic() - start))
+
+
+@pytest.mark.skipif(
+    not (sys.platform == "linux" and os.geteuid() == 0 and shutil.which("ip") and shutil.which("nsenter")),
+    reason="makes networks of its own, as root",
+)
+def test_both_ends_of_a_cut_link_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing arrives any more, not even that the other end is gone."""
+    monkeypatch.setattr(distributed, "TIMEOUT", timedelta(seconds=2))
+    context, pipes, port = multiprocessing.get_context("fork"), list[Connection](), free_port()
+
+    def run(pid: int, command: str) -> None:
+        subprocess.run(["nsenter", f"--target={pid}", "--net", "sh", "-c", command], check=True)
+
+    for rank in range(2):
+        pipe, other = context.Pipe()
+        context.Process(target=suffer_a_cut_link, args=(rank, port, other), daemon=True).start()
+        pipes.append(pipe)
+    first, second = (pipe.recv() for pipe in pipes)
+    run(first, f"ip link add link0 type veth peer name link1 netns {second}")
+    for rank, pid in enumerate((first, second)):
+        run(pid, f"ip addr add 10.99.0.{rank + 1}/24 dev link{rank} && ip link set lo up && ip link set link{rank} up")
+    for pipe in pipes:
+        pipe.send("linked")
+    for pipe in pipes:
+        assert pipe.poll(40) and pipe.recv() == "met"
+    run(first, "ip link set link0 down")
+    for pipe in pipes:
+        pipe.send("cut")
+    for pipe in pipes:
+        assert pipe.poll(40)
+        error, seconds = pipe.recv()
+        assert error.startswith(PROCESS_GONE) and "\n" not in error and seconds < 2 + 30
 
 
 def count_open_files() -> int:
