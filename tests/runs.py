@@ -1,4 +1,4 @@
-"""Commands in processes of their own, and the comparison of two runs."""
+"""Commands in this process and in processes of their own, and the comparison of two runs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ import os
 import subprocess
 from pathlib import Path
 
+import pytest
+
 import zygote
+from resnetlab.cli.main import run_command
 
 CLOCK = ("seconds", "images_per_second", "share_waiting")  # what the clock decides
 
@@ -29,3 +32,10 @@ def start_command(*arguments: str, task: str = "detect") -> subprocess.Popen[str
     return subprocess.Popen(
         [zygote.python(), "-c", code], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
     )
+
+
+def error_output(capsys: pytest.CaptureFixture[str], *command: str, code: int = 2) -> str:
+    """Standard error of a command that ends with an exit code."""
+    capsys.readouterr()
+    assert run_command(list(command)) == code
+    return capsys.readouterr().err

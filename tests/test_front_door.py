@@ -30,14 +30,8 @@ from resnetlab.training.recorder import Recorder
 from resnetlab.training.run_options import RunOptions
 from resnetlab.training.tasks.classification import ClassificationTask
 from resnetlab.training.train import TASKS, build_task
+from runs import error_output
 from service import write_annotated_model, write_classifier
-
-
-def told(capsys: pytest.CaptureFixture[str], *command: str, code: int = 0) -> str:
-    """Standard error of a command."""
-    capsys.readouterr()
-    assert run_command(list(command)) == code
-    return capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +55,7 @@ def test_data_of_one_class_are_evaluated_and_not_trained_on(
     monkeypatch.chdir(one_class)
     if data == "shards" and not Path("shards").exists():
         assert run_command(["data", "pack", "photos", "shards"]) == 0
-    told(capsys, "train", data, code=1)
+    error_output(capsys, "train", data, code=1)
     with pytest.raises(DataError, match=r"one class only, .*; a classifier needs two or more"):
         load_dataset(data, Path("data"))
     source = load_dataset(data, Path("data"), ReadOptions(one_class=True))
@@ -84,11 +78,13 @@ def test_a_page_shows_what_a_check_found(
     data = images.folder(Path("photos"), {"": 4}, ("daisy", "tulip"))
     shutil.copy(data / "daisy" / "bild 0.jpg", data / "tulip" / "again.jpg")
     (data / "daisy" / "broken.jpg").write_bytes(b"no image")
-    assert "page: check.html" in told(capsys, "data", "check", "photos", "--no-timing", "--out", "check.html", code=1)
+    assert "page: check.html" in error_output(
+        capsys, "data", "check", "photos", "--no-timing", "--out", "check.html", code=1
+    )
     page = Path("check.html").read_text()
     assert "10 images, 9 can be read; train 8 in 2 classes; test 2 in 2 classes. 2 problems." in page
     assert page.count("data:image/") == page.count(">cannot be read<") == 1 and "broken.jpg" in page
-    assert "--out writes a page, .html" in told(capsys, "data", "check", "photos", "--out", "check.txt", code=2)
+    assert "--out writes a page, .html" in error_output(capsys, "data", "check", "photos", "--out", "check.txt", code=2)
 
 
 @pytest.mark.parametrize("word", ["val_split", "validation_split", "val_images", "val_size"])
@@ -135,7 +131,7 @@ def test_pretrained_without_a_network_takes_the_recipes_and_says_so(
             resnetlab.train("photos", pretrained=True, report=said.append)
         assert any(sentence in each for each in said)
     else:
-        assert sentence in told(capsys, *command.split(), code=2)
+        assert sentence in error_output(capsys, *command.split(), code=2)
     assert asked == [(PRETRAINED[start], "")]
 
 
@@ -171,7 +167,9 @@ def test_an_export_of_a_segmenter_names_the_option_for_images(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = write_annotated_model(tmp_path / "masks.safetensors", "segment")
-    assert "give a folder of some: --images FOLDER" in told(capsys, "export", str(model), "--to", "onnx", code=2)
+    assert "give a folder of some: --images FOLDER" in error_output(
+        capsys, "export", str(model), "--to", "onnx", code=2
+    )
 
 
 @pytest.mark.parametrize("command", [
@@ -179,7 +177,7 @@ def test_an_export_of_a_segmenter_names_the_option_for_images(
     "embed m photos --data photos", "export m --model m --to onnx", "inspect resnet18 --arch resnet18", "serve m --weights m",
 ])  # fmt: skip
 def test_what_is_given_twice_is_said_to_be(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "; give each once." in told(capsys, *command.split(), code=2)
+    assert "; give each once." in error_output(capsys, *command.split(), code=2)
 
 
 def test_several_models_and_images_are_not_given_twice() -> None:
@@ -195,7 +193,7 @@ def test_several_models_and_images_are_not_given_twice() -> None:
 def test_overwriting_is_answered_for_runs_and_for_files(
     command: str, answer: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert answer in told(capsys, *command.split(), code=2)
+    assert answer in error_output(capsys, *command.split(), code=2)
 
 
 def test_an_import_replaces_its_target(tmp_path: Path) -> None:

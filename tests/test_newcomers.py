@@ -45,6 +45,7 @@ from resnetlab.training.recipe import Recipe
 from resnetlab.training.recipes import fit_small_images, photos, read_recipe_file
 from resnetlab.training.result import ClassificationResult, DetectionResult
 from resnetlab.training.tasks.classification_data import describe_view
+from runs import error_output
 from tiny_runs import TINY
 
 SHORT = TINY | {"steps": 2, "device": "cpu", "progress": False}
@@ -65,11 +66,6 @@ def model(run: Path) -> Model:
     return loaded
 
 
-def told(capsys: pytest.CaptureFixture[str], *line: str, code: int = 2) -> str:
-    assert run_command(line) == code
-    return capsys.readouterr().err
-
-
 def test_training_starts_from_a_run_folder(run: Path, tmp_path: Path) -> None:
     start = load_start(str(run))
     assert start.digest == load_start(str(run / "model.safetensors")).digest and start.model.spec.depths == (1, 1, 1)
@@ -79,7 +75,7 @@ def test_training_starts_from_a_run_folder(run: Path, tmp_path: Path) -> None:
 
 
 def test_a_network_is_no_start(capsys: pytest.CaptureFixture[str]) -> None:
-    error = told(capsys, "train", "digits", "--start-from", "resnet18")
+    error = error_output(capsys, "train", "digits", "--start-from", "resnet18")
     assert "resnet18 is the name of a network, without weights" in error and "torchvision:resnet18" in error
 
 
@@ -95,7 +91,7 @@ def test_python_is_told_of_arguments_and_the_command_line_of_options(
         resnetlab.build("resnet20", pretrained=True)
     with pytest.raises(UsageError, match="start_from=MODEL"):
         resnetlab.train("finetune", data="digits", progress=False)
-    assert "--start-from MODEL" in told(capsys, "train", "digits", "--recipe", "finetune")
+    assert "--start-from MODEL" in error_output(capsys, "train", "digits", "--recipe", "finetune")
     kept = "resume with: resnetlab train --resume runs/a"
     assert name_arguments(f"shorten it with --set steps=3; {kept}") == f"shorten it with steps=3; {kept}"
 
@@ -145,12 +141,12 @@ def test_small_arrays_are_trained_on_at_their_size(tmp_path: Path) -> None:
 
 
 def test_required_options_are_named_with_an_example(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "data audit needs --model; for example: resnetlab data audit photos --model" in told(
+    assert "data audit needs --model; for example: resnetlab data audit photos --model" in error_output(
         capsys, "data", "audit", "x"
     )
-    assert "evaluate needs --data; for example: " in told(capsys, "evaluate", "m.safetensors")
-    assert "--steps needs a value; for example: " in told(capsys, "train", "--steps")
-    assert "predict needs MODEL; for example: " in told(capsys, "predict")
+    assert "evaluate needs --data; for example: " in error_output(capsys, "evaluate", "m.safetensors")
+    assert "--steps needs a value; for example: " in error_output(capsys, "train", "--steps")
+    assert "predict needs MODEL; for example: " in error_output(capsys, "predict")
 
 
 def test_a_table_without_rows_is_said_to_be_one(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -158,7 +154,7 @@ def test_a_table_without_rows_is_said_to_be_one(run: Path, tmp_path: Path, capsy
     table.write_text("path,label\n")
     embed = ("embed", str(run), str(table), "--out", str(tmp_path / "f.npz"))
     for line in (("data", "audit", str(table), "--model", str(run)), embed):
-        assert "photos.csv has no rows below its header" in told(capsys, *line, code=1)
+        assert "photos.csv has no rows below its header" in error_output(capsys, *line, code=1)
 
 
 def test_a_place_to_write_is_checked_before_the_work(
@@ -173,18 +169,22 @@ def test_a_place_to_write_is_checked_before_the_work(
     file = tmp_path / "file"
     file.write_text("mine")
     model = str(run / "model.safetensors")
-    assert "is not empty; choose another --out" in told(capsys, "train", "digits", "--out", str(tmp_path), code=1)
-    assert "file is a file" in told(capsys, "train", "digits", "--out", str(file), code=1)
-    assert "file is a file" in told(capsys, "train", "digits", "--out", str(file / "below"), code=1)
-    assert "file is a file" in told(capsys, "study", "degradation", "--out", str(file), code=1)
-    assert "file is a file" in told(capsys, "evaluate", model, "--data", "digits", "--out", str(file), code=1)
-    assert "file is a file" in told(capsys, "explain", model, "x.png", "--out", str(file), code=1)
-    assert "file is a file" in told(capsys, "predict", model, "x.png", "--sort-into", str(file), code=1)
-    assert "is not empty" in told(capsys, "data", "pack", "photos", str(tmp_path), code=1)
-    assert "file is a file" in told(capsys, "embed", model, "digits", "--out", str(file / "f.npz"), code=1)
+    assert "is not empty; choose another --out" in error_output(
+        capsys, "train", "digits", "--out", str(tmp_path), code=1
+    )
+    assert "file is a file" in error_output(capsys, "train", "digits", "--out", str(file), code=1)
+    assert "file is a file" in error_output(capsys, "train", "digits", "--out", str(file / "below"), code=1)
+    assert "file is a file" in error_output(capsys, "study", "degradation", "--out", str(file), code=1)
+    assert "file is a file" in error_output(capsys, "evaluate", model, "--data", "digits", "--out", str(file), code=1)
+    assert "file is a file" in error_output(capsys, "explain", model, "x.png", "--out", str(file), code=1)
+    assert "file is a file" in error_output(capsys, "predict", model, "x.png", "--sort-into", str(file), code=1)
+    assert "is not empty" in error_output(capsys, "data", "pack", "photos", str(tmp_path), code=1)
+    assert "file is a file" in error_output(capsys, "embed", model, "digits", "--out", str(file / "f.npz"), code=1)
     listed = ("data", "audit", "digits", "--model", model, "--quarantine", str(tmp_path / "no" / "q.txt"))
-    assert "there is no folder" in told(capsys, *listed)
-    assert "is a folder" in told(capsys, "data", "audit", "digits", "--model", model, "--quarantine", str(tmp_path))
+    assert "there is no folder" in error_output(capsys, *listed)
+    assert "is a folder" in error_output(
+        capsys, "data", "audit", "digits", "--model", model, "--quarantine", str(tmp_path)
+    )
     assert file.read_text() == "mine"
     (tmp_path / "recipe.toml").touch()
     with pytest.raises(
@@ -199,8 +199,8 @@ def test_the_format_of_an_export_is_that_of_the_ending(
 ) -> None:
     assert run_command(["export", str(run), "--out", str(tmp_path / "weights.pth")]) == 0
     assert (tmp_path / "weights.pth").is_file() and capsys.readouterr().out.strip().endswith("weights.pth")
-    assert "export needs --to" in told(capsys, "export", str(run))
-    assert "no format has files that end in '.exe'" in told(
+    assert "export needs --to" in error_output(capsys, "export", str(run))
+    assert "no format has files that end in '.exe'" in error_output(
         capsys, "export", str(run), "--out", str(tmp_path / "m.exe")
     )
 
@@ -299,7 +299,7 @@ def test_what_is_no_model_is_answered() -> None:
 def test_command_lines_that_people_type_first(
     line: str, answer: str, run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert answer in told(capsys, *line.replace("m.safetensors", str(run / "model.safetensors")).split())
+    assert answer in error_output(capsys, *line.replace("m.safetensors", str(run / "model.safetensors")).split())
 
 
 def test_help_does_not_import_torch() -> None:
