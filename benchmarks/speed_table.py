@@ -142,8 +142,8 @@ def write_page(record: dict[str, Any]) -> None:
 
 
 PAGE_TAIL = """
-The goals were set on a processor with bf16 in hardware; on one without it both sides compute in fp32. What was tried for
-each, and what it gave, is in the [log](log.md).
+The goals were set on a processor with bf16 in hardware, as this one has it; on one without it both sides compute in fp32, and
+the ratios are smaller ([log](log.md), which also has what was tried for each goal, and what it gave).
 """
 
 
