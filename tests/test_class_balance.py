@@ -238,11 +238,14 @@ def test_groups_and_folds_of_a_folder(tmp_path: Path) -> None:
 
 def test_sizes_follow_each_other(tmp_path: Path) -> None:
     photos = find_recipe("photos", "classify")
-    assert (small := photos.with_values({"image_size": "96"})).to_json()["eval_resize"] == 110
+    small = photos.with_values({"image_size": "96"})
+    assert small.to_json()["eval_resize"] == 110
     assert photos.with_values({"image_size": "320"}).to_json()["eval_resize"] == 366
     assert photos.with_values({"image_size": "96", "eval_resize": "256"}).to_json()["eval_resize"] == 256
     assert isinstance(small, Recipe) and describe_view(small) == []
     assert "14% of a square image" in describe_view(replace(small, eval_resize=256))[0]
+    both = describe_view(replace(small, net="resnet8", eval_resize=256))
+    assert len(both) == 2 and "for images of about 32 pixels" in both[0] and "14% of a square image" in both[1]
     first = start_run(tiny(), tmp_path / "a", CPU)
     task = build_task(replace(find_recipe("finetune", "classify"), data="digits", start_from=str(first.model)), CPU)
     assert isinstance(task, ClassificationTask) and (task.recipe.image_size, task.recipe.eval_resize) == (8, 8)

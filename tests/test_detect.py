@@ -10,10 +10,12 @@ import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
+from unittest.mock import Mock
 
 import pytest
 import torch
 from PIL import Image
+from torchvision.models import ResNet18_Weights
 
 import cells
 from resnetlab.cli.main import run_command as resnetlab_
@@ -311,6 +313,25 @@ def test_training_starts_from_a_classifier(trained: Path, tmp_path: Path) -> Non
         build_starting_network(replace(recipe, specification=NET | {"shortcut": "A"}), str(file), iter(()))
     with pytest.raises(ModelFileError, match="is not a classifier"):
         build_starting_network(recipe, str(trained / "run" / "model.safetensors"), iter(()))
+
+
+def test_training_starts_from_a_published_classifier(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From torch's cache, with its network and preprocessing; without the file and a network one sentence says so."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    name, cache = "torchvision:resnet18.IMAGENET1K_V1", tmp_path / "hub" / "checkpoints"
+    monkeypatch.setattr("torch.hub.urlopen", Mock(side_effect=OSError("no network")))
+    out = tmp_path / "run"
+    assert resnetlab_(["detect", "train", str(trained / "voc"), "--start-from", name, "--out", str(out)]) == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("resnetlab: ") and "no network" in said and not out.exists()
+    weights = build("resnet18", seed=3, classes=1000).state_dict()
+    cache.mkdir(parents=True, exist_ok=True)
+    torch.save(weights, cache / Path(ResNet18_Weights.IMAGENET1K_V1.url).name)
+    start = build_starting_network(replace(boxes(), net="", bn="fixed"), name, iter(()))
+    assert start.mean == pytest.approx((0.485, 0.456, 0.406)) and start.std == pytest.approx((0.229, 0.224, 0.225))
+    assert all(torch.equal(v, start.net.state_dict()[k]) for k, v in weights.items())
 
 
 def test_fixed_bn_needs_a_classifier(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -126,17 +126,20 @@ def require_held_out(recipe: Recipe, held_out: Split, images: int) -> None:
 
 
 def describe_view(recipe: Recipe) -> list[str]:
-    """A sentence if evaluation looks at an unusually small part of an image, or the network is one for smaller images."""
+    """Sentences if the network is one for smaller images, and if evaluation looks at an unusually small part of an image."""
+    notes = []
     named = recipe.net and not recipe.net.startswith(OWN)
     if named and get_specification(recipe.net).stem == "cifar" and recipe.image_size > SMALL_SIDE:
         better = "take --set image_size=32, or --net resnet18"
-        return [f"{recipe.net} is for images of about 32 pixels and slow at {recipe.image_size}: {better}"]
+        notes.append(f"{recipe.net} is for images of about 32 pixels and slow at {recipe.image_size}: {better}")
     part = (recipe.image_size / (recipe.eval_resize or recipe.image_size)) ** 2
-    if part >= SMALL_VIEW:
-        return []
-    usual = round(EVAL_RATIO * recipe.image_size)
-    seen = f"looks at the middle {recipe.image_size}, {part:.0%} of a square image; eval_resize={usual} would be usual"
-    return [f"evaluation resizes images to {recipe.eval_resize} pixels and {seen}"]
+    if part < SMALL_VIEW:
+        usual = round(EVAL_RATIO * recipe.image_size)
+        seen = (
+            f"looks at the middle {recipe.image_size}, {part:.0%} of a square image; eval_resize={usual} would be usual"
+        )
+        notes.append(f"evaluation resizes images to {recipe.eval_resize} pixels and {seen}")
+    return notes
 
 
 def name_own_transform(recipe: Recipe, setup: TaskSetup) -> Recipe:
