@@ -9,11 +9,13 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from resnetlab.cli.main import run_command
 from resnetlab.device import DeviceConfig
 from resnetlab.training import memory
 from resnetlab.training.memory import is_out_of_memory
@@ -66,6 +68,22 @@ def test_a_trial_counts_what_a_cuda_graph_keeps(monkeypatch: pytest.MonkeyPatch)
         assert memory.largest_micro_batch(net, config, (3, 8, 8), 4, [4]) == 4
         totals.append(sum(held))
     assert totals[1] - totals[0] == 11_000 + 4 * 3 * 8 * 8  # the gradients of weights and biases, and a batch
+
+
+def test_a_command_without_memory_ends_in_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Such as an evaluation, which does not look for smaller batches; what is no lack of memory stays a traceback."""
+    image = Path(__file__).parents[1] / "docs" / "three.png"
+    monkeypatch.setattr(
+        "torch.nn.functional.conv2d", Mock(side_effect=RuntimeError("can't allocate memory: 64 MB\nat"))
+    )
+    assert run_command(["predict", "cifar10:resnet20", str(image), "--backend", "torch"]) == 1
+    said = capsys.readouterr().err
+    assert "predict: there is not enough memory (can't allocate memory: 64 MB); end other programs" in said
+    monkeypatch.setattr("torch.nn.functional.conv2d", Mock(side_effect=RuntimeError("another error")))
+    with pytest.raises(RuntimeError, match="another error"):
+        run_command(["predict", "cifar10:resnet20", str(image), "--backend", "torch"])
 
 
 def test_out_of_memory_messages_of_gpu_libraries_are_recognised() -> None:

@@ -123,11 +123,24 @@ def _run_command(arguments: Sequence[str]) -> int:
         console.log_error(f"{error.__class__.__name__}: {error}")
         return 1
     except BaseException as error:
-        if (code := getattr(error, "exit_code", None)) is None:
+        if (code := getattr(error, "exit_code", None)) is not None:
+            console.log_error(str(error))
+            return int(code)
+        if "torch" not in sys.modules or not _lacks_memory(error):
             raise
-        console.log_error(str(error))
-        return int(code)
+        reason = str(error).strip().splitlines()[:1]
+        console.log_error(
+            f"{_find_command_name(arguments)}: there is not enough memory ({''.join(reason)}); end other programs, or take "
+            "smaller images or batches. A run that had started goes on with resnetlab train --resume RUN."
+        )
+        return 1
     return 0
+
+
+def _lacks_memory(error: BaseException) -> bool:
+    from resnetlab.training.memory import is_out_of_memory  # which loads torch
+
+    return is_out_of_memory(error)
 
 
 def _explain(error: CycloptsError) -> str:
