@@ -133,7 +133,7 @@ class SimulatedGPU(TorchDispatchMode):
         waits: "operation at file:function" of everything that made the host wait.
         names: the operations on the GPU, in order.
         reused: operations of streams that may still read or write memory which its own stream has for another use, because
-            it neither waited for them nor was told by `record_stream`.
+            it neither waited for them nor was marked by `record_stream`.
         float64: "operation in module.function" of those with such a result, which MPS could not compute.
     """
 

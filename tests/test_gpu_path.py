@@ -578,17 +578,17 @@ def test_the_simulated_gpu_finds_waits_and_wrong_devices(monkeypatch: pytest.Mon
         with pytest.raises(RuntimeError, match="expected all tensors on one device"):
             x + y
         current, side = torch.cuda.current_stream(), torch.cuda.Stream()
-        for told in ("nothing", "by a wait", "by record_stream"):
+        for marked in ("nothing", "by a wait", "by record_stream"):
             z = x * 2
             side.wait_stream(current)
             with torch.cuda.stream(side):
                 _ = z + 1
-            if told == "by a wait":
+            if marked == "by a wait":
                 current.wait_stream(side)
-            elif told == "by record_stream":
+            elif marked == "by record_stream":
                 z.record_stream(side)
             del z
-            assert gpu.reused == ["mul"] * (told == "nothing"), "memory that is free while another stream may read it"
+            assert gpu.reused == ["mul"] * (marked == "nothing"), "memory that is free while another stream may read it"
             gpu.reused.clear()
 
 

@@ -61,8 +61,8 @@ def test_a_tracker_gets_every_line_and_its_failure_stops_nothing(tmp_path: Path,
     assert lines and got == [(line["step"], line["loss"]) for line in lines]
     assert any("held_out/" in key for _, values in recording.figures for key in values)
     assert recording.opened[0].config["batch"] == tiny().batch and recording.opened[0].name == "run"
-    told = [sentence for sentence in said if "tracker json failed" in sentence]
-    assert told == ["the tracker json failed and is left out; metrics.jsonl has all figures: no route to host"]
+    reported = [sentence for sentence in said if "tracker json failed" in sentence]
+    assert reported == ["the tracker json failed and is left out; metrics.jsonl has all figures: no route to host"]
     assert (out / "model.safetensors").exists()
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import resnetlab
 from process_groups import call_in_processes
 from resnetlab.distributed import World
+from resnetlab.errors import UsageError
 from resnetlab.nn import convolution as convolution_module
 from resnetlab.nn.convolution import WinogradConv2d, use_winograd
 from resnetlab.nn.kernel import Kernel, load_kernel
@@ -218,6 +219,8 @@ def test_a_run_records_its_form_and_keeps_it(monkeypatch: pytest.MonkeyPatch) ->
     assert replace(one.recipe, winograd=True) == one.recipe.with_values({"winograd": "true"}) == one.recipe
     bf16 = build_task(replace(recipe, precision="bf16"), RunOptions(device="cpu"))
     assert bf16.device_config.winograd and bf16.recipe.winograd == "on"
+    with pytest.raises(UsageError, match="winograd=on cannot be used: it takes fp32 and bf16, and this run is in fp16"):
+        build_task(replace(recipe, fused_bn="off", precision="fp16"), RunOptions(device="cpu"))
     inside = build_task(replace(recipe, fused_bn="off", threads=4), RunOptions(device="cpu"))
     assert (inside.device_config.side_by_side, inside.device_config.op_threads, inside.device_config.winograd) == (
         2,

@@ -372,7 +372,7 @@ def preserve_process_state() -> Iterator[None]:
         if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             with contextlib.suppress(
                 RuntimeError
-            ):  # all that is asked of a GPU fails after some errors, which are told
+            ):  # all that is asked of a GPU fails after some errors, which are reported
                 torch.cuda.set_device(current)
 
 

@@ -42,7 +42,7 @@ def make_graphed_callables(module: nn.Module, inputs: tuple[Tensor, ...]) -> Any
         capture, stream = torch.cuda.graph, torch.cuda.Stream()  # type: ignore[no-untyped-call]
         settings = {"stream": stream, "capture_error_mode": "thread_local"}
         gc.collect()  # as in `record_cuda_graph`
-        # not every version of it can be told
+        # not every version of it can be recognised
         torch.cuda.graph = lambda *args, **kwargs: capture(*args, **kwargs | settings)  # type: ignore[misc, assignment]
         try:
             return torch.cuda.make_graphed_callables(module, inputs)

@@ -111,6 +111,8 @@ def _reason_against_kernels(task: Task, form: str) -> str:
             f"it uses one thread, where {task.device_config.op_threads} work inside operations (smaller micro-batches, one for "
             "each thread: bn_batch; or threads=1)"
         )
+    if form == "winograd" and task.device_config.precision not in ("fp32", "bf16"):
+        return f"it takes fp32 and bf16, and this run is in {task.device_config.precision} (--precision fp32)"
     return load_kernel().reason
 
 
