@@ -18,6 +18,7 @@ SOURCE = Path(__file__).resolve().parents[1] / "src"
 # A new package, or a new module beside the packages, needs an entry layer.
 LAYERS = {
     "bottom": {
+        "compiled",
         "errors",
         "migrate_v01",
         "peer_words",

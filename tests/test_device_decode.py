@@ -14,7 +14,7 @@ from images import NAMES, folder, photo
 from resnetlab.data import device_decode
 from resnetlab.data.augment import Augmentation
 from resnetlab.data.crops import NUM_DRAWS, Crop
-from resnetlab.data.decode import decode_on_gpu, decode_pixels, is_plain_jpeg
+from resnetlab.data.decode import decode_on_gpu, decode_pixels, read_plain_size
 from resnetlab.data.disk_split import DiskSplit, ReadOptions
 from resnetlab.data.objects import dataset_from_object
 from resnetlab.data.sampler import TrainLoader, crop_image
@@ -74,12 +74,12 @@ def test_only_plain_jpegs_are_left_to_a_gpu() -> None:
     exif = photo(1).getexif()
     exif[0x0112] = 6
     for options in ({}, {"progressive": True}, {"subsampling": 0}, {"restart_marker_rows": 1}):
-        assert is_plain_jpeg(encode(**options))
+        assert read_plain_size(encode(**options))
     for kind in ("L", "CMYK"):
-        assert not is_plain_jpeg(encode(kind))
-    assert not is_plain_jpeg(encode(exif=exif.tobytes())) and not is_plain_jpeg(encode(keep_rgb=True))
+        assert not read_plain_size(encode(kind))
+    assert not read_plain_size(encode(exif=exif.tobytes())) and not read_plain_size(encode(keep_rgb=True))
     content = encode()
-    assert not any(map(is_plain_jpeg, (content[:-300], content[:20], b"", b"\xff\xd8\xff", b"\x89PNG")))
+    assert not any(map(read_plain_size, (content[:-300], content[:20], b"", b"\xff\xd8\xff", b"\x89PNG")))
 
 
 @pytest.mark.parametrize(("kind", "levels"), [("resized", 1), ("scale", 1), ("centre", 2)])

@@ -14,10 +14,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import resnetlab
+from resnetlab import compiled
+from resnetlab.compiled import CompiledLibrary
 from resnetlab.errors import UsageError
 from resnetlab.nn import batchnorm, kernel
 from resnetlab.nn.batchnorm import FixedBatchNorm, FusedBatchNorm2d, fix_bn, fuse_batchnorm
-from resnetlab.nn.kernel import Kernel, load_kernel
+from resnetlab.nn.kernel import load_kernel
 from resnetlab.training.checkpoint import TrainState
 from resnetlab.training.gradients import select_gradients
 from resnetlab.training.recipe import Recipe
@@ -172,7 +174,7 @@ def test_a_run_records_its_form_and_keeps_it(monkeypatch: pytest.MonkeyPatch) ->
     assert Recipe.from_values({k: v for k, v in values.items() if k != "fused_bn"}).fused_bn == "off"
     with pytest.raises(UsageError, match="fused_bn=on cannot be used: it uses one thread"):
         build_task(replace(recipe, threads=4), RunOptions(device="cpu"))
-    kernel = Kernel(None, "", "there is no C++ compiler")
+    kernel = CompiledLibrary(None, "", "there is no C++ compiler")
     monkeypatch.setattr("resnetlab.training.side_by_side.load_kernel", lambda: kernel)
     with pytest.raises(UsageError, match="fused_bn=on cannot be used: there is no C"):
         build_task(recipe, RunOptions(device="cpu"))
@@ -198,7 +200,7 @@ def test_the_library_is_built_once_and_checked(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setenv("CXX", str(compiler))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     loaded: list[Path] = []
-    monkeypatch.setattr(kernel.ctypes, "CDLL", lambda name: loaded.append(Path(name)))
+    monkeypatch.setattr(compiled.ctypes, "CDLL", lambda name: loaded.append(Path(name)))
     monkeypatch.setattr(kernel, "_declare", lambda library: library)
     load = load_kernel.__wrapped__
     load(), load()
@@ -214,5 +216,5 @@ def test_the_library_is_built_once_and_checked(tmp_path: Path, monkeypatch: pyte
     compiler.write_text("#!/bin/sh\necho it is broken >&2\nexit 1\n")
     assert str(load()) == f"fused BN and ReLU, Winograd's convolution: not used, since {compiler} failed (it is broken)"
     monkeypatch.delenv("CXX")
-    monkeypatch.setattr(kernel.shutil, "which", lambda _: None)
+    monkeypatch.setattr(compiled.shutil, "which", lambda _: None)
     assert "there is no C++ compiler (install g++)" in str(load())

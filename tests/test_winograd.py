@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 import resnetlab
 from process_groups import call_in_processes
+from resnetlab.compiled import CompiledLibrary
 from resnetlab.distributed import World
 from resnetlab.errors import UsageError
 from resnetlab.nn import convolution as convolution_module
 from resnetlab.nn.convolution import WinogradConv2d, use_winograd
-from resnetlab.nn.kernel import Kernel, load_kernel
+from resnetlab.nn.kernel import load_kernel
 from resnetlab.training import side_by_side
 from resnetlab.training.checkpoint import TrainState
 from resnetlab.training.gradients import select_gradients
@@ -231,7 +232,9 @@ def test_a_run_records_its_form_and_keeps_it(monkeypatch: pytest.MonkeyPatch) ->
     replicas = SideBySideGradients(inside)
     train_step(train_state, inside.micro_batches(0), 0.1, replicas)
     assert {m.threads for m in replicas._replicas.get().task.net.modules() if isinstance(m, WinogradConv2d)} == {2}
-    monkeypatch.setattr("resnetlab.training.side_by_side.load_kernel", lambda: Kernel(None, "", "there is no compiler"))
+    monkeypatch.setattr(
+        "resnetlab.training.side_by_side.load_kernel", lambda: CompiledLibrary(None, "", "there is no compiler")
+    )
     messages: list[str] = []
     resumed = build_task(one.recipe, RunOptions(device="cpu", report=messages.append), started_in=Path())
     assert resumed.recipe == one.recipe and not resumed.device_config.winograd
@@ -258,7 +261,9 @@ def test_long_runs_take_them_where_they_were_measured(monkeypatch: pytest.Monkey
     for flags, form in (({"avx512_bf16"}, "on"), ({"avx512_bf16", "amx_bf16"}, "off"), (set(), "off")):
         monkeypatch.setattr(side_by_side, "cpu_flags", lambda flags=flags: flags)
         assert decide(precision="bf16") == (form, form) and decide() == ("on", "on")
-    monkeypatch.setattr("resnetlab.training.side_by_side.load_kernel", lambda: Kernel(None, "", "there is no compiler"))
+    monkeypatch.setattr(
+        "resnetlab.training.side_by_side.load_kernel", lambda: CompiledLibrary(None, "", "there is no compiler")
+    )
     assert decide() == ("off", "off")
     torch.set_num_threads(1)
 
@@ -271,7 +276,7 @@ def test_processes_take_them_together(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def train(world: World, without: int | None = None) -> tuple[str, str, bytes]:
         if world.rank == without:  # this process ends with the test
-            side_by_side.load_kernel = lambda: Kernel(None, "", "there is no compiler")
+            side_by_side.load_kernel = lambda: CompiledLibrary(None, "", "there is no compiler")
         state = TrainState.create(build_task(recipe, RunOptions(device="cpu"), world))
         assert state.task.device_config.winograd == state.task.device_config.fused_bn == (without is None)
         train_step(state, state.task.micro_batches(0), 0.1, select_gradients(state, print))

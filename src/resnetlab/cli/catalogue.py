@@ -104,6 +104,7 @@ def doctor(*, json: Json = False) -> None:
     import shutil
 
     import resnetlab
+    from resnetlab.data.jpeg_region import load_region_decoder
     from resnetlab.device import count_cores
     from resnetlab.nn.kernel import load_kernel
     from resnetlab.training.timing import measure_bf16
@@ -123,6 +124,7 @@ def doctor(*, json: Json = False) -> None:
         "load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,  # Windows has none
         "bf16_speedup": round(measure_bf16(), 2),
         "fused_kernel": str(load_kernel()),
+        "jpeg_regions": str(load_region_decoder()),
         "free_disk_gb": round(shutil.disk_usage(Path.cwd()).free / 1e9, 1),
         "extras": {
             extra: {"installed": not missing, "missing": missing, "install": install_hint(extra) if missing else None}
@@ -141,6 +143,7 @@ def doctor(*, json: Json = False) -> None:
         "cores": f"{document['cores']}" + ("" if load is None else f", load {load} ({programs})"),
         "bf16": f"a step takes {1 / document['bf16_speedup']:.2f} times as long as in fp32 ({measured})",
         "kernel": document["fused_kernel"],
+        "JPEGs": document["jpeg_regions"],
         "compiler": document["compiler"] or "none: --compile on is not possible here (install g++)",
         "free disk": f"{document['free_disk_gb']} GB here",
     }

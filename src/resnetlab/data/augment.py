@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from resnetlab.data.crops import Crop
 from resnetlab.data.mixing import Mixing
+from resnetlab.data.pixels import normalise_and_flip
 from resnetlab.device import to_device
 from resnetlab.errors import UsageError, unknown_name_error
 from resnetlab.preprocessing import Preprocessing
@@ -102,8 +103,7 @@ class Augmentation:
         """Pads, crops, mirrors and normalises; float32 (B, C, h, w)."""
         if not self.pad:
             if preprocessing.mean.ndim == 1 and pixels.device.type == "cpu":  # mirroring bytes is faster, and equal
-                flipped = [x.flip(1) if flip else x for x, flip in zip(pixels, flips.tolist(), strict=True)]
-                return preprocessing.normalise(flipped)
+                return normalise_and_flip(pixels, preprocessing, flips)
             x = preprocessing.normalise(pixels)
             mirrored = to_device(flips.nonzero().flatten(), x.device)
             x[mirrored] = x[mirrored].flip(3)

@@ -11,10 +11,10 @@ import math
 from dataclasses import dataclass
 
 from torch import Tensor
-from torch.nn import functional as F
 
+from resnetlab.data.jpeg_region import cut_out
+from resnetlab.data.pixels import resize_crop
 from resnetlab.errors import UsageError, unknown_name_error
-from resnetlab.preprocessing import round_to_bytes
 
 CROPS = ("centre", "scale", "resized")
 TRIES = 10  # draws of an area and a ratio until a crop fits; then a centre crop is taken
@@ -62,12 +62,4 @@ class Crop:
 
     def __call__(self, pixels: Tensor, size: int, draws: list[float]) -> Tensor:
         """uint8 (H, W, C) -> uint8 (size, size, C)."""
-        top, left, h, w = self.compute_box(pixels.shape[0], pixels.shape[1], size, draws)
-        crop = pixels[None, top : top + h, left : left + w]  # (1, h, w, C)
-        if (h, w) != (size, size):
-            crop = crop.permute(0, 3, 1, 2)  # a view: its memory stays channels last
-            on_cpu = crop.device.type == "cpu"  # where torch resizes bytes themselves
-            crop = crop if on_cpu else crop.float()
-            crop = F.interpolate(crop, (size, size), mode="bilinear", antialias=True, align_corners=False)
-            crop = (crop if on_cpu else round_to_bytes(crop)).permute(0, 2, 3, 1)
-        return crop[0]
+        return resize_crop(cut_out(pixels, lambda h, w: self.compute_box(h, w, size, draws)), size)

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from resnetlab.data.error_policy import ErrorPolicy
+from resnetlab.data.jpeg_region import ChooseBox, cut_out
 from resnetlab.errors import DataError, UsageError, unknown_name_error
 from resnetlab.formatting import find_name_problem, format_count
 from resnetlab.preprocessing import PixelFormat
@@ -59,6 +60,10 @@ class Split(ABC):
     @abstractmethod
     def read_image(self, i: int) -> Tensor:
         """Image i, decoded, uint8 or float32 (H, W, C), at its own size; raises DataError if it cannot be read."""
+
+    def read_region(self, i: int, choose_box: ChooseBox) -> Tensor:
+        """The part (h, w, C) of image i that a crop shows, as `read_image` gives it."""
+        return cut_out(self.read_image(i), choose_box)
 
     @abstractmethod
     def find_pixel_format(self, channels: int = 0) -> PixelFormat:

@@ -182,19 +182,23 @@ def _may_be_rotated(content: bytes) -> bool:
     return True  # not a JPEG's usual form
 
 
-def is_plain_jpeg(content: bytes) -> bool:
-    """Whether a file is a JPEG that any decoder gives alike: whole, upright, YCbCr in 8 bits, of a size that is not refused."""
+def read_plain_size(content: bytes) -> tuple[int, int] | None:
+    """Height and width of a JPEG that any decoder gives alike: whole, upright, YCbCr in 8 bits; None for any other file.
+
+    Also None for a size that is refused.
+    """
     if not content.startswith(JPEG) or not is_complete(content) or _may_be_rotated(content):
-        return False
-    limit, plain = Image.MAX_IMAGE_PIXELS or math.inf, False
+        return None
+    limit, size = Image.MAX_IMAGE_PIXELS or math.inf, None
     for kind, start, _ in _read_segments(content):
         if kind == 0xEE and content.startswith(b"Adobe", start) and content[start + 11] != 1:  # RGB, or CMYK
-            return False
+            return None
         if 0xC0 <= kind <= 0xCF and kind not in (0xC4, 0xC8, 0xCC):  # a frame: baseline, extended or progressive
             bits, height, width, colours = struct.unpack_from(">BHHB", content, start)
             ids = content[start + 6 : start + 15 : 3]
             plain = kind <= 0xC2 and bits == 8 and colours == 3 and ids != b"RGB" and 0 < height * width <= limit
-    return plain
+            size = (height, width) if plain else None
+    return size
 
 
 def decode_on_gpu(files: list[Tensor], device: torch.device) -> list[Tensor]:

@@ -25,10 +25,11 @@ from resnetlab.data.decode import (
     find_pixel_format,
     is_complete,
     is_deep_file,
-    is_plain_jpeg,
+    read_plain_size,
     warn_of_scaling,
 )
 from resnetlab.data.error_policy import ErrorPolicy
+from resnetlab.data.jpeg_region import ChooseBox, cut_out, decode_region
 from resnetlab.data.text_files import find_encoding, read_bytes
 from resnetlab.errors import DataError, warn
 from resnetlab.formatting import parse_json
@@ -242,10 +243,15 @@ class DiskSplit(Split):
     def read_image(self, i: int) -> Tensor:
         return decode_as(*self.read_file(i), self.pixel_format)
 
+    def read_region(self, i: int, choose_box: ChooseBox) -> Tensor:
+        content, name = self.read_file(i)
+        region = decode_region(content, choose_box) if self.pixel_format == RGB else None
+        return cut_out(decode_as(content, name, self.pixel_format), choose_box) if region is None else region
+
     def read_encoded(self, i: int) -> Tensor:
         """The bytes of a JPEG that a GPU can decode, uint8 (n,); any other image decoded, as `read_image` gives it."""
         content, name = self.read_file(i)
-        if self.pixel_format == RGB and is_plain_jpeg(content):
+        if self.pixel_format == RGB and read_plain_size(content):
             return torch.frombuffer(bytearray(content), dtype=torch.uint8)
         return decode_as(content, name, self.pixel_format)
 

@@ -21,6 +21,7 @@ from resnetlab.data.crops import Crop
 from resnetlab.data.dataset import MemorySplit, Split
 from resnetlab.data.device_decode import decode_images, decodes_on_device, pack_images, unpack_images
 from resnetlab.data.own_transform import Transform, TransformedReader
+from resnetlab.data.pixels import resize_crop
 from resnetlab.data.prefetch import BatchReader, LoadedBatch, Prefetcher, preprocess_image, stack_images
 from resnetlab.data.remote_shards import ShardFetcher
 from resnetlab.data.shard_order import BLOCK, ShardOrder
@@ -186,7 +187,11 @@ def read_train_image(
     augment_draws: list[float] | None = None,
 ) -> Tensor:
     """Image `index` of a split, decoded, cropped and, given `augment_draws`, augmented; uint8 (h, w, C)."""
-    pixels = crop_image(split.read_image(index), preprocessing, crop, crop_draws)
+    size = preprocessing.size[0]
+    if crop.kind == "centre":
+        pixels = preprocess_image(preprocessing, split.read_image(index))
+    else:
+        pixels = resize_crop(split.read_region(index, lambda h, w: crop.compute_box(h, w, size, crop_draws)), size)
     return pixels if augment_draws is None else trivial_augment.trivial_augment(pixels, augment_draws)
 
 
