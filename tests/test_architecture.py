@@ -20,6 +20,7 @@ LAYERS = {
     "bottom": {
         "compiled",
         "errors",
+        "pixels",
         "migrate_v01",
         "peer_words",
         "progress",

@@ -5,8 +5,11 @@ from __future__ import annotations
 import io
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,21 +18,22 @@ from PIL import Image
 from torch import Tensor
 
 from images import folder, photo
-from resnetlab import compiled
+from resnetlab import compiled, pixels
 from resnetlab.compiled import CompiledLibrary
-from resnetlab.data import disk_split, jpeg_region, pixels
+from resnetlab.data import disk_split, jpeg_region
 from resnetlab.data.augment import Augmentation
-from resnetlab.data.crops import Crop
+from resnetlab.data.crops import Crop, resize_crop
 from resnetlab.data.decode import decode_pixels
 from resnetlab.data.jpeg_region import cut_out, decode_region, load_region_decoder
-from resnetlab.data.pixels import load_pixel_kernels, normalise_and_flip, resize_crop
 from resnetlab.data.sampler import TrainLoader
 from resnetlab.data.sources import load_dataset
 from resnetlab.device import select_device
-from resnetlab.preprocessing import Preprocessing
+from resnetlab.pixels import load_pixel_kernels, normalise_bytes, resize_bytes
+from resnetlab.preprocessing import INTERPOLATIONS, Preprocessing, tensor_to_pil
 
 pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="there is no C++ compiler")
 needs_libjpeg = pytest.mark.skipif(load_region_decoder().library is None, reason="libjpeg-turbo's header is not here")
+needs_avx512 = pytest.mark.skipif(load_pixel_kernels().library is None, reason="no AVX-512 for bytes (VBMI)")
 PREPROCESSING = Preprocessing(3, (24, 24), 26, torch.tensor([0.4, 0.5, 0.6]), torch.tensor([0.2, 0.25, 0.3]))
 MISSING = CompiledLibrary(None, "", "the test says so")
 
@@ -126,7 +130,7 @@ def test_training_decodes_only_what_its_crop_shows(tmp_path: Path, monkeypatch: 
     assert len(batches(folder(tmp_path / "photos", {"": 8}), "resized")) == 4
 
 
-@pytest.mark.skipif(load_pixel_kernels().library is None, reason="the processor has no AVX-512 for bytes")
+@needs_avx512
 @given(
     height=st.integers(1, 700),
     width=st.integers(1, 700),
@@ -143,20 +147,54 @@ def test_a_resized_crop_has_torchs_bits(height: int, width: int, size: int, seed
     assert torch.equal(resize_crop(crop, size), theirs if (height, width) != (size, size) else crop)
 
 
+@needs_avx512
+@given(
+    height=st.integers(1, 400), width=st.integers(1, 400), resize=st.integers(1, 300), crop=st.integers(1, 300),
+    interpolation=st.sampled_from(list(INTERPOLATIONS)), seed=st.integers(0, 9),
+)  # fmt: skip
+@settings(max_examples=300, deadline=None)
+def test_a_resized_image_has_pillows_bits(
+    height: int, width: int, resize: int, crop: int, interpolation: str, seed: int
+) -> None:
+    image = random_pixels(height, width, 3, seed=seed)
+    image = torch.where(image > 127, 255, 0).to(torch.uint8) if seed % 2 else image
+    preprocessing = replace(PREPROCESSING, size=(crop, max(1, crop - 3)), resize=resize, interpolation=interpolation)
+    with mock.patch.object(pixels, "load_pixel_kernels", return_value=MISSING):
+        by_pillow = preprocessing(tensor_to_pil(image))
+    assert torch.equal(preprocessing(image), by_pillow) and torch.equal(preprocessing(tensor_to_pil(image)), by_pillow)
+
+
+@needs_avx512
+@pytest.mark.parametrize("method", INTERPOLATIONS)
+@pytest.mark.parametrize(
+    ("before", "after"), [((375, 500), (256, 341)), ((500, 375), (341, 256)), ((32, 32), (70, 90))]
+)
+def test_usual_photographs_are_resized_here(method: str, before: tuple[int, int], after: tuple[int, int]) -> None:
+    image = random_pixels(*before, 3)
+    part = resize_bytes(method, image, after, (5, 7, 20, 30))
+    whole = tensor_to_pil(image).resize(after[::-1], INTERPOLATIONS[method])
+    assert part is not None and torch.equal(part, torch.from_numpy(np.array(whole))[5:25, 7:37])
+
+
+@needs_avx512
 @given(width=st.integers(1, 70), height=st.integers(1, 5), images=st.integers(1, 4), seed=st.integers(0, 9))
 @settings(max_examples=100, deadline=None)
 def test_normalised_and_mirrored_pixels_have_torchs_bits(width: int, height: int, images: int, seed: int) -> None:
     x = random_pixels(images, height, width, 3, seed=seed)
     flips = torch.rand(images, generator=torch.Generator().manual_seed(seed)) < 0.5
-    ours = normalise_and_flip(x, PREPROCESSING, flips)
+    scale, shift = 1 / (255 * PREPROCESSING.std), PREPROCESSING.mean / PREPROCESSING.std
+    ours = normalise_bytes(x, scale, shift, flips)
     theirs = PREPROCESSING.normalise(torch.where(flips[:, None, None, None], x.flip(2), x))
-    assert torch.equal(ours, theirs) and ours.is_contiguous(memory_format=torch.channels_last)
+    assert ours is not None and torch.equal(ours, theirs) and ours.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_code_that_computes_something_else_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pixels, "_resize_by_torch", lambda crop, size: torch.zeros(size, size, 3, dtype=torch.uint8))
-    other = load_pixel_kernels.__wrapped__()
-    assert other.library is None and other.reason.startswith(("torch resizes in another way", "this processor has no"))
+    slowly = pixels._resize_slowly
+    for wrong, name in (("torch", "torch"), ("bilinear", "Pillow"), ("bicubic", "Pillow")):
+        monkeypatch.setattr(pixels, "_resize_slowly", lambda m, x, size, wrong=wrong: slowly(m, x, size) + (m == wrong))
+        other = load_pixel_kernels.__wrapped__()
+        assert other.library is None
+        assert other.reason.startswith((f"{name} resizes in another way", "this processor has no"))
     monkeypatch.setattr(jpeg_region, "_gives_the_same", lambda function, subsampling: subsampling < 2)
     assert load_region_decoder.__wrapped__().library is None
 

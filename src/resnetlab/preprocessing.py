@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from resnetlab.device import to_device
 from resnetlab.errors import DataError, ModelFileError, UsageError, unknown_name_error
 from resnetlab.formatting import format_count
+from resnetlab.pixels import is_resized_here, resize_bytes
 
 INTERPOLATIONS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 STD_RANGE = 1e-7, 1e6  # beyond it normalised values overflow, or their differences are lost
@@ -108,18 +109,33 @@ class Preprocessing:
     def __call__(self, image: Image.Image | Tensor) -> Tensor:
         """One decoded image of any size -> (h, w, C): shorter side resized (antialiased), centre crop.
 
-        A Pillow image, L or RGB, gives uint8; values as stored, float32 (H, W, C), give float32.
+        A Pillow image, L or RGB, or uint8 (H, W, C) gives uint8; values as stored, float32 (H, W, C), give float32.
         """
-        if isinstance(image, Tensor):
+        if isinstance(image, Tensor) and image.is_floating_point():
             image, (h, w) = self.resize_pixels(image, self.resize), self.size
             top, left = center_offset(image.shape[0], h), center_offset(image.shape[1], w)
             return image[top : top + h, left : left + w].contiguous()
-        image = self.resize_image(image, self.resize)
+        if (resized := self._resize_part(image)) is not None:
+            return resized
+        image = self.resize_image(tensor_to_pil(image) if isinstance(image, Tensor) else image, self.resize)
         (height, width), (h, w) = (image.height, image.width), self.size
         if (height, width) != (h, w):
             top, left = center_offset(height, h), center_offset(width, w)
             image = image.crop((left, top, left + w, top + h))
         return pil_to_tensor(image)
+
+    def _resize_part(self, image: Image.Image | Tensor) -> Tensor | None:
+        """What the centre crop keeps of a resized image, uint8 (h, w, 3); None where Pillow has to resize all of it."""
+        if self.channels != 3 or (isinstance(image, Image.Image) and image.mode != "RGB"):
+            return None
+        height, width = image.shape[:2] if isinstance(image, Tensor) else (image.height, image.width)
+        (top, left), inner, size = plan_resize((height, width), self.resize)
+        part = (center_offset(size[0], self.size[0]), center_offset(size[1], self.size[1]), *self.size)
+        is_inside = min(part) >= 0 and size[0] >= part[0] + part[2] and size[1] >= part[1] + part[3]
+        if not is_inside or not is_resized_here(self.interpolation, inner, size):
+            return None
+        pixels = image if isinstance(image, Tensor) else torch.from_numpy(np.array(image))
+        return resize_bytes(self.interpolation, pixels[top : top + inner[0], left : left + inner[1]], size, part)
 
     def to_pixels(self, image: Image.Image | Tensor) -> Tensor:
         """One decoded image at its own size, (H, W, C) in the channels that the network gets."""

@@ -107,6 +107,7 @@ def doctor(*, json: Json = False) -> None:
     from resnetlab.data.jpeg_region import load_region_decoder
     from resnetlab.device import count_cores
     from resnetlab.nn.kernel import load_kernel
+    from resnetlab.pixels import load_pixel_kernels
     from resnetlab.training.timing import measure_bf16
 
     packages = ("torch", "torchvision", "numpy", "pillow", "safetensors")
@@ -125,6 +126,7 @@ def doctor(*, json: Json = False) -> None:
         "bf16_speedup": round(measure_bf16(), 2),
         "fused_kernel": str(load_kernel()),
         "jpeg_regions": str(load_region_decoder()),
+        "pixel_kernels": str(load_pixel_kernels()),
         "free_disk_gb": round(shutil.disk_usage(Path.cwd()).free / 1e9, 1),
         "extras": {
             extra: {"installed": not missing, "missing": missing, "install": install_hint(extra) if missing else None}
@@ -144,6 +146,7 @@ def doctor(*, json: Json = False) -> None:
         "bf16": f"a step takes {1 / document['bf16_speedup']:.2f} times as long as in fp32 ({measured})",
         "kernel": document["fused_kernel"],
         "JPEGs": document["jpeg_regions"],
+        "pixels": document["pixel_kernels"],
         "compiler": document["compiler"] or "none: --compile on is not possible here (install g++)",
         "free disk": f"{document['free_disk_gb']} GB here",
     }

@@ -11,9 +11,9 @@ from torch.nn import functional as F
 
 from resnetlab.data.crops import Crop
 from resnetlab.data.mixing import Mixing
-from resnetlab.data.pixels import normalise_and_flip
 from resnetlab.device import to_device
 from resnetlab.errors import UsageError, unknown_name_error
+from resnetlab.pixels import normalise_bytes
 from resnetlab.preprocessing import Preprocessing
 from resnetlab.random import make_generator
 
@@ -103,7 +103,7 @@ class Augmentation:
         """Pads, crops, mirrors and normalises; float32 (B, C, h, w)."""
         if not self.pad:
             if preprocessing.mean.ndim == 1 and pixels.device.type == "cpu":  # mirroring bytes is faster, and equal
-                return normalise_and_flip(pixels, preprocessing, flips)
+                return _normalise_and_flip(pixels, preprocessing, flips)
             x = preprocessing.normalise(pixels)
             mirrored = to_device(flips.nonzero().flatten(), x.device)
             x[mirrored] = x[mirrored].flip(3)
@@ -118,6 +118,15 @@ class Augmentation:
 
     def _pad(self, x: Tensor) -> Tensor:
         return F.pad(x, (0, 0, self.pad, self.pad, self.pad, self.pad))
+
+
+def _normalise_and_flip(pixels: Tensor, preprocessing: Preprocessing, flips: Tensor) -> Tensor:
+    """(B, h, w, C) -> float32 (B, C, h, w), for a mean per channel, which mirrored pixels have too."""
+    scale, shift = 1 / (preprocessing.white * preprocessing.std), preprocessing.mean / preprocessing.std
+    if (normalised := normalise_bytes(pixels, scale, shift, flips)) is not None:
+        return normalised
+    mirrored = [x.flip(1) if flip else x for x, flip in zip(pixels, flips.tolist(), strict=True)]
+    return preprocessing.normalise(mirrored)
 
 
 def rotate_images(x: Tensor, degrees: Tensor) -> Tensor:

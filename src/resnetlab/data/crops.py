@@ -11,10 +11,12 @@ import math
 from dataclasses import dataclass
 
 from torch import Tensor
+from torch.nn import functional as F
 
 from resnetlab.data.jpeg_region import cut_out
-from resnetlab.data.pixels import resize_crop
 from resnetlab.errors import UsageError, unknown_name_error
+from resnetlab.pixels import resize_bytes
+from resnetlab.preprocessing import round_to_bytes
 
 CROPS = ("centre", "scale", "resized")
 TRIES = 10  # draws of an area and a ratio until a crop fits; then a centre crop is taken
@@ -63,3 +65,16 @@ class Crop:
     def __call__(self, pixels: Tensor, size: int, draws: list[float]) -> Tensor:
         """uint8 (H, W, C) -> uint8 (size, size, C)."""
         return resize_crop(cut_out(pixels, lambda h, w: self.compute_box(h, w, size, draws)), size)
+
+
+def resize_crop(crop: Tensor, size: int) -> Tensor:
+    """uint8 or float32 (h, w, C) -> the same type (size, size, C): antialiased, bilinear."""
+    if crop.shape[:2] == (size, size):
+        return crop
+    if (resized := resize_bytes("torch", crop, (size, size))) is not None:
+        return resized
+    x = crop[None].permute(0, 3, 1, 2)  # a view: its memory stays channels last
+    on_cpu = x.device.type == "cpu"  # where torch resizes bytes themselves
+    x = x if on_cpu else x.float()
+    x = F.interpolate(x, (size, size), mode="bilinear", antialias=True, align_corners=False)
+    return (x if on_cpu else round_to_bytes(x)).permute(0, 2, 3, 1)[0]

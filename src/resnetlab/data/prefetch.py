@@ -27,7 +27,7 @@ from resnetlab.data.dataset import MemorySplit, Split
 from resnetlab.data.error_policy import ErrorPolicy
 from resnetlab.device import DeviceConfig, count_cores, map_in_order
 from resnetlab.errors import DataError, first_line, warn
-from resnetlab.preprocessing import Preprocessing, round_to_bytes, tensor_to_pil
+from resnetlab.preprocessing import Preprocessing, round_to_bytes
 from resnetlab.process_place import read_process_place
 from resnetlab.stopping import check_stop
 
@@ -298,4 +298,4 @@ def preprocess_image(preprocessing: Preprocessing, pixels: Tensor) -> Tensor:
     """Resizes and crops one decoded image, uint8 or float32 (H, W, C) -> (h, w, C) of the same type."""
     if pixels.device.type != "cpu" and not pixels.is_floating_point():
         return round_to_bytes(preprocessing(pixels.float()))
-    return preprocessing(pixels if pixels.is_floating_point() else tensor_to_pil(pixels))
+    return preprocessing(pixels)

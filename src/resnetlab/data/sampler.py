@@ -17,11 +17,10 @@ from torch import Tensor
 from resnetlab.data import crops, trivial_augment
 from resnetlab.data.augment import Augmentation
 from resnetlab.data.batch_copier import BatchCopier
-from resnetlab.data.crops import Crop
+from resnetlab.data.crops import Crop, resize_crop
 from resnetlab.data.dataset import MemorySplit, Split
 from resnetlab.data.device_decode import decode_images, decodes_on_device, pack_images, unpack_images
 from resnetlab.data.own_transform import Transform, TransformedReader
-from resnetlab.data.pixels import resize_crop
 from resnetlab.data.prefetch import BatchReader, LoadedBatch, Prefetcher, preprocess_image, stack_images
 from resnetlab.data.remote_shards import ShardFetcher
 from resnetlab.data.shard_order import BLOCK, ShardOrder

@@ -36,7 +36,7 @@ from resnetlab.inference.predict import Model
 from resnetlab.models.annotated_model import AnnotatedModel
 from resnetlab.models.cost import count_parameters
 from resnetlab.models.spec import Specification
-from resnetlab.preprocessing import RGB, PixelFormat
+from resnetlab.preprocessing import RGB, PixelFormat, tensor_to_pil
 
 MASK_OPACITY = 130  # of 255
 
@@ -164,8 +164,9 @@ class _ServedAnnotatedModel(ServedModel):
         self.model, self.backend = predictor.model, str(predictor.device_config)
         self.no_explanation = predictor.no_explanation
 
-    def prepare(self, image: Image.Image) -> UploadedImage:
+    def prepare(self, image: Image.Image | Tensor) -> UploadedImage:
         """Reduces images more than twice as large as the network's input, to save memory."""
+        image = tensor_to_pil(image) if isinstance(image, Tensor) else image
         size, limit = image.size, 2 * self.model.head_spec.longest
         rgb = image.convert("RGB")
         rgb.thumbnail((limit, limit), Image.Resampling.BILINEAR)

@@ -52,7 +52,7 @@ def decode_uploads(
     """The prepared images of a request, in order; stops decoding once `cancelled` returns true.
 
     Args:
-        pixel_format: `prepare` gets Pillow images, or values as stored, float32 (H, W, C), where it says so.
+        pixel_format: `prepare` gets Pillow images or uint8 (H, W, 3); values as stored, float32 (H, W, C), where it says so.
 
     Raises RequestError where the request as a whole is wrong: its type, its form, its number of images.
     """
@@ -172,7 +172,8 @@ def _read_stored(content: bytes, limits: Limits, pixel_format: PixelFormat) -> T
         raise RequestError(422, str(error)) from error
 
 
-def _decode_image(content: bytes, limits: Limits) -> Image.Image:
+def _decode_image(content: bytes, limits: Limits) -> Image.Image | Tensor:
+    """A Pillow image, or uint8 (H, W, 3) of a JPEG."""
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:  # reads the header only
             width, height = image.size
@@ -182,7 +183,7 @@ def _decode_image(content: bytes, limits: Limits) -> Image.Image:
                     f"the image has {width:,} x {height:,} pixels, more than {limits.max_pixels:,}; make it smaller.",
                 )
             if image.format == "JPEG":  # faster with the extra `fast`
-                return Image.fromarray(decode_pixels(content, "the image").numpy())
+                return decode_pixels(content, "the image")
             return convert_image(image)
     except UnidentifiedImageError:
         raise RequestError(415, f"this is not an image that can be read ({', '.join(FORMATS)}).") from None
