@@ -160,8 +160,9 @@ def test_a_resized_image_has_pillows_bits(
     image = torch.where(image > 127, 255, 0).to(torch.uint8) if seed % 2 else image
     preprocessing = replace(PREPROCESSING, size=(crop, max(1, crop - 3)), resize=resize, interpolation=interpolation)
     with mock.patch.object(pixels, "load_pixel_kernels", return_value=MISSING):
-        by_pillow = preprocessing(tensor_to_pil(image))
+        by_pillow, whole = preprocessing(tensor_to_pil(image)), preprocessing.resize_bytes(image, resize)
     assert torch.equal(preprocessing(image), by_pillow) and torch.equal(preprocessing(tensor_to_pil(image)), by_pillow)
+    assert torch.equal(preprocessing.resize_bytes(image, resize), whole)
 
 
 @needs_avx512

@@ -163,6 +163,15 @@ class Preprocessing:
         x = F.interpolate(x, size, mode=self.interpolation, antialias=True, align_corners=False)
         return x[0].permute(1, 2, 0).contiguous()
 
+    def resize_bytes(self, pixels: Tensor, side: int) -> Tensor:
+        """`resize_image` for uint8 (H, W, C) on a CPU."""
+        (top, left), (height, width), size = plan_resize((pixels.shape[0], pixels.shape[1]), side)
+        resized = None
+        if self.channels == 3 and (height, width) != size:
+            inner = pixels[top : top + height, left : left + width]
+            resized = resize_bytes(self.interpolation, inner, size)
+        return pil_to_tensor(self.resize_image(tensor_to_pil(pixels), side)) if resized is None else resized
+
     def normalise(self, pixels: Tensor | Sequence[Tensor]) -> Tensor:
         """(B, h, w, C), or B images (h, w, C) -> float32 (B, C, h, w) in channels-last memory: (x / white - mean) / std.
 

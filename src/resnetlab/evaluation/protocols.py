@@ -27,9 +27,7 @@ from resnetlab.preprocessing import (
     MAX_INPUT_SIDE,
     Preprocessing,
     center_offset,
-    pil_to_tensor,
     round_to_bytes,
-    tensor_to_pil,
 )
 
 KINDS = ("1crop", "10crop", "dense", "multiscale")
@@ -221,7 +219,7 @@ def resize_shorter_side(image: Tensor, side: int, preprocessing: Preprocessing) 
         return preprocessing.resize_pixels(image, side)
     if image.device.type != "cpu":
         return round_to_bytes(preprocessing.resize_pixels(image.float(), side))
-    return pil_to_tensor(preprocessing.resize_image(tensor_to_pil(image), side))
+    return preprocessing.resize_bytes(image, side)
 
 
 def _stack_by_size(images: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
