@@ -226,3 +226,21 @@ def test_the_header_is_looked_for_in_a_conda_environment_and_named_where_it_is_m
         f"-Wl,-rpath,{tmp_path / 'lib'}",
         "-ljpeg",
     ]
+
+
+def test_a_library_that_cannot_be_loaded_any_more_is_built_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "one.cpp").write_text('extern "C" int one() { return 1; }')
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    load, failures = compiled.ctypes.CDLL, [OSError("libjpeg.so.62: cannot open shared object file")]
+    assert compiled.load_library("one", [tmp_path / "one.cpp"]).library.one() == 1  # type: ignore[union-attr]
+
+    def fail_once(name: str) -> object:
+        if failures:
+            raise failures.pop()
+        return load(name)
+
+    monkeypatch.setattr(compiled.ctypes, "CDLL", fail_once)
+    again = compiled.load_library("one", [tmp_path / "one.cpp"])
+    assert not failures and again.library is not None and again.library.one() == 1

@@ -8,6 +8,7 @@ headers of torch, and Python's lock is free while it computes.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import os
@@ -71,8 +72,13 @@ def load_library(
         key = _hash(*contents, "\n".join((compiler, version, *FLAGS, *options, describe_processor())).encode())
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         command = [compiler, *FLAGS, *map(str, sources), *options]
-        file = _find(folder, key) or _compile(folder, key, command)
-        return CompiledLibrary(ctypes.CDLL(str(file)), f"{version.splitlines()[0]}, {file.stem}", "", purpose)
+        file, library = _find(folder, key), None
+        with contextlib.suppress(OSError):  # a library that it was linked with has changed: it is built again
+            library = ctypes.CDLL(str(file)) if file else None
+        if file is None or library is None:
+            file = _compile(folder, key, command)
+            library = ctypes.CDLL(str(file))
+        return CompiledLibrary(library, f"{version.splitlines()[0]}, {file.stem}", "", purpose)
     except subprocess.CalledProcessError as error:
         lines = (error.stderr or "").strip().splitlines() or [f"exit code {error.returncode}"]
         return CompiledLibrary(None, "", f"{compiler} failed ({lines[0][:200]})", purpose)
