@@ -8,7 +8,6 @@ headers of torch, and Python's lock is free while it computes.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import hashlib
 import os
@@ -72,10 +71,12 @@ def load_library(
         key = _hash(*contents, "\n".join((compiler, version, *FLAGS, *options, describe_processor())).encode())
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         command = [compiler, *FLAGS, *map(str, sources), *options]
-        file, library = _find(folder, key), None
-        with contextlib.suppress(OSError):  # a library that it was linked with has changed: it is built again
+        file = _find(folder, key)
+        try:
             library = ctypes.CDLL(str(file)) if file else None
-        if file is None or library is None:
+        except OSError:  # a library that it was linked with has changed
+            file = None
+        if file is None:
             file = _compile(folder, key, command)
             library = ctypes.CDLL(str(file))
         return CompiledLibrary(library, f"{version.splitlines()[0]}, {file.stem}", "", purpose)
