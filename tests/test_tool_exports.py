@@ -17,9 +17,12 @@ import pytest
 from PIL import Image
 
 import cells
-from resnetlab.data import box_dataset, mask_dataset, sources
+from resnetlab.data import box_dataset, cvat_xml, mask_dataset, sources
 from resnetlab.data.dataset import Dataset
 from resnetlab.data.disk_split import ReadOptions
+from resnetlab.data.error_policy import ErrorPolicy
+from resnetlab.data.layouts import read_annotations
+from resnetlab.data.object_masks import ObjectMask
 from resnetlab.errors import DataError, UsageError
 
 TOOL_EXPORTS = Path(__file__).parent / "data" / "tool_exports.zip"  # made by make_tool_exports.py beside it
@@ -105,10 +108,16 @@ def write_samples(root: Path, *values: dict[str, Any], targets: dict[str, Any] |
         (root / "metadata.json").write_text(json.dumps({"mask_targets": {"labels": targets}}))
 
 
-def pack_array(mask: Any) -> dict[str, Any]:
+def pack_bytes(content: bytes) -> dict[str, Any]:
+    return {"$binary": {"base64": base64.b64encode(zlib.compress(content)).decode(), "subType": "00"}}
+
+
+def pack_array(mask: Any, claimed: str = "") -> dict[str, Any]:
+    """As FiftyOne packs a mask; `claimed` is a shape for its header in place of its own."""
     content = io.BytesIO()
     np.save(content, mask)
-    return {"$binary": {"base64": base64.b64encode(zlib.compress(content.getvalue())).decode(), "subType": "00"}}
+    own = f"{mask.shape}, }}".ljust(len(claimed))
+    return pack_bytes(content.getvalue().replace(own.encode(), (claimed or own).encode(), 1))
 
 
 def test_fiftyones_masks_in_files_and_of_whole_images(tmp_path: Path) -> None:
@@ -134,6 +143,18 @@ def test_fiftyones_masks_in_files_and_of_whole_images(tmp_path: Path) -> None:
     write_samples(tmp_path, *({"_cls": "Detections", "detections": [thing]} for _ in range(2)))
     seen = load(mask_dataset.load_masks, tmp_path).train[0].read()[1].numpy()
     assert seen[y1 : (y1 + y2) // 2, x1:x2].all() and seen.sum() == ((y1 + y2) // 2 - y1) * (x2 - x1)
+    beyond = thing | {"bounding_box": [0, -0.5, 0.5, 1.5]}  # 40 x 96 pixels, of which the first 32 rows are not there
+    write_samples(tmp_path, *({"_cls": "Detections", "detections": [beyond]} for _ in range(2)))
+    seen = load(mask_dataset.load_masks, tmp_path).train[0].read()[1].numpy()
+    assert seen[:16, :40].all() and seen.sum() == 16 * 40
+
+
+def test_masks_of_fiftyone_are_kept_as_run_lengths(tmp_path: Path) -> None:
+    """Of a data set of thousands of images arrays would take gigabytes before the first is looked at."""
+    write_samples(tmp_path, *[{"_cls": "Segmentation", "mask": pack_array(np.eye(400, dtype=np.uint8))}] * 2)
+    (record, *_), *_ = read_annotations(tmp_path, ErrorPolicy(), masks=True).splits.values()
+    assert isinstance(mask := record.objects[0].segmentation, ObjectMask) and mask.runs is not None
+    assert mask.runs.nbytes == 4 * (2 * 400 + 1 - 1) and mask.area() == 400
 
 
 @pytest.mark.parametrize(
@@ -143,6 +164,9 @@ def test_fiftyones_masks_in_files_and_of_whole_images(tmp_path: Path) -> None:
         ({"$binary": {"base64": 5}}, "neither a path nor a text in base64"),
         (pack_array(np.zeros(3, bool)), "no array of whole numbers with rows and columns"),
         (pack_array(np.zeros((2, 2))), "no array of whole numbers"),
+        (pack_array(np.zeros((2, 2), bool), "(2000000, 2000000), }"), "Unable to allocate"),
+        (pack_bytes(b""), "EOF"),
+        (pack_bytes(b"PK\x03\x04, as a zip file begins"), "magic string is not correct"),
     ],
 )
 def test_broken_masks_of_fiftyone_are_named(mask: Any, message: str, tmp_path: Path) -> None:
@@ -162,6 +186,41 @@ def test_a_mask_of_fiftyone_is_not_unpacked_beyond_an_image(tmp_path: Path, monk
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 8000)
     with pytest.raises(DataError, match="it is larger than any image"):
         mask_dataset.load_masks(tmp_path)
+
+
+@pytest.mark.parametrize("label", [-1, 2])
+def test_a_number_that_is_no_class_is_refused(label: int, tmp_path: Path) -> None:
+    """-1 was taken for the last class."""
+    (tmp_path / "data").mkdir()
+    for i in range(3):
+        cells.scene(i)[0].save(tmp_path / "data" / f"{i}.png")
+    file = tmp_path / "labels.json"
+    file.write_text(json.dumps({"classes": ["a", "b"], "labels": {"0": label, "1": 0, "2": 1}}))
+    with pytest.raises(DataError, match=r"labels\.json looks like FiftyOne's labels\.json, but has another form"):
+        load_classes(tmp_path)
+    box = {"label": label, "bounding_box": [0.1, 0.1, 0.3, 0.3]}
+    file.write_text(json.dumps({"classes": ["a", "b"], "labels": {str(i): [box] for i in range(3)}}))
+    with pytest.raises(DataError, match=r"labels\.json, 0, detection 1: it has no label"):
+        box_dataset.load_boxes(tmp_path)
+
+
+def test_classes_of_objects_are_not_those_of_images(tmp_path: Path) -> None:
+    thing = {"label": "round", "bounding_box": [0.1, 0.1, 0.5, 0.5]}
+    thing["of"] = {"_cls": "Classification", "label": "red"}
+    write_samples(tmp_path, *[{"_cls": "Detections", "detections": [thing]}] * 2)
+    with pytest.raises(DataError, match=r"FiftyOne's data sets .*, data of boxes or masks: resnetlab detect train"):
+        load_classes(tmp_path)
+
+
+def test_not_every_annotation_of_voc_is_asked_whether_it_is_cvats(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "train").mkdir()
+    for i in range(60):
+        (tmp_path / "train" / f"{i}.xml").write_text("<annotation></annotation>")
+    asked: list[Path] = []
+    monkeypatch.setattr(cvat_xml, "peek_text", lambda file: asked.append(file) or "<annotation>")
+    assert cvat_xml.find_cvat_files(tmp_path) == [] and len(asked) == 50
 
 
 def write_tasks(root: Path, choices: list[list[str] | None]) -> None:
@@ -186,6 +245,10 @@ def test_choices_of_label_studio_are_classes(tmp_path: Path) -> None:
         "/project-1.json: the classes of kind are read, not those of quality.",
         " (Label Studio's tasks): 4 images without a class left out, such as p2.png.",
     ]
+    minimal = [{"image": "p0.png", "id": 7, "kind": {"choices": ["cat", "dog"]}}]
+    (tmp_path / "project-1.json").write_text(json.dumps(minimal))
+    with pytest.raises(DataError, match=r"project-1\.json is Label Studio's JSON-MIN; export JSON"):
+        load_classes(tmp_path)
     write_tasks(tmp_path, [["cat"], ["dog", "cat"], ["dog"]] * 4)
     assert load(lambda root: load_classes(root, multi_label=True), tmp_path).label_sets is not None
     (tmp_path / "p3.png").unlink()

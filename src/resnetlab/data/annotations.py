@@ -6,7 +6,6 @@ used as the files give them.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +13,12 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from resnetlab.data.decode import decode_pixels, read_header, warn_of_scaling
 from resnetlab.data.error_policy import ErrorPolicy
-from resnetlab.data.file_lookup import find_split
-from resnetlab.data.object_masks import encode_mask, parse_segmentation
+from resnetlab.data.file_lookup import find_first_split
+from resnetlab.data.object_masks import ObjectMask, encode_mask, parse_segmentation
 from resnetlab.data.text_files import read_bytes
 from resnetlab.errors import DataError
 from resnetlab.formatting import format_list
@@ -38,8 +36,8 @@ class ObjectRecord(NamedTuple):
         where: file and entry, for messages.
         label: its class; None if the reader has rejected it: it is not trained on, but no background either.
         box: None if the file gives none.
-        segmentation: as `parse_segmentation` takes it, or bool (h, w), the pixels of a relative box, in any resolution; None if
-            the file gives none.
+        segmentation: as `parse_segmentation` takes it, or the ObjectMask of a relative box, in any resolution; None if the file
+            gives none.
         ignored: VOC's "difficult" and COCO's "iscrowd".
     """
 
@@ -91,7 +89,7 @@ def add_record(
 ) -> None:
     """Adds an image to the split that one of its tags, or a folder above its file, names."""
     words = (*tags, *file.relative_to(root).parts[:-1])
-    splits.setdefault(next(filter(None, map(find_split, words)), ""), []).append(record)
+    splits.setdefault(find_first_split(words), []).append(record)
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,22 +174,27 @@ def _scale_boxes(objects: list[ObjectRecord], size: tuple[int, int]) -> list[Obj
         box, outline = thing.box and cast(Box, tuple(scale(thing.box))), thing.segmentation
         if isinstance(outline, list):
             outline = list(map(scale, outline))
-        elif isinstance(outline, np.ndarray) and box is not None:
+        elif isinstance(outline, ObjectMask) and box is not None:
             outline = _fit_mask(outline, box, size)
         scaled.append(thing._replace(box=box, segmentation=outline))  # run lengths are of pixels already
     return scaled
 
 
-def _fit_mask(inside: NDArray[np.bool_], box: Box, size: tuple[int, int]) -> Any:
-    """Run lengths of the mask (h, w) of a box in an image of (height, width), brought to the box's whole pixels."""
-    x1, y1, x2, y2 = (round(min(max(v, 0.0), size[1 - i % 2])) if math.isfinite(v) else 0 for i, v in enumerate(box))
-    height, width = y2 - y1, x2 - x1
-    if min(height, width) < 1:
+def _fit_mask(mask: ObjectMask, box: Box, size: tuple[int, int]) -> Any:
+    """Run lengths of the mask of a box in an image of (height, width), brought to the box's whole pixels in the image."""
+    inside = np.zeros(mask.size, np.uint8)
+    mask.paint(inside, 1)
+    starts, places = [0, 0], [np.zeros(0, int)] * 2
+    for axis in (0, 1) if all(abs(v) < 1e7 for v in box) else ():  # rows, columns
+        start, end = round(box[1 - axis]), round(box[3 - axis])
+        pixels = np.arange(max(start, 0), min(end, size[axis]))
+        starts[axis], places[axis] = (
+            max(start, 0),
+            ((pixels - start + 0.5) * mask.size[axis] / (end - start)).astype(int),
+        )
+    if not all(map(len, places)):
         return []  # refused as a mask without a pixel
-    rows, columns = (
-        ((np.arange(n) + 0.5) * m / n).astype(int) for n, m in zip((height, width), inside.shape, strict=True)
-    )
-    return encode_mask(inside[rows][:, columns], x1, y1, size)
+    return encode_mask(inside[places[0]][:, places[1]].astype(bool), starts[1], starts[0], size)
 
 
 def note_ignored(found: Annotations, records: Mapping[str, Sequence[ImageRecord]]) -> Annotations:

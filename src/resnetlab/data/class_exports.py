@@ -14,12 +14,12 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from resnetlab.data.file_lookup import ImageFinder, NameIndex, find_split, list_json_files, list_subfolders
+from resnetlab.data.fiftyone import read_class_label
+from resnetlab.data.file_lookup import ImageFinder, NameIndex, find_first_split, list_json_files, list_subfolders
 from resnetlab.data.json_exports import find_task_image, list_results
 from resnetlab.data.label_sets import INDICATORS, LabelLists
-from resnetlab.data.layouts import PEEKED_FILES
 from resnetlab.data.tables import ImageList
-from resnetlab.data.text_files import peek_text, read_json, read_text
+from resnetlab.data.text_files import PEEKED_FILES, peek_text, read_json, read_text
 from resnetlab.errors import DataError, warn
 from resnetlab.formatting import format_count, format_list
 
@@ -55,7 +55,7 @@ def read_class_export(root: Path) -> ImageList | None:
                 for entry, image, classes, words in form.read(file, finder):
                     if image is None:
                         raise DataError(f"{file}, {entry}: its image does not exist below {root}.")
-                    split = next(filter(None, map(find_split, (*words, *file.relative_to(root).parts[:-1]))), "")
+                    split = find_first_split((*words, *file.relative_to(root).parts[:-1]))
                     if classes is None:
                         without.append(finder.name_of(image))
                     else:
@@ -106,7 +106,7 @@ def _read_fiftyone_classes(value: Any, names: Sequence[str]) -> Any:
     if isinstance(value, list):
         return [_read_fiftyone_classes(entry, names) for entry in value]
     label = value["label"] if isinstance(value, dict) else value
-    return str(names[label]) if isinstance(label, int) else label
+    return None if label is None else read_class_label(label, names)
 
 
 def _read_sample_classes(file: Path, finder: ImageFinder) -> Iterator[Row]:
@@ -114,6 +114,8 @@ def _read_sample_classes(file: Path, finder: ImageFinder) -> Iterator[Row]:
     samples = read_json(file)["samples"]
     values = ((key, value) for sample in samples for key, value in sample.items() if isinstance(value, dict))
     fields = {key for key, value in values if str(value.get("_cls")).startswith("Classification")}
+    if not fields:  # such values are inside others alone: of objects
+        return
     field = _take_first_field(file, sorted(fields, key=lambda name: (name != "ground_truth", name)))
     folder = finder.folder_of(file)
     for number, sample in enumerate(samples, 1):
@@ -141,7 +143,10 @@ def _find_task_choices(root: Path) -> list[Path]:
 
 def _read_task_choices(file: Path, finder: ImageFinder) -> Iterator[Row]:
     """The choices of the first control that has any, by the order of names."""
-    tasks = [(task, list_results(task)[0]) for task in read_json(file)]
+    content = read_json(file)
+    if any("data" not in task for task in content):
+        raise DataError(f"{file} is Label Studio's JSON-MIN; export JSON, which says what is a choice.")
+    tasks = [(task, list_results(task)[0]) for task in content]
     fields = {str(r.get("from_name", "")) for _, results in tasks for r in results if "choices" in r["value"]}
     field = _take_first_field(file, sorted(fields))
     for number, (task, results) in enumerate(tasks, 1):

@@ -23,7 +23,7 @@ from resnetlab.data.annotations import Annotations, Box, ImageRecord, ObjectReco
 from resnetlab.data.error_policy import ErrorPolicy
 from resnetlab.data.file_lookup import ImageFinder, find_split, list_subfolders
 from resnetlab.data.object_masks import ellipse_corners, encode_mask, turn_corners
-from resnetlab.data.text_files import peek_text, read_bytes
+from resnetlab.data.text_files import PEEKED_FILES, peek_text, read_bytes
 from resnetlab.errors import DataError
 from resnetlab.formatting import format_count
 
@@ -34,7 +34,7 @@ def find_cvat_files(root: Path) -> list[Path]:
     """The XML files that are CVAT's, sorted: in a folder itself, or else in the folders of its splits."""
     for folders in ([root], [folder for folder in list_subfolders(root) if find_split(folder.name)]):
         files = sorted(file for folder in folders for file in folder.glob("*.[xX][mM][lL]") if file.is_file())
-        if found := [file for file in files if re.search(r"<annotations[\s>]", peek_text(file))]:
+        if found := [file for file in files[:PEEKED_FILES] if re.search(r"<annotations[\s>]", peek_text(file))]:
             return found
     return []
 

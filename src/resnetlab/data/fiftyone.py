@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from resnetlab.data.annotations import Annotations, ImageRecord, ObjectRecord, a
 from resnetlab.data.error_policy import ErrorPolicy
 from resnetlab.data.file_lookup import ImageFinder, NameIndex, list_json_files
 from resnetlab.data.mask_files import read_codes
+from resnetlab.data.object_masks import make_mask
 from resnetlab.data.text_files import read_json
 from resnetlab.errors import DataError
 from resnetlab.formatting import format_list
@@ -107,13 +108,20 @@ def _read_mask_targets(file: Path, field: str) -> dict[int, str]:
     return {int(value): str(name) for value, name in targets.items() if str(value).isdecimal()}
 
 
+def read_class_label(label: Any, classes: Sequence[str]) -> str:
+    """The class that a label means: a name, or a number among the classes. Raises IndexError for a number that is none."""
+    if isinstance(label, int) and label < 0:
+        raise IndexError(f"there is no class {label}")
+    return str(classes[label] if isinstance(label, int) else label)
+
+
 def _read_detection(
     entry: Any, where: str, classes: tuple[str, ...], errors: ErrorPolicy, folder: Path | None = None
 ) -> ObjectRecord:
     """One object; with its mask if `folder` is given, where the paths of masks begin."""
     label: str | None
     try:
-        label = classes[entry["label"]] if isinstance(entry["label"], int) else str(entry["label"])
+        label = read_class_label(entry["label"], classes)
         if "points" in entry:  # a polyline of FiftyOne's: rings of [x, y]
             rings = [[float(v) for point in ring for v in point] for ring in entry["points"]]
             return ObjectRecord(where, label, None, rings)
@@ -124,7 +132,7 @@ def _read_detection(
     inside = None
     if folder is not None and _has_mask(entry):
         try:
-            inside = _unpack_mask(entry, folder) > 0
+            inside = make_mask(_unpack_mask(entry, folder) > 0)
         except ValueError as error:
             errors.reject(where, f"its mask cannot be read ({error})")
             label = None
@@ -142,7 +150,8 @@ def _read_segmentation(
         return [ObjectRecord(where, None, WHOLE_IMAGE)]
     found = [number for number in np.unique(mask).tolist() if number]
     return [
-        ObjectRecord(where, targets.get(number, f"class {number}"), WHOLE_IMAGE, mask == number) for number in found
+        ObjectRecord(where, targets.get(number, f"class {number}"), WHOLE_IMAGE, make_mask(mask == number))
+        for number in found
     ]
 
 
@@ -161,11 +170,11 @@ def _unpack_mask(value: Mapping[str, Any], folder: Path) -> NDArray[Any]:
     reader = zlib.decompressobj()
     try:
         unpacked = reader.decompress(base64.b64decode(text), limit)
-    except zlib.error as error:
+        if reader.unconsumed_tail:
+            raise ValueError("it is larger than any image")
+        mask = np.lib.format.read_array(io.BytesIO(unpacked), allow_pickle=False)
+    except (zlib.error, MemoryError) as error:  # NumPy makes room for what the array says of itself
         raise ValueError(str(error)) from error
-    if reader.unconsumed_tail:
-        raise ValueError("it is larger than any image")
-    mask = np.load(io.BytesIO(unpacked), allow_pickle=False)
-    if not isinstance(mask, np.ndarray) or mask.ndim != 2 or not mask.size or mask.dtype.kind not in "biu":
+    if mask.ndim != 2 or not mask.size or mask.dtype.kind not in "biu":
         raise ValueError("it is no array of whole numbers with rows and columns")
     return mask

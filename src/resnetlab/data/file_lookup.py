@@ -126,6 +126,11 @@ def find_split(name: str) -> str:
     return plain if plain == "trainval" else guess_split(plain)
 
 
+def find_first_split(words: Iterable[str]) -> str:
+    """The split that the first word which names one is for; "" if none does."""
+    return next(filter(None, map(find_split, words)), "")
+
+
 def list_subfolders(folder: Path) -> list[Path]:
     """The folders in a folder, sorted, without hidden ones."""
     return sorted(path for path in folder.iterdir() if path.is_dir() and not is_hidden(path.name))

@@ -17,13 +17,12 @@ from resnetlab.data.file_lookup import list_json_files, list_subfolders
 from resnetlab.data.folder import guess_split
 from resnetlab.data.json_exports import read_createml, read_label_studio, read_labelme
 from resnetlab.data.mask_folders import has_mask_folders, read_mask_folders, read_voc_masks
-from resnetlab.data.text_files import peek_text
+from resnetlab.data.text_files import PEEKED_FILES, peek_text
 from resnetlab.data.voc import find_voc_folders, read_voc
 from resnetlab.data.yolo import find_yolo_labels, read_yolo
 from resnetlab.errors import DataError, suggest_path
 
 NO_CLASS = re.compile("image|img|mask|label|annot|segment|^gt")  # in a folder's name
-PEEKED_FILES = 50  # JSON files that are looked into, to see whose they are
 
 
 class Layout(NamedTuple):

@@ -19,7 +19,7 @@ from pathlib import Path
 from resnetlab.data.annotations import Annotations, ImageRecord
 from resnetlab.data.decode import is_image_name
 from resnetlab.data.error_policy import ErrorPolicy
-from resnetlab.data.file_lookup import ImageFinder, find_split, list_subfolders, name_key
+from resnetlab.data.file_lookup import ImageFinder, find_first_split, list_subfolders, name_key
 from resnetlab.data.mask_files import VOID, MaskClasses
 from resnetlab.data.voc import list_by_stem, list_voc_images, read_voc_splits, split_by_folders
 from resnetlab.errors import DataError
@@ -90,7 +90,7 @@ def read_mask_folders(root: Path, errors: ErrorPolicy, masks: bool) -> Annotatio
         stem = os.path.splitext(name)[0]
         matches = [match for folder in folders if (match := MASK_FOLDER.fullmatch(folder.lower()))]
         words = [*(match["split"] for match in matches if match["split"]), *folders]
-        split = next((found for found in map(find_split, words) if found), "")
+        split = find_first_split(words)
         if (matches or path in beside) and not OTHER_MASKS.search(stem):
             _add_file(files, (split, name_key(MASK_ENDING.sub("", stem))), path, root)
         elif not matches:

@@ -142,8 +142,16 @@ def encode_mask(inside: NDArray[np.bool_], left: int, top: int, size: tuple[int,
         raise ValueError("its mask is larger than the image")
     whole = np.zeros(size, bool)
     whole[top : top + h, left : left + w] = inside
-    changes = np.flatnonzero(np.diff(whole.T.ravel(), prepend=False))
-    return {"size": list(size), "counts": np.diff([0, *changes, whole.size]).tolist()}
+    return {"size": list(size), "counts": np.diff(_find_runs(whole), prepend=0).tolist()}
+
+
+def make_mask(inside: NDArray[np.bool_]) -> ObjectMask:
+    """The mask of the pixels that are True, (H, W)."""
+    return ObjectMask(runs=_find_runs(inside).astype(np.int32), size=inside.shape)
+
+
+def _find_runs(inside: NDArray[np.bool_]) -> Runs:
+    return np.append(np.flatnonzero(np.diff(inside.T.ravel(), prepend=False)), inside.size)
 
 
 def ellipse_corners(x: float, y: float, rx: float, ry: float) -> list[tuple[float, float]]:

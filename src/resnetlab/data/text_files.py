@@ -16,6 +16,7 @@ from resnetlab.formatting import parse_json
 
 MAX_PEEKED = 2**24  # bytes
 PEEK = 2**16  # bytes of a file that show whose it is
+PEEKED_FILES = 50  # of a folder, that are looked into to see whose they are
 BYTE_ORDER_MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 
 

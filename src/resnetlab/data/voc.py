@@ -22,7 +22,14 @@ from xml.etree import ElementTree
 from resnetlab.data.annotations import Annotations, ImageRecord, ObjectRecord
 from resnetlab.data.decode import SUFFIXES
 from resnetlab.data.error_policy import ErrorPolicy
-from resnetlab.data.file_lookup import LABEL_AT_END, NameIndex, find_entry, find_split, list_subfolders
+from resnetlab.data.file_lookup import (
+    LABEL_AT_END,
+    NameIndex,
+    find_entry,
+    find_first_split,
+    find_split,
+    list_subfolders,
+)
 from resnetlab.data.text_files import peek_lines, read_bytes, read_lines
 from resnetlab.errors import DataError, warn
 from resnetlab.formatting import format_list
@@ -143,7 +150,7 @@ def split_by_folders(stems: Iterable[str]) -> dict[str, list[str]]:
     """Names by the split that a folder in them is for ("train/0001"); "" for those of no split."""
     splits: dict[str, list[str]] = {}
     for stem in stems:
-        splits.setdefault(next(filter(None, map(find_split, stem.split("/")[:-1])), ""), []).append(stem)
+        splits.setdefault(find_first_split(stem.split("/")[:-1]), []).append(stem)
     return splits
 
 
