@@ -120,7 +120,9 @@ def make_task(net: str, batch: int, device: torch.device, form: str, images: int
     """The task of `resnetlab train` on so many uint8 images in memory."""
     size, compiled, exact = side(net), form == "compiled", form != "exact off"
     graph = device.type == "cuda" and form not in ("compiled", "eager")  # as a run picks by itself, or with --compile
-    device_config = replace(select_device(device=device.type, exact=exact), compiled=compiled, cuda_graph=graph)
+    device_config = replace(
+        select_device(device=device.type, training=True, exact=exact), compiled=compiled, cuda_graph=graph
+    )
     chosen = find_classification_recipe("paper-cifar" if size == 32 else "photos")
     op_threads = device_config.threads if form == "in turn" else 0
     if form in ("torch kernels", "in turn", "fused BN"):

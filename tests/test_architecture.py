@@ -32,6 +32,7 @@ LAYERS = {
         "stopping",
         "device",
         "graph_capture",
+        "out_of_memory",
         "distributed",
         "random",
         "formatting",

@@ -468,13 +468,45 @@ def test_loading_predicting_and_training_leave_the_callers_switches(
     for module in (predict, train):
         monkeypatch.setattr(module, "select_device", select_and_look)
     monkeypatch.setattr(train, "train_to_end", lambda task, context: None)
+    standard = (True, False, False, "highest")
     with simulated_gpu(monkeypatch):
         cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32 = before = False, True, True
         model = resnetlab.load(tmp_path / "m.safetensors", device=str(GPU))
         assert switches()[:3] == before
         model.predict(Image.new("L", (8, 8)))
         start_run(tiny(steps=2), tmp_path / "run", RunOptions(device=str(GPU)))
-        assert switches() == (*before, "highest") and seen == [(True, False, False, "highest")] * 2
+        assert switches() == (*before, "highest") and seen == [standard] * 2
+
+
+def test_what_a_caller_loads_in_the_middle_of_a_run_leaves_its_switches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run in TF32 with cuDNN's fastest kernels went on without both once `on_evaluate` had loaded a model."""
+    make_train_state(tiny()).task.trained_model({}).save(tmp_path / "m.safetensors")  # type: ignore[attr-defined]
+    cudnn, seen = torch.backends.cudnn, []
+
+    def look() -> None:
+        found = cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32, torch.get_float32_matmul_precision()
+        seen.append((*found, torch.get_num_threads()))
+
+    def load_a_model(_: Any) -> None:
+        model = resnetlab.load(tmp_path / "m.safetensors", device=str(GPU))
+        monkeypatch.setattr(model.net, "forward", lambda x: look() or torch.zeros(len(x), 10, device=x.device))
+        model.predict(Image.new("L", (8, 8)))
+        torch.set_num_threads(5)
+        if len(seen) > 2:
+            raise KeyError("enough")
+
+    def step(*args: Any) -> Any:
+        look()
+        return train_step(*args)
+
+    monkeypatch.setattr(train, "train_step", step)
+    recipe = tiny(steps=3, eval_every=1, precision="tf32", exact=False)
+    with simulated_gpu(monkeypatch), standard_torch_state(), pytest.raises(KeyError, match="enough"):
+        start_run(recipe, tmp_path / "run", RunOptions(device=str(GPU), on_evaluate=load_a_model))
+    assert [each[:4] for each in seen[1::2]] == [(True, False, False, "highest")] * 2
+    assert seen[0] == seen[2] == (False, True, True, "high", seen[0][4])
 
 
 def test_a_run_on_mps_does_not_promise_its_bits() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from resnetlab import device
-from resnetlab.device import default_precision, select_device, standard_torch_state
+from resnetlab.device import default_precision, preserve_settings, select_device, standard_torch_state
 from resnetlab.errors import DivergedError, UsageError
 from resnetlab.run_folder import RunFolder
 from resnetlab.training.checkpoint import CheckpointWriter, TrainState, restore_checkpoint
@@ -130,6 +130,8 @@ def test_tf32_is_switched_on_for_a_gpu_alone_and_given_back(monkeypatch: pytest.
         assert torch.backends.cuda.matmul.allow_tf32 and torch.backends.cudnn.allow_tf32
         with config.autocast():
             assert not torch.is_autocast_enabled("cuda")
-        select_device("fp32", str(GPU))
-        assert not torch.backends.cuda.matmul.allow_tf32 and not torch.backends.cudnn.allow_tf32
+        with preserve_settings():
+            assert not torch.backends.cuda.matmul.allow_tf32 and not torch.backends.cudnn.allow_tf32
+        select_device("fp32", str(GPU))  # not to train: it leaves a run's
+        assert torch.backends.cuda.matmul.allow_tf32 and torch.backends.cudnn.allow_tf32
     assert torch.get_float32_matmul_precision() == before

@@ -11,14 +11,19 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
+import resnetlab
+from resnetlab import out_of_memory
 from resnetlab.cli.main import run_command
 from resnetlab.device import DeviceConfig
+from resnetlab.out_of_memory import is_out_of_memory
 from resnetlab.training import memory
-from resnetlab.training.memory import is_out_of_memory
+from resnetlab.training.train import RunOptions, start_run
+from tiny_runs import tiny
 
 CODE = """
 import resource, sys
@@ -73,17 +78,47 @@ def test_a_trial_counts_what_a_cuda_graph_keeps(monkeypatch: pytest.MonkeyPatch)
 def test_a_command_without_memory_ends_in_one_sentence(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Such as an evaluation, which does not look for smaller batches; what is no lack of memory stays a traceback."""
+    """Where one image does not fit; what is no lack of memory stays a traceback."""
     image = Path(__file__).parents[1] / "docs" / "three.png"
-    monkeypatch.setattr(
-        "torch.nn.functional.conv2d", Mock(side_effect=RuntimeError("can't allocate memory: 64 MB\nat"))
-    )
-    assert run_command(["predict", "cifar10:resnet20", str(image), "--backend", "torch"]) == 1
-    said = capsys.readouterr().err
-    assert "predict: there is not enough memory (can't allocate memory: 64 MB); end other programs" in said
+    command = ["predict", "cifar10:resnet20", str(image), "--backend", "torch"]
+    for error in (RuntimeError("can't allocate memory: 64 MB\nat"), MemoryError("can't allocate memory: 64 MB")):
+        monkeypatch.setattr("torch.nn.functional.conv2d", Mock(side_effect=error))
+        assert run_command(command) == 1
+        *_, said = capsys.readouterr().err.splitlines()
+        reason = "there is not enough memory (can't allocate memory: 64 MB)"
+        assert said == f"resnetlab: predict: {reason}; end other programs, or take smaller images."
     monkeypatch.setattr("torch.nn.functional.conv2d", Mock(side_effect=RuntimeError("another error")))
     with pytest.raises(RuntimeError, match="another error"):
-        run_command(["predict", "cifar10:resnet20", str(image), "--backend", "torch"])
+        run_command(command)
+
+
+def test_batches_that_do_not_fit_are_computed_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In an evaluation, a prediction and an embedding alike: with the scores of whole batches, and one warning."""
+    run = start_run(tiny(), tmp_path / "run", RunOptions(device="cpu"))
+    model = resnetlab.load(run.model, device="cpu")
+    images = [np.full((8, 8), 10 * i, np.uint8) for i in range(5)]
+    conv2d, sizes, released = torch.nn.functional.conv2d, list[int](), list[torch.device]()
+
+    def compute() -> tuple[Any, ...]:
+        scores = [each.top for each in model.predict(images)]
+        return scores, model.embed(images), model.evaluate("digits").to_dict()["top1_error"]
+
+    def convolve(x: Tensor, *args: Any) -> Tensor:
+        if len(x) > 2:
+            raise RuntimeError("could not create a memory object")
+        sizes.append(len(x))
+        return conv2d(x, *args)
+
+    (scores, features, error), release = compute(), out_of_memory.release_memory
+    monkeypatch.setattr(out_of_memory, "release_memory", lambda device: released.append(device) or release(device))
+    monkeypatch.setattr("torch.nn.functional.conv2d", convolve)
+    with pytest.warns(UserWarning, match="a batch does not fit into memory and is computed in parts"):
+        in_parts, features_in_parts, error_in_parts = compute()
+    assert set(sizes) == {1, 2} and released and error_in_parts == error
+    for one, other in zip(scores, in_parts, strict=True):
+        assert [name for name, _ in one] == [name for name, _ in other]
+        assert [score for _, score in one] == pytest.approx([score for _, score in other], abs=1e-6)
+    torch.testing.assert_close(features_in_parts, features)
 
 
 def test_out_of_memory_messages_of_gpu_libraries_are_recognised() -> None:

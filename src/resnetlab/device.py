@@ -168,8 +168,9 @@ def select_device(
     Sets the number of CPU threads for the whole process; 0 keeps torch's own number, one per core that the process may use.
 
     Args:
-        training: choose among TRAINING_PRECISIONS: fp16 needs a scaled loss.
-        exact: take only deterministic kernels of a GPU; False takes the fastest ones, found by cuDNN's benchmark.
+        training: choose among TRAINING_PRECISIONS (fp16 needs a scaled loss), and switch the process to the run's kernels: what
+            is not training computes by `standard_torch_state`, and may be called in the middle of a run.
+        exact: train with deterministic kernels of a GPU alone; False takes the fastest ones, found by cuDNN's benchmark.
 
     Raises UsageError for an unknown precision or a missing device.
     """
@@ -192,7 +193,7 @@ def select_device(
         _keep_freed_memory()
     if precision == "tf32" and selected.type != "cuda":
         raise UsageError("tf32 is a format of NVIDIA's GPUs; on this device use --precision fp32.")
-    if selected.type == "cuda":
+    if training and selected.type == "cuda":
         _set_reproducible_flags(tf32=precision == "tf32")
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = exact, not exact
     if precision != "auto":
@@ -356,24 +357,34 @@ def _outside_autocast() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def preserve_process_state() -> Iterator[None]:
-    """The same for a run, which also sets torch's number of threads, its random generators and the current GPU."""
-    threads, state = torch.get_num_threads(), torch.get_rng_state()
-    gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
-    current = torch.cuda.current_device() if gpus else 0
+def preserve_settings() -> Iterator[None]:
+    """`standard_torch_state` that also holds inside a run, whose settings (flags, threads, current GPU) are back on exit."""
+    threads = torch.get_num_threads()
+    current = torch.cuda.current_device() if torch.cuda.is_initialized() else 0  # type: ignore[no-untyped-call]
     try:
-        with standard_torch_state():
+        with standard_torch_state(), _reproducible_flags():
             yield
     finally:
         torch.set_num_threads(threads)
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            # after some errors, which are reported, all that is asked of a GPU fails
+            with contextlib.suppress(RuntimeError):
+                torch.cuda.set_device(current)
+
+
+@contextlib.contextmanager
+def preserve_process_state() -> Iterator[None]:
+    """The same for a run, which also sets torch's random generators."""
+    state = torch.get_rng_state()
+    gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
+    try:
+        with preserve_settings():
+            yield
+    finally:
         torch.set_rng_state(state)
         if gpus:
-            torch.cuda.set_rng_state_all(gpus)
-        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-            with contextlib.suppress(
-                RuntimeError
-            ):  # all that is asked of a GPU fails after some errors, which are reported
-                torch.cuda.set_device(current)
+            with contextlib.suppress(RuntimeError):  # as above
+                torch.cuda.set_rng_state_all(gpus)
 
 
 def _computes_bf16(device: torch.device) -> bool:

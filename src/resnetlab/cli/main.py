@@ -25,7 +25,7 @@ from resnetlab.cli.push import push, strip
 from resnetlab.cli.serve import serve
 from resnetlab.cli.study import study
 from resnetlab.cli.train import train
-from resnetlab.errors import NoSpaceError, ResNetLabError
+from resnetlab.errors import NoSpaceError, ResNetLabError, first_line
 from resnetlab.stopping import check_stop, end_on_stop_signals
 
 app = App(
@@ -119,26 +119,28 @@ def _run_command(arguments: Sequence[str]) -> int:
     except BrokenPipeError:  # the reader, such as `head`, has exited
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (OSError, MemoryError, UnicodeError) as error:  # without a better message from the command
+    except (OSError, UnicodeError) as error:  # without a better message from the command
         console.log_error(f"{error.__class__.__name__}: {error}")
         return 1
     except BaseException as error:
         if (code := getattr(error, "exit_code", None)) is not None:
             console.log_error(str(error))
             return int(code)
-        if "torch" not in sys.modules or not _lacks_memory(error):
+        if not _lacks_memory(error):
             raise
-        reason = str(error).strip().splitlines()[:1]
+        command = _find_command_name(arguments)
+        run = " A run that had started goes on with resnetlab train --resume RUN." if "train" in command else ""
         console.log_error(
-            f"{_find_command_name(arguments)}: there is not enough memory ({''.join(reason)}); end other programs, or take "
-            "smaller images or batches. A run that had started goes on with resnetlab train --resume RUN."
+            f"{command}: there is not enough memory ({first_line(error)}); end other programs, or take smaller images.{run}"
         )
         return 1
     return 0
 
 
 def _lacks_memory(error: BaseException) -> bool:
-    from resnetlab.training.memory import is_out_of_memory  # which loads torch
+    if "torch" not in sys.modules:
+        return isinstance(error, MemoryError)
+    from resnetlab.out_of_memory import is_out_of_memory
 
     return is_out_of_memory(error)
 
@@ -162,7 +164,7 @@ def _explain(error: CycloptsError) -> str:
 def _find_command_name(arguments: Sequence[str]) -> str:
     """The command of a command line, such as "export" or "data pack"."""
     words = [argument for argument in arguments[:2] if not argument.startswith("-")]
-    return " ".join(words if words[0] in ("data", "detect", "segment") else words[:1])
+    return " ".join(words if words[:1] in (["data"], ["detect"], ["segment"]) else words[:1])
 
 
 def _expand_home(argument: str) -> str:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ from resnetlab.evaluation.protocols import ONE_CROP, Protocol, generate_views, r
 from resnetlab.models.fold import fold_batchnorm
 from resnetlab.models.model_file import compute_scores
 from resnetlab.models.own_network import Network, OwnNetwork
+from resnetlab.out_of_memory import compute_in_parts
 from resnetlab.preprocessing import Preprocessing
 
 SKIPPED = -1.0  # in place of the scores of an image that cannot be read
@@ -237,8 +239,9 @@ def score_images(member: Member, images: list[Tensor], protocol: Protocol, devic
     with eval_mode(member.net):
         for positions, pixels, mirrored in generate_views(images, protocol, member.preprocessing):
             batch = max(1, _max_pixels(device_config) // (pixels.shape[1] * pixels.shape[2]))
+            compute = partial(_compute_logits, member, protocol, device_config, mirrored)
             for rows, views in zip(torch.split(positions, batch), torch.split(pixels, batch), strict=True):
-                logits = _compute_logits(member, views, mirrored, protocol, device_config)  # (B, classes, positions)
+                logits = compute_in_parts(compute, views, device_config.device)  # (B, classes, positions)
                 values = compute_scores(logits, member.multi_label) if by_scores else logits
                 total.index_add_(0, rows, values.mean(2))
                 n_views.index_add_(0, rows, torch.ones(len(rows), dtype=torch.float64))
@@ -247,7 +250,7 @@ def score_images(member: Member, images: list[Tensor], protocol: Protocol, devic
 
 
 def _compute_logits(
-    member: Member, pixels: Tensor, mirrored: bool, protocol: Protocol, device_config: DeviceConfig
+    member: Member, protocol: Protocol, device_config: DeviceConfig, mirrored: bool, pixels: Tensor
 ) -> Tensor:
     """Logits of one view, divided by the temperature, in the order of the classes; float64 (B, classes, positions)."""
     x = member.preprocessing.normalise(to_device(pixels, device_config.device))  # (B, C, h, w)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import islice
 from numbers import Integral
 from pathlib import Path
@@ -42,6 +43,7 @@ from resnetlab.inference.images import (
 from resnetlab.models.fold import fold_batchnorm
 from resnetlab.models.model_file import TrainedModel
 from resnetlab.models.own_network import Network
+from resnetlab.out_of_memory import compute_in_parts
 from resnetlab.peer_words import MODEL_ATTRIBUTES, PREDICTION_ATTRIBUTES
 
 if TYPE_CHECKING:
@@ -322,7 +324,7 @@ class Model(AnsweredAttributes, TrainedModel):
     @standard_torch_state()
     def predict_scores(self, pixels: Tensor) -> Tensor:
         """Softmax scores (sigmoids, of several classes), float32 (B, classes), of cropped images (B, h, w, C)."""
-        scores = self.backend.predict(pixels)
+        scores = compute_in_parts(self.backend.predict, pixels, self.device)
         if not bool(scores.isfinite().all()):
             raise ModelFileError("the network's scores are not finite; its weights or preprocessing are not usable.")
         return scores
@@ -346,8 +348,9 @@ class Model(AnsweredAttributes, TrainedModel):
         """The name and the features (C,) of each image, or the message of its error, in order, in batches, by torch."""
         net = fold_batchnorm(self.net)
         self.device_config.place(net)
+        compute = partial(self._compute_features, net)
         return compute_in_batches(
-            self._decode_ahead(images), lambda pixels: self._compute_features(net, torch.stack(pixels))
+            self._decode_ahead(images), lambda pixels: compute_in_parts(compute, torch.stack(pixels), self.device)
         )
 
     @standard_torch_state()

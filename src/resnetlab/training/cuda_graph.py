@@ -19,8 +19,8 @@ from torch import Tensor
 from resnetlab.device import release_memory
 from resnetlab.errors import first_line
 from resnetlab.graph_capture import Compute, Record, record_cuda_graph
+from resnetlab.out_of_memory import is_out_of_memory
 from resnetlab.training.checkpoint import TrainState
-from resnetlab.training.memory import is_out_of_memory
 from resnetlab.training.micro_batches import BatchNormStatistics, average_over_processes
 from resnetlab.training.step import add_micro_batches, compute_gradients, set_means
 

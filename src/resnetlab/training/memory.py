@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from resnetlab.device import DeviceConfig, release_memory
+from resnetlab.out_of_memory import is_out_of_memory
 from resnetlab.training.average import set_train_mode
 from resnetlab.training.timing import forward_backward
 
@@ -26,21 +27,6 @@ except ImportError:  # Windows
 
 BATCHES_IN_MEMORY = 3  # the step's own, and those prefetched
 MAX_TRIED = 4  # micro-batches in a row, because each leaves memory more fragmented
-_OUT_OF_MEMORY = (  # messages of torch, oneDNN and the C++ library; of cuBLAS and cuDNN
-    *("can't allocate memory", "out of memory", "could not create a ", "bad allocation", "bad_alloc"),
-    "_STATUS_ALLOC_FAILED",
-)
-# what torch says if no cuDNN algorithm finds workspace, and also if cuDNN has none for a convolution at all
-_NO_ALGORITHM = "unable to find an engine to execute"
-FULL_GPU = 0.1  # less than this share of a GPU's memory is free: such an error is for lack of it
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error means that memory has run out; torch has several messages for it."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError)
-        and (any(word in str(error) for word in _OUT_OF_MEMORY) or (_NO_ALGORITHM in str(error) and _is_gpu_full()))
-    )
 
 
 def peak_memory(device: torch.device) -> int:
@@ -49,13 +35,6 @@ def peak_memory(device: torch.device) -> int:
         return torch.cuda.max_memory_reserved(device)
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit if resource is not None else 0
-
-
-def _is_gpu_full() -> bool:
-    """Whether the current GPU's memory is nearly used up; to be called before the failed step's tensors are freed."""
-    free, total = torch.cuda.mem_get_info()
-    cached = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    return free + cached < FULL_GPU * total
 
 
 def largest_micro_batch(

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from resnetlab.data.sources import strip_signature
-from resnetlab.device import count_cores
+from resnetlab.device import count_cores, preserve_settings
 from resnetlab.distributed import World
 from resnetlab.errors import PROCESS_GONE, DivergedError, ResNetLabError, RunError
 from resnetlab.formatting import format_split
@@ -266,7 +266,10 @@ class Recorder:
     def _asks_to_stop(self) -> bool:
         """Whether the caller's function, which sees the figures, asks to stop the run."""
         ask, state, recipe = self._context.options.on_evaluate, self._train_state.state, self._train_state.recipe
-        return ask is not None and ask({"step": state.step, "steps": recipe.steps, **self._held_out}) is True
+        if ask is None:
+            return False
+        with preserve_settings():  # it may load and evaluate models
+            return ask({"step": state.step, "steps": recipe.steps, **self._held_out}) is True
 
     def _write(self, kind: str, figures: Mapping[str, float]) -> None:
         """Writes a line of metrics.jsonl, and sends it to the trackers."""

@@ -18,6 +18,7 @@ from resnetlab.distributed import World, join_process_group, leave_if_imported_a
 from resnetlab.errors import DataError, ResNetLabError, RunError, UsageError, unknown_name_error
 from resnetlab.formatting import format_count, format_percent
 from resnetlab.models.own_network import OWN
+from resnetlab.out_of_memory import is_out_of_memory
 from resnetlab.process_place import read_process_place
 from resnetlab.run_folder import RunFolder, check_output_folder, explain_full_disk, write_atomically
 from resnetlab.stopping import catch_stop_signals
@@ -34,7 +35,6 @@ from resnetlab.training.checkpoint import (
 )
 from resnetlab.training.gradients import select_gradients
 from resnetlab.training.machine import describe_differences, describe_machine
-from resnetlab.training.memory import is_out_of_memory
 from resnetlab.training.micro_batches import describe_sum_order
 from resnetlab.training.optim import OPTIMIZERS
 from resnetlab.training.recipe import BaseRecipe, Overrides, Recipe
