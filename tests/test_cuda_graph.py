@@ -7,6 +7,7 @@ import json
 import pickle
 import warnings
 import weakref
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -529,11 +530,57 @@ def test_captures_for_predictions_share_memory_and_let_other_threads_synchronise
     assert len(captured) == 2 and captured[0] == captured[1] and not switched
     graph_capture.record_cuda_graph(list, torch.device("cpu"), fail_on_sync=True)
     assert switched == ["error", 0] and captured[2][0] is None and captured[2][1] is not captured[0][1]
-    asked: list[dict[str, Any]] = []
-    monkeypatch.setattr(cuda_graph, "record_cuda_graph", lambda compute, **given: asked.append(given) or anew(compute))
+    asked: list[Any] = []
+
+    def record(compute: Any, *, on_capture: Callable[[int], None], **given: Any) -> Any:
+        asked.append(given)
+        on_capture(431)
+        return anew(compute)
+
+    monkeypatch.setattr(cuda_graph, "record_cuda_graph", record)
     here = make_train_state(tiny())
-    train_step(here, here.task.micro_batches(0), 0.1, GraphGradients(lambda _: None))
-    assert asked == [{"device": torch.device("cpu"), "fail_on_sync": True}] and here.state.replayed_steps == 1
+    train_step(here, here.task.micro_batches(0), 0.1, GraphGradients(asked.append))
+    assert here.state.replayed_steps == 1 and asked == [
+        {"device": torch.device("cpu"), "fail_on_sync": True},
+        "CUDA graph: full steps are replayed from one recording of 431 kernels, copies and fills",
+    ]
+
+
+def test_what_a_graph_holds_is_counted_where_the_driver_tells_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    hooks: list[Callable[[Any], None]] = []
+    graph = SimpleNamespace(replay=lambda: None, raw_cuda_graph=lambda: 77, register_capture_end_hook=hooks.append)
+
+    @contextlib.contextmanager
+    def capture(*_: Any, **__: Any) -> Iterator[None]:
+        yield
+        for hook in hooks:
+            hook(graph)
+
+    def get_nodes(handle: Any, nodes: None, count: Any) -> int:
+        count._obj.value = handle.value + 1
+        return 0
+
+    for name, fake in {
+        **dict.fromkeys(("device", "stream"), contextlib.nullcontext),
+        **dict.fromkeys(("Stream", "current_stream"), Stream),
+        "empty_cache": lambda: None,
+        "CUDAGraph": lambda: graph,
+        "graph": capture,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+
+    def find_driver(_: str) -> SimpleNamespace:
+        return SimpleNamespace(cuGraphGetNodes=get_nodes)
+
+    def find_none(name: str) -> SimpleNamespace:
+        raise OSError(f"{name} cannot be opened")
+
+    for find, count in ((find_driver, 78), (find_none, 0), (lambda _: SimpleNamespace(), 0)):
+        monkeypatch.setattr(graph_capture.ctypes, "CDLL", find)
+        found: list[int] = []
+        graph_capture.record_cuda_graph(list, torch.device("cpu"), on_capture=found.append)
+        assert found == [count]
+        hooks.clear()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
+import os
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -20,9 +22,8 @@ Compute = Callable[[], list[Tensor]]
 Record = Callable[[Compute], Compute]
 WARMUP_RUNS = 3  # before the capture: libraries choose their algorithms and allocate their workspaces
 MAX_SEEN = 1000  # shapes that are remembered until they come again
-capturing = (
-    threading.Lock()
-)  # one capture at a time in a process: it begins by waiting for all streams, which ends another
+# one capture at a time in a process: it begins by waiting for all streams, which ends another
+capturing = threading.Lock()
 
 
 class GraphPool(NamedTuple):
@@ -35,7 +36,12 @@ class GraphPool(NamedTuple):
 
 
 def record_cuda_graph(
-    compute: Compute, device: torch.device, pool: GraphPool | None = None, *, fail_on_sync: bool = False
+    compute: Compute,
+    device: torch.device,
+    pool: GraphPool | None = None,
+    *,
+    fail_on_sync: bool = False,
+    on_capture: Callable[[int], None] | None = None,
 ) -> Compute:
     """Captures a CUDA graph. Raises RuntimeError if memory runs out.
 
@@ -43,6 +49,7 @@ def record_cuda_graph(
         pool: None for memory of its own.
         fail_on_sync: raise RuntimeError if something in it synchronises with the device, which would break torch's allocators
             during a capture. torch raises it in every thread of the process, so only where no other one uses the device.
+        on_capture: called with the number of kernels, copies and fills in the graph, if torch and the driver tell it.
     """
     # cuda:1 is not the current device by default, and a stream belongs to one device
     with capturing, torch.cuda.device(device):
@@ -56,6 +63,8 @@ def record_cuda_graph(
                 compute()
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
+        if on_capture is not None and hasattr(graph, "register_capture_end_hook"):  # torch 2.15 has it, 2.11 may not
+            graph.register_capture_end_hook(lambda captured: on_capture(_count_nodes(captured)))
         # torch.cuda.graph leaves its own stream current when a capture fails; the outer context restores the former one.
         # "thread_local" lets the loader's threads continue during the capture.
         capture = torch.cuda.graph(graph, memory, stream=own, capture_error_mode="thread_local")
@@ -67,6 +76,17 @@ def record_cuda_graph(
         return results
 
     return replay
+
+
+def _count_nodes(graph: Any) -> int:
+    """How many kernels, copies and fills a captured graph holds; 0 where the driver does not tell."""
+    count = ctypes.c_size_t()
+    try:
+        driver = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
+        failed = driver.cuGraphGetNodes(ctypes.c_void_p(graph.raw_cuda_graph()), None, ctypes.byref(count))
+    except (OSError, AttributeError, RuntimeError):
+        return 0
+    return 0 if failed else count.value
 
 
 @contextlib.contextmanager

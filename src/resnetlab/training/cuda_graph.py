@@ -55,11 +55,14 @@ class GraphGradients:
         full = sum(len(micro_batch[0]) for micro_batch in micro_batches) == share
         if full and not self._tried:
             self._tried = True
-            device = train_state.task.device_config.device
-            record = self._record or partial(record_cuda_graph, device=device, fail_on_sync=True)
+            device, nodes = train_state.task.device_config.device, list[int]()
+            record = self._record or partial(
+                record_cuda_graph, device=device, fail_on_sync=True, on_capture=nodes.append
+            )
             with _low_loss_scale(train_state):
                 self._recording, why = _record_step(train_state, micro_batches, record)
-            self._report(f"CUDA graph: {why or 'full steps are replayed from one recording'}")
+            held = f" of {nodes[0]:,} kernels, copies and fills" if any(nodes) else ""
+            self._report(f"CUDA graph: {why or f'full steps are replayed from one recording{held}'}")
         if self._recording is None:
             return compute_gradients(train_state, micro_batches)
         if not full:
