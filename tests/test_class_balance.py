@@ -217,10 +217,11 @@ def test_flips_and_rotations() -> None:
 
 
 def test_added_values_leave_older_recipes_and_their_hashes_alone() -> None:
-    recipe = tiny()
+    recipe = tiny(sampling="shuffle")
     assert (
         not {"keep", "groups", "sampling"} & recipe.to_json().keys() and Recipe.from_values(recipe.to_json()) == recipe
     )
+    assert tiny().key == recipe.key and Recipe.from_values(tiny().to_json()) == tiny()  # which is "auto"
     best = replace(recipe, keep="best")
     assert best.to_json()["keep"] == "best" and best.key != recipe.key
     assert recipe.differences(best) == ["keep = 'last' (not 'best')"]

@@ -28,6 +28,12 @@ from resnetlab.device import select_device
 from resnetlab.distributed import World
 from resnetlab.errors import UsageError
 from resnetlab.preprocessing import Preprocessing
+from resnetlab.random import keyed_epoch
+from resnetlab.training.recipe import Recipe
+from resnetlab.training.tasks import classification_data
+from resnetlab.training.tasks.classification import ClassificationTask
+from resnetlab.training.train import RunOptions, build_task
+from tiny_runs import tiny
 
 ENGINE = select_device("fp32", "cpu")
 SIZE, STEPS = 7, 8  # images in a step (an odd number), steps: more than an epoch of every source
@@ -138,3 +144,24 @@ def test_shares_are_whole_pairs_in_order_and_nearly_even(size: int, n: int) -> N
     assert max(map(len, shares)) - min(map(len, shares)) <= 3
     if size % (2 * n) == 0:
         assert {len(part) for part in shares} == {size // n}
+
+
+def test_many_images_have_an_order_without_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In new runs; one that was recorded before keeps its order, and its hash."""
+    monkeypatch.setattr(classification_data, "MAX_TABLE", 100)
+    recipe = tiny()
+    new, old = (
+        build_task(made, RunOptions(device="cpu"))
+        for made in (recipe, Recipe.from_values({k: v for k, v in recipe.to_json().items() if k != "sampling"}))
+    )
+    assert isinstance(new, ClassificationTask) and isinstance(old, ClassificationTask)
+    assert (new.recipe.sampling, old.recipe.sampling) == ("keyed", "shuffle")
+    for task, keyed in ((new, True), (old, False)):
+        n = len(task.loader.split)
+        indices = step_indices(recipe.seed, n, recipe.batch, 0, keyed_epoch if keyed else None)
+        assert torch.equal(task.loader.batch(0).labels, task.loader.split.labels[indices])
+        assert Recipe.from_values(task.recipe.to_json()) == task.recipe == recipe.resolve_like(task.recipe)
+    assert "sampling" not in old.recipe.to_json()
+    assert replace(new.recipe, sampling="auto").key == old.recipe.key != new.recipe.key
+    monkeypatch.setattr(classification_data, "MAX_TABLE", n)
+    assert build_task(recipe, RunOptions(device="cpu")).recipe == old.recipe

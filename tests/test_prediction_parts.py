@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -193,3 +194,33 @@ def test_dask_as_documented(run: Path, images: Path, tmp_path: Path, monkeypatch
         line for file in sorted((tmp_path / "predictions").glob("*.txt")) for line in file.read_text().splitlines()
     ]
     assert len(lines) == 10 and sum("error" in line for line in lines) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.filterwarnings("ignore")  # Spark's own
+@pytest.mark.skipif(not shutil.which("java"), reason="Spark needs Java")
+def test_spark_as_documented(run: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("pyspark")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    (tmp_path / "photos").mkdir()
+    for i in range(6):
+        (tmp_path / "photos" / f"{i}.png").write_bytes((images / f"{i}.png").read_bytes() if i else b"no image")
+    (tmp_path / "model.safetensors").write_bytes((run / "model.safetensors").read_bytes())
+    code = code_of("Spark").replace("/mnt/shared", str(tmp_path))
+    (tmp_path / "program.py").write_text(code + "spark.stop()\n")
+    monkeypatch.setenv("PYTHONPATH", str(Path(resnetlab.__file__).resolve().parents[1]))  # of the workers
+    monkeypatch.setenv("PYSPARK_PYTHON", sys.executable)
+    monkeypatch.setenv("SPARK_LOCAL_IP", "127.0.0.1")
+    done = subprocess.run([sys.executable, "program.py"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = [
+        row for file in (tmp_path / "predictions").glob("*.parquet") for row in parquet.read_table(file).to_pylist()
+    ]
+    assert sorted((Path(row["path"]).name, bool(row["error"])) for row in rows) == [
+        (f"{i}.png", not i) for i in range(6)
+    ]
+    model = resnetlab.load(tmp_path / "model.safetensors", device="cpu")
+    for row in rows:
+        if row["error"] is None:
+            assert row["class"] == model.predict(images / Path(row["path"]).name).label

@@ -6,6 +6,7 @@ import gc
 import json
 import sys
 import tarfile
+import time
 import tracemalloc
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from resnetlab.cli.main import run_command
 from resnetlab.data import download, pack, shards, tar_index
 from resnetlab.data.augment import Augmentation
 from resnetlab.data.crops import Crop
-from resnetlab.data.dataset import Dataset
+from resnetlab.data.dataset import Dataset, hold_out
 from resnetlab.data.disk_split import DiskSplit, ReadOptions
 from resnetlab.data.sampler import TrainLoader
 from resnetlab.device import select_device
@@ -105,29 +106,42 @@ def test_resizing(tmp_path: Path) -> None:
         pack.pack_shards(load("digits"), tmp_path / "y")
 
 
-def test_an_index_takes_little_memory(tmp_path: Path) -> None:
-    classes, per_shard, num_shards = [f"n{i:08d}" for i in range(5000)], 500, 20
+@pytest.mark.parametrize(
+    ("num_shards", "per_shard", "num_classes"),
+    [
+        (20, 500, 5000),
+        pytest.param(100, 10_000, 1000, marks=[pytest.mark.slow, pytest.mark.timeout(1200)]),  # as ImageNet
+        pytest.param(600, 73, 21_841, marks=[pytest.mark.slow, pytest.mark.timeout(1200)]),  # as ImageNet-21k
+    ],
+)
+def test_an_index_takes_little_memory(num_shards: int, per_shard: int, num_classes: int, tmp_path: Path) -> None:
+    """And images are held out in no time."""
+    classes, length = [f"n{i:08d}" for i in range(num_classes)], num_shards * per_shard + 100
     for s in range(num_shards):
         keys = range(s * per_shard, (s + 1) * per_shard)
-        samples = [[f"{k:08d}", f"n{k:08d}/n{k:08d}_{k}.JPEG", f"n{k % 5000:08d}", k, 100] for k in keys]
-        index = {"format": 1, "bytes": 20_000, "classes": classes, "samples": samples, "shards": num_shards}
+        samples = [[f"{k:08d}", f"n{k:08d}/n{k:08d}_{k}.JPEG", f"n{k % num_classes:08d}", k, 100] for k in keys]
+        index = {"format": 1, "bytes": length, "classes": classes, "samples": samples, "shards": num_shards}
         (tmp_path / f"train-{s:06d}.index.json").write_text(json.dumps(index))
         with open(tmp_path / f"train-{s:06d}.tar", "wb") as file:
-            file.truncate(20_000)
+            file.truncate(length)
     gc.collect()
     tracemalloc.start()
     data = shards.load_shards(str(tmp_path), tmp_path, ReadOptions())
     names = data.train.names  # kept by a run; a list of them would be 90 bytes a name
     gc.collect()
-    kept, _ = tracemalloc.get_traced_memory()
+    kept, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     tensors = sum(x.nbytes for split in data.splits.values() for x in (split.labels, split.indices))  # type: ignore[attr-defined]
     images, class_list = len(data.train) + len(data.test), sum(sys.getsizeof(name) + 8 for name in classes)
     first = int(data.train.indices[0])  # type: ignore[attr-defined]
-    assert (images, len(names), names[0]) == (10_000, 5000, f"n{first:08d}/n{first:08d}_{first}.JPEG")
+    assert (images, names[0]) == (num_shards * per_shard, f"n{first:08d}/n{first:08d}_{first}.JPEG")
     assert names[:2] == list(names)[:2] and data.train.name_of(1) == names[1]
     # the class names of every shard would be 600 bytes an image
     assert (kept + tensors - class_list) / images <= 120
+    assert num_shards == 100 or peak + tensors < 100e6
+    before = time.process_time()
+    rest, held_out = hold_out(data.train, images // 20)
+    assert time.process_time() - before < 2 and (len(rest), len(held_out)) == (len(names) - images // 20, images // 20)
 
 
 def test_patterns() -> None:

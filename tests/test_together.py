@@ -20,9 +20,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import zygote
-from process_groups import call_in_processes
+from process_groups import call_in_processes, free_port
 from resnetlab.cli.main import run_command as cli
 from resnetlab.distributed import PROCESS_GONE, World
 from resnetlab.errors import UsageError
@@ -30,7 +31,7 @@ from resnetlab.nn.batchnorm import convert_sync_batchnorm
 from resnetlab.training.micro_batches import count_micro_batches
 from resnetlab.training.recipes import paper_cifar, paper_imagenet
 from resnetlab.training.train import RunOptions, resume
-from runs import assert_same
+from runs import assert_same, figures
 
 VALUES = {
     "image_size": 8, "batch": 32, "bn_batch": 8, "log_every": 3, "eval_every": 5, "checkpoint_minutes": 0,
@@ -184,6 +185,47 @@ def test_one_model_file_for_any_number_of_processes(batch: int, sizes: tuple[int
         assert done.returncode == 0, done.stderr
         digests.append(hashlib.sha256((out / "model.safetensors").read_bytes()).hexdigest())
     assert len(set(digests)) == 1
+
+
+REPLAYED = """
+import sys
+from dataclasses import replace
+from resnetlab.cli.main import main
+from resnetlab.training import cuda_graph
+from resnetlab.training.tasks import classification
+from test_cuda_graph import anew
+cuda_graph.record_cuda_graph = lambda compute, **_: anew(compute)
+classification.choose_compilation = lambda config, *_: replace(config, cuda_graph=True)
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.slow
+def test_a_whole_run_whose_steps_two_processes_replay(tmp_path: Path) -> None:
+    """From the first step to the report, beside evaluations and checkpoints; a CPU computes the "graphs" anew."""
+    values = VALUES | {"stochastic_depth": 0, "recompute": False}  # a replay has one seed for all micro-batches
+    settings = [part for key, value in values.items() for part in ("--set", f"{key}={str(value).lower()}")]
+    command = [*COMMAND[3 : -len(SETTINGS)], *settings, "--steps", str(STEPS), "--out"]
+    assert cli([*command, str(tmp_path / "alone")]) == 0
+    (tmp_path / "program.py").write_text(REPLAYED)
+    places = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    environment = os.environ | places | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(tmp_path / "program.py"), *command, str(tmp_path / "run")],
+            env=environment | {"RANK": rank, "LOCAL_RANK": rank}, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )
+        for rank in "01"
+    ]  # fmt: skip
+    for process in processes:
+        _, stderr = process.communicate()
+        assert process.returncode == 0, stderr
+    assert figures(tmp_path / "run") == figures(tmp_path / "alone")
+    found, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("run", "alone"))
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], x) for name, x in expected.items())
+    recorded = json.loads((tmp_path / "run" / "environment.json").read_text())
+    assert (recorded["processes"], recorded["replayed_steps"]) == (2, STEPS)
+    assert "replayed from one recording" in recorded["steps"]
 
 
 @pytest.mark.slow

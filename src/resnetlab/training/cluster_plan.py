@@ -28,7 +28,6 @@ FINGERPRINT = 8  # bytes an image in a model file
 IMAGES_PER_CORE = 935  # decoded, cropped and resized to 224 pixels per second by a core (docs/log.md, 2026-11-21: data)
 MACHINE_LINK = 300e9  # bytes/s between the GPUs of a machine (NVLink)
 MIN_EFFICIENCY = 0.9
-LARGE_ORDER = 10**8  # images
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9}
 
 
@@ -179,8 +178,7 @@ def make_plan(job: Job, cluster: Cluster) -> Plan:
             cores, f"{cores:.1f}", MEASURED if alone.basis == GIVEN else MODELLED
         ),
         "images on disk": Figure(job.images * job.image_bytes, _bytes(job.images * job.image_bytes), ASSUMED),
-        "list of images in memory, each process": Figure(index, _bytes(index), MEASURED),
-        "order of an epoch, each process": Figure(8 * job.images, _bytes(8 * job.images), COUNTED),
+        "list of images in memory, each machine": Figure(index, _bytes(index), MEASURED),
         "checkpoint": Figure(checkpoint, _bytes(checkpoint), COUNTED),
         "model file, with fingerprints of the images": Figure(model_file, _bytes(model_file), COUNTED),
     }
@@ -205,9 +203,6 @@ def find_limits(job: Job, cluster: Cluster) -> list[str]:
     if (cores := alone / IMAGES_PER_CORE) > cluster.cores:
         need = f"{cores:.0f} cores a GPU, not {cluster.cores}"
         found.append((1, f"decoding needs {need}: smaller files (data pack --resize)"))
-    if job.images > LARGE_ORDER:
-        order = _bytes(8 * job.images)
-        found.append((1, f"the order of an epoch takes {order} in every process that reads: sampling=keyed"))
     found.append((job.images / (2 * job.batch_per_gpu), "an epoch has fewer than two steps"))
     return [
         f"{'now' if gpus <= cluster.gpus else f'from {math.ceil(gpus):,} GPUs on'}: {text}"

@@ -35,7 +35,7 @@ _CHOICES = {  # allowed words, by field
     "fused_bn": ("auto", "on", "off"),
     "schedule": ("milestones", "cosine", "plateau"),
     "warmup": ("none", "steps", "linear", "train-error"),
-    "sampling": ("shuffle", "balanced", "keyed", "shards"),
+    "sampling": ("auto", "shuffle", "balanced", "keyed", "shards"),
     "keep": ("last", "best"),
     "grad_reduce": ("tree", "all_reduce"),
     "grad_compression": ("none", "bf16"),
@@ -68,7 +68,7 @@ _RANGES: dict[str, tuple[float, float, str]] = {  # smallest and largest value, 
     "keep_images": (0, MAX_TRAINING, f"from 0 to {MAX_TRAINING}"),
     "warmup_error": (5e-324, 1, "above 0 and at most 1"),
 }
-DECIDED = ("precision", "compile", "winograd", "fused_bn")  # "auto" becomes another value when a run starts
+DECIDED = ("precision", "compile", "winograd", "fused_bn", "sampling")  # "auto" becomes another value when a run starts
 RESCALED = ("milestones", "warmup_steps", "eval_every", "log_every", "ema_decay")  # what another length changes
 EVAL_RATIO = 8 / 7  # of eval_resize to image_size where a recipe has neither: 256 to 224
 # values that version 0.2 adds: left out of files and hashes where they change nothing, so older runs resume
@@ -227,7 +227,9 @@ class BaseRecipe:
 
     def resolve_like(self, recorded: BaseRecipe) -> Self:
         """The recipe with the values that are left open ("auto", op_threads 0, no network, A_TENTH) from a recorded one."""
-        values = {key: getattr(recorded, key) for key in DECIDED if getattr(self, key, "") == "auto"}
+        values: dict[str, Any] = {
+            key: getattr(recorded, key, "auto") for key in DECIDED if getattr(self, key, "") == "auto"
+        }
         if not self.net:
             values |= {"net": recorded.net, "specification": recorded.specification}
         if getattr(self, "val_images", 0) == A_TENTH:
@@ -258,7 +260,7 @@ class BaseRecipe:
 
     def to_json(self) -> dict[str, Any]:
         """A plain dictionary, the task first."""
-        defaults = {f.name: f.default for f in fields(self)}
+        defaults = {f.name: f.default for f in fields(self)} | {"sampling": "shuffle"}
         return {k: v for k, v in self._values().items() if k not in _ADDED or v != defaults[k]}
 
     def _values(self) -> dict[str, Any]:
@@ -277,11 +279,13 @@ class BaseRecipe:
         Raises RunError if values are missing or unknown.
         """
         # until this key was recorded, all threads worked inside each operation, on one micro-batch after the other
-        # and all kernels were torch's
+        # and all kernels were torch's; every order was a table
         values = {"op_threads": values.get("threads", 0), "winograd": "off", "fused_bn": "off"} | dict(values)
+        known = {f.name for f in fields(cls)}
+        if "sampling" in known:
+            values.setdefault("sampling", "shuffle")
         if isinstance(values.get("data"), str):
             values["data"] = strip_password(values["data"])
-        known = {f.name for f in fields(cls)}
         if strange := sorted(set(values) - known - {"task"}):
             raise RunError(f"recipe.toml has unknown keys {strange}; it was written by another version of resnetlab.")
         try:
@@ -300,6 +304,8 @@ class BaseRecipe:
         for form in ("fused_bn", "winograd"):
             if values[form] == "off":  # as before there was another form
                 del values[form]
+        if values.get("sampling") == "auto":  # "shuffle" of as many images as runs had then
+            del values["sampling"]
         values["threads"] = values.pop("op_threads") or self.threads  # as it was called when there were no others
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -321,9 +327,10 @@ class Recipe(BaseRecipe):
     groups: str = ""  # a table's column, or a pattern in names: images of equal values are held out together
     fold: str = ""  # "2/5": hold out the second of five equal parts for the test, as k-fold cross-validation does
     class_weights: str = "none"  # of the loss: "none", "balanced" (training.class_balance), or "cat=2,dog=0.5"
-    # "shuffle"; "keyed": another order, which takes no memory; "balanced": equally many images of every class; or "shards":
-    # a few shards at a time (data.shard_order), so that each machine fetches its own alone
-    sampling: str = "shuffle"
+    # "shuffle"; "keyed": another order, which takes no memory; "auto": this one for more than a million images;
+    # "balanced": equally many images of every class; or "shards": a few shards at a time (data.shard_order), so that each
+    # machine fetches its own alone
+    sampling: str = "auto"
     shard_groups: int = 0  # of sampling=shards: a multiple of the number of machines; 0: their number
     keep: str = "last"  # weights of the last step, or "best": those of the lowest error on the held-out images
     early_stop: int = 0  # evaluations in a row without a new lowest held-out error, after which the run ends; 0 never

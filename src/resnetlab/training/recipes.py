@@ -383,7 +383,8 @@ def find_named(recipe: BaseRecipe, precision: str, start_size: Mapping[str, int]
     if getattr(own, "val_images", 0) == A_TENTH:
         resolved["val_images"] = getattr(recipe, "val_images", 0)
     if isinstance(recipe, Recipe) and isinstance(own, Recipe):
-        resolved["compile"] = recipe.compile if own.compile == "auto" else own.compile
+        for key in ("compile", "sampling"):
+            resolved[key] = getattr(recipe if getattr(own, key) == "auto" else own, key)
         if not own.image_size:
             resolved |= start_size or {"image_size": recipe.image_size, "eval_resize": recipe.eval_resize}
     return replace(same_length, **resolved)

@@ -59,6 +59,7 @@ from resnetlab.training.tasks.classification_data import (
     name_own_transform,
     plan_preprocessing,
     require_held_out,
+    resolve_order,
     resolve_shards,
     resolve_size,
     resolve_val_images,
@@ -125,7 +126,7 @@ class ClassificationTask(Task):
         for split in (held_out, test) if read_process_place().is_first_here else ():
             if isinstance(split, DiskSplit):
                 split.require_readable()
-        recipe = setup.rescale(recipe, len(train))
+        recipe = setup.rescale(resolve_order(recipe, len(train)), len(train))
         preprocessing = add_statistics(recipe.normalise, choose_sample(recipe, train), shape, start)
         fingerprints, trained_on = (start.fingerprints, start.data.get("fingerprint", "")) if start else ({}, "")
         if n := int(match_fingerprints(fingerprints, trained_on, source, source.test).seen.sum()):

@@ -37,6 +37,7 @@ from resnetlab.training.recipes import SMALL_SIDE
 from resnetlab.training.tasks.base import TaskSetup
 
 SMALL_VIEW = 0.5  # share of an image's area: less is reported
+MAX_TABLE = 1_000_000  # images whose order is a table in every process that reads, of 8 bytes an image
 
 
 def resolve_size(recipe: Recipe, start: TrainedModel | None) -> Recipe:
@@ -93,6 +94,12 @@ def resolve_shards(recipe: Recipe, source: Dataset, world: World) -> Recipe:
         )
     groups = recipe.shard_groups or max(1, world.size // read_process_place().local_size)
     return replace(recipe, shard_groups=groups, val_images=0)
+
+
+def resolve_order(recipe: Recipe, images: int) -> Recipe:
+    """The recipe with the order that "auto" stands for: of many images one without a table in every process."""
+    order = "keyed" if images > MAX_TABLE else "shuffle"
+    return replace(recipe, sampling=order) if recipe.sampling == "auto" else recipe
 
 
 def choose_sample(recipe: Recipe, train: Split) -> Split:
