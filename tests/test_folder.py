@@ -137,6 +137,29 @@ def test_what_is_refused(tmp_path: Path, sentence: str) -> None:
         load(root)
 
 
+@pytest.mark.filterwarnings("ignore:1 file in the class folders")
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_an_empty_split_is_left_out_with_a_note(tmp_path: Path, split: str) -> None:
+    """Not one with images that no class has, or of a kind that is not read, and not the images to train on."""
+    root = folder(tmp_path / "d", {"train": 10})
+    for name in NAMES:
+        (root / split / name).mkdir(parents=True)
+    (root / split / ".gitkeep").write_text("")
+    with pytest.warns(UserWarning, match=f"d/{split} holds no image: left out, as if it were not there"):
+        data = load(root)
+    assert data.evaluated_split == "held-out" and set(data.splits) == {"train", "held-out", "all"}
+    for name in (f"{split}/alpha/a.tga", f"{split}/a.jpg"):
+        (root / name).write_bytes(b"x")
+        with pytest.raises(DataError, match=f"{split} holds no class folders with images"):
+            load(root)
+        (root / name).unlink()
+    (root / "train").rename(root / "x")
+    (root / split).rename(root / "train")
+    (root / "x").rename(root / split)
+    with pytest.raises(DataError, match="train holds no class folders with images"):
+        load(root)
+
+
 def test_the_difference_of_classes_is_listed(tmp_path: Path) -> None:
     root = folder(tmp_path / "d", {"train": 2, "val": 1})
     (root / "val" / "alpha").rename(root / "val" / "beta")

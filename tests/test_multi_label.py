@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from resnetlab.errors import DataError, ModelFileError, UsageError
 from resnetlab.evaluation.multi_label import MultiLabelMetrics, average_precision, fit_thresholds
 from resnetlab.models.model_file import load_trained_model
 from resnetlab.run_folder import RunFolder, read_metrics
+from resnetlab.training import recipes
 from resnetlab.training.recorder import RunStopped
 from resnetlab.training.report import RunDescription, render_progress
 from resnetlab.training.result import MultiLabelResult
@@ -138,7 +140,7 @@ def test_what_a_table_of_several_classes_must_not_have(root: Path, tmp_path: Pat
         pytest.raises(DataError),
     ):
         load(tmp_path / "one.csv")
-    with pytest.raises(UsageError, match="gives several classes per image, which train, evaluate and predict take"):
+    with pytest.raises(UsageError, match="gives several classes per image, which this does not take"):
         sources.load_dataset(str(root / "labels.csv"), Path("data"))
     for values in ({"class_weights": "balanced"}, {"sampling": "balanced"}, {"none_share": 0.05}, {"fold": "1/3"}):
         with pytest.raises(UsageError, match="is for data with one class per image"):
@@ -146,6 +148,48 @@ def test_what_a_table_of_several_classes_must_not_have(root: Path, tmp_path: Pat
                 "photos", data=str(root / "labels.csv"), out=tmp_path / "x", progress=False, **SETTING | values
             )
     assert not (tmp_path / "x").exists()
+
+
+def test_data_check_takes_several_classes(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counts are of images with each class; copies with other classes are a conflict, a class without an image a problem."""
+    smaller = dataclasses.replace(recipes.photos(), image_size=32, batch=8)  # its speed is measured
+    monkeypatch.setattr(recipes, "photos", lambda: smaller)
+    command = ["data", "check", "--workers", "0", "--json"]
+    assert run_command([*command, str(root / "labels.csv")]) in (0, 1)
+    document = json.loads(capsys.readouterr().out)
+    assert document["readable"] == 120 and document["loading"]["images_per_second"] > 0
+    with open(root / "columns.csv") as file:
+        rows = list(csv.DictReader(file))
+    for split in ("train", "val"):
+        of_split = [row for row in rows if row["split"] == split]
+        assert document["classes"][split] == {name: sum(int(row[name]) for row in of_split) for name in CLASSES}
+    lists = tmp_path / "lists.csv"
+    names = [root / "1.png", root / "1.png", root / "2.png", root / "2.png", root / "9.png"]
+    for i, (name, classes) in enumerate(zip(names, ("red", "red;blue", "blue", "blue", ""), strict=True)):
+        (tmp_path / f"{i}.png").write_bytes(b"no image" if i == 4 else name.read_bytes())
+        with open(lists, "a") as file:
+            file.write(("" if i else "path,labels,split\n") + f"{i}.png,{classes},train\n")
+    (tmp_path / "5.png").write_bytes((root / "5.png").read_bytes())
+    with open(lists, "a") as file:
+        file.write("5.png,green,val\n")
+    assert run_command([*command, "--no-timing", str(lists), "--quarantine", str(tmp_path / "q.txt")]) == 1
+    problems = {(p["kind"], Path(p["file"]).name): p["detail"] for p in json.loads(capsys.readouterr().out)["problems"]}
+    assert set(problems) == {
+        ("layout", "lists.csv"),
+        ("unreadable", "4.png"),
+        ("conflict", "0.png"),
+        ("duplicate", "3.png"),
+    }
+    assert problems["layout", "lists.csv"].startswith("no image to train on has the class green;")
+    assert problems["conflict", "0.png"].endswith("which is of class blue;red, not red")
+    assert [line for line in (tmp_path / "q.txt").read_text().splitlines() if line[0] != "#"] == [
+        "4.png",
+        "3.png",
+        "1.png",
+        "0.png",
+    ]
 
 
 def test_rare_label_sets_are_held_out_at_random() -> None:

@@ -91,7 +91,7 @@ def test_classes_that_tools_wrote_are_read_as_they_read_them(layout: str, tmp_pa
             numbers = data.label_sets[label].nonzero().flatten().tolist() if data.label_sets is not None else [label]
             assert [data.classes[number] for number in numbers] == recorded[Path(name).stem]["classes"]
     if several:
-        with pytest.raises(UsageError, match="gives several classes per image, which train, evaluate and predict take"):
+        with pytest.raises(UsageError, match="gives several classes per image, which this does not take"):
             load_classes(root)
 
 

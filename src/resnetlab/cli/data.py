@@ -38,8 +38,8 @@ def check(
     Parameters
     ----------
     data
-        A folder of class folders, a zip or tar of one, a table of paths and labels, tar shards, a data set's name, or a
-        folder of images with boxes or masks.
+        A folder of class folders, a zip or tar of one, a table of paths and labels (several per image too), tar shards,
+        a data set's name, or a folder of images with boxes or masks.
     quarantine
         Write the names of images to leave out of training into this file: the unreadable ones, and copies. Use it with
         `resnetlab train DATA --quarantine FILE`.
@@ -64,7 +64,7 @@ def check(
     with console.ProgressBar("images") as bar:
         source: Dataset | None = None
         try:
-            source = _load_source(data, data_dir)
+            source = _load_source(data, data_dir, multi_label=True)
         except DataError:
             layout = find_layout(Path(data)) if Path(data).is_dir() else None
             if layout is not None and quarantine is not None:
@@ -136,7 +136,7 @@ def pack(data: str, out: Path, /, *, per_shard: int = 1000, seed: int = 0, resiz
     console.write_line(f"{format_count(len(written), 'shard')} in {out}")
 
 
-def _load_source(data: str, data_dir: Path) -> Dataset:
+def _load_source(data: str, data_dir: Path, *, multi_label: bool = False) -> Dataset:
     """Loads the data set without the warning about images that `find_unexpected_files` reports."""
     import warnings
 
@@ -145,7 +145,7 @@ def _load_source(data: str, data_dir: Path) -> Dataset:
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*beside the class folders", UserWarning)
-        return sources.load_dataset(data, data_dir, ReadOptions(one_class=True))
+        return sources.load_dataset(data, data_dir, ReadOptions(one_class=True, multi_label=multi_label))
 
 
 def _measure_loading(source: Dataset) -> dict[str, float] | None:
@@ -160,7 +160,7 @@ def _measure_loading(source: Dataset) -> dict[str, float] | None:
     console.log(
         "timing the loading of images and a training step of ResNet-18 (recipe photos); --no-timing leaves it out"
     )
-    return timing.time_data_loading(split, recipes.photos(), len(source.classes))
+    return timing.time_data_loading(split, recipes.photos())
 
 
 def _write_page(report: CheckReport, out: Path, data_dir: Path) -> None:

@@ -7,7 +7,7 @@ Memory holds less than a kilobyte per image, whatever its size. Kinds of problem
                      colour, has another format's suffix, or Pillow warns of it
     duplicate        the same bytes as another image of the same split and class
     near-duplicate   nearly the same image (resized, compressed again), likewise
-    conflict         the same or nearly the same image in another class
+    conflict         the same or nearly the same image in another class, or with others
     leak             the same or nearly the same image in another split
     stray            an image beside the class folders
     layout           the folder cannot be read as a data set at all
@@ -24,6 +24,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import compress
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -42,12 +43,13 @@ from resnetlab.data.dataset import Dataset, Split
 from resnetlab.data.decode import decode, decode_as, find_damage, has_deep_values
 from resnetlab.data.disk_split import DiskSplit, FileNames, FileSource
 from resnetlab.data.error_policy import ErrorPolicy
+from resnetlab.data.label_sets import join_classes
 from resnetlab.data.layouts import Layout
 from resnetlab.data.mask_dataset import MaskedImage, load_masks
 from resnetlab.data.mask_files import VOID
 from resnetlab.data.prefetch import prefetch
 from resnetlab.errors import DataError, DataErrors
-from resnetlab.formatting import format_count
+from resnetlab.formatting import format_count, format_list
 from resnetlab.preprocessing import RGB, PixelFormat, render_pixels
 
 MIN_SIDE = 16  # pixels: an image with a smaller side is reported
@@ -113,7 +115,7 @@ class CheckReport:
 
     Attributes:
         images: how many were checked; `readable` of them could be read.
-        classes: split -> class -> how many images; of boxes, how many of them.
+        classes: split -> class -> how many images; of boxes, how many of them. An image may have several classes.
         layout: of boxes or masks, what was found, "COCO, 2 splits, 128 images, 80 classes"; empty for class folders.
         kinds: "JPEG RGB" -> how many.
         shorter_sides: smallest, median and largest shorter side, in pixels; None if no image could be read.
@@ -159,8 +161,15 @@ def check_dataset(
     report = CheckReport(data.name)
     if few := data.describe_few_images():
         report.problems.append(Problem("layout", data.name, few))
-    report.classes = {name: _count_classes(split, data.classes) for name, split in splits.items()}
-    check_splits(report, splits, data.classes, workers, on_progress)
+    report.classes = {name: _count_classes(split, data.classes, data.label_sets) for name, split in splits.items()}
+    labels = data.classes
+    if data.label_sets is not None:
+        sets = data.label_sets.bool().tolist()
+        labels = tuple(join_classes(compress(data.classes, each)) or "none" for each in sets)
+        if missing := [name for name, n in report.classes.get("train", {}).items() if not n]:
+            names = f"no image to train on has the class {format_list(missing)}; add some, or leave the class out."
+            report.problems.append(Problem("layout", data.name, names))
+    check_splits(report, splits, labels, workers, on_progress)
     return report
 
 
@@ -228,9 +237,11 @@ def _as_split(images: Sequence[AnnotatedImage | MaskedImage]) -> Split:
     return DiskSplit(source, torch.arange(len(images)), torch.zeros(len(images), dtype=torch.long))
 
 
-def _count_classes(split: Split, classes: tuple[str, ...]) -> dict[str, int]:
-    counts = split.labels.bincount(minlength=len(classes)).tolist()
-    return dict(zip(classes, counts, strict=True))
+def _count_classes(split: Split, classes: tuple[str, ...], label_sets: Tensor | None = None) -> dict[str, int]:
+    counts = split.labels.bincount(minlength=len(classes if label_sets is None else label_sets))
+    if label_sets is not None:
+        counts = counts.double() @ label_sets.double()
+    return dict(zip(classes, counts.long().tolist(), strict=True))
 
 
 def read_as_found(data: Dataset) -> Dataset:
@@ -244,14 +255,14 @@ def read_as_found(data: Dataset) -> Dataset:
 def check_splits(
     report: CheckReport,
     splits: dict[str, Split],
-    classes: tuple[str, ...],
+    labels: tuple[str, ...],
     workers: int,
     on_progress: Callable[[int, int], None],
 ) -> None:
-    """Decodes the images of all splits, and adds what is found to a report."""
+    """Decodes the images of all splits, and adds what is found to a report; `labels` are the words for their labels."""
     report.images = sum(map(len, splits.values()))
     readable, kinds, sides = [], Counter[str](), []
-    for image, problem in _check_images(splits, classes, workers):
+    for image, problem in _check_images(splits, labels, workers):
         if problem is not None:
             report.problems.append(problem)
             report.quarantine.append(image.name)

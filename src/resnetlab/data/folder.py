@@ -105,9 +105,12 @@ def read_layouts(root: Path) -> tuple[dict[str, FolderLayout], list[str]]:
         name: _read_flat_split(root, path) or _read_class_folders(root, path) for name, path in split_folders.items()
     }
     problems = []
-    for split, layout in layouts.items():
+    for split, layout in tuple(layouts.items()):
         folder = split_folders[split]
-        if not layout.names:
+        if not layout.names and "train" in layouts and layouts["train"].names and not any(_sort_files(folder)):
+            warn(f"{folder} holds no image: left out, as if it were not there.")
+            del layouts[split]
+        elif not layout.names:
             problems.append(_describe_no_images(root, folder))
         else:
             missing = "holds no image; put some there, or remove it."

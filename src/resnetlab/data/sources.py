@@ -118,8 +118,8 @@ def _refuse_several_classes(dataset: Dataset, name: str, read_options: ReadOptio
     """The data set; raises UsageError if it has several classes per image and the caller wants one each."""
     if dataset.label_sets is not None and not read_options.multi_label:
         raise UsageError(
-            f"{name} gives several classes per image, which train, evaluate and predict take, but this does not; give data "
-            "with one class per image."
+            f"{name} gives several classes per image, which this does not take (train, evaluate, predict and data check do); "
+            "give data with one class per image."
         )
     return dataset
 

@@ -87,7 +87,6 @@ def render_evaluation(evaluation: Evaluation) -> str:
     rows = figures.class_rows(metrics)
     with_images = [row for row in rows if row.n]
     images = PreprocessedSplit(evaluation.images, evaluation.trained_models[0].preprocessing)
-    mistakes = figures.worst_mistakes(metrics, images)
     names = evaluation.images.names
     paths = [Path(name).name for name in evaluation.models] if len(evaluation.models) > 1 else evaluation.models
     return render_page(
@@ -105,7 +104,9 @@ def render_evaluation(evaluation: Evaluation) -> str:
         total_classes=len(with_images),
         show_top5=len(rows) > 5,
         scope=evaluation.scope,
-        mistakes=[(names[m.index], m) for m in mistakes],
+        mistakes=[(names[m.index], m) for m in figures.worst_mistakes(metrics, images)],
+        prototypes=figures.class_prototypes(metrics, images),
+        names=names,
     )
 
 
