@@ -38,6 +38,7 @@ from resnetlab.formatting import is_number, parse_json
 from resnetlab.stopping import check_stop
 
 DISK_FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}  # Windows has no quotas
+FOLDS_FILE = "folds.json"  # the figures of a cross-validation, in the folder of its runs
 WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # of file systems, some network ones among them
 
 

@@ -155,8 +155,8 @@ def audit(
     model: str,
     quarantine: Path | None = None,
     out: Path | None = None,
-    folds: int = 5,
-    seed: int = 0,
+    folds: int | None = None,
+    seed: int | None = None,
     method: Literal["resnetlab", "cleanlab"] = "resnetlab",
     data_dir: DataDir = Path("data"),
     json: Json = False,
@@ -171,30 +171,36 @@ def audit(
         A data set with labels.
     model
         The model whose features linear heads are fitted on, each without the images that it then predicts: a model file, or a
-        published name such as torchvision:resnet50.IMAGENET1K_V2.
+        published name such as torchvision:resnet50.IMAGENET1K_V2. Or the folder that `resnetlab train DATA --folds 5` wrote,
+        which finds more: no network has seen the labels of the images that it predicts.
     quarantine
         Write the names of the likely errors into this file, for `resnetlab train DATA --quarantine FILE`.
     out
         Write a page that shows the likely errors, .html.
     folds
-        Parts of the data; each is predicted by a head that was fitted on the others.
+        Parts of the data; each is predicted by a head that was fitted on the others. By default 5.
     seed
-        Of the parts.
+        Of the parts; by default 0.
     method
         Whose rule decides: ours, or cleanlab's find_label_issues (needs an extra).
     """
     from resnetlab.errors import UsageError
+    from resnetlab.evaluation.label_errors import FOLDS
     from resnetlab.inference.audit import audit_labels
     from resnetlab.inference.neighbours import ShownImage, render_images
     from resnetlab.inference.predict import load
-    from resnetlab.run_folder import check_output_file, write_atomically
+    from resnetlab.run_folder import FOLDS_FILE, check_output_file, write_atomically
 
-    if folds < 2:
+    by_runs = (Path(model) / FOLDS_FILE).is_file()
+    if by_runs and (folds, seed) != (None, None):
+        raise UsageError(f"{model} has folds of its own; leave out --folds and --seed.")
+    if folds is not None and folds < 2:
         raise UsageError(f"--folds must be 2 or more, not {folds}.")
     if quarantine is not None:
         check_output_file(quarantine, [model, data], "--quarantine")
     console.check_page(out, [model, data])
-    found = audit_labels(load(model, precision="auto"), data, data_dir, folds, seed, method)
+    source = Path(model) if by_runs else load(model, precision="auto")
+    found = audit_labels(source, data, data_dir, folds or FOLDS, seed or 0, method)
     _warn_of_unreadable(found.unreadable)
     if quarantine is not None:
         names = [row["image"] for row in found.errors]

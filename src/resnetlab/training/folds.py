@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from resnetlab.data import sources
 from resnetlab.errors import UsageError
-from resnetlab.run_folder import write_atomically
+from resnetlab.run_folder import FOLDS_FILE, write_atomically
 from resnetlab.training.recipe import Recipe
 from resnetlab.training.result import ClassificationResult
 from resnetlab.training.run_options import RunOptions
@@ -48,7 +48,7 @@ def cross_validate(
         result = resume(run, options, overrides=own) if known else start_run(own, run, options)
         results.append(cast(ClassificationResult, result))
     summary = summarise_folds(results)
-    write_atomically(root / "folds.json", json.dumps(summary, indent=2) + "\n")
+    write_atomically(root / FOLDS_FILE, json.dumps(summary, indent=2) + "\n")
     return summary
 
 
