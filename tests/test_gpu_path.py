@@ -445,7 +445,8 @@ def test_a_runs_gpu_is_the_current_one_until_it_ends(monkeypatch: pytest.MonkeyP
         def fail(device: object) -> None:
             raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
 
-        monkeypatch.setattr(torch.cuda, "set_device", fail)
+        for name in ("set_device", "set_rng_state_all"):
+            monkeypatch.setattr(torch.cuda, name, fail)
         with pytest.raises(RunError, match="lost"), preserve_process_state():
             raise RunError("the GPU is lost")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import json
 import shutil
@@ -93,6 +94,30 @@ def test_classes_that_tools_wrote_are_read_as_they_read_them(layout: str, tmp_pa
     if several:
         with pytest.raises(UsageError, match="gives several classes per image, which this does not take"):
             load_classes(root)
+
+
+@pytest.mark.parametrize(
+    ("folders", "counts", "left_out"),
+    [
+        (["day 1", "day 2"], {"train": 3, "held-out": 1}, ""),
+        (["train", "val", "validation"], {"train": 2, "val": 4}, ""),
+        (["train", "val", "more"], {"train": 2, "val": 2}, "2 images left out, of no split .*, such as more/4.png"),
+    ],
+)
+def test_no_folder_of_voc_is_lost_unsaid(
+    folders: list[str], counts: dict[str, int], left_out: str, tmp_path: Path
+) -> None:
+    """Of folders with XML beside images one was read, and images of no split were left out without a word."""
+    for i in range(6):
+        if i < 2 * len(folders):
+            image, _, boxes = cells.scene(i)
+            place = tmp_path / folders[i // 2]
+            place.mkdir(exist_ok=True)
+            image.save(place / f"{i}.png")
+            (place / f"{i}.xml").write_text(cells.voc_annotation(boxes))
+    with pytest.warns(UserWarning, match=left_out) if left_out else contextlib.nullcontext():
+        data = box_dataset.load_boxes(tmp_path)
+    assert {split: len(images) for split, images in data.splits.items()} == counts
 
 
 def write_samples(root: Path, *values: dict[str, Any], targets: dict[str, Any] | None = None) -> None:
@@ -202,6 +227,19 @@ def test_a_number_that_is_no_class_is_refused(label: int, tmp_path: Path) -> Non
     file.write_text(json.dumps({"classes": ["a", "b"], "labels": {str(i): [box] for i in range(3)}}))
     with pytest.raises(DataError, match=r"labels\.json, 0, detection 1: it has no label"):
         box_dataset.load_boxes(tmp_path)
+
+
+def test_images_without_a_tag_beside_a_split_are_said_to_be_left_out(tmp_path: Path) -> None:
+    write_samples(tmp_path, *({"_cls": "Classification", "label": name} for name in "abcab"))
+    file = tmp_path / "samples.json"
+    content = json.loads(file.read_text())
+    content["samples"][2]["tags"] = ["sunny"]
+    file.write_text(json.dumps(content))
+    with pytest.warns(
+        UserWarning, match=r"\(FiftyOne's samples\.json\): 1 image without a split left out, such as data/p2"
+    ):
+        data = load_classes(tmp_path)
+    assert data.classes == ("a", "b") and {*data.train.names} == {"p0.png", "p1.png", "p3.png"}
 
 
 def test_classes_of_objects_are_not_those_of_images(tmp_path: Path) -> None:

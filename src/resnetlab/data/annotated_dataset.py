@@ -84,6 +84,11 @@ def arrange_annotated_splits(
     counts = (format_count(n, what) for n, what in ((len(splits), "split"), (count, "image"), (len(classes), "class")))
     layout = ", ".join((found.layout, *counts))
     train, val, test, evaluated = _choose_splits(splits)
+    used = {image.file for image in (*train, *val, *test)}
+    if left := [image.name for images in splits.values() for image in images if image.file not in used]:
+        warn(
+            f"{name}: {format_count(len(left), 'image')} left out, of no split or of one that is not used, such as {left[0]}."
+        )
     return AnnotatedDataset(name, classes, train, val, test, evaluated, errors, layout)
 
 

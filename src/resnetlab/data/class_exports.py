@@ -71,9 +71,13 @@ def read_class_export(root: Path) -> ImageList | None:
 
 
 def _make_image_list(root: Path, name: str, rows: list[tuple[str, Any, str]], without: list[str]) -> ImageList:
-    if without:
-        count = format_count(len(without), "image")
-        warn(f"{root} ({name}): {count} without a class left out, such as {without[0]}.")
+    in_splits = [row for row in rows if row[2]]
+    outside = [path for path, _, split in rows if in_splits and not split]
+    rows = in_splits or rows
+    for left, what in ((without, "class"), (outside, "split")):
+        if left:
+            count = format_count(len(left), "image")
+            warn(f"{root} ({name}): {count} without a {what} left out, such as {left[0]}.")
     paths, found, splits = (list(column) for column in zip(*rows, strict=True))
     if not any(isinstance(classes, list) for classes in found):
         return ImageList(str(root), root, paths, found, splits)

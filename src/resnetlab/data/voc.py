@@ -37,19 +37,17 @@ from resnetlab.formatting import format_list
 TRUE = ("1", "true", "yes")
 
 
-def find_voc_folders(root: Path) -> dict[str, tuple[Path, Path]]:
-    """(folder of annotations, folder of images) of each split; "" for all together. Empty if there is no XML."""
+def find_voc_folders(root: Path) -> list[tuple[str, Path, Path]]:
+    """(split, folder of annotations, folder of images), "" for images of no split. Empty if there is no XML."""
     if (pair := _find_folder_pair(root)) is not None:
-        return {"": pair}
-    found: dict[str, tuple[Path, Path]] = {}
+        return [("", *pair)]
+    found: list[tuple[str, Path, Path]] = []
     for folder in (root, *list_subfolders(root)):
         split = find_split(folder.name) if folder != root else ""
-        if split in found:
-            continue
-        if list_by_stem(folder, (".xml",)):
-            found[split] = (folder, folder)
+        if list_by_stem(folder, (".xml",)) and (split or not found or list_by_stem(folder, SUFFIXES)):
+            found.append((split, folder, folder))
         elif split and (pair := _find_folder_pair(folder)) is not None:
-            found[split] = pair
+            found.append((split, *pair))
     return found
 
 
@@ -64,9 +62,8 @@ def _find_folder_pair(folder: Path) -> tuple[Path, Path] | None:
 
 def read_voc(root: Path, errors: ErrorPolicy, masks: bool) -> Annotations:
     """The images of each split with their objects; the classes are those of the training objects."""
-    folders = find_voc_folders(root)
-    splits: dict[str, Iterable[ImageRecord]] = {}
-    for split, (annotation_folder, image_folder) in folders.items():
+    splits: dict[str, list[ImageRecord]] = {}
+    for split, annotation_folder, image_folder in find_voc_folders(root):
         apart = annotation_folder != image_folder
         images = list_voc_images(image_folder, deep=apart or (not split and image_folder != root))
         annotations = list_by_stem(annotation_folder, (".xml",), deep=apart)
@@ -83,8 +80,9 @@ def read_voc(root: Path, errors: ErrorPolicy, masks: bool) -> Annotations:
                 errors.reject(str(images[stem]), f"it has no annotation {expected}")
             elif (record := read_voc_annotation(root, expected, images[stem], errors, masks)) is not None:
                 parsed[stem] = record
-        splits |= {name: [parsed[stem] for stem in stems if stem in parsed] for name, stems in lists.items()}
-    return Annotations("Pascal VOC", None, splits)
+        for name, stems in lists.items():
+            splits.setdefault(name, []).extend(parsed[stem] for stem in stems if stem in parsed)
+    return Annotations("Pascal VOC", None, dict(splits))
 
 
 def list_voc_images(folder: Path, deep: bool = True) -> dict[str, Path]:
