@@ -122,6 +122,11 @@ def test_a_keyed_order_of_a_billion_images_takes_no_memory() -> None:
     assert len(set(indices.tolist())) == 64 and int(indices.max()) > 5 * 10**8
     whole = Sampler(10**9, 256, 3, range(256), keyed=True)
     assert torch.equal(whole.indices(10**6)[64:128], indices)
+    start = time.process_time()
+    Sampler(10**9, 2**30, 3, range(64, 128), keyed=True).indices(5)  # a share of a step costs no more than itself
+    assert time.process_time() - start < 1
+    for share in (range(4), range(2, 7), range(9, 10)):  # of steps that span epochs of seven images
+        assert torch.equal(Sampler(7, 10, 3, share).indices(2), step_indices(3, 7, 10, 2)[share.start : share.stop])
     assert not torch.equal(
         Sampler(1000, 64, 3, range(64)).indices(0), Sampler(1000, 64, 3, range(64), keyed=True).indices(0)
     )

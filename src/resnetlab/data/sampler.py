@@ -51,15 +51,18 @@ class Batch(NamedTuple):
 EpochOrder = Callable[[int, int, int], Tensor | KeyedPermutation]  # (seed, n, epoch) -> n indices
 
 
-def step_indices(seed: int, n: int, batch: int, step: int, epoch_indices: EpochOrder | None = None) -> Tensor:
-    """Indices of the `batch` images of step `step`; int64 (batch,).
+def step_indices(
+    seed: int, n: int, batch: int, step: int, epoch_indices: EpochOrder | None = None, positions: range | None = None
+) -> Tensor:
+    """Indices of the `batch` images of step `step`, or of those at `positions` of it; int64 (batch,).
 
     The epochs are permutations of all images (or `epoch_indices`), one after the other. A batch may span two of them, so no
     batch is short.
     """
     epoch_indices = epoch_indices or _permutation
     chunks = []
-    position, end = step * batch, (step + 1) * batch
+    own = range(batch) if positions is None else positions
+    position, end = step * batch + own.start, step * batch + own.stop
     while position < end:
         epoch, start = divmod(position, n)
         stop = min(n, start + end - position)
@@ -162,7 +165,7 @@ class Sampler:
             return self.shards.indices(step, self.positions)
         n = self.n if self.balanced is None else self.balanced.length
         epochs = keyed_epoch if self.keyed else self.balanced
-        return self._own(step_indices(self.seed, n, self.batch_size, step, epochs))
+        return step_indices(self.seed, n, self.batch_size, step, epochs, self.positions)
 
     def __call__(self, step: int) -> list[tuple[Any, ...]]:
         """(index, random numbers of each stream) of each image."""
