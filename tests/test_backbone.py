@@ -136,6 +136,19 @@ def test_frozen_stages_do_not_train_and_others_do() -> None:
         freeze(net, "C55")
 
 
+def test_maps_are_named_by_their_modules_too() -> None:
+    net, same = build("resnet20", seed=0), build("resnet20", seed=0)
+    freeze(net, "layer1")
+    freeze(same, "C2")
+    assert [p.requires_grad for p in net.parameters()] == [p.requires_grad for p in same.parameters()]
+    assert list(Backbone(net, {"layer3": "b", "C2": "a"}).names.items()) == [("C4", "b"), ("C2", "a")]
+    assert Features(net, ("layer1", "C3")).feature_info.module_name() == ["layer1", "layer2"]
+    with pytest.raises(UsageError, match=r"a map is one of 'C1' \(bn1\), 'C2' \(layer1\).*, not 2\."):
+        freeze(net, 2)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match=r"unknown map 'conv1'; .*layer1, layer2"):
+        freeze(net, "conv1")
+
+
 def test_lists_are_timms() -> None:
     theirs = timm.create_model("resnet18", pretrained=False, features_only=True)
     ours = Features(build("resnet18", seed=0))

@@ -159,8 +159,21 @@ def test_heads_are_as_timms() -> None:
     net.reset_classifier(0)
     assert isinstance(net.get_classifier(), nn.Identity) and torch.equal(net(x), features.mean((2, 3)))
     assert net.num_classes == 0
+    assert torch.equal(resnetlab.build("resnet8", num_classes=0)(x), net(x)) is False  # other weights
+    assert resnetlab.build("resnet8", num_classes=0)(x).shape == (2, 64)
+    trained = resnetlab.build("resnet20", weights="cifar10:resnet20", num_classes=0).eval()
+    assert trained.num_classes == 0 and trained(x).shape == (2, 64)
+    net.fc = nn.Linear(64, 9)
+    assert net.num_classes == 9  # also of a head that was put there
+    net.reset_classifier(4, global_pool="avg")
+    assert net.num_classes == 4
+
+
+def test_torch_fx_traces_a_network_that_recomputes_in_training() -> None:
+    net, x = resnetlab.build("resnet8", seed=0), images()
     net.set_grad_checkpointing()
-    assert net.recompute
+    traced = torch.fx.symbolic_trace(net)
+    assert net.recompute and torch.equal(traced(x), net(x))
 
 
 def test_torch_jit_traces_without_a_warning() -> None:

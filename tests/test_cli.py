@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import resnetlab
 from resnetlab.cli import console, main
 from resnetlab.cli.main import run_command
 from resnetlab.data import cifar, digits
@@ -36,6 +37,39 @@ def image(tmp_path: Path) -> Path:
     file = tmp_path / "drei ü.png"
     Image.fromarray(digits.load_digits().test.images[0, :, :, 0].numpy()).resize((30, 40)).save(file)
     return file
+
+
+def test_a_command_names_the_report_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(["train", "digits", *SHORT, "--out", str(tmp_path / "run")]) == 0
+    assert "".join(capsys.readouterr()).count("report.html") == 1
+
+
+def test_arguments_are_looked_at_before_the_model_is(
+    tmp_path: Path, model: Path, image: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("resnetlab.models.model_file.read_tensor_file", lambda *_: pytest.fail("the model was loaded"))
+    code, _, err = run_cli(capsys, "predict", str(image))
+    assert code == 2 and "is an image; the model comes first" in err
+    missing = str(tmp_path / "missing")
+    for line in (["predict", model, missing], ["explain", model, missing], ["neighbours", model, "digits", missing],
+                 ["embed", model, missing], ["evaluate", model, "--data", missing]):  # fmt: skip
+        code, _, err = run_cli(capsys, *map(str, line))
+        assert code == 1 and "missing is not there" in err, line
+    monkeypatch.undo()
+    assert resnetlab.evaluate(model.parent, "digits").n == 360  # a run folder is a model
+
+
+def test_the_time_left_counts_from_the_first_step(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    times = iter(
+        [0.0, 100.0, 110.0, 120.0, 130.0]
+    )  # a pool of processes starts for 100 s before the first of three images
+    monkeypatch.setattr("resnetlab.progress.time.monotonic", lambda: next(times))
+    with console.ProgressBar("images") as bar:
+        for done in (1, 2, 3, 3):  # the last one twice
+            bar.update(done, 3)
+    assert capsys.readouterr().err.splitlines() == ["images 1/3", "images 2/3  10 s left", "images 3/3"]
 
 
 def run_cli(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
@@ -146,7 +180,7 @@ def test_damaged_and_foreign_model_files(capsys: pytest.CaptureFixture[str], tmp
         code, _, err = run_cli(capsys, "evaluate", str(file), "--data", "digits")
         assert code == 1 and sentence in err and str(file) in err, err
     save_file({"weight": torch.zeros(3)}, file)
-    code, _, err = run_cli(capsys, "predict", str(file), "x.png")
+    code, _, err = run_cli(capsys, "predict", str(file), "-")
     assert code == 1 and "contains tensors but no resnetlab model file: it was made by other software" in err
 
 

@@ -431,7 +431,7 @@ def test_a_run_that_a_image_stopped_goes_on_without_it(tmp_path: Path, monkeypat
     values = TINY_PHOTOS | {"data": str(root), "steps": 1}
     with monkeypatch.context() as patch:  # damage that the look before training does not see is met at the end
         patch.setattr(DiskSplit, "require_readable", lambda self: None)
-        with pytest.raises(DataError, match=r"bild 1.jpg is damaged.*on_bad_image skip"):
+        with pytest.raises(DataError, match=r"bild 1.jpg is damaged.*on_bad_image='skip'"):
             resnetlab.train("photos", out=tmp_path / "run", **values)  # type: ignore[arg-type]
     whole = resnetlab.train("photos", out=tmp_path / "whole", on_bad_image="skip", **values)  # type: ignore[arg-type]
     assert run_command(["train", "--resume", str(tmp_path / "run"), "--seed", "5", "--on-bad-image", "skip"]) == 1

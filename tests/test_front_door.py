@@ -141,7 +141,7 @@ def test_a_folder_that_holds_a_run_names_the_command_of_its_task(task: str, comm
     resume = f"resnetlab {command}train --resume {tmp_path}"
     with pytest.raises(RunError, match=f"or continue that run with: {resume}$"):
         RunFolder.create(tmp_path, "photos")
-    with pytest.raises(ModelFileError, match=f"go on with: {resume}$"):
+    with pytest.raises(ModelFileError, match=f"if it was stopped: {resume}$"):
         resnetlab.load(tmp_path)
     (tmp_path / "result.json").touch()
     with pytest.raises(RunError, match=f"or train that finished run longer with: {resume} --epochs N$"):

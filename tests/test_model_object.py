@@ -267,7 +267,12 @@ def test_load_takes_a_run_folder_and_says_what_else_is_meant(run: Path, folder: 
         ("preresnet20", UsageError, "is the name of a network, without weights"),
         (folder / "a.png", UsageError, "is an image; the model comes first"),
         (folder, ModelFileError, "is a folder without model.safetensors"),
-        (tmp_path, ModelFileError, "has no model yet; go on with: resnetlab train --resume"),
+        (
+            tmp_path,
+            ModelFileError,
+            "has no model yet; wait for its end, or if it was stopped: resnetlab train --resume",
+        ),
+        (tmp_path / "model.safetensors", ModelFileError, "has no model yet"),
         ("no.safetensors", ModelFileError, "does not exist"),
         (3, UsageError, "a model is a model file, a run folder or a published name, not int"),
     ):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import re
@@ -337,6 +338,10 @@ WRONG: dict[str, Callable[[Model], Any]] = {
     "give the network, 'resnet20', and 'cifar10:resnet20' as its weights": lambda _: resnetlab.build(
         "cifar10:resnet20"
     ),
+    "'resnetlab' has no attribute 'ResNet'; use build(name).": lambda _: resnetlab.ResNet,
+    "'resnetlab.models' has no attribute 'list_models'; use resnetlab.list_models().": lambda _: (
+        resnetlab.models.list_models
+    ),
     "'resnetlab.models' has no attribute 'resnet50'; use resnetlab.build(name).": lambda _: resnetlab.models.resnet50,
     "module 'resnetlab' has no attribute 'resnet50'; use build('resnet50').": lambda _: resnetlab.resnet50,
     "ResNet has no attribute 'feature_info'; use resnetlab.models.backbone.Features(net).feature_info.": lambda model: (
@@ -354,7 +359,7 @@ WRONG: dict[str, Callable[[Model], Any]] = {
     "net.load_state_dict(…) takes a state_dict": lambda model: resnetlab.build(
         "resnet8", weights=model.net.state_dict()
     ),  # type: ignore[arg-type]
-    "net.fc = torch.nn.Identity() makes one that gives": lambda _: resnetlab.build("resnet8", num_classes=0),
+    "the networks have average pooling, not 'max'": lambda model: copy.copy(model.net).reset_classifier(3, "max"),
     "SimpleNamespace: its attribute model is one": lambda _: resnetlab.load(SimpleNamespace(model="")),  # type: ignore[arg-type]
     "Images and labels are one pair: (X, y).": lambda model: model.evaluate(ZEROS, [1]),  # type: ignore[call-arg]
     "images and labels are one pair, the data": lambda _: resnetlab.train(X=ZEROS, y=[1]),
@@ -364,7 +369,7 @@ WRONG: dict[str, Callable[[Model], Any]] = {
     ),
     "DetectionResult has no attribute 'accuracy'.": lambda _: object.__new__(DetectionResult).accuracy,  # type: ignore[attr-defined]
     "use pandas.read_json(result.run + '/metrics.jsonl'": lambda _: object.__new__(ClassificationResult).history,  # type: ignore[attr-defined]
-    "net.features(images) gives the map of every stage": lambda _: resnetlab.build("resnet18", features_only=True),
+    "backbone.Features(net) gives the maps as a list": lambda _: resnetlab.build("resnet18", features_only=True),
     "there are none of resnet20": lambda _: resnetlab.build("resnet20", weights="DEFAULT"),
     "a trained one is cifar10:resnet20": lambda _: resnetlab.load("resnet20"),
     "a model trained on it is cifar10:resnet20": lambda _: resnetlab.load("cifar10"),
@@ -440,9 +445,17 @@ def test_figures_have_a_short_form(model: Model) -> None:
         ("detect train flowrs", "flowrs is not there; did you mean 'flowers'?"),
         ("detect train flowers/data.yaml", "data.yaml is a file; give the folder that holds images and annotations"),
         ("predict mdl.safetensors a.png", "mdl.safetensors does not exist; did you mean 'model.safetensors'?"),
+        ("predict model.safetensors b.png c.png", "b.png is not there"),
+        ("explain model.safetensors b.png", "b.png is not there"),
+        ("embed model.safetensors flowrs", "did you mean 'flowers'?"),
+        ("neighbours model.safetensors flowrs labels.csv", "did you mean 'flowers'?"),
+        ("neighbours model.safetensors flowers b.png", "b.png is not there"),
+        ("data audit flowrs --model model.safetensors", "did you mean 'flowers'?"),
         ("predict model=m.safetensors source=a.png imgsz=64", "unknown option imgsz"),
         ("export m.safetensors onnx", "export does not take 'onnx'; for example: resnetlab export"),
         ("report runs/a", "it is `resnetlab runs compare RUN RUN` here"),
+        ("-V", "there is no option '-V'; it is `resnetlab --version` here"),
+        ("--verbose train", "--verbose is no option of `resnetlab` itself; a command comes first"),
         ("study degradation --set shortcut=C", "a study sets its own): resnetlab train DATA --set key=value"),
         ("train labels.csv", "name the one of the label, for example labels.csv:label=Species"),
         ("train labels.csv:label=spec", "for example labels.csv:label=Species"),

@@ -79,6 +79,7 @@ def test_the_held_out_images_are_evaluated_with_and_without_the_quarantine(made:
     bare = evaluated(model, made / "photos")
     assert bare.split == "held-out" and sorted(bare.images.names) == held_out(made) and len(held_out(made)) == 6
     assert any("of its 30 images 22 were seen in training, 6 held out" in note for note in bare.notes)
+    assert f"list: the run had --quarantine {made / 'bad.txt'})" in bare.notes[0]
     same = evaluated(model, made / "photos", quarantine=made / "bad.txt")
     assert sorted(same.images.names) == held_out(made) and same.notes == () and same.top1_error == bare.top1_error
 

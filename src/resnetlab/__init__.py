@@ -41,7 +41,7 @@ def __getattr__(name: str) -> Any:
         return import_module("resnetlab.models")
     if name not in _MODULES:
         is_network = name.lower().startswith(("resnet", "plain", "preresnet"))  # as torchvision.models has functions
-        ours = f"build({name!r})" if is_network else PYTHON.get(name)
+        ours = PYTHON.get(name) or (f"build({name!r})" if is_network else None)
         hint = f"use {ours}." if ours else f"it has {', '.join(__all__)}."
         raise UnknownNameError(f"module 'resnetlab' has no attribute {name!r}; {hint}")
     return getattr(import_module(_MODULES[name]), name)

@@ -36,7 +36,7 @@ class ResNetLabError(Exception):
 
 
 _COMMAND = re.compile(r"(`[^`]*`|\b(?:resnetlab|torchrun|docker run|convmv|(?:uv )?pip) [^;`]*)")
-_OPTION = re.compile(r"--([a-z][a-z-]*)(?: ([A-Z][A-Z.]+|\d[\w.,]*)\b)?")
+_OPTION = re.compile(r"--([a-z][a-z-]*)(?: ([A-Z][A-Z.]+|\d[\w.,]*|skip|cpu)\b)?")
 
 
 def name_arguments(text: str) -> str:
@@ -48,7 +48,8 @@ def name_arguments(text: str) -> str:
 
     def rename(match: re.Match[str]) -> str:
         name = match[1].replace("-", "_")
-        return f"{name}={match[2]}" if match[2] else name
+        value = repr(match[2]) if (match[2] or "").islower() else match[2]
+        return f"{name}={value}" if value else name
 
     parts = _COMMAND.split(text)
     return "".join(p if i % 2 else _OPTION.sub(rename, p.replace("--set ", "")) for i, p in enumerate(parts))

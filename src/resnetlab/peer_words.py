@@ -141,13 +141,16 @@ REPLACING = ("exist_ok", "overwrite", "force")  # their answer is for runs: othe
 NETWORK_ANSWERS = {  # arguments of other programs' networks that are no value of a specification here
     word: answer
     for words, answer in {
-        "features_only out_indices return_layers": "net.features(images) gives the map of every stage, C1 to C5.",
+        "features_only out_indices return_layers": "resnetlab.models.backbone.Features(net) gives the maps as a "
+            "list, with timm's feature_info; net.features(images) as a dictionary, C1 to C5.",
         "global_pool": "net.forward_features(images) gives the last map, before pooling.",
         "drop_path_rate drop_path drop_rate dropout":
             "a network has no dropout; stochastic depth belongs to training: train(…, stochastic_depth=0.1).",
         "output_stride replace_stride_with_dilation dilation":
             "resnetlab.models.backbone.dilate changes a network in place.",
-        "norm_layer act_layer activation": "the order of BN, ReLU and convolution is activation_order.",
+        "norm_layer act_layer activation":
+            "the networks have BN and ReLU, in the order that activation_order says; torch.nn.SyncBatchNorm."
+            "convert_sync_batchnorm(net) changes the kind of BN.",
         "zero_init_residual zero_init_last": "it belongs to training: train(…, zero_init_last_bn=True).",
         "dtype half": "a network is float32; convert it as any module: build(…).half().",
         "checkpoint_path checkpoint": "weights=FILE loads a model file or a weight file.",
@@ -280,14 +283,19 @@ _FORMATS = {  # of other programs' exports: what does the job
 FORMAT_ANSWERS = {word: answer for words, answer in _FORMATS.items() for word in words.split()}
 COMMANDS = {  # others' commands: ours
     "fit": "train", "finetune": "train DATA --start-from MODEL", "tune": "train", "resume": "train --resume RUN",
-    "val": "evaluate", "eval": "evaluate", "validate": "evaluate", "test": "evaluate", "benchmark": "study cost",
+    "val": "evaluate", "eval": "evaluate", "validate": "evaluate", "test": "evaluate", "benchmark": "doctor",
     "infer": "predict", "inference": "predict", "classify": "predict", "run": "train", "gradcam": "explain", "cam": "explain",
     "info": "inspect", "summary": "inspect", "list": "models", "convert": "export", "download": "import", "upload": "push",
     "share": "push",
-    "api": "serve", "demo": "serve", "version": "--version", "help": "--help", "features": "embed", "check": "data check",
+    "api": "serve", "env": "doctor", "demo": "serve",
+    "version": "--version", "-V": "--version", "-v": "--version", "--list-models": "models",
+    "help": "--help", "features": "embed", "check": "data check",
     "report": "runs compare RUN RUN", "compare": "runs compare RUN RUN", "history": "runs", "visualize": "explain",
 }  # fmt: skip
 PYTHON = {  # others' functions: ours
+    "ResNet": "build(name)", "summary": "the command `resnetlab inspect`", "info": "the command `resnetlab inspect`",
+    "version": "__version__", "ImageFolder": "train(data=folder)", "DataLoader": "train(data=…), which takes a data set",
+    **dict.fromkeys(("available_models", "list_pretrained", "get_model_weights"), "list_models(pretrained=True)"),
     "create_model": "build(name)", "get_model": "build(name)", "make_model": "build(name)", "from_name": "build(name)",
     "load_model": "load(path)", "from_pretrained": "load(name)", "Model": "load(path)", "YOLO": "load(path)",
     "fit": "train(data=…)", "Trainer": "train(data=…)",

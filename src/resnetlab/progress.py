@@ -43,6 +43,8 @@ class ProgressBar:
 
     def __init__(self, what: str) -> None:
         self._what, self._began, self._last = what, time.monotonic(), 0.0
+        self._line = ""
+        self._first: tuple[float, float] | None = None  # time and `done` of the first call: workers may start before it
         self._rich: Progress | None = None
         self._task: TaskID | None = None
 
@@ -61,6 +63,13 @@ class ProgressBar:
         if self._rich is not None:
             self._rich.stop()
 
+    def _estimate(self, now: float, done: float, total: int) -> str:
+        """The time left by the pace since the first call; "" before there is one, and at the end."""
+        begun, first = self._first = self._first or (now, done)
+        if done in (first, total):
+            return ""
+        return f"{format_duration((now - begun) / (done - first) * (total - done))} left"
+
     def update(self, done: float, total: int | None, text: str | Sequence[str] = "") -> None:
         """Shows that `done` of `total` (None: unknown) are done; only the first process prints.
 
@@ -74,8 +83,8 @@ class ProgressBar:
         now = time.monotonic()
         if not text and total is None:
             text = f"{done / max(now - self._began, 1e-9):,.0f}/s"
-        elif not text:
-            text = f"{format_duration((now - self._began) / max(done, 1) * ((total or 0) - done))} left"
+        elif not text and total is not None:
+            text = self._estimate(now, done, total)
         parts = [text] if isinstance(text, str) else text
         if self._rich is not None and self._task is not None:
             room = self._rich.console.width - len(self._what) - BAR - len("  100 %   ")
@@ -85,4 +94,7 @@ class ProgressBar:
             return
         self._last = now
         count = f"{done:,}{'' if total is None else f'/{total:,}'}" if isinstance(done, int) else f"{100 * done:.1f} %"
-        log(f"{self._what} {count}  {'  '.join(parts)}")
+        line = "  ".join([f"{self._what} {count}", *filter(None, parts)])
+        if line != self._line:  # the end may be told more than once
+            self._line = line
+            log(line)

@@ -7,7 +7,9 @@ import sys
 from fnmatch import fnmatch
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from cyclopts import Parameter
 
 from resnetlab.cli import console
 from resnetlab.cli.options import Json
@@ -15,7 +17,7 @@ from resnetlab.errors import UsageError, install_hint
 from resnetlab.formatting import format_count
 
 
-def models(pattern: str = "*", /, *, json: Json = False) -> None:
+def models(pattern: Annotated[str, Parameter(show_default=False)] = "*", /, *, json: Json = False) -> None:
     """List the networks, with parameters, multiply-adds and the errors that the papers report.
 
     Example: `resnetlab models 'resnet*'`

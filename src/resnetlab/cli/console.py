@@ -132,6 +132,27 @@ def check_order(command: str, model: str, images: Sequence[str]) -> None:
         raise UsageError(f"the model comes first: {join(['resnetlab', command, found, *others])}")
 
 
+def refuse_missing_images(model: str, images: Sequence[str]) -> None:
+    """Raises DataError, before a model is loaded, if none of the images that are given by name is there.
+
+    Of several, those that are there are predicted, and the others get a line with the reason. A model that is not there comes
+    first.
+    """
+    from glob import has_magic
+
+    from resnetlab.data.disk_split import read_image_file
+    from resnetlab.data.object_store import is_address
+    from resnetlab.data.shards import is_shard_pattern
+    from resnetlab.data.tables import is_table
+
+    def is_missing(image: str) -> bool:
+        other = image == "-" or has_magic(image) or is_address(image) or is_shard_pattern(image) or is_table(image)
+        return not other and not os.path.lexists(image)
+
+    if (os.path.exists(model) or ":" in model) and images and all(map(is_missing, images)):
+        read_image_file(Path(images[0]))
+
+
 def _is_model(name: str) -> bool:
     """Whether a word is a model file or a run folder, by its name or content."""
     return name.endswith(".safetensors") or (Path(name) / "recipe.toml").is_file()

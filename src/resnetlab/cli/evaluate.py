@@ -162,7 +162,7 @@ def evaluate(
         predictor = configure_detector(_open_annotated(models, task, precision, device), scales, refine)
         return _evaluate_annotated(predictor, Path(data), split, on_bad_image, json)
     console.refuse_options("a classifier", {"scales": scales is not None, "refine": refine})
-    _check_predictions_file(predictions, [*models, data, *filter(None, [quarantine])])
+    _check_inputs(data, predictions, [*models, data, *filter(None, [quarantine])])
     corrupted.check()
     if save_temperature and (fit_temperature is None or any(get_scheme(m) or find_trained(m) for m in given)):
         raise UsageError("--save-temperature needs --fit-temperature and model files; import published weights first.")
@@ -193,11 +193,16 @@ def evaluate(
     return console.print_json(evaluation.to_json()) if json else _print_evaluation(evaluation)
 
 
-def _check_predictions_file(file: Path | None, inputs: Sequence[str | Path]) -> None:
-    """Raises UsageError, before any work is done, for a file of predictions that cannot be written, or is an input."""
+def _check_inputs(data: str, file: Path | None, inputs: Sequence[str | Path]) -> None:
+    """Raises, before any work is done, for data that are not there, or a file of predictions that cannot be written.
+
+    A file that is an input cannot be written.
+    """
+    from resnetlab.data.sources import refuse_missing
     from resnetlab.evaluation.predictions import check_table_file
     from resnetlab.run_folder import check_output_file
 
+    refuse_missing(data)
     if file is not None:
         check_table_file(file)
         check_output_file(file, inputs, "--predictions")

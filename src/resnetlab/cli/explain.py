@@ -56,6 +56,7 @@ def explain(
 
     check_output_folder(out)
     console.check_order("explain", model, [str(image) for image in images])
+    console.refuse_missing_images(model, [str(image) for image in images])
     model = find_model(model)
     if (task := read_task(Path(model))) != "classify":
         from resnetlab.inference.annotated import PREDICTORS

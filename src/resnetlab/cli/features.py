@@ -39,12 +39,14 @@ def embed(
     out
         The file to write, .npz or .parquet: image, split, class and features of each image. Parquet is written in parts.
     """
+    from resnetlab.data.sources import refuse_missing
     from resnetlab.evaluation.predictions import check_table_file
     from resnetlab.inference.embed import SUFFIXES, embed_data, write_features
     from resnetlab.inference.predict import load
     from resnetlab.run_folder import check_output_file
 
     console.check_order("embed", model, [data])
+    refuse_missing(data)
     check_table_file(out, "features", SUFFIXES)
     check_output_file(out, [model, data], makes_folder=True)
     n, errors = write_features(out, embed_data(load(model, precision=precision, device=device), data, data_dir))
@@ -84,6 +86,7 @@ def neighbours(
     out
         Write a page that shows them, .html.
     """
+    from resnetlab.data.sources import refuse_missing
     from resnetlab.errors import UsageError
     from resnetlab.inference.embed import embed_data, is_feature_file, read_features
     from resnetlab.inference.neighbours import FeatureIndex, ShownImage, leave_out_query, render_images
@@ -96,6 +99,9 @@ def neighbours(
     if top < 1:
         raise UsageError(f"--top must be 1 or more, not {top}.")
     console.check_page(out, [model, data, *images])
+    console.refuse_missing_images(model, images)
+    if not is_feature_file(data):
+        refuse_missing(data)
     loaded = load(model, precision=precision, device=device)
     queries = _embed_queries(loaded, images)
     rows = read_features(Path(data)) if is_feature_file(data) else embed_data(loaded, data, data_dir)
@@ -184,6 +190,7 @@ def audit(
     method
         Whose rule decides: ours, or cleanlab's find_label_issues (needs an extra).
     """
+    from resnetlab.data.sources import refuse_missing
     from resnetlab.errors import UsageError
     from resnetlab.evaluation.label_errors import FOLDS
     from resnetlab.inference.audit import audit_labels
@@ -199,6 +206,7 @@ def audit(
     if quarantine is not None:
         check_output_file(quarantine, [model, data], "--quarantine")
     console.check_page(out, [model, data])
+    refuse_missing(data)
     source = Path(model) if by_runs else load(model, precision="auto")
     found = audit_labels(source, data, data_dir, folds or FOLDS, seed or 0, method)
     _warn_of_unreadable(found.unreadable)

@@ -12,7 +12,7 @@ Json = Annotated[bool, Parameter(negative="", help="Print the result as one JSON
 Texts = Annotated[tuple[str, ...], Parameter(negative="", consume_multiple=False)]
 Settings = Annotated[tuple[str, ...], Parameter(name="--set", negative="", consume_multiple=False)]
 ModelName = Annotated[
-    str, Parameter(help="A model file, or a published name such as torchvision:resnet50.IMAGENET1K_V2.")
+    str, Parameter(help="A model file, a run folder, or a published name such as torchvision:resnet50.IMAGENET1K_V2.")
 ]
 DataDir = Annotated[Path, Parameter(help="Folder of the archives.")]
 Device = Annotated[str, Parameter(help="cpu, cuda, cuda:1, … ; auto takes a GPU where there is one.")]

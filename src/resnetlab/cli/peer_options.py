@@ -142,8 +142,12 @@ def _find_command(app: App, arguments: Sequence[str]) -> _Command | None:
             break
         app = app[word]
         words.append(word)
-    if not words and arguments and arguments[0] in COMMANDS:
-        raise UsageError(f"there is no command {arguments[0]!r}; it is `resnetlab {COMMANDS[arguments[0]]}` here.")
+    first = "" if words or not arguments else arguments[0]
+    if first in COMMANDS:
+        kind = "option" if first.startswith("-") else "command"
+        raise UsageError(f"there is no {kind} {first!r}; it is `resnetlab {COMMANDS[first]}` here.")
+    if first.startswith("-") and first not in list(app):
+        raise UsageError(f"{first} is no option of `resnetlab` itself; a command comes first: resnetlab train --help")
     return _Command(words, app) if words and app.default_command is not None else None
 
 

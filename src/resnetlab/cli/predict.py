@@ -104,7 +104,7 @@ def predict(
     from resnetlab.models.annotated_model import TASK_NOUNS
 
     output = "json" if json and format is None else format
-    _check_options(images, top, min_score)
+    _check_options(model, images, top, min_score)
     if json and output != "json":
         raise UsageError(f"--json and --format {format} contradict each other; give one of them.")
     console.check_order("predict", model, images)
@@ -114,6 +114,7 @@ def predict(
     if calibrate is not None and not calibrate.is_dir():
         raise DataError(f"{calibrate} is not a folder; --calibrate takes a folder of images.")
     check_parts(parts, output, out, images)
+    console.refuse_missing_images(model, images)
     opened = open_model(model, backend=backend, precision=precision, device=_own_device(device))
     inputs = _expand_inputs(images)
     with open_output(file, output, images) as (stream, by_suffix):
@@ -149,8 +150,11 @@ def predict(
             return report_predictions(predictions, by_suffix or output or "table", stream)
 
 
-def _check_options(images: Sequence[str], top: int | None, min_score: float | None) -> None:
+def _check_options(model: str, images: Sequence[str], top: int | None, min_score: float | None) -> None:
+    from resnetlab.inference.download import find_model
+
     if not images:
+        find_model(model)  # raises if that is an image
         raise UsageError("predict needs images: files, folders, or - for standard input.")
     if not all(image.strip() for image in images):
         raise UsageError(

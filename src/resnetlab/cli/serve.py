@@ -72,7 +72,7 @@ def serve(
         from resnetlab.serve.app import make_app
         from resnetlab.serve.limits import Limits
         from resnetlab.serve.models import load_served_model
-        from resnetlab.serve.process import run_server
+        from resnetlab.serve.process import check_address, run_server
         from resnetlab.serve.service import Service
     except ImportError as error:
         if (error.name or "").startswith("resnetlab"):  # a fault of ours
@@ -93,11 +93,10 @@ def serve(
         raise UsageError(f"--latency-ms must be between 0 and 60000, not {latency_ms:g}.")
     if not 0 <= port <= 65_535:
         raise UsageError(f"--port must be between 0 and 65535, not {port}.")
-    if not host.strip():
-        raise UsageError("--host is empty; 127.0.0.1 is this machine, 0.0.0.0 lets other machines in.")
     check_backend_request(backend, precision)
     if images is not None and not images.is_dir():
         raise DataError(f"{images} is not a folder; --images takes a folder of images.")
+    check_address(host, port)
     reference = list(islice(find_image_files([images]), 256)) if images is not None else []
     limits = Limits(
         max_body=int(max_body_mb * 1e6),

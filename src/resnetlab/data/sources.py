@@ -22,6 +22,7 @@ BUILTIN: dict[str, Callable[[Path], Dataset]] = {  # name -> loads it from the f
     "digits": lambda data_dir: digits.load_digits(),
     **{name: partial(_load_cifar_once, name=name) for name in cifar.VERSIONS},
 }
+KINDS = "a folder of class folders, a table (.csv, .tsv, .parquet), or a .zip or .tar of class folders"
 
 
 def is_builtin(data: str) -> bool:
@@ -98,16 +99,22 @@ def load_dataset(name: str, data_dir: Path, read_options: ReadOptions | None = N
         return archives.load_archive(Path(name), data_dir, read_options)
     if shards.is_shard_pattern(name):
         return shards.load_shards(name, data_dir, read_options)
+    refuse_missing(name)
+    if Path(name).is_dir():
+        return _load_folder(Path(name), read_options)
+    raise DataError(f"{name} is a file of another kind; give {KINDS}.")
+
+
+def refuse_missing(name: str) -> None:
+    """Raises what `load_dataset` raises for a name of a folder that does not exist, before anything is read."""
     path = Path(name)
-    if path.is_dir():
-        return _load_folder(path, read_options)
-    kinds = "a folder of class folders, a table (.csv, .tsv, .parquet), or a .zip or .tar of class folders"
-    if path.exists():
-        raise DataError(f"{name} is a file of another kind; give {kinds}.")
+    is_other = name in BUILTIN or name.startswith(objects.HUB) or not name.strip() or is_address(name)
+    if is_other or path.exists() or tables.is_table(name) or shards.is_shard_pattern(name):
+        return
     if "/" in name:
         if hint := suggest_path(path):
             raise DataError(f"{name} is not there{hint}")
-        raise DataError(f"{name} is not there; give {kinds}, or one of {', '.join(BUILTIN)}.")
+        raise DataError(f"{name} is not there; give {KINDS}, or one of {', '.join(BUILTIN)}.")
     unknown = unknown_name_error("data set", name, BUILTIN)
     if "did you mean" not in str(unknown) and (hint := suggest_path(path)):
         raise UsageError(f"there is no data set and no folder {name!r} here{hint}")

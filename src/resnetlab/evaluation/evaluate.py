@@ -255,7 +255,7 @@ def evaluate(
     Under torchrun the processes share the images, and each returns the same.
 
     Args:
-        model: what `resnetlab.load` returned, or the path of a model file; or several of them, whose scores are averaged.
+        model: what `resnetlab.load` returned, or a path of a model file or run folder; or several, whose scores are averaged.
         data: a data set's name ("digits", "cifar10"), a folder of class folders, a table, a pattern of tar shards, or Python
             objects, as `resnetlab.train` takes them.
         protocol: the views of each image, see resnetlab.evaluation.protocols ("10crop", "multiscale:224,256,384,480,640").

@@ -80,8 +80,10 @@ def describe_overlap(
             continue
         seen, held_out = (int(mask.sum()) for mask in _match_images(model, source, source.all_images))
         if seen:
+            listed = model.recipe.get("quarantine")
             notes.append(
-                f"{source.name} has changed since {name} was trained on it (or has another quarantine list): of its "
+                f"{source.name} has changed since {name} was trained on it (or has another quarantine list"
+                f"{f': the run had --quarantine {listed}' if listed else ''}): of its "
                 f"{len(source.all_images):,} images {seen:,} were seen in training, {held_out:,} held out"
             )
         if n := same_name_count(model.fingerprints, evaluated):

@@ -38,7 +38,8 @@ def build(
 
     Args:
         name: a name of `resnetlab.models.spec`, such as "resnet20", "plain34", "preresnet164" or "resnet50v1.5".
-        num_classes: outputs, also called `classes`. With weights of another number the head is new.
+        num_classes: outputs, also called `classes`. With weights of another number the head is new. 0 leaves the head
+            out, as in timm: the network gives its features (B, C).
         in_chans: channels of the images, also called `channels`. With weights the first convolution is converted as timm does:
             its kernels are summed for one channel, repeated and scaled for other numbers.
         weights: a published name such as "torchvision:resnet50.IMAGENET1K_V2", a model file or a weight file; None for random
@@ -61,10 +62,8 @@ def build(
             if old in changes:
                 raise UsageError(f"{new} and {old} are the same; give one of them.")
             changes[old] = value
-    if changes.get("classes") == 0:
-        raise UsageError(
-            "a network has one output at least; net.fc = torch.nn.Identity() makes one that gives its features."
-        )
+    if headless := changes.get("classes") == 0:
+        del changes["classes"]
     if isinstance(weights, Mapping | nn.Module):
         raise UsageError("weights are a published name or a file; net.load_state_dict(…) takes a state_dict.")
     try:
@@ -75,14 +74,14 @@ def build(
     source = find_pretrained(name) if pretrained and weights is None else _find_weights(name, str(weights or ""))
     if not source:
         with where:
-            return resnet.build(name, init=init, seed=seed, **changes)
+            return _finish(resnet.build(name, init=init, seed=seed, **changes), headless)
     own = {key: value for key, value in changes.items() if key not in ("classes", "channels")}
     get_specification(name, **changes)  # raises for an unknown name, key or value
     start = load_start(source, own)
     for note in choose_specification(source, start.model.spec, name, own):
         warnings.warn(f"{note}.", stacklevel=3)  # the caller of `public`
     net = start.model.resnet
-    if (classes := changes.get("classes")) is None and start.model.classes == NO_HEAD:
+    if (classes := changes.get("classes")) is None and start.model.classes == NO_HEAD and not headless:
         raise UsageError(f"{source} has no head; give num_classes for a new one.")
     wanted = {"classes": classes or net.spec.classes, "channels": changes.get("channels", net.spec.channels)}
     with torch.device("cpu"):
@@ -92,7 +91,14 @@ def build(
     if wanted["classes"] != net.spec.classes or start.model.classes == NO_HEAD:
         state |= {key: value for key, value in fresh.state_dict().items() if key.startswith("fc.")}
     nn.Module.load_state_dict(fresh, state)
-    return fresh.to(where)
+    return _finish(fresh.to(where), headless)
+
+
+def _finish(net: ResNet, headless: bool) -> ResNet:
+    """The network, without its fully connected layer if `headless`."""
+    if headless:
+        net.reset_classifier(0)
+    return net
 
 
 def _find_weights(name: str, weights: str) -> str:

@@ -86,12 +86,15 @@ def find_model(name: str | Path) -> str:
         if path.suffix.lower() in (".onnx", ".pt2", ".xml") and path.is_file():
             raise UsageError(f"{name} is an export, for other programs; give the model file that it was made from.")
         return text
+    run = path.parent if path.name == "model.safetensors" else path
+    if not (run / "model.safetensors").exists() and (run / "recipe.toml").is_file():
+        raise ModelFileError(
+            f"{run} is a run that has no model yet; wait for its end, or if it was stopped: {RunFolder(run).resume_command}"
+        )
     if path.is_dir():
         model = path / "model.safetensors"
         if model.is_file():
             return str(model)
-        if (path / "recipe.toml").is_file():
-            raise ModelFileError(f"{path} is a run that has no model yet; go on with: {RunFolder(path).resume_command}")
         raise ModelFileError(f"{path} is a folder without model.safetensors; give a model file or a run folder.")
     trained_here = [known for known in _list_trained() if text in known.split(":")]
     if not path.exists() and is_network_name(text):

@@ -11,4 +11,5 @@ from resnetlab.errors import UnknownNameError
 def __getattr__(name: str) -> Any:
     if name == "backbone":  # resnetlab.models.backbone.dilate(net), as the documentation says, after `import resnetlab`
         return import_module("resnetlab.models.backbone")
-    raise UnknownNameError(f"module 'resnetlab.models' has no attribute {name!r}; use resnetlab.build(name).")
+    ours = "list_models()" if name == "list_models" else "build(name)"
+    raise UnknownNameError(f"module 'resnetlab.models' has no attribute {name!r}; use resnetlab.{ours}.")

@@ -48,6 +48,21 @@ def levels(net: ResNet) -> dict[str, Level]:
     return {level.name: level for level in maps}
 
 
+def find_level(net: ResNet, name: str, kind: str = "map") -> Level:
+    """The feature map of a name, "C2", or of the module that gives it, "layer1".
+
+    Raises UsageError for another name; `kind` is what the message calls it.
+    """
+    maps = levels(net)
+    if not isinstance(name, str):
+        named = ", ".join(f"{level.name!r} ({level.module})" for level in maps.values())
+        raise UsageError(f"a {kind} is one of {named}, not {name!r}.")
+    by_name = maps | {level.module: level for level in maps.values()}
+    if name not in by_name:
+        raise unknown_name_error(kind, name, by_name)
+    return by_name[name]
+
+
 def dilate(net: ResNet, output_stride: int) -> None:
     """Limits a network to an output stride: later strides become 1, and later 3x3 convolutions are dilated by as much.
 
@@ -92,14 +107,13 @@ def modules_up_to(net: ResNet, last: str, kind: str = "map") -> list[nn.Module]:
 
     Raises UsageError for a name that is not a map of the network; `kind` is what the message calls it.
     """
-    known = list(levels(net))
-    if last not in known:
-        raise unknown_name_error(kind, last, known)
-    return [net.conv1, net.bn1, *net.stages[: known.index(last)]]
+    return [net.conv1, net.bn1, *net.stages[: int(find_level(net, last, kind).name[1:]) - 1]]
 
 
 def freeze(net: ResNet, last: str) -> None:
-    """Freezes everything up to and including the map `last` ("C1": the stem): weights and BN statistics stay.
+    """Freezes everything up to and including the map `last`: weights and BN statistics stay.
+
+    "C1" is the stem, "C2" the first stage, which "layer1" names too.
 
     Raises UsageError for a name that is not a map of the network.
     """
@@ -122,21 +136,19 @@ class Backbone(nn.Module):
     """Selected maps of a network as a dictionary, for torchvision's detectors and segmenters and its feature pyramid.
 
     Attributes:
-        channels, reduction: channels and stride of each map, in order.
+        channels: of each map, in order.
+        reduction: stride of each map.
         out_channels: channels of the last map.
     """
 
     def __init__(self, net: ResNet, names: Mapping[str, str]) -> None:
-        """`names` gives each map its key, such as {"C2": "0", "C5": "out"}; raises UsageError for an unknown map."""
+        """`names` gives each map its key, such as {"C2": "0", "layer4": "out"}; raises UsageError for an unknown map."""
         super().__init__()
-        known = levels(net)
-        for name in names:
-            if name not in known:
-                raise unknown_name_error("map", name, known)
-        self.body, self.names = net, dict(names)
-        self.deepest = max(names, key=list(known).index)
-        self.channels = [known[name].channels for name in names]
-        self.reduction = [known[name].stride for name in names]
+        found = {find_level(net, name): key for name, key in names.items()}
+        self.body, self.names = net, {level.name: key for level, key in found.items()}
+        self.deepest = max(self.names)
+        self.channels = [level.channels for level in found]
+        self.reduction = [level.stride for level in found]
         self.out_channels = self.channels[-1]
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:

@@ -201,6 +201,8 @@ def load_trained_model(path: Path, net: nn.Module | None = None) -> TrainedModel
 
     Raises ModelFileError if it is missing, damaged, foreign, or its tensors do not match its specification.
     """
+    if (inside := path / "model.safetensors").is_file():
+        path = inside  # of a run folder
     tensors, metadata = read_tensor_file(path, "model file")
     if (task := metadata.get("task", "classify")) != "classify":
         raise ModelFileError(f"{path} is not a classifier; use it with: resnetlab {task} predict {path} IMAGE...")

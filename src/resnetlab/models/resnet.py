@@ -110,7 +110,9 @@ class ResNet(nn.Module):
             if last in maps:
                 return maps
             stage = cast(nn.Sequential, self.get_submodule(f"layer{i}"))
-            x = maps[f"C{i + 1}"] = self._checkpoint_groups(stage, x) if self.recompute and self.training else stage(x)
+            # torch.fx, whose values are no tensors, cannot trace `checkpoint`
+            recompute = self.recompute and self.training and isinstance(x, Tensor)
+            x = maps[f"C{i + 1}"] = self._checkpoint_groups(stage, x) if recompute else stage(x)
         if ACTIVATION_ORDERS[self.spec.activation_order].preactivated:
             if isinstance(self.bn_last, FusedBatchNorm2d):
                 x = self.bn_last(x, relu=True)
@@ -197,7 +199,7 @@ class ResNet(nn.Module):
     @property
     def num_classes(self) -> int:
         """The number of outputs of the fully connected layer; 0 after `reset_classifier(0)`."""
-        return self.spec.classes if isinstance(self.fc, nn.Linear) else 0
+        return self.fc.out_features if isinstance(self.fc, nn.Linear) else 0
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Sets `recompute`, by timm's name."""
@@ -207,8 +209,15 @@ class ResNet(nn.Module):
         """The fully connected layer; nn.Identity after `reset_classifier(0)`."""
         return self.fc
 
-    def reset_classifier(self, num_classes: int) -> None:
-        """Replaces the fully connected layer by a newly initialised one; 0 leaves it out: `forward` gives features then."""
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replaces the fully connected layer by a newly initialised one; 0 leaves it out: `forward` gives features then.
+
+        Raises UsageError for a pooling, timm's `global_pool`, other than the average.
+        """
+        if global_pool not in (None, "avg"):
+            raise UsageError(
+                f"the networks have average pooling, not {global_pool!r}; net.forward_features(images) gives the last map."
+            )
         old = self.conv1.weight
         if not num_classes:
             self.fc = cast(nn.Linear, nn.Identity())

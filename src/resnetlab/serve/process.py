@@ -135,6 +135,13 @@ def _make_answer(status: bytes, sentence: str) -> bytes:
     return head + b"content-length: %d\r\n\r\n" % len(body) + body
 
 
+def check_address(host: str, port: int) -> None:
+    """Raises UsageError, before a model is loaded, where the address cannot be used."""
+    if not host.strip():
+        raise UsageError("--host is empty; 127.0.0.1 is this machine, 0.0.0.0 lets other machines in.")
+    _listen(host, port).close()
+
+
 def _listen(host: str, port: int) -> socket.socket:
     """A listening socket; raises UsageError where the address cannot be used."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET

@@ -254,9 +254,9 @@ class BaseRecipe:
         return {key: theirs.get(key) for key, value in ours.items() if value != theirs.get(key)}
 
     def differences(self, other: BaseRecipe) -> list[str]:
-        """The differences of this recipe from `other`, as "key = value (not value)"."""
-        ours = self._values()
-        return [f"{key} = {ours[key]!r} (not {value!r})" for key, value in self.other_values(other).items()]
+        """The differences of this recipe from `other`, as "key = value (not value)", or "key = value" if `other` has none."""
+        ours, theirs = self._values(), self.other_values(other).items()
+        return [f"{key} = {ours[key]!r}{'' if value == '' else f' (not {value!r})'}" for key, value in theirs]
 
     def to_json(self) -> dict[str, Any]:
         """A plain dictionary, the task first."""

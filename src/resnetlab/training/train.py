@@ -178,7 +178,6 @@ def train_to_end(task: Task, context: RunContext) -> TrainResult:
             context.run.write_json("result.json", result.to_json())
             recorder.record_result(result)
             drop_optimizer_state(context.run)
-            context.options.report(f"report: {context.run.report}")
     return result
 
 
