@@ -56,7 +56,7 @@ PARAMETERS = 6  # without self; more belong into a value object
 MANY_PARAMETERS = re.compile(
     r"resnetlab\.(cli\.\w+\.(train|evaluate|predict|explain|audit|check|neighbours|serve|study|import_|export|plan)"
     r"|training\.python_api\.train|inference\.build\.build|evaluation\.evaluate\.evaluate"
-    r"|inference\.predict\.export)"
+    r"|inference\.predict\.export|inference\.audit\.audit_labels)"
 )
 
 

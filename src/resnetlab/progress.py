@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 import time
 import unicodedata
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, TypeVar
 
 from resnetlab.formatting import format_duration
 from resnetlab.process_place import read_process_place
@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
 BAR = 20  # columns of the bar itself
+COUNTED = 64  # things between two updates of a count
+
+T = TypeVar("T")
 
 
 def escape_control(text: str) -> str:
@@ -70,6 +73,15 @@ class ProgressBar:
             return ""
         return f"{format_duration((now - begun) / (done - first) * (total - done))} left"
 
+    def count(self, things: Iterable[T]) -> Iterator[T]:
+        """Passes things on, and shows how many there were."""
+        done = 0
+        for done, thing in enumerate(things, 1):
+            if done % COUNTED == 0:
+                self.update(done, None)
+            yield thing
+        self.update(done, done)
+
     def update(self, done: float, total: int | None, text: str | Sequence[str] = "") -> None:
         """Shows that `done` of `total` (None: unknown) are done; only the first process prints.
 
@@ -95,6 +107,6 @@ class ProgressBar:
         self._last = now
         count = f"{done:,}{'' if total is None else f'/{total:,}'}" if isinstance(done, int) else f"{100 * done:.1f} %"
         line = "  ".join([f"{self._what} {count}", *filter(None, parts)])
-        if line != self._line:  # the end may be told more than once
+        if line != self._line:  # the end may come more than once
             self._line = line
             log(line)

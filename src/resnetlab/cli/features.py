@@ -49,7 +49,9 @@ def embed(
     refuse_missing(data)
     check_table_file(out, "features", SUFFIXES)
     check_output_file(out, [model, data], makes_folder=True)
-    n, errors = write_features(out, embed_data(load(model, precision=precision, device=device), data, data_dir))
+    loaded = load(model, precision=precision, device=device)
+    with console.ProgressBar("images") as bar:
+        n, errors = write_features(out, bar.count(embed_data(loaded, data, data_dir)))
     _warn_of_unreadable(errors)
     console.write_line(f"{format_count(n, 'image')} in {out}")
 
@@ -104,8 +106,9 @@ def neighbours(
         refuse_missing(data)
     loaded = load(model, precision=precision, device=device)
     queries = _embed_queries(loaded, images)
-    rows = read_features(Path(data)) if is_feature_file(data) else embed_data(loaded, data, data_dir)
-    index = FeatureIndex.from_rows(rows)
+    with console.ProgressBar("images") as bar:
+        rows = read_features(Path(data)) if is_feature_file(data) else bar.count(embed_data(loaded, data, data_dir))
+        index = FeatureIndex.from_rows(rows)
     _warn_of_unreadable(index.unreadable)
     found = {}
     for query, near in zip(queries, index.search(queries.values(), top + 1), strict=True):
@@ -208,7 +211,8 @@ def audit(
     console.check_page(out, [model, data])
     refuse_missing(data)
     source = Path(model) if by_runs else load(model, precision="auto")
-    found = audit_labels(source, data, data_dir, folds or FOLDS, seed or 0, method)
+    with console.ProgressBar("images") as bar:
+        found = audit_labels(source, data, data_dir, folds or FOLDS, seed or 0, method, bar.count)
     _warn_of_unreadable(found.unreadable)
     if quarantine is not None:
         names = [row["image"] for row in found.errors]

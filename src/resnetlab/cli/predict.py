@@ -258,15 +258,10 @@ def _predict_classes(
             "--sort-into puts an image into one folder, but this model gives it several classes; take --out."
         )
     predictions = model.named_predictions(images, top=request.top, protocol=request.protocol)
-    done = 0
-    for done, p in enumerate(predictions, 1):
-        if bar is not None and done % 64 == 0:
-            bar.update(done, None)
+    for p in predictions if bar is None else bar.count(predictions):
         if request.sort_into is not None and p.error is None:
             _sort_image(p, request.sort_into, request.min_score)
         yield replace(p, top=tuple(each for each in p.top if each.score >= request.min_score))
-    if bar is not None:
-        bar.update(done, done)
     if request.sort_into is not None:
         console.log(f"sorted into: {request.sort_into}")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,8 +15,8 @@ from resnetlab.device import standard_torch_state
 from resnetlab.errors import DataError, unknown_name_error, warn
 from resnetlab.evaluation.label_errors import FOLDS, METHODS, out_of_fold_scores
 from resnetlab.formatting import format_count, format_percent
-from resnetlab.inference.embed import embed_data, list_labelled
-from resnetlab.inference.predict import Model, load
+from resnetlab.inference.embed import EmbeddingRow, embed_data, read_encoded_image
+from resnetlab.inference.predict import Model, Prediction, load
 from resnetlab.run_folder import FOLDS_FILE, RunFolder
 
 MAX_ERROR = 0.2  # out of fold, up to which the list is mostly right: at 0.24 a quarter of it was (docs/log.md)
@@ -75,6 +75,7 @@ def audit_labels(
     folds: int = FOLDS,
     seed: int = 0,
     method: str = "resnetlab",
+    count: Callable[[Iterable[Any]], Iterable[Any]] = iter,
 ) -> Audit:
     """Finds likely label errors by confident learning on out-of-fold predictions.
 
@@ -82,6 +83,7 @@ def audit_labels(
         model: linear heads are fitted on its features; those of a model that learned from the same labels have memorised some
             errors. The folder of a cross-validation has none that did: each image gets the scores of the network that did not
             learn from it, and `folds` and `seed` are not used.
+        count: passes images on as they are computed, and may show how many.
 
     Raises DataError if the data have no labels, or a class with fewer than two images, or none that a fold held out; UsageError
     for an unknown method, or one whose package is missing.
@@ -89,9 +91,9 @@ def audit_labels(
     if method not in METHODS:
         raise unknown_name_error("method", method, METHODS)
     if isinstance(model, Path):
-        found = _score_by_runs(model, str(data), data_dir)
+        found = _score_by_runs(model, str(data), data_dir, count)
     else:
-        found = _score_by_heads(model, data, data_dir, folds, seed)
+        found = _score_by_heads(list(count(embed_data(model, data, data_dir))), data, folds, seed)
     errors = [
         {
             "image": found.images[each.position][0],
@@ -108,9 +110,8 @@ def audit_labels(
     return Audit(name, len(found.labels), found.folds, method, wrong, errors, found.unreadable)
 
 
-def _score_by_heads(model: Model, data: str | Path, data_dir: Path, folds: int, seed: int) -> OutOfFold:
-    """Predictions of linear heads on the model's features."""
-    rows = list(embed_data(model, data, data_dir))
+def _score_by_heads(rows: Sequence[EmbeddingRow], data: str | Path, folds: int, seed: int) -> OutOfFold:
+    """Predictions of linear heads on the features of a model."""
     labelled = [row for row in rows if row.features is not None and row.label]
     if not labelled:
         raise DataError(
@@ -124,31 +125,50 @@ def _score_by_heads(model: Model, data: str | Path, data_dir: Path, folds: int, 
     return OutOfFold([(row.image, row.split) for row in labelled], classes, labels, scores, folds, unreadable)
 
 
-def _score_by_runs(folder: Path, data: str, data_dir: Path) -> OutOfFold:
+def _score_by_runs(
+    folder: Path, data: str, data_dir: Path, count: Callable[[Iterable[Any]], Iterable[Any]]
+) -> OutOfFold:
     """Predictions of each run of a cross-validation for the images that it held out to the end."""
     source = sources.load_dataset(data, data_dir)
-    images = {name: (split, label, image) for name, (split, label, image) in list_labelled(source)}
+    splits = {"all": source.all_images} if source.all_images is not None else source.splits
+    places = {split.name_of(i): (name, i) for name, split in splits.items() for i in range(len(split))}
+    held_out_of = _read_held_out(folder)
     found, labels, rows, unreadable = list[tuple[str, str]](), list[int](), list[list[float]](), dict[str, str]()
-    summary = RunFolder(folder).read_json(FOLDS_FILE) or {}
-    runs = [folder / Path(each["run"]).name for each in summary["runs"]]
-    for run in runs:
-        model = load(run / "model.safetensors", precision="auto")
-        if set(model.classes) != set(source.classes):
-            raise DataError(f"{run} was trained on other classes than those of {data}; give the data of its runs.")
-        held_out = [name for name in (RunFolder(run).read_json("holdout.json") or {})["held-out"] if name in images]
-        pairs = ((name, images[name][2]) for name in held_out)
-        for prediction in model.named_predictions(pairs, top=len(model.classes)):
-            name = prediction.name
-            if prediction.error:
-                unreadable[name] = prediction.error
-                continue
-            score_of = {each.label: each.score for each in prediction.top}
-            found.append((name, images[name][0]))
-            labels.append(source.classes.index(images[name][1]))
-            rows.append([score_of[label] for label in source.classes])
+
+    def predict() -> Iterator[Prediction]:
+        for run, names in held_out_of.items():
+            model = load(run / "model.safetensors", precision="auto")
+            if set(model.classes) != set(source.classes):
+                raise DataError(f"{run} was trained on other classes than those of {data}; give the data of its runs.")
+            held_out = ((name, places[name]) for name in names if name in places)
+            images = ((name, read_encoded_image(splits[split], i)) for name, (split, i) in held_out)
+            yield from model.named_predictions(images, top=len(model.classes))
+
+    for prediction in count(predict()):
+        name = prediction.name
+        if prediction.error:
+            unreadable[name] = prediction.error
+            continue
+        score_of = {each.label: each.score for each in prediction.top}
+        split, i = places[name]
+        found.append((name, split))
+        labels.append(int(splits[split].labels[i]))
+        rows.append([score_of[label] for label in source.classes])
     if not rows:
         raise DataError(f"no fold of {folder} held out an image of {data}; give the data of its runs.")
-    if left := len(images) - len(rows) - len(unreadable):
+    if left := len(places) - len(rows) - len(unreadable):
         warn(f"{format_count(left, 'image')} of {data} that no fold of {folder} held out: not audited.")
     scores = torch.tensor(rows, dtype=torch.float64)
-    return OutOfFold(found, source.classes, torch.tensor(labels), scores, len(runs), unreadable)
+    return OutOfFold(found, source.classes, torch.tensor(labels), scores, len(held_out_of), unreadable)
+
+
+def _read_held_out(folder: Path) -> dict[Path, list[str]]:
+    """The runs of a cross-validation, and the names of the images that each held out."""
+    summary = RunFolder(folder).read_json(FOLDS_FILE) or {}
+    runs = [folder / Path(each["run"]).name for each in summary.get("runs", ())]
+    held_out = {run: (RunFolder(run).read_json("holdout.json") or {}).get("held-out") for run in runs}
+    if lacking := [run for run, names in held_out.items() if names is None] or ([] if runs else [folder]):
+        raise DataError(
+            f"{lacking[0]} does not say which images it held out; train the folds again, or give a model file."
+        )
+    return {run: names for run, names in held_out.items() if names is not None}

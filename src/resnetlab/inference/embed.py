@@ -53,19 +53,19 @@ def embed_data(model: Model, data: str | Path, data_dir: Path = Path("data")) ->
             raise
         images = iter((image, ("", "", each)) for image, each in expand_images(name))
     else:
-        images = list_labelled(source.with_pixel_format(common_pixel_format([model])))
+        images = _list_labelled(source.with_pixel_format(common_pixel_format([model])))
     yield from embed_rows(model, images)
 
 
-def list_labelled(source: Dataset) -> Iterator[tuple[str, tuple[str, str, Any]]]:
+def _list_labelled(source: Dataset) -> Iterator[tuple[str, tuple[str, str, Any]]]:
     """(name, (split, class, image)) of every image of a data set, once."""
     splits = {"all": source.all_images} if source.all_images is not None else source.splits
     for name, split in splits.items():
         for i, label in enumerate(split.labels.tolist()):
-            yield split.name_of(i), (name, source.classes[label] if label >= 0 else "", _read(split, i))
+            yield split.name_of(i), (name, source.classes[label] if label >= 0 else "", read_encoded_image(split, i))
 
 
-def _read(split: Split, i: int) -> ImageInput | DataError:
+def read_encoded_image(split: Split, i: int) -> ImageInput | DataError:
     """The encoded image, which threads decode, or the pixels of a split in memory."""
     try:
         if isinstance(split, DiskSplit):
