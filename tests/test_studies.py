@@ -30,6 +30,7 @@ from resnetlab.run_folder import RunFolder
 from resnetlab.studies import (
     catalogue,
     code_version,
+    cost_estimate,
     gradients,
     lesion,
     report,
@@ -578,7 +579,9 @@ def test_block_depths_keep_the_number_of_layers() -> None:
     assert [v.label for v in BlockDepth().variants(setting(depths=(14,)))] == ["plain", "F of 1", "F of 2"]
 
 
-def test_a_plan_costs_more_than_a_part_of_it() -> None:
+@pytest.mark.parametrize("times", [(1.0, 2.5), (2.0, 1.0)])  # of the smaller net and the larger; the first disturbed
+def test_a_plan_costs_more_than_a_part_of_it(times: tuple[float, float], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cost_estimate, "_time_step", lambda spec, *_: times[spec.depths[0] > 1])
     here = setting(steps=10, depths=(8, 14))
     estimate = CostEstimate(here)
     short, long = (estimate.run(here.trials("x", f"resnet{depth}")[0].recipe) for depth in (8, 56))

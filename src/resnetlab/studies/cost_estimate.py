@@ -48,8 +48,11 @@ class CostEstimate:
                     for net in small_nets
                 ]
         (few, short), (many, long) = self._kinds[kind]
-        slope = max(0.0, (long - short) / (many - few))
-        return max(short + slope * (recipe.batch * _multiply_adds(spec, size) - few), 0.1 * short)
+        work = recipe.batch * _multiply_adds(spec, size)
+        slope = (long - short) / (many - few)
+        if slope <= 0:  # another program slowed the smaller network down
+            return (short + long) / (few + many) * work
+        return max(short + slope * (work - few), 0.1 * short)
 
     def evaluation(self, recipe: Recipe, images: float) -> float:
         """Seconds in which a run's network computes the scores of so many images of its size."""
