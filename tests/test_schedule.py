@@ -45,6 +45,14 @@ def test_warmup_by_training_error_ends_where_it_was_measured() -> None:
     assert learning_rate(warm, 32_000, 350) == pytest.approx(0.01, rel=1e-12)
 
 
+@pytest.mark.parametrize(("batch", "bn_batch"), [("256", 64), ("100", 50), ("64", 64), ("62", 62), ("7", 7)])
+def test_bn_has_a_batch_that_divides_the_batch(batch: str, bn_batch: int) -> None:
+    """`--batch 100` beside a recipe's bn_batch of 64; a bn_batch that is given is kept or refused."""
+    assert paper_cifar().with_values({"batch": batch}).bn_batch == bn_batch
+    assert paper_cifar().with_values({"batch": batch, "bn_batch": batch}).bn_batch == int(batch)
+    assert find_classification_recipe("quick").with_values({"batch": batch}).bn_batch == 0
+
+
 def test_the_learning_rate_scales_linearly_with_the_batch_after_a_warm_up() -> None:
     """Goyal et al. 2017: 0.1 for 256 images is 3.2 for 8,192, reached over 5 of 90 epochs; halved batches halve it."""
     imagenet = replace(find_classification_recipe("preact-imagenet"), steps=14_076, milestones=(4_692, 9_384))

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from resnetlab.data.dataset import A_TENTH
 from resnetlab.errors import UsageError
-from resnetlab.training.recipe import BaseRecipe
+from resnetlab.training.recipe import BaseRecipe, nearest_bn_batch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,10 @@ class AnnotatedRecipe(BaseRecipe):
                 "batch and bn_batch must be 2 or more where bn is live: batch normalisation needs more than one image."
             )
         if self.bn_batch and self.batch % self.bn_batch:
-            raise UsageError(f"bn_batch {self.bn_batch} does not divide the batch of {self.batch}; change one of them.")
+            near = nearest_bn_batch(self.batch, self.bn_batch)
+            raise UsageError(
+                f"bn_batch {self.bn_batch} does not divide the batch of {self.batch}; the nearest that does is {near}."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

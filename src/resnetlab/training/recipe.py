@@ -197,10 +197,13 @@ class BaseRecipe:
 
         A learning rate that is scaled up with the batch rises to its value in the first eighteenth of the run, as in 5 of 90
         epochs (Goyal et al. 2017, arXiv 1706.02677, §2.2), unless the recipe has a warm-up. An evaluation's resize keeps its
-        ratio to the input's size.
+        ratio to the input's size. BN's batch becomes the nearest number that divides the batch.
         """
+        batch, bn_batch = changes.get("batch", self.batch), getattr(self, "bn_batch", 0)
+        if bn_batch and batch % bn_batch and "bn_batch" not in changes:
+            changes = changes | {"bn_batch": nearest_bn_batch(batch, bn_batch)}
         base = changes.get("lr_base_size", self.lr_base_size)
-        if not 0 < base < changes.get("batch", self.batch) or "warmup" in changes or self.warmup != "none":
+        if not 0 < base < batch or "warmup" in changes or self.warmup != "none":
             return changes
         steps = max(1, round(changes.get("steps", self.steps) / 18))
         return {"warmup": "linear", "warmup_lr": changes.get("lr", self.lr), "warmup_steps": steps} | changes
@@ -409,11 +412,16 @@ class Recipe(BaseRecipe):
                 "frozen_bn keeps the statistics of start_from: set that, and leave out precise_bn and bn_sync."
             )
         if self.bn_batch and (self.bn_batch < 2 or self.batch % self.bn_batch):
-            fitting = [n for n in range(2, self.batch + 1) if self.batch % n == 0]
-            near = min(fitting, key=lambda n: abs(n - self.bn_batch))
+            near = nearest_bn_batch(self.batch, self.bn_batch)
             raise UsageError(
                 f"bn_batch {self.bn_batch} does not divide the batch of {self.batch}; the nearest that does is {near}."
             )
+
+
+def nearest_bn_batch(batch: int, wanted: int) -> int:
+    """The divisor of a batch, 2 or more, that is nearest to a wanted number of images for BN; 0 if there is none."""
+    divisors = (n for n in range(2, batch + 1) if batch % n == 0)
+    return min(divisors, key=lambda n: abs(n - wanted), default=0)
 
 
 R = TypeVar("R", bound=BaseRecipe)
