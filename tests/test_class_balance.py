@@ -27,6 +27,7 @@ from resnetlab.evaluation.calibration import choose_none_below
 from resnetlab.evaluation.evaluate import evaluate
 from resnetlab.models.model_file import load_trained_model
 from resnetlab.preprocessing import Preprocessing
+from resnetlab.random import StepDraws
 from resnetlab.run_folder import RunFolder, list_checkpoints
 from resnetlab.training.class_balance import describe_imbalance, parse_class_weights
 from resnetlab.training.recipe import Overrides, Recipe
@@ -207,12 +208,13 @@ def test_flips_and_rotations() -> None:
     torch.testing.assert_close(turned[1], x[1], rtol=0, atol=1e-6)
     plain = Preprocessing(3, (6, 6), 6, torch.zeros(3), torch.ones(3))
     pixels = torch.randint(0, 256, (16, 6, 6, 3), dtype=torch.uint8)
-    before, after = (Augmentation(flip_vertical=flip)(pixels, plain, 1, 0) for flip in (False, True))
+    draws = StepDraws(1, 0, 16)
+    before, after = (Augmentation(flip_vertical=flip)(pixels, plain, draws) for flip in (False, True))
     upside_down = [torch.equal(a, b.flip(1)) for a, b in zip(after, before, strict=True)]
     assert 2 < sum(upside_down) < 14 and all(torch.equal(after[i], before[i]) for i in range(16) if not upside_down[i])
-    part = Augmentation(flip_vertical=True, rotate=30)(pixels[4:8], plain, 1, 0, (torch.arange(4, 8), 16))
+    part = Augmentation(flip_vertical=True, rotate=30)(pixels[4:8], plain, draws._replace(positions=torch.arange(4, 8)))
     torch.testing.assert_close(
-        part, Augmentation(flip_vertical=True, rotate=30)(pixels, plain, 1, 0)[4:8], rtol=0, atol=0
+        part, Augmentation(flip_vertical=True, rotate=30)(pixels, plain, draws)[4:8], rtol=0, atol=0
     )
 
 

@@ -37,6 +37,7 @@ from resnetlab.data.statistics import compute_statistics
 from resnetlab.device import select_device
 from resnetlab.errors import DataError, RunError, UsageError
 from resnetlab.preprocessing import Preprocessing
+from resnetlab.random import StepDraws
 from resnetlab.training.recipes import find_classification_recipe
 from resnetlab.training.train import RunOptions, build_task
 from tiny_runs import TINY_PHOTOS
@@ -361,14 +362,15 @@ def test_a_crop_equals_resizing_the_image_first() -> None:
 def test_colour_moves_along_the_principal_components() -> None:
     pixels = torch.full((4000, 1, 1, 3), 128, dtype=torch.uint8)
     plain = replace(SHAPE, size=(1, 1))
-    moved = Augmentation(colour=True)(pixels, plain, 0, 0) - Augmentation()(pixels, plain, 0, 0)
+    draws = StepDraws(0, 0, len(pixels))
+    moved = Augmentation(colour=True)(pixels, plain, draws) - Augmentation()(pixels, plain, draws)
     vectors = torch.tensor(PCA_VECTORS)
     along = moved.flatten(1) @ vectors / (0.1 * torch.tensor(PCA_VALUES))
     assert along.std(0).tolist() == pytest.approx([1, 1, 1], abs=0.05)
     assert (vectors.T @ vectors - torch.eye(3)).abs().max() < 1e-3
     grey = Preprocessing(1, (1, 1), 1, torch.zeros(1), torch.ones(1))
     with pytest.raises(UsageError, match="colour=true needs images of three channels"):
-        Augmentation(colour=True)(torch.zeros(1, 1, 1, 1, dtype=torch.uint8), grey, 0, 0)
+        Augmentation(colour=True)(torch.zeros(1, 1, 1, 1, dtype=torch.uint8), grey, StepDraws(0, 0, 1))
 
 
 def test_the_mean_is_that_of_the_images_as_the_network_sees_them(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import numpy as np
@@ -13,16 +12,16 @@ from hypothesis import strategies as st
 
 import resnetlab
 from images import photo
-from resnetlab.data import augment
+from operation_counts import ElementCount
 from resnetlab.data.augment import Augmentation
 from resnetlab.data.dataset import MemorySplit
 from resnetlab.data.mixing import Mixing, cutmix_box, find_partners
-from resnetlab.data.sampler import TrainLoader
+from resnetlab.data.sampler import RandomStream, Sampler, TrainLoader
 from resnetlab.data.trivial_augment import OPERATIONS, STRENGTHS, trivial_augment
 from resnetlab.device import select_device
 from resnetlab.errors import UsageError
 from resnetlab.preprocessing import Preprocessing, tensor_to_pil
-from resnetlab.random import make_generator
+from resnetlab.random import StepDraws, make_generator
 
 ENGINE = select_device("fp32", "cpu")
 PLAIN = Preprocessing(3, (32, 24), 32, torch.full((3,), 0.5), torch.full((3,), 0.25))
@@ -78,9 +77,10 @@ def test_trivial_augment_is_drawn_by_step_and_position_alone() -> None:
 def test_erasing() -> None:
     pixels = torch.randint(256, (2000, 32, 24, 3), dtype=torch.uint8)
     pixels[pixels == 127] = 90
-    plain = Augmentation()(pixels, PLAIN, 0, 1)
-    erased = Augmentation(erasing=0.25)(pixels, PLAIN, 0, 1)
-    assert torch.equal(erased, Augmentation(erasing=0.25)(pixels, PLAIN, 0, 1))
+    draws = StepDraws(0, 1, 2000)
+    plain = Augmentation()(pixels, PLAIN, draws)
+    erased = Augmentation(erasing=0.25)(pixels, PLAIN, draws)
+    assert torch.equal(erased, Augmentation(erasing=0.25)(pixels, PLAIN, draws))
     areas = []
     for a, b in zip(erased, plain, strict=True):
         gone = (a != b).any(0)
@@ -92,22 +92,44 @@ def test_erasing() -> None:
     assert 0.2 < len(areas) / 2000 < 0.3
     assert 0.01 < min(areas) < 0.04 and 0.3 < max(areas) < 0.36 and 0.15 < float(np.mean(areas)) < 0.19
     some = torch.tensor([3, 10, 11, 1990])
-    part = Augmentation(erasing=0.25)(pixels[some], PLAIN, 0, 1, (some, 2000))
+    part = Augmentation(erasing=0.25)(pixels[some], PLAIN, draws._replace(positions=some))
     assert torch.equal(part, erased[some])
     with pytest.raises(UsageError, match="erasing must be a share"):
         Augmentation(erasing=1.5)
 
 
-def test_erasing_costs_a_process_its_share() -> None:
-    def seconds(size: int) -> float:
-        times = []
-        for step in range(4):
-            start = time.process_time()
-            augment._draw_rectangles(size, torch.arange(256), (224, 224), 0.1, make_generator(0, "erase", step))
-            times.append(time.process_time() - start)
-        return min(times)
+def test_augmentation_costs_a_process_its_share() -> None:
+    """Of a step of 16,384 images, every number drawn and everything computed from them."""
+    augmentation = Augmentation(2, colour=True, flip=True, erasing=0.1, flip_vertical=True, rotate=5)
+    pixels = torch.zeros(256, 4, 4, 3, dtype=torch.uint8)
+    plain = Preprocessing(3, (4, 4), 4, torch.full((3,), 0.5), torch.full((3,), 0.25))
 
-    assert seconds(16_384) < 1.3 * seconds(256) + 0.005  # for all images it was 100 times as much
+    def count(size: int, version: int) -> int:
+        own = range(size - 256, size)
+        with ElementCount() as counted:
+            augmentation(pixels, plain, StepDraws(0, 1, size, torch.arange(size - 256, size), version))
+            Sampler(10**7, size, 0, own, (RandomStream("crop", 22),), keyed=True, version=version)(1)
+        return counted.elements
+
+    alone = count(256, 2)
+    assert count(16_384, 2) < 1.3 * alone and count(16_384, 1) > 4 * alone
+
+
+def test_numbers_in_blocks() -> None:
+    """Each block of 256 has a generator of its own; version 1, and a step of up to 1,024, one for all."""
+
+    def draw(n: int, generator: torch.Generator) -> torch.Tensor:
+        return torch.rand(n, 2, generator=generator)
+
+    for size, version in ((1024, 2), (1500, 1)):
+        for numbers in StepDraws(3, 4, size, version=version)("use", draw):
+            assert torch.equal(numbers, draw(size, make_generator(3, "use", 4)))
+    first, second = StepDraws(3, 4, 1500)("use", draw, draw)
+    assert first.shape == (1500, 2) and len(first.unique(dim=0)) == 1500 and not torch.equal(first, second)
+    assert torch.equal(first[1280:], draw(220, make_generator(3, "use", 4, 5)))
+    some = torch.tensor([0, 255, 256, 700, 1499])
+    for numbers, part in zip((first, second), StepDraws(3, 4, 1500, some)("use", draw, draw), strict=True):
+        assert torch.equal(part, numbers[some])
 
 
 def test_mixup_is_a_weighted_mean_of_neighbours_and_of_their_targets() -> None:

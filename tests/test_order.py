@@ -26,10 +26,11 @@ from resnetlab.data.sampler import Batch, TrainLoader, rank_positions, step_indi
 from resnetlab.data.tar_index import index_path
 from resnetlab.device import select_device
 from resnetlab.distributed import World
-from resnetlab.errors import UsageError
+from resnetlab.errors import RunError, UsageError
 from resnetlab.preprocessing import Preprocessing
 from resnetlab.random import keyed_epoch
 from resnetlab.training.recipe import Recipe
+from resnetlab.training.recipes import find_named
 from resnetlab.training.tasks import classification_data
 from resnetlab.training.tasks.classification import ClassificationTask
 from resnetlab.training.train import RunOptions, build_task
@@ -102,6 +103,20 @@ def test_the_same_for_any_number_of_workers_and_processes(
         assert same(later, [Batch(*(x[mine.start : mine.stop] for x in batch)) for batch in whole[5:]])
 
 
+def test_the_same_in_blocks_for_any_number_of_processes(
+    data: dict[str, Dataset], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    split = data["cifar10"].train
+    before = batches(split, range(STEPS), 0, World(), True)
+    monkeypatch.setattr("resnetlab.random.MAX_UNDIVIDED", SIZE - 1)
+    monkeypatch.setattr("resnetlab.random.BLOCK", 3)
+    whole = batches(split, range(STEPS), 0, World(), True)
+    assert not same(before, whole)
+    for n in (2, 3):
+        parts = [batches(split, range(STEPS), 0, World(rank, n), True) for rank in range(n)]
+        assert same(concatenate(parts), whole), n
+
+
 def run_process(url: str, data_dir: Path, rank: int, sender: Connection) -> None:
     """Sends the batches that one of two processes loads, for several numbers of workers."""
     split = sources.load_dataset(url, data_dir).train
@@ -144,6 +159,24 @@ def test_shares_are_whole_pairs_in_order_and_nearly_even(size: int, n: int) -> N
     assert max(map(len, shares)) - min(map(len, shares)) <= 3
     if size % (2 * n) == 0:
         assert {len(part) for part in shares} == {size // n}
+
+
+def test_a_run_keeps_the_version_of_its_random_numbers() -> None:
+    """Larger steps have others in new runs; recipes of smaller ones, and their hashes, are as they were."""
+    small, large = tiny(), tiny(batch=2048)
+    assert "sampling_version" not in small.to_json() and large.to_json()["sampling_version"] == 2
+    old = Recipe.from_values({k: v for k, v in large.to_json().items() if k != "sampling_version"})
+    assert old.sampling_version == 1 and "sampling_version" not in old.to_json() and old.key != large.key
+    assert large.resolve_like(old) == old and find_named(old, "fp32").sampling_version == 1
+    for recipe in (small, large, old):
+        assert Recipe.from_values(recipe.to_json()) == recipe
+    for recipe, version in ((large, 2), (old, 1)):
+        task = build_task(recipe, RunOptions(device="cpu"))
+        assert isinstance(task, ClassificationTask) and task.loader.version == version
+    with pytest.raises(UsageError, match="unknown key 'sampling_version'"):
+        small.with_values({"sampling_version": "1"})
+    with pytest.raises(RunError, match="sampling_version must be from 1 to 2, not 3"):
+        Recipe.from_values(large.to_json() | {"sampling_version": 3})
 
 
 def test_many_images_have_an_order_without_a_table(monkeypatch: pytest.MonkeyPatch) -> None:

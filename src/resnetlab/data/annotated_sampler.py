@@ -17,6 +17,7 @@ from resnetlab.data.prefetch import BatchReader, Prefetcher
 from resnetlab.data.sampler import RandomStream, Sampler
 from resnetlab.distributed import World
 from resnetlab.errors import DataError, UsageError
+from resnetlab.random import SAMPLING_VERSION
 
 FLIPS = ("none", "sideways", "both")
 
@@ -49,6 +50,7 @@ class AnnotatedLoader(Generic[P, S]):
         errors: handles images that cannot be read.
         workers: processes that read ahead.
         device: where the samples are copied to.
+        version: of the random numbers (random.StepDraws).
     """
 
     images: Sequence[P]
@@ -61,12 +63,14 @@ class AnnotatedLoader(Generic[P, S]):
     errors: ErrorPolicy = field(default_factory=ErrorPolicy)
     workers: int = 0
     device: torch.device = field(default_factory=partial(torch.device, "cpu"))
+    version: int = SAMPLING_VERSION
 
     def __post_init__(self) -> None:
         self._share, self._size = divide_batch(self.batch, self.micro_batch, self.world.size)
         start = self.world.rank * self._share
         streams = (RandomStream("samples", 5, torch.float32),)
-        sampler = Sampler(len(self.images), self.batch, self.seed, range(start, start + self._share), streams)
+        positions = range(start, start + self._share)
+        sampler = Sampler(len(self.images), self.batch, self.seed, positions, streams, version=self.version)
         read = _SampleReader(self.images, self.make_sample, self.flips)
         reader, pin = BatchReader(sampler, read, read.name_of, list), self.device.type == "cuda"
         self._prefetcher, self._copier = Prefetcher(reader, self.errors, self.workers, pin), BatchCopier(self.device)

@@ -15,7 +15,7 @@ from resnetlab.device import to_device
 from resnetlab.errors import UsageError, unknown_name_error
 from resnetlab.pixels import normalise_bytes
 from resnetlab.preprocessing import Preprocessing
-from resnetlab.random import make_generator
+from resnetlab.random import StepDraws
 
 PADDINGS = ("mean", "black")
 # Principal components of RGB values in ImageNet (AlexNet, fb.resnet.torch): rows are R, G, B in [0, 1].
@@ -62,41 +62,34 @@ class Augmentation:
         if not 0 <= self.erasing <= 1:
             raise UsageError(f"erasing must be a share of images from 0 to 1, not {self.erasing}.")
 
-    def __call__(
-        self,
-        pixels: Tensor,
-        preprocessing: Preprocessing,
-        seed: int,
-        step: int,
-        positions: tuple[Tensor, int] | None = None,
-    ) -> Tensor:
-        """uint8 (B, h, w, C) -> float32 (B, C, h, w), channels last, augmented and normalised.
-
-        Args:
-            positions: (int64 (B,), size) if these are only some of the step's `size` images; each gets the augmentation that
-                it gets among all of them.
-        """
+    def __call__(self, pixels: Tensor, preprocessing: Preprocessing, draws: StepDraws) -> Tensor:
+        """uint8 (B, h, w, C) -> float32 (B, C, h, w), channels last, augmented and normalised."""
         _, h, w, channels = pixels.shape
-        own, b = positions or (slice(None), len(pixels))
-        draw = make_generator(seed, "augment", step)
-        shifts = torch.randint(2 * self.pad + 1, (2, b), generator=draw)[:, own]
-        flips = (torch.rand(b, generator=draw) < 0.5 if self.flip else torch.zeros(b, dtype=torch.bool))[own]
-        x = self._crop_and_flip(pixels, preprocessing, shifts, flips)
+        if self.colour and channels != 3:
+            raise UsageError("colour=true needs images of three channels; set colour=false.")
+
+        def draw_shifts(n: int, generator: torch.Generator) -> Tensor:
+            return torch.randint(2 * self.pad + 1, (2, n), generator=generator).T
+
+        def draw_offsets(n: int, generator: torch.Generator) -> Tensor:
+            # of all images that are drawn, not of some: a part of them would round otherwise
+            weights = 0.1 * torch.randn(n, 3, generator=generator) * torch.tensor(PCA_VALUES)
+            return weights @ torch.tensor(PCA_VECTORS).T / preprocessing.std
+
+        flip = [_draw_halves] if self.flip else []
+        shifts, *rest = draws("augment", draw_shifts, *flip, *([draw_offsets] if self.colour else []))
+        flips = rest[0] if self.flip else torch.zeros(len(pixels), dtype=torch.bool)
+        x = self._crop_and_flip(pixels, preprocessing, shifts.T, flips)
         if self.flip_vertical:
-            upside_down = torch.rand(b, generator=make_generator(seed, "flip_vertical", step)) < 0.5
-            x = torch.where(to_device(upside_down[own], x.device)[:, None, None, None], x.flip(2), x)
+            (upside_down,) = draws("flip_vertical", _draw_halves)
+            x = torch.where(to_device(upside_down, x.device)[:, None, None, None], x.flip(2), x)
         if self.rotate:
-            angles = self.rotate * (2 * torch.rand(b, generator=make_generator(seed, "rotate", step)) - 1)
-            x = rotate_images(x, to_device(angles[own], x.device))
+            (numbers,) = draws("rotate", lambda n, generator: torch.rand(n, generator=generator))
+            x = rotate_images(x, to_device(self.rotate * (2 * numbers - 1), x.device))
         if self.colour:
-            if channels != 3:
-                raise UsageError("colour=true needs images of three channels; set colour=false.")
-            weights = 0.1 * torch.randn(b, 3, generator=draw) * torch.tensor(PCA_VALUES)
-            offset = weights @ torch.tensor(PCA_VECTORS).T / preprocessing.std  # of all images: a part must round alike
-            x = x + to_device(offset[own], x.device)[:, :, None, None]  # (B, 3, 1, 1)
+            x = x + to_device(rest[-1], x.device)[:, :, None, None]  # (B, 3, 1, 1)
         if self.erasing:
-            rectangles = _draw_rectangles(b, own, (h, w), self.erasing, make_generator(seed, "erase", step))
-            x = x.masked_fill(to_device(rectangles, x.device)[:, None], 0)
+            x = x.masked_fill(to_device(_draw_rectangles(draws, (h, w), self.erasing), x.device)[:, None], 0)
         return x
 
     def _crop_and_flip(self, pixels: Tensor, preprocessing: Preprocessing, shifts: Tensor, flips: Tensor) -> Tensor:
@@ -120,6 +113,11 @@ class Augmentation:
         return F.pad(x, (0, 0, self.pad, self.pad, self.pad, self.pad))
 
 
+def _draw_halves(n: int, generator: torch.Generator) -> Tensor:
+    """bool (n,), each true with probability 1/2."""
+    return torch.rand(n, generator=generator) < 0.5
+
+
 def _normalise_and_flip(pixels: Tensor, preprocessing: Preprocessing, flips: Tensor) -> Tensor:
     """(B, h, w, C) -> float32 (B, C, h, w), for a mean per channel, which mirrored pixels have too."""
     scale, shift = 1 / (preprocessing.white * preprocessing.std), preprocessing.mean / preprocessing.std
@@ -139,14 +137,18 @@ def rotate_images(x: Tensor, degrees: Tensor) -> Tensor:
     return F.grid_sample(x, grid, align_corners=False).contiguous(memory_format=torch.channels_last)
 
 
-def _draw_rectangles(b: int, own: Tensor | slice, size: tuple[int, int], share: float, draw: torch.Generator) -> Tensor:
-    """Random erasing's rectangles in a `share` of b images; bool (B, h, w) for the images at `own`, (B,) of the b.
-
-    Only numbers are drawn for all b images; what costs h * w an image is computed for `own` alone.
-    """
+def _draw_rectangles(draws: StepDraws, size: tuple[int, int], share: float) -> Tensor:
+    """Random erasing's rectangles in a `share` of the images; bool (B, h, w)."""
     h, w = size
-    chosen, y, x = torch.rand(3, b, 1, generator=draw)[:, own]  # (B, 1) each
-    area_draws, ratio_draws = (torch.rand(b, ERASING_TRIES, generator=draw)[own] for _ in range(2))
+
+    def draw_places(n: int, generator: torch.Generator) -> Tensor:
+        return torch.rand(3, n, 1, generator=generator).transpose(0, 1)
+
+    def draw_tries(n: int, generator: torch.Generator) -> Tensor:
+        return torch.rand(n, ERASING_TRIES, generator=generator)
+
+    places, area_draws, ratio_draws = draws("erase", draw_places, draw_tries, draw_tries)
+    chosen, y, x = places.unbind(1)  # (B, 1) each
     areas = h * w * (ERASED_AREA[0] + (ERASED_AREA[1] - ERASED_AREA[0]) * area_draws)
     low, high = (math.log(ratio) for ratio in ERASED_RATIO)
     ratios = torch.exp(low + (high - low) * ratio_draws)

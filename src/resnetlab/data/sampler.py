@@ -31,7 +31,7 @@ from resnetlab.errors import DataError, UsageError
 from resnetlab.formatting import format_count
 from resnetlab.preprocessing import Preprocessing
 from resnetlab.process_place import read_process_place
-from resnetlab.random import KeyedPermutation, keyed_epoch, make_generator, seed_for
+from resnetlab.random import SAMPLING_VERSION, KeyedPermutation, StepDraws, keyed_epoch, make_generator, seed_for
 
 
 class Batch(NamedTuple):
@@ -136,6 +136,10 @@ class RandomStream(NamedTuple):
     per_image: int
     dtype: torch.dtype = torch.float64
 
+    def draw(self, n: int, generator: torch.Generator) -> Tensor:
+        """The numbers of n images, (n, per_image)."""
+        return torch.rand(n, self.per_image, generator=generator, dtype=self.dtype)
+
 
 @dataclass(frozen=True)
 class Sampler:
@@ -148,6 +152,7 @@ class Sampler:
         balanced: draws equally many images of every class; None for permutations of all.
         keyed: permutations that take no memory (random.KeyedPermutation).
         shards: an order that goes through shards a few at a time.
+        version: of the random numbers (random.StepDraws).
     """
 
     n: int
@@ -158,6 +163,7 @@ class Sampler:
     balanced: BalancedEpochs | None = None
     keyed: bool = False
     shards: ShardOrder | None = None
+    version: int = SAMPLING_VERSION
 
     def indices(self, step: int) -> Tensor:
         """Indices of this process's images; int64 (len(positions),)."""
@@ -169,15 +175,10 @@ class Sampler:
 
     def __call__(self, step: int) -> list[tuple[Any, ...]]:
         """(index, random numbers of each stream) of each image."""
-        numbers = [self._own(self._draw(stream, step)).tolist() for stream in self.streams]
+        own = torch.arange(self.positions.start, self.positions.stop)
+        draws = StepDraws(self.seed, step, self.batch_size, own, self.version)
+        numbers = [draws(stream.use, stream.draw)[0].tolist() for stream in self.streams]
         return list(zip(self.indices(step).tolist(), *numbers, strict=True))
-
-    def _draw(self, stream: RandomStream, step: int) -> Tensor:
-        generator = make_generator(self.seed, stream.use, step)
-        return torch.rand(self.batch_size, stream.per_image, generator=generator, dtype=stream.dtype)
-
-    def _own(self, x: Tensor) -> Tensor:
-        return x[self.positions.start : self.positions.stop]
 
 
 def read_train_image(
@@ -213,6 +214,7 @@ class TrainLoader:
         transform: a function of the user's own that changes each image.
         shard_groups: for sampling "shards".
         shard_space: bytes of this machine's disk that fetched shards may take; None for most of what is free.
+        version: of the random numbers (random.StepDraws).
     """
 
     split: Split
@@ -225,6 +227,7 @@ class TrainLoader:
     transform: Transform | None = None
     shard_groups: int = 1
     shard_space: int | None = None
+    version: int = SAMPLING_VERSION
 
     def __post_init__(self) -> None:
         _ = self._fetcher  # raises if shards do not suit the sampling, or too few of them fit on this machine's disk
@@ -255,8 +258,8 @@ class TrainLoader:
             pixels = loaded.samples if loaded.samples.device.type == "cuda" else self._copier(loaded.samples)
             labels = to_device(self.split.labels[indices[read]], device)
         positions = sampler.positions.start + read
-        part = None if len(read) == self.batch_size else (positions, self.batch_size)
-        images = self.augmentation(pixels, self.preprocessing, self.seed, step, part)
+        draws = StepDraws(self.seed, step, self.batch_size, positions, self.version)
+        images = self.augmentation(pixels, self.preprocessing, draws)
         if not self.augmentation.mixing:
             return Batch(images, labels, labels)
         images, targets = self.augmentation.mixing(images, labels, self.seed, step, positions)
@@ -295,7 +298,17 @@ class TrainLoader:
         keyed, order = self.sampling == "keyed", None
         if self.sampling == "shards":
             order = ShardOrder.from_split(self.split, self.shard_groups, self.seed, self.batch_size)
-        return Sampler(len(self.split), self.batch_size, self.seed, positions, tuple(streams), balanced, keyed, order)
+        return Sampler(
+            len(self.split),
+            self.batch_size,
+            self.seed,
+            positions,
+            tuple(streams),
+            balanced,
+            keyed,
+            order,
+            self.version,
+        )
 
     @cached_property
     def _fetcher(self) -> ShardFetcher | None:

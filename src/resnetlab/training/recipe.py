@@ -20,6 +20,7 @@ from resnetlab.models.reference_images import MAX_TRAINING
 from resnetlab.models.spec import Specification, parse_changes, parse_value
 from resnetlab.peer_words import ANSWERS, translate
 from resnetlab.preprocessing import MAX_CHANNELS
+from resnetlab.random import MAX_UNDIVIDED, SAMPLING_VERSION
 
 _KINDS: dict[str, tuple[Any, str]] = {  # by the fields' annotations: type, and its name in messages
     "str": (str, "a word"),
@@ -58,6 +59,7 @@ _RANGES: dict[str, tuple[float, float, str]] = {  # smallest and largest value, 
     **dict.fromkeys(("eval_resize", "bn_batch", "clip_norm", "precise_bn"), (0, sys.float_info.max, "0 or more")),
     "val_images": (A_TENTH, sys.float_info.max, f"0 or more, or {A_TENTH} for a tenth of the training images"),
     "shard_groups": (0, 2**16, "from 1 to 65,536, or 0 for one a machine"),
+    "sampling_version": (1, SAMPLING_VERSION, f"from 1 to {SAMPLING_VERSION}"),
     "none_share": (0, 0.5, "from 0 to 0.5"),
     "channels": (0, MAX_CHANNELS, f"from 1 to {MAX_CHANNELS:,}, or 0 for those of the images"),
     "early_stop": (0, 10**9, "0 or more"),
@@ -75,8 +77,9 @@ EVAL_RATIO = 8 / 7  # of eval_resize to image_size where a recipe has neither: 2
 _ADDED = {
     "exact", "keep_images", "groups", "fold", "class_weights", "sampling", "keep", "early_stop", "frozen_stages",
     "flip_vertical", "rotate", "lr_base_size", "trust_coefficient", "grad_reduce", "grad_compression", "none_share",
-    "transform", "channels", "decode_on", "shard_groups",
+    "transform", "channels", "decode_on", "shard_groups", "sampling_version",
 }  # fmt: skip
+_NOT_CHOSEN = ("name", "specification", "sampling_version")  # by a key of their own
 _FRACTION = re.compile(r"0?\.[0-9]+")
 _SPECIFICATION = tuple(f.name for f in fields(Specification) if f.name not in ("channels", "classes"))
 
@@ -130,6 +133,7 @@ class BaseRecipe:
     eval_every: int = 1000  # steps between evaluations of the held-out images
     checkpoint_minutes: float = 1.0  # time between checkpoints; 0 writes one after every step
     seed: int = 0
+    sampling_version: int = SAMPLING_VERSION  # of the augmentation's random numbers; not chosen: a run keeps its own
 
     def __post_init__(self) -> None:
         for f in fields(self):
@@ -155,12 +159,12 @@ class BaseRecipe:
     @classmethod
     def keys(cls) -> list[str]:
         """The keys that `with_values` takes: values of the recipe and of the network's specification."""
-        return [f.name for f in fields(cls) if f.name not in ("name", "specification")] + list(_SPECIFICATION)
+        return [f.name for f in fields(cls) if f.name not in _NOT_CHOSEN] + list(_SPECIFICATION)
 
     @classmethod
     def find_key(cls, word: str) -> str | None:
         """The key that a word, ours or another program's, stands for; None if there is none."""
-        own = [f.name for f in fields(cls) if f.name not in ("name", "specification")]
+        own = [f.name for f in fields(cls) if f.name not in _NOT_CHOSEN]
         return word if word in own or word in _SPECIFICATION else translate(word, own)
 
     def with_values(self, pairs: Mapping[str, str]) -> Self:
@@ -170,7 +174,7 @@ class BaseRecipe:
 
         Raises UsageError for an unknown key (suggesting the nearest) or a value of the wrong type.
         """
-        own = {f.name: str(f.type) for f in fields(self) if f.name not in ("name", "specification")}
+        own = {f.name: str(f.type) for f in fields(self) if f.name not in _NOT_CHOSEN}
         given: dict[str, str] = {}  # our key: the word it was given by
         for word in pairs:
             key = self.find_key(word)
@@ -237,7 +241,8 @@ class BaseRecipe:
             values |= {"net": recorded.net, "specification": recorded.specification}
         if getattr(self, "val_images", 0) == A_TENTH:
             values["val_images"] = getattr(recorded, "val_images", A_TENTH)
-        return replace(self, threads=recorded.threads, op_threads=self.op_threads or recorded.op_threads, **values)
+        values |= {"threads": recorded.threads, "sampling_version": recorded.sampling_version}
+        return replace(self, op_threads=self.op_threads or recorded.op_threads, **values)
 
     def with_micro_batch_of(self, recorded: BaseRecipe) -> Self:
         """The recipe with the micro-batch of a recorded one, where that is found by trying."""
@@ -264,6 +269,8 @@ class BaseRecipe:
     def to_json(self) -> dict[str, Any]:
         """A plain dictionary, the task first."""
         defaults = {f.name: f.default for f in fields(self)} | {"sampling": "shuffle"}
+        if self.batch > MAX_UNDIVIDED:
+            defaults["sampling_version"] = 1
         return {k: v for k, v in self._values().items() if k not in _ADDED or v != defaults[k]}
 
     def _values(self) -> dict[str, Any]:
@@ -285,6 +292,8 @@ class BaseRecipe:
         # and all kernels were torch's; every order was a table
         values = {"op_threads": values.get("threads", 0), "winograd": "off", "fused_bn": "off"} | dict(values)
         known = {f.name for f in fields(cls)}
+        small = values.get("batch") in range(MAX_UNDIVIDED + 1)
+        values.setdefault("sampling_version", SAMPLING_VERSION if small else 1)
         if "sampling" in known:
             values.setdefault("sampling", "shuffle")
         if isinstance(values.get("data"), str):

@@ -379,7 +379,8 @@ def find_named(recipe: BaseRecipe, precision: str, start_size: Mapping[str, int]
     same_length = own if own.steps == recipe.steps else own.rescale(recipe.steps)
     resolved: dict[str, Any] = {"threads": recipe.threads, "op_threads": own.op_threads or recipe.op_threads}
     resolved["precision"] = precision if own.precision == "auto" else own.precision
-    resolved |= {"winograd": recipe.winograd, "fused_bn": recipe.fused_bn}  # the line of the device names them
+    for key in ("winograd", "fused_bn", "sampling_version"):  # the line of the device names the first two
+        resolved[key] = getattr(recipe, key)
     if getattr(own, "val_images", 0) == A_TENTH:
         resolved["val_images"] = getattr(recipe, "val_images", 0)
     if isinstance(recipe, Recipe) and isinstance(own, Recipe):

@@ -107,6 +107,7 @@ class AnnotatedTask(Task, Generic[P, S]):
             errors=data.errors,
             workers=setup.num_workers,
             device=device_config.device,
+            version=recipe.sampling_version,
         )
         task = cls(
             recipe=recipe,

@@ -112,15 +112,14 @@ class ClassificationTask(Task):
         """Loads the data, holds images out, computes the training images' statistics, and builds the network."""
         device_config, world = setup.device_config, setup.device_config.world
         if recipe.normalise not in NORMALISATIONS:
-            known = ", ".join(map(repr, NORMALISATIONS))
-            raise UsageError(f"unknown normalise {recipe.normalise!r}; known: {known}.")
+            raise UsageError(f"unknown normalise {recipe.normalise!r}; known: {', '.join(map(repr, NORMALISATIONS))}.")
         recipe, source = load_source(recipe, setup)
-        channels = source.train.pixel_format.channels
+        pixel_format = source.train.pixel_format
         start_from = resolve_start(recipe.start_from, setup.started_in)
-        net, begun, notes = build_network(recipe, start_from, channels, source.classes, setup.options.net)
+        net, begun, notes = build_network(recipe, start_from, pixel_format.channels, source.classes, setup.options.net)
         start, origin = (begun.model, {"start_from": begun.digest}) if begun else (None, {})
         recipe = resolve_size(recipe, start)
-        shape = plan_preprocessing(recipe, source.train.pixel_format)
+        shape = plan_preprocessing(recipe, pixel_format)
         recipe = name_own_transform(resolve_val_images(resolve_shards(recipe, source, world), source), setup)
         train, held_out, test, holdout = divide_images(recipe, source, shape)
         for split in (held_out, test) if read_process_place().is_first_here else ():
@@ -150,6 +149,7 @@ class ClassificationTask(Task):
             setup.options.transform,
             recipe.shard_groups,
             setup.options.shard_space,
+            recipe.sampling_version,
         )
         if not recipe.net and isinstance(net, ResNet):
             name, changes = nearest_name(net.spec)
