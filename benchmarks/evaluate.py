@@ -29,7 +29,7 @@ from torch import Tensor
 from neighbour import busy_neighbours
 from resnetlab.data import sources
 from resnetlab.device import environment, select_device
-from resnetlab.evaluation.evaluate import evaluate_network
+from resnetlab.evaluation.metrics import evaluate_network
 from resnetlab.models.model_file import load_trained_model
 
 BATCH = 256

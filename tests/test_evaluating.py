@@ -26,13 +26,17 @@ from resnetlab.data import digits, disk_split, imagenet
 from resnetlab.data.dataset import MemorySplit
 from resnetlab.device import select_device
 from resnetlab.errors import DataError, UsageError, install_hint
+from resnetlab.evaluation import scores
 from resnetlab.evaluation.calibration import fit_temperature, reliability_bins
 from resnetlab.evaluation.comparison import compare_models
-from resnetlab.evaluation.evaluate import evaluate, evaluate_errors, evaluate_network
-from resnetlab.evaluation.metrics import ClassificationMetrics
-from resnetlab.evaluation.predictions import write_predictions
+from resnetlab.evaluation.evaluate import evaluate
+from resnetlab.evaluation.figures import class_prototypes, find_mistakes
+from resnetlab.evaluation.metrics import ClassificationMetrics, evaluate_errors, evaluate_network
+from resnetlab.evaluation.page import render_evaluation
+from resnetlab.evaluation.predictions import tabulate_predictions, write_predictions
 from resnetlab.evaluation.protocols import parse_protocol
 from resnetlab.evaluation.published import find_published
+from resnetlab.evaluation.scores import ScoreSummary, average_scores
 from resnetlab.formatting import format_json
 from resnetlab.inference.classes import top_classes
 from resnetlab.inference.inference_module import InferenceModule
@@ -87,7 +91,7 @@ def test_all_correct_images_do_not_make_scores_certain() -> None:
 def test_reliability_bins_give_the_calibration_error(n: int, classes: int, seed: int) -> None:
     z, labels = sample_logits(n, classes, 2.0, seed)
     evaluated = ClassificationMetrics.from_scores(tuple(map(str, range(classes))), z.softmax(1).float(), labels)
-    bins = [b for b in reliability_bins(evaluated.scores, labels) if b.n]
+    bins = [b for b in reliability_bins(evaluated.confidence, evaluated.right) if b.n]
     assert sum(b.n for b in bins) == n
     error = sum(b.n * abs((b.accuracy or 0) - (b.confidence or 0)) for b in bins) / n
     assert evaluated.calibration_error == pytest.approx(error, abs=1e-6)
@@ -110,6 +114,59 @@ def test_mcnemar_is_a_binomial_test_on_the_images_that_differ() -> None:
     )
     same = compare_models(evaluated([3]), evaluated([3]), "a", "b")
     assert (same.p_value, same.difference, same.interval) == (1.0, 0.0, (0.0, 0.0))
+
+
+@given(n=st.integers(1, 60), classes=st.integers(2, 12), ties=st.booleans(), seed=st.integers(0, 1000))
+@settings(max_examples=40, deadline=None)
+def test_a_summary_of_scores_has_the_same_figures(n: int, classes: int, ties: bool, seed: int) -> None:
+    """Made batch after batch, of two members and their ensemble, with a temperature or without; the scores are not kept."""
+    draw = torch.Generator().manual_seed(seed)
+    names, labels = tuple(map(str, range(classes))), torch.randint(classes, (n,), generator=draw)
+    logits = [3 * torch.randn(n, classes, generator=draw) for _ in range(2)]
+    scores = [(x.round() if ties else x).softmax(1) for x in logits]
+    for weights, temperature in (((1.0,), None), ((1.0,), 1.7), ((0.75, 0.25), None)):
+        used = scores[: len(weights)]
+        summary, batch = ScoreSummary(labels, weights, temperature), 1 + seed % 7
+        parts = [
+            summary([each[i : i + batch] for each in used], list(range(n))[i : i + batch]) for i in range(0, n, batch)
+        ]
+        found = [ClassificationMetrics(names, torch.cat(rows), labels) for rows in zip(*parts, strict=True)]
+        whole = [*used, average_scores(used, weights)] if len(weights) > 1 else used
+        for ours, each in zip(found, whole, strict=True):
+            expected = ClassificationMetrics.from_scores(names, each, labels)
+            if temperature is not None:
+                expected = expected.with_temperature(temperature)
+            assert ours.to_json() == expected.to_json() and torch.equal(ours.ranks, expected.ranks)
+            assert tabulate_predictions(ours, names) == tabulate_predictions(expected, names)
+            assert find_mistakes(ours, 5) == find_mistakes(expected, 5)
+            assert torch.equal(expected.predicted, each.argmax(1)) or temperature is not None
+            assert ours.with_none_below(0.5) == expected.with_none_below(0.5)
+            assert torch.equal(expected.confidence, expected.scores.max(1).values)
+
+
+def test_many_scores_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The figures are those of kept ones; without them a page has no typical images."""
+    members, test = [model(0), model(1, tuple(reversed(NAMES)))], digits.load_digits().test
+    config = select_device("fp32", "cpu")
+
+    def measure() -> list[Any]:
+        alone = [evaluate(each, "digits", device="cpu", precision="fp32") for each in (members[0], members)]
+        final = evaluate_network(members[0].net, test, GREY, NAMES, config, 1.3)
+        assert evaluate_network(members[0].net, test, GREY, NAMES, config).scores.shape == (len(test), 10)  # to fit on
+        assert [each.metrics.all_scores is None for each in alone] == [final.all_scores is None] * 2
+        return [*(each.to_json() for each in alone), final.to_json()], alone[0], final
+
+    (kept, evaluation, _), limit = measure(), len(test) * 10
+    assert class_prototypes(evaluation.metrics, test.images)
+    monkeypatch.setattr(scores, "MAX_SCORES", limit - 1)
+    summarised, evaluation, final = measure()
+    assert summarised == kept and final.summary.shape == (len(test), 4)
+    assert class_prototypes(evaluation.metrics, test.images) == []
+    assert "Typical images" not in render_evaluation(evaluation)
+    with pytest.raises(UsageError, match=r"360 images have more scores of 10 classes than are kept"):
+        _ = evaluation.metrics.scores
+    monkeypatch.setattr(scores, "MAX_SCORES", limit)
+    assert measure()[1].metrics.all_scores is not None
 
 
 def test_an_ensemble_is_the_weighted_mean_of_scores_matched_by_name() -> None:
@@ -223,7 +280,7 @@ def test_training_fits_a_temperature_and_predictions_are_calibrated(
     assert kept.metrics["test"]["loss"] == pytest.approx(found.with_temperature(kept.temperature).loss, rel=1e-4)
     assert kept.metrics["test"]["loss"] != pytest.approx(found.loss, rel=1e-4)
     with monkeypatch.context() as patch:  # without the scores of all classes in memory, the same figures
-        patch.setattr(ClassificationMetrics, "__init__", lambda *_: pytest.fail("scores of all classes were kept"))
+        patch.setattr(ClassificationMetrics, "from_scores", lambda *_: pytest.fail("scores of all classes were kept"))
         figures = evaluate_errors(kept.net, data.test, kept.preprocessing, select_device("fp32", "cpu"))
     assert figures == {"top1_error": found.top1_error, "loss": found.loss}
     again = evaluate(kept, "digits", device="cpu", precision="fp32")

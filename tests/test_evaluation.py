@@ -24,9 +24,8 @@ from resnetlab.preprocessing import Preprocessing
 def evaluation(n: int, classes: int, seed: int) -> ClassificationMetrics:
     draw = torch.Generator().manual_seed(seed)
     scores = torch.randn(n, classes, generator=draw).mul(3).softmax(1)
-    return ClassificationMetrics(
-        tuple(map(str, range(classes))), scores, torch.randint(classes, (n,), generator=draw), 0.0
-    )
+    labels = torch.randint(classes, (n,), generator=draw)
+    return ClassificationMetrics.from_scores(tuple(map(str, range(classes))), scores, labels)
 
 
 @given(n=st.integers(1, 60), classes=st.integers(2, 12), seed=st.integers(0, 1000))

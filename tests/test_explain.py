@@ -189,7 +189,7 @@ def test_overlays_are_correct_images_of_every_class_and_the_most_confident_mista
     said = [0, 1, 0, 1, 2, 3, 4, 0]
     for i, answer in enumerate(said):
         scores[i, answer] = 0.5 + 0.01 * i
-    evaluated = ClassificationMetrics(CLASSES, scores, torch.tensor([0, 1, 0, 2, 2, 4, 0, 0]), loss=1.0)
+    evaluated = ClassificationMetrics.from_scores(CLASSES, scores, torch.tensor([0, 1, 0, 2, 2, 4, 0, 0]))
     shown = make_cam_overlays(net, evaluated, images, preprocessing, select_device("fp32", "cpu"), limit=2)  # type: ignore[arg-type]
     assert [(look.index, look.correct) for look in shown] == [(0, True), (1, True), (6, False), (5, False)]
     assert all(look.uri.startswith("data:image/jpeg;base64,") for look in shown)

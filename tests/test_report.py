@@ -71,8 +71,8 @@ def evaluation(confusion: list[list[int]], classes: tuple[str, ...] | None = Non
     pairs = [(i, j) for i in range(k) for j in range(k) for _ in range(int(counts[i, j]))]
     labels, predicted = torch.tensor(pairs).T
     logits = torch.nn.functional.one_hot(predicted, k) * torch.linspace(2, 6, len(pairs))[:, None]
-    return ClassificationMetrics(
-        classes or tuple(f"class {i}" for i in range(k)), logits.softmax(1), labels, loss=0.1234
+    return ClassificationMetrics.from_scores(
+        classes or tuple(f"class {i}" for i in range(k)), logits.softmax(1), labels
     )
 
 
@@ -126,7 +126,7 @@ def test_shows_the_results() -> None:
         assert tile in text
     assert "held-out error 5.0 % 144 images not trained on" in text
     assert "read once, after the last step, with the weights of that step; nothing was chosen on it." in text
-    assert "cross entropy 0.1234" in text
+    assert f"cross entropy {USUAL.loss:.4f}" in text
     assert "class 2 5 of 100 5.0 % class 0" in text  # the table of classes
     assert "class 2 class 0 5 of 100 class 0 class 1 2 of 100 class 0 class 2 1 of 100" in text  # the confused pairs
     assert "resnetlab predict 'runs/my digits/model.safetensors' IMAGE..." in text

@@ -27,10 +27,9 @@ class Bin(NamedTuple):
     accuracy: float | None
 
 
-def reliability_bins(scores: Tensor, labels: Tensor) -> list[Bin]:
-    """The predictions by confidence, in BINS equal bins; scores are softmax (N, classes), labels int64 (N,)."""
-    confidence, predicted = scores.double().max(1)
-    correct = (predicted == labels).double()
+def reliability_bins(confidence: Tensor, right: Tensor) -> list[Bin]:
+    """The predictions by confidence, in BINS equal bins; best scores (N,), and whether they are of the right class."""
+    confidence, correct = confidence.double(), right.double()
     index = (confidence * BINS).ceil().long().clamp(1, BINS) - 1
     n = torch.bincount(index, minlength=BINS)
     sums = [torch.zeros(BINS, dtype=torch.float64).index_add_(0, index, value) for value in (confidence, correct)]

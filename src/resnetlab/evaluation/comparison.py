@@ -40,7 +40,7 @@ def compare_models(a: ClassificationMetrics, b: ClassificationMetrics, name_a: s
     """Compares two evaluations of the same images."""
     from scipy.stats import binomtest  # heavy, so only here
 
-    wrong_a, wrong_b = a.predicted != a.labels, b.predicted != b.labels
+    wrong_a, wrong_b = ~a.right, ~b.right
     only_a, only_b = int((wrong_a & ~wrong_b).sum()), int((wrong_b & ~wrong_a).sum())
     p_value = float(binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
     # A bootstrap of n images only needs these three counts, which are multinomial.

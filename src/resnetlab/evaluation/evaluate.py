@@ -30,11 +30,18 @@ from resnetlab.evaluation.calibration import (
 )
 from resnetlab.evaluation.comparison import Comparison, compare_models
 from resnetlab.evaluation.corruptions import CorruptionErrors
-from resnetlab.evaluation.metrics import ClassificationMetrics, mean_loss, take_logarithms
+from resnetlab.evaluation.metrics import ClassificationMetrics
 from resnetlab.evaluation.multi_label import MultiLabelMetrics, describe_thresholds
 from resnetlab.evaluation.protocols import ONE_CROP, Protocol, parse_protocol
 from resnetlab.evaluation.published import find_published
-from resnetlab.evaluation.scores import Member, ScoreSummary, drop_skipped, predict_scores
+from resnetlab.evaluation.scores import (
+    Member,
+    ScoreSummary,
+    average_scores,
+    drop_skipped,
+    predict_scores,
+    take_logarithms,
+)
 from resnetlab.evaluation.split_selection import (
     common_pixel_format,
     describe_overlap,
@@ -43,7 +50,6 @@ from resnetlab.evaluation.split_selection import (
 )
 from resnetlab.formatting import HtmlFigures, format_count, format_list, format_split
 from resnetlab.models.model_file import TrainedModel, load_trained_model
-from resnetlab.models.own_network import Network
 from resnetlab.peer_words import EVALUATION_ATTRIBUTES
 from resnetlab.preprocessing import Preprocessing
 
@@ -200,27 +206,6 @@ class MultiLabelEvaluation(Evaluation):
     to_dict = to_json
 
 
-def evaluate_network(
-    net: Network, split: Split, preprocessing: Preprocessing, classes: tuple[str, ...], device_config: DeviceConfig
-) -> ClassificationMetrics:
-    """Evaluates a network on every image of a split, of any size, one crop each.
-
-    The processes of `device_config.world` share the images; each returns the same.
-    """
-    all_scores = predict_scores([Member.from_network(net, preprocessing, device_config)], split, device_config)
-    ((labels, scores),), skipped = drop_skipped(split, split.labels, all_scores)
-    return replace(ClassificationMetrics.from_scores(classes, scores, labels), skipped=skipped)
-
-
-def evaluate_errors(
-    net: Network, split: Split, preprocessing: Preprocessing, device_config: DeviceConfig
-) -> dict[str, float]:
-    """Top-1 error and loss as `evaluate_network` gives them, without N x classes scores in memory."""
-    member, summary = Member.from_network(net, preprocessing, device_config), ScoreSummary(split.labels)
-    ((_, kept),), _ = drop_skipped(split, split.labels, predict_scores([member], split, device_config, summary=summary))
-    return {"top1_error": int((kept[:, 1] > 1).sum()) / len(kept), "loss": mean_loss(kept[:, 0])}
-
-
 def prepare_split(split: Split, preprocessing: Preprocessing) -> Split:
     """A split in memory with its images resized and cropped for the network; a split on disk as it is."""
     shape = (*preprocessing.size, preprocessing.channels)
@@ -310,14 +295,13 @@ def evaluate(
             truth, about = _find_truth(source, held_out, scored, multi_label=False), {"data": data} | about
             notes += describe_few_images(len(truth))
             trained = fit_temperatures(trained, columns, held_out, truth, device_config, about)
-        temperatures = [each.temperature for each in trained]
-        all_members = _make_members(trained, columns, temperatures, device_config)
-        total = len(images)
-        scores = predict_scores(all_members, images, device_config, parsed, lambda done: progress(done, total))
+        nets = _make_members(trained, columns, [each.temperature for each in trained], device_config)
+        summary = None if trained[0].multi_label else ScoreSummary.if_many(labels, len(scored), weights)
+        scores = predict_scores(nets, images, device_config, parsed, lambda n: progress(n, len(labels)), summary)
     results, skipped = drop_skipped(images, labels, scores)
     if skipped:
         images = images.subset(torch.tensor([i for i, name in enumerate(images.names) if name not in skipped]))
-    kind, metrics, members = _measure(trained[0], columns[0], scored, weights, results)
+    kind, metrics, members = _measure(trained[0], columns[0], scored, weights, results, summary is not None)
     return kind(
         metrics=replace(metrics, split=split, skipped=skipped),
         models=tuple(names),
@@ -340,8 +324,15 @@ def _measure(
     classes: tuple[str, ...],
     weights: Sequence[float],
     results: Sequence[tuple[Tensor, Tensor]],
+    summarised: bool,
 ) -> tuple[type[Evaluation], Any, tuple[ClassificationMetrics, ...]]:
-    """The kind of evaluation, its metrics, and those of each member of an ensemble; `results` are (truth, scores) of each."""
+    """The kind of evaluation, its metrics, and those of each member of an ensemble; `results` are (truth, scores) of each.
+
+    With `summarised` they are `summarise_scores` of each, and then of the ensemble, in place of scores.
+    """
+    if summarised:
+        *alone, last = [ClassificationMetrics(classes, rows, truth) for truth, rows in results]
+        return Evaluation, last, tuple(alone)
     if model.multi_label:
         ((truth, scores),) = results
         thresholds = tuple(model.thresholds[i] for i in columns.tolist())
@@ -349,7 +340,7 @@ def _measure(
     members = tuple(ClassificationMetrics.from_scores(classes, scores, truth) for truth, scores in results)
     if len(members) == 1:
         return Evaluation, members[0], ()
-    mean = torch.stack([w * scores for w, (_, scores) in zip(weights, results, strict=True)]).sum(0)
+    mean = average_scores([scores for _, scores in results], weights)
     return Evaluation, ClassificationMetrics.from_scores(classes, mean, results[0][0]), members
 
 

@@ -126,9 +126,8 @@ def confused_pairs(metrics: ClassificationMetrics) -> list[ConfusedPair]:
 
 def find_mistakes(metrics: ClassificationMetrics, limit: int) -> list[int]:
     """The positions of the wrong images, the most confident first; at most `limit`."""
-    confidence, predicted = metrics.scores.max(1)
-    wrong = (predicted != metrics.labels).nonzero().flatten()
-    return wrong[confidence[wrong].argsort(descending=True, stable=True)][:limit].tolist()
+    wrong = (~metrics.right).nonzero().flatten()
+    return wrong[metrics.confidence[wrong].argsort(descending=True, stable=True)][:limit].tolist()
 
 
 def worst_mistakes(
@@ -146,8 +145,8 @@ def worst_mistakes(
             index=i,
             true=metrics.classes[true],
             predicted=metrics.classes[guess],
-            confidence=float(metrics.scores[i, guess]),
-            true_confidence=float(metrics.scores[i, true]),
+            confidence=float(metrics.confidence[i]),
+            true_confidence=float(metrics.true_scores[i]),
             uri=image_uri(images[i]),
             small=small,
         )
@@ -161,12 +160,14 @@ def class_prototypes(
     """A typical image of each of the first `limit` classes that have a correct one.
 
     It is the correct image whose log scores, which are linear in the network's features, are nearest to the mean of its class's
-    correct images; of several the first.
+    correct images; of several the first. There are none where the scores were too many to be kept.
 
     Args:
         images: uint8 (N, h, w, C), in the order of the metrics.
     """
-    right, log_scores, rows = metrics.predicted == metrics.labels, metrics.log_scores, list[tuple[int, int]]()
+    if metrics.all_scores is None:
+        return []
+    right, log_scores, rows = metrics.right, metrics.log_scores, list[tuple[int, int]]()
     for k in range(len(metrics.classes)):
         if len(rows) == limit:
             break
@@ -174,7 +175,9 @@ def class_prototypes(
             scores = log_scores[of_class]  # (n, classes)
             rows.append((int(of_class[(scores - scores.mean(0)).square().sum(1).argmin()]), k))
     small = max(images.shape[1:3]) <= SMALL_IMAGE
-    return [Prototype(i, metrics.classes[k], float(metrics.scores[i, k]), image_uri(images[i]), small) for i, k in rows]
+    return [
+        Prototype(i, metrics.classes[k], float(metrics.confidence[i]), image_uri(images[i]), small) for i, k in rows
+    ]
 
 
 def image_uri(image: Tensor) -> str:

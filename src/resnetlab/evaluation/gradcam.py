@@ -95,7 +95,7 @@ def make_cam_overlays(
         images: the split's images as the network gets them, in the order of the metrics.
     """
     predicted, firsts = metrics.predicted, dict[int, int]()
-    for i in (predicted == metrics.labels).nonzero().flatten().tolist():
+    for i in metrics.right.nonzero().flatten().tolist():
         firsts.setdefault(int(metrics.labels[i]), i)
     chosen = [*list(firsts.values())[:limit], *find_mistakes(metrics, limit)]
     if not chosen:

@@ -7,15 +7,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from resnetlab.data.dataset import Split
+from resnetlab.device import DeviceConfig
+from resnetlab.errors import UsageError
 from resnetlab.evaluation.calibration import reliability_bins
-from resnetlab.evaluation.scores import rank_classes
+from resnetlab.evaluation.scores import (
+    MAX_SCORES,
+    Member,
+    ScoreSummary,
+    drop_skipped,
+    predict_scores,
+    rescale_scores,
+    summarise_scores,
+    take_logarithms,
+)
+from resnetlab.models.own_network import Network
+from resnetlab.preprocessing import Preprocessing
 
 Z_95 = 1.959964  # the 97.5 % quantile of the normal distribution
 MAX_CONFUSION = 1000  # classes of a confusion matrix; with more, only the counts that are not 0 are listed
@@ -69,20 +83,20 @@ class ClassMetrics:
 
 @dataclass(frozen=True, eq=False)
 class ClassificationMetrics:
-    """A network's scores for a split, and the figures computed from them. Of equal scores the class that comes first is higher.
+    """The figures of a network's scores for a split. Of equal scores the class that comes first is higher.
 
     Attributes:
-        scores: softmax, float32 (N, classes).
+        summary: `summarise_scores` of each image, float32 (N, 4).
         labels: int64 (N,).
-        loss: mean cross entropy, in nats.
+        all_scores: softmax, float32 (N, classes); None for more than scores.MAX_SCORES of them.
         split: the name of the split in its data.
         skipped: name -> reason, of images that could not be read and are not among the N.
     """
 
     classes: tuple[str, ...]
-    scores: Tensor
+    summary: Tensor
     labels: Tensor
-    loss: float
+    all_scores: Tensor | None = None
     split: str = "test"
     skipped: Mapping[str, str] = field(default_factory=dict)
 
@@ -92,13 +106,21 @@ class ClassificationMetrics:
     @staticmethod
     def from_scores(classes: tuple[str, ...], scores: Tensor, labels: Tensor) -> ClassificationMetrics:
         """The metrics of softmax scores (N, classes); a score of 0 counts as the smallest float32."""
-        return ClassificationMetrics(classes, scores, labels, mean_loss(scores[torch.arange(len(labels)), labels]))
+        return ClassificationMetrics(classes, summarise_scores(scores, labels), labels, scores)
+
+    @property
+    def scores(self) -> Tensor:
+        """Softmax, float32 (N, classes); raises UsageError where they were too many to be kept."""
+        if self.all_scores is None:
+            raise UsageError(
+                f"{self.n:,} images have more scores of {len(self.classes):,} classes than are kept ({MAX_SCORES:,}); "
+                "evaluate fewer images at a time, or take the model's predict."
+            )
+        return self.all_scores
 
     def with_temperature(self, temperature: float) -> ClassificationMetrics:
         """The same metrics with logits divided by `temperature`; for scores at temperature 1."""
-        return ClassificationMetrics.from_scores(
-            self.classes, (self.log_scores / temperature).softmax(1).float(), self.labels
-        )
+        return ClassificationMetrics.from_scores(self.classes, rescale_scores(self.scores, temperature), self.labels)
 
     @property
     def log_scores(self) -> Tensor:
@@ -112,12 +134,32 @@ class ClassificationMetrics:
     @property
     def predicted(self) -> Tensor:
         """The class with the highest score; int64 (N,)."""
-        return self.scores.argmax(1)
+        return self.summary[:, 3].long()
 
-    @cached_property
+    @property
+    def right(self) -> Tensor:
+        """Whether that is the image's class; bool (N,)."""
+        return self.predicted == self.labels
+
+    @property
+    def confidence(self) -> Tensor:
+        """The highest score; (N,)."""
+        return self.summary[:, 2]
+
+    @property
+    def true_scores(self) -> Tensor:
+        """The score of the image's class; (N,)."""
+        return self.summary[:, 0]
+
+    @property
     def ranks(self) -> Tensor:
         """The true class's place among the scores, from 1; int64 (N,)."""
-        return rank_classes(self.scores, self.labels)
+        return self.summary[:, 1].long()
+
+    @property
+    def loss(self) -> float:
+        """Mean cross entropy, in nats."""
+        return mean_loss(self.true_scores)
 
     @property
     def top1_error(self) -> float:
@@ -133,7 +175,7 @@ class ClassificationMetrics:
 
     def with_none_below(self, score: float) -> dict[str, float | None]:
         """The `share` of images whose best score is `below` this; the `top1_error` of the others, if any."""
-        sure = self.scores.max(1).values >= score
+        sure = self.confidence >= score
         wrong = float((self.ranks[sure] > 1).double().mean()) if bool(sure.any()) else None
         return {"below": score, "share": 1 - float(sure.double().mean()), "top1_error": wrong}
 
@@ -163,7 +205,7 @@ class ClassificationMetrics:
     def per_class(self) -> list[ClassMetrics]:
         """The figures of every class, in the order of `classes`."""
         k = len(self.classes)
-        right = self.labels[self.predicted == self.labels]
+        right = self.labels[self.right]
         columns = (torch.bincount(values, minlength=k).tolist() for values in (self.labels, right, self.predicted))
         return [ClassMetrics(*row) for row in zip(self.classes, *columns, strict=True)]
 
@@ -179,9 +221,8 @@ class ClassificationMetrics:
     @property
     def calibration_error(self) -> float:
         """Expected calibration error over 15 bins: the mean gap of confidence and accuracy (Guo et al. 2017)."""
-        confidence, predicted = self.scores.max(1)
-        bins = (confidence * 15).ceil().long().clamp(1, 15) - 1  # bin i holds (i/15, (i+1)/15]
-        gap = (predicted == self.labels).double() - confidence.double()
+        bins = (self.confidence * 15).ceil().long().clamp(1, 15) - 1  # bin i holds (i/15, (i+1)/15]
+        gap = self.right.double() - self.confidence.double()
         return float(torch.zeros(15, dtype=torch.float64).index_add_(0, bins, gap).abs().sum() / self.n)
 
     def to_json(self) -> dict[str, Any]:
@@ -194,7 +235,7 @@ class ClassificationMetrics:
             "n": self.n,
             "loss": self.loss,
             "calibration_error": self.calibration_error,
-            "reliability": [each._asdict() for each in reliability_bins(self.scores, self.labels)],
+            "reliability": [each._asdict() for each in reliability_bins(self.confidence, self.right)],
             "balanced_error": self.balanced_error,
             **{figure: self.macro(figure) for figure in ("precision", "recall", "f1")},
             "per_class": [each.to_json() for each in self.per_class],
@@ -202,14 +243,46 @@ class ClassificationMetrics:
         } | ({} if dense else {"confusion_counts": list(map(list, self.confusion_counts))})
 
 
+def evaluate_network(
+    net: Network,
+    split: Split,
+    preprocessing: Preprocessing,
+    classes: tuple[str, ...],
+    device_config: DeviceConfig,
+    temperature: float | None = None,
+) -> ClassificationMetrics:
+    """Evaluates a network on every image of a split, of any size, one crop each.
+
+    The processes of `device_config.world` share the images; each returns the same.
+
+    Args:
+        temperature: of the figures. Without one the scores are kept however many they are, for a temperature to be fitted.
+    """
+    member, summary = Member.from_network(net, preprocessing, device_config), None
+    if temperature is not None:
+        summary = ScoreSummary.if_many(split.labels, len(classes), temperature=temperature)
+    found = predict_scores([member], split, device_config, summary=summary)
+    ((labels, scores),), skipped = drop_skipped(split, split.labels, found)
+    if summary is not None:
+        return ClassificationMetrics(classes, scores, labels, skipped=skipped)
+    metrics = replace(ClassificationMetrics.from_scores(classes, scores, labels), skipped=skipped)
+    return metrics if temperature is None else metrics.with_temperature(temperature)
+
+
+def evaluate_errors(
+    net: Network, split: Split, preprocessing: Preprocessing, device_config: DeviceConfig
+) -> dict[str, float]:
+    """Top-1 error and loss as `evaluate_network` gives them, without N x classes scores in memory."""
+    member, summary = Member.from_network(net, preprocessing, device_config), ScoreSummary(split.labels)
+    found = predict_scores([member], split, device_config, summary=summary)
+    ((labels, kept),), _ = drop_skipped(split, split.labels, found)
+    metrics = ClassificationMetrics((), kept, labels)
+    return {"top1_error": metrics.top1_error, "loss": metrics.loss}
+
+
 def mean_loss(true_scores: Tensor) -> float:
     """The mean cross entropy, in nats, of the scores of the images' classes, float32 (N,)."""
     return float(-take_logarithms(true_scores).mean())
-
-
-def take_logarithms(scores: Tensor) -> Tensor:
-    """The logarithms of scores in float64; a score of 0 counts as the smallest float32."""
-    return scores.double().clamp_min(torch.finfo(torch.float32).tiny).log()
 
 
 def mean_of_known(values: Iterable[float | None]) -> float:

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from resnetlab.data.dataset import Split
 from resnetlab.device import DeviceConfig
-from resnetlab.evaluation.metrics import ClassMetrics, mean_of_known, take_logarithms
-from resnetlab.evaluation.scores import Member, drop_skipped, predict_scores
+from resnetlab.evaluation.metrics import ClassMetrics, mean_of_known
+from resnetlab.evaluation.scores import Member, drop_skipped, predict_scores, take_logarithms
 from resnetlab.models.own_network import Network
 from resnetlab.preprocessing import Preprocessing
 

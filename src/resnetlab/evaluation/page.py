@@ -96,7 +96,7 @@ def render_evaluation(evaluation: Evaluation) -> str:
         calibration=[sentence[0].upper() + sentence[1:] for sentence in evaluation.calibration],
         n=n,
         interval=format_interval(*wilson_interval(metrics.top1_error, n), n),
-        wrong=int((metrics.predicted != metrics.labels).sum()),
+        wrong=int((~metrics.right).sum()),
         matrix=figures.confusion_svg(metrics.classes, metrics.confusion) if len(rows) <= figures.MAX_MATRIX else None,
         diagram=draw_reliability(metrics),
         pairs=figures.confused_pairs(metrics),
@@ -130,7 +130,7 @@ def _render_multi_label(evaluation: MultiLabelEvaluation) -> str:
 
 def draw_reliability(metrics: ClassificationMetrics) -> str:
     """The reliability diagram as inline SVG: accuracy and number of the predictions by confidence."""
-    bins = [each for each in reliability_bins(metrics.scores, metrics.labels) if each.n]
+    bins = [each for each in reliability_bins(metrics.confidence, metrics.right) if each.n]
 
     def draw(figure: Figure) -> None:
         top, bottom = figure.subplots(2, 1, sharex=True, gridspec_kw={"height_ratios": [3, 1]})

@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from resnetlab.errors import UsageError, missing_package
 from resnetlab.evaluation.metrics import ClassificationMetrics
 from resnetlab.evaluation.multi_label import MultiLabelMetrics
@@ -31,15 +29,13 @@ def check_table_file(path: Path, what: str = "per-image results", suffixes: tupl
 
 def tabulate_predictions(metrics: ClassificationMetrics, names: Sequence[str]) -> dict[str, list[Any]]:
     """Columns: image, true and predicted class, whether correct, both classes' scores, and the true class's rank from 1."""
-    score, predicted = metrics.scores.max(1)
-    true_score = metrics.scores[torch.arange(metrics.n), metrics.labels]
     return {
         "image": list(names),
         "true": [metrics.classes[i] for i in metrics.labels.tolist()],
-        "predicted": [metrics.classes[i] for i in predicted.tolist()],
-        "right": (predicted == metrics.labels).tolist(),
-        "score": score.double().tolist(),
-        "true_score": true_score.double().tolist(),
+        "predicted": [metrics.classes[i] for i in metrics.predicted.tolist()],
+        "right": metrics.right.tolist(),
+        "score": metrics.confidence.double().tolist(),
+        "true_score": metrics.true_scores.double().tolist(),
         "rank": metrics.ranks.tolist(),
     }
 

@@ -28,7 +28,7 @@ from resnetlab.evaluation.corruptions import (
 from resnetlab.evaluation.evaluate import Evaluation, MultiLabelEvaluation
 from resnetlab.evaluation.metrics import ClassificationMetrics
 from resnetlab.evaluation.protocols import ONE_CROP
-from resnetlab.evaluation.scores import Member, drop_skipped, predict_scores
+from resnetlab.evaluation.scores import Member, ScoreSummary, drop_skipped, predict_scores
 from resnetlab.formatting import format_list
 from resnetlab.models.model_file import TrainedModel
 from resnetlab.preprocessing import Preprocessing
@@ -142,7 +142,7 @@ def _measure(
     cropped = replace(preprocessing, resize=max(preprocessing.size))  # the images are resized before they are corrupted
     member = Member.from_network(model.net, cropped, device_config, columns=columns, temperature=model.temperature)
     errors: dict[str, tuple[float, ...]] = {}
-    done = 0
+    done, summary = 0, ScoreSummary(evaluation.metrics.labels)
     with join_process_group() as world:
         device_config = replace(device_config, world=world)
         for kind in choice.kinds:
@@ -154,9 +154,10 @@ def _measure(
                     split,
                     device_config,
                     on_progress=lambda n, d=done: on_progress(d + n),  # type: ignore[misc]
+                    summary=summary,
                 )
-                ((labels, values),), _ = drop_skipped(split, evaluation.metrics.labels, scores)
-                row.append(ClassificationMetrics.from_scores(classes, values, labels).top1_error)
+                ((labels, kept),), _ = drop_skipped(split, evaluation.metrics.labels, scores)
+                row.append(ClassificationMetrics(classes, kept, labels).top1_error)
                 done += len(split)
             errors[kind] = tuple(row)
     return errors

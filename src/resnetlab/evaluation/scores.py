@@ -33,6 +33,7 @@ from resnetlab.preprocessing import Preprocessing
 SKIPPED = -1.0  # in place of the scores of an image that cannot be read
 MAX_PIXELS = {"cpu": 2**20, "cuda": 2**24}  # of one forward pass
 BATCH = 256  # images, at most
+MAX_SCORES = 2**25  # of a model that every process keeps, 128 MB; of more it keeps what figures need
 READ_BYTES = 2**26  # of decoded images in memory before they are resized
 
 
@@ -72,17 +73,56 @@ class Member:
 
 @dataclass(frozen=True, eq=False)
 class ScoreSummary:
-    """What loss and errors need of the scores: each image's score of its class and the place of that, float32 (B, 2).
+    """What the figures of images with one class each need of the scores: `summarise_scores` of each member's.
 
-    Of equal scores the class that comes first is higher. `labels` are those of all images, int64 (N,).
+    Attributes:
+        labels: of all images, int64 (N,).
+        weights: of the members of an ensemble, whose mean scores are summarised last; () for none.
+        temperature: the logits of scores at temperature 1 are divided by it, unless it is None.
     """
 
     labels: Tensor
-    width = 2
+    weights: tuple[float, ...] = ()
+    temperature: float | None = None
 
-    def __call__(self, scores: Tensor, positions: list[int]) -> Tensor:
-        labels = self.labels[positions]
-        return torch.stack([scores[torch.arange(len(labels)), labels], rank_classes(scores, labels).float()], 1)
+    @staticmethod
+    def if_many(
+        labels: Tensor, classes: int, weights: tuple[float, ...] = (), temperature: float | None = None
+    ) -> ScoreSummary | None:
+        """The summary of scores of more than MAX_SCORES images and classes; None for fewer."""
+        return ScoreSummary(labels, weights, temperature) if len(labels) * classes > MAX_SCORES else None
+
+    def __call__(self, scores: list[Tensor], positions: list[int]) -> list[Tensor]:
+        if self.temperature is not None:
+            scores = [rescale_scores(each, self.temperature) for each in scores]
+        if len(self.weights) > 1:
+            scores = [*scores, average_scores(scores, self.weights)]
+        return [summarise_scores(each, self.labels[positions]) for each in scores]
+
+
+def summarise_scores(scores: Tensor, labels: Tensor) -> Tensor:
+    """The score of each image's class, its place, the best score and its class; (B, 4) of the scores' type.
+
+    Of equal scores the class that comes first is higher.
+    """
+    rows, best = torch.arange(len(labels)), scores.argmax(1)
+    columns = scores[rows, labels], rank_classes(scores, labels), scores[rows, best], best
+    return torch.stack([column.to(scores.dtype) for column in columns], 1)
+
+
+def average_scores(scores: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """The scores of an ensemble whose weights add up to 1."""
+    return torch.stack([weight * each for weight, each in zip(weights, scores, strict=True)]).sum(0)
+
+
+def rescale_scores(scores: Tensor, temperature: float) -> Tensor:
+    """Softmax scores of temperature 1 with logits divided by `temperature`, float32."""
+    return (take_logarithms(scores) / temperature).softmax(1).float()
+
+
+def take_logarithms(scores: Tensor) -> Tensor:
+    """The logarithms of scores in float64; a score of 0 counts as the smallest float32."""
+    return scores.double().clamp_min(torch.finfo(torch.float32).tiny).log()
 
 
 def rank_classes(scores: Tensor, labels: Tensor) -> Tensor:
@@ -132,7 +172,7 @@ def predict_scores(
     The scores of an image that cannot be read, where the split skips such images, are SKIPPED.
 
     Args:
-        summary: keeps some numbers of each image in place of its scores.
+        summary: its rows, float32 (N, 4) of each member and then of the ensemble, are returned in place of the scores.
         on_progress: called with the number of images that all processes have done, as far as this one knows.
 
     Raises:
@@ -140,7 +180,10 @@ def predict_scores(
         UsageError: the protocol's crop is larger than the image.
     """
     world, n = device_config.world, len(split)
-    scores = [torch.zeros(n, summary.width if summary else len(member.columns)) for member in members]
+    widths = [len(member.columns) for member in members]
+    if summary:
+        widths = [4] * (len(members) + (len(summary.weights) > 1))
+    scores = [torch.zeros(n, width) for width in widths]
     counts = torch.zeros(n, dtype=torch.int32)
     batches = torch.split(torch.arange(n), _batch_size(members, device_config))
     own = batches[world.rank :: world.size]
@@ -170,8 +213,7 @@ def predict_scores(
         if not images:
             return int(indices[-1]) + 1, [], []
         found = [score_images(member, images, protocol, device_config).float() for member in members]
-        found = [summary(values, positions) for values in found] if summary else found
-        return int(indices[-1]) + 1, positions, found
+        return int(indices[-1]) + 1, positions, summary(found, positions) if summary else found
 
     # a network of the user's own may keep something of each call, so its batches go one after the other
     batches_at_once = 1 if any(isinstance(member.net, OwnNetwork) for member in members) else len(own)

@@ -13,7 +13,7 @@ from itertools import combinations
 import torch
 
 from resnetlab.device import select_device
-from resnetlab.evaluation.evaluate import evaluate_network
+from resnetlab.evaluation.metrics import evaluate_errors
 from resnetlab.models.lesion import movable_blocks, removable_blocks, remove_blocks, swap_blocks
 from resnetlab.models.model_file import TrainedModel
 from resnetlab.models.resnet import ResNet
@@ -121,7 +121,7 @@ def measure_lesions(model: TrainedModel, setting: Setting, seed: int) -> LesionE
     device_config = select_device(setting.measuring_precision, setting.device)
 
     def error(net: ResNet) -> float:
-        return evaluate_network(net, split, model.preprocessing, model.classes, device_config).top1_error
+        return evaluate_errors(net, split, model.preprocessing, device_config)["top1_error"]
 
     single: dict[str, float] = {}
     repeated: dict[str, dict[int, list[float]]] = {"several": {}, "swaps": {}}

@@ -23,9 +23,8 @@ from resnetlab.device import DeviceConfig
 from resnetlab.distributed import World
 from resnetlab.errors import DataError, RunError, UsageError
 from resnetlab.evaluation.calibration import MIN_IMAGES, choose_none_below, fit_temperature
-from resnetlab.evaluation.evaluate import evaluate_errors, evaluate_network
 from resnetlab.evaluation.gradcam import make_cam_overlays
-from resnetlab.evaluation.metrics import ClassificationMetrics
+from resnetlab.evaluation.metrics import ClassificationMetrics, evaluate_errors, evaluate_network
 from resnetlab.evaluation.multi_label import DEFAULT_THRESHOLD, MultiLabelMetrics, evaluate_label_sets, fit_thresholds
 from resnetlab.formatting import format_count
 from resnetlab.inference.start import PRETRAINED, resolve_start
@@ -240,9 +239,9 @@ class ClassificationTask(Task):
             warn_small_image(self.net, self.preprocessing.size)
         return self.device_config.forward_fn(self.net)
 
-    def evaluate(self, split: Split) -> ClassificationMetrics:
-        """Evaluates the network with its current weights."""
-        return evaluate_network(self.net, split, self.preprocessing, self.classes, self.device_config)
+    def evaluate(self, split: Split, temperature: float | None = None) -> ClassificationMetrics:
+        """Evaluates the network with its current weights (`evaluate_network`)."""
+        return evaluate_network(self.net, split, self.preprocessing, self.classes, self.device_config, temperature)
 
     def _evaluate_label_sets(self, split: Split) -> MultiLabelMetrics:
         """The same where images have several classes, at thresholds of one half."""
@@ -356,7 +355,7 @@ class ClassificationTask(Task):
         enough = val is not None and val.n >= MIN_IMAGES
         temperature = fit_temperature(val.log_scores, val.labels) if val and enough else 1.0
         held_out = val.with_temperature(temperature).to_json() if val else None
-        evaluation = self.evaluate(self.test).with_temperature(temperature)
+        evaluation = self.evaluate(self.test, temperature)
         measured = {self.evaluated_split: evaluation.to_json()} | ({"held_out": held_out} if held_out else {})
         fitted = self._describe_fit(val.n) if val and enough else {}
         none = None
