@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import json
+import multiprocessing
+import os
 import sys
 import tarfile
 import tracemalloc
@@ -148,6 +150,36 @@ def test_an_index_takes_little_memory(
             rest, held_out = hold_out(data.train, images // 20, by_name=by_name)
         assert counted.elements < 20 * images
         assert (len(rest), len(held_out)) == (len(names) - images // 20, images // 20)
+
+
+@pytest.mark.skipif(multiprocessing.get_start_method() != "fork", reason="other ways of starting run the script again")
+def test_large_indices_are_read_by_several_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, out = packed(tmp_path, per_shard=3)
+    (pids := tmp_path / "pids").mkdir()
+
+    def read(tar: Path) -> tar_index.TarIndex:
+        (pids / str(os.getpid())).touch()
+        return tar_index.read_index(tar)
+
+    monkeypatch.setattr(shards, "read_index", read)
+    monkeypatch.setattr(shards, "count_cores", lambda: 2)
+    alone = load(out)
+    assert [file.name for file in pids.iterdir()] == [str(os.getpid())]
+    (pids / str(os.getpid())).unlink()
+    monkeypatch.setattr(shards, "READER_BYTES", 1)
+    together = load(out)
+    readers = {file.name for file in pids.iterdir()}
+    assert len(readers) == 2 and str(os.getpid()) not in readers
+    assert together.fingerprint == alone.fingerprint and together.train.names == alone.train.names
+    assert (
+        len({id(index.classes) for index in shards._share_classes(shards._read_indices(sorted(out.glob("*.tar"))))})
+        == 1
+    )
+    next(out.glob("*.index.json")).write_text("{")
+    with pytest.raises(
+        DataError, match=r"^the index [^\n]* cannot be read \([^\n]*; remove it, or pack the shards again\.$"
+    ):
+        load(out)
 
 
 def test_patterns() -> None:

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import multiprocessing
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import IO
 
@@ -27,13 +29,16 @@ from resnetlab.data.disk_split import DiskSplit, FileNames, ReadOptions
 from resnetlab.data.error_policy import ErrorPolicy
 from resnetlab.data.folder import arrange_splits, guess_split, select_images
 from resnetlab.data.object_store import is_address, is_store, list_tars, strip_secrets
+from resnetlab.data.prefetch import prefetch
 from resnetlab.data.remote_shards import RemoteShards
 from resnetlab.data.slow_disk import map_files
-from resnetlab.data.tar_index import MAX_INDEX, TarIndex, read_index
+from resnetlab.data.tar_index import MAX_INDEX, TarIndex, index_path, read_index
 from resnetlab.data.text_files import decode_text
+from resnetlab.device import count_cores
 from resnetlab.errors import DataError
 from resnetlab.formatting import format_count
 
+READER_BYTES = 2**25  # of indices, 400,000 images, for each process that reads them: two seconds
 UNFINISHED = ".packing"  # a folder beside the shards, while data.pack writes them
 MAX_CLASSES = 1_000_000  # of numbers without names
 ATTEMPTS = 3  # to open a tar that is fetched when it is needed
@@ -109,7 +114,7 @@ def load_shards(data: str, data_dir: Path, read_options: ReadOptions) -> Dataset
         if (folder / UNFINISHED).is_dir():
             again = f"pack it again into the same folder: resnetlab data pack DATA {folder}"
             raise DataError(f"{folder} was not packed to its end; {again}")
-    indices = _read_indices(tars)
+    indices = dict(zip(tars, _share_classes(_read_indices(tars)), strict=True))
     classes = _shard_classes(indices, places[0], tars[0])
     if len(classes) < 2 and not read_options.one_class:
         raise DataError(f"{data} has one class only, {classes[0]}; a classifier needs two or more.")
@@ -137,15 +142,44 @@ def load_shards(data: str, data_dir: Path, read_options: ReadOptions) -> Dataset
     return arrange_splits(data, classes, splits)
 
 
-def _read_indices(tars: Sequence[Path]) -> dict[Path, TarIndex]:
-    """The content of every shard; equal lists of classes are kept once."""
+def _share_classes(indices: Iterable[TarIndex]) -> Iterator[TarIndex]:
+    """The indices, with equal lists of classes kept once."""
     known: dict[tuple[str, ...] | None, tuple[str, ...] | None] = {}
+    for index in indices:
+        yield index._replace(classes=known.setdefault(index.classes, index.classes))
 
-    def read(tar: Path) -> TarIndex:
-        index = read_index(tar)
-        return index._replace(classes=known.setdefault(index.classes, index.classes))
 
-    return dict(zip(tars, map_files(read, tars), strict=True))
+def _read_indices(tars: Sequence[Path]) -> Iterator[TarIndex]:
+    """The content of every shard, in order, read by several processes where that takes seconds."""
+    size = sum(file.stat().st_size for file in map(index_path, tars) if file.is_file())
+    readers = min(count_cores(), len(tars), size // READER_BYTES)
+    # another way of starting a process runs the user's script again, and a process that may have none is one of many
+    if readers < 2 or multiprocessing.get_start_method() != "fork" or multiprocessing.current_process().daemon:
+        yield from map_files(read_index, tars)
+        return
+    length = -(-len(tars) // (8 * readers))
+    parts = [tars[start : start + length] for start in range(0, len(tars), length)]
+    found = prefetch(partial(_read_some, parts), range(len(parts)), readers)
+    with contextlib.closing(found):  # type: ignore[type-var]  # a generator
+        for part in found:
+            if part.error is not None:
+                raise part.error
+            yield from part.indices
+
+
+@dataclass(frozen=True)
+class _IndexPart:
+    """What a process has read, or the error, which a worker would raise with its traceback."""
+
+    indices: list[TarIndex]
+    error: DataError | None = None
+
+
+def _read_some(parts: Sequence[Sequence[Path]], part: int) -> _IndexPart:
+    try:
+        return _IndexPart(list(_share_classes(map(read_index, parts[part]))))
+    except DataError as error:
+        return _IndexPart([], error)
 
 
 def _split_of(tar: Path) -> str:
