@@ -250,6 +250,46 @@ def test_classes_of_objects_are_not_those_of_images(tmp_path: Path) -> None:
         load_classes(tmp_path)
 
 
+def test_what_a_file_is_does_not_depend_on_its_first_images(tmp_path: Path) -> None:
+    """The first 2,000 have no object, or no class, so nothing in the first 64 KiB shows which they have."""
+    many, box = 2000, {"label": 0, "bounding_box": [0.1, 0.1, 0.5, 0.5]}
+    (tmp_path / "data").mkdir()
+    cells.scene(0)[0].save(tmp_path / "data" / "last.png")
+    names = [*(f"image number {i:,} of the background" for i in range(many)), "last"]
+    first_boxes = {"classes": ["round"], "labels": {name: [] for name in names} | {"last": [box]}}
+    coordinates = {"label": "round", "coordinates": {"x": 9, "y": 9, "width": 4, "height": 4}}
+    createml = [{"image": f"{name}.png", "annotations": [coordinates] * (name == "last")} for name in names]
+    for layout, content in (("FiftyOne", first_boxes), ("CreateML", createml)):
+        file = tmp_path / "labels.json"
+        file.write_text(json.dumps(content))
+        with pytest.raises(DataError, match="data of boxes or masks: resnetlab detect train"):
+            load_classes(tmp_path)
+        found = read_annotations(tmp_path, ErrorPolicy("skip"), masks=False)
+        assert found.layout == layout and [image.name for image in found.splits[""]] == ["data/last.png"]
+        file.unlink()
+    tasks = [{"id": i, "data": {"image": f"/data/upload/1/{i}.png"}, "annotations": []} for i in range(many)]
+    tasks += [{"data": {"image": "last.png"}, "annotations": [{"result": [{"value": {"choices": ["cat"]}}]}]}]
+    (tmp_path / "project.json").write_text(json.dumps(tasks))
+    with pytest.raises(DataError, match=r"project\.json, task 0: its image does not exist"):
+        load_classes(tmp_path)
+
+
+def test_background_images_come_first_in_yolo_and_both_words_for_a_split_count(tmp_path: Path) -> None:
+    for folder in ("train", "val", "valid"):
+        (tmp_path / "images" / folder).mkdir(parents=True)
+        (tmp_path / "labels" / folder).mkdir(parents=True)
+        for i in range(21):
+            Image.new("RGB", (8, 8), (i, len(folder), 0)).save(tmp_path / "images" / folder / f"{folder}{i:02}.png")
+            text = "0 0.5 0.5 0.5 0.5\n" if i == 20 else ""
+            (tmp_path / "labels" / folder / f"{folder}{i:02}.txt").write_text(text)
+    (tmp_path / "data.yaml").write_text("train: images/train\nval: images/val\nvalid: images/valid\nnames: [round]\n")
+    found = read_annotations(tmp_path, ErrorPolicy(), masks=False)
+    assert found.layout == "YOLO" and {name: len(list(s)) for name, s in found.splits.items()} == {
+        "train": 21,
+        "val": 42,
+    }
+
+
 def test_not_every_annotation_of_voc_is_asked_whether_it_is_cvats(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -283,10 +323,11 @@ def test_choices_of_label_studio_are_classes(tmp_path: Path) -> None:
         "/project-1.json: the classes of kind are read, not those of quality.",
         " (Label Studio's tasks): 4 images without a class left out, such as p2.png.",
     ]
-    minimal = [{"image": "p0.png", "id": 7, "kind": {"choices": ["cat", "dog"]}}]
-    (tmp_path / "project-1.json").write_text(json.dumps(minimal))
-    with pytest.raises(DataError, match=r"project-1\.json is Label Studio's JSON-MIN; export JSON"):
-        load_classes(tmp_path)
+    for kind in ({"choices": ["cat", "dog"]}, "cat"):
+        minimal = [{"image": "p0.png", "id": 7, "kind": kind, "annotator": 1, "annotation_id": 3}]
+        (tmp_path / "project-1.json").write_text(json.dumps(minimal))
+        with pytest.raises(DataError, match=r"project-1\.json is Label Studio's JSON-MIN; export JSON"):
+            load_classes(tmp_path)
     write_tasks(tmp_path, [["cat"], ["dog", "cat"], ["dog"]] * 4)
     assert load(lambda root: load_classes(root, multi_label=True), tmp_path).label_sets is not None
     (tmp_path / "p3.png").unlink()

@@ -93,7 +93,7 @@ def check(
         _write_page(report, out, data_dir)
     if not json:
         _print_report(report)
-    speed = _measure_loading(source) if source and timing and report.readable == report.images else None
+    speed = _measure_loading(source) if source and timing and report.readable == report.total else None
     if json:
         console.print_json(report.to_json() | {"loading": speed})
     elif speed is not None:
@@ -177,11 +177,11 @@ def _write_page(report: CheckReport, out: Path, data_dir: Path) -> None:
         for kind in kinds
     ]
     counts = [
-        f"{format_split(split)} {sum(each.values()):,} in {format_count(len(each), 'class')}"
-        for split, each in report.classes.items()
+        f"{format_split(split)} {n:,} in {format_count(len(report.classes[split]), 'class')}"
+        for split, n in report.images.items()
     ]
     lead = (
-        f"{report.data}: {format_count(report.images, 'image')}, {report.readable:,} can be read; {'; '.join(counts)}. "
+        f"{report.data}: {format_count(report.total, 'image')}, {report.readable:,} can be read; {'; '.join(counts)}. "
         f"{format_count(len(report.problems), 'problem')}{f', the first {MAX_SHOWN}' * (len(report.problems) > MAX_SHOWN)}."
     )
     with warnings.catch_warnings():  # of images that cannot be read, which the page says
@@ -192,7 +192,7 @@ def _write_page(report: CheckReport, out: Path, data_dir: Path) -> None:
 
 
 def _print_report(report: CheckReport) -> None:
-    console.write_line(f"{report.data}: {format_count(report.images, 'image')}, {report.readable:,} can be read")
+    console.write_line(f"{report.data}: {format_count(report.total, 'image')}, {report.readable:,} can be read")
     if report.layout:
         console.write_line(f"layout         {report.layout}")
     if report.shorter_sides:

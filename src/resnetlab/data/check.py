@@ -114,7 +114,7 @@ class CheckReport:
     """The result of `check_dataset`.
 
     Attributes:
-        images: how many were checked; `readable` of them could be read.
+        images: split -> how many were checked; `readable` of all could be read.
         classes: split -> class -> how many images; of boxes, how many of them. An image may have several classes.
         layout: of boxes or masks, what was found, "COCO, 2 splits, 128 images, 80 classes"; empty for class folders.
         kinds: "JPEG RGB" -> how many.
@@ -124,7 +124,7 @@ class CheckReport:
     """
 
     data: str
-    images: int = 0
+    images: dict[str, int] = field(default_factory=dict)
     readable: int = 0
     problems: list[Problem] = field(default_factory=list)
     classes: dict[str, dict[str, int]] = field(default_factory=dict)
@@ -133,12 +133,17 @@ class CheckReport:
     quarantine: list[str] = field(default_factory=list)
     layout: str = ""
 
+    @property
+    def total(self) -> int:
+        """Images of all splits."""
+        return sum(self.images.values())
+
     def to_json(self) -> dict[str, Any]:
         """A plain dictionary; keys as in docs/json.md."""
         return {
             "data": self.data,
             "layout": self.layout,
-            "images": self.images,
+            "images": self.total,
             "readable": self.readable,
             "problems": [problem._asdict() for problem in self.problems],
             "classes": self.classes,
@@ -260,7 +265,7 @@ def check_splits(
     on_progress: Callable[[int, int], None],
 ) -> None:
     """Decodes the images of all splits, and adds what is found to a report; `labels` are the words for their labels."""
-    report.images = sum(map(len, splits.values()))
+    report.images = {name: len(split) for name, split in splits.items()}
     readable, kinds, sides = [], Counter[str](), []
     for image, problem in _check_images(splits, labels, workers):
         if problem is not None:
@@ -271,7 +276,7 @@ def check_splits(
             kinds[image.info.kind] += 1
             sides.append(min(image.info.size))
             report.problems += [Problem("suspicious", image.file, words) for words in image.info.suspicious]
-        on_progress(len(readable) + len(report.quarantine), report.images)
+        on_progress(len(readable) + len(report.quarantine), report.total)
     report.readable, report.kinds = len(readable), dict(kinds.most_common())
     report.shorter_sides = (min(sides), median(sides), max(sides)) if sides else None
     for first, second, near in find_copies(readable):

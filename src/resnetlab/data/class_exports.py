@@ -9,7 +9,6 @@ train/_classes.csv, train/1.jpg  Roboflow's "multi-label classification": a colu
 from __future__ import annotations
 
 import csv
-import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +18,7 @@ from resnetlab.data.file_lookup import ImageFinder, NameIndex, find_first_split,
 from resnetlab.data.json_exports import find_task_image, list_results
 from resnetlab.data.label_sets import INDICATORS, LabelLists
 from resnetlab.data.tables import ImageList
-from resnetlab.data.text_files import PEEKED_FILES, peek_text, read_json, read_text
+from resnetlab.data.text_files import PEEKED_FILES, has_patterns, peek_text, read_json, read_text
 from resnetlab.errors import DataError, warn
 from resnetlab.formatting import format_count, format_list
 
@@ -86,14 +85,14 @@ def _make_image_list(root: Path, name: str, rows: list[tuple[str, Any, str]], wi
 
 
 def _find_json(root: Path, stem: str, *patterns: str) -> list[Path]:
-    """The JSON files of a folder and the folders in it that have some patterns in their begin, of one name if it is given."""
+    """The JSON files of a folder and the folders in it, of one name if it is given, that `has_patterns` finds patterns in."""
     files = [file for file in list_json_files(root) if stem in ("", file.stem.lower())][:PEEKED_FILES]
-    return [file for file in files if all(re.search(pattern, peek_text(file)) for pattern in patterns)]
+    return [file for file in files if has_patterns(file, *patterns)]
 
 
 def _find_label_files(root: Path) -> list[Path]:
     files = _find_json(root, "labels", r'"classes"\s*:', r'"labels"\s*:')
-    return [file for file in files if not re.search(r'"bounding_box"\s*:', peek_text(file))]
+    return [file for file in files if not has_patterns(file, "", r'"bounding_box"\s*:')]
 
 
 def _read_label_file(file: Path, finder: ImageFinder) -> Iterator[Row]:
@@ -140,9 +139,10 @@ def _take_first_field(file: Path, fields: list[str]) -> str:
 
 
 def _find_task_choices(root: Path) -> list[Path]:
-    files = _find_json(root, "", r"^\s*\[", r'"choices"\s*:')
+    keys = r'"(choices|annotation_id)"\s*:'  # JSON-MIN gives a single choice as a text, and its annotation's number
     regions = r'"(rectangle|polygon|ellipse|brush)labels"'  # of a project that asks for objects, and of each image more
-    return [file for file in files if not re.search(regions, peek_text(file))]
+    files = _find_json(root, "", r"^\s*\[", keys)
+    return [file for file in files if not has_patterns(file, "", regions)]
 
 
 def _read_task_choices(file: Path, finder: ImageFinder) -> Iterator[Row]:
@@ -152,6 +152,8 @@ def _read_task_choices(file: Path, finder: ImageFinder) -> Iterator[Row]:
         raise DataError(f"{file} is Label Studio's JSON-MIN; export JSON, which says what is a choice.")
     tasks = [(task, list_results(task)[0]) for task in content]
     fields = {str(r.get("from_name", "")) for _, results in tasks for r in results if "choices" in r["value"]}
+    if not fields:  # such words are in another place
+        return
     field = _take_first_field(file, sorted(fields))
     for number, (task, results) in enumerate(tasks, 1):
         mine = [r["value"]["choices"] for r in results if r.get("from_name", "") == field and "choices" in r["value"]]

@@ -17,7 +17,7 @@ from resnetlab.data.file_lookup import list_json_files, list_subfolders
 from resnetlab.data.folder import guess_split
 from resnetlab.data.json_exports import read_createml, read_label_studio, read_labelme
 from resnetlab.data.mask_folders import has_mask_folders, read_mask_folders, read_voc_masks
-from resnetlab.data.text_files import PEEKED_FILES, peek_text
+from resnetlab.data.text_files import PEEKED_FILES, has_patterns
 from resnetlab.data.voc import find_voc_folders, read_voc
 from resnetlab.data.yolo import find_yolo_labels, read_yolo
 from resnetlab.errors import DataError, suggest_path
@@ -41,15 +41,15 @@ class Layout(NamedTuple):
     gives: str = "both"
 
 
-def _has_json(root: Path, start: str, *keys: str) -> bool:
-    """Whether a JSON file begins with a character and has some keys in its first 64 KiB."""
-    texts = (peek_text(file).lstrip() for file in list_json_files(root)[:PEEKED_FILES])
-    return any(text.startswith(start) and all(re.search(rf'"{key}"\s*:', text) for key in keys) for text in texts)
+def _has_json(root: Path, start: str, first: str = "", *others: str) -> bool:
+    """Whether a JSON file begins with a character, has a key (or one of several, "a|b") in its begin, and others anywhere."""
+    begin = rf"^\s*{re.escape(start)}" + (rf'.*?"({first})"\s*:' if first else "")
+    files = list_json_files(root)[:PEEKED_FILES]
+    return any(has_patterns(file, begin, *(rf'"{key}"\s*:' for key in others)) for file in files)
 
 
 def _has_coco(root: Path) -> bool:
-    keys = ("images", "annotations", "categories", "licenses", "info")
-    return any(_has_json(root, "{", key) for key in keys) and bool(find_coco_files(root))
+    return _has_json(root, "{", "images|annotations|categories|licenses|info") and bool(find_coco_files(root))
 
 
 LAYOUTS = (  # the first that matches is read
@@ -65,7 +65,8 @@ LAYOUTS = (  # the first that matches is read
     Layout("FiftyOne's (labels.json, data/)",
            lambda root: _has_json(root, "{", "classes", "labels", "bounding_box"), read_fiftyone),
     Layout("FiftyOne's data sets (samples.json, data/)", lambda root: _has_json(root, "{", "samples"), read_fiftyone_samples),
-    Layout("LabelMe's (JSON beside images)", lambda root: _has_json(root, "{", "shapes"), read_labelme),
+    Layout("LabelMe's (JSON beside images)",
+           lambda root: _has_json(root, "{", "shapes|imageData|imagePath", "shapes"), read_labelme),
     Layout("COCO's (train.json, annotations/instances_train2017.json, train/_annotations.coco.json, result.json and so on)",
            _has_coco, read_coco),
     Layout("CreateML's (_annotations.createml.json)",

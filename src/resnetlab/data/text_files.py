@@ -63,6 +63,22 @@ def peek_text(file: Path) -> str:
     return start.decode(find_encoding(start), "replace")
 
 
+def has_patterns(file: Path, first: str, *others: str) -> bool:
+    """Whether a text that may be of any program has one pattern in its begin, and others anywhere in it.
+
+    What a tool writes before all else is looked for in the begin, and what only some images have (a box) anywhere: the first
+    thousand images may have none.
+    """
+    text = peek_text(file)
+    if not re.search(first, text, re.DOTALL):
+        return False
+    if all(re.search(pattern, text) for pattern in others):
+        return True
+    content = file.read_bytes()
+    text = content.decode(find_encoding(content), "replace")
+    return all(re.search(pattern, text) for pattern in others)
+
+
 def peek_lines(file: Path) -> list[str]:
     """The lines of a text that may be of any program, such as a note in Latin-1; none if it is large or cannot be read."""
     try:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import re
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,9 +45,9 @@ def find_yolo_labels(root: Path) -> bool:
     folders = [root]
     for _ in range(LABEL_DEPTH + 1):
         for folder in folders:
-            for file in sorted(folder.glob("*.txt"))[:20]:
-                lines = peek_lines(file)
-                if lines and all(re.fullmatch(r"\d+(\s+-?[\d.]+([eE][-+]?\d+)?){4,}", line) for line in lines):
+            texts = filter(None, map(peek_lines, sorted(folder.glob("*.txt"))))  # empty ones are of background
+            for lines in islice(texts, 20):
+                if all(re.fullmatch(r"\d+(\s+-?[\d.]+([eE][-+]?\d+)?){4,}", line) for line in lines):
                     return True
         folders = [inner for folder in folders for inner in list_subfolders(folder)]
     return False
@@ -95,13 +96,18 @@ def read_yolo_config(root: Path) -> YoloConfig:
                 raise DataError(f"{file}: {words[0]!r} in `names` is no number; {hint}")
             names = [names[key] for key in sorted(names, key=int)]
         if isinstance(names, list) and names:
-            places = {find_split(key): value for key, value in values.items() if find_split(key) and value}
-            splits = {split: [value] if isinstance(value, str) else list(value) for split, value in places.items()}
+            splits: dict[str, list[str]] = {}
+            for key, value in values.items():  # valid: beside val: is the same split
+                if (split := find_split(key)) and value:
+                    splits.setdefault(split, []).extend([value] if isinstance(value, str) else value)
             return YoloConfig(file, tuple(map(str, names)), splits, bool(values.get("kpt_shape")))
     if (class_file := _find_class_file(root)) is not None:
         darknet = find_entry(root, "obj.data")
         pairs = (line.partition("=") for line in read_lines(darknet)) if darknet is not None else ()
-        places = {find_split(key.strip()): [place.strip()] for key, _, place in pairs if find_split(key.strip())}
+        places: dict[str, list[str]] = {}
+        for key, _, place in pairs:
+            if split := find_split(key.strip()):
+                places.setdefault(split, []).append(place.strip())
         return YoloConfig(darknet, tuple(read_lines(class_file)), places)
     raise DataError(f"{root} has YOLO's labels, but no data.yaml with `names` and no classes.txt; add one of them.")
 

@@ -135,7 +135,7 @@ def _read_uris(names: set[str], data: str, data_dir: Path) -> dict[str, str]:
     """name -> the image as a data URI, of the images of a data set, or of a folder without classes, or paths."""
     uris: dict[str, str] = {}
     try:
-        source = sources.load_dataset(data, data_dir, ReadOptions(one_class=True))
+        source = sources.load_dataset(data, data_dir, ReadOptions(one_class=True, multi_label=True))
     except DataError:  # a folder without classes, or a file of features, which holds no image
         folder = Path(data).is_dir()
         others = {name: image for name, image in expand_images(data) if name in names} if folder else {}
