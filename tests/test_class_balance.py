@@ -77,6 +77,8 @@ def test_balanced_epochs_equal_a_count_by_hand() -> None:
     assert {i: seen[i] for i in (0, 11)} == {0: 10, 11: 10} and {seen[i] for i in (12, 13, 14)} == {40}
     assert {seen[i] for i in range(15, 24)} == {13, 14}  # 120 of 9 images
     assert not torch.equal(stream[:24], stream[24:48])
+    kept = (*epochs.members, epochs(5, 24, 0))  # in every process that reads: 4 bytes an image each
+    assert {x.dtype for x in kept} == {torch.int32} and stream.dtype == torch.int64
 
 
 def test_an_imbalance_is_reported() -> None:

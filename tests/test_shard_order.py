@@ -19,7 +19,7 @@ from process_groups import call_in_processes
 from resnetlab.data import shard_order
 from resnetlab.data.disk_split import DiskSplit, ReadOptions
 from resnetlab.data.remote_shards import RemoteShards
-from resnetlab.data.shard_order import BLOCK, ShardOrder
+from resnetlab.data.shard_order import BLOCK, ShardOrder, group_positions
 from resnetlab.data.shards import ShardSource
 from resnetlab.data.sources import load_dataset
 from resnetlab.distributed import World
@@ -53,6 +53,14 @@ def test_every_image_occurs_once_an_epoch_and_few_shards_at_once() -> None:
         assert group == 0 or not set(first) & set(itertools.islice(order.shards_from(0, range(4)), 20))
     both = torch.cat([order.indices(step, range(8)) for step in range(300)])
     assert max(Counter(both.tolist()).values()) - min(Counter(both.tolist()).values()) <= 2
+
+
+def test_positions_by_group_take_four_bytes_each() -> None:
+    groups = torch.tensor([3, 0, 3, 7, 0, 3])
+    found = group_positions(groups)
+    assert [x.tolist() for x in found] == [[1, 4], [0, 2, 5], [3]] and {x.dtype for x in found} == {torch.int32}
+    order = ShardOrder(found, (0, 3, 7), 1, 0, 6)
+    assert order.indices(0, range(6)).dtype == order.first_images(6).dtype == torch.int64
 
 
 def test_the_processes_of_a_step_share_what_one_would_read() -> None:

@@ -23,7 +23,7 @@ from resnetlab.data.device_decode import decode_images, decodes_on_device, pack_
 from resnetlab.data.own_transform import Transform, TransformedReader
 from resnetlab.data.prefetch import BatchReader, LoadedBatch, Prefetcher, preprocess_image, stack_images
 from resnetlab.data.remote_shards import ShardFetcher
-from resnetlab.data.shard_order import BLOCK, ShardOrder
+from resnetlab.data.shard_order import BLOCK, ShardOrder, group_positions
 from resnetlab.data.shards import ShardSource
 from resnetlab.device import DeviceConfig, to_device
 from resnetlab.distributed import World
@@ -66,7 +66,7 @@ def step_indices(
     while position < end:
         epoch, start = divmod(position, n)
         stop = min(n, start + end - position)
-        chunks.append(epoch_indices(seed, n, epoch)[start:stop])
+        chunks.append(epoch_indices(seed, n, epoch)[start:stop].long())
         position += stop - start
     return torch.cat(chunks)
 
@@ -86,9 +86,11 @@ def rank_positions(batch_size: int, world: World) -> range:
     return range(start, batch_size if world.rank == world.size - 1 else end)
 
 
-@lru_cache(maxsize=2)  # a batch spans two epochs at most unless it is larger than the data set
-def _permutation(seed: int, n: int, epoch: int) -> Tensor:
+def _permute(seed: int, n: int, epoch: int) -> Tensor:
     return torch.randperm(n, generator=make_generator(seed, "order", epoch))
+
+
+_permutation = lru_cache(maxsize=2)(_permute)  # a batch spans two epochs at most unless it is larger than the data set
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,7 +100,7 @@ class BalancedEpochs:
     Over all epochs the images of a class occur equally often, since each class has epochs of its own.
 
     Attributes:
-        members: of each class the indices of its images.
+        members: of each class the indices of its images (`group_positions`).
     """
 
     members: tuple[Tensor, ...]
@@ -106,8 +108,7 @@ class BalancedEpochs:
     @staticmethod
     def from_labels(labels: Tensor) -> BalancedEpochs:
         """For labels int64 (N,); classes without an image are left out."""
-        sizes = labels.bincount()
-        return BalancedEpochs(torch.split(torch.argsort(labels, stable=True), sizes[sizes > 0].tolist()))
+        return BalancedEpochs(group_positions(labels))
 
     @property
     def length(self) -> int:
@@ -115,7 +116,7 @@ class BalancedEpochs:
         return max(1, round(sum(map(len, self.members)) / len(self.members))) * len(self.members)
 
     def __call__(self, seed: int, n: int, epoch: int) -> Tensor:
-        """The n = `length` indices of an epoch."""
+        """The n = `length` indices of an epoch, of the type of `members`."""
         return _balanced_epoch(self, seed, n, epoch)
 
 
@@ -123,10 +124,10 @@ class BalancedEpochs:
 def _balanced_epoch(epochs: BalancedEpochs, seed: int, n: int, epoch: int) -> Tensor:
     each = n // len(epochs.members)
     chosen = [
-        images[step_indices(seed_for(seed, "balanced", c), len(images), each, epoch)]
+        images[step_indices(seed_for(seed, "balanced", c), len(images), each, epoch, _permute)]
         for c, images in enumerate(epochs.members)
     ]
-    return torch.cat(chosen)[_permutation(seed, n, epoch)]
+    return torch.cat(chosen)[_permute(seed, n, epoch)]
 
 
 class RandomStream(NamedTuple):

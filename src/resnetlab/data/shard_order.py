@@ -32,7 +32,7 @@ class ShardOrder:
     """The order of the images of a split of shards.
 
     Attributes:
-        members: of each shard that has images the positions in the split, int64.
+        members: of each shard that has images the positions in the split (`group_positions`).
         shards: the shards' numbers in the source.
     """
 
@@ -48,14 +48,12 @@ class ShardOrder:
         if not isinstance(split, DiskSplit) or not isinstance(split.source, ShardSource):
             raise UsageError("sampling=shards is for tar shards; make them: resnetlab data pack DATA FOLDER.")
         of_image = torch.from_numpy(split.source.shard)[split.indices].long()
-        sizes = of_image.bincount()
-        found = torch.nonzero(sizes).flatten().tolist()
+        found = torch.nonzero(of_image.bincount()).flatten().tolist()
         if batch % groups or groups > len(found):
             raise UsageError(
                 f"shard_groups={groups} must divide the batch of {batch:,}, and be no more than the {len(found):,} shards."
             )
-        members = torch.split(torch.argsort(of_image, stable=True), [int(sizes[k]) for k in found])
-        return ShardOrder(members, tuple(found), groups, seed, batch)
+        return ShardOrder(group_positions(of_image), tuple(found), groups, seed, batch)
 
     def indices(self, step: int, positions: range) -> Tensor:
         """The split's images at these positions of a step, int64."""
@@ -63,7 +61,7 @@ class ShardOrder:
         for group in self.groups_of(positions):
             start, stop = (min(max(p - group * share, 0), share) for p in (positions.start, positions.stop))
             parts += self._read(group, step * share + start, step * share + stop)
-        return torch.cat(parts)
+        return torch.cat(parts).long()
 
     def groups_of(self, positions: range) -> range:
         """The groups that give these positions of every step."""
@@ -96,7 +94,7 @@ class ShardOrder:
             chosen.append(self.members[k])
             if sum(map(len, chosen)) >= count:
                 break
-        return torch.cat(chosen).sort().values
+        return torch.cat(chosen).sort().values.long()
 
     def _read(self, group: int, position: int, stop: int) -> Iterator[Tensor]:
         """The images of a group from a position on, over all its epochs."""
@@ -124,6 +122,12 @@ class ShardOrder:
 
     def _block_shards(self, epoch: int, group: int, block: int) -> list[int]:
         return _shuffle_shards(self, epoch)[group :: self.groups][BLOCK * block : BLOCK * (block + 1)]
+
+
+def group_positions(groups: Tensor) -> tuple[Tensor, ...]:
+    """Of each number that occurs in int64 (N,) its positions, ascending; int32, half the memory, where N allows it."""
+    sizes, dtype = groups.bincount(), torch.int32 if len(groups) < 2**31 else torch.int64
+    return torch.split(torch.argsort(groups, stable=True).to(dtype), sizes[sizes > 0].tolist())
 
 
 @lru_cache(maxsize=64)
