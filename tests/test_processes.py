@@ -16,6 +16,8 @@ import torch
 
 from images import NAMES, folder
 from resnetlab.cli.main import run_command
+from resnetlab.data import sources
+from resnetlab.data.dataset import Dataset
 from resnetlab.distributed import World
 from resnetlab.errors import UsageError
 from resnetlab.evaluation.evaluate import evaluate
@@ -47,8 +49,9 @@ def free_port() -> int:
 
 
 def take_part(rank: int, size: int, port: int, model: Path, data: str, data_dir: Path, out: Path) -> None:
-    """Evaluates as one of torchrun's processes."""
+    """Evaluates as one of torchrun's processes, all on one machine."""
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(size)}
     torch.set_num_threads(1)
     asked: list[int] = []
     found = evaluate(
@@ -92,7 +95,15 @@ def test_one_two_and_three_processes_find_the_same(model: Path, cifar10_dir: Pat
 
 
 def test_processes_know_why_each_image_was_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also of those that another process could not read; and they count none twice."""
+    """Also of those that another process could not read; and they count none twice. One of them lists the images."""
+    listed, load = tmp_path / "listed", sources.load_dataset
+
+    def load_and_note(*arguments: Any) -> Dataset:
+        with listed.open("a") as file:
+            file.write(f"{os.environ['RANK']} of {os.environ['WORLD_SIZE']}\n")
+        return load(*arguments)
+
+    monkeypatch.setattr(sources, "load_dataset", load_and_note)
     monkeypatch.setattr("resnetlab.evaluation.scores.BATCH", 4)  # so that every process has some
     root = folder(tmp_path / "d", {"train": 1, "val": 7})
     for i, name in enumerate(NAMES):
@@ -108,6 +119,7 @@ def test_processes_know_why_each_image_was_skipped(tmp_path: Path, monkeypatch: 
     for group in others:
         assert sum(found.pop("batches") for found in group) == batches == 6
         assert all(found == alone for found in group)
+    assert listed.read_text().splitlines() == ["0 of 1", "0 of 2", "0 of 3"]
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,9 @@ from resnetlab.data.dataset import Dataset, MemorySplit, Split
 from resnetlab.data.disk_split import ReadOptions
 from resnetlab.data.objects import dataset_from_object
 from resnetlab.data.prefetch import PreprocessedSplit
+from resnetlab.data.shared_loading import share_loading
 from resnetlab.device import DeviceConfig, select_device, standard_torch_state
-from resnetlab.distributed import join_process_group, leave_if_imported_again
+from resnetlab.distributed import World, join_process_group, leave_if_imported_again
 from resnetlab.errors import AnsweredAttributes, DataError, UsageError, public, unknown_name_error
 from resnetlab.evaluation.calibration import (
     choose_none_below,
@@ -278,18 +279,18 @@ def evaluate(
     if classes not in SCOPES:
         raise unknown_name_error("choice of classes", classes, SCOPES)
     reading = ReadOptions(on_bad_image, str(quarantine), multi_label=True, one_class=True)
-    source, data = _load_source(data, Path(data_dir), reading, trained)
-    source = source.with_decode_on(decode_on)
-    _check_multi_label(trained, names, source, fit_on)
-    scored, scope = _select_classes(trained, names, source.classes, classes)
-    columns = [torch.tensor([each.classes.index(name) for name in scored]) for each in trained]
-    split, images = pick_split(source, split, trained)
-    _require_labels(images)
-    if fit_on is not None:
-        images, held_out, about = select_calibration_images(fit_on, source, split, images, trained)
-    labels = _find_truth(source, images, scored, trained[0].multi_label)
-    notes = describe_overlap(source, images, trained, names)
     with join_process_group() as world:
+        source, data = _load_source(data, Path(data_dir), reading, trained, world)
+        source = source.with_decode_on(decode_on)
+        _check_multi_label(trained, names, source, fit_on)
+        scored, scope = _select_classes(trained, names, source.classes, classes)
+        columns = [torch.tensor([each.classes.index(name) for name in scored]) for each in trained]
+        split, images = pick_split(source, split, trained)
+        _require_labels(images)
+        if fit_on is not None:
+            images, held_out, about = select_calibration_images(fit_on, source, split, images, trained)
+        labels = _find_truth(source, images, scored, trained[0].multi_label)
+        notes = describe_overlap(source, images, trained, names)
         device_config = replace(select_device(precision, device), world=world)
         if fit_on is not None:
             truth, about = _find_truth(source, held_out, scored, multi_label=False), {"data": data} | about
@@ -345,12 +346,16 @@ def _measure(
 
 
 def _load_source(
-    data: Any, data_dir: Path, reading: ReadOptions, models: Sequence[TrainedModel]
+    data: Any, data_dir: Path, reading: ReadOptions, models: Sequence[TrainedModel], world: World
 ) -> tuple[Dataset, str]:
     """The data set of a name, or of Python objects, read as the models need it, and its name for figures that are shared."""
-    named = isinstance(data, str | Path)
-    source = sources.load_dataset(str(data), data_dir, reading) if named else dataset_from_object(data, reading)
-    name = sources.strip_signature(str(data) if named else source.name)
+    if isinstance(data, str | Path):
+        with share_loading(world) as load_once:
+            source = load_once(partial(sources.load_dataset, str(data), data_dir, reading))
+        name = sources.strip_signature(str(data))
+    else:
+        source = dataset_from_object(data, reading)
+        name = sources.strip_signature(source.name)
     return source.with_pixel_format(common_pixel_format(models)), name
 
 
