@@ -163,6 +163,32 @@ def test_plain_torchrun_goes_on_after_four_kills(tmp_path: Path, undisturbed: Pa
 
 
 @pytest.mark.slow
+@needs_proc
+@pytest.mark.parametrize("backend", ["c10d", "static"])
+def test_two_launchers_go_on_after_two_kills(backend: str, tmp_path: Path, undisturbed: Path) -> None:
+    """As two machines of two processes, which meet by torchrun's two ways; a rank of each is killed."""
+    out, port = tmp_path / "run", str(free_port())
+    launcher = ["-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "2", "--max-restarts", "4"]
+    meet = {
+        "c10d": ["--rdzv-backend", "c10d", "--rdzv-id", "job", "--rdzv-endpoint", f"127.0.0.1:{port}"],
+        "static": ["--master-addr", "127.0.0.1", "--master-port", port],
+    }[backend]
+    command = ["-m", *COMMAND[2:], "--steps", str(STEPS), "--out", str(out)]
+    ranks = [["--node-rank", str(machine)] if backend == "static" else [] for machine in range(2)]
+    with (
+        start(tmp_path, *launcher, *meet, *ranks[0], *command) as one,
+        start(tmp_path, *launcher, *meet, *ranks[1], *command) as two,
+    ):
+        for step, rank in ((2, 3), (8, 0)):
+            wait_until(lambda: last_step(out) >= step, one)  # noqa: B023
+            os.kill(process_of_rank(rank, tmp_path), signal.SIGKILL)
+        errors = [each.communicate()[1] for each in (one, two)]
+    assert (one.returncode, two.returncode) == (0, 0), errors
+    assert "".join(errors).count("resuming from step") == 2
+    assert_same(out, undisturbed)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("batch", "sizes"), [(64, (2, 4)), (192, (3, 6))])
 def test_one_model_file_for_any_number_of_processes(batch: int, sizes: tuple[int, ...], tmp_path: Path) -> None:
     values = VALUES | {"batch": batch, "bn_batch": 16, "checkpoint_minutes": 1}
