@@ -93,6 +93,13 @@ def test_the_confident_joint_by_hand() -> None:
         out_of_fold_scores(torch.zeros(3, 2), torch.tensor([0, 0, 1]))
 
 
+def test_an_image_whose_label_is_clearly_less_likely_is_listed() -> None:
+    """Image 2 is not confident (thresholds .67 and .84), but its scores are .6 apart; those of image 3 are .2 apart."""
+    scores = torch.tensor([[0.9, 0.1], [0.9, 0.1], [0.2, 0.8], [0.6, 0.4], *[[0.05, 0.95]] * 4]).double()
+    labels = torch.tensor([0, 0, 0, 1, 1, 1, 1, 1])
+    assert [each.position for each in find_label_errors(scores, labels)] == [2]
+
+
 def test_an_audit_writes_a_quarantine_list(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = folder(tmp_path / "d", {"train": 12, "val": 3})
     wrong = root / "train" / NAMES[0] / "z.jpg"
@@ -260,7 +267,7 @@ def test_heads_are_fitted_without_the_suspects_of_a_first_round() -> None:
     labels[:80:4] = 1
     errors = find_label_errors(out_of_fold_scores(features, labels), labels)
     assert len(set(range(0, 80, 4)) & {each.position for each in errors}) >= 17  # 15 by heads that are fitted once
-    assert len(errors) <= 23
+    assert len(errors) <= 25  # some images resemble the other class more, whatever their label
     labels[100:110:2] = 2
     assert out_of_fold_scores(features, labels).shape == (400, 3)
 

@@ -15,6 +15,7 @@ from resnetlab.random import seed_for
 
 FOLDS = 5
 DECAYS = (1e-3, 1e-2, 1e-1)  # L2 penalties that are tried, per image
+CLEAR_MARGIN = 0.5  # by which a score exceeds the label's if that is no matter of doubt (docs/log.md has measurements)
 
 
 class LabelError(NamedTuple):
@@ -99,7 +100,9 @@ def find_label_errors(scores: Tensor, labels: Tensor) -> list[LabelError]:
 
     Their number is that outside the diagonal of the calibrated confident joint: the confident predictions, whose score reaches
     the mean score that images labelled as that class have for it, are counted and scaled to the number of images of each label.
-    All pairs of classes are taken together, since one pair alone often has too few to count.
+    All pairs of classes are taken together, since one pair alone often has too few to count. All whose score exceeds their
+    label's by CLEAR_MARGIN are listed, if those are more: a network that learned from the labels has memorised some wrong ones
+    and is less confident of such images, so that too few are counted.
 
     Args:
         scores: out of fold, (N, classes).
@@ -115,7 +118,9 @@ def find_label_errors(scores: Tensor, labels: Tensor) -> list[LabelError]:
         torch.bincount(labels[chosen], minlength=classes) for chosen in (confident, confident & (likely != labels))
     )
     number = round(float((confidently_wrong / confident_of.clamp_min(1) * counts).sum()))
-    order = (given_scores - likely_scores).argsort(stable=True)
+    margins = likely_scores - given_scores
+    number = max(number, int((margins > CLEAR_MARGIN).sum()))
+    order = (-margins).argsort(stable=True)
     return _list_errors(order[(likely != labels)[order]][:number].tolist(), scores, labels, likely)
 
 
