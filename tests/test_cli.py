@@ -110,6 +110,7 @@ def run_cli(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, s
         (["inspect", "resnet56", "--image-size", "0"], "has no pixel"),
         (["predict", "model.safetensors"], "predict needs images"),
         (["predict", "model.safetensors", "a.png", "--tpo", "3"], "unknown option --tpo"),
+        (["train", "digits", "--no-pretrained"], "--pretrained is off unless it is given; leave --no-pretrained out."),
         (["evaluate", "model.safetensors"], "--data"),
         (["train", "resnet18"], "resnet18 is a network, not data; give it as --net resnet18"),
     ],

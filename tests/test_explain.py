@@ -199,9 +199,9 @@ def test_overlays_are_correct_images_of_every_class_and_the_most_confident_mista
 def test_the_command_writes_two_files_for_each_image(
     model_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for folder in ("a", "b"):
+    for folder, name in (("a", "one.jpg"), ("b", "one.png")):
         (tmp_path / folder).mkdir()
-        photo(5 if folder == "a" else 6).save(tmp_path / folder / "one.jpg")
+        photo(5 if folder == "a" else 6).save(tmp_path / folder / name)
     (tmp_path / "a" / "text.png").write_text("no image")
     out = tmp_path / "deep" / "explained"
     arguments = ["explain", str(model_file), str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(out), "--top", "2"]
@@ -211,7 +211,7 @@ def test_the_command_writes_two_files_for_each_image(
     first, bad, second = json.loads(said.out)["explanations"]
     assert set(bad) == {"image", "error"} and "not an image" in bad["error"]
     assert sorted(file.name for file in out.iterdir()) == [
-        "one-2.blocks.svg", "one-2.heat.png", "one.blocks.svg", "one.heat.png",
+        "one.blocks.svg", "one.heat.png", "one.png.blocks.svg", "one.png.heat.png",
     ]  # fmt: skip
     known = (
         (Path(__file__).parents[1] / "docs" / "json.md").read_text().split("## `resnetlab explain")[1].split("\n## ")[0]

@@ -347,6 +347,7 @@ WRONG: dict[str, Callable[[Model], Any]] = {
     "ResNet has no attribute 'feature_info'; use resnetlab.models.backbone.Features(net).feature_info.": lambda model: (
         model.net.feature_info
     ),
+    "ResNet has no attribute 'layer9'; use layer1 to layer": lambda model: model.net.layer9,
     "ResNet has no attribute 'nonsense'.": lambda model: model.net.nonsense,
     "Explanation has no attribute 'save'; use overlay.save(file).": lambda _: object.__new__(Explanation).save,  # type: ignore[attr-defined]
     "Detector has no attribute 'state_dict'; use model.net,": lambda _: object.__new__(Detector).state_dict,  # type: ignore[attr-defined]

@@ -312,8 +312,8 @@ def test_small_images_in_an_imagenet_net(size: tuple[int, int], left: str) -> No
     )
     net = build("resnet18", classes=2, seed=0).eval()
     with pytest.warns(SmallImageWarning) as caught:
-        last = net.features(torch.zeros(1, 3, *size))["C5"]
-    assert [str(w.message) for w in caught] == [sentence]
+        last = net.forward_features(torch.zeros(1, 3, *size))
+    assert [(str(w.message), w.filename) for w in caught] == [(sentence, __file__)]
     assert f"{last.shape[2]}x{last.shape[3]}" == left
     with warnings.catch_warnings(action="error"):
         net(torch.zeros(1, 3, *size))  # once a network

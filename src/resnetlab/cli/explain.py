@@ -114,9 +114,8 @@ def _write_files(
     from resnetlab.run_folder import check_output_file, write_atomically, writing
 
     stem, n = file.stem, 1
-    while stem in taken:
-        n += 1
-        stem = f"{file.stem}-{n}"
+    while stem in taken:  # one.jpg beside one.heic gets one.jpg, another one.jpg one.jpg-2
+        stem, n = file.name if n == 1 else f"{file.name}-{n}", n + 1
     taken.add(stem)
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)  # only now, so that no empty folder is left where no image can be read

@@ -28,6 +28,7 @@ class _Command:
         arguments = list(app.assemble_argument_collection())
         self.options = {name for argument in arguments for name in argument.names if name.startswith("--")} | {"--help"}
         self.flags = {name for argument in arguments if argument.hint is bool for name in argument.names} | {"--help"}
+        self.negatives = {name for argument in arguments for name in argument.negatives}
         names = {name for argument in arguments for name in argument.names} - self.options - {"*"}
         self.positional = {"MODEL" if name == "MODELS" else name for name in names}
         self.takes_many = any(argument.field_info.kind is Parameter.VAR_POSITIONAL for argument in arguments)
@@ -82,6 +83,8 @@ class _Command:
             answer = "a file that --out names is replaced without asking." if "--out" in self.options else None
         if answer is not None:
             raise UsageError(f"there is no option {option}: {answer}")
+        if (flag := option.replace("--no-", "--", 1)) != option and flag in self.flags and option not in self.negatives:
+            raise UsageError(f"{flag} is off unless it is given; leave {option} out.")
         if self.takes_hyphens:
             raise UsageError(f"unknown option {option}; `resnetlab {' '.join(self.words)} --help` lists the options.")
 

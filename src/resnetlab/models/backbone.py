@@ -113,7 +113,8 @@ def modules_up_to(net: ResNet, last: str, kind: str = "map") -> list[nn.Module]:
 def freeze(net: ResNet, last: str) -> None:
     """Freezes everything up to and including the map `last`: weights and BN statistics stay.
 
-    "C1" is the stem, "C2" the first stage, which "layer1" names too.
+    "C1" is the stem, "C2" the first stage, which "layer1" names too. Freeze after torch's `convert_sync_batchnorm`, which
+    makes every BN train.
 
     Raises UsageError for a name that is not a map of the network.
     """

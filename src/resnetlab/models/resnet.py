@@ -7,6 +7,7 @@ can be exchanged in both directions.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -182,7 +183,13 @@ class ResNet(nn.Module):
             try:
                 return super().__getattr__(name)
             except AttributeError:
-                raise unknown_attribute_error(self, name, NETWORK_ATTRIBUTES) from None
+                answers, layers = (
+                    NETWORK_ATTRIBUTES,
+                    [n for n in self.__dict__.get("_modules", ()) if n.startswith("layer")],
+                )
+                if layers and name.startswith("layer"):
+                    answers = answers | {name: f"{layers[0]} to {layers[-1]}, the stages of this network"}
+                raise unknown_attribute_error(self, name, answers) from None
 
     def __prepare_scriptable__(self) -> None:
         """Answers torch.jit.script, which would end in an error about a line of this class."""
@@ -297,12 +304,15 @@ def warn_small_image(net: ResNet, image_size: Sequence[int]) -> None:
         # of the network as it is: a segmenter's is dilated, a detector's ends before its last stage
         strides = [conv.stride[0] for block in net.modules() if isinstance(block, Block) for conv in block.convs]
         stride = 4 * math.prod(strides)
+        level, frame = 1, inspect.currentframe()
+        while frame is not None and str(frame.f_globals.get("__name__")).partition(".")[0] in ("resnetlab", "torch"):
+            level, frame = level + 1, frame.f_back  # up to the caller's own line
         warnings.warn(
             f"images of {height}x{width} pixels in a network with ImageNet's 7x7 stem, which leaves them "
             f"{math.ceil(height / stride)}x{math.ceil(width / stride)} at the end; "
             "use a CIFAR net such as resnet20 or resnet56 instead.",
             SmallImageWarning,
-            stacklevel=3,
+            stacklevel=level,
         )
 
 

@@ -77,7 +77,10 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
 
 
 class FixedBatchNorm(nn.BatchNorm2d):
-    """BN as a constant affine map of its statistics, in training too (2015, appendix A); it has nothing to train."""
+    """BN as a constant affine map of its statistics, in training too (2015, appendix A); it has nothing to train.
+
+    `torch.nn.SyncBatchNorm.convert_sync_batchnorm` would make it an ordinary BN again: convert first, then freeze.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
