@@ -91,8 +91,9 @@ class DeviceConfig:
     def side_by_side_map(self, count: int) -> Iterator[MapFunction]:
         """`map` in threads, for `count` independent items such as batches to evaluate.
 
-        On a CPU each has `op_threads` threads inside its operations, or as many as are left over. On a GPU there are two
-        threads with a stream each, so that one batch is prepared and copied beside another. Elsewhere the built-in `map`.
+        On a CPU each has as many threads inside its operations as are left over, whatever a run's steps have, so that a run's
+        own evaluation and a later one agree. On a GPU there are two threads with a stream each, so that one batch is prepared
+        and copied beside another. Elsewhere the built-in `map`.
         """
         if self.device.type == "cuda" and count > 1:
             caller = torch.cuda.current_stream(self.device)
@@ -100,21 +101,19 @@ class DeviceConfig:
             with ThreadPoolExecutor(2, initializer=use_own) as pool:
                 yield partial(map_in_order, pool, 3)
             return
-        op_threads = self.op_threads or max(1, self.threads // max(1, count))
-        if self.device.type != "cpu":
+        op_threads = max(1, self.threads // max(1, count))
+        side_by_side = min(count, self.threads // op_threads) if self.device.type == "cpu" else 1
+        if side_by_side < 2:
             yield map
             return
-        side_by_side = min(count, self.threads // op_threads)
         before = torch.get_num_threads()
         torch.set_num_threads(op_threads)
+        use_one_heap()
+        pool = ThreadPoolExecutor(side_by_side)
         try:
-            if side_by_side < 2:
-                yield map
-                return
-            use_one_heap()
-            with ThreadPoolExecutor(side_by_side) as pool:
-                yield partial(map_in_order, pool, side_by_side + 1)
+            yield partial(map_in_order, pool, side_by_side + 1)
         finally:
+            pool.shutdown()
             torch.set_num_threads(before)
 
     def __str__(self) -> str:

@@ -291,8 +291,7 @@ def evaluate(
             images, held_out, about = select_calibration_images(fit_on, source, split, images, trained)
         labels = _find_truth(source, images, scored, trained[0].multi_label)
         notes = describe_overlap(source, images, trained, names)
-        op_threads = trained[0].recipe.get("op_threads", 0)  # as in the run's own evaluation: they decide the last bits
-        device_config = replace(select_device(precision, device), world=world, op_threads=op_threads)
+        device_config = replace(select_device(precision, device), world=world)
         if fit_on is not None:
             truth, about = _find_truth(source, held_out, scored, multi_label=False), {"data": data} | about
             notes += describe_few_images(len(truth))

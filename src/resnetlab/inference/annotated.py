@@ -262,8 +262,7 @@ PREDICTORS: dict[str, type[Detector | Segmenter]] = {"detect": Detector, "segmen
 def open_annotated_model(path: Path, task: str, precision: str, device: str) -> Detector | Segmenter:
     """Loads a model file of a task onto the device; raises ModelFileError, UsageError."""
     model = load_annotated(path, task)
-    # as the run's own evaluation: the threads inside an operation decide the last bits, in bf16 sometimes a figure
-    device_config = replace(select_device(precision, device), op_threads=int(model.recipe.get("op_threads", 0)))
+    device_config = select_device(precision, device)
     model.net = device_config.place(model.net)
     if device_config.device.type == "cuda":  # what comes after a detector's backbone has sizes that depend on values
         backbone: Any = model.net.backbone
