@@ -394,7 +394,10 @@ def test_recipes_accept_only_their_own_values(trained: Path) -> None:
         recipes.find_recipe("photos", "detect")
     assert DetectionRecipe.from_values(recipe.to_json()) == recipe
     elsewhere = {"processes": 1}, {"processes": 2} | dict.fromkeys(("device", "cpu", "gpu", "torch"))
-    assert [len(describe_differences(*elsewhere, replace(recipe, bn=bn))) for bn in ("live", "fixed")] == [1, 0]
+    assert [len(describe_differences(*elsewhere, replace(recipe, bn=bn))) for bn in ("live", "fixed")] == [
+        1,
+        0,
+    ]
     again = resume(trained / "run", task="detect")
     assert isinstance(again, DetectionResult) and again.steps == 6
 
@@ -462,6 +465,8 @@ def test_micro_batches_do_not_depend_on_the_number_of_processes(trained: Path) -
         assert all(torch.equal(x, y) for a, b in zip(ours, theirs, strict=True) for x, y in zip(a, b, strict=True))
     with pytest.raises(UsageError, match="batch 4 in micro-batches of 2 cannot be shared evenly by 4 processes"):
         AnnotatedLoader(train, make_detection_sample, 4, 0, "none", World(0, 4), 2)
+    with pytest.raises(UsageError, match=r"by 4 processes; change --procs, batch or bn_batch \(bn_batch=2 would fit\)"):
+        AnnotatedLoader(train, make_detection_sample, 8, 0, "none", World(0, 4), 4)
     with pytest.raises(UsageError, match="bn_batch 3 does not divide the batch of 8"):
         recipes.find_recipe("boxes", "detect").with_values({"bn_batch": "3"})
 

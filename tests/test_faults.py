@@ -188,5 +188,5 @@ def test_processes_need_few_open_files() -> None:
 def test_an_error_without_a_message_is_named_by_its_type() -> None:
     """Its first line ended in an IndexError, in a dozen places."""
     assert first_line(RuntimeError(" \n")) == "RuntimeError" and first_line(ValueError("\na\nb")) == "a"
-    with pytest.raises(RunError, match=r"\(RuntimeError\); continue the run"), distributed._connection_errors():
+    with pytest.raises(RunError, match=r"\(RuntimeError\); start the command again"), distributed._connection_errors():
         raise RuntimeError

@@ -18,7 +18,7 @@ from resnetlab.formatting import format_duration
 from resnetlab.progress import fit_parts
 from resnetlab.run_folder import RunFolder, list_checkpoints, read_metrics
 from resnetlab.tensor_file import read_tensor_file
-from resnetlab.training.recipe import Epochs, Overrides
+from resnetlab.training.recipe import Epochs, Overrides, Recipe
 from resnetlab.training.recipes import quick
 from resnetlab.training.recorder import RunStopped, StepTimer
 from resnetlab.training.result import Progress
@@ -87,9 +87,13 @@ def test_a_recipe_file_may_name_the_recipe_that_has_the_rest(
     recipe = choose_recipe(file, task="classify", data=None)
     assert (recipe.name, recipe.lr, recipe.data, recipe.batch) == ("paper-cifar", 0.2, "cifar10", 128)
     assert recipe.specification == {"shortcut": "C"}
+    file.write_text('name = "photos"\nbatch = 24\nimage_size = 112\n')  # with what follows from them, as --set
+    recipe = choose_recipe(file, task="classify", data=None)
+    assert isinstance(recipe, Recipe) and (recipe.bn_batch, recipe.eval_resize) == (12, 128)
     for text, sentence in {
         "learning_rate = 1": "unknown key 'learning_rate'; did you mean 'lr'?",
         "lr = 'x'": "lr must be a number, not 'x'",
+        "batch = 'x'": "batch must be a whole number, not 'x'",
         "lr = ": "cannot be read as TOML",
         "task = 'detect'": "is a recipe of another task: detect",
         "name = 'boxes'": "is a recipe of another task: detect",

@@ -154,7 +154,7 @@ def test_data_check_takes_several_classes(
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Counts are of images with each class; copies with other classes are a conflict, a class without an image a problem."""
-    smaller = dataclasses.replace(recipes.photos(), image_size=32, batch=8)  # its speed is measured
+    smaller = dataclasses.replace(recipes.photos(), image_size=32, batch=8, bn_batch=0)  # its speed is measured
     monkeypatch.setattr(recipes, "photos", lambda: smaller)
     command = ["data", "check", "--workers", "0", "--json"]
     page = tmp_path / "check.html"

@@ -29,7 +29,7 @@ from resnetlab.distributed import PROCESS_GONE, World
 from resnetlab.errors import UsageError
 from resnetlab.nn.batchnorm import convert_sync_batchnorm
 from resnetlab.training.micro_batches import count_micro_batches
-from resnetlab.training.recipes import paper_cifar, paper_imagenet
+from resnetlab.training.recipes import paper_cifar, paper_imagenet, photos
 from resnetlab.training.train import RunOptions, resume
 from runs import assert_same, figures
 
@@ -298,6 +298,8 @@ def test_the_batch_must_divide() -> None:
         UsageError, match="batch 128 in micro-batches of 64 cannot be shared evenly by 3 processes, only by 1 or 2;"
     ):
         count_micro_batches(paper_cifar(), World(0, 3))
+    with pytest.raises(UsageError, match=r"change --procs, batch or bn_batch \(bn_batch=8 would fit\)\."):
+        count_micro_batches(photos(), World(0, 4))
 
 
 def test_more_processes_than_there_are_cores(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

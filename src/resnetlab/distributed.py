@@ -310,7 +310,9 @@ def _connection_errors() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # what torch raises for a broken connection
-        raise RunError(f"{PROCESS_GONE} ({first_line(error)}); continue the run with --resume RUN") from error
+        raise RunError(
+            f"{PROCESS_GONE} ({first_line(error)}); start the command again, a run with --resume RUN"
+        ) from error
 
 
 @contextlib.contextmanager

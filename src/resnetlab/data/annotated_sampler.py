@@ -120,8 +120,10 @@ def divide_batch(batch: int, micro_batch: int, processes: int) -> tuple[int, int
     share = batch // processes
     if batch % processes or (micro_batch and share % micro_batch):
         parts = f" in micro-batches of {micro_batch}" if micro_batch else ""
+        hint = f" (bn_batch={share} would fit)" if micro_batch and share > 1 and not batch % processes else ""
         raise UsageError(
-            f"batch {batch}{parts} cannot be shared evenly by {processes} processes; change --procs, batch or bn_batch."
+            f"batch {batch}{parts} cannot be shared evenly by {processes} processes; "
+            f"change --procs, batch or bn_batch{hint}."
         )
     return share, micro_batch or share
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
@@ -244,6 +245,7 @@ def photos() -> Recipe:
         area=0.25,
         pad=0,
         batch=32,
+        bn_batch=16,  # one for each of two threads
         steps=2_000,
         lr=0.05,
         milestones=(1_200, 1_700),
@@ -353,6 +355,8 @@ def read_recipe_file(path: Path, task: str) -> BaseRecipe:
         for key in values:
             if key not in known:
                 raise unknown_name_error("key", key, known)
+        with contextlib.suppress(TypeError):  # of a value of another type, which `replace` names
+            values = base.with_implied(values)
         recipe = replace(base, specification={**base.specification, **specification}, **values)
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from None
