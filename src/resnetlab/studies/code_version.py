@@ -148,6 +148,7 @@ def tiny_recipes(images: Path) -> list[Recipe]:
         specification={"widths": (16, 16, 32, 32)},
         image_size=64,
         batch=4,
+        bn_batch=0,
         steps=4,
         milestones=(2, 3),
         warmup_steps=1,

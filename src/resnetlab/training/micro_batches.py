@@ -16,7 +16,6 @@ differ). torch's DistributedDataParallel is not used: its sums depend on the num
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -36,10 +35,8 @@ def count_micro_batches(recipe: Recipe, world: World) -> int:
         return count
     possible = [str(n) for n in range(1, 2 * world.size) if _count_or_zero(recipe, n)]
     what = f"batch {recipe.batch:,}" + (f" in micro-batches of {recipe.bn_batch:,}" if recipe.bn_batch else "")
-    fits = recipe.batch // world.size if recipe.bn_batch and not recipe.bn_sync else 0
-    hint = (
-        f" (bn_batch={fits} would fit)" if fits and _count_or_zero(replace(recipe, bn_batch=fits), world.size) else ""
-    )
+    uneven = recipe.batch % (2 * world.size) or recipe.bn_sync or not recipe.bn_batch
+    hint = "" if uneven else f" (bn_batch={recipe.batch // world.size} would fit)"
     raise UsageError(
         f"{what} cannot be shared evenly by {world.size} processes, only by {' or '.join(possible)}; "
         f"change --procs, batch or bn_batch{hint}."
