@@ -144,6 +144,7 @@ def test_toml_round_trip() -> None:
         ("milestones", "a,b", "milestones takes whole numbers separated by commas, not 'a,b'."),
         ("batch", "1", "batch must be 2 or more: batch normalisation needs more than one image."),
         ("batch", "0", "batch must be from 1 to 1,048,576, not 0."),
+        ("bn_batch", "1", "bn_batch must be 2 or more: batch normalisation needs more than one image."),
         ("bn_batch", "48", "bn_batch 48 does not divide the batch of 64; the nearest that does is 32."),
         ("schedule", "cosin", "unknown schedule 'cosin'; did you mean 'cosine'?"),
         ("ema_decay", "1", "ema_decay must be from 0 to below 1, not 1.0."),

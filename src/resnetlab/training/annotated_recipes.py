@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from resnetlab.data.dataset import A_TENTH
 from resnetlab.errors import UsageError
-from resnetlab.training.recipe import BaseRecipe, nearest_bn_batch
+from resnetlab.training.recipe import BaseRecipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +20,6 @@ class AnnotatedRecipe(BaseRecipe):
     longest: int  # unless the longer one would have more than this many
     flips: str = "sideways"  # augmentation: "none", "sideways", or "both" (no up in a microscope)
     sides: tuple[int, ...] = ()  # augmentation: further shorter sides that training draws from
-    bn_batch: int = 0  # images of the micro-batch that BN sees ("ghost batch"); 0: all of a process's share
     bn: str = "fixed"  # "fixed": a constant affine map (2015, appendix A); "live"
     frozen: str = ""  # the deepest map that does not train, such as "C2"; "" if all train
     val_images: int = 0  # training images held out for evaluation while training; 0: none, A_TENTH: see data.dataset
@@ -40,11 +39,6 @@ class AnnotatedRecipe(BaseRecipe):
         if 1 in (self.batch, self.bn_batch) and self.bn == "live":
             raise UsageError(
                 "batch and bn_batch must be 2 or more where bn is live: batch normalisation needs more than one image."
-            )
-        if self.bn_batch and self.batch % self.bn_batch:
-            near = nearest_bn_batch(self.batch, self.bn_batch)
-            raise UsageError(
-                f"bn_batch {self.bn_batch} does not divide the batch of {self.batch}; the nearest that does is {near}."
             )
 
 

@@ -28,7 +28,7 @@ def describe_differences(before: Mapping[str, Any], now: Mapping[str, Any], reci
             f"the run started on another machine or version, so its last bits may differ: {', '.join(other)}"
         )
     fixed_bn = getattr(recipe, "bn", "") == "fixed" or getattr(recipe, "frozen_bn", False)
-    same_bn = fixed_bn or getattr(recipe, "bn_batch", 0) or getattr(recipe, "bn_sync", False)
+    same_bn = fixed_bn or recipe.bn_batch or getattr(recipe, "bn_sync", False)
     if (count := before.get("processes", 1)) != now["processes"] and not same_bn:
         sentences.append(
             f"the run started in {count} process{'es' * (count > 1)} (now {now['processes']}): BN sees each one's share "

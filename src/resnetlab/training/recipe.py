@@ -99,6 +99,7 @@ class BaseRecipe:
     specification: Mapping[str, Any] = field(default_factory=dict)  # changes to the specification of that name
     init: str = "fan_in"  # "fan_in" or "fan_out": n of He's N(0, sqrt(2/n))
     batch: int  # images in a step, over all processes
+    bn_batch: int = 0  # images of the micro-batch that BN sees ("ghost batch"); 0: all of a process's share
     steps: int  # length of the run
     lr: float  # learning rate after warm-up
     schedule: str = "milestones"  # or "cosine", or "plateau": by the held-out error
@@ -155,6 +156,11 @@ class BaseRecipe:
             raise UsageError(f"milestones must be steps from 1 up, not {list(self.milestones)}.")
         if list(self.milestones) != sorted(set(self.milestones)):
             raise UsageError(f"milestones must rise, not {list(self.milestones)}.")
+        if self.batch > 1 and self.bn_batch and self.batch % self.bn_batch:
+            near = _nearest_divisor(self.batch, self.bn_batch)
+            raise UsageError(
+                f"bn_batch {self.bn_batch} does not divide the batch of {self.batch}; the nearest that does is {near}."
+            )
 
     @classmethod
     def keys(cls) -> list[str]:
@@ -203,9 +209,9 @@ class BaseRecipe:
         epochs (Goyal et al. 2017, arXiv 1706.02677, §2.2), unless the recipe has a warm-up. An evaluation's resize keeps its
         ratio to the input's size. BN's batch becomes the nearest number that divides the batch.
         """
-        batch, bn_batch = changes.get("batch", self.batch), getattr(self, "bn_batch", 0)
-        if bn_batch and batch % bn_batch and "bn_batch" not in changes:
-            changes = changes | {"bn_batch": nearest_bn_batch(batch, bn_batch)}
+        batch = changes.get("batch", self.batch)
+        if self.bn_batch and batch % self.bn_batch and "bn_batch" not in changes:
+            changes = changes | {"bn_batch": _nearest_divisor(batch, self.bn_batch)}
         base = changes.get("lr_base_size", self.lr_base_size)
         if not 0 < base < batch or "warmup" in changes or self.warmup != "none":
             return changes
@@ -369,7 +375,6 @@ class Recipe(BaseRecipe):
     frozen_bn: bool = False  # keep BN's statistics, weights and biases of start_from
     zero_init_last_bn: bool = False  # the last BN weight of every F starts at 0, so every block starts as its shortcut
     stochastic_depth: float = 0.0  # share of images for which the last F is dropped; linearly less in earlier blocks
-    bn_batch: int = 0  # the micro-batch that BN sees ("ghost batch"); 0: all of a process's share
     bn_sync: bool = False  # spread that micro-batch over all processes, with synchronised BN statistics
     precise_bn: int = 0  # training batches that re-estimate BN's statistics at the end; 0 keeps moving averages
     compile: str = "auto"  # torch.compile: "on", "off", or "auto": if the run is long enough for it to pay off
@@ -408,8 +413,9 @@ class Recipe(BaseRecipe):
         super().__post_init__()
         if self.pad > self.image_size > 0 or self.pad < 0:
             raise UsageError(f"pad must be from 0 to image_size ({self.image_size}), not {self.pad}.")
-        if self.batch == 1:
-            raise UsageError("batch must be 2 or more: batch normalisation needs more than one image.")
+        for key in ("batch", "bn_batch"):
+            if getattr(self, key) == 1:
+                raise UsageError(f"{key} must be 2 or more: batch normalisation needs more than one image.")
         if 0 < self.eval_resize < self.image_size:
             raise UsageError(
                 f"eval_resize must be 0 or at least image_size ({self.image_size}), not {self.eval_resize}."
@@ -420,15 +426,10 @@ class Recipe(BaseRecipe):
             raise UsageError(
                 "frozen_bn keeps the statistics of start_from: set that, and leave out precise_bn and bn_sync."
             )
-        if self.bn_batch and (self.bn_batch < 2 or self.batch % self.bn_batch):
-            near = nearest_bn_batch(self.batch, self.bn_batch)
-            raise UsageError(
-                f"bn_batch {self.bn_batch} does not divide the batch of {self.batch}; the nearest that does is {near}."
-            )
 
 
-def nearest_bn_batch(batch: int, wanted: int) -> int:
-    """The divisor of a batch, 2 or more, that is nearest to a wanted number of images for BN; 0 if there is none."""
+def _nearest_divisor(batch: int, wanted: int) -> int:
+    """The divisor of a batch, 2 or more, that is nearest to a wanted one; 0 if there is none."""
     divisors = (n for n in range(2, batch + 1) if batch % n == 0)
     return min(divisors, key=lambda n: abs(n - wanted), default=0)
 
