@@ -174,6 +174,22 @@ def test_threads_share_an_operation(shape: tuple[int, ...]) -> None:
         assert (first[2] - one[2]).norm() <= 1e-5 * one[2].norm()
 
 
+def test_batches_evaluated_side_by_side_share_the_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each operation would start as many as a step's, for each batch that is evaluated at once."""
+    seen: list[int] = []
+    monkeypatch.setattr(convolution_module, "_run_kernel", lambda name, tensors, sizes: seen.append(sizes[-1]))
+    conv, before = WinogradConv2d(16, 16, 3, padding=1, bias=False), torch.get_num_threads()
+    conv.threads = 3
+    try:
+        for threads in (1, 4):
+            torch.set_num_threads(threads)
+            for training in (True, False):
+                conv.train(training)(torch.zeros(1, 16, 4, 4))
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [3, 1, 3, 3]
+
+
 def test_values_that_are_not_finite_stay_so() -> None:
     """A diverged run is noticed."""
     x = torch.zeros(1, 16, 9, 9)
