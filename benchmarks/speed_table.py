@@ -43,7 +43,7 @@ class Row(NamedTuple):
 
 LOOP, CROPS = "the eager fp32 loop", "torchvision's PIL pipeline"
 PIPELINE = "data.py --rounds 7 --only pipeline"
-RESNET20 = "train.py --nets resnet20 --contestants 'eager fp32,resnetlab' --rounds 5"
+RESNET20 = "train.py --nets resnet20 --contestants 'eager fp32,resnetlab' --rounds 9"
 ROWS = (
     Row("train ResNet-20, 32 px", LOOP, 2.8, RESNET20, rf"\| resnetlab \|[^|]*\| {RATIO}"),
     Row("train ResNet-20, beside a busy process", LOOP, 3.8, f"{RESNET20} --busy 1", rf"\| resnetlab \|[^|]*\| {RATIO}"),
@@ -53,7 +53,7 @@ ROWS = (
     ),
     Row(
         "train ResNet-50, 224 px", LOOP, 3.2,
-        "train.py --nets resnet50 --contestants 'eager fp32,resnetlab' --rounds 3 --batch 16",
+        "train.py --nets resnet50 --contestants 'eager fp32,resnetlab' --rounds 5",
         rf"\| resnetlab \|[^|]*\| {RATIO}",
     ),
     Row("random-resized crops of JPEGs", CROPS, 2.3, PIPELINE, r"ours resized, simplejpeg +\d+ +(\d+\.\d\d)"),

@@ -12,6 +12,7 @@ from torch.nn.modules.module import _global_backward_hooks, _global_forward_hook
 
 from resnetlab.nn import shortcuts
 from resnetlab.nn.batchnorm import FusedBatchNorm2d
+from resnetlab.nn.fused_block import Layers, fuses_block, run_block
 
 
 class ActivationOrder(NamedTuple):
@@ -149,6 +150,9 @@ class Block(nn.Module):
         return x
 
     def forward(self, x: Tensor) -> Tensor:
+        layers = self._layers_of_one_call()
+        if layers is not None and fuses_block(layers, x):
+            return run_block(layers, x)
         if self.first_activation == "shared":
             x = self._apply_bn_relu(self.activation_order.before, 1, x)
         if self._fuses_addition():
@@ -161,6 +165,22 @@ class Block(nn.Module):
             shortcut = x if self.downsample is None else self.downsample(x)
             y = shortcut + y if self.junction is None else self.junction(x, shortcut, y)
         return self._apply_bn_relu(self.activation_order.after_add, self.num_convs, y)
+
+    def _layers_of_one_call(self) -> Layers | None:
+        """The layers of a block that may be one compiled call: two convolutions in the original order, the identity or nothing
+        beside them, and no hook that would see a layer.
+        """
+        modules = self._modules
+        if (
+            self.num_convs != 2
+            or self.activation_order != ACTIVATION_ORDERS["original"]
+            or self.downsample is not None
+            or self.junction is not None
+            or self.drop_path
+            or any(map(has_hooks, modules.values()))
+        ):
+            return None
+        return Layers(modules["conv1"], modules["bn1"], modules["conv2"], modules["bn2"], not self.plain)
 
     def _fuses_addition(self) -> bool:
         """Whether F's last BN, the addition and the last ReLU are one function."""

@@ -1,4 +1,4 @@
-"""The compiled kernels of `batchnorm.cpp` and `winograd.cpp`."""
+"""The compiled kernels of `batchnorm.cpp`, `winograd.cpp` and `block.cpp`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from resnetlab.compiled import CompiledLibrary, load_library
 
-SOURCES = [Path(__file__).with_name(name) for name in ("batchnorm.cpp", "winograd.cpp")]
+SOURCES = [Path(__file__).with_name(name) for name in ("batchnorm.cpp", "winograd.cpp", "block.cpp")]
 HEADER = Path(__file__).with_name("registers.h")
 PURPOSE = "fused BN and ReLU, Winograd's convolution"
 DTYPES = ("float32", "bfloat16")  # of maps, at the end of the functions' names
@@ -17,6 +17,8 @@ _FORWARD = (*[_POINTER] * 9, _SIZE, _SIZE, ctypes.c_float, ctypes.c_float, _FLAG
 _BACKWARD = (*[_POINTER] * 10, _SIZE, _SIZE, _FLAG, _FLAG)
 _CONVOLUTION = (*[_POINTER] * 3, *[_SIZE] * 6)
 _ITS_GRADIENTS = (*[_POINTER] * 5, *[_SIZE] * 6)
+_BLOCK = (*[_POINTER] * 9, _FLAG)
+_ITS_BACKWARD = (*[_POINTER] * 16,)
 
 
 @functools.cache
@@ -34,6 +36,11 @@ def _declare(library: ctypes.CDLL) -> None:
         for name, arguments in (("forward", _FORWARD), ("backward", _BACKWARD)):
             function = getattr(library, f"{name}_{dtype}")
             function.argtypes, function.restype = arguments, None
-        for name, arguments in (("forward", _CONVOLUTION), ("backward", _ITS_GRADIENTS)):
-            function = getattr(library, f"winograd_{name}_{dtype}")
+        for name, arguments in (
+            ("winograd_forward", _CONVOLUTION),
+            ("winograd_backward", _ITS_GRADIENTS),
+            ("block_forward", _BLOCK),
+            ("block_backward", _ITS_BACKWARD),
+        ):
+            function = getattr(library, f"{name}_{dtype}")
             function.argtypes, function.restype = arguments, ctypes.c_int
