@@ -332,6 +332,19 @@ def test_option_a(zeros: str, offset: int, stride: int) -> None:
     assert not list(pad.parameters()) and not list(pad.buffers())
 
 
+@pytest.mark.parametrize("stride", [1, 2])
+def test_option_a_keeps_channels_last(stride: int) -> None:
+    """Output and gradient too, so that the additions that follow do not mix two layouts; the values are those of NCHW."""
+    pad, found = ZeroPad(4, 8, stride), []
+    for layout in (torch.channels_last, torch.contiguous_format):
+        x = random_input(2, 4, 7, 6).to(memory_format=layout).requires_grad_()
+        y = pad(x)
+        (dx,) = torch.autograd.grad(y.square().sum(), x)
+        assert y.is_contiguous(memory_format=layout) and dx.is_contiguous(memory_format=layout)
+        found.append((y, dx))
+    assert all(map(torch.equal, *found))
+
+
 # The identities of 2016, eq. 4 and 5.
 
 

@@ -43,6 +43,10 @@ class ZeroPad(nn.Module):
         self.channels = (before, c_out - c_in - before)
 
     def forward(self, x: Tensor) -> Tensor:
+        # the gradient of a slice is contiguous, and adding it to one in channels_last slow; a tracer's x is no Tensor
+        if self.training and isinstance(x, Tensor) and x.is_contiguous(memory_format=torch.channels_last):
+            x = x.permute(0, 2, 3, 1)[:, :: self.stride, :: self.stride]  # (B, H', W', C_in)
+            return F.pad(x, self.channels).permute(0, 3, 1, 2)
         x = x[:, :, :: self.stride, :: self.stride]
         return F.pad(x, (0, 0, 0, 0, *self.channels)) if any(self.channels) else x
 
