@@ -60,7 +60,9 @@ def run_block(layers: Layers, x: Tensor) -> Tensor:
     Raises MemoryError.
     """
     conv1, bn1, conv2, bn2, _ = cast(Any, layers)
-    return cast(Tensor, _Block.apply(x, conv1.weight, conv2.weight, bn1.weight, bn1.bias, bn2.weight, bn2.bias, layers))
+    return cast(
+        Tensor, _OneCall.apply(x, conv1.weight, conv2.weight, bn1.weight, bn1.bias, bn2.weight, bn2.bias, layers)
+    )
 
 
 class _Norm(ctypes.Structure):
@@ -75,7 +77,7 @@ class _Shape(ctypes.Structure):
     _fields_ = tuple((name, ctypes.c_int64) for name in ("images", "height", "width", "channels"))
 
 
-class _Block(torch.autograd.Function):
+class _OneCall(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, w1: Tensor, w2: Tensor, *rest: Any) -> Tensor:
         (*affine, layers) = rest
@@ -84,7 +86,7 @@ class _Block(torch.autograd.Function):
         a, b, c, y = (torch.empty_like(x) for _ in range(4))
         statistics = affine[0].new_empty(4, x.shape[1])  # mean and inverse deviation of both BNs
         norms = _make_norms(affine, statistics, layers=layers)
-        _call("block_forward", x, (a, b, c, y, w1, w2), norms, int(layers.add))
+        _call_kernel("block_forward", x, (a, b, c, y, w1, w2), norms, int(layers.add))
         ctx.save_for_backward(x, a, b, c, y, w1, w2, *affine, statistics)
         ctx.add = layers.add
         return y
@@ -98,7 +100,7 @@ class _Block(torch.autograd.Function):
         dz = torch.empty_like(x) if ctx.add else None
         dw1, dw2 = torch.empty_like(w1), torch.empty_like(w2)
         of_affine = [torch.empty_like(p) for p in affine]
-        _call(
+        _call_kernel(
             "block_backward", gradient, (x, a, b, c, y, one, two, dz, dx, w1, w2, dw1, dw2),
             _make_norms(affine, statistics, of_affine=of_affine),
         )  # fmt: skip
@@ -124,7 +126,7 @@ def _make_norms(
     return norms
 
 
-def _call(name: str, x: Tensor, tensors: tuple[Tensor | None, ...], norms: Any, *values: int) -> None:
+def _call_kernel(name: str, x: Tensor, tensors: tuple[Tensor | None, ...], norms: Any, *values: int) -> None:
     """Calls the kernel's function for the dtype of the first map, x, (B, C, H, W)."""
     batch, channels, height, width = x.shape
     function = getattr(load_kernel().library, f"{name}_{str(x.dtype).removeprefix('torch.')}")
