@@ -27,7 +27,7 @@ from resnetlab.data import digits, disk_split, imagenet
 from resnetlab.data.dataset import MemorySplit
 from resnetlab.device import select_device
 from resnetlab.errors import DataError, UsageError, install_hint
-from resnetlab.evaluation import scores
+from resnetlab.evaluation import scores, split_selection
 from resnetlab.evaluation.calibration import fit_temperature, reliability_bins
 from resnetlab.evaluation.comparison import compare_models
 from resnetlab.evaluation.evaluate import evaluate
@@ -46,6 +46,9 @@ from resnetlab.models.resnet import ResNet, build
 from resnetlab.models.spec import get_specification
 from resnetlab.peer_words import EVALUATION_ATTRIBUTES
 from resnetlab.preprocessing import Preprocessing
+from resnetlab.training.run_options import RunOptions
+from resnetlab.training.train import start_run
+from tiny_runs import tiny
 
 NAMES = tuple("0123456789")
 GREY = Preprocessing(1, (8, 8), 8, torch.tensor([0.3]), torch.tensor([0.3]))
@@ -525,6 +528,22 @@ def test_a_temperature_is_fitted_on_images_that_are_not_evaluated(
     assert f"temperature {kept.temperature:.3f}, fitted on 100 images" in capsys.readouterr().out
     page = (file.parent / "evaluation.html").read_text()
     assert f"Temperature {kept.temperature:.3f}, fitted on 100 images" in page
+
+
+def test_a_temperature_is_fitted_on_no_more_scores_than_are_kept(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By `evaluate`, and at the end of training, whose figures are of all held-out images all the same."""
+    recipe, options = replace(tiny(), val_images=100), RunOptions(device="cpu")
+    whole = start_run(recipe, tmp_path / "whole", options)
+    monkeypatch.setattr(split_selection, "MAX_SCORES", 60 * 10)
+    found = evaluate(file, "digits", fit_on="train", device="cpu", precision="fp32")
+    assert [model.calibration["n"] for model in found.trained_models] == [60]
+    assert found.metrics.n == 360
+    part = start_run(recipe, tmp_path / "part", options)
+    model = load_trained_model(tmp_path / "part" / "model.safetensors")
+    assert (model.calibration["n"], model.metrics["held_out"]["n"]) == (60, 100)
+    assert part.to_dict()["held_out_error"] == whole.to_dict()["held_out_error"]
 
 
 def test_uncalibrated_models_are_reported(file: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,6 +11,7 @@ from resnetlab.data import sources
 from resnetlab.data.dataset import Dataset, Split, split_stratified
 from resnetlab.data.fingerprints import SeenImages, match_fingerprints, same_name_count
 from resnetlab.errors import UsageError, unknown_name_error
+from resnetlab.evaluation.scores import MAX_SCORES
 from resnetlab.formatting import format_count, format_list
 from resnetlab.models.model_file import TrainedModel
 from resnetlab.preprocessing import RGB, PixelFormat
@@ -64,6 +65,15 @@ def _select_unseen(source: Dataset, images: Split, models: Sequence[TrainedModel
     return (name, images) if name == "all" else (name, images.subset(torch.nonzero(evaluated).flatten()))
 
 
+def limit_fitted(images: Split, classes: int) -> Split:
+    """The images to fit a temperature on: all, or as many, in proportion to the classes, as MAX_SCORES are of.
+
+    One number needs no more, and every process keeps their scores.
+    """
+    most = MAX_SCORES // classes
+    return images if len(images) <= most else images.subset(split_stratified(images.labels, most)[1])
+
+
 def describe_overlap(
     source: Dataset, evaluated: Split, models: Sequence[TrainedModel], names: Sequence[str]
 ) -> list[str]:
@@ -112,13 +122,13 @@ def select_calibration_images(
     advice = "take another split, or a number of images (as 1000), which are then fitted on and not evaluated."
     if fit_on.isdecimal():
         rest, chosen = split_stratified(evaluated.labels, int(fit_on), names=evaluated.names)
-        held_out, about = evaluated.subset(chosen), {"split": f"set aside from {split}", "n": len(chosen)}
+        held_out, about = evaluated.subset(chosen), {"split": f"set aside from {split}"}
         evaluated, advice = evaluated.subset(rest), "set images aside from another split: --split."
     else:
         splits = source.splits
         if fit_on not in splits:
             raise unknown_name_error("split to fit the temperature on", fit_on, splits)
-        held_out, about = splits[fit_on], {"split": fit_on, "n": len(splits[fit_on])}
+        held_out, about = splits[fit_on], {"split": fit_on}
         if fit_on == split or not set(evaluated.names).isdisjoint(held_out.names):
             raise UsageError(
                 f"the temperature cannot be fitted on {fit_on}, which holds images that are evaluated; {advice}"
@@ -126,4 +136,5 @@ def select_calibration_images(
     if any(bool(_match_images(model, source, held_out).seen.any()) for model in models):
         where = split if fit_on.isdecimal() else fit_on
         raise UsageError(f"the temperature cannot be fitted on {where}, which the model was trained on; {advice}")
-    return evaluated, held_out, about
+    held_out = limit_fitted(held_out, len(source.classes))
+    return evaluated, held_out, about | {"n": len(held_out)}

@@ -26,6 +26,7 @@ from resnetlab.evaluation.calibration import MIN_IMAGES, choose_none_below, fit_
 from resnetlab.evaluation.gradcam import make_cam_overlays
 from resnetlab.evaluation.metrics import ClassificationMetrics, evaluate_errors, evaluate_network
 from resnetlab.evaluation.multi_label import DEFAULT_THRESHOLD, MultiLabelMetrics, evaluate_label_sets, fit_thresholds
+from resnetlab.evaluation.split_selection import limit_fitted
 from resnetlab.formatting import format_count
 from resnetlab.inference.start import PRETRAINED, resolve_start
 from resnetlab.models.cost import count_parameters
@@ -351,10 +352,14 @@ class ClassificationTask(Task):
             reestimate_bn_statistics(self, recipe.precise_bn)
         if self.label_sets is not None:
             return self._finish_multi_label(run, state, start)
-        val = self.evaluate(self.held_out) if len(self.held_out) else None
+        fitted_on = limit_fitted(self.held_out, len(self.classes))
+        val = self.evaluate(fitted_on) if len(fitted_on) else None
         enough = val is not None and val.n >= MIN_IMAGES
         temperature = fit_temperature(val.log_scores, val.labels) if val and enough else 1.0
-        held_out = val.with_temperature(temperature).to_json() if val else None
+        scaled = val and val.with_temperature(temperature)
+        if scaled and fitted_on is not self.held_out:
+            scaled = self.evaluate(self.held_out, temperature)
+        held_out = scaled.to_json() if scaled else None
         evaluation = self.evaluate(self.test, temperature)
         measured = {self.evaluated_split: evaluation.to_json()} | ({"held_out": held_out} if held_out else {})
         fitted = self._describe_fit(val.n) if val and enough else {}
