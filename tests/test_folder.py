@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import unicodedata
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -199,6 +200,10 @@ def test_classes_that_differ_in_capitals_and_splits_that_are_copies_are_named(tm
     shutil.copytree(root / "train", root / "val")
     with pytest.warns(UserWarning, match="9 images of .*val have the name, class and size of an image of train"):
         load(root)
+    for file in (root / "val").rglob("*.jpg"):  # others of the same size, as arrays and uncompressed images are
+        file.write_bytes(file.read_bytes()[::-1])
+    with warnings.catch_warnings(action="error"):
+        load(root)
 
 
 def test_a_quarantine_list_that_matches_nothing_is_reported(tmp_path: Path) -> None:
@@ -208,8 +213,9 @@ def test_a_quarantine_list_that_matches_nothing_is_reported(tmp_path: Path) -> N
         UserWarning, match=r"no line of the quarantine list .* is the name of an image .*alpha/bild 0\.jpg"
     ):
         load(root, quarantine=str(tmp_path / "list.txt"))
-    (tmp_path / "list.txt").write_text("alpha\\bild 1.jpg\r\n")  # written on Windows
-    everything = load(root, quarantine=str(tmp_path / "list.txt")).all_images
+    (tmp_path / "list.txt").write_text("alpha\\bild 1.jpg\r\nalpha\\gone.jpg\r\n")  # written on Windows
+    with pytest.warns(UserWarning, match=r"1 line of the quarantine list .* is the name of no image .*gone\.jpg"):
+        everything = load(root, quarantine=str(tmp_path / "list.txt")).all_images
     assert everything is not None and len(everything) == 17 and "alpha/bild 1.jpg" not in everything.names
 
 

@@ -48,6 +48,10 @@ def test_a_list_of_paths_is_the_folder(tmp_path: Path) -> None:
     pairs = [(file, file.parent.name) for file in root.rglob("*.jpg")]
     data = dataset_from_object(pairs)
     assert data.fingerprint == loaded(root).fingerprint and data.name == f"python:{data.fingerprint}"
+    root = folder(tmp_path / "split", {"train": 4, "val": 3})
+    lists = {split: [(file, file.parent.name) for file in (root / split).rglob("*.jpg")] for split in ("train", "val")}
+    data = dataset_from_object({"validation": lists["val"], "train": lists["train"]})
+    assert data.fingerprint == loaded(root).fingerprint and data.train.names == loaded(root).train.names
 
 
 def test_a_quarantine_list_leaves_out_paths_of_a_list_and_is_refused_for_arrays(tmp_path: Path) -> None:

@@ -124,6 +124,7 @@ def test_every_form_of_table_is_read(photos: Path, tmp_path: Path) -> None:
             tmp_path / "d.csv",
             [("path", "class"), *((unicodedata.normalize("NFD", path[:-4]), name) for path, name in rows)],
         ),
+        write(tmp_path / "caps.csv", [("path", "class"), *((path.upper(), name) for path, name in rows)]),
         write(photos / "e.csv", [("path", "class"), *((path.removeprefix("photos/"), name) for path, name in rows)]),
     ]
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")

@@ -31,7 +31,7 @@ from resnetlab.data.error_policy import ErrorPolicy
 from resnetlab.data.jpeg_region import ChooseBox, cut_out, decode_region
 from resnetlab.data.text_files import find_encoding, read_bytes
 from resnetlab.errors import DataError, warn
-from resnetlab.formatting import parse_json
+from resnetlab.formatting import format_count, parse_json
 from resnetlab.preprocessing import RGB, PixelFormat
 
 CHUNK = 1 << 14  # names read at once
@@ -186,18 +186,28 @@ class ReadOptions:
     def apply_quarantine(self, names: Mapping[str, Sequence[str]], place: str) -> dict[str, Tensor]:
         """Of every split (name -> names of its images) the positions of the images to keep, int64.
 
-        Warns if the quarantine list names images, but none of these.
+        Warns of lines of the quarantine list that name none of them.
         """
         listed = self.read_quarantine()
         if not listed:
             return {split: torch.arange(len(images)) for split, images in names.items()}
-        kept = {split: [i for i, name in enumerate(images) if name not in listed] for split, images in names.items()}
-        wanted = sorted(name for name in listed if not name.startswith("#"))
-        if wanted and all(len(kept[split]) == len(images) for split, images in names.items()):
+        kept: dict[str, list[int]] = {}
+        found: set[str] = set()
+        for split, images in names.items():
+            kept[split] = [i for i, name in enumerate(images) if name not in listed]
+            found.update(name for name in images if name in listed)
+        wanted = {name for name in listed if not name.startswith("#")}
+        unknown = sorted({name.replace("\\", "/") for name in wanted} - {name.replace("\\", "/") for name in found})
+        if unknown and not found:
             example = next((images[0] for images in names.values() if len(images)), "")
             warn(
                 f"no line of the quarantine list {self.quarantine} is the name of an image of {place}: the first is "
-                f"{wanted[0]!r}, while images have names such as {example!r}. Nothing is left out."
+                f"{unknown[0]!r}, while images have names such as {example!r}. Nothing is left out."
+            )
+        elif unknown:
+            warn(
+                f"{format_count(len(unknown), 'line')} of the quarantine list {self.quarantine} "
+                f"{'is' if len(unknown) == 1 else 'are'} the name of no image of {place}, such as {unknown[0]!r}."
             )
         return {split: torch.tensor(positions, dtype=torch.long) for split, positions in kept.items()}
 

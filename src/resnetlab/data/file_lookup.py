@@ -10,15 +10,17 @@ import os
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from urllib.parse import unquote
 
-from resnetlab.data.decode import is_hidden, list_images
+from resnetlab.data.decode import SUFFIXES, is_hidden, list_images
 from resnetlab.data.folder import guess_split
 from resnetlab.errors import DataError
 
 YEAR = re.compile(r"([ _-]?dev)?[ _-]?\d{4}$")  # "train2017", "test-dev2017"
+# endings that lists omit
+OMITTED = ("", *sorted(SUFFIXES, key=lambda suffix: (suffix not in (".jpg", ".png"), suffix)))
 LABEL_AT_END = re.compile(r"\s+-?[01]$")  # VOC's lists of a class: "2008_000008 -1"
 
 
@@ -118,6 +120,26 @@ def _list_files(root: Path) -> list[Path]:
             raise file
         files.append(file)
     return files
+
+
+def find_spelling(path: str, index_folder: Callable[[str], NameIndex]) -> str | None:
+    """The one file or folder that an absolute path means if its parts' names are compared as above, or lacks a suffix of.
+
+    None if there is none, or several. `index_folder` gives the names in a folder, of which a caller keeps what it needs again.
+    """
+    parent, last = os.path.split(path)
+    if not last or (folder := parent if os.path.isdir(parent) else find_spelling(parent, index_folder)) is None:
+        return None
+    names = (index_folder(folder).find(last + suffix) for suffix in OMITTED)
+    return next((os.path.join(folder, name) for name in names if name is not None), None)
+
+
+def index_folder(folder: str) -> NameIndex:
+    """The names in a folder; none if it cannot be listed."""
+    try:
+        return NameIndex(os.listdir(folder))
+    except OSError:
+        return NameIndex(())
 
 
 def find_split(name: str) -> str:

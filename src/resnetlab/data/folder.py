@@ -12,6 +12,7 @@ get ImageNet's names; a file beside them may give other names, and the classes o
 
 from __future__ import annotations
 
+import filecmp
 import itertools
 import os
 import re
@@ -221,20 +222,33 @@ def _warn_of_similar_classes(name: str, classes: Sequence[str]) -> None:
 
 
 def _warn_of_copies(root: Path, layouts: Mapping[str, FolderLayout]) -> None:
-    """Warns if most images of a split have the name, class and size in bytes of a training image."""
+    """Warns if most images of a split have the name, class and size in bytes of a training image, and some its bytes.
+
+    Arrays and images without compression all have one size, so the bytes of three pairs are compared.
+    """
 
     def keys_of(layout: FolderLayout) -> Iterator[tuple[str, str, int]]:
         return zip(map(os.path.basename, layout.names), layout.classes, layout.sizes, strict=True)
 
-    for split in layouts.keys() - {"train", ""}:
-        keys = set(keys_of(layouts[split]))  # not also of the training images, which are many more
-        n = len(keys.intersection(keys_of(layouts["train"]))) if "train" in layouts else 0
-        if n > len(keys) // 2:
+    for split in layouts.keys() - {"train", ""} if "train" in layouts else ():
+        # not of the training images, which are many more
+        own = dict(zip(keys_of(layouts[split]), layouts[split].names, strict=True))
+        train = zip(keys_of(layouts["train"]), layouts["train"].names, strict=True)
+        pairs = {own[key]: name for key, name in train if key in own}
+        some = [pair for _, pair in zip(range(3), pairs.items(), strict=False)]
+        if (n := len(pairs)) > len(own) // 2 and any(_have_same_bytes(root / a, root / b) for a, b in some):
             warn(
                 f"{format_count(n, 'image')} of {root / split} {'has' if n == 1 else 'have'} the name, class and size of an "
                 "image of train: they look like copies, "
                 f"and an error measured on them says nothing about others (resnetlab data check {root} compares them)."
             )
+
+
+def _have_same_bytes(a: Path, b: Path) -> bool:
+    try:
+        return filecmp.cmp(a, b, shallow=False)
+    except OSError:  # which reading the images reports
+        return False
 
 
 def _warn_of_inner_classes(root: Path, layouts: Mapping[str, FolderLayout]) -> None:

@@ -181,23 +181,21 @@ def dataset_from_object(data: Any, read_options: ReadOptions | None = None) -> D
     read_options = read_options or ReadOptions()
     if isinstance(data, Dataset):
         return data
-    if _is_path_list(data):
-        texts = _label_texts([label for _, label in data], None)
-        classes = texts.classes if isinstance(texts, LabelLists) else ()
-        images = tables.ImageList("the list", Path(), [str(path) for path, _ in data], texts, classes=classes)
-        return _name_by_content(tables.load_listed(images, read_options))
     parts = dict(data) if isinstance(data, Mapping) else {"": data}
-    found = {guess_split(str(name)) if name else "": _read_part(part) for name, part in parts.items()}
-    if not parts or len(found) < len(parts) or ("" in found and len(found) > 1) or ("" in found and "" not in parts):
+    named = [guess_split(str(name)) if name else "" for name in parts]
+    if not parts or len(set(named)) < len(parts) or ("" in named and (len(parts) > 1 or "" not in parts)):
         raise UsageError(
             f"a dictionary of data has the splits train, val and test, not {', '.join(map(str, parts)) or 'none'}."
         )
+    if all(map(_is_path_list, parts.values())):
+        return _name_by_content(_load_path_lists(parts, read_options))
+    found = {name: _read_part(part) for name, part in zip(named, parts.values(), strict=True)}
     several = [labels for _, labels, _ in found.values() if isinstance(labels, LabelLists)]
     if 0 < len(several) < len(found):
         raise DataError("some splits have one label per image, others several; give all the same kind.")
     every = {label for _, labels, _ in found.values() for label in labels}
-    named = {name for labels in several for name in labels.classes} if several else every
-    classes = require_classes("the data", named, read_options)
+    class_names = {name for labels in several for name in labels.classes} if several else every
+    classes = require_classes("the data", class_names, read_options)
     if all(label.isdecimal() for label in classes):
         classes.sort(key=int)
     number, label_sets = {label: i for i, label in enumerate(classes)}, None
@@ -214,6 +212,16 @@ def dataset_from_object(data: Any, read_options: ReadOptions | None = None) -> D
             split = ObjectSplit(items, image_of, everything, labels, place, errors, read_options.workers)
             splits[name] = split.with_pixel_format(split.find_pixel_format())
     return _name_by_content(arrange_splits("the data", tuple(classes), splits, label_sets))
+
+
+def _load_path_lists(parts: Mapping[Any, Any], read_options: ReadOptions) -> Dataset:
+    """The data set of lists of (path, label), by split: that of a table with these paths."""
+    rows = [(str(path), label, str(name)) for name, part in parts.items() for path, label in part]
+    paths, labels, splits = zip(*rows, strict=True)
+    texts = _label_texts(labels, None)
+    classes = texts.classes if isinstance(texts, LabelLists) else ()
+    images = tables.ImageList("the list", Path(), paths, texts, splits, classes=classes)
+    return tables.load_listed(images, read_options)
 
 
 def _name_by_content(data: Dataset) -> Dataset:

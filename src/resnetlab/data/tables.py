@@ -16,21 +16,22 @@ classes and names, so a table that names a folder's images is the same data set 
 from __future__ import annotations
 
 import csv
+import functools
 import io
 import itertools
 import os
 import re
 import sys
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from resnetlab.data.dataset import GROUP, Columns, Dataset
-from resnetlab.data.decode import SUFFIXES
 from resnetlab.data.disk_split import FileNames, FileSource, ReadOptions
+from resnetlab.data.file_lookup import find_spelling, index_folder
 from resnetlab.data.folder import PART, LabelledImages, guess_split, make_dataset, name_below, require_classes
 from resnetlab.data.label_sets import INDICATORS, LabelLists, join_classes, split_classes
 from resnetlab.data.object_store import strip_secrets
@@ -49,8 +50,6 @@ USUAL_NAMES = {  # use -> names of its column, in small letters with "_" between
     GROUP: (GROUP, "group_id"),
 }  # fmt: skip
 TABLE = re.compile(r"(.+\.(?:csv|tsv|parquet))(?::([^/\\]+))?", re.IGNORECASE)
-# endings that lists omit
-OMITTED = ("", *sorted(SUFFIXES, key=lambda suffix: (suffix not in (".jpg", ".png"), suffix)))
 MAX_MISSING = 100  # files; for more that are not there, no other form of their names is tried
 
 
@@ -282,35 +281,28 @@ def _find_columns(data: str, columns: Mapping[str, Sequence[str]], needed: Seque
 def _find_files(images: ImageList) -> tuple[list[str], list[int]]:
     """Normalised absolute paths, and sizes in bytes: -1 for a file that is not there, which is reported when it is read.
 
-    Backslashes, Unicode's two forms and an omitted suffix are understood. Raises DataError if no file is there.
+    Names in other capitals, with backslashes or without their suffix are understood (data.file_lookup). Raises DataError if no
+    file is there.
     """
-    base, endings, missing = os.path.abspath(images.base), "", 0
+    base, list_names, missing = os.path.abspath(images.base), functools.cache(index_folder), 0
     files, sizes = [], []
+    parts = (images.paths[start : start + PART] for start in range(0, len(images.paths), PART))
 
-    def list_parts() -> Iterator[tuple[list[str], str]]:
-        for start in range(0, len(images.paths), PART):
-            paths = images.paths[start : start + PART]
-            yield [os.path.normpath(os.path.join(base, path)) for path in paths], endings
+    def measure(part: Sequence[str]) -> list[tuple[str, int]]:
+        found = [os.path.normpath(os.path.join(base, path)) for path in part]
+        return [(file, _file_size(file)) for file in found]
 
-    def measure(part: tuple[list[str], str]) -> list[tuple[str, str, int]]:
-        return [(file, part[1], _file_size(file + part[1])) for file in part[0]]
-
-    measured = itertools.chain.from_iterable(map_files(measure, list_parts()))
-    for row, (path, (file, ending, size)) in enumerate(zip(images.paths, measured, strict=True)):
+    measured = itertools.chain.from_iterable(map_files(measure, parts))
+    for row, (path, (file, size)) in enumerate(zip(images.paths, measured, strict=True)):
         if "://" in path:
             problem = f"{strip_secrets(path)} is an address; download the images, and name their files."
             raise DataError(images.describe(row, problem))
-        if ending != endings:  # which a row of the same part had
-            size = _file_size(file + endings)
         if size < 0 and missing < MAX_MISSING:
-            spelled = (path, path.replace("\\", "/"))
-            forms = dict.fromkeys([*spelled, *(unicodedata.normalize(f, p) for p in spelled for f in ("NFC", "NFD"))])
-            tried = [(os.path.normpath(os.path.join(base, form)), suffix) for form in forms for suffix in OMITTED]
-            file, endings, size = next(
-                ((f, suffix, n) for f, suffix in tried if (n := _file_size(f + suffix)) >= 0), (file, endings, -1)
-            )
+            spelled = os.path.normpath(os.path.join(base, path.replace("\\", "/")))
+            if (found := find_spelling(spelled, list_names)) is not None:
+                file, size = found, _file_size(found)
         missing += size < 0
-        files.append(file + endings if size >= 0 else file)
+        files.append(file)
         sizes.append(size)
     if max(sizes) < 0:
         raise DataError(

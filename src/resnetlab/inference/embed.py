@@ -163,7 +163,7 @@ def _read_parquet_columns(path: Path) -> dict[str, Any]:
 
     table = pyarrow.parquet.read_table(path)
     features = table.column("features").combine_chunks()
-    values = features.flatten().to_numpy(zero_copy_only=False).reshape(len(features), -1)
+    values = np.array(features.flatten()).reshape(len(features), -1)  # a copy, which may be written to
     return {key: table.column(key).to_pylist() for key in ("image", "split", "class")} | {"features": values}
 
 

@@ -215,7 +215,14 @@ def load_source(recipe: Recipe, setup: TaskSetup) -> tuple[Recipe, Dataset]:
             setup.options.report(
                 f"images of {found}, read as stored: torch resizes them, and statistics are of every channel"
             )
-    return recipe, take_fold(source, recipe.fold) if recipe.fold and source.label_sets is None else source
+    if not recipe.fold or source.label_sets is not None:
+        return recipe, source
+    unused = {"val": source.val, source.evaluated_split: source.test} if source.all_images is None else {}
+    parts = [f"{len(split):,} of {name}" for name, split in unused.items() if split is not None and len(split)]
+    if parts:
+        pool = f"folds divide the {len(source.train):,} images of train"
+        setup.options.report(f"{pool}; the {' and '.join(parts)} are not used")
+    return recipe, take_fold(source, recipe.fold)
 
 
 def _check_decoding_on_device(recipe: Recipe, source: Dataset, setup: TaskSetup) -> None:
@@ -250,7 +257,7 @@ def divide_images(
         return everything, source.val or everything.subset(torch.empty(0, dtype=torch.long)), test, holdout
     if source.val is not None:
         raise UsageError(
-            f"{recipe.data} has a val folder, which is evaluated while training; leave out val_images={recipe.val_images}."
+            f"{recipe.data} has a split val, which is evaluated while training; leave out val_images={recipe.val_images}."
         )
     rest, chosen = hold_out(everything, recipe.val_images)
     held_out = everything.subset(chosen)
