@@ -243,11 +243,29 @@ def test_files_of_one_name_in_two_unicode_forms_belong_together(layout: str, tmp
     assert len(data.train) == 6 and (first.read()[1].any() if "masks" in layout else len(first.boxes) == 2)
 
 
+def test_images_beside_a_split_s_own_json_are_listed_by_any_spelling(tmp_path: Path) -> None:
+    layouts.roboflow_coco(tmp_path)
+    file = tmp_path / "train" / "p0.png"
+    file.rename(file.with_name("\u00c9 0.PNG"))
+    document = tmp_path / "train" / "_annotations.coco.json"
+    document.write_text(document.read_text().replace("p0.png", "e\u0301 0.png"))
+    data = load(box_dataset.load_boxes, tmp_path)
+    assert "\u00c9 0.PNG" in {image.file.name for image in data.train} and len(data.train) == 6
+
+
 def test_yolo_places_that_do_not_exist_are_named(tmp_path: Path) -> None:
     layouts.ultralytics(tmp_path)
     (tmp_path / "data.yaml").write_text("train: images/training\nnames: [round, square]\n")
     with pytest.raises(DataError, match=r"data\.yaml names images/training, which is not below"):
         box_dataset.load_boxes(tmp_path)
+    places = (
+        "train: ../images/train\nval: ../images/val\ntest: ../images/test\n"  # Roboflow names a test split in any case
+    )
+    (tmp_path / "data.yaml").write_text(f"{places}names: [round, square]\n")
+    with pytest.warns(
+        UserWarning, match=r"names \.\./images/test for the test split, which is not there, so that split is"
+    ):
+        assert len(box_dataset.load_boxes(tmp_path).train) == 6
     (tmp_path / "data.yaml").unlink()
     with pytest.raises(DataError, match=r"no data\.yaml with `names` and no classes\.txt"):
         box_dataset.load_boxes(tmp_path)

@@ -168,6 +168,7 @@ def _read_images(
     places = format_list([folder or "." for folder in folders])
     name_by_id: dict[int | str, str] = {}
     names: set[str] = set()
+    found: set[str] = set()  # the files' own names
     usable = 0
     for i, entry in enumerate(content.images):
         name, key = str(entry["file_name"]), _identify(entry["id"])
@@ -183,7 +184,9 @@ def _read_images(
         if (file := finder.find(name, folders)) is None:
             several = f", and {n} other files have that name" if (n := finder.count_named(name)) > 1 else ""
             errors.reject(f"{source}, image {key}", f"its image {name} does not exist in {places}{several}")
-        elif (size := _read_size(entry)) is None:
+            continue
+        found.add(file.name)
+        if (size := _read_size(entry)) is None:
             given = f"{entry.get('width')!r} x {entry.get('height')!r}"
             errors.reject(f"{source}, image {key}", f"its width and height are {given}, not numbers of pixels")
         else:
@@ -196,7 +199,7 @@ def _read_images(
         )
     for key, entries in objects.items():
         errors.reject(entries[0].describe(source), f"it is for the image {key!r}, which is not among the images")
-    _reject_unlisted_images(source, names, errors)
+    _reject_unlisted_images(source, found, errors)
 
 
 def _group_annotations(
@@ -264,7 +267,7 @@ def _read_box(bbox: Any) -> Box | None:
 
 
 def _reject_unlisted_images(source: Path, names: set[str], errors: ErrorPolicy) -> None:
-    """Rejects images beside a split's own JSON (SPLIT/_annotations.coco.json) that it does not list."""
+    """Rejects images beside a split's own JSON (SPLIT/_annotations.coco.json) that are none of those found for its entries."""
     if source.name == "_annotations.coco.json":
         for file in sorted(source.parent.iterdir()):
             if file.suffix.lower() in SUFFIXES and file.name not in names:

@@ -171,17 +171,24 @@ def _parse_inline(text: str) -> list[str] | dict[str, str]:
 def _list_split_images(root: Path, finder: ImageFinder, config: YoloConfig) -> tuple[dict[str, list[str]], list[str]]:
     """The images of each split, paths below the root, by data.yaml, or else by the folders' names; and notes.
 
-    A split to evaluate on whose places hold no image is left out. Raises DataError if that is the one to train on.
+    A split to evaluate on whose places hold no image is left out, and a test split that is not there beside another
+    (Roboflow's data.yaml names one in any case). Raises DataError if that is the one to train on.
     """
     paths = [path for path in finder.paths if "labels" not in path.split("/")[:-1]]
     found: dict[str, list[str]] = {}
     notes: list[str] = []
     for split, places in config.splits.items():
-        names = [name for place in places for name in _list_place(root, finder, config, place, paths)]
-        if names:
-            found[split] = list(dict.fromkeys(names))
+        listed = {place: _list_place(root, finder, place, paths) for place in places}
+        missing = [place for place, names in listed.items() if names is None]
+        if missing and (split != "test" or "val" not in config.splits or len(missing) < len(listed)):
+            raise DataError(
+                f"{config.file} names {missing[0]}, which is not below {root}; correct it, or move the images there."
+            )
+        if every := [name for names in listed.values() for name in names or ()]:
+            found[split] = list(dict.fromkeys(every))
             continue
-        empty = f"{config.file} names {format_list(places)} for the {split} split, which holds no image"
+        state = "is not there" if missing else "holds no image"
+        empty = f"{config.file} names {format_list(places)} for the {split} split, which {state}"
         if split in ("train", "trainval"):
             raise DataError(f"{empty}; put some there, or correct the line.")
         notes.append(f"{empty}, so that split is left out")
@@ -193,10 +200,10 @@ def _list_split_images(root: Path, finder: ImageFinder, config: YoloConfig) -> t
     return found, notes
 
 
-def _list_place(root: Path, finder: ImageFinder, config: YoloConfig, place: str, paths: list[str]) -> list[str]:
+def _list_place(root: Path, finder: ImageFinder, place: str, paths: list[str]) -> list[str] | None:
     """The images of a folder or list that data.yaml names: relative to `path`, to the file, or with leading parts dropped.
 
-    Empty if an existing folder or list is. Raises DataError if there is none.
+    None if there is none. Raises DataError if a list names an image that is not there.
     """
     parts = [part for part in re.split(r"[/\\]", place) if part not in ("", ".", "..")]
     for start in range(len(parts)):
@@ -209,7 +216,7 @@ def _list_place(root: Path, finder: ImageFinder, config: YoloConfig, place: str,
             if missing := [line for line, file in listed.items() if file is None]:
                 raise DataError(f"{entry} lists {missing[0]}, which is not below {root}.")
             return [file.relative_to(root).as_posix() for file in listed.values() if file is not None]
-    raise DataError(f"{config.file} names {place}, which is not below {root}; correct it, or move the images there.")
+    return None
 
 
 def _label_file(image: str) -> str:
