@@ -85,7 +85,7 @@ def run_cli(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, s
     ("arguments", "sentence"),
     [
         (["tran"], 'Unknown command "tran". Did you mean "train"?'),
-        (["train", "--stps", "3"], "Unknown option: --stps. Did you mean --steps?"),
+        (["train", "--stps", "3"], "train has no option --stps; did you mean --steps?"),
         (["train", "--steps", "many"], "--steps"),
         (["train", "--steps", "0"], "--steps must be 1 or more, not 0."),
         (["train", "digts"], "unknown data set 'digts'; did you mean 'digits'?"),

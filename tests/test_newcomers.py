@@ -374,6 +374,15 @@ WRONG: dict[str, Callable[[Model], Any]] = {
     "there are none of resnet20": lambda _: resnetlab.build("resnet20", weights="DEFAULT"),
     "a trained one is cifar10:resnet20": lambda _: resnetlab.load("resnet20"),
     "a model trained on it is cifar10:resnet20": lambda _: resnetlab.load("cifar10"),
+    "a model is a model file, a run folder or what load returned, not ResNet.": lambda model: resnetlab.evaluate(
+        model.net, "digits"
+    ),  # type: ignore[arg-type]
+    "resnet18 is a network, not data": lambda _: resnetlab.train("resnet18"),
+    "unknown argument of predict 'save'; known: image, top, protocol.": lambda model: model.predict("a.png", save=True),  # type: ignore[call-arg]
+    "unknown argument of predict 'imgsz'; known": lambda model: model.predict("a.png", imgsz=64),  # type: ignore[call-arg]
+    "Prediction has no attribute 'argmax'; use label.": lambda model: model(ZEROS).argmax(),
+    "Model has no attribute 'accuracy'; use metrics,": lambda model: model.accuracy,  # type: ignore[attr-defined]
+    "there are none of resnet8.": lambda _: resnetlab.train("digits", net="resnet8", weights="imagenet"),
     "on_evaluate is a function, not 3": lambda _: resnetlab.train("digits", on_evaluate=3),  # type: ignore[arg-type]
     "not DataLoader; give its dataset": lambda _: resnetlab.train(DataLoader([0])),  # type: ignore[arg-type]
 }
@@ -452,7 +461,7 @@ def test_figures_have_a_short_form(model: Model) -> None:
         ("neighbours model.safetensors flowrs labels.csv", "did you mean 'flowers'?"),
         ("neighbours model.safetensors flowers b.png", "b.png is not there"),
         ("data audit flowrs --model model.safetensors", "did you mean 'flowers'?"),
-        ("predict model=m.safetensors source=a.png imgsz=64", "unknown option imgsz"),
+        ("predict model=m.safetensors source=a.png imgsz=64", "there is no option imgsz: a model has its image size"),
         ("export m.safetensors onnx", "export does not take 'onnx'; for example: resnetlab export"),
         ("report runs/a", "it is `resnetlab runs compare RUN RUN` here"),
         ("-V", "there is no option '-V'; it is `resnetlab --version` here"),

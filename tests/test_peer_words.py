@@ -75,6 +75,22 @@ explain --weights m.safetensors --image a.png = explain m.safetensors a.png
 export --model m.safetensors --format onnx --half = export m.safetensors --to=onnx --precision=bf16
 inspect --arch resnet18 --num-classes 3 --imgsz 64 = inspect resnet18 --classes=3 --image-size=64
 serve --model-path m.safetensors --port 1 = serve m.safetensors --port 1
+train resnet18 photos = train --net=resnet18 photos
+train photos preresnet110 --lr 1 = train photos --net=preresnet110 --lr 1
+train resnet18 --data photos = train photos --net=resnet18
+train photos --pretrained true --lr 1 = train photos --pretrained=true --lr 1
+train photos --preset photos --kfold 5 = train photos --recipe=photos --folds=5
+train photos --mixed-precision --img 64 = train photos --precision=bf16 --set image_size=64
+train photos --rand-augment = train photos --set trivial_augment=true
+train photos --compile --lr 1 = train photos --compile=on --lr 1
+plan resnet50 --gpus 8 = plan --net=resnet50 --gpus 8
+study degradation --smoke = study degradation --budget=smoke
+study list = study
+runs show runs/a = runs runs/a
+models list = models
+models --filter resnet* = models resnet*
+recipes show photos = recipes photos
+push m.safetensors --repo-id hf:me/a = push hf:me/a m.safetensors
 """.strip().splitlines()  # fmt: skip
 
 
@@ -110,6 +126,34 @@ ANSWERED = {
     "fit x": "`resnetlab train`",
     "val x": "`resnetlab evaluate`",
     "infer x": "`resnetlab predict`",
+    "detect val x": "`resnetlab detect evaluate`",
+    "task=classify mode=train data=x": "a command comes first: resnetlab train",
+    "train x mode=train": "the command is the first word",
+    "train x --loss focal": "the cross entropy",
+    "train x --save-best": "--set keep=best",
+    "train x --fraction 0.1": "a smaller table or folder",
+    "train x --test-size 0.2": "DATA/train and DATA/test",
+    "train x --deterministic": "--verify-resume",
+    "train x --grayscale": "--set channels=1",
+    "train x --num-nodes 2": "torchrun … -m resnetlab train",
+    "train x --wandb-project a": "WANDB_PROJECT",
+    "train x --yes": "`resnetlab train --help` lists the options",
+    "evaluate m --data x --batch-size 8": "batches are chosen by themselves",
+    "evaluate m --data x --plots": "all figures are always computed",
+    "export m --to onnx --imgsz 64": "a model has its image size",
+    "explain m a.png --method lime": "one method, Grad-CAM",
+    "serve m --reload": "`resnetlab serve --help` lists the options",
+    "evaluate m.safetensors photos": "did you mean: resnetlab evaluate m.safetensors --data photos",
+    "evaluate photos m.safetensors --json": "did you mean: resnetlab evaluate m.safetensors --data photos",
+    "detect evaluate m.safetensors boxes": "did you mean: resnetlab detect evaluate m.safetensors --data boxes",
+    "data photos": "data has no command 'photos', but check, pack, audit; for example: resnetlab data check",
+    "segment photos": "segment has no command 'photos', but train",
+    "runs nowhere": "writes runs into the folder runs",
+    "train digits --net resnet18.pth": "`resnetlab train DATA --start-from resnet18.pth`",
+    "train digits --net microsoft/resnet-50": "'hf:microsoft/resnet-50'",
+    "train digits --net resnet": "a name has the depth in it",
+    "train imagenet": "ImageNet is downloaded by hand",
+    "train mnist": "hf:NAME",
 }
 
 

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, ParamSpec, TypeVar
 
-from resnetlab.peer_words import ANSWERS, NETWORK_ANSWERS, translate
+from resnetlab.peer_words import ANSWERS, NETWORK_ANSWERS, is_peer_word, translate
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -121,12 +121,17 @@ def unknown_name_error(kind: str, given: str, known: Iterable[str]) -> UsageErro
     names, word = list(known), str(given).replace("-", "_")
     same = [name for name in names if name.lower() == str(given).lower()]
     own = same or [own for own in [translate(word, names)] if own]
-    near = own or difflib.get_close_matches(str(given), names, n=1, cutoff=0.6)
+    near = own
+    if not own and not (kind.startswith(("key", "argument")) and is_peer_word(word)):
+        near = difflib.get_close_matches(str(given), names, n=1, cutoff=0.6)
     hint = f"did you mean {near[0]!r}?" if near else "known: " + ", ".join(names) + "."
     if not own and kind.startswith(("key", "argument")):
         answers = NETWORK_ANSWERS if "network" in kind else {}
-        hint = answers.get(word) or ANSWERS.get(word, hint)
-        hint = name_arguments(hint) if kind.startswith("argument") else hint
+        answer = answers.get(word) or ANSWERS.get(word, hint)
+        if not kind.startswith("argument"):
+            hint = answer
+        elif {option.replace("-", "_") for option, _ in _OPTION.findall(answer)} <= {*names, "set"}:  # it has them all
+            hint = name_arguments(answer)
     return UsageError(f"unknown {kind} {given!r}; {hint}")
 
 

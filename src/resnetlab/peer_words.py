@@ -23,7 +23,7 @@ _SYNONYMS = {
     "epochs": "epoch max_epochs num_epochs num_train_epochs n_epochs e",
     "steps": "max_steps iterations iters max_iter num_steps train_steps",
     "lr": "learning_rate lr0 base_lr",
-    "image_size": "imgsz img_size input_size crop_size train_crop_size size resolution",
+    "image_size": "imgsz img_size img input_size crop_size train_crop_size size resolution",
     "eval_resize": "val_resize_size test_input_size resize",
     "classes": "num_classes nc n_classes class_names labels names",
     "channels": "in_chans in_channels ch input_channels",
@@ -37,7 +37,7 @@ _SYNONYMS = {
     "ema_decay": "model_ema_decay ema",
     "warmup_steps": "num_warmup_steps warmup_iters",
     "flip": "hflip fliplr",
-    "trivial_augment": "auto_augment aa",
+    "trivial_augment": "auto_augment autoaugment aa rand_augment randaugment",
     "recompute": "gradient_checkpointing grad_checkpointing",
     "bn_sync": "sync_bn sync_batchnorm syncbn",
     "frozen_bn": "freeze_bn",
@@ -48,7 +48,7 @@ _SYNONYMS = {
     "val_images": "val_size val_split validation_split val_fraction held_out",
     "out": "output output_dir out_dir save_dir logdir log_dir result_dir default_root_dir run_dir o",
     "resume": "resume_from resume_from_checkpoint",
-    "recipe": "config cfg config_file c",
+    "recipe": "config cfg config_file c preset",
     "workers": "num_workers dataloader_num_workers j",
     "procs": "nproc num_processes nproc_per_node world_size num_gpus",
     "data_dir": "cache_dir download_dir",
@@ -67,7 +67,14 @@ _SYNONYMS = {
     "images": "pictures",
     "image": "images source img",
     "name": "model model_name arch architecture net",
+    "PATTERN": "filter name search",
     "pattern": "filter name search",
+    "TO": "repo_id repo hub_model_id",
+    "folds": "kfold k_fold n_splits",
+    "compile": "torch_compile",
+    "device": "map_location",
+    "on_evaluate": "callback callbacks on_epoch_end",
+    "progress": "verbose progress_bar",
     "json": "as_json",
     "1crop": "single_crop center_crop centre_crop centercrop onecrop one_crop crop",
     "10crop": "tencrop ten_crop 10_crop tencrops",
@@ -83,7 +90,10 @@ _FLAGS = {  # a word without a value: our option and its value
     "fp16": ("precision", "fp16"),
     "bf16": ("precision", "bf16"),
     "int8": ("precision", "int8"),
+    "mixed_precision": ("precision", "bf16"),
+    "use_amp": ("precision", "bf16"),
     "no_amp": ("precision", "fp32"),
+    "smoke": ("budget", "smoke"),
     "tta": ("protocol", "flip"),
     "test_time_augmentation": ("protocol", "flip"),
 }
@@ -115,10 +125,12 @@ _ANSWERS = {  # words that have no counterpart: what does the job
         "backbone_lr_scale=0.1 slows all but the last layer, --set frozen_bn=true keeps BN as it is.",
     "accumulate gradient_accumulation_steps accumulate_grad_batches":
         "gradients are accumulated over micro-batches: --batch 256 --set bn_batch=32.",
-    "distributed": "--procs 2 starts processes here; on several machines: torchrun … -m resnetlab train …",
-    "wandb tensorboard mlflow trackio logger report_to log_with":
-        "trackers get a run's figures with --tracker tensorboard (or wandb, mlflow, trackio).",
-    "verbose": "progress is printed to standard error; --json prints the result as one document.",
+    "distributed ddp local_rank rank num_nodes nnodes master_addr master_port dist_url":
+        "--procs 2 starts processes here; on several machines: torchrun … -m resnetlab train …",
+    "wandb tensorboard mlflow trackio logger report_to log_with wandb_project wandb_entity use_wandb":
+        "trackers get a run's figures with --tracker tensorboard (or wandb, mlflow, trackio); a tracker's own variables "
+        "(WANDB_PROJECT, MLFLOW_TRACKING_URI) name its project.",
+    "verbose v log_level": "progress is printed to standard error; --json prints the result as one document.",
     "quiet": "progress is printed to standard error: add 2>/dev/null; --json prints the result as one document.",
     "show": "--out FOLDER writes images, --json prints the predictions.",
     "save": "--out writes the results into a file or folder.",
@@ -128,6 +140,25 @@ _ANSWERS = {  # words that have no counterpart: what does the job
     "set":
         "a run is trained with its values (a study sets its own): resnetlab train DATA --set key=value; runs are shown "
         "beside each other by: resnetlab runs compare RUN RUN.",
+    "task mode": "the command is the first word: resnetlab train DATA, evaluate, predict, export; boxes and masks: resnetlab "
+        "detect train DATA, segment train DATA.",
+    "loss criterion loss_fn": "the loss is the cross entropy: --set label_smoothing=0.1, --set class_weights=balanced; data of "
+        "several classes per image take the binary one.",
+    "save_best keep_best load_best_model_at_end": "--set keep=best keeps the weights with the lowest held-out error.",
+    "deterministic cudnn_deterministic benchmark":
+        "runs are bit-identical without it: `resnetlab train DATA --verify-resume` checks that here.",
+    "fraction limit max_images max_samples max_train_samples limit_train_batches num_samples":
+        "all images are used; a smaller table or folder is a smaller data set, --steps or --epochs make a run short.",
+    "test_size test_split train_split train_size":
+        "a fifth of each class is kept for the test; folders DATA/train and DATA/test, or a split column, decide otherwise.",
+    "cache cache_images": "images are decoded ahead of the network (--workers 4), and not kept in memory.",
+    "channels_last": "networks are in channels_last by themselves.",
+    "normalize": "mean and standard deviation are computed from the training images.",
+    "grayscale greyscale gray grey": "--set channels=1 reads images in grey.",
+    "metrics confusion_matrix plots plot": "all figures are always computed: --out PAGE.html has them with the confusion, "
+        "--json prints them.",
+    "target target_class": "the class with the highest score is explained, of all or of those of --classes.",
+    "method layer target_layer": "`resnetlab explain` has one method, Grad-CAM on the last stage, and shows every block.",
     "dry_run": "the cost is printed before the work begins; Ctrl-C stops it, and nothing is lost.",
     "X y x X_train y_train x_train": "images and labels are one pair, the data: train((X, y)).",
     "mean std": "mean and standard deviation are computed from the training images.",
@@ -138,6 +169,12 @@ _ANSWERS = {  # words that have no counterpart: what does the job
 }  # fmt: skip
 ANSWERS = {word: answer for words, answer in _ANSWERS.items() for word in words.split()}
 REPLACING = ("exist_ok", "overwrite", "force")  # their answer is for runs: other commands replace files
+_FIXED = {  # words for values of a recipe, where a model is used and not trained
+    "batch batch_size bs b": "outside training, batches are chosen by themselves, and made smaller where memory is short.",
+    "imgsz img_size img input_size image_size size":
+        "a model has its image size, and resizes every image itself; exported files do so too.",
+}  # fmt: skip
+FIXED_ANSWERS = {word: answer for words, answer in _FIXED.items() for word in words.split()}
 NETWORK_ANSWERS = {  # arguments of other programs' networks that are no value of a specification here
     word: answer
     for words, answer in {
@@ -176,6 +213,13 @@ MODEL_ATTRIBUTES = {  # of other programs' models: ours
     "num_classes": "len(model.classes)", "class_names": "classes", "labels": "classes", "info": "describe()",
     "summary": "describe()", "config": "recipe", "push_to_hub": "the command `resnetlab push`",
     "save_pretrained": "save(file)", "serve": "the command `resnetlab serve`",
+    "img_size": "preprocessing.image_size", "layers": "net", "weights": "net.state_dict()", "threshold": "thresholds",
+    **dict.fromkeys(("accuracy", "history", "top1_error"), "metrics, of the run; evaluate(data) for other data"),
+    **dict.fromkeys(("predict_batch", "predict_image", "inference", "infer", "classify"), "predict(images)"),
+    **dict.fromkeys(("similar", "neighbours", "neighbors"), "the command `resnetlab neighbours`"),
+    **dict.fromkeys(("compile", "fuse"), "net, a torch.nn.Module; predict folds BN by itself"),
+    "quantize": "export(file, precision='int8')", "freeze": "resnetlab.train(data=…, start_from=path, frozen_stages='C3')",
+    "load_weights": "resnetlab.load(path)", "plot": "explain(image).overlay", "gradients": "explain(image)",
 }  # fmt: skip
 _DEFAULT_CONFIGURATION = "resnetlab.load(path).preprocessing of a model file: size, mean and standard deviation"
 _NETWORK_ATTRIBUTES = {  # of other programs' networks, and of the model that a network is a part of: ours
@@ -248,7 +292,9 @@ PREDICTION_ATTRIBUTES = {  # of other programs' results: ours
     "probabilities": "[each.score for each in prediction.top]", "conf": "score", "confidence": "score",
     "prob": "score", "probability": "score", "top1": "label", "top5": "top", "class_name": "label", "cls": "label",
     "names": "[each.label for each in prediction.top]", "classes": "[each.label for each in prediction.top]",
-    "path": "name", "summary": "to_dict()", "tojson": "to_json()", "to_df": "to_pandas()", "dict": "to_dict()",
+    "path": "name", "summary": "to_dict()", "argmax": "label", "save": "to_json(), to_dict() or to_pandas()",
+    **dict.fromkeys(("show", "plot"), "model.explain(image).overlay, a Pillow image"),
+    "tojson": "to_json()", "to_df": "to_pandas()", "dict": "to_dict()",
 }  # fmt: skip
 _DICTIONARIES = {
     "results_dict": "to_dict()",
@@ -257,6 +303,8 @@ _DICTIONARIES = {
 _ACCURACIES = dict.fromkeys(("accuracy", "acc", "score"), "1 - result.top1_error")
 EVALUATION_ATTRIBUTES = {  # of other programs' results of an evaluation: ours
     **_DICTIONARIES, **_ACCURACIES,
+    "top1": "top1_error", "top5": "top5_error", "per_class": "metrics.per_class",
+    **dict.fromkeys(("plot", "save"), "the command `resnetlab evaluate`, which writes a page"),
     "confusion_matrix": "metrics.confusion", "loss": "metrics.loss", "f1": "metrics.macro('f1')",
 }  # fmt: skip
 RESULT_ATTRIBUTES = {  # of a training run of any task

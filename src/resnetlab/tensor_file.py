@@ -74,6 +74,10 @@ def read_tensor_file(path: Path, what: str) -> tuple[dict[str, Tensor], dict[str
     try:
         tensors = load_tensors(raw)
     except (safetensors.SafetensorError, ValueError, KeyError) as error:
+        if path.suffix.lower() not in ("", ".safetensors"):
+            raise ModelFileError(
+                f"{path} is not a {what} in safetensors' format; give one, or a run's folder."
+            ) from error
         raise ModelFileError(f"{path} is not a complete safetensors file ({error}); copy or train it again.") from error
     entries = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")]).get("__metadata__", {})
     if migrate_v01.KEY in entries and KEY not in entries:
@@ -122,6 +126,10 @@ def read_file(path: Path, wanted: str, origin: str = "") -> bytes:
         content = path.read_bytes()
     except FileNotFoundError:
         hint = suggest_path(path) or f"; {origin or f'give {wanted}.'}"
+        if (run := Path("runs", path)).is_dir():
+            hint = f"; did you mean {str(run)!r}?"
+        elif len(path.parts) == 2 and not path.suffix and not path.parent.exists():
+            hint += f" A model of the Hugging Face hub is 'hf:{path.as_posix()}'."
         raise ModelFileError(f"{path} does not exist{hint}") from None
     except OSError as error:
         raise ModelFileError(f"{path} cannot be read ({error.strerror}).") from error

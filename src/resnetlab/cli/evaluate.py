@@ -114,7 +114,8 @@ def evaluate(
         classes matched by name; several detectors classify the union of their proposals (2015, appendix B).
     data
         Data set: digits, cifar10, cifar100, a folder of class folders (or a zip or tar of one), a table of paths and labels, or
-        a pattern of tar shards. For a detector or segmenter a folder in Pascal VOC's format or with COCO's JSON.
+        a pattern of tar shards. For a detector or segmenter a folder as the tool wrote it: VOC, COCO, YOLO, mask
+        files and others.
     protocol
         Test protocol: 1crop, flip, 10crop, dense:320, multiscale:224,256,384,480,640. Options follow with +, such as
         10crop+logits (logits averaged, not scores), multiscale:224,256+noflip or dense:320+window (scores at every position).

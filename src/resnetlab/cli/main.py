@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import io
 import os
 import re
@@ -9,8 +10,17 @@ import sys
 import warnings
 from collections.abc import Sequence
 from inspect import getdoc
+from itertools import takewhile
+from pathlib import Path
 
-from cyclopts import App, CycloptsError, MissingArgumentError, UnusedCliTokensError
+from cyclopts import (
+    App,
+    CycloptsError,
+    MissingArgumentError,
+    UnknownCommandError,
+    UnknownOptionError,
+    UnusedCliTokensError,
+)
 
 import resnetlab
 from resnetlab.cli import annotated, catalogue, console, data, features, runs, weights
@@ -147,18 +157,45 @@ def _lacks_memory(error: BaseException) -> bool:
 
 def _explain(error: CycloptsError) -> str:
     """The sentence of an error in a command line: what is missing, with the command's example, or what is not understood."""
-    unused = isinstance(error, UnusedCliTokensError) and error.unused_tokens
-    found = error.argument if isinstance(error, MissingArgumentError) else None
-    if not error.command_chain or not (unused or found):
-        return " ".join(str(error).split()) + " (resnetlab --help lists what there is)"
-    command, name = app, " ".join(error.command_chain)
-    for word in error.command_chain:
+    name = " ".join(error.command_chain or ())
+    command = app
+    for word in error.command_chain or ():
         command = command[word]
-    example = re.search(r"^Example: `([^`]+)`", getdoc(command.default_command) or "", re.MULTILINE)
-    needs = f"{name} does not take {' '.join(map(repr, unused))}" if unused else f"{name} needs a value"
+    if isinstance(error, UnknownOptionError) and name:
+        return _explain_option(error, name)
+    unused = isinstance(error, UnusedCliTokensError | UnknownCommandError) and error.unused_tokens
+    found = error.argument if isinstance(error, MissingArgumentError) else None
+    if not name or not (unused or found):
+        shown = f"resnetlab {name} --help".replace("  ", " ")
+        return f"{' '.join(str(error).split())} (`{shown}` lists what there is)"
+    if found is not None and found.name == "--data" and (meant := _find_data(error, name)):
+        return f"{name} needs --data; did you mean: {meant}"
+    needs = f"{name} does not take {' '.join(map(repr, unused or []))}"
+    if command.default_command is None:  # a group, such as data
+        own = [each for each in command if not each.startswith("-")]
+        needs, command = f"{name} has no command {(unused or [''])[0]!r}, but {', '.join(own)}", command[own[0]]
     if found is not None:
         needs = f"{name} needs {found.name}" if found.required else f"{found.name} needs a value"
+    example = re.search(r"^Example: `([^`]+)`", getdoc(command.default_command) or "", re.MULTILINE)
     return f"{needs}; for example: {example[1]}" if example else f"{needs}."
+
+
+def _explain_option(error: UnknownOptionError, name: str) -> str:
+    """The sentence of an unknown option: a misspelt one is named, one that merely looks alike is not."""
+    option = (error.token.keyword or error.token.value).partition("=")[0]
+    names = [each[2:] for argument in error.argument_collection for each in argument.names if each.startswith("--")]
+    near = difflib.get_close_matches(option.lstrip("-"), names, n=1, cutoff=0.7)
+    hint = f"did you mean --{near[0]}?" if near else f"`resnetlab {name} --help` lists the options."
+    return f"{name} has no option {option}; {hint}"
+
+
+def _find_data(error: CycloptsError, name: str) -> str:
+    """The command line in which a positional argument is the data; "" where it is not clear which one."""
+    tokens = (error.root_input_tokens or [])[len(name.split()) :]
+    words = list(takewhile(lambda token: not token.startswith("-"), tokens))
+    models = [w for w in words if w.endswith(".safetensors") or (Path(w) / "model.safetensors").exists()]
+    data = [word for word in words if word not in models]
+    return f"resnetlab {name} {' '.join(models)} --data {data[0]}" if models and len(data) == 1 else ""
 
 
 def _find_command_name(arguments: Sequence[str]) -> str:

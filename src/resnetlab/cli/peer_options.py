@@ -13,11 +13,12 @@ from pathlib import Path
 from cyclopts import App
 
 from resnetlab.errors import UsageError
-from resnetlab.peer_words import ANSWERS, COMMANDS, REPLACING, is_peer_word, translate, translate_flag
+from resnetlab.peer_words import ANSWERS, COMMANDS, FIXED_ANSWERS, REPLACING, is_peer_word, translate, translate_flag
 
 _OPTION = re.compile(r"--?[A-Za-z][\w.-]*")
 _SETTING = re.compile(r"[a-z][a-z0-9_]*=.+")  # Ultralytics' epochs=10
-_POSITIONAL = ("MODEL", "NET", "DATA", "IMAGES")  # in their order on a command line
+_LISTS = ("models", "recipes", "runs", "study")  # commands that list, or show what is named
+_POSITIONAL = ("MODEL", "NET", "DATA", "PATTERN", "TO", "IMAGES")  # in their order on a command line
 
 
 class _Command:
@@ -78,7 +79,7 @@ class _Command:
 
     def refuse(self, option: str) -> None:
         """Raises UsageError for a word of other programs that has an answer, and for an unknown option among images."""
-        answer = ANSWERS.get(key := _to_key(option))
+        answer = ANSWERS.get(key := _to_key(option)) or FIXED_ANSWERS.get(key)
         if key in REPLACING and "--resume" not in self.options:  # this command makes no run
             answer = "a file that --out names is replaced without asking." if "--out" in self.options else None
         if answer is not None:
@@ -104,12 +105,24 @@ def understand(app: App, arguments: Sequence[str]) -> list[str]:
         return list(arguments)
     positional: dict[str, list[str]] = {name: [] for name in _POSITIONAL}
     rest: list[str] = []
-    plain: list[str] = []
+    plain: dict[int, str] = {}  # positional arguments by their place in `rest`
     tokens = list(arguments[len(command.words) :])
+    if (
+        command.words[0] in _LISTS
+        and tokens[:1]
+        and tokens[0] in ("list", "ls", "show")
+        and not Path(tokens[0]).exists()
+    ):
+        del tokens[0]
     while tokens and tokens[0] != "--":
         token = tokens.pop(0)
         name, equals, value = token.partition("=")
         if name in command.options or name == "-h":
+            if name in command.flags and tokens and tokens[0].lower() in ("true", "false"):
+                token = f"{name}={tokens.pop(0).lower()}"
+            if token == "--compile" and (not tokens or tokens[0].startswith("-")):  # a flag in other programs
+                token = "--compile=on"
+                equals = "="
             rest.append(token)
             if not equals and name not in command.flags and tokens:
                 rest.append(tokens.pop(0))  # its value, whatever that looks like
@@ -120,8 +133,9 @@ def understand(app: App, arguments: Sequence[str]) -> list[str]:
         if found is None:
             if is_option or (setting and is_peer_word(name)):
                 command.refuse(name)
+            if not is_option:
+                plain[len(rest)] = token
             rest.append(token)
-            plain += [] if is_option else [token]
             continue
         own, fixed = found
         if fixed is None and not equals and own not in command.flags:
@@ -132,7 +146,13 @@ def understand(app: App, arguments: Sequence[str]) -> list[str]:
             rest.append(own if own in command.flags else f"{own}={fixed or value}")
         else:
             rest += ["--set", f"{own}={fixed or value}"]
-    command.check_positional(plain, positional)
+    if len(plain) + sum(map(len, positional.values())) > len(command.positional) and "--net" in command.options:
+        from resnetlab.models.spec import is_network_name
+
+        for place, word in list(plain.items()):
+            if is_network_name(word) and not Path(word).exists():
+                rest[place] = f"--net={plain.pop(place)}"
+    command.check_positional(list(plain.values()), positional)
     images = positional.pop("IMAGES")
     return [*command.words, *chain(*positional.values()), *rest, *images, *tokens]
 
@@ -149,8 +169,13 @@ def _find_command(app: App, arguments: Sequence[str]) -> _Command | None:
     if first in COMMANDS:
         kind = "option" if first.startswith("-") else "command"
         raise UsageError(f"there is no {kind} {first!r}; it is `resnetlab {COMMANDS[first]}` here.")
-    if first.startswith("-") and first not in list(app):
+    if (first.startswith("-") and first not in list(app)) or _SETTING.fullmatch(first):
         raise UsageError(f"{first} is no option of `resnetlab` itself; a command comes first: resnetlab train --help")
+    second = arguments[len(words)] if words and len(arguments) > len(words) else ""
+    if app.default_command is None and second not in list(app) and COMMANDS.get(second) in list(app):
+        raise UsageError(
+            f"there is no command {second!r}; it is `resnetlab {' '.join(words)} {COMMANDS[second]}` here."
+        )
     return _Command(words, app) if words and app.default_command is not None else None
 
 

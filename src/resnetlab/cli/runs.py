@@ -27,7 +27,9 @@ def list_runs(folder: Path = Path("runs"), /, *, json: Json = False) -> None:
         A folder with run folders in it, at any depth.
     """
     if not folder.is_dir():
-        raise UsageError(f"{folder} is not a folder; give one with runs in it: `resnetlab train` writes into runs.")
+        run = Path("runs", folder)
+        hint = f"did you mean {run}?" if run.is_dir() else "`resnetlab train` writes runs into the folder runs."
+        raise UsageError(f"{folder} is not a folder; {hint}")
     found = [summarise_run(recipe.parent) for recipe in sorted(folder.rglob("recipe.toml"))]
     if json:
         return console.print_json({"runs": found})

@@ -40,7 +40,7 @@ class TrainOptions:
         paper-imagenet, preact-imagenet, modern, modern-long. Detectors: boxes (a feature pyramid, small images), paper-boxes
         (the 2015 paper's schedule and form). Segmenters: masks.
     start_from
-        Weights to start from (recipe finetune): a model file, a run folder, a published name such as
+        Weights to start from (a classifier then has the recipe finetune): a model file, a run folder, a published name such as
         torchvision:resnet18.IMAGENET1K_V1, or a weight file of another program. They bring their network, and get a new head
         if the data have other classes.
     pretrained
@@ -65,8 +65,8 @@ class TrainOptions:
     workers
         Processes that decode images; by default none if a CPU trains. The result does not depend on it.
     shard_space
-        With --set sampling=shards: gigabytes of each machine's disk that fetched shards may take; by default most of what is
-        free.
+        Of a classifier with --set sampling=shards: gigabytes of each machine's disk that fetched shards may take; by default
+        most of what is free.
     procs
         Processes on this machine that share every step: one per GPU, or a few on the CPU. On several machines use
         torchrun: `torchrun … -m resnetlab train …`
@@ -217,15 +217,13 @@ def read_overrides(
 
     Raises UsageError if options contradict each other.
     """
-    from resnetlab.models.spec import is_network_name
     from resnetlab.training.recipe import Overrides
-    from resnetlab.training.recipes import choose_pretrained
+    from resnetlab.training.recipes import choose_pretrained, choose_start, refuse_network
 
     for name, count in (("workers", options.workers), ("profile", options.profile)):
         if count is not None and count < 0:
             raise UsageError(f"--{name} must be 0 or more, not {count}.")
-    if data is not None and is_network_name(data) and not Path(data).exists():
-        raise UsageError(f"{data} is a network, not data; give it as --net {data}, beside a folder or a data set.")
+    refuse_network(data)
     if options.resume is not None and (options.out is not None or options.recipe is not None):
         raise UsageError(
             "--resume continues a run with its own recipe in its own folder; leave out --out and --recipe."
@@ -236,7 +234,7 @@ def read_overrides(
         )
     if options.pretrained and options.start_from:
         raise UsageError("--pretrained and --start-from are two starts; give one of them.")
-    start = options.start_from
+    start = options.start_from and choose_start(options.net, options.start_from)
     if options.pretrained:
         start, notes = choose_pretrained(options.net, options.recipe, task=task, data=data)
         for note in notes:

@@ -108,9 +108,16 @@ def load_dataset(name: str, data_dir: Path, read_options: ReadOptions | None = N
 def refuse_missing(name: str) -> None:
     """Raises what `load_dataset` raises for a name of a folder that does not exist, before anything is read."""
     path = Path(name)
+    if (path / "recipe.toml").is_file() and (path / "metrics.jsonl").is_file():
+        raise UsageError(
+            f"{name} is a run's folder, not data; `resnetlab train --resume {name}` continues it, `resnetlab train DATA "
+            f"--start-from {name}` starts from its model."
+        )
     is_other = name in BUILTIN or name.startswith(objects.HUB) or not name.strip() or is_address(name)
     if is_other or path.exists() or tables.is_table(name) or shards.is_shard_pattern(name):
         return
+    if re.match(r"imagenet|ilsvrc|in1k", name.lower()):
+        raise UsageError(f"there is no folder {name} here: ImageNet is downloaded by hand; give its folder.")
     if "/" in name:
         if hint := suggest_path(path):
             raise DataError(f"{name} is not there{hint}")
@@ -118,7 +125,7 @@ def refuse_missing(name: str) -> None:
     unknown = unknown_name_error("data set", name, BUILTIN)
     if "did you mean" not in str(unknown) and (hint := suggest_path(path)):
         raise UsageError(f"there is no data set and no folder {name!r} here{hint}")
-    raise type(unknown)(f"{unknown} There is no folder {name} here either.")
+    raise type(unknown)(f"{unknown} There is no folder {name} here either; data of the Hugging Face hub are hf:NAME.")
 
 
 def _refuse_several_classes(dataset: Dataset, name: str, read_options: ReadOptions) -> Dataset:

@@ -237,7 +237,6 @@ def evaluate(
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Evaluation:
     """Evaluates a model, or several as an ensemble, on a data set; `.to_json()` of the result gives its figures.
-
     Under torchrun the processes share the images, and each returns the same.
 
     Args:
@@ -267,10 +266,7 @@ def evaluate(
             temperature fitted on images that are evaluated, or that the model was trained on.
     """
     leave_if_imported_again()
-    if isinstance(data, TrainedModel) or (isinstance(data, str | Path) and str(data).endswith(".safetensors")):
-        raise UsageError("the model comes first, then the data: evaluate(model, data).")
-    parsed = parse_protocol(protocol)
-    given: list[Model] = [model] if isinstance(model, Model) else list(model)
+    given, parsed = _collect_models(model, data), parse_protocol(protocol)
     weights = _normalise_weights(weights, len(given))
     fit_on = None if fit_on is None else str(fit_on)
     trained = [each if isinstance(each, TrainedModel) else load_trained_model(Path(each)) for each in given]
@@ -402,12 +398,20 @@ def _make_members(
     ]
 
 
+def _collect_models(model: Model | Sequence[Model], data: object) -> list[Model]:
+    """One model or several as a list; raises UsageError for what is none, and for data before the model."""
+    if isinstance(data, TrainedModel) or (isinstance(data, str | Path) and str(data).endswith(".safetensors")):
+        raise UsageError("the model comes first, then the data: evaluate(model, data).")
+    if not isinstance(model, Model | Sequence):
+        raise UsageError(f"a model is a model file, a run folder or what load returned, not {type(model).__name__}.")
+    return [model] if isinstance(model, Model) else list(model)
+
+
 def _normalise_weights(weights: Sequence[float] | None, n: int) -> tuple[float, ...]:
     """Weights that add up to 1."""
     if n == 0:
         raise UsageError("evaluate needs at least one model.")
-    if weights is None:
-        return (1 / n,) * n
+    weights = (1,) * n if weights is None else weights
     weights = list(weights) if isinstance(weights, Iterable) else [weights]
     if len(weights) != n or not all(0 < w < float("inf") for w in weights):
         raise UsageError(f"weights are {n} numbers above 0, one for each model, not {', '.join(map(str, weights))}.")

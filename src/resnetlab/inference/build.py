@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
@@ -15,7 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from resnetlab.errors import UsageError, public
-from resnetlab.inference.start import NO_HEAD, PRETRAINED, choose_specification, find_pretrained, load_start
+from resnetlab.inference.start import (
+    NO_HEAD,
+    PRETRAINED,
+    choose_specification,
+    find_pretrained,
+    find_weights,
+    load_start,
+)
 from resnetlab.models import resnet
 from resnetlab.models.resnet import ResNet
 from resnetlab.models.spec import get_specification, list_network_names
@@ -71,7 +77,7 @@ def build(
         torch.empty(0, device=where)
     except (RuntimeError, AssertionError, TypeError) as error:
         raise UsageError(f"device {device!r} cannot be used; there are cpu, cuda, cuda:1, mps and meta.") from error
-    source = find_pretrained(name) if pretrained and weights is None else _find_weights(name, str(weights or ""))
+    source = find_pretrained(name) if pretrained and weights is None else find_weights(name, str(weights or ""))
     if not source:
         with where:
             return _finish(resnet.build(name, init=init, seed=seed, **changes), headless)
@@ -99,14 +105,6 @@ def _finish(net: ResNet, headless: bool) -> ResNet:
     if headless:
         net.reset_classifier(0)
     return net
-
-
-def _find_weights(name: str, weights: str) -> str:
-    """The published name of weights that are given as torchvision does, DEFAULT or ResNet18_Weights.IMAGENET1K_V1."""
-    if not (match := re.fullmatch(r"(?:ResNet(\d+)_Weights\.)?(DEFAULT|IMAGENET1K_V\d)", weights)):
-        return weights
-    net = f"resnet{match[1]}" if match[1] else name.removesuffix("v1.5")
-    return find_pretrained(net) if match[2] == "DEFAULT" else f"torchvision:{net}.{match[2]}"
 
 
 def adapt_channels(kernels: Tensor, channels: int) -> Tensor:

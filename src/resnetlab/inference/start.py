@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -50,6 +51,17 @@ def find_pretrained(net: str | None, default: str = "") -> str:
             "--start-from NAME or FILE."
         )
     return name
+
+
+def find_weights(net: str, weights: str) -> str:
+    """The published name of a network's weights that are given as torchvision does, DEFAULT or ResNet18_Weights.IMAGENET1K_V1.
+
+    "imagenet" is DEFAULT; anything else stays as it is.
+    """
+    if not (match := re.fullmatch(r"(?:ResNet(\d+)_Weights\.)?(DEFAULT|imagenet|IMAGENET1K_V\d)", weights)):
+        return weights
+    net = f"resnet{match[1]}" if match[1] else net.removesuffix("v1.5")
+    return f"torchvision:{net}.{match[2]}" if match[2].startswith("IMAGENET1K") else find_pretrained(net)
 
 
 def resolve_start(name: str, folder: Path) -> str:

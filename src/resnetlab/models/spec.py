@@ -211,6 +211,17 @@ def get_specification(name: str, **changes: Any) -> Specification:
         raise UsageError(f"a network is given by its name, such as 'resnet50', not {name!r}.")
     match = _NAME.fullmatch(name)
     if not match:
+        if name.endswith((".pt", ".pth", ".safetensors", ".ckpt", ".bin")):
+            raise UsageError(
+                f"{name!r} is a file, not a network; it brings its network: `resnetlab train DATA --start-from {name}`, "
+                f"in Python weights={name!r}."
+            )
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+            raise UsageError(f"{name!r} is not a network; a model of the Hugging Face hub is weights, 'hf:{name}'.")
+        if name.lower().strip("-_") in _PREFIXES or name.isdigit():
+            raise UsageError(
+                f"unknown network {name!r}; a name has the depth in it: resnet50, plain20 or preresnet110."
+            )
         publisher, _, rest = name.rpartition(":")
         if is_network_name(net := rest.partition(".")[0]):
             weights = name if publisher else f"timm:{name}"

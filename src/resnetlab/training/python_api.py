@@ -93,7 +93,7 @@ def train(
     if source is not None:
         recipe, data = _place_source(source, recipe, data)
     net, steps, seed = _take_synonyms(values, {"net": net, "steps": steps, "seed": seed})
-    recipe = _choose_for_start(values, recipe, resume)
+    recipe = _choose_for_start(values, recipe, resume, net)
     module, net = _name_network(net, pretrained)
     if workers is not None and (not isinstance(workers, int) or workers < 0):
         raise UsageError(f"workers must be 0 or more, not {workers!r}.")
@@ -145,6 +145,7 @@ def _place_source(source: Any, recipe: Recipe | str | Path | None, data: Any) ->
         raise UsageError("recipe and data are given; leave out what stands before them.")
     if isinstance(source, nn.Module):
         raise UsageError("a network is given by its argument's name: train(data, net=module).")
+    recipes.refuse_network(source if data is None else data)
     named = isinstance(source, Recipe) or (isinstance(source, str | Path) and recipes.is_recipe(source))
     if named and source == "photos" and data is None and Path("photos").exists():
         named = False  # the folder, which has the recipe of its name unless weights to start from have another
@@ -154,13 +155,13 @@ def _place_source(source: Any, recipe: Recipe | str | Path | None, data: Any) ->
 
 
 def _choose_for_start(
-    values: dict[str, Any], recipe: Recipe | str | Path | None, resume: str | Path | None
+    values: dict[str, Any], recipe: Recipe | str | Path | None, resume: str | Path | None, net: object
 ) -> Recipe | str | Path | None:
     """The given recipe, or as on the command line "finetune" for a new run that starts from weights."""
     (start,) = _take_synonyms(values, {"start_from": values.pop("start_from", None)})
     if start is None:
         return recipe
-    values["start_from"] = start
+    values["start_from"] = recipes.choose_start(net if isinstance(net, str) else None, str(start))
     return recipe or ("finetune" if resume is None else None)
 
 

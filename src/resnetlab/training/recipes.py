@@ -14,7 +14,8 @@ from resnetlab.data import sources
 from resnetlab.data.dataset import A_TENTH
 from resnetlab.errors import UsageError, suggest_path, unknown_name_error
 from resnetlab.formatting import format_count
-from resnetlab.inference.start import find_pretrained
+from resnetlab.inference.start import find_pretrained, find_weights
+from resnetlab.models.spec import is_network_name
 from resnetlab.run_folder import RunFolder
 from resnetlab.training.annotated_recipes import ANNOTATED_RECIPES
 from resnetlab.training.recipe import BaseRecipe, Recipe
@@ -301,10 +302,23 @@ def is_recipe(name: str | Path) -> bool:
 
 def choose_recipe(name: str | Path | None, *, task: str, data: str | None) -> BaseRecipe:
     """A task's recipe of a name or in a file, or the default of the task and the data."""
+    if name is not None and (file := Path(name, "recipe.toml")).is_file():  # of a run's folder
+        name = file
     if name is not None and str(name).endswith(".toml"):
         return read_recipe_file(Path(name), task)
     name = None if name is None else str(name)
     return find_recipe(name or DEFAULT_RECIPES.get(task) or DEFAULT_RECIPES.get(data or "digits", "photos"), task)
+
+
+def refuse_network(data: object) -> None:
+    """Raises UsageError for a network's name where data are meant."""
+    if isinstance(data, str) and is_network_name(data) and not Path(data).exists():
+        raise UsageError(f"{data} is a network, not data; give it as --net {data}, beside a folder or a data set.")
+
+
+def choose_start(net: str | None, weights: str) -> str:
+    """The weights to start from, of the network or of the recipe's, where they are named as torchvision does."""
+    return find_weights(net or photos().net, weights)
 
 
 def choose_pretrained(
