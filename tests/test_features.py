@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,9 @@ from resnetlab.cli.main import run_command
 from resnetlab.data import digits
 from resnetlab.errors import DataError, UsageError
 from resnetlab.evaluation.label_errors import find_label_errors, find_label_errors_by_cleanlab, out_of_fold_scores
+from resnetlab.inference import embed
 from resnetlab.inference.audit import Audit
-from resnetlab.inference.embed import read_features, write_features
+from resnetlab.inference.embed import EmbeddingRow, read_features, write_features
 from resnetlab.models.model_file import TrainedModel
 from resnetlab.models.resnet import build
 from resnetlab.preprocessing import Preprocessing
@@ -313,3 +316,22 @@ def test_the_command_finds_flipped_labels_of_the_digits(
     right = set(likely) & set(flipped.tolist())
     assert len(right) >= 0.8 * 90 and len(right) >= 0.8 * len(likely)
     assert sum(likely[i] == int(truth[i]) for i in right) >= 0.9 * len(right)
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".parquet"])
+def test_features_are_written_as_they_come(suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(embed, "PART", 2)
+    alive: list[weakref.ref[torch.Tensor]] = []
+
+    def rows() -> Iterator[EmbeddingRow]:
+        for i in range(12):
+            features = torch.full((3,), float(i))
+            alive.append(weakref.ref(features))
+            yield EmbeddingRow(f"{i}.png", "train", "a", features)
+            del features
+            assert sum(each() is not None for each in alive) <= 4
+
+    assert write_features(tmp_path / f"f{suffix}", rows()) == (12, {})
+    found = list(read_features(tmp_path / f"f{suffix}"))
+    assert [(row.image, row.split, row.label) for row in found] == [(f"{i}.png", "train", "a") for i in range(12)]
+    assert [row.features.tolist() for row in found if row.features is not None] == [[i] * 3 for i in range(12)]

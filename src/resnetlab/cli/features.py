@@ -37,7 +37,7 @@ def embed(
     data
         A data set, or a folder of images.
     out
-        The file to write, .npz or .parquet: image, split, class and features of each image. Parquet is written in parts.
+        The file to write, .npz or .parquet: image, split, class and features of each image, written as they are computed.
     """
     from resnetlab.data.sources import refuse_missing
     from resnetlab.evaluation.predictions import check_table_file

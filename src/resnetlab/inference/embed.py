@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 import zipfile
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -93,7 +95,7 @@ def embed_rows(model: Model, images: Iterable[tuple[str, tuple[str, str, Any]]])
 def write_features(path: Path, rows: Iterator[EmbeddingRow]) -> tuple[int, dict[str, str]]:
     """Writes image, split, class and features of each readable image; returns their number, and the others' errors.
 
-    A Parquet file is written in parts, so memory holds one; an .npz file is written at once.
+    Features are written as they come, so memory holds those of one part at most.
 
     Raises RunError where there is no space or no permission, DataError if no image can be read.
     """
@@ -191,9 +193,24 @@ def _write_parquet(path: Path, rows: Iterator[EmbeddingRow]) -> int:
 
 
 def _write_npz(path: Path, rows: Iterator[EmbeddingRow]) -> int:
-    if found := list(rows):
-        columns, features = _to_columns(found)
-        arrays: dict[str, Any] = {key: np.array(values) for key, values in columns.items()}
-        with open(path, "wb") as file:
-            np.savez(file, features=features.numpy(), **arrays)
-    return len(found)
+    columns: dict[str, list[str]] = {"image": [], "split": [], "class": []}
+    length = 0
+    with tempfile.TemporaryFile(dir=path.parent) as vectors:
+        for row in rows:
+            if row.features is not None:
+                length = len(row.features)
+                vectors.write(row.features.float().numpy().astype("<f4").tobytes())
+                for column, value in zip(columns.values(), row[:3], strict=True):
+                    column.append(value)
+        if not (n := len(columns["image"])):
+            return 0
+        with zipfile.ZipFile(path, "w") as archive:
+            with archive.open("features.npy", "w", force_zip64=True) as file:
+                header = {"descr": "<f4", "fortran_order": False, "shape": (n, length)}
+                np.lib.format.write_array_header_1_0(file, header)
+                vectors.seek(0)
+                shutil.copyfileobj(vectors, file)
+            for key, values in columns.items():
+                with archive.open(f"{key}.npy", "w", force_zip64=True) as file:
+                    np.lib.format.write_array(file, np.array(values))
+    return n
