@@ -90,7 +90,7 @@ runs show runs/a = runs runs/a
 models list = models
 models --filter resnet* = models resnet*
 recipes show photos = recipes photos
-push m.safetensors --repo-id hf:me/a = push hf:me/a m.safetensors
+push m.safetensors --repo-id hf:me/a = push m.safetensors hf:me/a
 """.strip().splitlines()  # fmt: skip
 
 

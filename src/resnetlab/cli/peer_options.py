@@ -153,8 +153,8 @@ def understand(app: App, arguments: Sequence[str]) -> list[str]:
             if is_network_name(word) and not Path(word).exists():
                 rest[place] = f"--net={plain.pop(place)}"
     command.check_positional(list(plain.values()), positional)
-    images = positional.pop("IMAGES")
-    return [*command.words, *chain(*positional.values()), *rest, *images, *tokens]
+    last = [*positional.pop("TO"), *positional.pop("IMAGES")]
+    return [*command.words, *chain(*positional.values()), *rest, *last, *tokens]
 
 
 def _find_command(app: App, arguments: Sequence[str]) -> _Command | None:
