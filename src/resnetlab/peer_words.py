@@ -155,7 +155,7 @@ _ANSWERS = {  # words that have no counterpart: what does the job
     "channels_last": "networks are in channels_last by themselves.",
     "normalize": "mean and standard deviation are computed from the training images.",
     "grayscale greyscale gray grey": "--set channels=1 reads images in grey.",
-    "metrics confusion_matrix plots plot": "all figures are always computed: --out PAGE.html has them with the confusion, "
+    "metrics confusion_matrix plots plot": "all figures are always computed: evaluation.html shows them; "
         "--json prints them.",
     "target target_class": "the class with the highest score is explained, of all or of those of --classes.",
     "method layer target_layer": "`resnetlab explain` has one method, Grad-CAM on the last stage, and shows every block.",

@@ -148,10 +148,9 @@ def evaluate(
     from resnetlab.evaluation.evaluate import evaluate as evaluate_models
     from resnetlab.inference.download import find_model, find_trained, get_scheme, load_or_download
     from resnetlab.models.annotated_model import TASK_NOUNS, read_task
-    from resnetlab.run_folder import check_output_folder
 
     _check_argument_order(models, data)
-    check_output_folder(out)
+    _check_out(out)
     given, models = models, tuple(map(find_model, models))
     task = next((task for task in map(read_task, map(Path, models)) if task != "classify"), None)
     if task is not None:
@@ -244,6 +243,17 @@ def _choose_folder(evaluation: Evaluation, default: Path) -> Path:
         return default
     views = "" if protocol == "1crop" else f"-{protocol.replace(':', '-')}"
     return default if same else default / f"evaluation-{short_name(evaluation.data)}-{evaluation.split}{views}"
+
+
+def _check_out(out: Path | None) -> None:
+    """Raises UsageError for a file where a folder is meant, or a folder that cannot be written."""
+    from resnetlab.run_folder import check_output_folder
+
+    if out is not None and out.suffix in (".html", ".json", ".pdf", ".csv", ".txt", ".md") and not out.is_dir():
+        raise UsageError(
+            f"--out is a folder, for evaluation.html and evaluation.json, not {out}; --predictions FILE.csv lists images."
+        )
+    check_output_folder(out)
 
 
 def _check_argument_order(models: Sequence[str], data: str) -> None:

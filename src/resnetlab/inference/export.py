@@ -15,7 +15,7 @@ from resnetlab.device import standard_torch_state
 from resnetlab.errors import DataError, ModelFileError, RunError, UsageError, missing_package, unknown_name_error
 from resnetlab.formatting import format_count, format_json
 from resnetlab.inference.export_graphs import PIXELS, SCORES, ExportGraphs
-from resnetlab.inference.formats import ExportFormat, get_format
+from resnetlab.inference.formats import FORMATS, ExportFormat, get_format
 from resnetlab.inference.parity_check import PARITY_BOUNDS, ParityReport, check_parity
 from resnetlab.models.model_file import TrainedModel
 from resnetlab.progress import log
@@ -28,9 +28,9 @@ def check_export_request(target: str, precision: str, out: Path) -> None:
     if precision not in PARITY_BOUNDS:
         raise unknown_name_error("precision", precision, PARITY_BOUNDS)
     if precision not in format.precisions:
-        raise UsageError(
-            f"--to {target} writes {' or '.join(format.precisions)}, not {precision}; use --to onnx or openvino."
-        )
+        others = [name for name, each in FORMATS.items() if precision in each.precisions]
+        hint = f"; {precision} is written by --to {' or '.join(others)}." if others else "."
+        raise UsageError(f"--to {target} writes {' or '.join(format.precisions)}, not {precision}{hint}")
     if out.suffix not in format.suffixes:
         raise UsageError(f"--out {out}: a file for {target} ends in {' or '.join(format.suffixes)}.")
     if missing := format.missing_packages():
