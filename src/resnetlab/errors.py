@@ -180,16 +180,20 @@ def public(function: Callable[P, R]) -> Callable[P, R]:
 def _explain_arguments(
     function: Callable[..., Any], args: Sequence[Any], values: Mapping[str, Any]
 ) -> ArgumentError | None:
-    """The error if a function cannot be called so, None if it can."""
+    """The error if a function cannot be called so, or a path is of another type; None if it can."""
     called, name = inspect.signature(function), function.__name__
     try:
-        called.bind(*args, **values)
+        given = called.bind(*args, **values).arguments
     except TypeError as error:
         known = [p.name for p in called.parameters.values() if p.name != "self" and p.kind != p.VAR_KEYWORD]
         if unknown := [word for word in values if word not in known]:
             return ArgumentError(str(unknown_name_error(f"argument of {name}", unknown[0], known)))
         pair = " Images and labels are one pair: (X, y)." if "data" in known and "positional" in str(error) else ""
         return ArgumentError(f"{name}: {error}; its arguments: {', '.join(known)}.{pair}")
+    for word, value in given.items():
+        path = str(called.parameters[word].annotation).removesuffix(" | None") == "str | Path"
+        if path and not isinstance(value, str | os.PathLike | None):
+            return ArgumentError(f"{name}: {word} must be a path, not {value!r}.")
     return None
 
 
