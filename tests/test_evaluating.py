@@ -194,7 +194,11 @@ def test_an_ensemble_is_the_weighted_mean_of_scores_matched_by_name() -> None:
     torch.testing.assert_close(both.metrics.scores, expected, rtol=1e-5, atol=1e-6)
     assert [m.top1_error for m in both.members] == [j.top1_error for j in alone]
     for ours in EVALUATION_ATTRIBUTES.values():  # what is said in place of other programs' attributes is there
-        assert "pandas" in ours or eval(ours if "result" in ours else f"result.{ours}", {"result": both}) is not None
+        assert (
+            "pandas" in ours
+            or "command" in ours
+            or eval(ours if "result" in ours else f"result.{ours}", {"result": both}) is not None
+        )
     document = both.to_json()
     assert [(m["model"], m["weight"]) for m in document["members"]] == [("model 1", 0.75), ("model 2", 0.25)]
     assert [(c["a"], c["b"]) for c in document["comparisons"]] == [

@@ -385,7 +385,7 @@ WRONG: dict[str, Callable[[Model], Any]] = {
     "there are none of resnet8.": lambda _: resnetlab.train("digits", net="resnet8", weights="imagenet"),
     "train: out must be a path, not 3.": lambda _: resnetlab.train("digits", out=3),  # type: ignore[arg-type]
     "save: path must be a path, not 3.": lambda model: model.save(3),  # type: ignore[arg-type]
-    "load a published one: evaluate(load('cifar10:resnet20'), data).": lambda _: resnetlab.evaluate(
+    "no file here; resnetlab.load('cifar10:resnet20') opens a published model.": lambda _: resnetlab.evaluate(
         "cifar10:resnet20", "digits"
     ),
     "on_evaluate is a function, not 3": lambda _: resnetlab.train("digits", on_evaluate=3),  # type: ignore[arg-type]

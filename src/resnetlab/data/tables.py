@@ -23,7 +23,7 @@ import os
 import re
 import sys
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -285,22 +285,30 @@ def _find_files(images: ImageList) -> tuple[list[str], list[int]]:
     file is there.
     """
     base, list_names, missing = os.path.abspath(images.base), functools.cache(index_folder), 0
-    files, sizes = [], []
-    parts = (images.paths[start : start + PART] for start in range(0, len(images.paths), PART))
+    files, sizes, ending = [], [], ""  # which the names before left out
 
-    def measure(part: Sequence[str]) -> list[tuple[str, int]]:
-        found = [os.path.normpath(os.path.join(base, path)) for path in part]
-        return [(file, _file_size(file)) for file in found]
+    def list_parts() -> Iterator[tuple[Sequence[str], str]]:
+        for start in range(0, len(images.paths), PART):
+            yield images.paths[start : start + PART], ending
 
-    measured = itertools.chain.from_iterable(map_files(measure, parts))
-    for row, (path, (file, size)) in enumerate(zip(images.paths, measured, strict=True)):
+    def measure(part: tuple[Sequence[str], str]) -> list[tuple[str, str, int]]:
+        found = [os.path.normpath(os.path.join(base, path)) for path in part[0]]
+        return [(file, part[1], _file_size(file + part[1])) for file in found]
+
+    measured = itertools.chain.from_iterable(map_files(measure, list_parts()))
+    for row, (path, (file, tried, size)) in enumerate(zip(images.paths, measured, strict=True)):
         if "://" in path:
             problem = f"{strip_secrets(path)} is an address; download the images, and name their files."
             raise DataError(images.describe(row, problem))
-        if size < 0 and missing < MAX_MISSING:
+        if size < 0 and tried != ending:  # which a row of the same part had
+            tried, size = ending, _file_size(file + ending)
+        if size >= 0:
+            file += tried
+        elif missing < MAX_MISSING:
             spelled = os.path.normpath(os.path.join(base, path.replace("\\", "/")))
             if (found := find_spelling(spelled, list_names)) is not None:
                 file, size = found, _file_size(found)
+                ending = found.removeprefix(spelled) if found.startswith(spelled) else ending
         missing += size < 0
         files.append(file)
         sizes.append(size)

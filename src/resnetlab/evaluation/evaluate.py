@@ -404,11 +404,7 @@ def _collect_models(model: Model | Sequence[Model], data: object) -> list[Model]
         raise UsageError("the model comes first, then the data: evaluate(model, data).")
     if not isinstance(model, Model | Sequence):
         raise UsageError(f"a model is a model file, a run folder or what load returned, not {type(model).__name__}.")
-    models: list[Model] = [model] if isinstance(model, Model) else list(model)
-    for each in models:
-        if isinstance(each, str) and ":" in each and not Path(each).exists():
-            raise UsageError(f"evaluate takes files and models; load a published one: evaluate(load({each!r}), data).")
-    return models
+    return [model] if isinstance(model, Model) else list(model)
 
 
 def _normalise_weights(weights: Sequence[float] | None, n: int) -> tuple[float, ...]:

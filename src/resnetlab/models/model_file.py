@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from resnetlab.device import standard_torch_state
-from resnetlab.errors import ModelFileError, public
+from resnetlab.errors import ModelFileError, UsageError, public
 from resnetlab.formatting import find_name_problem, format_count, format_list, format_split, html_table, is_number
 from resnetlab.models.own_network import OWN, Network, OwnNetwork, load_own_network, own_network_error
 from resnetlab.models.reference_images import ReferenceImages
@@ -199,10 +199,13 @@ def compute_scores(logits: Tensor, multi_label: bool, dim: int = 1) -> Tensor:
 def load_trained_model(path: Path, net: nn.Module | None = None) -> TrainedModel:
     """Reads a model file; `net` is the user's own network that it holds the weights of.
 
-    Raises ModelFileError if it is missing, damaged, foreign, or its tensors do not match its specification.
+    Raises ModelFileError if it is missing, damaged, foreign, or its tensors do not match its specification; UsageError for the
+    name of a published one.
     """
     if (inside := path / "model.safetensors").is_file():
         path = inside  # of a run folder
+    if ":" in path.name and not path.exists():
+        raise UsageError(f"{path} is no file here; resnetlab.load({str(path)!r}) opens a published model.")
     tensors, metadata = read_tensor_file(path, "model file")
     if (task := metadata.get("task", "classify")) != "classify":
         raise ModelFileError(f"{path} is not a classifier; use it with: resnetlab {task} predict {path} IMAGE...")
