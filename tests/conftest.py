@@ -50,6 +50,14 @@ def pytest_unconfigure() -> None:
     gc.unfreeze()  # what is left at the end is freed as ever
 
 
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """A run in this process sets torch's number of threads, which decides the bits that later tests compare."""
+    yield
+    if (torch := sys.modules.get("torch")) is not None and torch.get_num_threads() != 1:
+        torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def first_backward() -> None:
     """Takes torch's first backward pass before any export.
