@@ -148,6 +148,9 @@ def test_two_threads(tmp_path: Path) -> None:
     assert_same(out, straight)
 
 
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnhandledThreadExceptionWarning"
+)  # of TensorBoard's thread, which writes there
 def test_a_vanished_run_folder_is_one_sentence(tmp_path: Path) -> None:
     out = tmp_path / "run"
 
