@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import shutil
 from typing import Any
@@ -9,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 import resnetlab
 from resnetlab.nn import blocks, fused_block
 from resnetlab.nn.batchnorm import FusedBatchNorm2d, fuse_batchnorm
-from resnetlab.nn.blocks import Block
+from resnetlab.nn.blocks import ACTIVATION_ORDERS, Block, ShortcutOptions, make_basic_layers
 from resnetlab.nn.convolution import use_winograd
 
 pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="there is no C++ compiler")
@@ -75,8 +77,30 @@ def test_values_that_are_not_finite_stay() -> None:
     assert x.grad.isnan().any()
 
 
+def test_a_map_of_other_channels_is_an_error() -> None:
+    """Not a read behind the weights."""
+    options = ShortcutOptions(
+        name="none", zero_pad="end", scale=1, residual_scale=1, gate_bias=0, dropout=0
+    )  # of a plain block
+    block = nn.Sequential(Block(make_basic_layers(16, 32, 1, 2), ACTIVATION_ORDERS["original"], options, "inside"))
+    fuse_batchnorm(block)
+    use_winograd(block)
+    with pytest.raises(RuntimeError, match="to have 16 channels, but got 32"):
+        block(torch.randn(2, 32, 8, 8, requires_grad=True))
+
+
 @pytest.mark.parametrize(
-    "case", ["a hook", "evaluation", "fixed BN", "frozen weights", "no gradient", "several threads", "stochastic depth"]
+    "case",
+    [
+        "a hook",
+        "a hook on all modules",
+        "evaluation",
+        "fixed BN",
+        "frozen weights",
+        "no gradient",
+        "several threads",
+        "stochastic depth",
+    ],
 )
 def test_other_blocks_go_layer_by_layer(case: str) -> None:
     block = next(module for module in network("resnet8").modules() if isinstance(module, Block))
@@ -94,9 +118,15 @@ def test_other_blocks_go_layer_by_layer(case: str) -> None:
         convs[0].threads = 2  # type: ignore[assignment]
     elif case == "stochastic depth":
         block.drop_path = 0.5
-    block(x)
+    on_all = contextlib.ExitStack()
+    if case == "a hook on all modules":
+        on_all.enter_context(
+            register_module_forward_pre_hook(lambda module, _: seen.append(1) if module is convs[1] else None)
+        )
+    with on_all:
+        block(x)
     assert CALLS == []
-    assert seen == [1] * (case == "a hook")
+    assert seen == [1] * case.startswith("a hook")
 
 
 def test_other_kinds_of_block_go_layer_by_layer() -> None:

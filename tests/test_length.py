@@ -19,7 +19,7 @@ from resnetlab.progress import fit_parts
 from resnetlab.run_folder import RunFolder, list_checkpoints, read_metrics
 from resnetlab.tensor_file import read_tensor_file
 from resnetlab.training.recipe import Epochs, Overrides, Recipe
-from resnetlab.training.recipes import quick
+from resnetlab.training.recipes import choose_recipe, quick
 from resnetlab.training.recorder import RunStopped, StepTimer
 from resnetlab.training.result import Progress
 from resnetlab.training.run_state import RunState
@@ -75,13 +75,17 @@ def test_a_runs_recipe_file_runs_again_identically(tmp_path: Path, monkeypatch: 
     assert run_command(["train", "--recipe", str(one / "recipe.toml"), "--device", "cpu", "--out", str(two)]) == 0
     assert_same(one, two)
     assert (one / "recipe.toml").read_text() == (two / "recipe.toml").read_text()
+    one.rename(tmp_path / "quick")
+    monkeypatch.chdir(tmp_path)
+    assert choose_recipe("./quick", task="classify", data=None) == choose_recipe(
+        two / "recipe.toml", task="classify", data=None
+    )
+    assert choose_recipe("quick", task="classify", data=None) == quick()  # a folder's name does not change it
 
 
 def test_a_recipe_file_may_name_the_recipe_that_has_the_rest(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from resnetlab.training.recipes import choose_recipe
-
     file = tmp_path / "mine.toml"
     file.write_text('name = "paper-cifar"\nlr = 0.2\n[specification]\nshortcut = "C"\n')
     recipe = choose_recipe(file, task="classify", data=None)

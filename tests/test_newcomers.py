@@ -22,6 +22,7 @@ import pytest
 import torch
 import torchvision
 from PIL import Image
+from torch import nn
 from torch.utils.data import DataLoader
 
 import resnetlab
@@ -385,13 +386,27 @@ WRONG: dict[str, Callable[[Model], Any]] = {
     "there are none of resnet8.": lambda _: resnetlab.train("digits", net="resnet8", weights="imagenet"),
     "train: out must be a path, not 3.": lambda _: resnetlab.train("digits", out=3),  # type: ignore[arg-type]
     "save: path must be a path, not 3.": lambda model: model.save(3),  # type: ignore[arg-type]
-    "no file here; resnetlab.load('cifar10:resnet20') opens a published model.": lambda _: resnetlab.evaluate(
+    "no file here; a published model is opened by resnetlab.load('cifar10:resnet20').": lambda _: resnetlab.evaluate(
         "cifar10:resnet20", "digits"
     ),
+    "no file here; a published model is opened by resnetlab.load('hf:a/b').": lambda _: resnetlab.evaluate(
+        "hf:a/b", "digits"
+    ),
+    "or what load returned, not Linear.": lambda _: resnetlab.evaluate([nn.Linear(1, 1)], "digits"),  # type: ignore[list-item]
+    "build(…).to(memory_format=torch.channels_last) converts it": lambda _: resnetlab.build(
+        "resnet8", channels_last=True
+    ),
+    "'./resnet9'; did you mean": lambda _: resnetlab.build("./resnet9"),
     "on_evaluate is a function, not 3": lambda _: resnetlab.train("digits", on_evaluate=3),  # type: ignore[arg-type]
     "not DataLoader; give its dataset": lambda _: resnetlab.train(DataLoader([0])),  # type: ignore[arg-type]
 }
 ZEROS = np.zeros((8, 8), np.uint8)
+
+
+def test_models_are_files_in_any_iterable_and_folder() -> None:
+    for path in ("first.safetensors", "runs/12:30"):
+        with pytest.raises(ModelFileError, match=f"^{path} does not exist"):
+            resnetlab.evaluate(iter([path]), "digits")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("sentence", WRONG)

@@ -169,6 +169,21 @@ def test_the_others_are_answered_with_what_does_the_job(
     assert not out and answer in err and err.count("\n") == 1
 
 
+def test_a_path_that_is_there_is_not_taken_for_a_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("imagenet_mini").mkdir()
+    Path("runs/a").mkdir(parents=True)
+    for line, answer in {
+        "train imagenet-mini": "did you mean 'imagenet_mini'?",
+        "train imagenette": "hf:NAME",
+        "train digits --net runs/a": "`resnetlab train DATA --start-from runs/a`",
+    }.items():
+        assert run_command(line.split()) == 2
+        assert answer in capsys.readouterr().err
+
+
 def test_our_own_words_pass_unchanged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "epochs=3").mkdir()

@@ -150,6 +150,13 @@ def test_pretrained_takes_the_named_networks_imagenet_weights(capsys: pytest.Cap
     assert overrides.values["start_from"] == "torchvision:resnet50.IMAGENET1K_V2"
     assert complete_recipe("classify", options, overrides).name == "finetune"
     assert find_pretrained("resnet101v1.5") == "torchvision:resnet101.IMAGENET1K_V2"
+    for task, recipe, net in (
+        ("classify", None, "resnet18"),
+        ("classify", "modern", "resnet50"),
+        ("detect", "paper-boxes", "resnet101"),
+    ):
+        options = TrainOptions(recipe=recipe, start_from="IMAGENET1K_V1")
+        assert read_overrides("x", options, {}, task).values["start_from"] == f"torchvision:{net}.IMAGENET1K_V1"
     for command, message in (
         ("--pretrained", "give it. Other weights: --start-from"),
         ("--pretrained --net resnet20", "there are none of resnet20"),

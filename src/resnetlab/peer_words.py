@@ -190,6 +190,7 @@ NETWORK_ANSWERS = {  # arguments of other programs' networks that are no value o
             "convert_sync_batchnorm(net) changes the kind of BN.",
         "zero_init_residual zero_init_last": "it belongs to training: train(…, zero_init_last_bn=True).",
         "dtype half": "a network is float32; convert it as any module: build(…).half().",
+        "channels_last memory_format": "build(…).to(memory_format=torch.channels_last) converts it, as any module.",
         "checkpoint_path checkpoint": "weights=FILE loads a model file or a weight file.",
         "groups width_per_group cardinality base_width": "ResNeXt and wide residual networks are not built here.",
     }.items()

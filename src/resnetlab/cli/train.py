@@ -234,7 +234,7 @@ def read_overrides(
         )
     if options.pretrained and options.start_from:
         raise UsageError("--pretrained and --start-from are two starts; give one of them.")
-    start = options.start_from and choose_start(options.net, options.start_from)
+    start = options.start_from and choose_start(options.net, options.start_from, options.recipe, task=task)
     if options.pretrained:
         start, notes = choose_pretrained(options.net, options.recipe, task=task, data=data)
         for note in notes:

@@ -116,14 +116,15 @@ def refuse_missing(name: str) -> None:
     is_other = name in BUILTIN or name.startswith(objects.HUB) or not name.strip() or is_address(name)
     if is_other or path.exists() or tables.is_table(name) or shards.is_shard_pattern(name):
         return
-    if re.match(r"imagenet|ilsvrc|in1k", name.lower()):
+    hint = suggest_path(path)
+    if not hint and re.match(r"(imagenet|ilsvrc|in1k)(?!te)", name.lower()):
         raise UsageError(f"there is no folder {name} here: ImageNet is downloaded by hand; give its folder.")
     if "/" in name:
-        if hint := suggest_path(path):
+        if hint:
             raise DataError(f"{name} is not there{hint}")
         raise DataError(f"{name} is not there; give {KINDS}, or one of {', '.join(BUILTIN)}.")
     unknown = unknown_name_error("data set", name, BUILTIN)
-    if "did you mean" not in str(unknown) and (hint := suggest_path(path)):
+    if "did you mean" not in str(unknown) and hint:
         raise UsageError(f"there is no data set and no folder {name!r} here{hint}")
     raise type(unknown)(f"{unknown} There is no folder {name} here either; data of the Hugging Face hub are hf:NAME.")
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from resnetlab.data import sources
 from resnetlab.data.dataset import Dataset, MemorySplit, Split
@@ -398,21 +398,21 @@ def _make_members(
     ]
 
 
-def _collect_models(model: Model | Sequence[Model], data: object) -> list[Model]:
+def _collect_models(model: Any, data: object) -> list[Model]:
     """One model or several as a list; raises UsageError for what is none, and for data before the model."""
     if isinstance(data, TrainedModel) or (isinstance(data, str | Path) and str(data).endswith(".safetensors")):
         raise UsageError("the model comes first, then the data: evaluate(model, data).")
-    if not isinstance(model, Model | Sequence):
-        raise UsageError(f"a model is a model file, a run folder or what load returned, not {type(model).__name__}.")
-    return [model] if isinstance(model, Model) else list(model)
+    models = list(model) if isinstance(model, Iterable) and not isinstance(model, str | nn.Module) else [model]
+    if wrong := [type(each).__name__ for each in models if not isinstance(each, Model)]:
+        raise UsageError(f"a model is a model file, a run folder or what load returned, not {wrong[0]}.")
+    return models
 
 
 def _normalise_weights(weights: Sequence[float] | None, n: int) -> tuple[float, ...]:
     """Weights that add up to 1."""
     if n == 0:
         raise UsageError("evaluate needs at least one model.")
-    weights = (1,) * n if weights is None else weights
-    weights = list(weights) if isinstance(weights, Iterable) else [weights]
+    weights = [1] * n if weights is None else list(weights) if isinstance(weights, Iterable) else [weights]
     if len(weights) != n or not all(0 < w < float("inf") for w in weights):
         raise UsageError(f"weights are {n} numbers above 0, one for each model, not {', '.join(map(str, weights))}.")
     return tuple(w / sum(weights) for w in weights)

@@ -204,8 +204,8 @@ def load_trained_model(path: Path, net: nn.Module | None = None) -> TrainedModel
     """
     if (inside := path / "model.safetensors").is_file():
         path = inside  # of a run folder
-    if ":" in path.name and not path.exists():
-        raise UsageError(f"{path} is no file here; resnetlab.load({str(path)!r}) opens a published model.")
+    if ":" in str(path).partition("/")[0] and not path.is_absolute() and not path.exists():
+        raise UsageError(f"{path} is no file here; a published model is opened by resnetlab.load({str(path)!r}).")
     tensors, metadata = read_tensor_file(path, "model file")
     if (task := metadata.get("task", "classify")) != "classify":
         raise ModelFileError(f"{path} is not a classifier; use it with: resnetlab {task} predict {path} IMAGE...")

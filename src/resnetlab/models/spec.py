@@ -16,6 +16,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from resnetlab.errors import ModelFileError, UsageError, unknown_name_error
@@ -211,12 +212,12 @@ def get_specification(name: str, **changes: Any) -> Specification:
         raise UsageError(f"a network is given by its name, such as 'resnet50', not {name!r}.")
     match = _NAME.fullmatch(name)
     if not match:
-        if name.endswith((".pt", ".pth", ".safetensors", ".ckpt", ".bin")):
+        if name.endswith((".pt", ".pth", ".safetensors", ".ckpt", ".bin")) or ("/" in name and Path(name).exists()):
             raise UsageError(
-                f"{name!r} is a file, not a network; it brings its network: `resnetlab train DATA --start-from {name}`, "
+                f"{name!r} is a path, not a network; weights bring theirs: `resnetlab train DATA --start-from {name}`, "
                 f"in Python weights={name!r}."
             )
-        if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        if re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
             raise UsageError(f"{name!r} is not a network; a model of the Hugging Face hub is weights, 'hf:{name}'.")
         if name.lower().strip("-_") in _PREFIXES or name.isdigit():
             raise UsageError(

@@ -8,7 +8,12 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.module import _global_backward_hooks, _global_forward_hooks
+from torch.nn.modules.module import (
+    _global_backward_hooks,
+    _global_backward_pre_hooks,
+    _global_forward_hooks,
+    _global_forward_pre_hooks,
+)
 
 from resnetlab.nn import shortcuts
 from resnetlab.nn.batchnorm import FusedBatchNorm2d
@@ -210,6 +215,6 @@ def has_hooks(module: nn.Module | None) -> bool:
     """Whether a hook sees what goes through a module: one of its own, or one on all modules."""
     if module is None:
         return False
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks) or bool(
-        module._backward_pre_hooks or _global_forward_hooks or _global_backward_hooks
-    )
+    own = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    on_all = (_global_forward_hooks, _global_forward_pre_hooks, _global_backward_hooks, _global_backward_pre_hooks)
+    return any(own) or any(on_all)

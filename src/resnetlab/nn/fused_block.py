@@ -48,6 +48,7 @@ def fuses_block(layers: Layers, x: Tensor) -> bool:
         and dtype in (torch.float32, torch.bfloat16)
         and x.device.type == "cpu"
         and all(len(p) == x.shape[1] for p in tensors)
+        and all(cast(WinogradConv2d, conv).in_channels == x.shape[1] for conv in convs)
         and all(cast(FusedBatchNorm2d, norm).momentum is not None for norm in norms)
         and x.numel() > x.shape[1]  # torch raises an error for one value per channel
         and load_kernel().library is not None

@@ -161,7 +161,9 @@ def _choose_for_start(
     (start,) = _take_synonyms(values, {"start_from": values.pop("start_from", None)})
     if start is None:
         return recipe
-    values["start_from"] = recipes.choose_start(net if isinstance(net, str) else None, str(start))
+    values["start_from"] = recipes.choose_start(
+        net if isinstance(net, str) else None, str(start), recipe, task="classify"
+    )
     return recipe or ("finetune" if resume is None else None)
 
 

@@ -302,8 +302,8 @@ def is_recipe(name: str | Path) -> bool:
 
 def choose_recipe(name: str | Path | None, *, task: str, data: str | None) -> BaseRecipe:
     """A task's recipe of a name or in a file, or the default of the task and the data."""
-    if name is not None and (file := Path(name, "recipe.toml")).is_file():  # of a run's folder
-        name = file
+    if name is not None and str(name) not in RECIPES and (file := Path(name, "recipe.toml")).is_file():
+        name = file  # of a run's folder
     if name is not None and str(name).endswith(".toml"):
         return read_recipe_file(Path(name), task)
     name = None if name is None else str(name)
@@ -316,8 +316,11 @@ def refuse_network(data: object) -> None:
         raise UsageError(f"{data} is a network, not data; give it as --net {data}, beside a folder or a data set.")
 
 
-def choose_start(net: str | None, weights: str) -> str:
+def choose_start(net: str | None, weights: str, recipe: BaseRecipe | str | Path | None, *, task: str) -> str:
     """The weights to start from, of the network or of the recipe's, where they are named as torchvision does."""
+    if net is None:
+        named = recipe or DEFAULT_RECIPES.get(task, "finetune")
+        net = (named if isinstance(named, BaseRecipe) else choose_recipe(named, task=task, data=None)).net
     return find_weights(net or photos().net, weights)
 
 
