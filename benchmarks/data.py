@@ -17,7 +17,7 @@ Then, one after the other, or only some with --only:
     memory       while reading from folders of 10,000 and 100,000 names
     tables       seconds from a path to a list of 100,000 labelled images (--names), beside torchvision's ImageFolder
     coco         a COCO document of 120,000 images (--documents), beside pycocotools: processor seconds and memory
-    embed        feature vectors beside predictions: ResNet-18 at 224 pixels, fp32
+    embed        feature vectors beside predictions: ResNet-18 at 224 pixels, fp32, by --backend
 
 Ratios to torchvision's form are medians over rounds; figures of two runs are not comparable.
 """
@@ -259,7 +259,7 @@ def run_again(*options: str) -> dict[str, float]:
     return dict(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
 
 
-def embed_speeds(folder: Path, rounds: int, count: int = 128) -> dict[str, float]:
+def embed_speeds(folder: Path, rounds: int, backend: str, count: int = 200) -> dict[str, float]:
     """Images per second of feature vectors and of predictions, in turns, and the median of their ratios."""
     shape = Preprocessing(3, (224, 224), 256, torch.tensor(MEAN), torch.tensor(STD))
     net = build("resnet18", classes=2, seed=0).eval()
@@ -272,6 +272,9 @@ def embed_speeds(folder: Path, rounds: int, count: int = 128) -> dict[str, float
             link.symlink_to(file.resolve())
         root = Path(place, "images")
         names = sorted(map(str, root.rglob("*.jpg")))
+        if backend != "torch":
+            for output in ("scores", "features"):
+                print(output, model.select_backend(backend, "fp32", names[:16], output=output))
         kinds: dict[str, Callable[[], int]] = {
             "predict": lambda: sum(1 for _ in model.predictions((name, name) for name in names)),
             "embed": lambda: sum(row.features is not None for row in embed_data(model, root)),
@@ -329,7 +332,7 @@ def print_coco(_: Path, options: argparse.Namespace) -> object:
 
 
 def print_embed(folder: Path, options: argparse.Namespace) -> object:
-    found = embed_speeds(folder, options.rounds)
+    found = embed_speeds(folder, options.rounds, options.backend)
     print(f"embed {found['embed']:.1f}, predict {found['predict']:.1f} images/s; ratio {found['ratio']:.2f}")
     return found
 
@@ -351,6 +354,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=3)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--only", default=",".join(PARTS), help="parts, separated by commas")
+    parser.add_argument("--backend", default="torch", help="of the part embed")
     parser.add_argument("--names", type=int, default=100_000)
     parser.add_argument("--documents", type=int, default=120_000)
     for hidden in ("--memory-of", "--document-of", "--list-of"):

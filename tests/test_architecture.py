@@ -54,7 +54,7 @@ FUNCTION_LINES = 70  # without the docstring, which holds the help of a command
 PARAMETERS = 6  # without self; more belong into a value object
 # Commands, whose parameters are their options, and functions that people call from Python with the options they want
 MANY_PARAMETERS = re.compile(
-    r"resnetlab\.(cli\.\w+\.(train|evaluate|predict|explain|audit|check|neighbours|serve|study|import_|export|plan)"
+    r"resnetlab\.(cli\.\w+\.(train|evaluate|predict|explain|embed|audit|check|neighbours|serve|study|import_|export|plan)"
     r"|training\.python_api\.train|inference\.build\.build|evaluation\.evaluate\.evaluate"
     r"|inference\.predict\.export|inference\.audit\.audit_labels)"
 )

@@ -18,6 +18,7 @@ from PIL import Image
 
 from resnetlab.inference import backend_cache, backends
 from resnetlab.inference.backends import BackendRequest, LoadedBackend
+from resnetlab.inference.export_graphs import ExportGraphs
 from resnetlab.inference.formats import Backend, ExportFormat
 from resnetlab.models.model_file import TrainedModel
 from resnetlab.models.reference_images import ReferenceImages
@@ -53,10 +54,10 @@ def builds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         builds.append(precision)
         return b"program of " + precision.encode()
 
-    def start(content: bytes, model: TrainedModel, precision: str) -> Any:
+    def start(content: bytes, graphs: ExportGraphs, precision: str) -> Any:
         if content != b"program of " + precision.encode():
             raise RuntimeError("a runtime's own message")
-        return torch_backend.start(b"", model, "fp32")
+        return torch_backend.start(b"", graphs, "fp32")
 
     torch_backend, _ = backends.BACKENDS["torch"]
     backend = Backend(name="quick", precisions=("fp32", "int8"), build=build_program, start=start)
@@ -84,13 +85,18 @@ def test_the_key_depends_on_everything_that_is_built_from(builds: list[str], mon
     select_backend(replace(make_model(), temperature=2.0), use_cache=True)
     select_backend(make_model(), "quick", "fp32", use_cache=True)  # another request
     select_backend(make_model(), use_cache=True, check_images=CHECK[:4])
+    features = select_backend(make_model(), use_cache=True, output="features")  # not the scores'
+    assert features.predict(CHECK).shape == (8, 64) and "features agree" in features.reason
+    again = select_backend(make_model(), use_cache=True, output="features")
+    assert "from the cache" in again.reason and torch.equal(again.predict(CHECK), features.predict(CHECK))
+    assert select_backend(make_model(), use_cache=True).predict(CHECK).shape == (8, 3)
     threads = torch.get_num_threads()
     torch.set_num_threads(threads + 1)
     select_backend(make_model(), use_cache=True)
     torch.set_num_threads(threads)
     monkeypatch.setattr(backend_cache, "PACKAGES", ("numpy",))  # another version of something
     select_backend(make_model(), use_cache=True)
-    assert builds == ["fp32"] * 8
+    assert builds == ["fp32"] * 9
 
 
 def test_damaged_entries_are_built_again(builds: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,11 +24,12 @@ from resnetlab.data import digits
 from resnetlab.data.decode import decode, list_images
 from resnetlab.device import DeviceConfig
 from resnetlab.errors import DataError, UsageError, install_hint
-from resnetlab.inference import backends, formats, parity_check
+from resnetlab.inference import backends, formats, outputs, parity_check
 from resnetlab.inference.backends import BackendRequest, LoadedBackend
+from resnetlab.inference.export_graphs import ExportGraphs
 from resnetlab.inference.formats import Backend, ExportFormat
-from resnetlab.inference.inference_module import compute_reference_scores
-from resnetlab.inference.parity_check import Agreement
+from resnetlab.inference.inference_module import compute_reference
+from resnetlab.inference.outputs import Agreement, FeatureAgreement
 from resnetlab.inference.predict import BATCH, PREFETCH, load
 from resnetlab.models.model_file import TrainedModel
 from resnetlab.models.reference_images import ReferenceImages
@@ -100,15 +101,58 @@ def test_each_backend_agrees_with_the_network(trained: TrainedModel, name: str, 
         assert scores.dtype == torch.float32 and scores.shape == (len(pixels), 10)
         assert float((scores - by_hand(trained, pixels)).abs().max()) < bound
     assert "on 16 reference images" in choice.reason
-    assert torch.allclose(compute_reference_scores(trained, fresh), by_hand(trained, fresh), atol=1e-6)
+    assert torch.allclose(compute_reference(trained, fresh), by_hand(trained, fresh), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    [("torch", "fp32"), ("torch", "bf16"), ("onnxruntime", "fp32"), ("onnxruntime", "int8")]
+    + [("openvino", precision) for precision in ("fp32", "bf16", "int8")],
+)
+def test_each_backend_computes_features(trained: TrainedModel, name: str, precision: str) -> None:
+    """Those of the network, within the bounds; fp32 nearly exactly; on images that nothing was calibrated on."""
+    fresh = DIGITS.test.images[100:107]
+    choice = select_backend(trained, name, precision, output="features")
+    assert re.search(
+        r"as requested; features agree to a cosine of \S+, relative error \S+ with torch fp32 on 16", str(choice)
+    )
+    x = (fresh.float() / 255 - 0.3) / 0.38
+    with torch.no_grad():
+        expected = trained.net.forward_features(x.permute(0, 3, 1, 2)).mean((2, 3))
+    features = choice.predict(fresh)
+    assert features.dtype == torch.float32 and features.shape == (7, 64)
+    assert torch.allclose(choice.predict(fresh[:1]), features[:1], rtol=0.1, atol=0.1)
+    error = (features - expected).norm(dim=1) / expected.norm(dim=1)
+    cosine = torch.cosine_similarity(features, expected).min()
+    least, largest = {"fp32": (0.9999, 1e-5), "bf16": (0.999, 0.05), "int8": (0.95, 0.3)}[precision]
+    assert float(cosine) > least and float(error.max()) < largest
+    if precision == "fp32":  # whose head on them gives the scores
+        with torch.no_grad():
+            scores = torch.softmax(trained.net.fc(features) / 2.0, 1)  # type: ignore[operator]
+        assert torch.allclose(scores, by_hand(trained, fresh), atol=1e-5)
+
+
+def test_features_that_do_not_agree_are_not_taken(trained: TrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By their own bounds: a backend whose features all point elsewhere, though its network is right."""
+
+    def start(program: bytes, graphs: ExportGraphs, precision: str) -> Any:
+        return lambda pixels: compute_reference(graphs.model, pixels, graphs.output).roll(1, 1)
+
+    wrong = Backend(name="wrong", precisions=("fp32",), build=lambda graphs, precision: b"", start=start)
+    table = {"wrong": (wrong, ExportFormat(suffixes=(), write=lambda *_: None, read=None, backend=wrong))}
+    monkeypatch.setattr(backends, "BACKENDS", table | {"torch": backends.BACKENDS["torch"]})
+    choice = select_backend(trained, precision="fp32", output="features")
+    assert choice.name == "torch" and "wrong fp32 does not agree (features agree to a cosine of 0." in choice.reason
+    with pytest.raises(UsageError, match="unknown output 'feature'; did you mean 'features'"):
+        select_backend(trained, output="feature")
 
 
 def fake(name: str, shift: float, seconds: float, times: dict[int, float]) -> tuple[Backend, ExportFormat]:
     """A backend whose first score is off by `shift`, and that is listed in `times` as taking so many seconds."""
 
-    def start(program: bytes, model: TrainedModel, precision: str) -> Any:
+    def start(program: bytes, graphs: ExportGraphs, precision: str) -> Any:
         def predict(pixels: Tensor) -> Tensor:
-            return compute_reference_scores(model, pixels) + shift * torch.eye(10)[0]
+            return compute_reference(graphs.model, pixels) + shift * torch.eye(10)[0]
 
         times[id(predict)] = seconds
         return predict
@@ -147,6 +191,12 @@ def test_agreement() -> None:
     assert not Agreement.between(a * float("nan"), a).within(0.0, 0.99)
     torn = torch.tensor([[0.502, 0.498], [0.51, 0.49]])  # undecided, and barely decided
     assert Agreement.between(torn.flip(1), torn).rate == 0.5
+    right, turned = FeatureAgreement.between(a, a), FeatureAgreement.between(a[:, [1, 0]], a)
+    assert right.within(0.9999, 0.0) and not right.within(0.9999, -1.0)
+    assert turned.rate == pytest.approx(0.42 / 0.58) and turned.largest_difference == pytest.approx(
+        0.4 * 2**0.5 / 0.58**0.5
+    )
+    assert not FeatureAgreement.between(a * float("nan"), a).within(0.1, 0.5)
 
 
 @pytest.mark.parametrize(
@@ -346,11 +396,11 @@ def test_bf16_on_a_gpu_is_compared_with_fp32(
     """A GPU is not needed: the same code on a CPU. `bound` is the largest difference of a score that is allowed."""
     config = DeviceConfig(torch.device("cpu"), "fp32" if precision == "fp32" else "bf16", 1, "for the test")
     monkeypatch.setattr(backends, "select_device", lambda *_: config)
-    monkeypatch.setitem(backends.PARITY_BOUNDS, "bf16", (0.5, bound))  # type: ignore[arg-type]
+    monkeypatch.setitem(outputs.PARITY_BOUNDS, "bf16", (0.5, bound))  # type: ignore[arg-type]
     loaded = backends.select_backend(trained, BackendRequest(precision=precision), torch.device("cuda"))
     assert (loaded.name, loaded.precision) == ("torch", expected)
     assert ("top-1 agrees" in loaded.reason) is (precision != "fp32")
-    scores = compute_reference_scores(trained, CHECK)
+    scores = compute_reference(trained, CHECK)
     assert (loaded.predict(CHECK) - scores).abs().max() <= (1e-5 if expected == "fp32" else 0.05)
     with monkeypatch.context() as patch:  # BN is folded: none of the network's is called
         patch.setattr(torch.nn.BatchNorm2d, "forward", None)

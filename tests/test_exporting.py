@@ -29,7 +29,7 @@ from resnetlab.data import digits
 from resnetlab.errors import ModelFileError, UsageError, missing_package
 from resnetlab.inference import export, formats
 from resnetlab.inference.export_graphs import ExportGraphs
-from resnetlab.inference.parity_check import PARITY_BOUNDS
+from resnetlab.inference.outputs import PARITY_BOUNDS
 from resnetlab.inference.resizing import Resize
 from resnetlab.models.model_file import TrainedModel, load_trained_model
 from resnetlab.models.reference_images import ReferenceImages

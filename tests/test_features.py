@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import re
 import weakref
 from collections.abc import Iterator
@@ -64,6 +65,56 @@ def test_features_are_the_input_of_the_head(model: Path, tmp_path: Path) -> None
     assert table.num_rows == 6 and len(table["features"][0]) == 64
     assert run_command(["embed", str(model), str(root), "--out", str(tmp_path / "f.txt")]) == 2
     assert not list(tmp_path.glob(".f*"))
+
+
+def test_the_backend_of_features_is_chosen(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As of predictions: the same lines and errors; without --backend torch computes what it always has."""
+    pytest.importorskip("onnxruntime")
+    root, out, others = folder(tmp_path / "d", {"train": 3, "val": 2}), tmp_path / "f.npz", tmp_path / "others"
+    others.mkdir()
+    draw = np.random.default_rng(0)
+    for i in range(4):
+        Image.fromarray(draw.integers(0, 256, (16, 16, 3), np.uint8)).save(others / f"{i}.png")
+
+    def run(*options: str) -> tuple[int, str]:
+        capsys.readouterr()
+        code = run_command(["embed", str(model), str(root), "--out", str(out), "--device", "cpu", *options])
+        return code, capsys.readouterr().err
+
+    code, err = run("--precision", "fp32")
+    plain = np.load(out)
+    loaded: Any = resnetlab.load(str(model), device="cpu")
+    names = [str(root / s / str(n).removeprefix(f"{s}/")) for s, n in zip(plain["split"], plain["image"], strict=True)]
+    assert code == 0 and "backend:" not in err and np.array_equal(plain["features"], loaded.embed(names).numpy())
+    code, err = run("--backend", "onnxruntime", "--precision", "fp32")
+    chosen = np.load(out)
+    assert code == 0 and "backend: onnxruntime fp32 (as requested; features agree to a cosine of 1.0000" in err
+    assert all(np.array_equal(plain[key], chosen[key]) for key in ("image", "split", "class"))
+    np.testing.assert_allclose(chosen["features"], plain["features"], rtol=1e-4, atol=1e-5)
+    code, err = run("--backend", "auto")
+    assert code == 0 and "backend: torch fp32 (for 64 images or fewer building another takes longer" in err
+    for wrong, sentence in (
+        (("--backend", "opnvino"), "unknown backend 'opnvino'; did you mean 'openvino'?"),
+        (("--precision", "fp16"), "unknown precision 'fp16'"),
+        (("--backend", "onnxruntime", "--precision", "bf16"), "onnxruntime computes in fp32 or int8 here, not in bf16"),
+        (("--backend", "onnxruntime", "--precision", "int8"), "--calibrate FOLDER"),
+        (("--precision", "int8"), "add --backend auto"),
+    ):
+        code, err = run(*wrong)
+        assert code == 2 and sentence in err
+    assert run("--backend", "auto", "--calibrate", "nowhere")[0] == 1
+    code, err = run("--backend", "onnxruntime", "--precision", "int8", "--calibrate", str(others))
+    assert code == 0 and "backend: onnxruntime int8 (as requested; features agree" in err
+
+    before = loaded.embed(names)
+    loaded.select_backend("onnxruntime", "fp32")  # of scores alone
+    assert torch.equal(loaded.embed(names), before)
+    assert "features agree" in loaded.select_backend("onnxruntime", "fp32", images=names, output="features")
+    found = loaded.embed(names)
+    assert not torch.equal(found, before) and torch.allclose(found, before, rtol=1e-4, atol=1e-5)
+    copied = pickle.loads(pickle.dumps(loaded))
+    assert torch.equal(copied.embed(names), found) and copied.backend_name == "onnxruntime fp32"
+    assert torch.equal(copied.to("cpu").embed(names), before)
 
 
 def test_flipped_labels_are_found() -> None:

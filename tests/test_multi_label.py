@@ -387,12 +387,12 @@ def test_commands_of_several_classes(
 
 def test_what_others_make_of_the_model_carries_sigmoids(root: Path, trained: MultiLabelResult, tmp_path: Path) -> None:
     from resnetlab.inference.export_graphs import export_metadata
-    from resnetlab.inference.inference_module import InferenceModule, compute_reference_scores
+    from resnetlab.inference.inference_module import InferenceModule, compute_reference
     from resnetlab.serve.models import ServedClassifier
 
     model = resnetlab.load(trained.model, device="cpu")
     pixels = torch.stack([model.preprocessing(Image.open(root / f"{i}.png")) for i in range(4)])
-    expected = compute_reference_scores(model, pixels)
+    expected = compute_reference(model, pixels)
     assert not torch.allclose(expected.sum(1), torch.ones(4), atol=0.05)
     assert torch.allclose(InferenceModule(model)(pixels), expected, atol=1e-4)
     assert json.loads(export_metadata(model)["thresholds"]) == list(model.thresholds)

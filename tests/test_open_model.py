@@ -17,7 +17,8 @@ from resnetlab.cli.main import run_command
 from resnetlab.errors import DataError, UsageError
 from resnetlab.inference.annotated import Detector, Segmenter
 from resnetlab.inference.open_model import open_model
-from resnetlab.inference.parity_check import Agreement, ParityReport
+from resnetlab.inference.outputs import Agreement
+from resnetlab.inference.parity_check import ParityReport
 from resnetlab.inference.predict import Model
 from resnetlab.models.annotated_model import AnnotatedModel, load_annotated
 from service import write_annotated_model, write_classifier

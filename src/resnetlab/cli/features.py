@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -25,7 +26,9 @@ def embed(
     *,
     out: Path = Path("features.npz"),
     data_dir: DataDir = Path("data"),
-    precision: Precision = "auto",
+    backend: str | None = None,
+    precision: str = "auto",
+    calibrate: Path | None = None,
     device: Device = "auto",
 ) -> None:
     """Write the feature vector of every image, the input of the fully connected layer, to .npz or Parquet.
@@ -38,10 +41,20 @@ def embed(
         A data set, or a folder of images.
     out
         The file to write, .npz or .parquet: image, split, class and features of each image, written as they are computed.
+    backend
+        torch, onnxruntime or openvino; auto takes the fastest installed one that agrees with torch on the model's check
+        images, or torch in fp32 for at most 64 images. It is reported on standard error. Without --backend torch computes.
+    precision
+        fp32, bf16 or, with --backend, int8; auto is bf16 if the hardware supports it (and that --backend agrees), else fp32.
+    calibrate
+        A folder of images to calibrate int8 on, instead of the training images in the model file.
     """
+    from resnetlab.cli.predict import ClassRequest, choose_backend
     from resnetlab.data.sources import refuse_missing
+    from resnetlab.errors import UsageError
     from resnetlab.evaluation.predictions import check_table_file
-    from resnetlab.inference.embed import SUFFIXES, embed_data, write_features
+    from resnetlab.inference.backends import FEW_IMAGES, check_backend_request
+    from resnetlab.inference.embed import SUFFIXES, embed_rows, find_data_images, write_features
     from resnetlab.inference.predict import load
     from resnetlab.run_folder import check_output_file
 
@@ -49,9 +62,18 @@ def embed(
     refuse_missing(data)
     check_table_file(out, "features", SUFFIXES)
     check_output_file(out, [model, data], makes_folder=True)
-    loaded = load(model, precision=precision, device=device)
+    check_backend_request(backend or "torch", precision, calibrate)
+    if backend is None and (precision == "int8" or calibrate is not None):
+        raise UsageError("int8 and --calibrate need a backend that computes in int8; add --backend auto.")
+    loaded = load(model, precision=precision if backend is None else "fp32", device=device)
+    images = find_data_images(loaded, data, data_dir)
     with console.ProgressBar("images") as bar:
-        n, errors = write_features(out, bar.count(embed_data(loaded, data, data_dir)))
+        if backend is not None:
+            first = list(islice(images, FEW_IMAGES + 1))
+            request = ClassRequest(None, 0.0, None, None, (backend, precision, calibrate))
+            choose_backend(loaded, request, [(name, image) for name, (*_, image) in first], "features")
+            images = chain(first, images)
+        n, errors = write_features(out, bar.count(embed_rows(loaded, images)))
     _warn_of_unreadable(errors)
     console.write_line(f"{format_count(n, 'image')} in {out}")
 

@@ -110,9 +110,7 @@ def predict(
     console.check_order("predict", model, images)
     file = out if out is not None and out.suffix in OUTPUT_SUFFIXES else None
     _check_copies(sort_into or (None if file else out), images)
-    check_backend_request(backend, precision)
-    if calibrate is not None and not calibrate.is_dir():
-        raise DataError(f"{calibrate} is not a folder; --calibrate takes a folder of images.")
+    check_backend_request(backend, precision, calibrate)
     check_parts(parts, output, out, images)
     console.refuse_missing_images(model, images)
     opened = open_model(model, backend=backend, precision=precision, device=_own_device(device))
@@ -144,7 +142,7 @@ def predict(
             return _predict_class_parts(opened, images, request, parts, output or "jsonl")
         with console.ProgressBar("images") as bar:
             first = list(islice(inputs, FEW_IMAGES + 1))
-            _choose_backend(opened, request, first)
+            choose_backend(opened, request, first)
             shown_bar = bar if len(first) > FEW_IMAGES else None
             predictions = _predict_classes(opened, chain(first, inputs), request, shown_bar)
             return report_predictions(predictions, by_suffix or output or "table", stream)
@@ -223,7 +221,7 @@ def _predict_class_parts(model: Model, images: Sequence[str], request: ClassRequ
     from resnetlab.inference.backends import FEW_IMAGES
     from resnetlab.inference.prediction_parts import PartFolder, hash_weights
 
-    _choose_backend(model, request, list(islice(_expand_inputs(images), FEW_IMAGES + 1)))
+    choose_backend(model, request, list(islice(_expand_inputs(images), FEW_IMAGES + 1)))
     about = {"top": request.top or model.default_top, "min_score": request.min_score, "protocol": request.protocol}
     about |= {"format": format, "backend": model.backend_name, "weights": hash_weights(model.net)}
     folder = PartFolder.open(parts, f".{format}", about)
@@ -233,8 +231,8 @@ def _predict_class_parts(model: Model, images: Sequence[str], request: ClassRequ
     write_parts(folder, _expand_inputs(images), partial(_predict_classes, model, request=request))
 
 
-def _choose_backend(model: Model, request: ClassRequest, first: Sequence[NamedImage]) -> None:
-    """Selects the backend that is asked for; `first` are the first images."""
+def choose_backend(model: Model, request: ClassRequest, first: Sequence[NamedImage], output: str = "scores") -> None:
+    """Selects the backend of scores or features that is asked for; `first` are the first images."""
     from resnetlab.data.decode import find_image_files
 
     backend, precision, calibrate = request.backend
@@ -246,7 +244,7 @@ def _choose_backend(model: Model, request: ClassRequest, first: Sequence[NamedIm
         return
     images = [image for _, image in first[:16] if not isinstance(image, DataError)]
     calibration = list(islice(find_image_files([calibrate]), 256)) if calibrate is not None else ()
-    console.log(f"backend: {model.select_backend(backend, precision, images, calibration, len(first))}")
+    console.log(f"backend: {model.select_backend(backend, precision, images, calibration, len(first), output)}")
 
 
 def _predict_classes(

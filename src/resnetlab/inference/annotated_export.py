@@ -22,7 +22,8 @@ from resnetlab.device import standard_torch_state
 from resnetlab.errors import ModelFileError, UsageError, missing_package
 from resnetlab.evaluation.segmentation import resize_bounded
 from resnetlab.formatting import format_count, format_percent
-from resnetlab.inference.parity_check import Agreement, ParityReport
+from resnetlab.inference.outputs import Agreement
+from resnetlab.inference.parity_check import ParityReport
 from resnetlab.models.annotated_model import AnnotatedModel
 from resnetlab.run_folder import write_atomically
 

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from resnetlab.device import environment
 from resnetlab.errors import RunError
-from resnetlab.inference import export_graphs, formats, inference_module, parity_check
+from resnetlab.inference import export_graphs, formats, inference_module, outputs, parity_check
 from resnetlab.models import fold, resnet
 from resnetlab.models.model_file import TrainedModel
 from resnetlab.nn import blocks, shortcuts
@@ -36,7 +36,7 @@ MAX_BYTES = 2_000_000_000  # bytes
 DAY = 86_400  # seconds; a temporary file of that age was left by a crash
 PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime", "openvino", "nncf")
 # with `backends`, the modules that determine what is built
-CODE = (fold, resnet, blocks, shortcuts, export_graphs, formats, inference_module, parity_check)
+CODE = (fold, resnet, blocks, shortcuts, export_graphs, formats, inference_module, outputs, parity_check)
 DIGEST_BYTES = 16
 
 

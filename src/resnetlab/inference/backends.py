@@ -1,4 +1,4 @@
-"""Selects the backend that computes a model's predictions: PyTorch, ONNX Runtime or OpenVINO, in fp32, bf16 or int8.
+"""Selects the backend that computes a model's scores or features: PyTorch, ONNX Runtime or OpenVINO, in fp32, bf16 or int8.
 
 `select_backend` is the only place that decides. On a CPU it builds the installed backends, compares each with torch in fp32
 on the model's reference images, and takes the fastest that agrees; or it loads one from the cache (`backend_cache`). On a GPU,
@@ -10,20 +10,22 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from resnetlab.device import DeviceConfig, eval_mode, select_device, to_device
-from resnetlab.errors import UsageError, install_hint, missing_package, unknown_name_error
+from resnetlab.errors import DataError, UsageError, install_hint, missing_package, unknown_name_error
 from resnetlab.graph_capture import GraphedFunction
 from resnetlab.inference.backend_cache import BackendCache, open_cache
 from resnetlab.inference.export_graphs import ExportGraphs
 from resnetlab.inference.formats import FORMATS, Backend, ExportFormat, PredictFn, cpu_has_bf16
-from resnetlab.inference.inference_module import compute_reference_scores
-from resnetlab.inference.parity_check import PARITY_BOUNDS, Agreement, measure_seconds
+from resnetlab.inference.inference_module import compute_reference
+from resnetlab.inference.outputs import OUTPUTS, SCORES, Agreement, Output
+from resnetlab.inference.parity_check import measure_seconds
 from resnetlab.models.fold import fold_batchnorm
-from resnetlab.models.model_file import TrainedModel, compute_scores
+from resnetlab.models.model_file import TrainedModel
 from resnetlab.models.own_network import OwnNetwork
 from resnetlab.models.reference_images import exclude_images
 from resnetlab.progress import log
@@ -48,6 +50,7 @@ class BackendRequest:
         calibration_images: to calibrate int8 on, likewise.
         num_images: how many images will be predicted, if known.
         use_cache: load from the cache if possible, and write what is built to it.
+        output: "scores" or "features".
     """
 
     backend: str = "auto"
@@ -56,6 +59,7 @@ class BackendRequest:
     calibration_images: Tensor | None = None
     num_images: int | None = None
     use_cache: bool = False
+    output: str = SCORES.name
 
 
 @dataclass(frozen=True)
@@ -72,14 +76,16 @@ class LoadedBackend:
         return f"{self.name} {self.precision} ({self.reason})"
 
 
-def load_network(model: TrainedModel, device_config: DeviceConfig, net: nn.Module | None = None) -> LoadedBackend:
-    """The model's own network, or `net`, in torch, on its device and in its precision."""
+def load_network(
+    model: TrainedModel, device_config: DeviceConfig, net: nn.Module | None = None, output: Output = SCORES
+) -> LoadedBackend:
+    """The model's own network, or `net`, which ends at what is computed, in torch, on its device and in its precision."""
 
     def predict(pixels: Tensor) -> Tensor:
-        network = net or model.net  # the model's may be exchanged
+        network = net or output.end(model.net)  # the model's may be exchanged
         with eval_mode(network), device_config.autocast():
-            logits = network(model.preprocessing.normalise(to_device(pixels, device_config.device)))
-        return compute_scores(logits.float().cpu() / model.temperature, model.multi_label)
+            found = network(model.preprocessing.normalise(to_device(pixels, device_config.device)))
+        return output.finish(found.float().cpu(), model.temperature, model.multi_label)
 
     return LoadedBackend("torch", device_config.precision, predict, str(device_config))
 
@@ -96,6 +102,9 @@ def select_backend(
         UsageError: an unknown name, a backend that is not installed or has no such precision, int8 without images.
     """
     request = request or BackendRequest()
+    if request.output not in OUTPUTS:
+        raise unknown_name_error("output", request.output, OUTPUTS)
+    output = OUTPUTS[request.output]
     check_backend_request(request.backend, request.precision)
     if device is not None and device.type != "cpu":
         if request.backend not in ("auto", "torch"):
@@ -106,15 +115,16 @@ def select_backend(
     few = request.num_images is not None and request.num_images <= FEW_IMAGES
     if few and request.backend == "auto" and request.precision != "int8":
         reason = f"for {FEW_IMAGES} images or fewer building another takes longer than it saves"
-        return _build_backend(ExportGraphs(model), "torch", request.precision.replace("auto", "fp32"), reason)
+        graphs = ExportGraphs(model, output=output)
+        return _build_backend(graphs, "torch", request.precision.replace("auto", "fp32"), reason)
     request = _complete_request(model, request)
     candidates = _find_candidates(request)
-    graphs = ExportGraphs(model, request.calibration_images)
+    graphs = ExportGraphs(model, request.calibration_images, output)
     if not request.use_cache or isinstance(model.net, OwnNetwork):  # whose code the cache does not know
         return _select(graphs, candidates, request)
-    key = {"candidates": candidates, "backend": request.backend, "precision": request.precision, "batch": TIMED_BATCH}
-    cache = open_cache(model, key, request.check_images, request.calibration_images)
-    if (cached := _load_cached(cache, model, request)) is not None:
+    key = {"candidates": candidates, "backend": request.backend, "precision": request.precision, "output": output.name}
+    cache = open_cache(model, key | {"batch": TIMED_BATCH}, request.check_images, request.calibration_images)
+    if (cached := _load_cached(cache, graphs, request)) is not None:
         return cached
     selected = _select(graphs, candidates, request)
     cache.put("program", selected.program)
@@ -124,10 +134,11 @@ def select_backend(
 
 def _load_folded_network(model: TrainedModel, request: BackendRequest, device_config: DeviceConfig) -> LoadedBackend:
     """The network in torch on its device, with BN folded; bf16 only if it agrees with fp32, or is asked for."""
-    net = device_config.place(fold_batchnorm(model.net))
-    if device_config.device.type == "cuda" and not isinstance(net, OwnNetwork):
+    output = OUTPUTS[request.output]
+    net = device_config.place(output.end(fold_batchnorm(model.net)))
+    if device_config.device.type == "cuda" and not isinstance(model.net, OwnNetwork):
         net.forward = GraphedFunction(net.forward, MAX_GRAPHS)
-    loaded = load_network(model, device_config, net)
+    loaded = load_network(model, device_config, net, output)
     images = _complete_request(model, request).check_images
     if device_config.precision == "fp32":
         return loaded
@@ -136,19 +147,21 @@ def _load_folded_network(model: TrainedModel, request: BackendRequest, device_co
         if request.precision != "auto":
             return replace(loaded, reason=f"{loaded.reason}; {reason}")
     else:
-        agreement = Agreement.between(loaded.predict(images), compute_reference_scores(model, images))
+        agreement = output.compare(loaded.predict(images), compute_reference(model, images, output))
         reason = f"{device_config.precision}: {agreement} with torch fp32 on {len(images)} reference images"
-        if request.precision != "auto" or agreement.within(*PARITY_BOUNDS[device_config.precision]):
+        if request.precision != "auto" or agreement.within(*output.bounds[device_config.precision]):
             return replace(loaded, reason=f"{loaded.reason}; {reason}")
-    return load_network(model, replace(device_config, precision="fp32", reason=reason), net)
+    return load_network(model, replace(device_config, precision="fp32", reason=reason), net, output)
 
 
-def check_backend_request(backend: str, precision: str) -> None:
-    """Raises UsageError for an unknown backend or precision."""
+def check_backend_request(backend: str, precision: str, calibrate: Path | None = None) -> None:
+    """Raises UsageError for an unknown backend or precision, DataError if there is no folder to calibrate on."""
     if backend not in ("auto", *BACKENDS):
         raise unknown_name_error("backend", backend, ("auto", *BACKENDS))
     if precision not in PRECISIONS:
         raise unknown_name_error("precision", precision, PRECISIONS)
+    if calibrate is not None and not calibrate.is_dir():
+        raise DataError(f"{calibrate} is not a folder; --calibrate takes a folder of images.")
 
 
 def _complete_request(model: TrainedModel, request: BackendRequest) -> BackendRequest:
@@ -193,10 +206,10 @@ def _build_backend(graphs: ExportGraphs, name: str, precision: str, reason: str 
     """Builds and starts one backend."""
     backend, _ = BACKENDS[name]
     program = backend.build(graphs, precision)
-    return LoadedBackend(name, precision, backend.start(program, graphs.model, precision), reason, program)
+    return LoadedBackend(name, precision, backend.start(program, graphs, precision), reason, program)
 
 
-def _load_cached(cache: BackendCache, model: TrainedModel, request: BackendRequest) -> LoadedBackend | None:
+def _load_cached(cache: BackendCache, graphs: ExportGraphs, request: BackendRequest) -> LoadedBackend | None:
     """Starts the backend that an earlier process selected and built, and compares it with torch.
 
     None if there is none, or if anything about it is wrong: then it is built again.
@@ -206,16 +219,16 @@ def _load_cached(cache: BackendCache, model: TrainedModel, request: BackendReque
         return None
     try:
         name, precision, reason = json.loads(choice)
-        predict = BACKENDS[name][0].start(program, model, precision)
-        images, preprocessing = request.check_images, model.preprocessing
+        predict = BACKENDS[name][0].start(program, graphs, precision)
+        images, preprocessing = request.check_images, graphs.model.preprocessing
         if images is None or not len(images):
             images = preprocessing.blank_image(*preprocessing.size)[None] + preprocessing.white // 2 + 1
-        agreement = Agreement.between(predict(images), compute_reference_scores(model, images))
+        agreement = graphs.output.compare(predict(images), compute_reference(graphs.model, images, graphs.output))
     except Exception:  # the runtimes raise errors of many types
         return None
     # a backend that was asked for is used whatever its agreement, which its reason states
     wanted = request.backend != "auto" and (str(agreement) in reason or request.check_images is None)
-    if not wanted and not agreement.within(*PARITY_BOUNDS[precision]):
+    if not wanted and not agreement.within(*graphs.output.bounds[precision]):
         return None
     return LoadedBackend(name, precision, predict, f"{reason}; loaded from the cache")
 
@@ -230,10 +243,10 @@ def _select(
             reason = "there are no reference images to compare other backends on"
             return _build_backend(graphs, name, precision, reason)
         return _build_backend(graphs, name, precision, "as requested")
-    expected = compute_reference_scores(graphs.model, check_images)
+    expected = compute_reference(graphs.model, check_images, graphs.output)
     if request.backend != "auto":
         built = _build_backend(graphs, name, precision)
-        agreement = Agreement.between(built.predict(check_images), expected)
+        agreement = graphs.output.compare(built.predict(check_images), expected)
         reason = f"as requested; {agreement} with torch fp32 on {len(check_images)} reference images"
         return replace(built, reason=reason)
     return _select_fastest(graphs, candidates, check_images, expected)
@@ -257,8 +270,8 @@ def _select_fastest(
             except UsageError as error:  # a network of the user's own that cannot be traced
                 rejected.append(f"not {name}: {str(error).rstrip('.')}")
                 break
-            agreement = Agreement.between(built.predict(check_images), expected)
-            if agreement.within(*PARITY_BOUNDS[precision]):
+            agreement = graphs.output.compare(built.predict(check_images), expected)
+            if agreement.within(*graphs.output.bounds[precision]):
                 agreeing.append((built, agreement))
                 break
             rejected.append(f"{name} {precision} does not agree ({agreement})")

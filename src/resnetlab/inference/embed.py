@@ -46,17 +46,19 @@ def embed_data(model: Model, data: str | Path, data_dir: Path = Path("data")) ->
 
     Raises DataError if there is no image.
     """
+    yield from embed_rows(model, find_data_images(model, data, data_dir))
+
+
+def find_data_images(model: Model, data: str | Path, data_dir: Path) -> Iterator[tuple[str, tuple[str, str, Any]]]:
+    """(name, (split, class, image)) of every image that `embed_data` embeds."""
     name = str(data)
-    images: Iterator[tuple[str, tuple[str, str, Any]]]
     try:
         source = sources.load_dataset(name, data_dir, ReadOptions(one_class=True))
     except DataError:
         if not Path(name).exists() or is_table(name) or is_archive(name):
             raise
-        images = iter((image, ("", "", each)) for image, each in expand_images(name))
-    else:
-        images = _list_labelled(source.with_pixel_format(common_pixel_format([model])))
-    yield from embed_rows(model, images)
+        return iter((image, ("", "", each)) for image, each in expand_images(name))
+    return _list_labelled(source.with_pixel_format(common_pixel_format([model])))
 
 
 def _list_labelled(source: Dataset) -> Iterator[tuple[str, tuple[str, str, Any]]]:

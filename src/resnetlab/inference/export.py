@@ -14,9 +14,10 @@ from torch import Tensor
 from resnetlab.device import standard_torch_state
 from resnetlab.errors import DataError, ModelFileError, RunError, UsageError, missing_package, unknown_name_error
 from resnetlab.formatting import format_count, format_json
-from resnetlab.inference.export_graphs import PIXELS, SCORES, ExportGraphs
+from resnetlab.inference.export_graphs import PIXELS, ExportGraphs
 from resnetlab.inference.formats import FORMATS, ExportFormat, get_format
-from resnetlab.inference.parity_check import PARITY_BOUNDS, ParityReport, check_parity
+from resnetlab.inference.outputs import PARITY_BOUNDS, SCORES
+from resnetlab.inference.parity_check import ParityReport, check_parity
 from resnetlab.models.model_file import TrainedModel
 from resnetlab.progress import log
 from resnetlab.run_folder import move_into_place, temporary_folder, write_error, writing
@@ -153,7 +154,7 @@ def describe_export(model: TrainedModel, target: str, precision: str) -> dict[st
             "shape": ["batch", "height", "width", c],
             "channels": preprocessing.dtype or ("grey" if c == 1 else "RGB"),
         },
-        "output": {"name": SCORES, "type": "float32", "shape": ["batch", len(model.classes)]},
+        "output": {"name": SCORES.name, "type": "float32", "shape": ["batch", len(model.classes)]},
         "prepare": {
             "resize": preprocessing.resize,
             "interpolation": preprocessing.interpolation,

@@ -20,10 +20,11 @@ from torch import Tensor, nn
 
 from resnetlab.errors import UsageError
 from resnetlab.inference.inference_module import InferenceModule, export_program
+from resnetlab.inference.outputs import SCORES, Output
 from resnetlab.inference.resizing import Resize
 from resnetlab.models.model_file import TrainedModel
 
-PIXELS, SCORES = "pixels", "scores"  # names of input and output in every format
+PIXELS = "pixels"  # name of the input in every format
 RESIZED = "resized"  # name of the tensor between resize and network
 OPSET = 20  # of ONNX; the newest that is two years old
 
@@ -48,15 +49,18 @@ class ExportGraphs:
 
     Attributes:
         calibration_images: uint8 (N, h, w, C), needed for int8 only.
+        output: what the graphs compute.
     """
 
     model: TrainedModel
     calibration_images: Tensor | None = None
+    output: Output = SCORES
 
     @cached_property
     def _network_onnx(self) -> Any:
         image = self.model.preprocessing.blank_image(*self.model.preprocessing.size)
-        return _to_onnx(export_program(InferenceModule(self.model), image, ("batch",)), PIXELS, SCORES)
+        program = export_program(InferenceModule(self.model, self.output), image, ("batch",))
+        return _to_onnx(program, PIXELS, self.output.name)
 
     @cached_property
     def _resize_onnx(self) -> Any:
@@ -64,7 +68,7 @@ class ExportGraphs:
         return _to_onnx(export_resize(self.model), PIXELS, RESIZED)
 
     def onnx(self, precision: str, any_size: bool = False) -> bytes:
-        """Serialised ONNX: uint8 `pixels` (batch, h, w, C) -> float32 `scores` (batch, classes).
+        """Serialised ONNX: uint8 `pixels` (batch, h, w, C) -> float32 `scores` (batch, classes), or `features`.
 
         With `any_size` the graph takes images of any height and width, and resizes and crops them.
         """

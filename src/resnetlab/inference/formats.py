@@ -2,7 +2,7 @@
 
 A format writes a file and reads it back as a function from images of any size, uint8 (B, H, W, C), to scores, float32
 (B, classes). If its runtime is also a backend of predictions, the format builds a program from a model, as bytes that can be
-cached, and starts it as a function of resized and cropped images, uint8 (B, h, w, C), to scores.
+cached, and starts it as a function of resized and cropped images, uint8 (B, h, w, C), to scores or features.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from resnetlab.errors import RunError, UsageError, unknown_name_error
 from resnetlab.inference.export_graphs import PIXELS, ExportGraphs, export_metadata, export_resize, openvino_core
 from resnetlab.inference.inference_module import InferenceModule
 from resnetlab.inference.state_dict_export import list_differences, write_state_dict
-from resnetlab.models.model_file import TrainedModel, compute_scores
+from resnetlab.models.model_file import TrainedModel
 from resnetlab.peer_words import FORMAT_ANSWERS
 
 # ONNX Runtime's providers for GPUs, with the settings under which they compute in fp32, as is checked
@@ -32,7 +32,7 @@ GPU_PROVIDERS: Mapping[str, Mapping[str, str]] = {
 }
 # OpenVINO computes in bf16 by default where the processor does
 OPENVINO_FP32: Mapping[str, str] = {"INFERENCE_PRECISION_HINT": "f32"}
-PredictFn = Callable[[Tensor], Tensor]  # images, uint8 -> scores, float32 (B, classes)
+PredictFn = Callable[[Tensor], Tensor]  # images, uint8 -> scores, float32 (B, classes), or features (B, C)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,7 @@ class Backend:
     name: str
     precisions: tuple[str, ...]  # best first
     build: Callable[[ExportGraphs, str], bytes]
-    start: Callable[[bytes, TrainedModel, str], PredictFn]
+    start: Callable[[bytes, ExportGraphs, str], PredictFn]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,8 +92,8 @@ def _open_torch(file: Path) -> PredictFn:
     return module
 
 
-def _start_torch(program: bytes, model: TrainedModel, precision: str) -> PredictFn:
-    module, preprocessing = InferenceModule(model), model.preprocessing
+def _start_torch(program: bytes, graphs: ExportGraphs, precision: str) -> PredictFn:
+    module, preprocessing = InferenceModule(graphs.model, graphs.output), graphs.model.preprocessing
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     # pure bf16 after the normalisation, not autocast: the weights are converted once, not for every batch
     net = module.net.to(dtype).to(memory_format=torch.channels_last)
@@ -101,7 +101,7 @@ def _start_torch(program: bytes, model: TrainedModel, precision: str) -> Predict
     def predict(pixels: Tensor) -> Tensor:
         with torch.inference_mode():
             x = preprocessing.normalise(pixels)
-            return compute_scores(net(x.to(dtype)).float() / module.temperature, module.multi_label)
+            return module.finish(net(x.to(dtype)).float(), module.temperature, module.multi_label)
 
     return predict
 
@@ -180,7 +180,7 @@ def _build_openvino(graphs: ExportGraphs, precision: str) -> bytes:
     return content
 
 
-def _start_openvino(program: bytes, model: TrainedModel, precision: str) -> PredictFn:
+def _start_openvino(program: bytes, graphs: ExportGraphs, precision: str) -> PredictFn:
     compiled = openvino_core().import_model(program, "CPU", _openvino_settings(precision))
     local = threading.local()  # a request computes one batch at a time, so each thread has its own
 
@@ -212,7 +212,7 @@ FORMATS: Mapping[str, ExportFormat] = {
             name="onnxruntime",
             precisions=("fp32", "int8"),
             build=lambda graphs, precision: graphs.onnx(precision),
-            start=lambda program, model, precision: _run_onnx(program),
+            start=lambda program, graphs, precision: _run_onnx(program),
         ),
     ),
     "aotinductor": ExportFormat(suffixes=(".pt2",), write=_write_aotinductor, read=_open_aotinductor),

@@ -1,4 +1,4 @@
-"""The network with normalisation, temperature and softmax (or sigmoid) in one module, for export and other backends.
+"""The network with normalisation, temperature and softmax (or sigmoid), or up to its features, for export and other backends.
 
 uint8 (B, h, w, C)  --normalise, network, / temperature, softmax-->  float32 (B, classes)
 
@@ -16,21 +16,23 @@ from torch import Tensor, nn
 
 from resnetlab.device import eval_mode
 from resnetlab.errors import UsageError
+from resnetlab.inference.outputs import SCORES, Output
 from resnetlab.models.fold import fold_batchnorm
-from resnetlab.models.model_file import TrainedModel, compute_scores
+from resnetlab.models.model_file import TrainedModel
 
 
 class InferenceModule(nn.Module):
-    """Computes calibrated scores of images; BN is folded into the convolutions."""
+    """Computes calibrated scores of images, or their features; BN is folded into the convolutions."""
 
     scale: Tensor
     shift: Tensor
     temperature: Tensor
 
-    def __init__(self, model: TrainedModel) -> None:
+    def __init__(self, model: TrainedModel, output: Output = SCORES) -> None:
         super().__init__()
         preprocessing = model.preprocessing
-        self.net, self.multi_label = fold_batchnorm(model.net).cpu(), model.multi_label
+        self.net, self.multi_label = output.end(fold_batchnorm(model.net).cpu()), model.multi_label
+        self.finish = output.finish
         shift = preprocessing.mean / preprocessing.std  # (C,) or (h, w, C)
         shift = shift[:, None, None] if shift.ndim == 1 else shift.permute(2, 0, 1)  # (C, 1, 1) or (C, h, w)
         # channels first: runtimes are slow if the innermost dimension is only as long as the number of channels
@@ -41,8 +43,7 @@ class InferenceModule(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         x = pixels.permute(0, 3, 1, 2).to(torch.float32) * self.scale - self.shift  # (B, C, h, w)
-        logits = self.net(x)
-        return compute_scores(logits / self.temperature, self.multi_label)
+        return self.finish(self.net(x), self.temperature, self.multi_label)
 
 
 def export_program(module: nn.Module, image: Tensor, dynamic: Sequence[str]) -> torch.export.ExportedProgram:
@@ -62,11 +63,10 @@ def export_program(module: nn.Module, image: Tensor, dynamic: Sequence[str]) -> 
         raise UsageError(f"torch.export cannot trace the network for batches of any size: {reason[:300]}") from error
 
 
-def compute_reference_scores(model: TrainedModel, pixels: Tensor) -> Tensor:
-    """Scores (B, classes) of the unfolded network in fp32, for images (B, h, w, C)."""
-    device = next(model.net.parameters()).device
-    with eval_mode(model.net):
-        logits = torch.cat(
-            [model.net(model.preprocessing.normalise(x.to(device))).cpu() for x in torch.split(pixels, 16)]
-        )
-    return compute_scores(logits.float() / model.temperature, model.multi_label)
+def compute_reference(model: TrainedModel, pixels: Tensor, output: Output = SCORES) -> Tensor:
+    """Scores (B, classes), or features, of the unfolded network in fp32, for images (B, h, w, C)."""
+    net = output.end(model.net)
+    device = next(net.parameters()).device
+    with eval_mode(net):
+        found = torch.cat([net(model.preprocessing.normalise(x.to(device))).cpu() for x in torch.split(pixels, 16)])
+    return output.finish(found.float(), model.temperature, model.multi_label)

@@ -1,4 +1,4 @@
-"""Compares the scores of a backend or an exported file with the network's, and measures their time."""
+"""Compares the scores of an exported file with the network's, and measures the time of files and backends."""
 
 from __future__ import annotations
 
@@ -12,47 +12,13 @@ from torch import Tensor
 
 from resnetlab.data.prefetch import preprocess_image
 from resnetlab.inference.formats import PredictFn
-from resnetlab.inference.inference_module import InferenceModule, compute_reference_scores
+from resnetlab.inference.inference_module import InferenceModule, compute_reference
+from resnetlab.inference.outputs import PARITY_BOUNDS, Agreement
 from resnetlab.models.model_file import TrainedModel
 
-PARITY_BOUNDS = {  # least top-1 agreement with torch in fp32, largest difference of a score
-    "fp32": (1.0, 1e-3),
-    "bf16": (0.99, 0.05),
-    "int8": (0.9, 0.3),  # one of 16 images may get another class
-}
 BATCHES = (1, 7)  # of the check of a file, whose images are cropped to one size
 PAUSE = 0.05  # seconds; longer than the threads of any backend spin while waiting for work
 BUDGET = 0.5  # seconds that each of several functions is measured for
-TIE = 0.005  # the reference's classes with scores this close count as tied: rounding may swap them
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """Agreement of scores with the reference's.
-
-    Attributes:
-        rate: fraction of images with the same best class, ties of the reference included.
-        largest_difference: of a score.
-    """
-
-    rate: float
-    largest_difference: float
-
-    @staticmethod
-    def between(scores: Tensor, expected: Tensor) -> Agreement:
-        """Compares two tables of scores, (N, classes) each; scores that are not finite agree with nothing."""
-        if scores.shape != expected.shape or not bool(scores.isfinite().all()):
-            return Agreement(0.0, 1.0)
-        reference = expected.gather(1, scores.argmax(1, keepdim=True)).squeeze(1)  # its score of that class; (N,)
-        same = (reference >= expected.amax(1) - TIE).float().mean()
-        return Agreement(float(same), float((scores - expected).abs().max()))
-
-    def within(self, rate: float, difference: float) -> bool:
-        """Whether both figures are within the bounds."""
-        return self.rate >= rate and self.largest_difference <= difference
-
-    def __str__(self) -> str:
-        return f"top-1 agrees on {self.rate:.1%}, scores within {self.largest_difference:.2g}"
 
 
 @dataclass(frozen=True)
@@ -105,7 +71,7 @@ def check_parity(model: TrainedModel, predict: PredictFn, images: Sequence[Tenso
         for size in BATCHES:
             batches = [_crop_to_common_size(images[i : i + size]) for i in range(0, len(images), size)]
             scores = torch.cat([predict(batch) for batch in batches])
-            expected = compute_reference_scores(model, torch.cat([preprocess(batch) for batch in batches]))
+            expected = compute_reference(model, torch.cat([preprocess(batch) for batch in batches]))
             agreements.append(Agreement.between(scores, expected))
             batch = batches[0][torch.arange(size) % len(batches[0])]
             times[size], torch_times[size] = measure_seconds([predict, lambda batch: net(preprocess(batch))], batch)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import partial
 from itertools import islice
 from numbers import Integral
 from pathlib import Path
@@ -14,15 +13,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor, nn
 
-from resnetlab.device import (
-    DeviceConfig,
-    count_cores,
-    eval_mode,
-    map_in_order,
-    select_device,
-    standard_torch_state,
-    to_device,
-)
+from resnetlab.device import DeviceConfig, count_cores, map_in_order, select_device, standard_torch_state
 from resnetlab.errors import AnsweredAttributes, DataError, ModelFileError, UsageError, public, unknown_name_error
 from resnetlab.evaluation.calibration import NONE
 from resnetlab.evaluation.protocols import Protocol, parse_protocol
@@ -40,9 +31,9 @@ from resnetlab.inference.images import (
     is_many,
     read_input,
 )
+from resnetlab.inference.outputs import FEATURES, SCORES
 from resnetlab.models.fold import fold_batchnorm
 from resnetlab.models.model_file import TrainedModel
-from resnetlab.models.own_network import Network
 from resnetlab.out_of_memory import compute_in_parts
 from resnetlab.peer_words import MODEL_ATTRIBUTES, PREDICTION_ATTRIBUTES
 
@@ -170,26 +161,28 @@ class Model(AnsweredAttributes, TrainedModel):
     Attributes:
         device_config: device and precision of the network.
         backend: computes the scores; the network itself until `select_backend` is called.
+        feature_backend: computes the features if `select_backend` was called for them; else torch does.
     """
 
     device_config: DeviceConfig = field(kw_only=True)
     backend: LoadedBackend = field(init=False)
-    _request: BackendRequest | None = field(init=False, default=None)
+    feature_backend: LoadedBackend | None = field(init=False, default=None)
+    _requests: dict[str, BackendRequest] = field(init=False, default_factory=dict)
     attribute_answers = MODEL_ATTRIBUTES
 
     def __post_init__(self) -> None:
         self.device_config.place(self.net)
-        self.backend = load_network(self, self.device_config)
+        self._requests, self.backend, self.feature_backend = {}, load_network(self, self.device_config), None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the backend's program, which belongs to the process; the copy starts its own (Ray, Spark, Dask)."""
-        return vars(self) | {"backend": None}
+        """Without the backends' programs, which belong to the process; the copy starts its own (Ray, Spark, Dask)."""
+        return vars(self) | {"backend": None, "feature_backend": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         self.backend = load_network(self, self.device_config)
-        if self._request is not None:
-            self.backend = select_backend(self, self._request, self.device_config.device)
+        for request in self._requests.values():
+            self._start_backend(request)
 
     @standard_torch_state()
     def select_backend(
@@ -199,6 +192,7 @@ class Model(AnsweredAttributes, TrainedModel):
         images: Sequence[ImageInput] = (),
         calibrate: Sequence[ImageInput] = (),
         num_images: int | None = None,
+        output: str = SCORES.name,
     ) -> str:
         """Selects the backend for all following predictions; returns which one and why. See `backends.select_backend`.
 
@@ -206,6 +200,7 @@ class Model(AnsweredAttributes, TrainedModel):
             images: backends are compared with torch on these if the model file has no reference images.
             calibrate: int8 is calibrated on these instead of the model file's training images.
             num_images: how many images will be predicted, if known.
+            output: "scores", or "features" for what `embed` computes, which is selected by itself.
         """
         request = BackendRequest(
             backend=backend,
@@ -214,11 +209,22 @@ class Model(AnsweredAttributes, TrainedModel):
             calibration_images=self._read_images(calibrate),
             num_images=num_images,
             use_cache=True,
+            output=output,
         )
-        self.backend = select_backend(self, request, self.device_config.device)
+        selected = self._start_backend(request)
         # a copy of the model takes the same one, whatever is fastest where it is
-        self._request = replace(request, backend=self.backend.name, precision=self.backend.precision)
-        return str(self.backend)
+        self._requests = self._requests | {
+            output: replace(request, backend=selected.name, precision=selected.precision)
+        }
+        return str(selected)
+
+    def _start_backend(self, request: BackendRequest) -> LoadedBackend:
+        selected = select_backend(self, request, self.device_config.device)
+        if request.output == FEATURES.name:
+            self.feature_backend = selected
+        else:
+            self.backend = selected
+        return selected
 
     @property
     def default_top(self) -> int:
@@ -248,8 +254,8 @@ class Model(AnsweredAttributes, TrainedModel):
             self.thresholds = tuple(self.thresholds[i] for i in rows.tolist())
         net.fc, net.spec, self.classes = head, replace(net.spec, classes=len(names)), names
         self.calibration = {k: v for k, v in self.calibration.items() if not k.startswith("none_")}  # of other scores
-        self.reference_images, self._request = None, None
-        self.backend = load_network(self, self.device_config)
+        self.reference_images = None
+        self.__post_init__()
 
     def _read_images(self, images: Sequence[ImageInput]) -> Tensor | None:
         """The readable images (n, h, w, C); None if there is none."""
@@ -345,20 +351,21 @@ class Model(AnsweredAttributes, TrainedModel):
         return torch.stack(rows) if is_many(images) else rows[0]
 
     def embeddings(self, images: Iterable[NamedImage]) -> Iterator[tuple[str, Tensor | str]]:
-        """The name and the features (C,) of each image, or the message of its error, in order, in batches, by torch."""
-        net = fold_batchnorm(self.net)
-        self.device_config.place(net)
-        compute = partial(self._compute_features, net)
-        return compute_in_batches(
-            self._decode_ahead(images), lambda pixels: compute_in_parts(compute, torch.stack(pixels), self.device)
-        )
+        """The name and the features (C,) of each image, or the message of its error, in order, in batches.
 
-    @standard_torch_state()
-    def _compute_features(self, net: Network, pixels: Tensor) -> Tensor:
-        with eval_mode(net), self.device_config.autocast():
-            x = self.preprocessing.normalise(to_device(pixels, self.device_config.device))
-            features = net.forward_features(x).mean((2, 3)).float().cpu()
-        return features.clone()  # outside inference mode, so that people can train on them
+        torch computes them, in the precision of the model, or the backend that `select_backend(…, output="features")` selected.
+        """
+        backend = self.feature_backend
+        if backend is None:
+            net = self.device_config.place(FEATURES.end(fold_batchnorm(self.net)))
+            backend = load_network(self, self.device_config, net, FEATURES)
+
+        @standard_torch_state()
+        def compute(pixels: list[Tensor]) -> Tensor:
+            # a copy outside inference mode, so that people can train on them
+            return compute_in_parts(backend.predict, torch.stack(pixels), self.device).clone()
+
+        return compute_in_batches(self._decode_ahead(images), compute)
 
     def _decode_ahead(self, images: Iterable[NamedImage]) -> Iterator[tuple[str, Tensor | str]]:
         """Decodes images in threads: (name, pixels (h, w, C) or an error message) of each, in order."""
@@ -400,7 +407,6 @@ class Model(AnsweredAttributes, TrainedModel):
         Raises UsageError if the device is not available.
         """
         self.device_config = select_device("auto" if self.device_config.precision == "bf16" else "fp32", str(device))
-        self._request = None
         self.__post_init__()
         return self
 
