@@ -49,7 +49,7 @@ def embed(
     calibrate
         A folder of images to calibrate int8 on, instead of the training images in the model file.
     """
-    from resnetlab.cli.predict import ClassRequest, choose_backend
+    from resnetlab.cli.predict import choose_backend
     from resnetlab.data.sources import refuse_missing
     from resnetlab.errors import UsageError
     from resnetlab.evaluation.predictions import check_table_file
@@ -70,8 +70,8 @@ def embed(
     with console.ProgressBar("images") as bar:
         if backend is not None:
             first = list(islice(images, FEW_IMAGES + 1))
-            request = ClassRequest(None, 0.0, None, None, (backend, precision, calibrate))
-            choose_backend(loaded, request, [(name, image) for name, (*_, image) in first], "features")
+            named = [(name, image) for name, (*_, image) in first]
+            choose_backend(loaded, (backend, precision, calibrate), named, "features")
             images = chain(first, images)
         n, errors = write_features(out, bar.count(embed_rows(loaded, images)))
     _warn_of_unreadable(errors)

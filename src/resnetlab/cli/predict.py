@@ -142,7 +142,7 @@ def predict(
             return _predict_class_parts(opened, images, request, parts, output or "jsonl")
         with console.ProgressBar("images") as bar:
             first = list(islice(inputs, FEW_IMAGES + 1))
-            choose_backend(opened, request, first)
+            _choose_backend(opened, request, first)
             shown_bar = bar if len(first) > FEW_IMAGES else None
             predictions = _predict_classes(opened, chain(first, inputs), request, shown_bar)
             return report_predictions(predictions, by_suffix or output or "table", stream)
@@ -221,7 +221,7 @@ def _predict_class_parts(model: Model, images: Sequence[str], request: ClassRequ
     from resnetlab.inference.backends import FEW_IMAGES
     from resnetlab.inference.prediction_parts import PartFolder, hash_weights
 
-    choose_backend(model, request, list(islice(_expand_inputs(images), FEW_IMAGES + 1)))
+    _choose_backend(model, request, list(islice(_expand_inputs(images), FEW_IMAGES + 1)))
     about = {"top": request.top or model.default_top, "min_score": request.min_score, "protocol": request.protocol}
     about |= {"format": format, "backend": model.backend_name, "weights": hash_weights(model.net)}
     folder = PartFolder.open(parts, f".{format}", about)
@@ -231,17 +231,23 @@ def _predict_class_parts(model: Model, images: Sequence[str], request: ClassRequ
     write_parts(folder, _expand_inputs(images), partial(_predict_classes, model, request=request))
 
 
-def choose_backend(model: Model, request: ClassRequest, first: Sequence[NamedImage], output: str = "scores") -> None:
-    """Selects the backend of scores or features that is asked for; `first` are the first images."""
+def _choose_backend(model: Model, request: ClassRequest, first: Sequence[NamedImage]) -> None:
+    """Selects the backend that is asked for, unless a protocol is computed; `first` are the first images."""
+    if request.protocol is None:
+        return choose_backend(model, request.backend, first)
+    backend, precision, calibrate = request.backend
+    if backend not in ("auto", "torch") or precision not in ("auto", "fp32") or calibrate is not None:
+        raise UsageError("--protocol is computed by torch in fp32; leave out --backend, --precision and --calibrate.")
+    return None
+
+
+def choose_backend(
+    model: Model, wanted: tuple[str, str, Path | None], first: Sequence[NamedImage], output: str = "scores"
+) -> None:
+    """Selects the backend of scores or features: name, precision and folder to calibrate on; `first` are the first images."""
     from resnetlab.data.decode import find_image_files
 
-    backend, precision, calibrate = request.backend
-    if request.protocol is not None:
-        if backend not in ("auto", "torch") or precision not in ("auto", "fp32") or calibrate is not None:
-            raise UsageError(
-                "--protocol is computed by torch in fp32; leave out --backend, --precision and --calibrate."
-            )
-        return
+    backend, precision, calibrate = wanted
     images = [image for _, image in first[:16] if not isinstance(image, DataError)]
     calibration = list(islice(find_image_files([calibrate]), 256)) if calibrate is not None else ()
     console.log(f"backend: {model.select_backend(backend, precision, images, calibration, len(first), output)}")

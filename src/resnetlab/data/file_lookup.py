@@ -125,7 +125,8 @@ def _list_files(root: Path) -> list[Path]:
 def find_spelling(path: str, index_folder: Callable[[str], NameIndex]) -> str | None:
     """The one file or folder that an absolute path means if its parts' names are compared as above, or lacks a suffix of.
 
-    None if there is none, or several. `index_folder` gives the names in a folder, of which a caller keeps what it needs again.
+    None if there is none, or several that differ in spelling; of several suffixes the first of OMITTED is taken. `index_folder`
+    gives the names in a folder, of which a caller keeps what it needs again.
     """
     parent, last = os.path.split(path)
     if not last or (folder := parent if os.path.isdir(parent) else find_spelling(parent, index_folder)) is None:
