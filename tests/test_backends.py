@@ -104,6 +104,18 @@ def test_each_backend_agrees_with_the_network(trained: TrainedModel, name: str, 
     assert torch.allclose(compute_reference(trained, fresh), by_hand(trained, fresh), atol=1e-6)
 
 
+def test_batches_of_several_threads_are_computed_beside_each_other(trained: TrainedModel) -> None:
+    """OpenVINO's: in parts of all sizes, and after an error too."""
+    predict = select_backend(trained, "openvino", "fp32").predict
+    batches = [DIGITS.test.images[i : i + n] for i, n in enumerate([1, 2, 3, 5, 16, 17, 64, 16])]
+    alone = [predict(batch) for batch in batches]
+    with ThreadPoolExecutor(4) as threads:
+        assert all(map(torch.equal, threads.map(predict, batches * 4), alone * 4))
+        with pytest.raises(RuntimeError):
+            threads.submit(predict, torch.zeros(16, 8, 8, 3, dtype=torch.uint8)).result()
+        assert all(map(torch.equal, threads.map(predict, batches), alone))
+
+
 @pytest.mark.parametrize(
     ("name", "precision"),
     [("torch", "fp32"), ("torch", "bf16"), ("onnxruntime", "fp32"), ("onnxruntime", "int8")]

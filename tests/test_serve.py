@@ -15,7 +15,7 @@ import socket
 import sys
 import threading
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from resnetlab.serve import process, uploads
+from resnetlab.serve.batching import Batcher
 from resnetlab.serve.models import load_served_model
 
 CHECKS = [
@@ -708,6 +709,25 @@ def test_connections_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (
         written[0].startswith(b"HTTP/1.1 503 ") and b"2 connections are open" in written[0] and written[1] == b"closed"
     )
+
+
+def test_as_many_batches_are_computed_at_once_as_the_backend_can(model_file: Path) -> None:
+    """Each takes what has arrived: two batches at a time must not share a single batch's images."""
+    meeting = threading.Barrier(2)
+    sizes: list[int] = []
+
+    def predict(images: Sequence[int]) -> list[int]:
+        sizes.append(len(images))
+        meeting.wait(60)  # fails if the second batch starts after the first one
+        return [2 * image for image in images]
+
+    async def work() -> list[list[int]]:
+        async with Batcher(predict, 60, 4, at_once=2) as batcher:
+            return await asyncio.gather(*(batcher.predict([i]) for i in range(8)))
+
+    assert asyncio.run(work()) == [[2 * i] for i in range(8)] and sizes == [4, 4]
+    served = [load_served_model(str(model_file), backend, "fp32", "cpu")[0] for backend in ("torch", "openvino")]
+    assert [each.batches_at_once for each in served] == [1, 2]
 
 
 def test_an_answer_depends_on_its_batch_mates_by_rounding_only(model_file: Path) -> None:

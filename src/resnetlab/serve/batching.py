@@ -1,4 +1,4 @@
-"""Collects the images of many requests into batches, which one thread runs through the network."""
+"""Collects the images of many requests into batches, which threads run through the network."""
 
 from __future__ import annotations
 
@@ -26,9 +26,10 @@ class Batcher:
     network computes, so a busy service forms full batches without waiting.
 
     Args:
-        predict: prepared images -> a result for each; called in one thread, one batch at a time.
+        predict: prepared images -> a result for each; called in as many threads as there are batches `at_once`.
         latency: seconds.
         max_batch: most images in a batch.
+        at_once: batches that are computed at the same time.
         on_batch: called with (images, seconds) of each batch.
     """
 
@@ -37,23 +38,27 @@ class Batcher:
         predict: Callable[[Sequence[Any]], Sequence[Any]],
         latency: float,
         max_batch: int,
+        at_once: int = 1,
         on_batch: Callable[[int, float], None] = lambda images, seconds: None,
     ) -> None:
         self._predict, self._latency, self._max_batch, self._on_batch = predict, latency, max_batch, on_batch
+        self._at_once = at_once
 
     async def __aenter__(self) -> Batcher:
         self._loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[_PendingImage] = asyncio.Queue()
-        self._thread = ThreadPoolExecutor(1, "network")
-        self._worker = asyncio.create_task(self._work())
+        self._forming = asyncio.Lock()  # one batch at a time takes the images that arrive
+        self._threads = ThreadPoolExecutor(self._at_once, "network")
+        self._workers = [asyncio.create_task(self._work()) for _ in range(self._at_once)]
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._worker.cancel()
-        await asyncio.gather(self._worker, return_exceptions=True)
-        self._thread.shutdown()
+        for worker in self._workers:
+            worker.cancel()
+        await asyncio.gather(*self._workers, return_exceptions=True)
+        self._threads.shutdown()
 
     async def predict(self, images: Sequence[Any]) -> list[Any]:
         """The result for each image; when the caller is cancelled, its images leave the queue."""
@@ -69,13 +74,15 @@ class Batcher:
 
     async def _work(self) -> None:
         while True:
-            batch = [item for item in await self._next_batch() if not item.result.done()]
+            async with self._forming:
+                formed = await self._next_batch()
+            batch = [item for item in formed if not item.result.done()]
             if not batch:
                 continue
             start = self._loop.time()
             try:
                 images = [item.image for item in batch]
-                results = await self._loop.run_in_executor(self._thread, self._predict, images)
+                results = await self._loop.run_in_executor(self._threads, self._predict, images)
             except Exception as error:  # a backend's exception is the result of these images; the next batch is tried
                 for item in batch:
                     if not item.result.done():

@@ -30,6 +30,7 @@ from resnetlab.inference.annotated import (
     class_shares,
     read_pixels,
 )
+from resnetlab.inference.backends import BACKENDS
 from resnetlab.inference.explain import explain
 from resnetlab.inference.open_model import open_model
 from resnetlab.inference.predict import Model
@@ -55,13 +56,18 @@ class ServedModel(ABC):
     no_explanation: str | None
     pixel_format: PixelFormat
 
+    @property
+    def batches_at_once(self) -> int:
+        """How many batches are predicted at the same time, each in a thread."""
+        return 1
+
     @abstractmethod
     def prepare(self, image: Any) -> Any:
         """Prepares an upright image, a Pillow image or float32 (H, W, C) as `pixel_format` says; called in many threads."""
 
     @abstractmethod
     def predict(self, images: Sequence[Any]) -> Sequence[Any]:
-        """The network's result for each prepared image; called in one thread."""
+        """The network's result for each prepared image; called in `batches_at_once` threads."""
 
     @abstractmethod
     def format(self, image: Any, result: Any, top: int | None, min_score: float | None) -> dict[str, Any]:
@@ -117,6 +123,10 @@ class ServedClassifier(ServedModel):
     def __init__(self, model: Model, scores: Callable[[Tensor], Tensor] | None = None) -> None:
         self.model, self._scores = model, scores or model.predict_scores
         self.pixel_format = model.preprocessing.pixel_format
+
+    @property
+    def batches_at_once(self) -> int:
+        return BACKENDS[self.model.backend.name][0].batches_at_once
 
     def prepare(self, image: Any) -> Tensor:
         return self.model.preprocessing(image)

@@ -30,7 +30,8 @@ class Service:
     def __init__(self, served: ServedModel, limits: Limits) -> None:
         self.served, self.limits, self.counters = served, limits, Counters()
         self.gate = RequestGate(limits)
-        self._batcher = Batcher(served.predict, limits.latency, limits.max_batch, self.counters.count_batch)
+        at_once, count = served.batches_at_once, self.counters.count_batch
+        self._batcher = Batcher(served.predict, limits.latency, limits.max_batch, at_once, count)
         self.counters.in_flight.set_function(lambda: self.gate.in_flight)
 
     @property
