@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 import zlib
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from PIL import Image, UnidentifiedImageError
 from python_multipart.multipart import parse_options_header
 from torch import Tensor
 
-from resnetlab.data.decode import convert_image, decode_as, decode_pixels
+from resnetlab.data.decode import convert_image, decode_as, decode_pixels, read_plain_size
 from resnetlab.device import release_memory
 from resnetlab.errors import DataError
 from resnetlab.preprocessing import RGB, PixelFormat
@@ -174,7 +175,12 @@ def _read_stored(content: bytes, limits: Limits, pixel_format: PixelFormat) -> T
 
 def _decode_image(content: bytes, limits: Limits) -> Image.Image | Tensor:
     """A Pillow image, or uint8 (H, W, 3) of a JPEG."""
+    size = read_plain_size(content)
     try:
+        if (
+            size is not None and math.prod(size) <= limits.max_pixels
+        ):  # most images: without Pillow's reading of the header
+            return decode_pixels(content, "the image")
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:  # reads the header only
             width, height = image.size
             if width * height > limits.max_pixels:
