@@ -177,9 +177,8 @@ def _decode_image(content: bytes, limits: Limits) -> Image.Image | Tensor:
     """A Pillow image, or uint8 (H, W, 3) of a JPEG."""
     size = read_plain_size(content)
     try:
-        if (
-            size is not None and math.prod(size) <= limits.max_pixels
-        ):  # most images: without Pillow's reading of the header
+        # most images: Pillow takes longer to read a header
+        if size is not None and math.prod(size) <= limits.max_pixels:
             return decode_pixels(content, "the image")
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:  # reads the header only
             width, height = image.size
