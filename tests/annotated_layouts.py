@@ -131,8 +131,16 @@ def voc(root: Path) -> None:
     cells.make_voc_folder(root)
 
 
-def nested_voc(root: Path) -> None:
-    cells.make_voc_folder(root / "VOCdevkit" / "VOC2012")
+def official_voc(root: Path) -> None:
+    """VOC's own archive: JPEG images, and masks as palettes."""
+    place = cells.make_voc_folder(root / "VOCdevkit" / "VOC2012")
+    for file in (place / "JPEGImages").iterdir():
+        with Image.open(file) as image:
+            image.save(file.with_suffix(".jpg"))
+        file.unlink()
+    for file in (place / "SegmentationClass").iterdir():
+        with Image.open(file) as mask:
+            palette(mask).save(file)
 
 
 def voc_in_splits(root: Path) -> None:
@@ -151,7 +159,9 @@ def roboflow_voc(root: Path) -> None:
         for i in seeds:
             image, _, objects = cells.scene(i)
             _save(image, root / split / f"p{i}.png")
-            _write(root / split / f"p{i}.xml", cells.voc_annotation(objects))
+            source = f"<folder></folder><filename>p{i}.png</filename><source><database>roboflow.ai</database></source>"
+            text = cells.voc_annotation(objects).replace("<annotation>", f"<annotation>{source}")
+            _write(root / split / f"p{i}.xml", text)
 
 
 def labelme(root: Path) -> None:
@@ -226,7 +236,7 @@ def label_studio_brushes(root: Path) -> None:
 
 
 def cvat_images(root: Path) -> None:
-    """CVAT's XML for images: a box, then a polygon or a mask."""
+    """CVAT's XML for images: boxes, polygons and masks."""
     labels = "".join(f"<label><name>{name}</name><color>#ff0000</color></label>" for name in NAMES)
     images = []
     for seeds, subset in zip(SPLITS.values(), ("Train", "Validation"), strict=True):
@@ -236,9 +246,9 @@ def cvat_images(root: Path) -> None:
             shapes = ['<tag label="round" source="manual"/>']
             for k, (name, (x1, y1, x2, y2)) in enumerate(objects):
                 outer = f'label="{name}" source="manual" occluded="0" z_order="0"'
-                if k % 3 == 0:
+                if (i + k) % 3 == 0:
                     shapes.append(f'<box {outer} xtl="{x1}.00" ytl="{y1}.00" xbr="{x2}.00" ybr="{y2}.00"></box>')
-                elif k % 3 == 1:
+                elif (i + k) % 3 == 1:
                     shapes.append(f'<polygon {outer} points="{x1},{y1};{x2},{y1};{x2},{y2};{x1},{y2}"></polygon>')
                 else:
                     w, h = x2 - x1, y2 - y1
@@ -247,8 +257,11 @@ def cvat_images(root: Path) -> None:
                     )
             size = f'width="{WIDTH}" height="{HEIGHT}"'
             images.append(f'<image id="{i}" name="p{i}.png" subset="{subset}" {size}>{"".join(shapes)}</image>')
-    head = '<?xml version="1.0" encoding="utf-8"?>\n<annotations>\n  <version>1.1</version>\n  <meta><job><labels>'
-    _write(root / "annotations.xml", f"{head}{labels}</labels></job></meta>{''.join(images)}</annotations>")
+    head = '<?xml version="1.0" encoding="utf-8"?>\n<annotations>\n  <version>1.1</version>\n  <meta><project><labels>'
+    subsets = "<subsets><subset>Train</subset><subset>Validation</subset></subsets>"
+    _write(
+        root / "annotations.xml", f"{head}{labels}</labels>{subsets}</project></meta>{''.join(images)}</annotations>"
+    )
 
 
 def fiftyone_samples(root: Path) -> None:
@@ -327,6 +340,13 @@ def camvid(root: Path) -> None:
     _write(root / "class_dict.csv", "name,r,g,b\nbackground,0,0,0\nround,128,0,0\nsquare,0,128,0\n", "utf-8-sig")
 
 
+def black_and_white(root: Path) -> None:
+    """FiftyOne's folders of masks, with 255 inside any object."""
+    masks(
+        root, "{split}/data/{stem}.png", "{split}/labels/{stem}.png", lambda mask: mask.point(lambda v: 255 * (v > 0))
+    )
+
+
 def roboflow_masks(root: Path) -> None:
     masks(root, "{split}/{stem}.png", "{split}/{stem}_mask.png")
     for split in SPLITS:
@@ -356,10 +376,12 @@ def cityscapes(root: Path) -> None:
             place = root / "gtFine" / split / "aachen"
             _save(Image.fromarray(ids[np.array(mask)]), place / f"{stem}_gtFine_labelIds.png")
             _save(coloured(mask), place / f"{stem}_gtFine_color.png")
+            instances = np.array([7, 24_000, 26_000], np.uint16)[np.array(mask)]
+            _save(Image.fromarray(instances), place / f"{stem}_gtFine_instanceIds.png")
 
 
 BOXES: dict[str, Callable[[Path], None]] = {
-    "voc": voc, "voc in a folder": nested_voc, "voc in splits": voc_in_splits, "roboflow voc": roboflow_voc,
+    "voc": voc, "voc in a folder": official_voc, "voc in splits": voc_in_splits, "roboflow voc": roboflow_voc,
     "fiftyone": fiftyone, "roboflow darknet": roboflow_darknet,
     "fiftyone samples": fiftyone_samples,
     "ultralytics": ultralytics, "roboflow yolo": roboflow_yolo, "darknet": darknet_lists,
@@ -373,3 +395,4 @@ MASKS: dict[str, Callable[[Path], None]] = {
     "voc": voc, "cvat": cvat_masks, "camvid": camvid, "segnet": segnet, "images and masks": images_and_masks,
     "roboflow masks": roboflow_masks,
 }  # fmt: skip
+EVERY = BOXES | OUTLINES | MASKS | {"cityscapes": cityscapes, "masks of 0 and 255": black_and_white}

@@ -36,7 +36,7 @@ def test_boxes_of_every_layout(layout: str, tmp_path: Path) -> None:
     assert data.classes == ("round", "square") and data.evaluated_split == "val"
     assert data.layout.endswith(", 2 splits, 9 images, 2 classes")
     images = sorted((*data.train, *data.test), key=lambda image: image.file.name)
-    assert [image.file.name for image in images] == [f"p{i}.png" for i in range(9)] and len(data.train) == 6
+    assert [image.file.stem for image in images] == [f"p{i}" for i in range(9)] and len(data.train) == 6
     for i, image in enumerate(images):
         names, boxes = zip(*cells.scene(i)[2], strict=True)
         assert [data.classes[label] for label in image.labels] == list(names)
@@ -66,6 +66,25 @@ def test_masks_of_every_layout(layout: str, tmp_path: Path) -> None:
     for image in (*data.train, *data.test):
         mask = torch.from_numpy(np.array(cells.scene(int(image.file.stem[1:]))[1]).astype(np.int64))
         assert torch.equal(image.read()[1], index[mask])
+
+
+@pytest.mark.parametrize("layout", [*layouts.EVERY])
+def test_a_folder_in_folders_is_read_as_alone(layout: str, tmp_path: Path) -> None:
+    """VOC's masks in VOCdevkit/VOC2012 lost their lists, splits and classes, and YOLO's its data.yaml."""
+    inner = tmp_path / "download" / "cells 3" / "export"
+    layouts.EVERY[layout](inner)
+    (tmp_path / "download" / "cells 3.zip").touch()
+    readers = [box_dataset.load_boxes] * (layout in BOXES)
+    readers += [mask_dataset.load_masks] * (
+        layout in layouts.OUTLINES or layout in layouts.MASKS or layout not in BOXES
+    )
+    for read in readers:
+        alone, outer = load(read, inner), load(read, tmp_path / "download")
+        assert (outer.fingerprint, outer.classes, [*outer.splits]) == (
+            alone.fingerprint,
+            alone.classes,
+            [*alone.splits],
+        )
 
 
 def test_cityscapes_has_its_19_classes(tmp_path: Path) -> None:
@@ -487,25 +506,3 @@ def test_yaml_as_its_library_writes_it(tmp_path: Path) -> None:
     (tmp_path / "data.yaml").write_text(f"{names[:-1]}\n")
     with pytest.raises(DataError, match="is not closed; write one name a line"):
         load(box_dataset.load_boxes, tmp_path)
-
-
-@pytest.mark.parametrize("layout", ["ultralytics", "yolo outlines", "roboflow coco", "roboflow voc"])
-def test_boxes_are_those_of_supervisions_readers(layout: str, tmp_path: Path) -> None:
-    supervision = pytest.importorskip("supervision", reason="supervision is not installed")
-    BOXES[layout](tmp_path)
-    images = str(tmp_path / ("train" if "roboflow" in layout else "images/train"))
-    reader = supervision.DetectionDataset
-    if layout == "roboflow coco":
-        theirs = reader.from_coco(images, f"{images}/_annotations.coco.json")
-    elif layout == "roboflow voc":
-        theirs = reader.from_pascal_voc(images, images)
-    else:
-        theirs = reader.from_yolo(images, str(tmp_path / "labels" / "train"), str(tmp_path / "data.yaml"))
-    ours = load(box_dataset.load_boxes, tmp_path)
-    found = {Path(file).name: detections for file, detections in theirs.annotations.items()}
-    assert len(found) == len(ours.train) == 6
-    for image in ours.train:
-        detections = found[image.file.name]
-        assert [theirs.classes[k] for k in detections.class_id] == [ours.classes[k] for k in image.labels]
-        atol = 1.001 if layout == "roboflow voc" else 0.01  # it takes 1 off VOC's corners
-        np.testing.assert_allclose(detections.xyxy, image.boxes.numpy(), rtol=0, atol=atol)

@@ -16,7 +16,9 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from torchvision.datasets import VOCDetection, VOCSegmentation
 
+import annotated_layouts as layouts
 import cells
 from resnetlab.data import box_dataset, cvat_xml, mask_dataset, sources
 from resnetlab.data.dataset import Dataset
@@ -29,6 +31,7 @@ from resnetlab.errors import DataError, UsageError
 TOOL_EXPORTS = Path(__file__).parent / "data" / "tool_exports.zip"  # made by make_tool_exports.py beside it
 with zipfile.ZipFile(TOOL_EXPORTS) as opened:
     TOOL_RECORD = json.loads(opened.read("record.json"))  # what the tools' own readers see
+    LAYOUT_RECORD = json.loads(opened.read("layouts.json"))  # and in the folders of annotated_layouts (read_layouts.py)
 OF_CLASSES = [layout for layout, images in TOOL_RECORD.items() if any("classes" in image for image in images.values())]
 
 
@@ -75,6 +78,59 @@ def test_what_tools_wrote_is_read_as_they_read_it(layout: str, tmp_path: Path) -
                 assert (int(inside.sum()), zlib.crc32(np.packbits(inside).tobytes())) == (pixels, checksum)
     if not layout.startswith("label studio"):
         assert len(data.train) == 2 and data.evaluated_split == "val"
+
+
+SPLIT_WORDS = {"train2017": "train", "val2017": "val", "valid": "val", "validation": "val"}
+
+
+@pytest.mark.parametrize(
+    ("tool", "layout"), [(tool, layout) for tool in LAYOUT_RECORD for layout in LAYOUT_RECORD[tool]]
+)
+def test_layouts_are_read_as_their_tools_read_them(tool: str, layout: str, tmp_path: Path) -> None:
+    layouts.EVERY[layout](tmp_path)
+    seen = {}
+    for split, images in LAYOUT_RECORD[tool][layout].items():
+        for stem, image in images.items():
+            seen[stem] = (SPLIT_WORDS.get(split.lower(), split.lower()), image)
+    assert len(seen) == 9
+    if any(image["boxes"] for _, image in seen.values()):
+        data = load(box_dataset.load_boxes, tmp_path)
+        for split, stem, ours in ((split, image.file.stem, image) for split, of in data.splits.items() for image in of):
+            assert seen[stem][0] in (split, "")  # some tools know no splits
+            expected = seen[stem][1]["boxes"]
+            if tool == "supervision" and "voc" in layout:  # it takes them as counting from 1; docs/layouts.md
+                expected = [[name, x1 + 1, y1 + 1, x2, y2] for name, x1, y1, x2, y2 in expected]
+            boxes = sorted([data.classes[k], *box] for k, box in zip(ours.labels, ours.boxes.tolist(), strict=True))
+            assert [name for name, *_ in boxes] == [name for name, *_ in expected]
+            np.testing.assert_allclose([box for _, *box in boxes], [box for _, *box in expected], atol=2e-3)
+        assert sum(map(len, data.splits.values())) == 9
+    if any(image["masks"] for _, image in seen.values()):
+        data = load(mask_dataset.load_masks, tmp_path)
+        for split, masked in ((split, image) for split, of in data.splits.items() for image in of):
+            where, recorded = seen[masked.file.stem.removesuffix("_leftImg8bit")]
+            assert where in (split, "")
+            mask, ours = masked.read()[1].numpy(), {}
+            for k in np.unique(mask):
+                inside = mask == k
+                ours[data.classes[k]] = [int(inside.sum()), zlib.crc32(np.packbits(inside).tobytes())]
+            ours.pop("background", None)
+            assert ours == {"foreground" if name == "255" else name: mask for name, mask in recorded["masks"].items()}
+
+
+def test_vocs_own_archive_is_read_as_torchvision_reads_it(tmp_path: Path) -> None:
+    layouts.official_voc(tmp_path)
+    boxes, masks = load(box_dataset.load_boxes, tmp_path), load(mask_dataset.load_masks, tmp_path)
+    for split in ("train", "val"):
+        theirs = VOCDetection(tmp_path, image_set=split)
+        assert len(theirs) == len(boxes.splits[split])
+        for (_, target), ours in zip(theirs, boxes.splits[split], strict=True):
+            found = target["annotation"]["object"]
+            corners = [[float(thing["bndbox"][key]) for key in ("xmin", "ymin", "xmax", "ymax")] for thing in found]
+            assert [boxes.classes[k] for k in ours.labels] == [thing["name"] for thing in found]
+            assert ours.boxes.tolist() == corners
+        theirs = VOCSegmentation(tmp_path, image_set=split)
+        for (_, mask), ours in zip(theirs, masks.splits[split], strict=True):
+            assert np.array_equal(np.array(mask), ours.read()[1])
 
 
 @pytest.mark.parametrize("layout", OF_CLASSES)

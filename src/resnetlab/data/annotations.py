@@ -76,12 +76,14 @@ class Annotations(NamedTuple):
         classes: None if the files do not list them: those of the training objects.
         splits: images by split: "train", "trainval", "val", "test", or "" for images of no split.
         notes: what was left out or translated, a sentence each.
+        folder: where it was found: the folder that was given, or one inside.
     """
 
     layout: str
     classes: tuple[str, ...] | None
     splits: dict[str, Iterable[ImageRecord]]
     notes: tuple[str, ...] = ()
+    folder: Path = Path()
 
 
 def add_record(

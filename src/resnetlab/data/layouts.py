@@ -23,6 +23,9 @@ from resnetlab.data.yolo import find_yolo_labels, read_yolo
 from resnetlab.errors import DataError, suggest_path
 
 NO_CLASS = re.compile("image|img|mask|label|annot|segment|^gt")  # in a folder's name
+BESIDE = re.compile(
+    r"\.|readme|licen[cs]e|.*\.(zip|tar|gz|tgz|bz2|xz|md|pdf)$", re.IGNORECASE
+)  # beside an unpacked folder
 
 
 class Layout(NamedTuple):
@@ -104,7 +107,7 @@ def read_annotations(root: Path, errors: ErrorPolicy, masks: bool) -> Annotation
                         f"{folder} looks like {layout.expected}, but a file in it has another form ({kinds}); export it again."
                     ) from error
                 inside = "" if folder == root else f" in {folder.relative_to(root).as_posix()}"
-                return found._replace(layout=f"{found.layout}{inside}")
+                return found._replace(layout=f"{found.layout}{inside}", folder=folder)
     if any(map(_has_class_folders, (root, root / "train"))):
         what = "masks" if masks else "boxes"
         raise DataError(
@@ -137,8 +140,16 @@ def describe_annotations(root: Path) -> str | None:
 
 
 def _unpacked_folders(root: Path) -> list[Path]:
-    """A folder, and the folders in it while each is alone: an archive often unpacks into one (VOCdevkit/VOC2012)."""
+    """A folder, and the folders in it while each is alone: an archive often unpacks into one (VOCdevkit/VOC2012).
+
+    One that holds nothing else is left out, unless the inner one's name means something in a layout.
+    """
     folders = [root]
-    while len(inner := list_subfolders(folders[-1])) == 1 and len(folders) < 4:
+    for _ in range(4):
+        if len(inner := list_subfolders(outer := folders[-1])) != 1:
+            break
+        named = guess_split(inner[0].name) or NO_CLASS.search(inner[0].name.lower())
+        if not named and all(path == inner[0] or BESIDE.match(path.name) for path in outer.iterdir()):
+            folders.pop()
         folders.append(inner[0])
     return folders

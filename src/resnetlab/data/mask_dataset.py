@@ -85,7 +85,7 @@ def load_masks(root: Path, on_bad: str = "stop", class_255: str = "") -> Annotat
     found = read_annotations(root, errors, masks=True)
     records = {split: list(keep_images_of_their_size(images, errors)) for split, images in found.splits.items()}
     if any(record.mask for images in records.values() for record in images):
-        classes, splits = _read_mask_files(root, records, errors, class_255)
+        classes, splits = _read_mask_files(found.folder, records, errors, class_255)
     else:
         _refuse_boxes(root, records)
         names = found.classes or find_training_classes(records)
