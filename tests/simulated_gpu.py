@@ -2,7 +2,8 @@
 
 Tensors of `torch.device("cuda", 0)` are `GPUTensor`s, whose values are those of a CPU tensor. `SimulatedGPU`, a dispatch mode,
 sees every operation: it refuses tensors of two devices in one, and lists what makes the host wait for the device's queue. It
-cannot show CUDA's own kernels, streams, memory and speed.
+cannot show CUDA's own kernels, streams, memory and speed. As MPS it refuses what that lacks: float64, pinned memory, and a copy
+from the CPU that is not waited for.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 from resnetlab import device as device_module
 from resnetlab.data import decode
 
-GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
+GPU, MPS, CPU = torch.device("cuda", 0), torch.device("mps", 0), torch.device("cpu")
 # operations whose result the host reads, or whose output's size depends on values
 WAITING = {
     *("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "_unique2", "unique_dim", "bincount"),
@@ -38,10 +39,11 @@ class GPUTensor(torch.Tensor):
     """A tensor on the simulated GPU; `values` is the CPU tensor whose memory it has."""
 
     values: Tensor
+    place: ClassVar[torch.device] = GPU
 
     @staticmethod
     def __new__(cls, values: Tensor) -> GPUTensor:
-        tensor = torch.Tensor._make_subclass(cls, values, False, device_for_backend_keys=GPU)
+        tensor = torch.Tensor._make_subclass(cls, values, False, device_for_backend_keys=cls.place)
         tensor.values = values
         return tensor
 
@@ -49,14 +51,15 @@ class GPUTensor(torch.Tensor):
 
     @property
     def device(self) -> torch.device:
-        return GPU
+        return self.place
 
     def to(self, *args: Any, **kwargs: Any) -> Tensor:
         """torch's, which takes the tensor for one on the CPU."""
         if args and isinstance(args[0], Tensor):
             args = (args[0].device, args[0].dtype, *args[1:])
-        device, dtype, _, _ = torch._C._nn._parse_to(*(() if args[:1] == (None,) else args), **kwargs)
-        if device is None or device.type == "cuda":
+        known = {key: value for key, value in kwargs.items() if key != "copy"}
+        device, dtype, _, _ = torch._C._nn._parse_to(*(() if args[:1] == (None,) else args), **known)
+        if device is None or device.type == self.place.type:
             return super().to(*args, **kwargs)
         SimulatedGPU.current().wait("copy to the CPU")
         return self.values.detach().to(dtype=dtype, copy=True)
@@ -168,11 +171,11 @@ class SimulatedGPU(TorchDispatchMode):
     def run(self, function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """Runs an operation where its tensors are."""
         if function is torch.ops.prim.device.default:
-            return GPU if isinstance(args[0], GPUTensor) else CPU
+            return GPUTensor.place if isinstance(args[0], GPUTensor) else CPU
         tensors = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)]
         on_gpu = [x for x in tensors if isinstance(x, GPUTensor)]
-        device = kwargs.get("device")
-        if not on_gpu and (device is None or device.type != "cuda"):
+        device = kwargs.get("device") or next((x for x in args if isinstance(x, torch.device)), None)
+        if not on_gpu and (device is None or device.type != GPUTensor.place.type):
             return function(*args, **kwargs)
         if torch._C._dispatch_has_kernel_for_dispatch_key(function.name(), "CompositeImplicitAutograd"):
             with self:  # in inference mode composite operations arrive whole
@@ -187,6 +190,8 @@ class SimulatedGPU(TorchDispatchMode):
         result = function(*plain_args, **plain_kwargs)
         if any(x.dtype == torch.float64 for x in tree_flatten(result)[0] if isinstance(x, Tensor)):
             self.float64.add(f"{name} in {_caller()}")
+            if GPUTensor.place is MPS:
+                raise TypeError(f"{name} in {_caller()}: the MPS framework doesn't support float64")
         self._order(name, on_gpu, [x for x in tree_flatten(result)[0] if isinstance(x, Tensor)])
         if name == "_local_scalar_dense":
             return result
@@ -230,6 +235,8 @@ class SimulatedGPU(TorchDispatchMode):
             source = args[-2 if name == "copy_" and len(args) > 2 else -1]
             into_cpu = name == "copy_" and not isinstance(args[0], GPUTensor)
             asynchronous = kwargs.get("non_blocking", len(args) > 2 and args[2]) and hasattr(source, "pinned")
+            if on_cpu and GPUTensor.place is MPS and kwargs.get("non_blocking"):
+                raise RuntimeError(f"a copy that reads memory which may be gone, in {_caller()}")
             if into_cpu or (on_cpu and not asynchronous):
                 self.wait(f"copy {'to' if into_cpu else 'from'} the CPU")
             return
@@ -262,12 +269,28 @@ def _caller() -> str:
     return "the test"
 
 
+def _simulate_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    device_module._side_streams.cache_clear()
+    decode._decoding_stream.cache_clear()
+    monkeypatch.setattr(torch.cuda, "Stream", SimulatedStream)
+    monkeypatch.setattr(torch.cuda, "stream", SimulatedStream.use)
+    monkeypatch.setattr(torch.cuda, "set_stream", SimulatedStream.set_current)
+    monkeypatch.setattr(torch.cuda, "current_stream", SimulatedStream.current)
+    monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: None)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+    monkeypatch.setattr(device_module, "_computes_bf16", lambda _: True)
+    monkeypatch.setattr(device_module, "_computes_tf32", lambda _: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
+
+
 @contextlib.contextmanager
-def simulated_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimulatedGPU]:
-    """One simulated GPU, which computes bf16."""
+def simulated_gpu(monkeypatch: pytest.MonkeyPatch, place: torch.device = GPU) -> Iterator[SimulatedGPU]:
+    """One simulated GPU, which computes bf16, or MPS."""
     gpu = SimulatedGPU()
 
     def pin(x: Tensor) -> Tensor:
+        assert place is GPU, "memory is pinned for CUDA alone"
         pinned: Any = x.view_as(x)
         pinned.pinned = True
         return pinned
@@ -283,23 +306,15 @@ def simulated_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimulatedGPU]:
         torch._C._set_only_lift_cpu_tensors(True)
 
     SimulatedStream.default, SimulatedStream.here, SimulatedStream.ended = SimulatedStream(), threading.local(), {}
-    device_module._side_streams.cache_clear()
-    decode._decoding_stream.cache_clear()
+    monkeypatch.setattr(GPUTensor, "place", place)
     monkeypatch.setattr(device_module, "ThreadPoolExecutor", Executor)
-    monkeypatch.setattr(torch.cuda, "Stream", SimulatedStream)
-    monkeypatch.setattr(torch.cuda, "stream", SimulatedStream.use)
-    monkeypatch.setattr(torch.cuda, "set_stream", SimulatedStream.set_current)
-    monkeypatch.setattr(torch.cuda, "current_stream", SimulatedStream.current)
-    monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: None)
-    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
-    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
-    monkeypatch.setattr(device_module, "_computes_bf16", lambda _: True)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
     monkeypatch.setattr(torch.__future__, "_swap_module_params_on_conversion", True)
     monkeypatch.setattr(
         torch.nn.functional, "one_hot", lambda x, n: (x[..., None] == torch.arange(n, device=x.device)).long()
     )
+    if place is GPU:
+        _simulate_cuda(monkeypatch)
     lifted = torch._C._only_lift_cpu_tensors()
     torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(…, device="cuda") is made on the CPU, then copied
     try:

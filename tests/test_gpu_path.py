@@ -28,7 +28,16 @@ from resnetlab.data.error_policy import ErrorPolicy
 from resnetlab.data.objects import dataset_from_object
 from resnetlab.data.prefetch import LoadedBatch, Prefetcher
 from resnetlab.data.sources import load_dataset
-from resnetlab.device import DeviceConfig, is_usable, preserve_process_state, select_device, standard_torch_state
+from resnetlab.device import (
+    DeviceConfig,
+    is_usable,
+    preserve_process_state,
+    release_memory,
+    select_device,
+    standard_torch_state,
+    to_device,
+)
+from resnetlab.distributed import World
 from resnetlab.errors import DataError, RunError, UsageError
 from resnetlab.evaluation import detection, scores, segmentation
 from resnetlab.evaluation.protocols import generate_views, parse_protocol
@@ -78,6 +87,40 @@ def test_a_process_that_fails_does_not_wait_for_the_others(
         with pytest.raises(error), distributed.join_process_group():
             raise error("gone")
     assert ended == ["destroyed" if error is None else "aborted"]
+
+
+@pytest.mark.parametrize(
+    ("gpus", "nccl", "backend"), [(2, True, "cpu:gloo,cuda:nccl"), (2, False, "gloo"), (0, True, "gloo")]
+)
+def test_processes_take_nccl_where_there_are_gpus_and_torch_has_it(
+    gpus: int, nccl: bool, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch for Windows has none: there even processes on CPUs could not meet. Nor do any exchange gradients on MPS."""
+    chosen, current = [], []
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: nccl)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend, **_: chosen.append(backend))
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
+    monkeypatch.setattr(distributed, "rendezvous", lambda *_, **__: iter([(None, 3, 4)]))
+    monkeypatch.setattr(distributed, "_meet", lambda store, *_: (store, False))
+    monkeypatch.setattr(distributed, "Links", lambda levels: SimpleNamespace(close=lambda: None))
+    monkeypatch.setattr(distributed, "_connect_levels", lambda *_: [None])
+    with distributed.join_process_group():
+        pass
+    assert chosen == [backend] and current == [1] * (gpus > 0)
+    monkeypatch.setattr(train, "share_loading", lambda world: contextlib.nullcontext(lambda load: load()))
+    for place in ("cuda", "mps", "cpu"):
+        config = DeviceConfig(torch.device(place), "fp32", 1, "for the test")
+        monkeypatch.setattr(train, "select_device", lambda *_, config=config, **__: config)
+        monkeypatch.setattr(ClassificationTask, "build", lambda *_: pytest.skip("the task is built"))
+        refused = place == "mps" or (place == "cuda" and backend == "gloo")
+        with pytest.raises(UsageError if refused else pytest.skip.Exception) as error:
+            build_task(tiny(), RunOptions(device=place), World(0, 2))
+        assert f"cannot exchange gradients on {place} here" in str(error.value) or not refused
 
 
 class Queue:
@@ -510,6 +553,33 @@ def test_what_a_caller_loads_in_the_middle_of_a_run_leaves_its_switches(
     assert seen[0] == seen[2] == (False, True, True, "high", seen[0][4])
 
 
+def test_mps_gets_its_copies_at_once_and_gives_back_memory_and_random_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy that is not waited for takes what is in the tensor's memory later (torch's issue 189690)."""
+    copied, done = [], list[object]()
+
+    def copy(x: torch.Tensor, place: torch.device, *, non_blocking: bool) -> torch.Tensor:
+        copied.append((place.type, x.pinned, non_blocking))  # type: ignore[attr-defined]
+        return x
+
+    monkeypatch.setattr(torch.Tensor, "pinned", False, raising=False)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: setattr(x, "pinned", True) or x)
+    monkeypatch.setattr(torch.Tensor, "to", copy)
+    for place in ("cuda", "mps", "cpu"):
+        to_device(torch.ones(2), torch.device(place))
+    assert copied == [("cuda", True, True), ("mps", False, False), ("cpu", False, False)]
+    for name, fake in {
+        "empty_cache": lambda: done.append("emptied"),
+        "get_rng_state": lambda: "the caller's",
+        "set_rng_state": done.append,
+    }.items():
+        monkeypatch.setattr(torch.mps, name, fake)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    release_memory(torch.device("mps"))
+    with preserve_process_state():
+        assert done == ["emptied"]
+    assert done == ["emptied", "the caller's"]
+
+
 def test_a_run_on_mps_does_not_promise_its_bits() -> None:
     task = make_train_state(tiny()).task
     assert isinstance(task, ClassificationTask) and task.reason_against_exact == ""
@@ -675,6 +745,26 @@ def test_predictions_on_a_gpu_are_replayed(tmp_path: Path, monkeypatch: pytest.M
             with torch.cuda.stream(own):  # a segmenter evaluates on two, which may run at once
                 maps += [predictor.model.net.backbone(image).cpu() for _ in range(3)]  # type: ignore[operator, union-attr]
         assert recorded == [GPU] * 3 and all(torch.equal(maps[0], other) for other in maps)
+
+
+@pytest.mark.parametrize("agrees", [True, False])
+@pytest.mark.parametrize("output", ["scores", "features"])
+def test_bf16_predicts_on_a_gpu_where_it_agrees_with_fp32(
+    output: str, agrees: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With BN folded into the convolutions."""
+    least = (0.0 if agrees else 1.1, 9.0)
+    monkeypatch.setitem(backends.OUTPUTS, output, replace(backends.OUTPUTS[output], bounds={"bf16": least}))
+    model = make_train_state(tiny()).task.trained_model({})  # type: ignore[attr-defined]
+    pixels = torch.randint(256, (3, 8, 8, 1), dtype=torch.uint8)
+    with simulated_gpu(monkeypatch) as gpu, standard_torch_state():
+        request = backends.BackendRequest(backend="torch", check_images=pixels, output=output)
+        model.net.to(GPU)
+        selected = backends.select_backend(model, request, GPU)
+        gpu.names.clear()
+        assert selected.predict(pixels[:2]).shape == (2, 10 if output == "scores" else 64)
+        assert "convolution" in gpu.names and not any("batch_norm" in name for name in gpu.names)
+    assert selected.precision == ("bf16" if agrees else "fp32") and "on 3 reference images" in selected.reason
 
 
 def test_launches_of_traced_steps_are_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

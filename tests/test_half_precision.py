@@ -130,6 +130,10 @@ def test_tf32_is_switched_on_for_a_gpu_alone_and_given_back(monkeypatch: pytest.
         assert torch.backends.cuda.matmul.allow_tf32 and torch.backends.cudnn.allow_tf32
         with config.autocast():
             assert not torch.is_autocast_enabled("cuda")
+        with monkeypatch.context() as turing:  # which takes the switch, and computes in fp32
+            turing.setattr(device, "_computes_tf32", lambda _: False)
+            with pytest.raises(UsageError, match="since Ampere"):
+                select_device("tf32", str(GPU), training=True)
         with preserve_settings():
             assert not torch.backends.cuda.matmul.allow_tf32 and not torch.backends.cudnn.allow_tf32
         select_device("fp32", str(GPU))  # not to train: it leaves a run's

@@ -130,9 +130,14 @@ def test_out_of_memory_messages_of_gpu_libraries_are_recognised() -> None:
 
 def test_a_gpu_without_an_algorithm_is_out_of_memory_only_if_it_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch says the same where no algorithm finds workspace and where cuDNN has none."""
-    error = RuntimeError("GET was unable to find an engine to execute this computation")
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 70 * 2**30)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2 * 2**30, 80 * 2**30))
+    error, second = RuntimeError("GET was unable to find an engine to execute this computation"), torch.device("cuda:1")
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 70 * 2**30)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (2 * 2**30, 80 * 2**30))
+    monkeypatch.setattr(out_of_memory, "release_memory", lambda device: None)
     for allocated, full in ((69 * 2**30, True), (20 * 2**30, False)):
-        monkeypatch.setattr(torch.cuda, "memory_allocated", lambda allocated=allocated: allocated)
-        assert is_out_of_memory(error) is full
+        used = {None: allocated, second: 69 * 2**30}  # of the current GPU, and of another one
+        monkeypatch.setattr(torch.cuda, "memory_allocated", used.__getitem__)
+        assert is_out_of_memory(error) is full and is_out_of_memory(error, second)
+    compute = Mock(side_effect=[error, torch.ones(1, 2), torch.ones(1, 2)])
+    with pytest.warns(UserWarning, match="computed in parts"):  # predicting on it, whatever is free on the current one
+        assert len(out_of_memory.compute_in_parts(compute, torch.ones(2, 3), second)) == 2

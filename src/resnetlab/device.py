@@ -192,8 +192,8 @@ def select_device(
         torch.set_num_threads(threads)
     if selected.type == "cpu":
         _keep_freed_memory()
-    if precision == "tf32" and selected.type != "cuda":
-        raise UsageError("tf32 is a format of NVIDIA's GPUs; on this device use --precision fp32.")
+    if precision == "tf32" and not _computes_tf32(selected):
+        raise UsageError("tf32 is a format of NVIDIA's GPUs since Ampere; on this device use --precision fp32.")
     if training and selected.type == "cuda":
         _set_reproducible_flags(tf32=precision == "tf32")
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = exact, not exact
@@ -264,8 +264,8 @@ def is_usable(device: torch.device) -> bool:
 
 def release_memory(device: torch.device) -> None:
     """Returns cached free memory to the system."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+    if device.type != "cpu":
+        torch.get_device_module(device).empty_cache()
     elif trim := getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None:
         trim(0)
 
@@ -378,11 +378,14 @@ def preserve_process_state() -> Iterator[None]:
     """The same for a run, which also sets torch's random generators."""
     state = torch.get_rng_state()
     gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
+    mps = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
     try:
         with preserve_settings():
             yield
     finally:
         torch.set_rng_state(state)
+        if mps is not None:
+            torch.mps.set_rng_state(mps)
         if gpus:
             with contextlib.suppress(RuntimeError):  # as above
                 torch.cuda.set_rng_state_all(gpus)
@@ -394,6 +397,14 @@ def _computes_bf16(device: torch.device) -> bool:
         with torch.cuda.device(device):  # torch checks the current device
             return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return device.type == "cpu" and not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(cpu_flags())
+
+
+def _computes_tf32(device: torch.device) -> bool:
+    """Whether the device rounds products to TF32; elsewhere torch takes the switch and computes in fp32."""
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):  # torch checks the current device
+        return bool(torch.cuda.is_tf32_supported())
 
 
 def cpu_flags() -> frozenset[str]:
@@ -419,10 +430,13 @@ def eval_mode(*nets: nn.Module) -> Iterator[None]:
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:
-    """Copies a tensor to a device without waiting for the device's queue: a GPU copies from pinned memory asynchronously."""
+    """Copies a tensor to a device without waiting for a GPU's queue: CUDA copies from pinned memory asynchronously.
+
+    MPS would copy later what is in the tensor's memory then, when another may have it (torch's issue 189690).
+    """
     if device.type == "cuda" and x.device.type == "cpu":
         x = x.pin_memory()
-    return x.to(device, non_blocking=True)
+    return x.to(device, non_blocking=device.type == "cuda")
 
 
 def environment(device: torch.device | None = None) -> dict[str, object]:

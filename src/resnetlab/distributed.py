@@ -329,7 +329,7 @@ def join_process_group() -> Iterator[World]:
     try:
         store, rank, _ = next(rendezvous("env://", timeout=TIMEOUT))
         store, restarted = _meet(store, rank, place.size)
-        backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
+        backend = "cpu:gloo,cuda:nccl" if can_exchange(torch.device("cuda")) else "gloo"
         torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=place.size, timeout=TIMEOUT)
     except (RuntimeError, ValueError, OSError) as error:
         address = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
@@ -402,6 +402,12 @@ def _connect_levels(rank: int, size: int) -> list[Any]:
         torch.distributed.new_group(list(ranks), timeout=TIMEOUT, use_local_synchronization=True)
         for ranks in (range(first, first + here), range(position, size, here))
     ]
+
+
+def can_exchange(device: torch.device) -> bool:
+    """Whether processes can sum tensors on a kind of device: on a GPU that needs NCCL, which torch has on Linux."""
+    kind = device.type
+    return kind == "cpu" or (kind == "cuda" and torch.cuda.is_available() and torch.distributed.is_nccl_available())
 
 
 def leave_if_imported_again() -> None:

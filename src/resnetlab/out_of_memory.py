@@ -19,18 +19,20 @@ _NO_ALGORITHM = "unable to find an engine to execute"
 FULL_GPU = 0.1  # less than this share of a GPU's memory is free: such an error is for lack of it
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error means that memory has run out; torch has several messages for it."""
+def is_out_of_memory(error: BaseException, gpu: torch.device | None = None) -> bool:
+    """Whether an error means that memory has run out, on this GPU or the current one; torch has several messages for it."""
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
         isinstance(error, RuntimeError)
-        and (any(word in str(error) for word in _OUT_OF_MEMORY) or (_NO_ALGORITHM in str(error) and _is_gpu_full()))
+        and (any(word in str(error) for word in _OUT_OF_MEMORY) or (_NO_ALGORITHM in str(error) and _is_gpu_full(gpu)))
     )
 
 
-def _is_gpu_full() -> bool:
-    """Whether the current GPU's memory is nearly used up; to be called before the failed step's tensors are freed."""
-    free, total = torch.cuda.mem_get_info()
-    cached = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+def _is_gpu_full(gpu: torch.device | None) -> bool:
+    """Whether the memory of a GPU, or of the current one, is nearly used up; to be called before the failed step's tensors are
+    freed.
+    """
+    free, total = torch.cuda.mem_get_info(gpu)
+    cached = torch.cuda.memory_reserved(gpu) - torch.cuda.memory_allocated(gpu)
     return free + cached < FULL_GPU * total
 
 
@@ -47,7 +49,7 @@ def compute_in_parts(compute: Callable[[Tensor], Tensor], batch: Tensor, device:
             start += size
             continue
         except (RuntimeError, MemoryError) as error:
-            if size == 1 or not is_out_of_memory(error):
+            if size == 1 or not is_out_of_memory(error, device):
                 raise
         # what the error held is free only here
         release_memory(device)

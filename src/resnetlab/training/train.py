@@ -14,7 +14,7 @@ from resnetlab.data.decode import jpeg_decoder
 from resnetlab.data.object_store import advise_on_password
 from resnetlab.data.shared_loading import share_loading
 from resnetlab.device import count_cores, default_precision, preserve_process_state, select_device
-from resnetlab.distributed import World, join_process_group, leave_if_imported_again
+from resnetlab.distributed import World, can_exchange, join_process_group, leave_if_imported_again
 from resnetlab.errors import DataError, ResNetLabError, RunError, UsageError, unknown_name_error
 from resnetlab.formatting import format_count, format_percent
 from resnetlab.models.own_network import OWN
@@ -200,6 +200,10 @@ def build_task(
     if world.size > 1 and device_config.device.index is not None:
         kind = device_config.device.type
         raise UsageError(f"several processes take one device each; give its kind, not {device!r}: --device {kind}.")
+    if world.size > 1 and not can_exchange(device_config.device):
+        raise UsageError(
+            f"several processes cannot exchange gradients on {device_config.device.type} here; use one, or --device cpu."
+        )
     recipe = replace(recipe, precision=device_config.precision)
     setup = TaskSetup(device_config, options, started_in or Path(), resuming=started_in is not None)
     with share_loading(world) as load_once:
