@@ -14,7 +14,7 @@ import cells
 import resnetlab
 from resnetlab import graph_capture
 from resnetlab.data.objects import dataset_from_object
-from resnetlab.device import standard_torch_state
+from resnetlab.device import select_device, standard_torch_state
 from resnetlab.training.annotated_recipes import boxes, masks
 from resnetlab.training.train import RunOptions, start_run
 from simulated_gpu import GPU, MPS, simulated_gpu
@@ -40,6 +40,16 @@ def use(model: Any, data: Any) -> tuple[list[Tensor], list[Any]]:
     temperature = torch.tensor(evaluated.trained_models[0].temperature)
     numbers = [torch.tensor(scores), model.embed(IMAGES), model.embed(IMAGES), explained.heat, temperature]
     return numbers, [kept, explained.top[0][0], [each.labels for each in predictions[0]]]
+
+
+def test_auto_takes_mps_in_fp32_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    with simulated_gpu(monkeypatch, MPS):
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+        for training in (True, False):
+            config = select_device(training=training)
+            assert (config.device.type, config.precision) == ("mps", "fp32") and "was not checked" in config.reason
+        with select_device("bf16", "mps", training=True).autocast():
+            assert torch.is_autocast_enabled("mps") and torch.get_autocast_dtype("mps") == torch.bfloat16
 
 
 @pytest.mark.parametrize("place", [GPU, MPS], ids=str)
