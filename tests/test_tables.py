@@ -23,6 +23,7 @@ from resnetlab.data.dataset import GROUP, Dataset
 from resnetlab.data.decode import decode_pixels
 from resnetlab.data.disk_split import ReadOptions
 from resnetlab.errors import DataError, UsageError
+from resnetlab.evaluation import metrics
 from resnetlab.models.model_file import load_trained_model
 from shard_files import jpeg, tar
 from tiny_runs import TINY_PHOTOS
@@ -49,9 +50,11 @@ def rows_of(root: Path) -> list[tuple[str, str]]:
     return [(str(file.relative_to(root.parent)), file.parent.name) for file in files]
 
 
-def test_a_table_of_a_folder_trains_to_the_same_weights(photos: Path, tmp_path: Path) -> None:
-    rows = [(*row, f"g{i % 2}") for i, row in enumerate(rows_of(photos))]
-    table = write(tmp_path / "list.csv", [("file", "class", "garden"), *rows])
+def test_a_table_of_a_folder_trains_to_the_same_weights(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [(*row, f"g{i % 2}", i) for i, row in enumerate(rows_of(photos))]
+    table = write(tmp_path / "list.csv", [("file", "class", "garden", "number"), *rows])
     weights = []
     small = TINY_PHOTOS | {"steps": 3}
     for data in (photos, table):
@@ -64,6 +67,9 @@ def test_a_table_of_a_folder_trains_to_the_same_weights(photos: Path, tmp_path: 
     assert "by_column" not in evaluated[0] and [g["value"] for g in gardens] == ["g0", "g1"]
     assert sum(g["n"] * g["top1_error"] for g in gardens) == pytest.approx(6 * result.top1_error)
     assert evaluated[1]["notes"] == [] and evaluated[1]["split"] == "held-out" and evaluated[1]["n"] == 6
+    monkeypatch.setattr(metrics, "MAX_VALUES", 5)
+    (note,) = resnetlab.evaluate(str(result.model), str(table), device="cpu").notes
+    assert note == "errors by a column's values are given for up to 5 values; without number (6)"
 
 
 @pytest.mark.parametrize("kind", ["zip", "tar", "gztar"])
@@ -124,7 +130,6 @@ def test_every_form_of_table_is_read(photos: Path, tmp_path: Path) -> None:
             tmp_path / "d.csv",
             [("path", "class"), *((unicodedata.normalize("NFD", path[:-4]), name) for path, name in rows)],
         ),
-        write(tmp_path / "caps.csv", [("path", "class"), *((path.upper(), name) for path, name in rows)]),
         write(photos / "e.csv", [("path", "class"), *((path.removeprefix("photos/"), name) for path, name in rows)]),
     ]
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
@@ -133,6 +138,11 @@ def test_every_form_of_table_is_read(photos: Path, tmp_path: Path) -> None:
     )
     for file in [*forms, tmp_path / "f.parquet"]:
         assert load(file).fingerprint == expected.fingerprint, file
+    capitals = write(tmp_path / "caps.csv", [("path", "class"), *((path.upper(), name) for path, name in rows)])
+    with pytest.warns(
+        UserWarning, match=r"caps\.csv: 30 names taken in other capitals .*, such as photos/.* for PHOTOS/"
+    ):
+        assert load(capitals).fingerprint == expected.fingerprint
     labels = pyarrow.array([1.0, 2.0, float("nan")])
     parquet.write_table(pyarrow.table({"path": ["a.png", "b.png", "c.png"], "label": labels}), tmp_path / "g.parquet")
     with pytest.raises(DataError, match="row 3: a path and a label are needed, and one is empty"):

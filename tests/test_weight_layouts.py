@@ -18,7 +18,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import resnetlab
+from resnetlab.cli.main import run_command
 from resnetlab.errors import ModelFileError, ResNetLabError, UsageError
+from resnetlab.inference.download import import_folder
 from resnetlab.inference.import_model import ImportOptions, import_weights
 from resnetlab.models.model_file import TrainedModel
 from resnetlab.models.resnet import build
@@ -122,6 +124,39 @@ def test_transformers_repositories(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert load(downsample_in_bottleneck=True).spec.stride_in == "first"
     with pytest.raises(ModelFileError, match="another stem or activation"):
         load(hidden_act="gelu")
+
+
+def test_a_folder_that_transformers_saved(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its classes and preprocessing are those of the folder's files, and its scores those of transformers."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    sizes = {"hidden_sizes": [256] * 4, "depths": [1, 1, 1, 1], "embedding_size": 64}
+    config = transformers.ResNetConfig(**sizes, id2label={0: "ant", 1: "bee", 2: "cow"})  # type: ignore[arg-type]
+    theirs = transformers.ResNetForImageClassification(config).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.normal_(0, 0.05)
+    theirs.save_pretrained(tmp_path / "saved")
+    values = {
+        "size": {"shortest_edge": 112},
+        "crop_pct": 0.875,
+        "image_mean": [0.4, 0.5, 0.6],
+        "image_std": [0.2, 0.3, 0.4],
+    }
+    transformers.ConvNextImageProcessor(**values).save_pretrained(tmp_path / "saved")
+    assert run_command(["import", str(tmp_path / "saved"), "--out", str(tmp_path / "m.safetensors"), "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["classes"] == ["ant", "bee", "cow"]
+    model = resnetlab.load(tmp_path / "m.safetensors", device="cpu")
+    assert model.preprocessing.size == (112, 112) and model.preprocessing.resize == 128
+    assert model.preprocessing.mean.tolist() == pytest.approx([0.4, 0.5, 0.6])
+    images = torch.randn(2, 3, 112, 112)
+    with torch.no_grad():
+        torch.testing.assert_close(model.net(images), theirs(images).logits, rtol=1e-4, atol=1e-4)
+    (tmp_path / "saved" / "preprocessor_config.json").unlink()
+    with pytest.raises(ModelFileError, match=r"has no preprocessor_config\.json; name the file of weights"):
+        import_folder(tmp_path / "saved", ImportOptions())
+    with pytest.raises(ModelFileError, match=r"has neither model\.safetensors nor pytorch_model\.bin"):
+        import_folder(tmp_path, ImportOptions())
 
 
 @pytest.mark.parametrize(("content", "key", "error", "sentence"), [

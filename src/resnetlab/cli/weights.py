@@ -36,8 +36,9 @@ def import_(
     Parameters
     ----------
     file
-        A weight file (.pth, .pt, .th, .safetensors, .npz, or the .index.json of shards), or a published name to download:
-        torchvision:resnet50.IMAGENET1K_V2, timm:resnet50.a1_in1k, hf:OWNER/REPOSITORY. The options then replace the
+        A weight file (.pth, .pt, .th, .safetensors, .npz, or the .index.json of shards), a folder that transformers or timm
+        saved, or a published name to download: torchvision:resnet50.IMAGENET1K_V2, timm:resnet50.a1_in1k,
+        hf:OWNER/REPOSITORY. The options then replace the
         publisher's values.
     out
         The model file to write.
@@ -67,7 +68,7 @@ def import_(
     key
         Which state dict to read from a file with several, such as model_ema, or which of several networks, such as teacher.
     """
-    from resnetlab.inference.download import download_model, find_trained, get_scheme
+    from resnetlab.inference.download import download_model, find_trained, get_scheme, import_folder
     from resnetlab.inference.import_model import ImportOptions, import_weights
     from resnetlab.run_folder import check_output_file
 
@@ -85,9 +86,11 @@ def import_(
         changes=console.parse_pairs(set_),
         key=key,
     )
-    model, notes = (
-        download_model(file, given) if get_scheme(file) else import_weights(find_trained(file) or Path(file), given)
-    )
+    if get_scheme(file):
+        model, notes = download_model(file, given)
+    else:
+        path = find_trained(file) or Path(file)
+        model, notes = (import_folder if path.is_dir() else import_weights)(path, given)
     for note in notes:
         console.log(note)
     model.save(out)

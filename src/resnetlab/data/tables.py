@@ -286,6 +286,7 @@ def _find_files(images: ImageList) -> tuple[list[str], list[int]]:
     """
     base, list_names, missing = os.path.abspath(images.base), functools.cache(index_folder), 0
     files, sizes, ending = [], [], ""  # which the names before left out
+    respelled = []
 
     def list_parts() -> Iterator[tuple[Sequence[str], str]]:
         for start in range(0, len(images.paths), PART):
@@ -308,10 +309,15 @@ def _find_files(images: ImageList) -> tuple[list[str], list[int]]:
             spelled = os.path.normpath(os.path.join(base, path.replace("\\", "/")))
             if (found := find_spelling(spelled, list_names)) is not None:
                 file, size = found, _file_size(found)
+                if not unicodedata.normalize("NFC", found).startswith(unicodedata.normalize("NFC", spelled)):
+                    respelled.append((path, os.path.relpath(found, base)))
                 ending = found.removeprefix(spelled) if found.startswith(spelled) else ending
         missing += size < 0
         files.append(file)
         sizes.append(size)
+    if respelled:
+        (path, found), count = respelled[0], format_count(len(respelled), "name")
+        warn(f"{images.name}: {count} taken in other capitals than the rows have, such as {found} for {path}.")
     if max(sizes) < 0:
         raise DataError(
             f"none of the {format_count(len(files), 'image')} of {images.name} is there, such as {images.paths[0]!r}; "

@@ -10,7 +10,6 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -31,7 +30,7 @@ from resnetlab.evaluation.calibration import (
 )
 from resnetlab.evaluation.comparison import Comparison, compare_models
 from resnetlab.evaluation.corruptions import CorruptionErrors
-from resnetlab.evaluation.metrics import ClassificationMetrics
+from resnetlab.evaluation.metrics import ClassificationMetrics, describe_wide_columns
 from resnetlab.evaluation.multi_label import MultiLabelMetrics, describe_thresholds
 from resnetlab.evaluation.protocols import ONE_CROP, Protocol, parse_protocol
 from resnetlab.evaluation.published import find_published
@@ -55,7 +54,6 @@ from resnetlab.peer_words import EVALUATION_ATTRIBUTES
 from resnetlab.preprocessing import Preprocessing
 
 Model = TrainedModel | str | Path
-MAX_VALUES = 20  # of a table's column: errors by the values of one with more are not computed
 SCOPES = ("all", "data")  # of the scores where the data have only some of a model's classes
 
 
@@ -133,7 +131,7 @@ class Evaluation(AnsweredAttributes, HtmlFigures):
         figures["published"] = known.to_json() if known else None
         if self.none_of_these:
             figures["none_of_these"] = self.none_of_these
-        if by_column := self.errors_by_column:
+        if by_column := self.metrics.errors_by_column(self.images.columns):
             figures["by_column"] = by_column
         if self.corruptions:
             figures["corruptions"] = self.corruptions.to_json()
@@ -148,18 +146,6 @@ class Evaluation(AnsweredAttributes, HtmlFigures):
         return figures
 
     to_dict = to_json
-
-    @property
-    def errors_by_column(self) -> dict[str, list[dict[str, Any]]]:
-        """column of the data's table -> `value`, `n` and `top1_error` of its values, for columns of 2 to MAX_VALUES values."""
-        wrong, found = (self.metrics.predicted != self.metrics.labels).numpy(), {}
-        for column, values in self.images.columns.items():
-            names, codes = np.unique(values.astype(str), return_inverse=True)
-            if 2 <= len(names) <= MAX_VALUES:
-                counts, errors = np.bincount(codes), np.bincount(codes, wrong)
-                rows = zip(names.tolist(), counts.tolist(), (errors / counts).tolist(), strict=True)
-                found[column] = [{"value": value, "n": n, "top1_error": error} for value, n, error in rows]
-        return found
 
     @property
     def none_of_these(self) -> dict[str, float | None] | None:
@@ -298,6 +284,8 @@ def evaluate(
     results, skipped = drop_skipped(images, labels, scores)
     if skipped:
         images = images.subset(torch.tensor([i for i, name in enumerate(images.names) if name not in skipped]))
+    if not trained[0].multi_label:
+        notes += describe_wide_columns(images.columns)
     kind, metrics, members = _measure(trained[0], columns[0], scored, weights, results, summary is not None)
     return kind(
         metrics=replace(metrics, split=split, skipped=skipped),

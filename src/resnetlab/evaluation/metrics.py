@@ -11,10 +11,11 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from resnetlab.data.dataset import Split
+from resnetlab.data.dataset import Columns, Split
 from resnetlab.device import DeviceConfig
 from resnetlab.errors import UsageError
 from resnetlab.evaluation.calibration import reliability_bins
@@ -28,10 +29,12 @@ from resnetlab.evaluation.scores import (
     summarise_scores,
     take_logarithms,
 )
+from resnetlab.formatting import format_list
 from resnetlab.models.own_network import Network
 from resnetlab.preprocessing import Preprocessing
 
 Z_95 = 1.959964  # the 97.5 % quantile of the normal distribution
+MAX_VALUES = 20  # of a table's column: errors by the values of one with more are not computed
 MAX_CONFUSION = 1000  # classes of a confusion matrix; with more, only the counts that are not 0 are listed
 
 
@@ -140,6 +143,17 @@ class ClassificationMetrics:
     def right(self) -> Tensor:
         """Whether that is the image's class; bool (N,)."""
         return self.predicted == self.labels
+
+    def errors_by_column(self, columns: Columns) -> dict[str, list[dict[str, Any]]]:
+        """column of the data's table -> `value`, `n` and `top1_error` of its values, for columns of 2 to MAX_VALUES values."""
+        wrong, found = (self.predicted != self.labels).numpy(), {}
+        for column, values in columns.items():
+            names, codes = np.unique(values.astype(str), return_inverse=True)
+            if 2 <= len(names) <= MAX_VALUES:
+                counts, errors = np.bincount(codes), np.bincount(codes, wrong)
+                rows = zip(names.tolist(), counts.tolist(), (errors / counts).tolist(), strict=True)
+                found[column] = [{"value": value, "n": n, "top1_error": error} for value, n, error in rows]
+        return found
 
     @property
     def confidence(self) -> Tensor:
@@ -289,6 +303,14 @@ def mean_of_known(values: Iterable[float | None]) -> float:
     """The mean of the values that are not None; 0 if there are none."""
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else 0.0
+
+
+def describe_wide_columns(columns: Columns) -> list[str]:
+    """A sentence on the columns with too many values for `ClassificationMetrics.errors_by_column`, if there are any."""
+    counts = {column: len(np.unique(values.astype(str))) for column, values in columns.items()}
+    wide = [f"{column} ({n:,})" for column, n in counts.items() if n > MAX_VALUES]
+    note = f"errors by a column's values are given for up to {MAX_VALUES} values; without {format_list(wide)}"
+    return [note] * bool(wide)
 
 
 def wilson_interval(rate: float, n: int) -> tuple[float, float]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import pickle
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import redirect_stdout
 from dataclasses import replace
 from http.client import HTTPException
@@ -226,44 +226,66 @@ def _download_hf(rest: str, given: ImportOptions) -> ImportResult:
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 
     failures = cast("tuple[type[Exception], ...]", HfHubHTTPError.__bases__)  # of the hub library's HTTP client
-    try:
+
+    def fetch(file: str) -> Path | None:
         try:
-            file = Path(hf_hub_download(rest, "model.safetensors"))
+            return Path(hf_hub_download(rest, file))
         except EntryNotFoundError:
-            file = Path(hf_hub_download(rest, "pytorch_model.bin"))
-        if file.suffix == ".safetensors":
-            try:
-                model = load_trained_model(file)
-            except ModelFileError as error:
-                if "made by other software" not in str(error):
-                    raise
-            else:
-                given.reject(list(given.given_values), f"hf:{rest} is a model file, which needs no options")
-                return model, []
-        config = _read_config(Path(hf_hub_download(rest, "config.json")), rest)
-        if config.get("model_type") == "resnet":
-            processor = _read_config(Path(hf_hub_download(rest, "preprocessor_config.json")), rest)
-            return _import_transformers(read_state_dict(file), config, processor, rest, given)
+            return None
+
+    try:
+        return _import_repository(fetch, f"hf:{rest}", given)
     except HFValidationError as error:
         raise UsageError(f"hf:{rest} is not a repository name; for example hf:timm/resnet50.a1_in1k") from error
     except failures as error:
         raise OSError(str(error)) from error
+
+
+@standard_torch_state()
+def import_folder(folder: Path, given: ImportOptions) -> ImportResult:
+    """Imports the model of a folder as transformers' or timm's `save_pretrained` writes it, like one of the hub.
+
+    Raises as `import_weights`, and ModelFileError if it holds none.
+    """
+    return _import_repository(lambda name: file if (file := folder / name).is_file() else None, str(folder), given)
+
+
+def _import_repository(fetch: Callable[[str], Path | None], where: str, given: ImportOptions) -> ImportResult:
+    """Imports weights with the config.json, and preprocessor_config.json, beside them; `fetch` gives a file, or None."""
+    file = fetch("model.safetensors") or fetch("pytorch_model.bin")
+    if file is None:
+        raise ModelFileError(f"{where} has neither model.safetensors nor pytorch_model.bin; name a file of weights.")
+    if file.suffix == ".safetensors":
+        try:
+            model = load_trained_model(file)
+        except ModelFileError as error:
+            if "made by other software" not in str(error):
+                raise
+        else:
+            given.reject(list(given.given_values), f"{where} is a model file, which needs no options")
+            return model, []
+    config = _read_config(fetch, "config.json", where)
+    if config.get("model_type") == "resnet":
+        processor = _read_config(fetch, "preprocessor_config.json", where)
+        return _import_transformers(read_state_dict(file), config, processor, where, given)
     try:
         architecture, pretrained_cfg = str(config["architecture"]), dict(config["pretrained_cfg"])
     except (KeyError, TypeError, ValueError) as error:
         raise ModelFileError(
-            f"hf:{rest} has no config.json of timm's or of transformers' ResNets; use a repository of theirs."
+            f"{where} has no config.json of timm's or of transformers' ResNets; use a repository of theirs."
         ) from error
     _check_supported(architecture, "timm")
     names = {"label_names": config["label_names"]} if config.get("label_names") else {}
-    return _import_timm(read_state_dict(file).tensors, pretrained_cfg | names, architecture, rest, given)
+    return _import_timm(read_state_dict(file).tensors, pretrained_cfg | names, architecture, where, given)
 
 
-def _read_config(file: Path, rest: str) -> dict[str, Any]:
+def _read_config(fetch: Callable[[str], Path | None], name: str, where: str) -> dict[str, Any]:
+    if (file := fetch(name)) is None:
+        raise ModelFileError(f"{where} has no {name}; name the file of weights and give the values yourself.")
     try:
         config = parse_json(file.read_text("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise ModelFileError(f"hf:{rest}: {file.name} cannot be read ({error}); download it again.") from error
+        raise ModelFileError(f"{where}: {name} cannot be read ({error}); download it again.") from error
     return config if isinstance(config, dict) else {}
 
 
@@ -299,7 +321,7 @@ def _import_transformers(
         )
     except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
         raise ModelFileError(
-            f"hf:{where}: its configuration is not that of a residual network of the papers ({type(error).__name__}: {error}); "
+            f"{where}: its configuration is not that of a residual network of the papers ({type(error).__name__}: {error}); "
             "download the weights and give the values yourself: resnetlab import FILE --source transformers --mean … --std …"
         ) from error
     return import_state_dict(state, given.merge_over(known), where)
