@@ -190,7 +190,7 @@ def test_empty_images_are_rejected(size: tuple[int, int]) -> None:
 
 def test_an_image_of_one_pixel() -> None:
     """Every map is one pixel then, so each weight of a convolution or of fc is used once."""
-    with pytest.warns(SmallImageWarning, match="use a CIFAR net"):
+    with pytest.warns(SmallImageWarning, match="enlarge them, or use a CIFAR net"):
         counted = compute_cost(get_specification("resnet18"), (1, 1))
     assert counted.multiply_adds == sum(x.parameters for x in counted.layers if x.kind == "Conv2d") + 512 * 1000
 

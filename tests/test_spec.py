@@ -308,7 +308,8 @@ def test_images_of_any_size_and_channels(name: str, channels: int, size: tuple[i
 def test_small_images_in_an_imagenet_net(size: tuple[int, int], left: str) -> None:
     sentence = (
         f"images of {size[0]}x{size[1]} pixels in a network with ImageNet's 7x7 stem, "
-        f"which leaves them {left} at the end; use a CIFAR net such as resnet20 or resnet56 instead."
+        f"which leaves them {left} at the end; enlarge them, or use a CIFAR net such as resnet20 or resnet56, which are for "
+        "classifiers."
     )
     net = build("resnet18", classes=2, seed=0).eval()
     with pytest.warns(SmallImageWarning) as caught:

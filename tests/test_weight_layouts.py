@@ -22,6 +22,7 @@ from resnetlab.cli.main import run_command
 from resnetlab.errors import ModelFileError, ResNetLabError, UsageError
 from resnetlab.inference.download import import_folder
 from resnetlab.inference.import_model import ImportOptions, import_weights
+from resnetlab.inference.start import load_start
 from resnetlab.models.model_file import TrainedModel
 from resnetlab.models.resnet import build
 from resnetlab.models.state_dicts import parse_state_dict, read_state_dict
@@ -152,6 +153,9 @@ def test_a_folder_that_transformers_saved(tmp_path: Path, capsys: pytest.Capture
     images = torch.randn(2, 3, 112, 112)
     with torch.no_grad():
         torch.testing.assert_close(model.net(images), theirs(images).logits, rtol=1e-4, atol=1e-4)
+    start = load_start(str(tmp_path / "saved"))  # not ImageNet's values, which are assumed where nothing is known
+    assert start.model.preprocessing.mean.tolist() == model.preprocessing.mean.tolist()
+    assert start.model.classes == model.classes and not any("ASSUMED" in note for note in start.notes)
     (tmp_path / "saved" / "preprocessor_config.json").unlink()
     with pytest.raises(ModelFileError, match=r"has no preprocessor_config\.json; name the file of weights"):
         import_folder(tmp_path / "saved", ImportOptions())

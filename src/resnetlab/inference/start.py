@@ -14,7 +14,7 @@ import torch
 from resnetlab.device import standard_torch_state
 from resnetlab.errors import UsageError
 from resnetlab.formatting import find_name_problem
-from resnetlab.inference.download import download_model, find_model, find_trained, get_scheme
+from resnetlab.inference.download import download_model, find_model, find_trained, get_scheme, import_folder
 from resnetlab.inference.import_model import IMAGENET_MEAN, IMAGENET_STD, ImportOptions, import_state_dict
 from resnetlab.models.model_file import TrainedModel, load_trained_model
 from resnetlab.models.resnet import ResNet
@@ -85,12 +85,14 @@ def load_start(name: str, changes: Mapping[str, Any] | None = None) -> Start:
     if get_scheme(name):
         model, notes = download_model(name)
         return Start(model, _hash_weights(model.resnet), notes)
-    path = Path(name)
+    given = path = Path(name)
     if path.is_dir() or not path.exists():
         path = Path(find_model(path))
     foreign = path.name.endswith(SUFFIXES) and path.is_file() and not read_metadata(path)
     if not foreign:
         model, notes = load_trained_model(path), []
+    elif (given / "config.json").is_file():  # a folder as transformers and timm save it
+        model, notes = import_folder(given, ImportOptions())
     else:
         model, notes = _import_start(path, changes or {})
     return Start(model, hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest(), notes)

@@ -310,7 +310,7 @@ def warn_small_image(net: ResNet, image_size: Sequence[int]) -> None:
         warnings.warn(
             f"images of {height}x{width} pixels in a network with ImageNet's 7x7 stem, which leaves them "
             f"{math.ceil(height / stride)}x{math.ceil(width / stride)} at the end; "
-            "use a CIFAR net such as resnet20 or resnet56 instead.",
+            "enlarge them, or use a CIFAR net such as resnet20 or resnet56, which are for classifiers.",
             SmallImageWarning,
             stacklevel=level,
         )
