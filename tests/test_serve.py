@@ -393,6 +393,51 @@ def test_a_body_in_many_small_chunks_is_read(running: RunningService) -> None:
         assert link.recv(4096).startswith(b"HTTP/1.1 200 ")
 
 
+GET = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
+H2C = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQAAP__\r\n"
+
+
+def post_image(headers: bytes) -> bytes:
+    body = jpeg()
+    return b"POST /predict HTTP/1.1\r\nHost: localhost\r\n%bContent-Length: %d\r\n\r\n%b" % (headers, len(body), body)
+
+
+@pytest.mark.parametrize(
+    ("sent", "statuses"),
+    [
+        (post_image(H2C) + GET, [200, 200]),
+        ((post_image(H2C) + GET.replace(b"\r\n\r\n", b"\r\n" + H2C + b"\r\n")) * 2, [200, 200, 200, 200]),
+        (CHUNKED.replace(b"\r\n\r\n", b"\r\n" + H2C + b"\r\n") + b"%x\r\n%b\r\n0\r\n\r\n" % (len(jpeg()), jpeg()), [200]),
+        (CHUNKED + b"%x\r\n%b\r\n0\r\nContent-Encoding: br\r\n\r\n" % (len(jpeg()), jpeg()) + GET, [200, 200]),
+        (CHUNKED.replace(b"chunked", b"gzip, chunked") + b"0\r\n\r\n" + GET, [400]),
+        (GET.replace(b"Host: localhost\r\n", b""), [400]),
+        (GET.replace(b"Host", b"Host: localhost\r\nhost"), [400]),
+        (GET.replace(b"HTTP/1.1\r\nHost: localhost\r\n", b"HTTP/1.0\r\n"), [200]),
+        (GET.replace(b"GET", b"CONNECT") + GET, [400]),
+        (GET.replace(b"localhost", b"localhost\r\nX: " + b"a" * 66_000), [431]),
+        (GET.replace(b"localhost", b"localhost\r\nX: " + b"a" * 60_000), [200]),
+        (post_image(b"") + GET + b"no request\r\n\r\n" + GET, [200, 200, 400]),
+        (post_image(b"") + CHUNKED + b"--XX\r\n", [200, 400]),
+        (post_image(b"") + CHUNKED + b"--XX\r\n" + b"a" * 70_000, [200, 400]),
+        (GET + GET.replace(b"/healthz", b"/" + b"a" * 66_000), [200, 431]),
+    ],
+)  # fmt: skip
+def test_each_request_of_a_connection_gets_its_own_answer(
+    sent: bytes, statuses: list[int], running: RunningService
+) -> None:
+    """Also one that offers another protocol, as Java's client does, and those before one that is refused."""
+    with socket.create_connection(("127.0.0.1", running.port), timeout=60) as link:
+        link.sendall(sent)
+        answer = b""
+        while answer.count(b"HTTP/1.1 ") < len(statuses) or statuses[-1] in (400, 431):
+            read = b""
+            with contextlib.suppress(ConnectionResetError):  # it hangs up before it has read all
+                answer += (read := link.recv(65_536))
+            if not read:
+                break
+    assert [int(status) for status in re.findall(rb"HTTP/1\.1 (\d+)", answer)] == statuses, answer
+
+
 @pytest.mark.parametrize("method", ["POST", "HEAD", "X"])
 def test_a_body_that_is_not_http_is_answered_once_and_logs_nothing(
     method: str, model_file: Path, monkeypatch: pytest.MonkeyPatch

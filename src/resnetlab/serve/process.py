@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
-import json
 import math
 import socket
 from collections.abc import Callable, Iterator
@@ -13,13 +12,12 @@ from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from resnetlab.errors import UsageError
+from resnetlab.serve.http_protocol import HttpProtocol, make_answer
 from resnetlab.stopping import StopRequest, catch_stop_signals
 
 MAX_CONNECTIONS = 512  # open at the same time; further ones get 503
-MAX_HEAD = 65_536  # bytes of a request's line and headers, and of what a chunked body has between its bytes
 
 
 def run_server(app: FastAPI, host: str, port: int, timeout: float, on_ready: Callable[[str], None]) -> None:
@@ -72,17 +70,14 @@ class _Server(uvicorn.Server):
 
 
 def _protocol_with_limits(timeout: float) -> type[asyncio.Protocol]:
-    """uvicorn's protocol with limits for the seconds and bytes that the head of a request takes, and for open connections."""
-    too_slow = _make_answer(b"408 Request Timeout", f"the request's head did not arrive within {timeout:g} seconds.")
-    too_many = _make_answer(
+    """The protocol with limits for the seconds that the head of a request takes, and for open connections."""
+    too_slow = make_answer(b"408 Request Timeout", f"the request's head did not arrive within {timeout:g} seconds.")
+    too_many = make_answer(
         b"503 Service Unavailable", f"{MAX_CONNECTIONS:,} connections are open; try again in a moment."
     )
-    invalid = _make_answer(b"400 Bad Request", "this is not a valid HTTP request.")
-    too_long = _make_answer(b"431 Request Header Fields Too Large", f"the headers have more than {MAX_HEAD:,} bytes.")
 
-    class ProtocolWithLimits(HttpToolsProtocol):
+    class ProtocolWithLimits(HttpProtocol):
         timer: asyncio.TimerHandle | None = None
-        unparsed = 0  # bytes since the last that were a body's, or ended a head or a body: the parser keeps them
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
@@ -97,44 +92,11 @@ def _protocol_with_limits(timeout: float) -> type[asyncio.Protocol]:
                 self.timer.cancel()
             super().connection_lost(exc)
 
-        def data_received(self, data: bytes) -> None:
-            if self.transport.is_closing():  # what comes after an answer that hung up
-                return
-            self.unparsed += len(data)
-            super().data_received(data)
-            if self.unparsed > MAX_HEAD:
-                self.refuse(too_long)
-
-        def on_headers_complete(self) -> None:
-            self.unparsed = 0
-            super().on_headers_complete()
-
-        def on_body(self, body: bytes) -> None:
-            self.unparsed = 0
-            super().on_body(body)
-
-        def on_message_complete(self) -> None:
-            self.unparsed = 0
-            super().on_message_complete()
-
         def on_response_complete(self) -> None:  # the next request may use the same connection
             super().on_response_complete()
             if self.timer is not None:
                 self.timer.cancel()
             self.timer = self.loop.call_later(timeout, self.hang_up)
-
-        def send_400_response(self, msg: str) -> None:
-            self.refuse(invalid)
-
-        def refuse(self, answer: bytes) -> None:
-            """Answers and hangs up; where an answer has begun, it hangs up only."""
-            begun = self.cycle is not None and self.cycle.response_started and not self.cycle.response_complete
-            if self.cycle is not None and not self.cycle.response_complete:
-                self.cycle.disconnected = True  # the service sends no answer of its own
-                self.cycle.message_event.set()
-            if not begun and not self.transport.is_closing():
-                self.transport.write(answer)
-            self.transport.close()
 
         def hang_up(self) -> None:
             """Hangs up, unless a request is in progress: its body and its answer have limits of their own."""
@@ -142,14 +104,6 @@ def _protocol_with_limits(timeout: float) -> type[asyncio.Protocol]:
                 self.refuse(too_slow)
 
     return ProtocolWithLimits
-
-
-def _make_answer(status: bytes, sentence: str) -> bytes:
-    """An answer to a request that is not read, after which the connection is closed."""
-    body = json.dumps({"error": sentence}).encode()
-    again = b"retry-after: 1\r\n" if status.startswith((b"408", b"503")) else b""
-    head = b"HTTP/1.1 %s\r\ncontent-type: application/json\r\n%sconnection: close\r\n" % (status, again)
-    return head + b"content-length: %d\r\n\r\n" % len(body) + body
 
 
 def check_address(host: str, port: int) -> None:
