@@ -154,9 +154,19 @@ def test_a_folder_that_transformers_saved(tmp_path: Path, capsys: pytest.Capture
     with torch.no_grad():
         torch.testing.assert_close(model.net(images), theirs(images).logits, rtol=1e-4, atol=1e-4)
     start = load_start(str(tmp_path / "saved"))  # not ImageNet's values, which are assumed where nothing is known
-    assert start.model.preprocessing.mean.tolist() == model.preprocessing.mean.tolist()
+    start_mean = start.model.preprocessing.mean.tolist()
+    assert start_mean == model.preprocessing.mean.tolist()
     assert start.model.classes == model.classes and not any("ASSUMED" in note for note in start.notes)
-    (tmp_path / "saved" / "preprocessor_config.json").unlink()
+    torch.save(theirs.state_dict(), tmp_path / "saved" / "pytorch_model.bin")  # as older versions save
+    (tmp_path / "saved" / "model.safetensors").rename(tmp_path / "weights.safetensors")
+    old = load_start(str(tmp_path / "saved"))
+    assert old.model.classes == model.classes and old.model.preprocessing.mean.tolist() == start_mean
+    theirs.resnet.save_pretrained(tmp_path / "saved")  # a backbone has no head
+    assert load_start(str(tmp_path / "saved")).model.classes == ("no head",)
+    (tmp_path / "weights.safetensors").rename(tmp_path / "saved" / "model.safetensors")
+    (tmp_path / "saved" / "preprocessor_config.json").unlink()  # which a trainer's checkpoint lacks
+    start = load_start(str(tmp_path / "saved"))
+    assert len(start.model.classes) == 3 and "has no preprocessor_config.json" in start.notes[-1]
     with pytest.raises(ModelFileError, match=r"has no preprocessor_config\.json; name the file of weights"):
         import_folder(tmp_path / "saved", ImportOptions())
     with pytest.raises(ModelFileError, match=r"has neither model\.safetensors nor pytorch_model\.bin"):

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from resnetlab.device import standard_torch_state
-from resnetlab.errors import UsageError
+from resnetlab.errors import ModelFileError, UsageError
 from resnetlab.formatting import find_name_problem
 from resnetlab.inference.download import download_model, find_model, find_trained, get_scheme, import_folder
 from resnetlab.inference.import_model import IMAGENET_MEAN, IMAGENET_STD, ImportOptions, import_state_dict
@@ -86,13 +86,19 @@ def load_start(name: str, changes: Mapping[str, Any] | None = None) -> Start:
         model, notes = download_model(name)
         return Start(model, _hash_weights(model.resnet), notes)
     given = path = Path(name)
+    if (path / "config.json").is_file() and not (path / "model.safetensors").exists():
+        path /= "pytorch_model.bin"  # as older versions of transformers save it
     if path.is_dir() or not path.exists():
-        path = Path(find_model(path))
+        path = Path(find_model(given))
     foreign = path.name.endswith(SUFFIXES) and path.is_file() and not read_metadata(path)
     if not foreign:
         model, notes = load_trained_model(path), []
     elif (given / "config.json").is_file():  # a folder as transformers and timm save it
-        model, notes = import_folder(given, ImportOptions())
+        try:
+            model, notes = import_folder(given, ImportOptions())
+        except ModelFileError as error:  # a trainer's checkpoint has no preprocessing, a backbone has no head
+            model, notes = _import_start(path, changes or {})
+            notes.append(f"the folder's configuration is not used: {error}")
     else:
         model, notes = _import_start(path, changes or {})
     return Start(model, hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest(), notes)
@@ -141,7 +147,7 @@ def _replace_head(state: StateDictFile) -> StateDictFile:
     """The state dict with a head of zeros for one class."""
     tensors = {name: value for name, value in state.tensors.items() if name not in list_head(state.tensors)}
     last = max((name for name in tensors if name.startswith("layer")), default="").split(".")[0]
-    outputs = [v.shape[0] for name, v in tensors.items() if name.startswith(f"{last}.0.conv") and v.dim() == 4]
+    outputs = [v.shape[0] for name, v in sorted(tensors.items()) if name.startswith(f"{last}.0.conv") and v.dim() == 4]
     width = outputs[-1] if outputs else 1
     return replace(state, tensors=tensors | {"fc.weight": torch.zeros(1, width), "fc.bias": torch.zeros(1)})
 
