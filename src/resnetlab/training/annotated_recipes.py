@@ -115,6 +115,7 @@ def boxes() -> DetectionRecipe:
         regions=128,
         bn="live",
         batch=8,
+        bn_batch=4,  # one for each of two threads
         steps=1_000,
         lr=0.01,
         schedule="cosine",
@@ -146,6 +147,7 @@ def masks() -> SegmentationRecipe:
         sides=(224, 320),
         bn="live",
         batch=8,
+        bn_batch=4,
         steps=500,
         lr=0.05,
         milestones=(350, 450),
