@@ -92,7 +92,11 @@ def check_order(device: str, _: int) -> None:
         data |= {"net": "resnet18"}
         if not device.startswith("cuda"):  # to show that the script works
             data |= {"specification": {"widths": (8, 8, 8, 8), "depths": (1, 1, 1, 1)}, "image_size": 72}
-        for recipe in (quick(), replace(boxes(), batch=2, **data), replace(masks(), batch=2, **data)):
+        for recipe in (
+            quick(),
+            replace(boxes(), batch=2, bn_batch=0, **data),
+            replace(masks(), batch=2, bn_batch=0, **data),
+        ):
             train_state, found = start(recipe, device), Counter[str]()
             torch.use_deterministic_algorithms(True, warn_only=True)
             # torchvision's deterministic ROI align would be compiled, for minutes
