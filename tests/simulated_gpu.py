@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from resnetlab import device as device_module
+from resnetlab import graph_capture
 from resnetlab.data import decode
 
 GPU, MPS, CPU = torch.device("cuda", 0), torch.device("mps", 0), torch.device("cpu")
@@ -322,3 +323,16 @@ def simulated_gpu(monkeypatch: pytest.MonkeyPatch, place: torch.device = GPU) ->
             yield gpu
     finally:
         torch._C._set_only_lift_cpu_tensors(lifted)
+
+
+def record_graphs(monkeypatch: pytest.MonkeyPatch) -> list[torch.device]:
+    """Lets what would be captured in a CUDA graph of predictions be computed; returns the list of the devices asked for."""
+    recorded: list[torch.device] = []
+
+    def record(compute: Any, device: torch.device, pool: object) -> Any:
+        recorded.append(device)
+        return compute
+
+    monkeypatch.setattr(graph_capture, "record_cuda_graph", record)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
+    return recorded

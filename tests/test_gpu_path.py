@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import cells
 import resnetlab.serve.service
 from images import NAMES, folder
-from resnetlab import distributed, graph_capture
+from resnetlab import distributed
 from resnetlab.cli.train import TrainOptions, read_overrides
 from resnetlab.data import prefetch
 from resnetlab.data.batch_copier import BatchCopier
@@ -64,7 +64,7 @@ from resnetlab.training.step import StepOutput, train_step
 from resnetlab.training.step_trace import trace_steps
 from resnetlab.training.tasks.classification import ClassificationTask
 from resnetlab.training.train import RunOptions, build_task, start_run
-from simulated_gpu import GPU, GPUTensor, simulated_gpu
+from simulated_gpu import GPU, GPUTensor, record_graphs, simulated_gpu
 from tiny_runs import make_train_state, tiny
 
 
@@ -725,14 +725,7 @@ def test_a_profiled_run_has_a_trace_and_the_same_weights(tmp_path: Path) -> None
 
 def test_predictions_on_a_gpu_are_replayed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A classifier's network, and a detector's backbone, for a size that comes again."""
-    recorded: list[torch.device] = []
-
-    def record(compute: Any, device: torch.device, pool: object) -> Any:
-        recorded.append(device)
-        return compute
-
-    monkeypatch.setattr(graph_capture, "record_cuda_graph", record)
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
+    recorded = record_graphs(monkeypatch)
     model = make_train_state(tiny()).task.trained_model({})  # type: ignore[attr-defined]
     pixels = torch.randint(256, (3, 8, 8, 1), dtype=torch.uint8)
     plain = backends.load_network(model, DeviceConfig(torch.device("cpu"), "fp32", 1, "for the test")).predict(pixels)

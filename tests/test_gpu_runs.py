@@ -12,12 +12,11 @@ from torch import Tensor
 
 import cells
 import resnetlab
-from resnetlab import graph_capture
 from resnetlab.data.objects import dataset_from_object
 from resnetlab.device import select_device, standard_torch_state
 from resnetlab.training.annotated_recipes import boxes, masks
 from resnetlab.training.train import RunOptions, start_run
-from simulated_gpu import GPU, MPS, simulated_gpu
+from simulated_gpu import GPU, MPS, record_graphs, simulated_gpu
 from test_gpu_path import annotated
 from tiny_runs import tiny
 
@@ -58,14 +57,7 @@ def test_a_classifier_trained_on_a_gpu_is_used_on_it_as_on_a_cpu(
     several: bool, place: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Weights kept at their best, averaged and calibrated; thresholds; scores, features, explanations, evaluations."""
-    recorded: list[torch.device] = []
-
-    def record(compute: Any, device: torch.device, pool: object) -> Any:
-        recorded.append(device)
-        return compute
-
-    monkeypatch.setattr(graph_capture, "record_cuda_graph", record)
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
+    recorded = record_graphs(monkeypatch)
     monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 1)
     data: Any = LABEL_SETS if several else "digits"
     values: dict[str, Any] = {"data": "python"} if several else {}

@@ -38,8 +38,7 @@ def import_(
     file
         A weight file (.pth, .pt, .th, .safetensors, .npz, or the .index.json of shards), a folder that transformers or timm
         saved, or a published name to download: torchvision:resnet50.IMAGENET1K_V2, timm:resnet50.a1_in1k,
-        hf:OWNER/REPOSITORY. The options then replace the
-        publisher's values.
+        hf:OWNER/REPOSITORY. The options then replace the publisher's values.
     out
         The model file to write.
     source
