@@ -253,6 +253,7 @@ def test_bad_bodies_get_their_status_and_a_sentence(
         ("GET", "/predict", 405, "GET is not supported"),
         ("POST", "/healthz", 405, "POST is not supported"),
         ("POST", "/predict?top=many", 422, "top must be a whole number from 1 to 1,000,000, not 'many'."),
+        ("POST", "/predict?top=1&top=x", 422, "top must be a whole number from 1 to 1,000,000, not 'x'."),
         ("POST", "/predict?tpo=3", 422, "tpo"),
         ("POST", "/predict?topk=3", 422, "did you mean 'top'?"),
         ("POST", "/predict?conf=0.3", 422, "did you mean 'min_score'?"),

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
+from resnetlab.serve.priority import interrupt_as_usual
+
 
 @dataclass(frozen=True, eq=False)
 class _PendingImage:
@@ -48,7 +50,7 @@ class Batcher:
         self._loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[_PendingImage] = asyncio.Queue()
         self._forming = asyncio.Lock()  # one batch at a time takes the images that arrive
-        self._threads = ThreadPoolExecutor(self._at_once, "network")
+        self._threads = ThreadPoolExecutor(self._at_once, "network", interrupt_as_usual)
         self._workers = [asyncio.create_task(self._work()) for _ in range(self._at_once)]
         return self
 

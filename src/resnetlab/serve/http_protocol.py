@@ -9,6 +9,7 @@ import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 MAX_HEAD = 65_536  # bytes of a request's line and headers, and of what a chunked body has between its bytes
+READ_AHEAD = 2**18  # bytes of a body that wait for the service before no more are read: as many as one read takes
 
 
 def make_answer(status: bytes, sentence: str) -> bytes:
@@ -73,7 +74,14 @@ class HttpProtocol(HttpToolsProtocol):
 
     def on_body(self, body: bytes) -> None:
         self.unparsed = 0
-        super().on_body(body)
+        cycle: Any = self.cycle
+        if cycle.response_complete:
+            return
+        # not a bytearray, as uvicorn's: that copies it, and copies it again for its reader
+        cycle.body = cycle.body + body if cycle.body else body
+        if len(cycle.body) > READ_AHEAD:
+            self.flow.pause_reading()
+        cycle.message_event.set()
 
     def on_message_complete(self) -> None:
         self.unparsed = 0

@@ -73,7 +73,7 @@ class RequestGate:
 
         Raises RequestError where it is too large (noticed while it arrives), too slow, or the buffer is full.
         """
-        limit, taken, size, chunks = self.limits.max_body, 0, 0, bytearray()
+        limit, taken, size, chunks = self.limits.max_body, 0, 0, list[bytes]()
         declared = request.headers.get("content-length", "")
         error: RequestError | None = (
             None  # once set, the rest is read and discarded, so that the sender gets the reason
@@ -97,13 +97,13 @@ class RequestGate:
                             continue
                         self.buffered += len(chunk)
                         taken += len(chunk)
-                        chunks += chunk
+                        chunks.append(chunk)
             except TimeoutError:
                 sentence = f"the body did not arrive within {self.limits.timeout:g} seconds."
                 raise RequestError(408, sentence, hang_up=True) from None
             if error is not None:
                 raise error
-            body = bytes(chunks)
+            body = b"".join(chunks)  # of a single one it is that one
             chunks.clear()
             yield body
         finally:

@@ -15,6 +15,7 @@ from fastapi import FastAPI
 
 from resnetlab.errors import UsageError
 from resnetlab.serve.http_protocol import HttpProtocol, make_answer
+from resnetlab.serve.priority import interrupt_nobody
 from resnetlab.stopping import StopRequest, catch_stop_signals
 
 MAX_CONNECTIONS = 512  # open at the same time; further ones get 503
@@ -37,6 +38,7 @@ def run_server(app: FastAPI, host: str, port: int, timeout: float, on_ready: Cal
         http=_protocol_with_limits(timeout),
         log_level="error",
         access_log=False,
+        proxy_headers=False,  # nothing here asks who the client is
         server_header=False,
         timeout_keep_alive=5,
         timeout_graceful_shutdown=math.ceil(2 * timeout) + 1,
@@ -46,7 +48,7 @@ def run_server(app: FastAPI, host: str, port: int, timeout: float, on_ready: Cal
     address = f"[{host}]" if ":" in host else host
     on_ready(f"http://{address}:{listener.getsockname()[1]}/")
     try:
-        with catch_stop_signals() as request:
+        with interrupt_nobody(), catch_stop_signals() as request:
             _Server(config, request).run(sockets=[listener])
             request.signum = None  # the shutdown is all that was wanted
     finally:

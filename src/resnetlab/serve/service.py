@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from starlette.requests import Request
 
@@ -18,6 +17,8 @@ from resnetlab.serve.counters import Counters
 from resnetlab.serve.limits import Limits, RequestError, RequestGate
 from resnetlab.serve.models import ServedModel
 from resnetlab.serve.uploads import Upload, decode_uploads, unpack_body
+
+_Result = TypeVar("_Result")
 
 
 class _Cancelled(Exception):
@@ -113,31 +114,31 @@ class Service:
                 raise RequestError(503, f"the answer took more than {self.limits.timeout:g} seconds.", 5) from None
 
     async def _decode(self, request: Request, body: bytes) -> list[Upload]:
-        content_type, cancelled = request.headers.get("content-type", ""), threading.Event()
-        encoding = request.headers.get("content-encoding", "")
+        content_type, encoding = (request.headers.get(name, "") for name in ("content-type", "content-encoding"))
 
-        def work() -> list[Upload]:
+        def work(is_cancelled: Callable[[], bool]) -> list[Upload]:
             content, served = unpack_body(body, encoding, self.limits), self.served
             prepare, pixel_format = served.prepare, served.pixel_format
-            return decode_uploads(content_type, content, prepare, self.limits, cancelled.is_set, pixel_format)
+            return decode_uploads(content_type, content, prepare, self.limits, is_cancelled, pixel_format)
 
-        try:
-            return await asyncio.get_running_loop().run_in_executor(self._decoders, work)
-        finally:
-            cancelled.set()
+        return await _run_in(self._decoders, work)
 
     async def _explain(self, image: Any, top: int | None) -> dict[str, Any]:
-        cancelled = threading.Event()
+        def work(is_cancelled: Callable[[], bool]) -> dict[str, Any]:
+            def on_progress(done: int, total: int) -> None:
+                if is_cancelled():
+                    raise _Cancelled
 
-        def on_progress(done: int, total: int) -> None:
-            if cancelled.is_set():
-                raise _Cancelled
-
-        def work() -> dict[str, Any]:
             on_progress(0, 0)
             return self.served.explain(image, top, on_progress)
 
-        try:
-            return await asyncio.get_running_loop().run_in_executor(self._explainer, work)
-        finally:
-            cancelled.set()
+        return await _run_in(self._explainer, work)
+
+
+async def _run_in(threads: ThreadPoolExecutor, work: Callable[[Callable[[], bool]], _Result]) -> _Result:
+    """work(is_cancelled) in one of the threads; `is_cancelled` returns true once nobody waits for the result."""
+    cancelled = False
+    try:
+        return await asyncio.get_running_loop().run_in_executor(threads, work, lambda: cancelled)
+    finally:
+        cancelled = True
