@@ -59,7 +59,7 @@ ROWS = (
     Row("random-resized crops of JPEGs", CROPS, 2.3, PIPELINE, r"ours resized, simplejpeg +\d+ +(\d+\.\d\d)"),
     Row("scale augmentation of JPEGs", CROPS, 4.2, PIPELINE, r"ours scale, simplejpeg +\d+ +(\d+\.\d\d)"),
     Row(
-        "serve ResNet-18", "the same engine called directly", 0.84, "serve.py {model} {image} --rounds 7",
+        "serve ResNet-18", "the same engine called directly", 0.84, "serve.py {model} {image} --rounds 15",
         r"served [\d.]+ requests/s \((\d+\.\d)%\)",
     ),
     Row("evaluate ResNet-20 on CIFAR-10", LOOP, 2.5, "evaluate.py {small} --data-dir {data} --rounds 3", rf"ratio +{RATIO}"),
