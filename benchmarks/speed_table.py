@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import matplotlib
 from matplotlib.figure import Figure
 
+import resnetlab
 from resnetlab.device import environment
 from resnetlab.run_folder import write_atomically
 
@@ -90,7 +91,9 @@ def run_script(command: str) -> str:
 
 
 def measure(row: Row, values: dict[str, str]) -> dict[str, Any]:
-    """Runs a row's script and reads its ratios."""
+    """Runs a row's script and reads its ratios. Raises SystemExit where that would measure other code than this commit's."""
+    if not Path(resnetlab.__file__).is_relative_to(HERE.parent):
+        raise SystemExit(f"{resnetlab.__file__} would be measured, not this folder's; install that: uv sync.")
     printed = run_script(row.command.format(**values))
     found = [
         [float(x) for x in ([match] if isinstance(match, str) else match)] for match in re.findall(row.pattern, printed)
