@@ -8,6 +8,8 @@ from typing import Any
 import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from resnetlab.serve.limits import append
+
 MAX_HEAD = 65_536  # bytes of a request's line and headers, and of what a chunked body has between its bytes
 READ_AHEAD = 2**18  # bytes of a body that wait for the service before no more are read: as many as one read takes
 
@@ -77,8 +79,7 @@ class HttpProtocol(HttpToolsProtocol):
         cycle: Any = self.cycle
         if cycle.response_complete:
             return
-        # not a bytearray, as uvicorn's: that copies it, and copies it again for its reader
-        cycle.body = cycle.body + body if cycle.body else body
+        cycle.body = append(cycle.body, body)
         if len(cycle.body) > READ_AHEAD:
             self.flow.pause_reading()
         cycle.message_event.set()

@@ -73,7 +73,8 @@ class RequestGate:
 
         Raises RequestError where it is too large (noticed while it arrives), too slow, or the buffer is full.
         """
-        limit, taken, size, chunks = self.limits.max_body, 0, 0, list[bytes]()
+        limit, taken, size = self.limits.max_body, 0, 0
+        body: bytes | bytearray = b""
         declared = request.headers.get("content-length", "")
         error: RequestError | None = (
             None  # once set, the rest is read and discarded, so that the sender gets the reason
@@ -93,18 +94,17 @@ class RequestGate:
                         error = error or self._check_room(size, len(chunk))
                         if error is not None:
                             self.buffered, taken = self.buffered - taken, 0
-                            chunks.clear()
+                            body = b""
                             continue
                         self.buffered += len(chunk)
                         taken += len(chunk)
-                        chunks.append(chunk)
+                        body = append(body, chunk)
             except TimeoutError:
                 sentence = f"the body did not arrive within {self.limits.timeout:g} seconds."
                 raise RequestError(408, sentence, hang_up=True) from None
             if error is not None:
                 raise error
-            body = b"".join(chunks)  # of a single one it is that one
-            chunks.clear()
+            body = bytes(body)
             yield body
         finally:
             self.buffered -= taken
@@ -132,6 +132,15 @@ class RequestGate:
     def _too_large_error(self, hang_up: bool = False) -> RequestError:
         most = f"{self.limits.max_body / 1e6:g} MB"
         return RequestError(413, f"the body is larger than {most}; send less, or smaller images.", hang_up=hang_up)
+
+
+def append(body: bytes | bytearray, part: bytes) -> bytes | bytearray:
+    """A body and its next part. The first is not copied; further ones are appended in place, since there may be very many."""
+    if not body:
+        return part
+    body = body if isinstance(body, bytearray) else bytearray(body)
+    body += part
+    return body
 
 
 async def discard_body(receive: Receive, limits: Limits) -> None:
