@@ -90,7 +90,8 @@ def measure(comparison: Comparison, size: int, seed: int, out: Path, places: dic
     if not result.exists():
         command = comparison.command.format(**places).split()
         values = ["--set", f"bn_batch={size}", "--set", "threads=1", "--seed", str(seed), "--device", "cpu"]
-        arguments = ["train", "--resume", str(out)] if out.exists() else [*command, *values, "--out", str(out)]
+        resume = [*command[: command.index("train") + 1], "--resume", str(out)]
+        arguments = resume if out.exists() else [*command, *values, "--out", str(out)]
         subprocess.run([sys.executable, "-m", "resnetlab", *arguments], check=True, stdout=subprocess.DEVNULL)
     return float(json.loads(result.read_text())[comparison.figure])
 

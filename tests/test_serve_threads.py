@@ -20,7 +20,7 @@ from uvicorn.server import ServerState
 import zygote
 from resnetlab.serve.batching import Batcher
 from resnetlab.serve.http_protocol import READ_AHEAD, HttpProtocol
-from resnetlab.serve.limits import append
+from resnetlab.serve.limits import append_part
 from resnetlab.serve.priority import interrupt_nobody
 from resnetlab.serve.process import run_server
 from service import service_process, write_classifier
@@ -144,9 +144,9 @@ def test_no_more_of_a_body_is_read_than_the_service_takes() -> None:
 
 def test_one_part_of_a_body_is_not_copied_and_many_are_not_copied_again_and_again() -> None:
     parts = [bytes([i]) * 1000 for i in range(4)]
-    assert append(append(b"", parts[0]), b"") == append(bytearray(), parts[0]) == parts[0]
-    assert append(b"", parts[0]) is parts[0]
-    body = two = append(parts[0], parts[1])
+    assert append_part(append_part(b"", parts[0]), b"") == append_part(bytearray(), parts[0]) == parts[0]
+    assert append_part(b"", parts[0]) is parts[0]
+    body = two = append_part(parts[0], parts[1])
     for part in parts[2:]:
-        body = append(body, part)
+        body = append_part(body, part)
     assert body is two and bytes(body) == b"".join(parts) and parts[0] == bytes(1000)

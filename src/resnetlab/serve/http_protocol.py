@@ -8,7 +8,7 @@ from typing import Any
 import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from resnetlab.serve.limits import append
+from resnetlab.serve.limits import append_part
 
 MAX_HEAD = 65_536  # bytes of a request's line and headers, and of what a chunked body has between its bytes
 READ_AHEAD = 2**18  # bytes of a body that wait for the service before no more are read: as many as one read takes
@@ -79,7 +79,7 @@ class HttpProtocol(HttpToolsProtocol):
         cycle: Any = self.cycle
         if cycle.response_complete:
             return
-        cycle.body = append(cycle.body, body)
+        cycle.body = append_part(cycle.body, body)
         if len(cycle.body) > READ_AHEAD:
             self.flow.pause_reading()
         cycle.message_event.set()

@@ -98,7 +98,7 @@ class RequestGate:
                             continue
                         self.buffered += len(chunk)
                         taken += len(chunk)
-                        body = append(body, chunk)
+                        body = append_part(body, chunk)
             except TimeoutError:
                 sentence = f"the body did not arrive within {self.limits.timeout:g} seconds."
                 raise RequestError(408, sentence, hang_up=True) from None
@@ -134,7 +134,7 @@ class RequestGate:
         return RequestError(413, f"the body is larger than {most}; send less, or smaller images.", hang_up=hang_up)
 
 
-def append(body: bytes | bytearray, part: bytes) -> bytes | bytearray:
+def append_part(body: bytes | bytearray, part: bytes) -> bytes | bytearray:
     """A body and its next part. The first is not copied; further ones are appended in place, since there may be very many."""
     if not body:
         return part
