@@ -88,8 +88,8 @@ def make_app(service: Service, hosts: Collection[str] = ()) -> FastAPI:
 
 
 class _Route(APIRoute):
-    """A route whose endpoint gets the request and its query: read by the query's model, which is all that FastAPI's own way
-    comes to here, and FastAPI takes longer for it than for everything else in a request.
+    """A route whose endpoint gets the request and its query, which the query's model reads: FastAPI's own way gives the same,
+    and takes half of all the time that FastAPI spends on a request.
     """
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
