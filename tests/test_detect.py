@@ -530,4 +530,4 @@ def test_an_uneven_batch_is_refused_before_processes_start(trained: Path, capsys
         str(trained / "none"),
     ]
     assert resnetlab_(arguments) == 2 and not (trained / "none").exists()
-    assert "batch 3 in micro-batches of 3 cannot be shared evenly by 2 processes" in capsys.readouterr().err
+    assert "batch 3 cannot be shared evenly by 2 processes" in capsys.readouterr().err

@@ -115,7 +115,6 @@ def boxes() -> DetectionRecipe:
         regions=128,
         bn="live",
         batch=8,
-        bn_batch=4,  # one for each of two threads
         steps=1_000,
         lr=0.01,
         schedule="cosine",
@@ -147,7 +146,7 @@ def masks() -> SegmentationRecipe:
         sides=(224, 320),
         bn="live",
         batch=8,
-        bn_batch=4,
+        bn_batch=4,  # one for each of two threads
         steps=500,
         lr=0.05,
         milestones=(350, 450),
