@@ -36,7 +36,6 @@ from resnetlab.serve.schemas import (
 )
 from resnetlab.serve.service import Service
 
-QUERIES: dict[str, type[BaseModel]] = {"predict": PredictQuery, "explain": ExplainQuery}
 HEADERS = {
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -95,7 +94,8 @@ class _Route(APIRoute):
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         if not self.dependant.query_params:
             return super().get_route_handler()
-        kind, endpoint = QUERIES.get(self.path.lstrip("/"), EmptyQuery), self.endpoint
+        (query,), endpoint = self.dependant.query_params, self.endpoint
+        kind: Any = query.field_info.annotation  # the query's model, as the endpoint says
         without = kind()
 
         async def handle(request: Request) -> Response:
