@@ -94,7 +94,7 @@ def check_order(device: str, _: int) -> None:
             data |= {"specification": {"widths": (8, 8, 8, 8), "depths": (1, 1, 1, 1)}, "image_size": 72}
         for recipe in (
             quick(),
-            replace(boxes(), batch=2, bn_batch=0, **data),
+            replace(boxes(), batch=2, **data),
             replace(masks(), batch=2, bn_batch=0, **data),
         ):
             train_state, found = start(recipe, device), Counter[str]()

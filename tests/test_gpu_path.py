@@ -333,7 +333,7 @@ SMALL_NET = {"widths": (8, 8, 8, 8), "depths": (1, 1, 1, 1)}
         (tiny(), set()),
         (tiny(label_smoothing=0.1, mixup=0.2, crop="resized", stochastic_depth=0.5), set()),
         (
-            replace(boxes(), image_size=72, batch=2, bn_batch=0, regions=16, pyramid=8, sides=(66,), longest=96),
+            replace(boxes(), image_size=72, batch=2, regions=16, pyramid=8, sides=(66,), longest=96),
             {"_roi_align_backward"},
         ),
     ],
