@@ -103,6 +103,12 @@ def main() -> None:
     parser.add_argument("--recipes", default=",".join(COMPARISONS), help="comma list")
     parser.add_argument("--seeds", default="0,1,2", help="comma list")
     options = parser.parse_args()
+    if unknown := set(options.recipes.split(",")) - set(COMPARISONS):
+        parser.error(f"nothing is compared for {', '.join(sorted(unknown))}; there are {', '.join(COMPARISONS)}.")
+    if not (options.data_dir / "cifar-10-batches-bin").is_dir():
+        parser.error(
+            f"{options.data_dir} has no cifar-10-batches-bin, CIFAR-10's binary version; give its folder by --data-dir."
+        )
     places = {"data": options.data_dir, "scenes": options.out / "scenes"}
     if not places["scenes"].exists():
         make_scenes(options.data_dir, places["scenes"])

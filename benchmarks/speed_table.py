@@ -161,10 +161,16 @@ def main() -> None:
     record = json.loads(RECORD.read_text("utf-8")) if RECORD.is_file() else {}
     small = HERE.parent / "src/resnetlab/trained/cifar10-resnet20/model.safetensors"
     values = {"model": str(options.model), "image": str(options.image), "data": options.data_dir, "small": str(small)}
-    for row in ROWS if not options.draw else ():
-        if options.only is None or any(row.name.startswith(name) for name in options.only):
-            record[row.name] = measure(row, values)
-            write_atomically(RECORD, json.dumps(record, indent=1) + "\n")
+    for name in options.only or ():
+        if not any(row.name.startswith(name) for row in ROWS):
+            parser.error(f"no row is called {name!r}; the rows are {', '.join(row.name for row in ROWS)}.")
+    wanted = tuple(options.only or ("",))
+    rows = [] if options.draw else [row for row in ROWS if row.name.startswith(wanted)]
+    if options.image is None and any("{image}" in row.command for row in rows):
+        parser.error("the service is measured with a model and a photograph: give MODEL and IMAGE.")
+    for row in rows:
+        record[row.name] = measure(row, values)
+        write_atomically(RECORD, json.dumps(record, indent=1) + "\n")
     write_page(record)
 
 
